@@ -1,0 +1,393 @@
+"""From settings to a tuple of phases, and what each phase costs. Pure: no torch, no disk.
+
+A `Phase` holds everything its training depends on and nothing that comes later in the plan, so
+two runs whose plans begin alike share those phases bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from proglayer.config import (
+    BudgetOverrides,
+    Config,
+    ConfigError,
+    ExitWeights,
+    GrowthInit,
+    GrowthPosition,
+    PhaseSchedule,
+    Precision,
+    ScheduleShape,
+)
+
+
+class Role(StrEnum):
+    """What a parameter is to its phase."""
+
+    new = "new"
+    existing = "existing"
+    embedding = "embedding"
+    head = "head"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the model is at any depth; the keyword arguments of `model.Transformer`."""
+
+    vocab_size: int
+    dim: int
+    num_heads: int
+    ffn_multiple: int
+    rotary_base: float
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Layers added at the start of a phase."""
+
+    layers: int
+    init: GrowthInit
+    position: GrowthPosition
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rate of each role; None where nothing of that role trains."""
+
+    new: float | None
+    existing: float | None
+    embedding: float | None
+    head: float | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rate's course within a phase. `total_epochs` is None where the shape needs no end."""
+
+    shape: ScheduleShape
+    warmup_steps: int
+    final_factor: float
+    total_epochs: int | None
+
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """What the rate is multiplied by at optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.total_epochs is None:
+            return 1.0
+        decay_steps = max(1, self.total_epochs * steps_per_epoch - self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / decay_steps)
+        if self.shape is ScheduleShape.cosine:
+            done = (1 - math.cos(math.pi * done)) / 2
+        return 1 - (1 - self.final_factor) * done
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimizer, and the norm that gradients are clipped to (None: not)."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float | None
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """When a phase ends. It only reads the trajectory, so it is no part of the trajectory's key."""
+
+    max_epochs: int
+    patience: int
+    min_delta: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training: one depth, one trainable set, one set of rates.
+
+    Layers are numbered from 0 at the bottom, as they stand after this phase's growth.
+    `new_layers` came with the latest growth, which may be an earlier phase's.
+    """
+
+    index: int
+    seed: int
+    architecture: Architecture
+    layers: int
+    growth: Growth | None
+    new_layers: tuple[int, ...]
+    trained_layers: tuple[int, ...]
+    exit_weights: tuple[float, ...]
+    rates: Rates
+    schedule: Schedule
+    optimizer: AdamW
+    batch_size: int
+    samples: int | None
+    precision: Precision
+    stop: StoppingRule
+
+    @property
+    def name(self) -> str:
+        """What this phase is called in tables."""
+        if self.index == 0:
+            return "initial"
+        if self.growth is not None:
+            return "grown"
+        return "unfreezing" if self.new_layers else "continued"
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The frozen parts by name: `embedding`, `layers.0`, ..., `head`."""
+        parts = [f"layers.{i}" for i in range(self.layers) if i not in self.trained_layers]
+        if self.rates.embedding is None:
+            parts.insert(0, "embedding")
+        if self.rates.head is None:
+            parts.append("head")
+        return tuple(parts)
+
+    def steps_per_epoch(self, train_windows: int) -> int:
+        """Batches in an epoch, the last short one counted."""
+        return math.ceil(self.windows(train_windows) / self.batch_size)
+
+    def windows(self, train_windows: int) -> int:
+        """Training windows of an epoch. Raises ConfigError where the corpus has fewer."""
+        if self.samples is None:
+            return train_windows
+        if self.samples > train_windows:
+            raise ConfigError(
+                f"phase.samples={self.samples} asks for more windows than the corpus gives "
+                f"({train_windows}): lower it or raise data.samples"
+            )
+        return self.samples
+
+
+def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
+    """The phases of a run on a corpus of `vocab_size` words.
+
+    Raises ConfigError where the settings and the corpus, or the depths, do not fit together.
+    """
+    vocab_size = _padded(config, vocab_size)
+    model = config.model
+    architecture = Architecture(
+        vocab_size, model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps
+    )
+    return tuple(_phases(config, architecture))
+
+
+def placements(layers: int, growth: Growth) -> tuple[int, ...]:
+    """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers.
+
+    `interleave` spreads them evenly: 3 on 3 layers gives every old layer a new one above it, and
+    1 on 3 goes above the second.
+    """
+    added = growth.layers
+    if growth.position is GrowthPosition.top:
+        return tuple(range(layers, layers + added))
+    if growth.position is GrowthPosition.bottom:
+        return tuple(range(added))
+    return tuple(math.ceil((i + 0.5) * layers / added) + i for i in range(added))
+
+
+def _padded(config: Config, vocab_size: int) -> int:
+    padded = config.model.vocab_size
+    if padded is None:
+        return vocab_size
+    if padded < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={padded} is smaller than the corpus's vocabulary of {vocab_size}: "
+            "raise it, or lower data.max_vocab"
+        )
+    return padded
+
+
+def _phases(config: Config, architecture: Architecture) -> Iterator[Phase]:
+    schedule = config.phase.schedule
+    from_scratch = schedule is PhaseSchedule.from_scratch
+    layers = config.initial_layers + (config.added_layers if from_scratch else 0)
+    yield Phase(
+        index=0,
+        seed=config.seed,
+        architecture=architecture,
+        layers=layers,
+        growth=None,
+        new_layers=tuple(range(layers)),
+        trained_layers=tuple(range(layers)),
+        exit_weights=_exit_weights(config, layers),
+        rates=Rates(*4 * (config.lr.base,)),
+        **_common(config, config.phase.initial),
+    )
+    growths: list[int] = {
+        PhaseSchedule.grow_once: [config.added_layers],
+        PhaseSchedule.one_at_a_time: [1] * config.added_layers,
+        PhaseSchedule.keep_training: [0],
+        PhaseSchedule.from_scratch: [],
+    }[schedule]
+    index = 0
+    for added in growths:
+        growth = Growth(added, config.growth.init, config.growth.position) if added else None
+        new_layers = placements(layers, growth) if growth else ()
+        layers += added
+        existing = [layer for layer in range(layers) if layer not in new_layers]
+        for number, step in enumerate(config.freeze.steps):
+            index += 1
+            count = len(existing) if step.existing == "all" else int(step.existing)
+            thawed = existing[len(existing) - count :]
+            yield Phase(
+                index=index,
+                seed=config.seed,
+                architecture=architecture,
+                layers=layers,
+                growth=growth if number == 0 else None,
+                new_layers=new_layers,
+                trained_layers=tuple(sorted((*new_layers, *thawed))),
+                exit_weights=_exit_weights(config, layers),
+                rates=_grown_rates(config, bool(new_layers), bool(thawed), step.embedding, step.head),
+                **_common(config, config.phase.grown),
+            )
+
+
+def _grown_rates(config: Config, new: bool, existing: bool, embedding: bool, head: bool) -> Rates:
+    base, factor = config.lr.base, config.lr.factor
+    return Rates(
+        new=base * factor.new if new else None,
+        existing=base * factor.existing if existing else None,
+        embedding=base * factor.embedding if embedding else None,
+        head=base * factor.head if head else None,
+    )
+
+
+def _common(config: Config, own: BudgetOverrides) -> dict[str, Any]:
+    """What every phase takes from the settings alike, with the phase's `own` budget first."""
+
+    def budget(name: str) -> Any:
+        value = getattr(own, name)
+        return getattr(config.phase, name) if value is None else value
+
+    lr, optimizer = config.lr, config.optimizer
+    decays = lr.schedule is not ScheduleShape.constant
+    return {
+        "schedule": Schedule(
+            shape=lr.schedule,
+            warmup_steps=lr.warmup_steps,
+            final_factor=lr.final_factor if decays else 1.0,
+            total_epochs=budget("max_epochs") if decays else None,
+        ),
+        "optimizer": AdamW(
+            optimizer.beta1,
+            optimizer.beta2,
+            optimizer.eps,
+            optimizer.weight_decay,
+            optimizer.clip_norm,
+        ),
+        "batch_size": budget("batch_size"),
+        "samples": budget("samples"),
+        "precision": config.precision,
+        "stop": StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
+    }
+
+
+def _exit_weights(config: Config, layers: int) -> tuple[float, ...]:
+    """The loss's weight at each of `layers` exits, bottom first, adding up to 1."""
+    named = config.model.exit_weights
+    if named == ExitWeights.last.name:
+        return (0.0,) * (layers - 1) + (1.0,)
+    if named == ExitWeights.uniform.name:
+        raw = [1.0] * layers
+    elif named == ExitWeights.linear.name:
+        raw = [float(i + 1) for i in range(layers)]
+    elif len(named) < layers:
+        raise ConfigError(
+            f"model.exit_weights={list(named)} has {len(named)} weights for {layers} layers"
+        )
+    else:
+        raw = [float(weight) for weight in named[:layers]]
+    if sum(raw) == 0:
+        raise ConfigError(
+            f"model.exit_weights={list(named)} gives no weight to any of {layers} layers"
+        )
+    return tuple(weight / sum(raw) for weight in raw)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a phase costs
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model."""
+
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations (a multiply-add is two) of the head and of everything below it."""
+
+    head: int
+    body: int
+
+
+def layer_parameters(architecture: Architecture) -> int:
+    """Parameters of one layer: four attention projections, a gated feed-forward, two gains."""
+    dim = architecture.dim
+    return 4 * dim**2 + 3 * architecture.ffn_multiple * dim**2 + 2 * dim
+
+
+def parameter_counts(phase: Phase) -> Counts:
+    """Parameters of the model in `phase`, in all and those that train."""
+    table = phase.architecture.vocab_size * phase.architecture.dim
+    layer = layer_parameters(phase.architecture)
+    trainable = layer * len(phase.trained_layers)
+    trainable += table * ((phase.rates.embedding is not None) + (phase.rates.head is not None))
+    return Counts(total=2 * table + layer * phase.layers, trainable=trainable)
+
+
+def training_flops(phase: Phase, seq_len: int, train_windows: int) -> Flops:
+    """Operations of one epoch of training: every matrix product that this phase needs.
+
+    Forward everywhere; the gradient of a matrix where it trains; the gradient of its input where
+    something below it trains. Only exits with a weight are read. Causal attention is counted
+    over the whole square, as the usual formula 4 x tokens x dim does.
+    """
+    tokens = phase.windows(train_windows) * seq_len
+    product = 2 * tokens * phase.architecture.vocab_size * phase.architecture.dim
+    lowest = _lowest_trained(phase)
+    head = 0
+    for layer, weight in enumerate(phase.exit_weights):
+        if weight > 0:
+            head += product * (1 + (phase.rates.head is not None) + (lowest <= layer))
+    matrices = 2 * tokens * (layer_parameters(phase.architecture) - 2 * phase.architecture.dim)
+    scores = 4 * tokens * seq_len * phase.architecture.dim
+    body = 0
+    for layer in range(_highest_read(phase) + 1):
+        body += matrices + scores
+        if lowest <= layer:
+            body += 2 * scores
+            body += matrices * (lowest < layer) + matrices * (layer in phase.trained_layers)
+    return Flops(head=head, body=body)
+
+
+def evaluation_flops(phase: Phase, seq_len: int, validation_windows: int) -> Flops:
+    """Operations of one evaluation at the last exit: the forward products."""
+    tokens = validation_windows * seq_len
+    dim = phase.architecture.dim
+    layer = 2 * tokens * (layer_parameters(phase.architecture) - 2 * dim) + 4 * tokens * seq_len * dim
+    return Flops(head=2 * tokens * phase.architecture.vocab_size * dim, body=layer * phase.layers)
+
+
+def _lowest_trained(phase: Phase) -> int:
+    """The lowest layer whose output needs a gradient to reach something that trains."""
+    if phase.rates.embedding is not None:
+        return -1
+    return min(phase.trained_layers, default=phase.layers)
+
+
+def _highest_read(phase: Phase) -> int:
+    """The highest layer that the loss reads."""
+    return max(layer for layer, weight in enumerate(phase.exit_weights) if weight > 0)
