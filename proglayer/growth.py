@@ -12,9 +12,8 @@ from dataclasses import asdict
 
 import torch
 
-from proglayer.config import GrowthInit
 from proglayer.model import Transformer, initialize
-from proglayer.plan import Architecture, Growth, Phase, placements
+from proglayer.plan import Architecture, GrowthInit, Phase, placements
 from proglayer.streams import stream
 
 

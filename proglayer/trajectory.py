@@ -1,0 +1,385 @@
+"""A phase's training as a trajectory: epochs that are on disk first, then freshly trained ones.
+
+What an epoch gives is fixed by where the phase starts and how it trains, not by when it stops. So
+stopping early, going on after a kill, sharing a phase between runs and continuing with more
+patience are all the same thing: reading a trajectory (the idea of stage trees, Shin et al. 2020,
+"Hippo"). The stopping rule is the reader; see `trainer.follow`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from proglayer.corpus import Corpus
+from proglayer.model import Transformer
+from proglayer.optim import load_optimizer_tensors, optimizer_tensors
+from proglayer.plan import Phase
+from proglayer.stages import FORMAT, Stage, stage_key
+from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Progress, Training, evaluate
+
+# How long to wait for another process's epoch before looking again whether it is stored.
+LOOK_AGAIN_S = 0.2
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is stored. The message names the signal."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the bits of a result depend on besides the phase and the corpus."""
+
+    device: str
+    device_name: str
+    threads: int
+    torch: str
+
+
+@dataclass
+class Watch:
+    """How the outside follows training and stops it.
+
+    `stop_requested` gives the name of a signal when the run should end; `on_step` is shown every
+    optimizer step, `on_wait` is told when another process is training what this one needs.
+    """
+
+    stop_requested: Callable[[], str | None]
+    on_step: Callable[[Progress], None]
+    on_wait: Callable[[str], None]
+
+
+@dataclass
+class Work:
+    """What a trajectory cost this process: epochs trained, epochs read, seconds spent waiting."""
+
+    epochs_trained: int = 0
+    epochs_replayed: int = 0
+    waited_seconds: float = 0.0
+
+
+class Trajectory:
+    """The epochs of one phase from one starting point, stored under their key.
+
+    `start` gives the model that the phase starts with; it is called only if something has to be
+    trained. Use as a context manager: the end frees the stage's lock.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        parent: tuple[str, int] | None,
+        start: Callable[[], Transformer],
+        phase: Phase,
+        corpus: Corpus,
+        device: torch.device,
+        machine: Machine,
+        checkpoint_every_s: float,
+        watch: Watch,
+    ) -> None:
+        self.phase = phase
+        self.corpus = corpus
+        self.device = device
+        self.description = describe(parent, phase, corpus.fingerprint, machine)
+        self.stage = Stage(store, stage_key(self.description))
+        self.work = Work()
+        self._start = start
+        self._checkpoint_every_s = checkpoint_every_s
+        self._watch = watch
+        self._recorded: dict[int, EpochMetrics] = {}
+        self._training: Training | None = None
+        # The trainable weights of the best epoch so far, while only memory has them.
+        self._best: tuple[int, dict[str, Tensor]] | None = None
+        self._checkpointed = time.monotonic()
+
+    def __enter__(self) -> Trajectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stage.unlock()
+        self._training = None
+
+    @property
+    def key(self) -> str:
+        return self.stage.key
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Epochs 1, 2, ... without end. Raises Interrupted, Diverged or StoreError."""
+        number = 0
+        while True:
+            number += 1
+            while (metrics := self._read_epoch(number)) is None:
+                if self._own(until=lambda n=number: self._read_epoch(n) is not None):
+                    self._advance(number)
+            yield metrics
+
+    def finish(self, selected: int) -> list[ExitMetrics]:
+        """Store what a later reader needs of a phase that ended: the selected epoch's weights,
+        each of its exits, and the last state. Gives the exits, bottom first.
+        """
+        exits = self._read_exits(selected)
+        if exits is None or self.weights_path(selected) is None:
+            self._own(until=lambda: False)
+            state = self.weights(selected)
+            self._store_weights(selected, state)
+            exits = self._read_exits(selected)
+            if exits is None:
+                exits = self._evaluate_exits(state)
+                rows = [asdict(exit) for exit in exits]
+                self.stage.write_json(f"exits-{selected:04d}", {"exits": rows})
+        if self._training is not None:
+            self._store_state(self._training)
+            for name in self.stage.names("state-")[:-1]:
+                self.stage.remove(name)
+        return exits
+
+    def weights(self, epoch: int) -> dict[str, Tensor]:
+        """The model's tensors after `epoch`, on the CPU: stored ones, or trained again."""
+        while (content := self.stage.read(f"weights-{epoch:04d}")) is None:
+            if self._own(until=lambda: self.weights_path(epoch) is not None):
+                break
+        if content is not None:
+            return safetensors.torch.load(content)
+        if self._best is not None and self._best[0] == epoch and self._training is not None:
+            return {**_cpu(self._training.model.state_dict()), **self._best[1]}
+        return _cpu(self._advance(epoch).model.state_dict())
+
+    def weights_path(self, epoch: int) -> Path | None:
+        """The stored file of the model after `epoch`, if there is one."""
+        return self.stage.path(f"weights-{epoch:04d}")
+
+    def best_recorded(self) -> int | None:
+        """The epoch with the lowest validation loss of those read so far."""
+        if not self._recorded:
+            return None
+        return min(self._recorded, key=lambda n: (self._recorded[n].validation_loss, n))
+
+    def _read_epoch(self, number: int) -> EpochMetrics | None:
+        if number not in self._recorded:
+            plain = self.stage.read_json(f"epoch-{number:04d}")
+            if plain is None:
+                return None
+            self._recorded[number] = EpochMetrics(**plain)
+        return self._recorded[number]
+
+    def _read_exits(self, epoch: int) -> list[ExitMetrics] | None:
+        plain = self.stage.read_json(f"exits-{epoch:04d}")
+        return None if plain is None else [ExitMetrics(**row) for row in plain["exits"]]
+
+    # -- training -------------------------------------------------------------------------------
+
+    def _own(self, until: Callable[[], bool]) -> bool:
+        """Become the writer of this stage. False, and not the writer, if `until` came true first:
+        another process has stored what is wanted.
+        """
+        if self.stage.locked:
+            return True
+        started = time.monotonic()
+        told = False
+        while not self.stage.lock(LOOK_AGAIN_S):
+            if not told:
+                self._watch.on_wait(f"phase {self.phase.index + 1} is being trained by another job")
+                told = True
+            self._check_stop(None)
+            if until():
+                break
+        if told:
+            self.work.waited_seconds += time.monotonic() - started
+        if until():
+            self.stage.unlock()
+            return False
+        if self.stage.read_json("stage") is None:
+            self.stage.write_json("stage", self.description)
+        return True
+
+    def _advance(self, epoch: int) -> Training:
+        """Train to the end of `epoch`, recording what is not recorded yet. Needs the lock."""
+        training = self._training
+        if training is None or training.epoch > epoch:
+            training = self._training = self._resume(epoch)
+        while training.epoch < epoch:
+            training.train_epoch(lambda progress: self._after_step(training, progress))
+            number = training.epoch + 1
+            if self._read_epoch(number) is not None:
+                training.finish_epoch()
+                self.work.epochs_replayed += 1
+            else:
+                started = time.perf_counter()
+                last = self.phase.layers - 1
+                (exit,) = self._evaluate(training.model, [last], training)
+                evaluation_seconds = time.perf_counter() - started
+                if not math.isfinite(exit.loss):
+                    raise Diverged(
+                        f"the validation loss became {exit.loss} in phase {self.phase.index + 1}, "
+                        f"epoch {number}: lower lr.base, or add lr.warmup_steps"
+                    )
+                tokens = len(training.windows) * training.windows.seq_len
+                train_loss, seconds = training.finish_epoch()
+                self._record(
+                    EpochMetrics(
+                        epoch=number,
+                        train_loss=train_loss,
+                        validation_loss=exit.loss,
+                        validation_accuracy=exit.accuracy,
+                        train_tokens=tokens,
+                        train_seconds=seconds,
+                        evaluation_seconds=evaluation_seconds,
+                    )
+                )
+                self.work.epochs_trained += 1
+            self._keep_best(training)
+        return training
+
+    def _record(self, metrics: EpochMetrics) -> None:
+        self.stage.write_json(f"epoch-{metrics.epoch:04d}", asdict(metrics))
+        self._recorded[metrics.epoch] = metrics
+
+    def _keep_best(self, training: Training) -> None:
+        """Store the best epoch's weights once a worse one follows; until then memory holds them."""
+        number = training.epoch
+        epochs = [self._read_epoch(n) for n in range(1, number + 1)]
+        losses = {metrics.epoch: metrics.validation_loss for metrics in epochs if metrics}
+        best = min(losses, key=lambda n: (losses[n], n))
+        if best == number:
+            trainable = {n: p for n, p in training.model.named_parameters() if p.requires_grad}
+            self._best = (number, _cpu(trainable, copy=True))
+        elif self._best is not None and self._best[0] == best:
+            self._store_weights(best, self.weights(best))
+
+    def _evaluate(
+        self, model: Transformer, exits: list[int], training: Training | None
+    ) -> list[ExitMetrics]:
+        return evaluate(
+            model,
+            self.phase,
+            self.corpus,
+            self.device,
+            exits,
+            between_batches=lambda: self._check_stop(training),
+        )
+
+    def _evaluate_exits(self, state: dict[str, Tensor]) -> list[ExitMetrics]:
+        model = Transformer(layers=self.phase.layers, **asdict(self.phase.architecture))
+        model.load_state_dict(state)
+        exits = list(range(self.phase.layers))
+        return self._evaluate(model.to(self.device), exits, self._training)
+
+    def _after_step(self, training: Training, progress: Progress) -> None:
+        self._watch.on_step(progress)
+        self._check_stop(training)
+        if time.monotonic() - self._checkpointed >= self._checkpoint_every_s:
+            self._store_state(training)
+
+    def _check_stop(self, training: Training | None) -> None:
+        signal = self._watch.stop_requested()
+        if signal is not None:
+            if training is not None:
+                self._store_state(training)
+            raise Interrupted(f"stopped by {signal}")
+
+    # -- storing --------------------------------------------------------------------------------
+
+    def _store_weights(self, epoch: int, state: dict[str, Tensor]) -> None:
+        name = f"weights-{epoch:04d}"
+        if self.stage.path(name) is None:
+            metadata = {
+                "architecture": json.dumps(asdict(self.phase.architecture)),
+                "layers": str(self.phase.layers),
+            }
+            self.stage.write(name, "safetensors", safetensors.torch.save(state, metadata))
+
+    def _store_state(self, training: Training) -> None:
+        """Store everything that training changes, for going on from exactly here."""
+        training.check_finite()
+        position = f"state-{training.epoch:04d}-{training.step:06d}"
+        if self.stage.path(position) is None:
+            tensors = {"loss_sum": training.loss_sum}
+            for name, parameter in training.model.named_parameters():
+                if parameter.requires_grad:
+                    tensors[f"model/{name}"] = parameter.detach()
+            for name, value in optimizer_tensors(training.optimizer).items():
+                tensors[f"optimizer/{name}"] = value
+            metadata = {"seconds": repr(training.seconds)}
+            if self._best is not None and self.weights_path(self._best[0]) is None:
+                metadata["best_epoch"] = str(self._best[0])
+                tensors |= {f"best/{name}": value for name, value in self._best[1].items()}
+            content = safetensors.torch.save(_cpu(tensors), metadata)
+            self.stage.write(position, "safetensors", content)
+        for name in self.stage.names("state-"):
+            if name < position:
+                self.stage.remove(name)
+        self._checkpointed = time.monotonic()
+
+    def _resume(self, epoch: int) -> Training:
+        """Training in the nearest stored state from which `epoch` can be reached, else afresh."""
+        self._best = None
+        self._checkpointed = time.monotonic()
+        training = Training(self._start(), self.phase, self.corpus, self.device)
+        for name in reversed(self.stage.names("state-")):
+            done, step = (int(part) for part in name.split("-")[1:])
+            if done > epoch or (done == epoch and step > 0):
+                continue
+            content = self.stage.read(name)
+            if content is None:
+                continue
+            tensors = safetensors.torch.load(content)
+            metadata = _metadata(content)
+            parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
+            for tensor_name, value in tensors.items():
+                part, _, rest = tensor_name.partition("/")
+                parts.setdefault(part, {})[rest] = value
+            with torch.no_grad():
+                for parameter_name, parameter in training.model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(parts["model"][parameter_name])
+            load_optimizer_tensors(training.optimizer, parts["optimizer"])
+            training.epoch, training.step = done, step
+            training.loss_sum = tensors["loss_sum"].to(self.device)
+            training.seconds = float(metadata["seconds"])
+            if "best_epoch" in metadata:
+                self._best = (int(metadata["best_epoch"]), parts["best"])
+            return training
+        return training
+
+
+def describe(
+    parent: tuple[str, int] | None, phase: Phase, fingerprint: str, machine: Machine
+) -> dict[str, Any]:
+    """Everything a trajectory depends on, as plain data: what its key is the hash of.
+
+    `parent` is the key and the selected epoch of the phase before, None for an untrained model.
+    The stopping rule is left out: it only reads.
+    """
+    plain = json.loads(json.dumps(asdict(phase), default=lambda enum: enum.name))
+    del plain["stop"]
+    return {
+        "format": FORMAT,
+        "parent": {"key": parent[0], "epoch": parent[1]} if parent else "fresh",
+        "phase": plain,
+        "corpus": fingerprint,
+        "machine": asdict(machine),
+    }
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file (its header is a length of 8 bytes, then JSON)."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def _cpu(tensors: dict[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+    return {
+        name: value.detach().to("cpu", copy=copy).contiguous() for name, value in tensors.items()
+    }
