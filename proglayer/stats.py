@@ -1,0 +1,813 @@
+"""What a handful of seeds can and cannot say: summaries, paired comparisons, verdicts.
+
+Pure functions on numpy arrays and pandas objects. Every test of significance, correction and power
+of a t-test is SciPy's or statsmodels'; the one thing written out here is Hedges' factor.
+
+Three conventions hold throughout:
+
+- A change is signed so that **plus is an improvement**: accuracy after - before, perplexity and
+  loss before - after. A comparison of a with b is a - b, so plus means that a did better.
+- Runs are **paired by seed**. Two arms that share a seed share their initial phase and their batch
+  order; the difference within a seed is much less noisy than the two values.
+- Values that are not finite (a failed or diverged run) are left out and **counted** in `dropped`.
+
+With the small numbers of seeds that a study can afford, the paired t-test is the test that decides;
+the exact sign-flip test, which assumes only symmetry, stands beside it. Where every difference is
+the same, a t-test has no spread to judge by, and exact sign tests decide instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import special
+from scipy import stats as sps
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
+
+# 2 ** 16 sign patterns take about 0.3 s; each further seed doubles that.
+EXACT_SIGN_FLIP_SEEDS = 16
+SIGN_FLIP_RESAMPLES = 99_999
+# Beyond this a number of seeds is no plan any more, and the answer is "infinitely many".
+MOST_SEEDS = 1_000_000
+# Differences that agree to this share of the values themselves differ by rounding only.
+ROUNDING = 1e-12
+
+
+# --- changes of a run -----------------------------------------------------------------------------
+
+
+def accuracy_change_points(before: Any, after: Any) -> Any:
+    """Change in accuracy in percentage points, plus for an improvement.
+
+    Args:
+        before, after: accuracies as shares from 0 to 1 (numbers, arrays or Series).
+
+    Raises:
+        ValueError: for a value outside 0 to 1, as when percent were given.
+    """
+    _require_shares("before", before)
+    _require_shares("after", after)
+    return (after - before) * 100
+
+
+def perplexity_change_percent(before: Any, after: Any) -> Any:
+    """(before - after) / before x 100: fall in perplexity in percent, plus for an improvement."""
+    return (before - after) / before * 100
+
+
+def loss_change_nats(before: Any, after: Any) -> Any:
+    """before - after: the fall in the mean loss per token in nats, plus for an improvement."""
+    return before - after
+
+
+def binomial_error(accuracy: float, tokens: int) -> float:
+    """Standard error, in percentage points, of an accuracy measured on `tokens` tokens.
+
+    It is the noise of the validation set alone, as if tokens were independent; the spread between
+    seeds comes on top. It is all that one seed can say about its own uncertainty.
+
+    Args:
+        accuracy: share of right predictions, 0 to 1.
+        tokens: how many predictions it is the share of.
+
+    Raises:
+        ValueError: for an accuracy outside 0 to 1 or fewer than one token.
+    """
+    _require_shares("accuracy", accuracy)
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1")
+    return 100 * float(sps.binom(tokens, accuracy).std()) / tokens
+
+
+def _require_shares(name: str, values: Any) -> None:
+    array = np.asarray(values, dtype=float)
+    wrong = array[(array < 0) | (array > 1)]
+    if wrong.size:
+        raise ValueError(f"{name}={wrong.flat[0]:g} is not a share from 0 to 1")
+
+
+# --- one arm --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and spread of one figure over seeds, in the unit of the values."""
+
+    n: int  # finite values
+    dropped: int  # values left out because they were not finite
+    mean: float  # nan without a value
+    sd: float  # sample standard deviation (n - 1); nan below two values
+    low: float  # t-interval of the mean; nan below two values
+    high: float
+    confidence: float  # of the interval, 0 to 1
+
+    @property
+    def note(self) -> str:
+        """What keeps these numbers from meaning anything; empty if nothing does."""
+        return _too_few(self.n)
+
+
+def summary(values: Any, confidence: float = 0.95) -> Summary:
+    """Mean, standard deviation and Student's t-interval of the mean.
+
+    Values that are all the same give an interval of width zero: no spread was seen, which for a
+    few seeds does not say that there is none.
+    """
+    _require_probability("confidence", confidence)
+    array = np.asarray(values, dtype=float).ravel()
+    finite = array[np.isfinite(array)]
+    n, mean, sd, low, high = len(finite), math.nan, math.nan, math.nan, math.nan
+    if n >= 1:
+        mean = float(np.mean(finite))
+    if n >= 2 and np.ptp(finite) == 0:
+        # Said exactly, for the sum of equal numbers is rounded.
+        mean, sd, low, high = float(finite[0]), 0.0, float(finite[0]), float(finite[0])
+    elif n >= 2:
+        sd = float(np.std(finite, ddof=1))
+        scale = sd / math.sqrt(n)
+        low, high = map(float, sps.t.interval(confidence, n - 1, loc=mean, scale=scale))
+    return Summary(n, array.size - n, mean, sd, low, high, confidence)
+
+
+def _too_few(seeds: int) -> str:
+    if seeds == 0:
+        return "no seed: nothing can be concluded"
+    return "one seed: nothing can be concluded" if seeds == 1 else ""
+
+
+def _require_probability(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value:g} must lie between 0 and 1")
+
+
+# --- two arms, paired by seed ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference a - b within seeds, in the unit of the values. See `paired`."""
+
+    n: int  # seeds with a finite value in both arms
+    dropped: int  # seeds of either arm without such a partner
+    mean: float  # mean difference; nan without a pair
+    sd: float  # of the differences; nan below two pairs; exactly 0 if they are all the same
+    low: float  # interval of the mean difference at confidence 1 - alpha; nan below two pairs
+    high: float
+    t_p: float  # paired t-test, two-sided; nan below two pairs and where sd is 0
+    sign_flip_p: float  # sign-flip test of the mean, two-sided; nan without a pair
+    sign_flip_exact: bool  # every sign pattern was tried, rather than a random sample of them
+    effect_size: float  # Cohen's dz with Hedges' correction, unitless; nan below three pairs
+    equivalence_p: float  # that the true difference lies outside +-margin; nan below two pairs
+    margin: float  # differences within +-margin count as none
+    alpha: float  # level of the intervals and of the figures of planning below
+    power: float  # of those figures
+    differences: tuple[float, ...] = field(repr=False)  # in order of seed
+
+    @property
+    def constant(self) -> bool:
+        """Every seed shows the same difference, up to rounding."""
+        return self.n >= 2 and self.sd == 0
+
+    @property
+    def p(self) -> float:
+        """The p-value that decides: the t-test's; the sign-flip test's where that is undefined."""
+        return self.sign_flip_p if self.constant else self.t_p
+
+    @property
+    def sign_flip_floor(self) -> float:
+        """The lowest p that the sign-flip test can reach with this many seeds."""
+        return min(1.0, 2.0 ** (1 - self.n))
+
+    @property
+    def smallest_difference(self) -> float:
+        """The difference that this many seeds would have shown with the given power.
+
+        nan below two pairs, and where sd is 0, since then the spread is not known.
+        """
+        return smallest_difference(self.sd, self.n, alpha=self.alpha, power=self.power)
+
+    @property
+    def seeds_for_difference(self) -> float:
+        """Seeds to find a difference, if the observed mean and sd are the true ones."""
+        return seeds_for_difference(self.mean, self.sd, alpha=self.alpha, power=self.power)
+
+    @property
+    def seeds_for_equivalence(self) -> float:
+        """Seeds to establish equivalence, if the observed mean and sd are the true ones."""
+        return seeds_for_equivalence(
+            self.sd, self.margin, difference=self.mean, alpha=self.alpha, power=self.power
+        )
+
+    @property
+    def note(self) -> str:
+        """What limits these numbers, in words; empty if nothing special does."""
+        if self.n < 2:
+            return _too_few(self.n)
+        notes = []
+        if self.constant:
+            notes.append("every seed shows the same difference, so exact sign tests decide")
+        if self.sign_flip_floor > self.alpha:
+            fewest = _fewest_sign_flips(self.alpha)
+            notes.append(
+                f"with {self.n} seeds the sign-flip test cannot go below"
+                f" p = {self.sign_flip_floor:.3g}; {fewest} are the fewest that reach"
+                f" {self.alpha:g}"
+            )
+        return "; ".join(notes)
+
+
+def paired(
+    a_by_seed: pd.Series,
+    b_by_seed: pd.Series,
+    *,
+    margin: float = 0.1,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> Comparison:
+    """Compare two arms by their differences a - b within seeds.
+
+    Args:
+        a_by_seed, b_by_seed: one value per seed, indexed by seed. Seeds that only one arm has, or
+            that lack a finite value, are counted in `dropped`.
+        margin: a true difference within +-margin counts as none; in the unit of the values.
+        alpha: significance level; intervals have confidence 1 - alpha.
+        power: of the smallest difference and the numbers of seeds.
+
+    Two-sided tests of no difference: the paired t-test (`scipy.stats.ttest_1samp` of the
+    differences) and the sign-flip test (`scipy.stats.permutation_test`), exact up to
+    EXACT_SIGN_FLIP_SEEDS seeds, above with a fixed random sample of the sign patterns. Equivalence:
+    two one-sided t-tests (`DescrStatsW.ttost_mean`; Schuirmann 1987), whose p-value is the larger
+    of the two. Effect size: mean / sd, times Hedges' (1981) factor for n - 1 degrees of freedom.
+
+    Where every difference is the same (up to rounding), the t-tests are undefined: `t_p` and the
+    effect size are nan, and equivalence is judged by the exact sign test, whose p is 0.5 ** n if
+    the difference is within the margin, else 1.
+
+    Raises:
+        ValueError: for a seed that occurs twice in one arm, or a margin that is not positive.
+    """
+    _require_probability("alpha", alpha)
+    _require_probability("power", power)
+    if not (margin > 0 and math.isfinite(margin)):
+        raise ValueError(f"margin={margin:g} must be positive")
+    for name, arm in (("a_by_seed", a_by_seed), ("b_by_seed", b_by_seed)):
+        repeated = arm.index[arm.index.duplicated()].unique()
+        if len(repeated):
+            raise ValueError(f"{name} has more than one value for seed {_listed(repeated)}")
+
+    arms = pd.concat([a_by_seed, b_by_seed], axis=1, keys=["a", "b"]).astype(float)
+    pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)].sort_index()
+    a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
+    differences = a - b
+    n = len(differences)
+    rounding = ROUNDING * max(np.abs(a).max(), np.abs(b).max()) if n else 0.0
+    if n and np.ptp(differences) <= rounding:
+        # Rounding of a and b leaves a spread of the last bits, on which a t-test would be certain
+        # of anything; a mean of last bits is no difference either.
+        mean = float(np.mean(differences))
+        differences = np.full(n, 0.0 if abs(mean) <= rounding else mean)
+
+    over_seeds = summary(differences, confidence=1 - alpha)
+    mean, sd = over_seeds.mean, over_seeds.sd
+    t_p, effect_size, equivalence_p = math.nan, math.nan, math.nan
+    if sd == 0:
+        inside = n if margin - abs(mean) > max(rounding, ROUNDING * margin) else 0
+        equivalence_p = float(sps.binomtest(inside, n, 0.5, alternative="greater").pvalue)
+    elif n >= 2:
+        t_p = float(np.asarray(sps.ttest_1samp(differences, 0.0)[1]))
+        equivalence_p = float(DescrStatsW(differences).ttost_mean(-margin, margin)[0])
+        if n >= 3:
+            effect_size = _hedges_factor(n - 1) * mean / sd
+    sign_flip_p, sign_flip_exact = _sign_flip(differences)
+    return Comparison(
+        n=n,
+        dropped=len(arms) - n,
+        mean=mean,
+        sd=sd,
+        low=over_seeds.low,
+        high=over_seeds.high,
+        t_p=t_p,
+        sign_flip_p=sign_flip_p,
+        sign_flip_exact=sign_flip_exact,
+        effect_size=effect_size,
+        equivalence_p=equivalence_p,
+        margin=margin,
+        alpha=alpha,
+        power=power,
+        differences=tuple(map(float, differences)),
+    )
+
+
+def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
+    n = len(differences)
+    if n == 0:
+        return math.nan, True
+    exact = n <= EXACT_SIGN_FLIP_SEEDS
+    test = sps.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",  # of a single sample: its signs
+        vectorized=True,
+        n_resamples=2**n if exact else SIGN_FLIP_RESAMPLES,
+        batch=10_000,
+        rng=np.random.default_rng(0),  # the same data give the same p-value
+    )
+    return float(test.pvalue), exact
+
+
+def _hedges_factor(degrees: int) -> float:
+    """Hedges (1981), J. Educ. Stat. 6, eq. 6e: what makes mean / sd an unbiased effect size."""
+    log_ratio = special.gammaln(degrees / 2) - special.gammaln((degrees - 1) / 2)
+    return math.exp(log_ratio) / math.sqrt(degrees / 2)
+
+
+def _listed(names: Iterable[Any], most: int = 5) -> str:
+    names = [str(name) for name in names]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+# --- how many seeds, how small a difference -------------------------------------------------------
+
+
+def smallest_difference(sd: float, seeds: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The true difference that a paired t-test with this many seeds finds with the given power.
+
+    Args:
+        sd: standard deviation of the differences within seeds. An estimate from a few seeds is
+            itself rough: from five, the true one may well be twice as large.
+
+    Returns:
+        the difference in the unit of `sd`; nan if `sd` is nan or 0, or below two seeds.
+    """
+    if seeds < 2 or not sd > 0:
+        return math.nan
+    solved = TTestPower().solve_power(
+        nobs=seeds, alpha=alpha / 2, power=power, alternative="larger"
+    )
+    return float(np.ravel(solved)[0]) * sd
+
+
+def seeds_for_difference(
+    difference: float, sd: float, *, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """The fewest seeds with which a paired t-test finds this true difference with this power.
+
+    Returns:
+        a whole number from 2 up; inf if more than MOST_SEEDS would be needed, as for a difference
+        of 0; nan if `difference` or `sd` is nan. For sd = 0: the fewest seeds with which the exact
+        sign-flip test reaches `alpha`.
+    """
+    if math.isnan(difference) or math.isnan(sd):
+        return math.nan
+    if difference == 0:
+        return math.inf
+    if sd == 0:
+        return _fewest_sign_flips(alpha)
+    return _fewest_seeds(lambda n: _power(abs(difference) / sd, n, alpha / 2), power)
+
+
+def seeds_for_equivalence(
+    sd: float,
+    margin: float,
+    *,
+    difference: float = 0.0,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> float:
+    """The fewest seeds with which two one-sided t-tests establish equivalence within +-margin.
+
+    The chance that both tests pass is taken as the sum of their powers less 1. That leaves out the
+    chance that both fail, so the answer can be one seed too many, which no plan will regret.
+
+    Args:
+        difference: the true difference to plan for.
+
+    Returns:
+        a whole number from 2 up; inf if more than MOST_SEEDS would be needed, as for a true
+        difference outside the margin; nan if `difference` or `sd` is nan. For sd = 0: the fewest
+        seeds with which the exact sign test reaches `alpha`.
+    """
+    if math.isnan(difference) or math.isnan(sd):
+        return math.nan
+    if abs(difference) >= margin:
+        return math.inf
+    if sd == 0:
+        return max(2, math.ceil(-math.log2(alpha)))
+    return _fewest_seeds(
+        lambda n: (
+            _power((margin - difference) / sd, n, alpha)
+            + _power((margin + difference) / sd, n, alpha)
+            - 1
+        ),
+        power,
+    )
+
+
+def _fewest_sign_flips(alpha: float) -> int:
+    """The fewest seeds with 2 ** (1 - n) <= alpha."""
+    return max(2, math.ceil(1 - math.log2(alpha)))
+
+
+def _fewest_seeds(power_with: Callable[[int], float], power: float) -> float:
+    low, high = 1, 2
+    while not power_with(high) >= power:
+        low, high = high, 2 * high
+        if low > MOST_SEEDS:
+            return math.inf
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power_with(middle) >= power else (middle, high)
+    return high
+
+
+def _power(effect_size: float, seeds: int, alpha: float) -> float:
+    """Power of a one-sided paired t-test; the effect in standard deviations of the differences.
+
+    A two-sided test at alpha is two of these at alpha / 2; its chance of finding the wrong sign is
+    left out, which is no power.
+    """
+    found = TTestPower().power(effect_size, seeds, alpha, alternative="larger")
+    if math.isnan(found):
+        # SciPy's noncentral t gives up far out in its tails, where the answer is 0 or 1.
+        return float(effect_size * math.sqrt(seeds) > sps.t.isf(alpha, seeds - 1))
+    return float(found)
+
+
+# --- families of comparisons ----------------------------------------------------------------------
+
+
+def holm(p_values: Any) -> np.ndarray:
+    """Holm's adjusted p-values; nan stays nan and does not count in the family.
+
+    Args:
+        p_values: (comparisons,) raw p-values.
+    """
+    raw = np.asarray(p_values, dtype=float)
+    adjusted = np.full(raw.shape, math.nan)
+    tested = ~np.isnan(raw)
+    if np.any((raw[tested] < 0) | (raw[tested] > 1)):
+        raise ValueError("p-values must lie between 0 and 1")
+    if tested.any():
+        adjusted[tested] = multipletests(raw[tested], method="holm")[1]
+    return adjusted
+
+
+class Outcome(StrEnum):
+    """What the data say of a hypothesis."""
+
+    supported = "supported"
+    refuted = "refuted"
+    equivalent = "equivalent within the margin"
+    undecided = "undecided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome, the numbers it rests on, and what it would take to decide."""
+
+    outcome: Outcome
+    sentence: str  # one line of plain text
+    seeds_needed: float  # to decide; the seeds at hand if decided; inf, or nan if unknown
+
+
+def verdict(
+    comparison: Comparison,
+    *,
+    p_adjusted: float | None = None,
+    equivalence_p_adjusted: float | None = None,
+    family: int = 1,
+    expected_sign: int = 1,
+    unit: str = "",
+) -> Verdict:
+    """Judge the hypothesis that a - b has the expected sign, at the comparison's alpha.
+
+    In this order:
+
+    1. fewer than two pairs: *undecided*, nothing can be concluded;
+    2. the equivalence test passes: *equivalent within the margin*, also if the difference is
+       significant, for then it is real but too small to matter;
+    3. the difference is significant: *supported* if it has the expected sign, else *refuted*;
+    4. *undecided*. That is no finding of "no difference".
+
+    Args:
+        p_adjusted, equivalence_p_adjusted: the p-values corrected for the family of comparisons;
+            without them the comparison's own count.
+        family: how many comparisons the correction runs over. The seeds needed are for the level
+            alpha / family, the strictest of Holm's steps, and thus enough for any of them.
+        expected_sign: +1 if the hypothesis says that a is above b, -1 if below.
+        unit: of the values, for the sentence ("points").
+
+    The seeds needed to decide are the fewer of those that would show the difference and those that
+    would show equivalence, were the observed mean and sd the true ones.
+    """
+    if expected_sign not in (1, -1):
+        raise ValueError(f"expected_sign={expected_sign} must be 1 or -1")
+    if family < 1:
+        raise ValueError(f"family={family} must be at least 1")
+    if comparison.n < 2:
+        return Verdict(Outcome.undecided, _sentence(comparison, None, None, unit), math.nan)
+
+    p = comparison.p if p_adjusted is None else p_adjusted
+    equivalence_p = (
+        comparison.equivalence_p if equivalence_p_adjusted is None else equivalence_p_adjusted
+    )
+    sentence = _sentence(comparison, p_adjusted, equivalence_p_adjusted, unit)
+    if equivalence_p <= comparison.alpha:
+        outcome = Outcome.equivalent
+        if p <= comparison.alpha:
+            sentence += "; a real difference, but a negligible one"
+    elif p <= comparison.alpha:
+        right = comparison.mean * expected_sign > 0
+        outcome = Outcome.supported if right else Outcome.refuted
+    else:
+        level = comparison.alpha / family
+        mean, sd, power = comparison.mean, comparison.sd, comparison.power
+        needed = min(
+            seeds_for_difference(mean, sd, alpha=level, power=power),
+            seeds_for_equivalence(sd, comparison.margin, difference=mean, alpha=level, power=power),
+        )
+        # More seeds than were not enough.
+        needed = max(needed, comparison.n + 1)
+        if math.isinf(needed):
+            sentence += f"; not even {MOST_SEEDS:,} seeds would decide"
+        else:
+            sentence += f"; about {needed:,.0f} seeds would decide"
+        return Verdict(Outcome.undecided, sentence, float(needed))
+    return Verdict(outcome, sentence, float(comparison.n))
+
+
+def _sentence(
+    comparison: Comparison,
+    p_adjusted: float | None,
+    equivalence_p_adjusted: float | None,
+    unit: str,
+) -> str:
+    """The numbers that a verdict rests on, in one line of plain text."""
+    unit = f" {unit}" if unit else ""
+    if comparison.n == 0:
+        return comparison.note
+    if comparison.n == 1:
+        return f"difference {comparison.mean:+.3g}{unit}; {comparison.note}"
+    test = "sign-flip" if comparison.constant else "paired t"
+    parts = [
+        f"difference {comparison.mean:+.3g}{unit}, {1 - comparison.alpha:.0%} interval"
+        f" {comparison.low:+.3g} to {comparison.high:+.3g}, {comparison.n} seeds",
+        f"{test} {_p(comparison.p)}"
+        + (f", {_p(p_adjusted)} adjusted" if p_adjusted is not None else "")
+        + (f", sign-flip {_p(comparison.sign_flip_p)}" if not comparison.constant else ""),
+        f"equivalence within {comparison.margin:g}{unit} {_p(comparison.equivalence_p)}"
+        + (
+            f", {_p(equivalence_p_adjusted)} adjusted" if equivalence_p_adjusted is not None else ""
+        ),
+    ]
+    if comparison.sd > 0:
+        parts.append(
+            f"{comparison.smallest_difference:.3g}{unit} was the smallest difference that"
+            f" {comparison.n} seeds could show"
+        )
+    return "; ".join(parts)
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def compare(
+    runs: pd.DataFrame,
+    *,
+    value: str,
+    variant: str,
+    pairs: Iterable[tuple[Hashable, Hashable]],
+    within: str | None = None,
+    seed: str = "seed",
+    margin: float = 0.1,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> dict[tuple[Any, Any, Any], Comparison]:
+    """Pair the runs of two variants by seed, for every pair of variants asked for.
+
+    Args:
+        runs: one row per run.
+        value: the column to compare, as `accuracy_change`.
+        variant: the column that tells the arms apart, as `experiment`.
+        pairs: (a, b) values of that column; the difference is a - b. A pair of which one side has
+            no runs gives a comparison of no seeds.
+        within: pairs are made within each value of this column, as `model`.
+        seed: the column that pairs runs. Rows without a seed are ignored.
+
+    Returns:
+        (value of `within`, a, b) -> Comparison; the first is None without `within`.
+
+    Raises:
+        ValueError: for a missing column, or if a variant has more than one finite value for a seed
+            (within the same value of `within`), naming them: the runs then differ in something
+            else, and picking one would be arbitrary.
+    """
+    keys = ([] if within is None else [within]) + [variant, seed]
+    missing = [column for column in [value, *keys] if column not in runs.columns]
+    if missing:
+        raise ValueError(f"the runs have no column {_listed(missing)}")
+    pairs = list(pairs)
+    arms = {arm for pair in pairs for arm in pair}
+    used = runs.loc[runs[variant].isin(list(arms)) & runs[seed].notna(), [*keys, value]]
+    finite = used.loc[np.isfinite(used[value].to_numpy(dtype=float, na_value=math.nan))]
+    repeated = finite.loc[finite.duplicated(subset=keys)].drop_duplicates(subset=keys)
+    if len(repeated):
+        rows = [
+            " ".join(f"{key}={row[key]}" for key in keys) for row in repeated.to_dict("records")
+        ]
+        raise ValueError(f"more than one run for {_listed(rows)}")
+    # A failed run beside a finished one of the same seed is no rival of it.
+    used = pd.concat([finite, used]).drop_duplicates(subset=keys)
+
+    groups = [(None, used)]
+    if within is not None:
+        groups = list(used.groupby(within, sort=False, dropna=False))
+    result = {}
+    for group, rows in groups:
+        by_arm = {
+            arm: rows.loc[rows[variant] == arm].set_index(seed)[value].astype(float) for arm in arms
+        }
+        for a, b in pairs:
+            result[group, a, b] = paired(
+                by_arm[a], by_arm[b], margin=margin, alpha=alpha, power=power
+            )
+    return result
+
+
+# What a row of `judge` tells of its comparison.
+FIGURES = (
+    "n",
+    "dropped",
+    "mean",
+    "sd",
+    "low",
+    "high",
+    "t_p",
+    "sign_flip_p",
+    "sign_flip_exact",
+    "p",
+    "effect_size",
+    "equivalence_p",
+    "margin",
+    "alpha",
+    "smallest_difference",
+    "seeds_for_difference",
+    "seeds_for_equivalence",
+    "note",
+)
+
+
+def judge(
+    comparisons: Mapping[Any, Comparison] | Sequence[Comparison],
+    *,
+    expected_sign: int = 1,
+    unit: str = "",
+) -> pd.DataFrame:
+    """Judge comparisons as one family, with Holm's correction over all of them.
+
+    The tests of difference and the tests of equivalence are corrected apart, so that the chance of
+    any false claim of a difference is at most alpha, and so is that of any false claim of
+    equivalence.
+
+    Args:
+        comparisons: what `compare` returns (several of its results merged make one family), or any
+            mapping from labels to comparisons.
+
+    Returns:
+        one row per comparison. Columns: `within`, `a`, `b` (if the labels are such triples, else
+        `label`); FIGURES, which are attributes of Comparison and hold for that comparison alone;
+        `p_adjusted` and `equivalence_p_adjusted`; `verdict`, `sentence` and `seeds_needed`, which
+        hold for the family.
+    """
+    if not isinstance(comparisons, Mapping):
+        comparisons = dict(enumerate(comparisons))
+    judged = list(comparisons.values())
+    p_adjusted = holm([comparison.p for comparison in judged])
+    equivalence_p_adjusted = holm([comparison.equivalence_p for comparison in judged])
+    family = max(1, int(np.sum(~np.isnan(p_adjusted))))
+    triples = all(isinstance(label, tuple) and len(label) == 3 for label in comparisons)
+    label_columns = ("within", "a", "b") if triples else ("label",)
+    rows = []
+    for label, comparison, p, equivalence_p in zip(
+        comparisons, judged, p_adjusted, equivalence_p_adjusted, strict=True
+    ):
+        found = verdict(
+            comparison,
+            p_adjusted=float(p),
+            equivalence_p_adjusted=float(equivalence_p),
+            family=family,
+            expected_sign=expected_sign,
+            unit=unit,
+        )
+        rows.append(
+            [
+                *(label if triples else (label,)),
+                *(getattr(comparison, figure) for figure in FIGURES),
+                p,
+                equivalence_p,
+                str(found.outcome),
+                found.sentence,
+                found.seeds_needed,
+            ]
+        )
+    columns = [*label_columns, *FIGURES, "p_adjusted", "equivalence_p_adjusted"]
+    return pd.DataFrame(rows, columns=[*columns, "verdict", "sentence", "seeds_needed"])
+
+
+def compare_all(
+    runs: pd.DataFrame,
+    *,
+    value: str,
+    variant: str,
+    pairs: Iterable[tuple[Hashable, Hashable]],
+    within: str | None = None,
+    seed: str = "seed",
+    margin: float = 0.1,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    expected_sign: int = 1,
+    unit: str = "",
+) -> pd.DataFrame:
+    """`compare` and `judge` in one: the pairs asked for are the family. See there."""
+    comparisons = compare(
+        runs,
+        value=value,
+        variant=variant,
+        pairs=pairs,
+        within=within,
+        seed=seed,
+        margin=margin,
+        alpha=alpha,
+        power=power,
+    )
+    return judge(comparisons, expected_sign=expected_sign, unit=unit)
+
+
+# --- compute to a target --------------------------------------------------------------------------
+
+
+def to_target(loss_by_compute: pd.DataFrame, target: float) -> float | None:
+    """The compute at which the loss first comes down to the target.
+
+    Args:
+        loss_by_compute: columns `compute` (cumulative, over all phases: tokens, floating-point
+            operations or seconds) and `loss` (nats per token), in any order of rows. Rows that are
+            not finite are ignored.
+        target: loss in nats per token.
+
+    Returns:
+        compute in its own unit, linearly interpolated between the two measurements around the
+        first crossing; the first measurement's if that is already there, for what came before it
+        is not known; None if the target is never reached.
+    """
+    curve = loss_by_compute[["compute", "loss"]].astype(float)
+    curve = curve.loc[np.isfinite(curve.to_numpy()).all(axis=1)]
+    curve = curve.sort_values(by="compute", kind="stable")
+    compute, loss = curve["compute"].to_numpy(), curve["loss"].to_numpy()
+    reached = np.flatnonzero(loss <= target)
+    if not len(reached):
+        return None
+    at = reached[0]
+    if at == 0:
+        return float(compute[0])
+    share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
+    return float(compute[at - 1] + share * (compute[at] - compute[at - 1]))
+
+
+def speed_up(
+    baseline: pd.DataFrame, grown: pd.DataFrame, target: float | None = None
+) -> float | None:
+    """Speed-up of growing: compute of the baseline / compute of the grown model to one loss, - 1.
+
+    As defined by Du et al. (2024), "Stacking Your Transformers": FLOPs_scratch / FLOPs_grown - 1 at
+    equal loss, following the comparison of cost at equal quality of Gong et al. (2019), "Efficient
+    Training of BERT by Progressively Stacking". 0.5 means that the baseline takes half as much
+    again; below 0, growing was slower. The grown model's compute counts all its phases.
+
+    Args:
+        baseline, grown: curves as for `to_target`.
+        target: loss in nats per token; by default the lowest that the baseline reached.
+
+    Returns:
+        the share; None if one of the two never reaches the target.
+    """
+    if target is None:
+        losses = baseline["loss"].to_numpy(dtype=float)
+        losses = losses[np.isfinite(losses)]
+        if not len(losses):
+            return None
+        target = float(losses.min())
+    base, own = to_target(baseline, target), to_target(grown, target)
+    if base is None or own is None or own == 0:
+        return None
+    return base / own - 1
