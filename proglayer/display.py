@@ -113,7 +113,9 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
     def epoch(self, metrics: EpochMetrics, best: EpochMetrics, reused: bool) -> None:
         """An epoch is done or was read from the store."""
         self._said = time.monotonic()
-        source = "stored" if reused else f"{metrics.train_seconds + metrics.evaluation_seconds:.1f} s"
+        source = (
+            "stored" if reused else f"{metrics.train_seconds + metrics.evaluation_seconds:.1f} s"
+        )
         star = " *" if best.epoch == metrics.epoch else ""
         self.note(
             f"  epoch {metrics.epoch:>2}  train loss {metrics.train_loss:.4f}  "

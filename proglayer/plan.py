@@ -174,7 +174,12 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
     vocab_size = _padded(config, vocab_size)
     model = config.model
     architecture = Architecture(
-        vocab_size, model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps
+        vocab_size,
+        model.dim,
+        model.num_heads,
+        model.ffn_multiple,
+        model.rotary_base,
+        model.norm_eps,
     )
     return tuple(_phases(config, architecture))
 
@@ -246,7 +251,9 @@ def _phases(config: Config, architecture: Architecture) -> Iterator[Phase]:
                 new_layers=new_layers,
                 trained_layers=tuple(sorted((*new_layers, *thawed))),
                 exit_weights=_exit_weights(config, layers),
-                rates=_grown_rates(config, bool(new_layers), bool(thawed), step.embedding, step.head),
+                rates=_grown_rates(
+                    config, bool(new_layers), bool(thawed), step.embedding, step.head
+                ),
                 **_common(config, config.phase.grown),
             )
 
@@ -377,7 +384,9 @@ def evaluation_flops(phase: Phase, seq_len: int, validation_windows: int) -> Flo
     """Operations of one evaluation at the last exit: the forward products."""
     tokens = validation_windows * seq_len
     dim = phase.architecture.dim
-    layer = 2 * tokens * (layer_parameters(phase.architecture) - 2 * dim) + 4 * tokens * seq_len * dim
+    layer = (
+        2 * tokens * (layer_parameters(phase.architecture) - 2 * dim) + 4 * tokens * seq_len * dim
+    )
     return Flops(head=2 * tokens * phase.architecture.vocab_size * dim, body=layer * phase.layers)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,11 @@ class Watch:
 
 @dataclass
 class Work:
-    """What a trajectory cost this process: epochs trained, epochs read, seconds spent waiting."""
+    """What a trajectory cost this process: the epochs it trained for the first time, how many it
+    trained again on the way to others, and the seconds it waited for another process.
+    """
 
-    epochs_trained: int = 0
+    trained: set[int] = field(default_factory=set)
     epochs_replayed: int = 0
     waited_seconds: float = 0.0
 
@@ -238,7 +240,7 @@ class Trajectory:
                         evaluation_seconds=evaluation_seconds,
                     )
                 )
-                self.work.epochs_trained += 1
+                self.work.trained.add(number)
             self._keep_best(training)
         return training
 

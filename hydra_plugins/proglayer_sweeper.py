@@ -1,0 +1,43 @@
+"""Where Hydra looks for plugins: its name for the sweeper, which lives in `proglayer.sweep`.
+
+Hydra imports this module at every start, so nothing heavy is imported at its top.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+
+
+@dataclass
+class ProglayerSweeperConf:
+    """Hydra's basic sweeper with its grammar, and `pairs`: keys whose values go together."""
+
+    _target_: str = "hydra_plugins.proglayer_sweeper.ProglayerSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+    pairs: list[list[str]] = field(default_factory=list)
+
+
+class ProglayerSweeper(BasicSweeper):
+    """Checks every job before the first starts, launches what is distinct first, sums up."""
+
+    def __init__(
+        self,
+        max_batch_size: int | None,
+        params: dict[str, str] | None = None,
+        pairs: list[list[str]] | None = None,
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        self.pairs = [list(group) for group in pairs or []]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from proglayer.sweep import sweep
+
+        return sweep(self, arguments)
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="proglayer", node=ProglayerSweeperConf, provider="proglayer"
+)

@@ -1,0 +1,169 @@
+"""Between Hydra and a run: what train.py does with a job, and with errors on the way to one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
+from proglayer.record import RECORD_FORMAT, Status, read_result, write_result
+from proglayer.stages import StoreError
+
+log = logging.getLogger(__name__)
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def run_job(settings: DictConfig) -> float | None:
+    """Run or plan one job of Hydra's. Gives its objective, None where there is none.
+
+    A single run that fails ends the process with status 1, an interrupted one with 130. In a
+    sweep a failed job is in its record, and the sweep goes on.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    single = hydra.mode is not RunMode.MULTIRUN
+    try:
+        config = to_config(settings)
+        if config.plan:
+            print_plan(config)
+            _leave_nothing(folder)
+            return None
+        if not single and config.on_error is OnError.stop and (name := _failed_beside(folder)):
+            _record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
+            return None
+        from proglayer.experiment import run
+
+        config = replace(config, threads=config.threads or _threads_per_job(hydra))
+        choices = {
+            group: str(choice)
+            for group, choice in hydra.runtime.choices.items()
+            if choice is not None and not group.startswith("hydra")
+        }
+        outcome = run(config, folder, list(hydra.overrides.task), choices)
+    except (ConfigError, StoreError) as error:
+        if single:
+            _leave_nothing(folder)
+            fail(str(error).splitlines())
+        _record_unstarted(folder, Status.failed, str(error))
+        return None
+    if outcome.status is Status.interrupted:
+        raise KeyboardInterrupt
+    if outcome.status is Status.failed and single:
+        sys.exit(FAILED)
+    return outcome.objective
+
+
+def print_plan(config: Config) -> None:
+    """Print a run's phases and what they cost."""
+    from proglayer.corpus import open_corpus
+    from proglayer.display import console, plan_table
+    from proglayer.plan import plan
+
+    corpus = open_corpus(config.data)
+    windows = len(corpus.train), len(corpus.validation)
+    phases = plan(config, corpus.vocab_size)
+    console().print(plan_table(phases, config.data.seq_len, *windows, "plan"))
+
+
+@contextlib.contextmanager
+def explain_errors() -> Iterator[None]:
+    """Turn errors that a user can cure into plain lines on stderr and an exit status of 1.
+
+    With HYDRA_FULL_ERROR=1 in the environment everything is raised as it is.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        yield
+        return
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Hydra prints errors its own way unless it is asked to raise them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error).splitlines())
+    except (HydraException, OmegaConfBaseException) as error:
+        fail([_in_one_line(error)])
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def fail(lines: list[str]) -> NoReturn:
+    """Print each line as an error and end the process."""
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(FAILED)
+
+
+def _in_one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf said, with the nearest setting where a name is unknown."""
+    whole = f"{error}\n{error.__cause__ or ''}"
+    first = " ".join(str(error).split("\n")[0].split())
+    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
+    unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
+    if unknown:
+        name = unknown.group(2)
+        near = nearest_setting(name)
+        return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+    return first
+
+
+def _failed_beside(folder: Path) -> str | None:
+    """The name of a job of the same sweep that failed, if one did."""
+    for sibling in sorted(folder.parent.iterdir()):
+        with contextlib.suppress(ValueError):
+            result = read_result(sibling) if sibling.is_dir() else None
+            if result is not None and result["status"] == Status.failed:
+                return sibling.name
+    return None
+
+
+def _record_unstarted(folder: Path, status: Status, reason: str) -> None:
+    """The record of a job that ended before its first phase."""
+    log.error("%s", reason)
+    write_result(
+        folder,
+        {
+            "format": RECORD_FORMAT,
+            "status": status.value,
+            "reason": reason,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "phases": [],
+        },
+    )
+
+
+def _threads_per_job(hydra: Any) -> int | None:
+    """The cores shared out between the jobs that the launcher runs at once; None: not known."""
+    jobs = hydra.launcher.get("n_jobs") if hydra.mode is RunMode.MULTIRUN else None
+    if not jobs:
+        return None
+    cores = os.cpu_count() or 1
+    return max(1, cores // (jobs if jobs > 0 else cores))
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take away what Hydra made for a run that was not started."""
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    for log_file in folder.glob("*.log"):
+        log_file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,324 @@
+"""A run, from its settings to its record: the only module that knows all the others."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from proglayer import machine
+from proglayer.config import Config, ConfigError, stages_dir, to_plain
+from proglayer.corpus import Corpus, open_corpus
+from proglayer.display import RunDisplay
+from proglayer.growth import build, grow
+from proglayer.model import Transformer
+from proglayer.plan import Phase, parameter_counts, plan, training_flops
+from proglayer.record import (
+    RECORD_FORMAT,
+    WEIGHTS,
+    Status,
+    changes,
+    write_metrics,
+    write_result,
+)
+from proglayer.stages import StoreError
+from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Stopped, follow, perplexity
+from proglayer.trajectory import Interrupted, Trajectory, Watch
+
+log = logging.getLogger(__name__)
+
+# What a user can cure is told in one line; anything else is a fault of ours, with its traceback.
+EXPECTED = (ConfigError, StoreError, Diverged)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its record, and the validation loss of its last phase if it got there."""
+
+    status: Status
+    result: dict[str, Any]
+    objective: float | None
+
+
+def run(
+    config: Config,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    choices: dict[str, str] | None = None,
+) -> Outcome:
+    """Walk the plan of `config`, phase by phase, and leave its record in `folder`.
+
+    `overrides` and `choices` (the group options) are recorded as given. What goes wrong once the
+    first phase began is in the record, not raised; ConfigError before that is raised, and then
+    nothing is written.
+    """
+    started = time.perf_counter()
+    with machine.switches(config.threads), machine.StopSignals() as signals:
+        device = machine.pick_device(config.device)
+        corpus = open_corpus(config.data, log.info)
+        phases = plan(config, corpus.vocab_size)
+        for phase in phases:
+            phase.windows(len(corpus.train))
+        here = machine.describe_machine(device)
+        result: dict[str, Any] = {
+            "format": RECORD_FORMAT,
+            "status": None,
+            "reason": None,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "overrides": list(overrides),
+            "choices": choices or {},
+            "seed": config.seed,
+            "config": to_plain(config),
+            "environment": machine.environment(),
+            "machine": asdict(here),
+            "git": machine.git_state(),
+            "corpus": {
+                "name": corpus.name,
+                "fingerprint": corpus.fingerprint,
+                "vocab_size": corpus.vocab_size,
+                "seq_len": config.data.seq_len,
+                "train_windows": len(corpus.train),
+                "validation_windows": len(corpus.validation),
+            },
+            "phases": [],
+        }
+        store = Path(stages_dir(config)) if config.reuse else folder / "stages"
+        status, objective = Status.completed, None
+        with RunDisplay(len(phases)) as display:
+            walk = Walk(config, corpus, phases, device, here, store, folder, signals, display)
+            try:
+                objective = walk.through(result["phases"])
+                result["changes"] = changes(result["phases"])
+            except Interrupted as stop:
+                status, result["reason"] = Status.interrupted, str(stop)
+                display.note(f"{stop}; the same command goes on from here")
+            except EXPECTED as error:
+                status, result["reason"] = Status.failed, str(error)
+                log.error("%s", error)
+            except Exception as error:
+                status = Status.failed
+                result["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                result["traceback"] = traceback.format_exc()
+                log.exception("the run failed")
+        result["status"] = status.value
+        result["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        result["seconds"] = time.perf_counter() - started
+        result["objective"] = objective
+        write_result(folder, result)
+        if not config.reuse and status is Status.completed:
+            shutil.rmtree(store, ignore_errors=True)
+    return Outcome(status, result, objective)
+
+
+class Walk:
+    """One walk through a plan: each phase starts from the selected epoch of the one before."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        phases: tuple[Phase, ...],
+        device: torch.device,
+        here: Any,
+        store: Path,
+        folder: Path,
+        signals: machine.StopSignals,
+        display: RunDisplay,
+    ) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.phases = phases
+        self.device = device
+        self.here = here
+        self.store = store
+        self.folder = folder
+        self.display = display
+        self.watch = Watch(signals.received, display.step, display.note)
+        self.metrics_rows: list[dict[str, Any]] = []
+
+    def through(self, records: list[dict[str, Any]]) -> float:
+        """Train or read every phase, adding to `records`; gives the last validation loss."""
+        loss = float("nan")
+        previous: tuple[Trajectory, int] | None = None
+        for phase in self.phases:
+            trajectory = Trajectory(
+                store=self.store,
+                parent=(previous[0].key, previous[1]) if previous else None,
+                start=functools.partial(starting_model, phase, previous),
+                phase=phase,
+                corpus=self.corpus,
+                device=self.device,
+                machine=self.here,
+                checkpoint_every_s=self.config.checkpoint_every_s,
+                watch=self.watch,
+            )
+            machine.reset_peak_memory(self.device)
+            self.display.phase(phase)
+            with trajectory:
+                try:
+                    stopped = follow(
+                        phase.stop,
+                        trajectory.epochs(),
+                        functools.partial(self._show, phase, trajectory),
+                    )
+                    exits = trajectory.finish(stopped.best.epoch)
+                except Diverged:
+                    self._keep_last_good(trajectory, previous)
+                    raise
+                records.append(self._phase_record(phase, trajectory, stopped, exits))
+            previous = (trajectory, stopped.best.epoch)
+            loss = stopped.best.validation_loss
+        assert previous is not None
+        self._keep_weights(*previous)
+        return loss
+
+    def _show(
+        self, phase: Phase, trajectory: Trajectory, metrics: EpochMetrics, best: EpochMetrics
+    ) -> None:
+        reused = metrics.epoch not in trajectory.work.trained
+        self.display.epoch(metrics, best, reused)
+        if best.epoch == metrics.epoch:
+            for row in self.metrics_rows:
+                row["best"] = row["best"] and row["phase"] != phase.index + 1
+        self.metrics_rows.append(
+            {
+                "phase": phase.index + 1,
+                "layers": phase.layers,
+                "epoch": metrics.epoch,
+                "train_loss": metrics.train_loss,
+                "validation_loss": metrics.validation_loss,
+                "validation_perplexity": metrics.validation_perplexity,
+                "validation_accuracy_percent": 100 * metrics.validation_accuracy,
+                "train_tokens": metrics.train_tokens,
+                "train_seconds": round(metrics.train_seconds, 3),
+                "evaluation_seconds": round(metrics.evaluation_seconds, 3),
+                "best": best.epoch == metrics.epoch,
+                "reused": reused,
+            }
+        )
+        write_metrics(self.folder, self.metrics_rows)
+
+    def _phase_record(
+        self, phase: Phase, trajectory: Trajectory, stopped: Stopped, exits: list[ExitMetrics]
+    ) -> dict[str, Any]:
+        counts = parameter_counts(phase)
+        flops = training_flops(phase, self.config.data.seq_len, len(self.corpus.train))
+        train_seconds = sum(epoch.train_seconds for epoch in stopped.epochs)
+        evaluation_seconds = sum(epoch.evaluation_seconds for epoch in stopped.epochs)
+        tokens = sum(epoch.train_tokens for epoch in stopped.epochs)
+        reused = [epoch for epoch in stopped.epochs if epoch.epoch not in trajectory.work.trained]
+        return {
+            "index": phase.index,
+            "name": phase.name,
+            "layers": phase.layers,
+            "new_layers": list(phase.new_layers) if phase.index else [],
+            "parameters_total": counts.total,
+            "parameters_trainable": counts.trainable,
+            "frozen": list(phase.frozen),
+            "rates": asdict(phase.rates),
+            "exit_weights": list(phase.exit_weights),
+            "stage": trajectory.key,
+            "epochs": len(stopped.epochs),
+            "best_epoch": stopped.best.epoch,
+            "stopped": stopped.reason,
+            "best": {
+                "train_loss": stopped.best.train_loss,
+                "validation_loss": stopped.best.validation_loss,
+                "validation_perplexity": stopped.best.validation_perplexity,
+                "validation_accuracy_percent": 100 * stopped.best.validation_accuracy,
+            },
+            "exits": [
+                {
+                    "layer": exit.exit + 1,
+                    "validation_loss": exit.loss,
+                    "validation_perplexity": perplexity(exit.loss),
+                    "validation_accuracy_percent": 100 * exit.accuracy,
+                }
+                for exit in exits
+            ],
+            "train_tokens": tokens,
+            "train_flops_head": flops.head * len(stopped.epochs),
+            "train_flops_body": flops.body * len(stopped.epochs),
+            "train_seconds": train_seconds,
+            "evaluation_seconds": evaluation_seconds,
+            "tokens_per_second": tokens / train_seconds if train_seconds else None,
+            "work": {
+                "epochs_trained": len(trajectory.work.trained),
+                "epochs_replayed": trajectory.work.epochs_replayed,
+                "epochs_reused": len(reused),
+                "seconds_saved": sum(e.train_seconds + e.evaluation_seconds for e in reused),
+                "seconds_waited": trajectory.work.waited_seconds,
+                "peak_memory_mb": machine.peak_memory_mb(self.device),
+            },
+        }
+
+    def _keep_weights(self, trajectory: Trajectory, epoch: int) -> None:
+        """Put the model after `epoch` into the run's folder: a hard link where that can be had."""
+        stored = trajectory.weights_path(epoch)
+        if stored is None:
+            return
+        final = self.folder / WEIGHTS
+        final.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.link(stored, final)
+            return
+        try:
+            shutil.copyfile(stored, final)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {final} ({error.strerror}): make room, or set hydra.run.dir"
+            ) from error
+
+    def _keep_last_good(
+        self, trajectory: Trajectory, previous: tuple[Trajectory, int] | None
+    ) -> None:
+        """After a divergence: the best epoch so far of this phase, else what it started from."""
+        best = trajectory.best_recorded()
+        if best is not None:
+            trajectory.finish(best)
+            self._keep_weights(trajectory, best)
+        elif previous is not None:
+            self._keep_weights(*previous)
+
+
+def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Transformer:
+    """The model that `phase` begins with: untrained, or the phase before's selected epoch, grown."""
+    if previous is None:
+        return build(phase)
+    trajectory, epoch = previous
+    before = trajectory.phase
+    with torch.device("meta"):
+        model = Transformer(layers=before.layers, **asdict(before.architecture))
+    with trajectory:
+        model.load_state_dict(trajectory.weights(epoch), assign=True)
+    return grow(model, phase)
+
+
+def load_run(folder: str | Path) -> Transformer:
+    """The model that a run left in its folder, on the CPU, ready to evaluate.
+
+    Raises FileNotFoundError where the run left none.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: did the run complete?")
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    with torch.device("meta"):
+        model = Transformer(layers=int(metadata["layers"]), **json.loads(metadata["architecture"]))
+    model.load_state_dict(safetensors.torch.load_file(path), assign=True)
+    return model.eval()

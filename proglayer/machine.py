@@ -1,0 +1,159 @@
+"""The machine a run is on: which device, what it is called, and switches that end with the run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proglayer.config import ConfigError, Device
+from proglayer.trajectory import Machine
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+def pick_device(wanted: Device) -> torch.device:
+    """The device that the setting means here. Raises ConfigError for one that is not there."""
+    available = {
+        Device.cuda: torch.cuda.is_available(),
+        Device.mps: torch.backends.mps.is_available(),
+        Device.cpu: True,
+    }
+    if wanted is Device.auto:
+        return torch.device(next(device.name for device, there in available.items() if there))
+    if not available[wanted]:
+        there = ", ".join(device.name for device, is_there in available.items() if is_there)
+        raise ConfigError(f"device={wanted.name} is not available here: take auto or {there}")
+    return torch.device(wanted.name)
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """What results depend on here, bit for bit; read it inside `switches`."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    return Machine(device.type, name, torch.get_num_threads(), torch.__version__)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and place, for the record."""
+    from proglayer import __version__
+
+    return {
+        "proglayer": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cores": os.cpu_count(),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether files differ from it, of the checkout this package lies in."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+
+    try:
+        tracked = git("ls-files", "--", str(folder)).strip()
+        if not tracked:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@contextlib.contextmanager
+def switches(threads: int | None) -> Iterator[None]:
+    """Set what PyTorch holds process-wide for one run, and put it back: jobs can share a process."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
+    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of ending at once.
+
+    A second one acts as it would have without this. Outside the main thread nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in STOP_SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def received(self) -> str | None:
+        """The name of the signal that asked to stop, if one did."""
+        return self._received
+
+    def _note(self, number: int, _: object) -> None:
+        self._received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start counting peak memory anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float]:
+    """Peak resident memory of the process in MB (10^6 bytes), and of the GPU where there is one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bytes_each = 1 if sys.platform == "darwin" else 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak, bytes_each = int(line.split()[1]), 1024
+    memory = {"process": round(peak * bytes_each / 1e6, 1)}
+    if device.type == "cuda":
+        memory["device"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    return memory
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

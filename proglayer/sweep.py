@@ -1,0 +1,227 @@
+"""A sweep: every job checked first, what is distinct launched first, and a table at the end.
+
+Jobs of a sweep share phases. They meet in the store, so any order is right; this order keeps
+workers from waiting for each other: one job for each distinct first phase comes first, then one
+for each distinct second phase that builds on them, and so on (breadth first over the tree that
+the jobs' plans form), and the jobs that only read what those have trained come last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from proglayer.config import Config, ConfigError, short_hash, to_config, to_plain
+from proglayer.corpus import open_corpus
+from proglayer.display import console, plan_table
+from proglayer.plan import Phase, StoppingRule, plan
+from proglayer.record import Status, read_result
+
+if TYPE_CHECKING:
+    from hydra_plugins.proglayer_sweeper import ProglayerSweeper
+
+log = logging.getLogger(__name__)
+
+JOBS = "jobs.json"
+ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep. `folder` is its name in the sweep's: its number and a short hash."""
+
+    folder: str
+    overrides: tuple[str, ...]
+    config: Config
+    phases: tuple[Phase, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.folder}: {' '.join(self.overrides)}"
+
+
+def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
+    """Check, plan, launch and sum up the jobs that `arguments` span.
+
+    Raises ConfigError with every problem of every job before anything is launched. Ends the
+    process with status 1 if a job failed, after the table of all jobs.
+    """
+    assert sweeper.config is not None
+    assert sweeper.hydra_context is not None
+    assert sweeper.launcher is not None
+    jobs, windows = check(sweeper, expand(sweeper, arguments))
+    if jobs[0].config.plan:
+        for job in jobs:
+            table = plan_table(job.phases, job.config.data.seq_len, *windows[job.folder], job.title)
+            console().print(table)
+        return []
+
+    folder = Path(sweeper.config.hydra.sweep.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(sweeper.config, folder / "multirun.yaml")
+        listing = [{"folder": job.folder, "overrides": list(job.overrides)} for job in jobs]
+        (folder / JOBS).write_text(json.dumps(listing, indent=1))
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
+        ) from error
+    waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
+    print_plan(jobs, waiting, folder)
+    returns = []
+    try:
+        size = sweeper.max_batch_size or len(waiting) or 1
+        for start in range(0, len(waiting), size):
+            batch = [
+                [*job.overrides, f"hydra.sweep.subdir={job.folder}"]
+                for job in waiting[start : start + size]
+            ]
+            returns.append(sweeper.launcher.launch(batch, initial_job_idx=start))
+    finally:
+        failed = summarize(folder)
+    for batch in returns:
+        for job_return in batch:
+            _ = job_return.return_value  # raises what a job could not record
+    if failed:
+        sys.exit(1)
+    return returns
+
+
+def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each job: the product of all swept values, paired keys moving together.
+
+    Raises ConfigError for pairs of unequal length or of keys that are not swept.
+    """
+    assert sweeper.hydra_context is not None
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    given = [f"{key}={value}" for key, value in sweeper.params.items()] + list(arguments)
+    axes: dict[str, list[str]] = {}
+    for override in parser.parse_overrides(given):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise ConfigError(
+                    f"{override.input_line}: this sweeper takes lists, range and glob"
+                )
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+    products: list[list[tuple[str, ...]]] = []
+    paired: dict[str, list[str]] = {}
+    for group in sweeper.pairs:
+        for key in group:
+            if key not in axes:
+                raise ConfigError(f"hydra.sweeper.pairs names {key}, which has no values here")
+            paired[key] = group
+        lengths = {key: len(axes[key]) for key in group}
+        if len(set(lengths.values())) > 1:
+            text = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            raise ConfigError(f"hydra.sweeper.pairs need as many values each: {text}")
+    for key, values in axes.items():
+        group = paired.get(key)
+        if group is None:
+            products.append([(value,) for value in values])
+        elif key == group[0]:
+            products.append(list(zip(*(axes[name] for name in group), strict=True)))
+    return [tuple(itertools.chain(*choice)) for choice in itertools.product(*products)]
+
+
+def check(
+    sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]
+) -> tuple[list[Job], dict[str, tuple[int, int]]]:
+    """Compose and plan every job, opening each corpus once; also gives each job's numbers of
+    training and validation windows. Raises ConfigError with the problems of all of them.
+    """
+    assert sweeper.hydra_context is not None and sweeper.config is not None
+    loader = sweeper.hydra_context.config_loader
+    jobs: list[Job] = []
+    windows: dict[str, tuple[int, int]] = {}
+    problems: dict[str, str] = {}
+    corpora: dict[Any, Any] = {}
+    for number, overrides in enumerate(all_overrides):
+        text = " ".join(o for o in overrides if not o.lstrip("+~").startswith("hydra."))
+        try:
+            config = to_config(loader.load_sweep_config(sweeper.config, list(overrides)))
+            if config.data not in corpora:
+                corpora[config.data] = open_corpus(config.data, log.info)
+            corpus = corpora[config.data]
+            phases = plan(config, corpus.vocab_size)
+            for phase in phases:
+                phase.windows(len(corpus.train))
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                problems.setdefault(line, text)
+            continue
+        job = Job(f"{number}_{short_hash(text)}", overrides, config, phases)
+        windows[job.folder] = len(corpus.train), len(corpus.validation)
+        jobs.append(job)
+    if problems:
+        raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
+    return jobs, windows
+
+
+def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs so that what is distinct starts first: see the module's beginning."""
+    order: list[Job] = []
+    covered: set[tuple[Any, ...]] = set()
+    for depth in range(1, 1 + max(len(job.phases) for job in jobs)):
+        for job in jobs:
+            prefix = _prefix(job, depth)
+            if prefix not in covered and len(job.phases) >= depth:
+                if job not in order:
+                    order.append(job)
+                covered |= {_prefix(job, d) for d in range(1, len(job.phases) + 1)}
+    return order + [job for job in jobs if job not in order]
+
+
+def distinct_phases(jobs: Sequence[Job]) -> int:
+    """How many different phases the jobs have between them; a longer patience is no other phase."""
+    return len({_prefix(job, d) for job in jobs for d in range(1, len(job.phases) + 1)})
+
+
+def print_plan(jobs: Sequence[Job], waiting: Sequence[Job], folder: Path) -> None:
+    """Say what the sweep is about to do."""
+    phases = sum(len(job.phases) for job in jobs)
+    console().print(
+        f"{len(jobs)} jobs with {phases} phases, {distinct_phases(jobs)} of them distinct; "
+        f"{len(jobs) - len(waiting)} finished before; in {folder}",
+        markup=False,
+    )
+
+
+def summarize(folder: Path) -> bool:
+    """Print the table of a sweep's jobs; True if any of them failed."""
+    from proglayer.results import print_summary
+
+    return print_summary(folder)
+
+
+def _prefix(job: Job, depth: int) -> tuple[Any, ...]:
+    """What the first `depth` phases of a job are, for comparing jobs.
+
+    The last one's stopping rule is left out, since it only reads its trajectory.
+    """
+    *before, last = job.phases[:depth]
+    return (job.config.data, job.config.device, *before, replace(last, stop=ANY_STOP))
+
+
+def _completed(folder: Path, job: Job) -> bool:
+    """Whether the folder holds a completed run of this very job."""
+    try:
+        result = read_result(folder)
+    except ValueError:
+        return False
+    return (
+        result is not None
+        and result["status"] == Status.completed
+        and result["config"] == to_plain(job.config)
+    )

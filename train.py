@@ -1,0 +1,25 @@
+"""The entry point: settings in, a run (or, with -m, a sweep of runs) out.
+
+python train.py --help
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from proglayer.config import register
+from proglayer.entrance import explain_errors
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(settings: DictConfig) -> float | None:
+    """One job. Gives the validation loss of the last phase, for sweepers that optimise."""
+    from proglayer.entrance import run_job
+
+    return run_job(settings)
+
+
+if __name__ == "__main__":
+    with explain_errors():
+        main()
