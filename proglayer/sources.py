@@ -1,0 +1,686 @@
+"""Where text comes from: the documentation of Python, local files, data sets.
+
+Every source gives the same thing, a `TextSource`: pieces of text for "train" and for "validation",
+and a key that tells one text from another. How text becomes words is `corpus`'s business; it only
+splits on white space, so a source may cut its text at any white space, and nowhere else.
+
+Data sets are loaded with the `datasets` library, imported when the text is needed and not before.
+Plain text files are read here: its "text" builder would copy them to Arrow first, and can't say at
+which byte a file stops being UTF-8.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import glob
+import hashlib
+import os
+import platform
+import re
+import ssl
+import sys
+import sysconfig
+import tokenize
+import warnings
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from proglayer.config import ConfigError, DataConfig, DataSource
+
+# Part of the key of pydocs: raise it when other text is taken from the standard library.
+PYDOCS_FORMAT = 1
+# Folders within the standard library that say little about it, or belong to other people.
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "turtledemo", "_bundled"}
+SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
+
+# What a split is called in the file names of the WikiText releases.
+RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
+
+# Files are read in pieces of this size, which bounds the memory they take.
+PIECE_BYTES = 2**20
+SECONDS_FOR_HUB = 5.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text before it is cut into words.
+
+    `key`, plain data, is equal where the text is equal and is had without loading the text;
+    `pieces` gives the text of "train" or "validation", cut at white space only, and may use the
+    folder it is given, which is deleted afterwards. `label` names the text as the user did, and
+    `more` says, per split, what to set for more of it; both are for error messages.
+    """
+
+    name: str
+    label: str
+    key: dict[str, Any]
+    pieces: Callable[[str, Path], Iterable[str]]
+    more: dict[str, str]
+
+
+def open_source(data: DataConfig) -> TextSource:
+    """The text that `data` names.
+
+    Raises ConfigError where it can't be found, or a setting is not for this kind of source. What
+    goes wrong while reading is a ConfigError of `pieces`.
+    """
+    data_sets = {DataSource.wikitext2, DataSource.hub}
+    readers = {
+        "path": data_sets,
+        "files": {DataSource.text},
+        "repository": data_sets,
+        "configuration": data_sets,
+        "revision": data_sets,
+    }
+    for setting, sources in readers.items():
+        if getattr(data, setting) and data.source not in sources:
+            wanted = " or ".join(
+                f"data={source.name}" for source in DataSource if source in sources
+            )
+            raise ConfigError(
+                f"data.{setting}={getattr(data, setting)} is not for data={data.source.name}: "
+                f"it needs {wanted}"
+            )
+    if data.source is DataSource.pydocs:
+        return _pydocs(data)
+    if data.source is DataSource.text:
+        return _text(data)
+    return _data_set(data)
+
+
+# ---------------------------------------------------------------------------------------------
+# pydocs: the English that every Python carries
+
+
+def _pydocs(data: DataConfig) -> TextSource:
+    # sys.version names the build as well, because distributions change their standard library.
+    key = {
+        "source": "pydocs",
+        "format": PYDOCS_FORMAT,
+        "implementation": platform.python_implementation(),
+        "version": sys.version,
+        "held_out": data.held_out,
+    }
+
+    @cache
+    def shuffled() -> list[tuple[str, str]]:
+        # The order is drawn from the names, so the first windows are a fair sample of the whole
+        # and not its modules from a to f.
+        return sorted(pydocs(), key=lambda d: hashlib.sha256(d[0].encode()).digest())
+
+    def pieces(split: str, scratch: Path) -> Iterator[str]:
+        documents = shuffled()
+        ends = list(accumulate(len(text) for _, text in documents))
+        kept = bisect(ends, (1 - data.held_out) * ends[-1])
+        for _, text in documents[:kept] if split == "train" else documents[kept:]:
+            yield text + "\n"
+
+    return TextSource(
+        name="pydocs",
+        label=f"the documentation of Python {platform.python_version()}",
+        key=key,
+        pieces=pieces,
+        more={
+            "train": "take a smaller data.held_out, or another corpus (data=wikitext2, data=text)",
+            "validation": "take a larger data.held_out, or another corpus",
+        },
+    )
+
+
+def pydocs() -> list[tuple[str, str]]:
+    """Name and text of each document: a module's docstrings, or a topic of Python's help().
+
+    The modules are parsed, never imported. Sorted by name; the same for the same Python.
+    Raises ConfigError if this Python came without the source of its library, or without the topics.
+    """
+    instead = "choose another corpus, for example data=text 'data.files=[notes/*.txt]'"
+    folder = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    if folder.is_dir():
+        for name, path in _modules(folder):
+            text = "\n\n".join(_docstrings(_parsed(path)))
+            if text:
+                documents.append((name, text))
+    if not documents:
+        raise ConfigError(
+            f"data=pydocs: this Python has no source files of its library in {folder}: {instead}"
+        )
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ConfigError(
+            f"data=pydocs: this Python came without pydoc_data.topics: {instead}"
+        ) from error
+    documents += [(f"pydoc_data.topics:{name}", text) for name, text in topics.items()]
+    return sorted(documents)
+
+
+def _modules(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of every module below `folder`."""
+    for path in folder.iterdir():
+        if path.suffix == ".py" and path.is_file():
+            yield package + path.stem, path
+        elif path.name.isidentifier() and path.name not in SKIPPED_FOLDERS and path.is_dir():
+            yield from _modules(path, f"{package}{path.name}.")
+
+
+def _parsed(path: Path) -> ast.Module:
+    """The syntax tree of a source file; an empty one if it isn't in this Python's syntax."""
+    try:
+        with warnings.catch_warnings(), tokenize.open(path) as file:
+            warnings.simplefilter("ignore")  # invalid escapes, in a library that isn't ours
+            return ast.parse(file.read())
+    except (SyntaxError, UnicodeDecodeError):
+        return ast.Module(body=[], type_ignores=[])
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Docstrings of a module, its classes and functions, in the order of the source."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        text = ast.get_docstring(node)
+        if text:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _docstrings(child)
+
+
+# ---------------------------------------------------------------------------------------------
+# text: local files
+
+
+def _text(data: DataConfig) -> TextSource:
+    paths = _matching_files(data.files)
+    digests = [_file_sha256(path, "data.files") for path in paths]
+
+    def pieces(split: str, scratch: Path) -> Iterator[str]:
+        for path in paths:
+            cut = _held_out_from(path, data.held_out)
+            start, end = (0, cut) if split == "train" else (cut, path.stat().st_size)
+            yield from _file_pieces(path, start, end, "data.files")
+
+    return TextSource(
+        name="text",
+        label=f"data.files ({len(paths)} file{'s' if len(paths) > 1 else ''})",
+        key={"source": "text", "files": digests, "held_out": data.held_out},
+        pieces=pieces,
+        more={
+            "train": "give data.files more text, or take a smaller data.held_out",
+            "validation": "give data.files more text, or take a larger data.held_out",
+        },
+    )
+
+
+def _matching_files(patterns: Iterable[str]) -> list[Path]:
+    """The files that names and globs stand for, each once, in the order of their names."""
+    found: set[str] = set()
+    for pattern in patterns:
+        wanted = os.path.expanduser(pattern)
+        # A name that exists means itself, even with brackets in it.
+        matches = [wanted] if os.path.exists(wanted) else glob.glob(wanted, recursive=True)
+        files = [match for match in matches if not os.path.isdir(match)]
+        if matches and not files:
+            raise ConfigError(
+                f"data.files={pattern} is a folder: name the files in it, for example "
+                f"'data.files=[{pattern.rstrip('/')}/*.txt]'"
+            )
+        if not files:
+            raise ConfigError(f"data.files={pattern}: there is no such file in {os.getcwd()}")
+        found.update(os.path.abspath(file) for file in files)
+    if not found:
+        raise ConfigError("data.files is empty: name text files, as in 'data.files=[notes/*.txt]'")
+    return [Path(file) for file in sorted(found)]
+
+
+def _held_out_from(path: Path, held_out: float) -> int:
+    """The byte at which the held-out part of a file begins: just after a line end or a space."""
+    with open(path, "rb") as file:
+        start = int((1 - held_out) * path.stat().st_size)
+        file.seek(start)
+        while block := file.read(PIECE_BYTES):
+            ends = [end for end in map(block.find, (b"\n", b" ")) if end >= 0]
+            if ends:
+                return start + min(ends) + 1
+            start += len(block)
+    return start
+
+
+def _file_pieces(path: Path, start: int, end: int, setting: str) -> Iterator[str]:
+    """The text of a UTF-8 file from byte `start` to `end`, cut at line ends and spaces."""
+    try:
+        with open(path, "rb") as file:
+            if start == 0 and file.read(3) == b"\xef\xbb\xbf":
+                start = 3  # a byte order mark is no part of the first word
+            file.seek(start)
+            rest = b""
+            while start + len(rest) < end:
+                block = file.read(min(PIECE_BYTES, end - start - len(rest)))
+                last = not block or start + len(rest) + len(block) >= end
+                block = rest + block
+                cut = len(block) if last else max(block.rfind(b"\n"), block.rfind(b" ")) + 1
+                yield block[:cut].decode("utf-8")
+                start, rest = start + cut, block[cut:]
+                if last:
+                    break
+    except UnicodeDecodeError as error:
+        offset = start + error.start
+        raise ConfigError(
+            f"{setting}: {path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset "
+            f"{offset}): convert it, for example with iconv -f latin1 -t utf-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
+
+
+def _file_sha256(path: Path, setting: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# wikitext2 and hub: data sets, from a folder or from the hub
+
+
+def _data_set(data: DataConfig) -> TextSource:
+    if data.path is None:
+        return _hub(data)
+    folder = _data_folder(data.path)
+    if data.source is DataSource.wikitext2 and (folder / "wiki.train.raw").exists():
+        return _release(data, folder)
+    if (folder / "state.json").exists() or any(folder.glob("*/state.json")):
+        return _saved_data_set(data, folder)
+    raise ConfigError(f"data.path={data.path} is not {_wanted_folder(data)}")
+
+
+def _wanted_folder(data: DataConfig) -> str:
+    if data.source is DataSource.wikitext2:
+        return "a folder with wiki.train.raw and wiki.valid.raw or one that save_to_disk wrote"
+    return "a folder that save_to_disk wrote"
+
+
+def _release(data: DataConfig, folder: Path) -> TextSource:
+    """The layout of the WikiText releases, `wiki.train.raw` and so on."""
+    names = _split_names(data, sorted(RELEASE_SPLITS))
+    files = {split: folder / f"wiki.{RELEASE_SPLITS[name]}.raw" for split, name in names.items()}
+    digests = {split: _file_sha256(path, "data.path") for split, path in files.items()}
+
+    def pieces(split: str, scratch: Path) -> Iterator[str]:
+        path = files[split]
+        return _file_pieces(path, 0, path.stat().st_size, "data.path")
+
+    return TextSource(
+        name=_data_set_name(data),
+        label=f"data.path={data.path}",
+        key={"source": "release", "files": digests},
+        pieces=pieces,
+        more=_other_data_set("data.path"),
+    )
+
+
+def _split_names(data: DataConfig, known: list[str]) -> dict[str, str]:
+    """The names that the settings give to both splits, once they are among the known ones."""
+    names = {"train": data.train_split, "validation": data.validation_split}
+    for split, name in names.items():
+        if name not in known:
+            raise ConfigError(
+                f"data.{split}_split={name}: the splits in data.path={data.path} are "
+                + ", ".join(known)
+            )
+    return names
+
+
+def _other_data_set(setting: str) -> dict[str, str]:
+    return {
+        "train": f"choose another data.train_split or {setting}",
+        "validation": f"choose another data.validation_split or {setting}",
+    }
+
+
+def _data_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise ConfigError(f"data.path={path}: there is no such folder in {os.getcwd()}")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"data.path={path} is a file, not a folder: give the folder of a data set, or read "
+            f"the file with data=text 'data.files=[{path}]'"
+        )
+    return folder
+
+
+def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
+    """What `DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote.
+
+    The latter has a single split, of which the last share of the rows is held out.
+    """
+    single = (folder / "state.json").exists()
+    if single:
+        folders = {"train": folder, "validation": folder}
+    else:
+        names = _split_names(
+            data, sorted(state.parent.name for state in folder.glob("*/state.json"))
+        )
+        folders = {split: folder / name for split, name in names.items()}
+    digests = [
+        _file_sha256(path, "data.path")
+        for split_folder in dict.fromkeys(folders.values())
+        for path in sorted(split_folder.iterdir())
+        if path.suffix == ".arrow" or path.name == "state.json"
+    ]
+
+    def pieces(split: str, scratch: Path) -> Iterator[str]:
+        import datasets
+
+        with _quiet_datasets():
+            try:
+                rows = datasets.Dataset.load_from_disk(str(folders[split]))
+                if single:
+                    kept = int((1 - data.held_out) * len(rows))
+                    rows = rows.select(range(kept) if split == "train" else range(kept, len(rows)))
+                yield from _rows(rows, data.text_column)
+            except ConfigError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"data.path={data.path} can't be loaded: {_first_line(error)}"
+                ) from error
+
+    return TextSource(
+        name=_data_set_name(data),
+        label=f"data.path={data.path}",
+        key={
+            "source": "saved",
+            "files": digests,
+            "column": data.text_column,
+            "held_out": data.held_out if single else None,
+        },
+        pieces=pieces,
+        more=_other_data_set("data.path"),
+    )
+
+
+def _hub(data: DataConfig) -> TextSource:
+    if not data.repository:
+        raise ConfigError(
+            "data.repository is empty: name a data set of the hub, for example "
+            "data.repository=owner/name"
+        )
+    if os.path.isdir(data.repository):
+        # It would be cached under its name, whatever became of its content.
+        raise ConfigError(
+            f"data.repository={data.repository} is a local folder: give it as data.path"
+        )
+
+    @cache
+    def splits(scratch: Path) -> dict[str, Any]:
+        loaded = _load_from_hub(data, scratch)
+        return dict(zip(("train", "validation"), loaded, strict=True))
+
+    def pieces(split: str, scratch: Path) -> Iterator[str]:
+        with _quiet_datasets():
+            yield from _rows(splits(scratch)[split], data.text_column)
+
+    return TextSource(
+        name=_data_set_name(data),
+        label=_hub_label(data),
+        key={
+            "source": "hub",
+            "repository": data.repository,
+            "configuration": data.configuration,
+            "revision": data.revision,
+            "train_split": data.train_split,
+            "validation_split": data.validation_split,
+            "column": data.text_column,
+        },
+        pieces=pieces,
+        more=_other_data_set("data.text_column"),
+    )
+
+
+def _data_set_name(data: DataConfig) -> str:
+    if data.source is DataSource.hub and data.repository:
+        return data.repository.rsplit("/", 1)[-1]
+    return data.source.name
+
+
+def _hub_label(data: DataConfig) -> str:
+    parts = [f"data.repository={data.repository}"]
+    if data.configuration:
+        parts.append(f"data.configuration={data.configuration}")
+    if data.revision:
+        parts.append(f"data.revision={data.revision}")
+    return " ".join(parts)
+
+
+def _rows(rows: Any, column: str) -> Iterator[str]:
+    """The text of a column of a `datasets.Dataset`, some rows at a time."""
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"data.text_column={column}: the columns of the data set are "
+            f"{', '.join(rows.column_names)}"
+        )
+    kind = getattr(rows.features[column], "dtype", "no plain value")
+    if "string" not in kind:
+        raise ConfigError(f"data.text_column={column} is no column of text ({kind})")
+    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=100):
+        texts = batch.column(0).to_pylist()
+        yield "\n".join(text for text in texts if text is not None) + "\n"
+
+
+def _load_from_hub(data: DataConfig, scratch: Path) -> list[Any]:
+    """The training and the validation split, as two `datasets.Dataset`.
+
+    Downloads stay in the hub's cache; the Arrow files made of them go with the scratch folder.
+    """
+    import datasets
+
+    names = [data.train_split, data.validation_split]
+    assert data.repository is not None
+    try:
+        with _quiet_datasets():
+            if _hub_reachable():
+                splits: Any = datasets.load_dataset(
+                    data.repository,
+                    data.configuration,
+                    revision=data.revision,
+                    split=names,
+                    cache_dir=str(scratch),
+                )
+                return splits
+            with _hub_offline():
+                return _load_offline(data, names, scratch)
+    except ConnectionError as error:
+        raise ConfigError(_unreachable(data)) from error
+    except Exception as error:  # the many ways in which a data set of others can be amiss
+        for cause in _causes(error):
+            if isinstance(cause, ConfigError):
+                raise
+            if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+                raise cause from error
+        raise ConfigError(f"{_hub_label(data)} can't be loaded: {_first_line(error)}") from error
+
+
+def _load_offline(data: DataConfig, names: list[str], scratch: Path) -> list[Any]:
+    """The splits from what an earlier download left: the hub's files, else Arrow files of them."""
+    import datasets
+    import huggingface_hub
+
+    assert data.repository is not None
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            data.repository, repo_type="dataset", revision=data.revision, local_files_only=True
+        )
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        pass
+    else:
+        files = _snapshot_files(Path(snapshot), data)
+        if files:
+            splits: Any = datasets.load_dataset(
+                snapshot, data_files=files, split=names, cache_dir=str(scratch)
+            )
+            return splits
+    splits = datasets.load_dataset(data.repository, data.configuration, split=names)
+    # That cache is looked up by name only, but it tells the commit in the path of its files.
+    found = splits[0].cache_files[0]["filename"] if splits[0].cache_files else ""
+    if _is_commit(data.revision) and data.revision not in Path(found).parts:
+        raise ConnectionError(f"{found} is not of the wanted revision")
+    return splits
+
+
+def _snapshot_files(snapshot: Path, data: DataConfig) -> dict[str, list[str]] | None:
+    """The files of each split of a data set in the hub's cache, or None if some are missing.
+
+    `datasets` itself would not look there without a network, and a snapshot seldom holds all
+    configurations, which it needs. So this reads the card: its `configs`, each a list of splits.
+    """
+    import huggingface_hub
+
+    card = snapshot / "README.md"
+    if not card.exists():
+        return None
+    configurations = huggingface_hub.DatasetCard.load(card).data.to_dict().get("configs") or []
+    names = [c.get("config_name", "default") for c in configurations]
+    if not configurations or (data.configuration and data.configuration not in names):
+        return None
+    if data.configuration is None:
+        default = [c for c in configurations if c.get("default")] or [
+            c for c in configurations if c.get("config_name", "default") == "default"
+        ]
+        if not default and len(configurations) > 1:
+            raise ConfigError(
+                f"data.configuration: {data.repository} has several: {', '.join(names)}"
+            )
+        chosen = (default or configurations)[0]
+    else:
+        chosen = configurations[names.index(data.configuration)]
+
+    described = chosen.get("data_files")
+    if not isinstance(described, list) or not all(isinstance(d, dict) for d in described):
+        described = [{"split": "train", "path": described}]
+    files: dict[str, list[str]] = {}
+    for part in described:
+        patterns = part["path"] if isinstance(part["path"], list) else [part["path"]]
+        matches = sorted(
+            path.relative_to(snapshot).as_posix()
+            for pattern in patterns
+            if isinstance(pattern, str)
+            for path in snapshot.glob(pattern)
+            if path.is_file()
+        )
+        if matches and not _shards_missing(matches):
+            files[part["split"]] = matches
+    wanted = {
+        name.split("[")[0].strip()
+        for setting in (data.train_split, data.validation_split)
+        for name in setting.split("+")
+    }
+    known = [part["split"] for part in described]
+    for name in sorted(wanted):
+        if name not in known:
+            raise ConfigError(
+                f"data.train_split={data.train_split}, data.validation_split="
+                f"{data.validation_split}: the splits of {data.repository} are {', '.join(known)}"
+            )
+    return files if wanted <= set(files) else None
+
+
+def _shards_missing(names: list[str]) -> bool:
+    """Whether files called `...-00000-of-00003...` are fewer than they say."""
+    shards = [found for name in names if (found := re.search(r"-\d{5}-of-(\d{5})", name))]
+    return bool(shards) and len(shards) < max(int(shard[1]) for shard in shards)
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def _hub_reachable() -> bool:
+    """Whether the hub answers at all, found out in seconds; its client would retry for longer."""
+    import urllib.error
+    import urllib.request
+
+    import datasets.config
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=SECONDS_FOR_HUB).close()
+    except urllib.error.HTTPError:
+        return True  # it answers, if only to say no
+    except urllib.error.URLError as error:
+        # Certificates are the client's own business: it brings its own.
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Tell `datasets` and the hub's client not to try the network.
+
+    They read HF_HUB_OFFLINE when they are imported, which may be long ago.
+    """
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keep the progress bars and warnings of `datasets` out of a run's own output."""
+    import datasets
+    import huggingface_hub.utils
+
+    verbosity = datasets.logging.get_verbosity()
+    libraries = [
+        library
+        for library in (datasets.utils, huggingface_hub.utils)
+        if not library.are_progress_bars_disabled()
+    ]
+    datasets.logging.set_verbosity_error()
+    for library in libraries:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        for library in libraries:
+            library.enable_progress_bars()
+
+
+def _unreachable(data: DataConfig) -> str:
+    return (
+        f"{_hub_label(data)}: the Hugging Face hub can't be reached and its local cache does not "
+        f"hold this; set data.path to {_wanted_folder(data)}, or take another corpus "
+        "(data=pydocs needs no network)"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
