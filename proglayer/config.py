@@ -395,7 +395,10 @@ def _layer_problems(config: Config) -> Iterator[str]:
         yield f"added_layers={config.added_layers} must not be negative"
     grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if grows and config.added_layers == 0:
-        yield f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1 (or phase=keep_training)"
+        yield (
+            f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1 "
+            "(or phase=keep_training)"
+        )
     if schedule is PhaseSchedule.from_scratch or config.initial_layers < 1:
         return
     if not config.freeze.steps:
@@ -432,7 +435,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     if not model.norm_eps > 0:
         yield f"model.norm_eps={model.norm_eps} must be more than 0"
     if model.vocab_size is not None and model.vocab_size < 3:
-        yield f"model.vocab_size={model.vocab_size} must be at least 3, or null for the corpus's own"
+        yield f"model.vocab_size={model.vocab_size} must be at least 3, or null: the corpus's own"
     weights = model.exit_weights
     if isinstance(weights, (list, tuple)):
         numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
@@ -484,7 +487,7 @@ def _rate_problems(config: Config) -> Iterator[str]:
     for role in fields(lr.factor):
         factor = getattr(lr.factor, role.name)
         if not 0 < factor < math.inf:
-            yield f"lr.factor.{role.name}={factor} must be more than 0 (to hold it still, use freeze)"
+            yield f"lr.factor.{role.name}={factor} must be above 0 (to hold it still, use freeze)"
     if lr.warmup_steps < 0:
         yield f"lr.warmup_steps={lr.warmup_steps} must not be negative"
     if not 0 <= lr.final_factor <= 1:

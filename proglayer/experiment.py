@@ -296,7 +296,7 @@ class Walk:
 
 
 def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Transformer:
-    """The model that `phase` begins with: untrained, or the phase before's selected epoch, grown."""
+    """The model that `phase` begins with: untrained, or the last one's selected epoch, grown."""
     if previous is None:
         return build(phase)
     trajectory, epoch = previous

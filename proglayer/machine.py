@@ -84,7 +84,7 @@ def git_state() -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def switches(threads: int | None) -> Iterator[None]:
-    """Set what PyTorch holds process-wide for one run, and put it back: jobs can share a process."""
+    """Set what PyTorch holds process-wide for one run, then put it back: jobs share a process."""
     before = torch.get_num_threads()
     try:
         if threads is not None:

@@ -123,7 +123,7 @@ def rotary_tables(
 
 
 def rotate(x_nhtk: Tensor, cos_tk: Tensor, sin_tk: Tensor) -> Tensor:
-    """Turn queries or keys by their position: halves (a, b) become (a cos - b sin, b cos + a sin)."""
+    """Turn queries or keys by their position: halves (a, b) to (a cos - b sin, b cos + a sin)."""
     a, b = x_nhtk.chunk(2, dim=-1)
     turned = x_nhtk * cos_tk + torch.cat([-b, a], dim=-1) * sin_tk
     return turned.to(x_nhtk.dtype)

@@ -30,7 +30,7 @@ def trains(name: str, phase: Phase) -> bool:
 
 
 def set_trainable(model: Transformer, phase: Phase) -> dict[str, Tensor]:
-    """Mark what trains in `phase`, drop every left-over gradient, return the trainable set by name."""
+    """Mark what trains in `phase`, drop left-over gradients; gives the trainable set by name."""
     trainable = {}
     for name, parameter in model.named_parameters():
         parameter.grad = None
@@ -86,7 +86,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, by name. Raises KeyError for a foreign set of names."""
+    """Put back what `optimizer_tensors` gave, by name. Raises KeyError if a name is missing."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             entries = {

@@ -141,7 +141,8 @@ def check(
     """Compose and plan every job, opening each corpus once; also gives each job's numbers of
     training and validation windows. Raises ConfigError with the problems of all of them.
     """
-    assert sweeper.hydra_context is not None and sweeper.config is not None
+    assert sweeper.hydra_context is not None
+    assert sweeper.config is not None
     loader = sweeper.hydra_context.config_loader
     jobs: list[Job] = []
     windows: dict[str, tuple[int, int]] = {}

@@ -182,7 +182,7 @@ def evaluate(
     exits: Iterable[int],
     between_batches: Callable[[], None] | None = None,
 ) -> list[ExitMetrics]:
-    """Validation loss and accuracy at each of `exits`, over every validation window, in one pass."""
+    """Validation loss and accuracy at each of `exits`, over all validation windows, in one pass."""
     exits = list(exits)
     windows = Windows(corpus.validation, device)
     model.eval()
@@ -202,7 +202,8 @@ def evaluate(
             correct_e = result.correct_e if correct_e is None else correct_e + result.correct_e
             if between_batches is not None:
                 between_batches()
-    assert nll_e is not None and correct_e is not None
+    assert nll_e is not None
+    assert correct_e is not None
     tokens = len(windows) * windows.seq_len
     return [
         ExitMetrics(e, nll / tokens, correct / tokens)
@@ -211,7 +212,7 @@ def evaluate(
 
 
 class Windows:
-    """Token windows (n, t + 1) ready to be batched: memory-mapped on the CPU, else on the device."""
+    """Token windows (n, t + 1) to be batched: memory-mapped on the CPU, else on the device."""
 
     def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
         self.seq_len = tokens.shape[1] - 1

@@ -1,0 +1,64 @@
+"""Settings and corpora for tests: composed as on the command line, small enough to train on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from proglayer.config import Config, register, to_config
+from proglayer.corpus import Corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def composed(*overrides: str) -> DictConfig:
+    """What Hydra makes of `conf/` and these overrides."""
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@functools.lru_cache(maxsize=None)
+def config(*overrides: str) -> Config:
+    """The checked settings for these overrides."""
+    return to_config(composed(*overrides))
+
+
+def experiments() -> list[str]:
+    """Every file of conf/experiment."""
+    return sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def tiny_corpus(
+    windows: int = 40, seq_len: int = 8, vocab_size: int = 30, seed: int = 0, name: str = "tiny"
+) -> Corpus:
+    """Windows of a made-up language in which each word mostly follows from the last."""
+    draw = np.random.default_rng(seed)
+    length = 2 * windows * (seq_len + 1)
+    stream = np.empty(length, dtype=np.int32)
+    stream[0] = 2
+    for i in range(1, length):
+        follows = (3 * stream[i - 1] + 1) % (vocab_size - 2) + 2
+        stream[i] = follows if draw.random() < 0.7 else draw.integers(2, vocab_size)
+    train, validation = stream.reshape(2, windows, seq_len + 1)
+    digest = hashlib.sha256(stream.tobytes() + f"{train.shape}".encode()).hexdigest()
+    return Corpus(
+        name=name, train=train, validation=validation, vocab_size=vocab_size, fingerprint=digest
+    )
+
+
+# A model that trains in a moment on `tiny_corpus`.
+TINY = (
+    "model.dim=8",
+    "model.num_heads=2",
+    "model.ffn_multiple=2",
+    "initial_layers=3",
+    "phase.batch_size=16",
+    "phase.max_epochs=3",
+    "lr.base=0.01",
+)

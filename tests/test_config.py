@@ -1,0 +1,208 @@
+"""The entrance: composition, types, rules, and what a mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from proglayer.config import (
+    Config,
+    ConfigError,
+    FreezeStep,
+    from_plain,
+    nearest_setting,
+    setting_names,
+    to_plain,
+)
+
+from .helpers import composed, config, experiments
+
+
+def changed(experiment: str) -> dict[str, object]:
+    """The settings in which an experiment differs from the original."""
+
+    def flat(value: object, prefix: str = "") -> dict[str, object]:
+        if isinstance(value, dict):
+            return {
+                k: v
+                for name, part in value.items()
+                for k, v in flat(part, f"{prefix}{name}.").items()
+            }
+        return {prefix[:-1]: value}
+
+    ours = flat(to_plain(config(f"experiment={experiment}")))
+    original = flat(to_plain(config("experiment=original")))
+    assert ours.keys() == original.keys()
+    return {name: ours[name] for name in ours if ours[name] != original[name]}
+
+
+def test_every_experiment_changes_only_what_the_study_says() -> None:
+    steps = {
+        "gradual": [
+            {"existing": 0, "embedding": False, "head": True},
+            {"existing": 1, "embedding": False, "head": True},
+            {"existing": "all", "embedding": True, "head": True},
+        ],
+        "none": [{"existing": "all", "embedding": True, "head": True}],
+    }
+    expected = {
+        "original": {},
+        "more_layers": {"added_layers": 3},
+        "wider": {"model.dim": 128, "initial_layers": 6},
+        "gradual_unfreezing": {"freeze.steps": steps["gradual"]},
+        "longer_training": {"phase.patience": 5, "phase.max_epochs": 100},
+        "split_lr": {
+            "lr.factor.new": 1.0,
+            "lr.factor.head": 1.0,
+            "lr.factor.existing": 0.01,
+            "lr.factor.embedding": 0.01,
+        },
+        "control_from_scratch": {"phase.schedule": "from_scratch"},
+        "control_keep_training": {"phase.schedule": "keep_training", "freeze.steps": steps["none"]},
+        "control_head_only": {"phase.schedule": "keep_training"},
+        "control_unfrozen": {"freeze.steps": steps["none"]},
+    }
+    assert {name: changed(name) for name in experiments()} == expected
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_experiments_leave_data_model_and_seed_alone(experiment: str) -> None:
+    settings = config(
+        f"experiment={experiment}",
+        "data=text",
+        "data.files=[a.txt]",
+        "seed=5",
+        "model=deep_supervision",
+        "lr.base=0.5",
+    )
+    assert settings.data.source.name == "text"
+    assert settings.model.exit_weights == "uniform"
+    assert settings.seed == 5
+    assert settings.lr.base == 0.5
+
+
+def test_the_command_line_beats_the_experiment_and_the_experiment_the_group() -> None:
+    assert config("experiment=longer_training").phase.patience == 5
+    assert config("experiment=longer_training", "phase.patience=2").phase.patience == 2
+    assert config("experiment=gradual_unfreezing", "freeze=none").freeze.steps == (
+        FreezeStep("all", True, True),
+    )
+
+
+def test_settings_are_frozen_and_survive_json() -> None:
+    settings = config("experiment=gradual_unfreezing", "model.exit_weights=[1,2,3,4]")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 1  # type: ignore[misc]
+    assert from_plain(to_plain(settings)) == settings
+    hash(settings)
+
+
+def test_every_setting_has_a_value_in_the_files() -> None:
+    plain = to_plain(config())
+    for name in setting_names():
+        part = plain
+        for key in name.split("."):
+            part = part[key]
+
+
+MISTAKES = {
+    "seed=-1": "seed=-1",
+    "initial_layers=0": "initial_layers=0 must be at least 1",
+    "added_layers=-2": "added_layers=-2 must not be negative",
+    "added_layers=0": "added_layers=0 adds nothing",
+    "model.num_heads=3": "model.num_heads=3 does not divide model.dim=64",
+    "model.dim=12": "rotary embedding needs an even number",
+    "model.vocab_size=1": "model.vocab_size=1",
+    "model.exit_weights=most": "model.exit_weights=most is none of uniform, linear, last",
+    "model.exit_weights=[1,-1]": "must not be negative",
+    "model.exit_weights=[1,x]": "must be numbers",
+    "model.rotary_base=0": "model.rotary_base=0",
+    "model.norm_eps=0": "model.norm_eps=0",
+    "model.ffn_multiple=0": "model.ffn_multiple=0",
+    "data.seq_len=0": "data.seq_len=0",
+    "data.samples=0": "data.samples=0",
+    "data.held_out=1": "data.held_out=1",
+    "data.max_vocab=2": "data.max_vocab=2",
+    "data=text": "data.files is empty",
+    "data=hub": "data.repository is empty",
+    "phase.patience=0": "phase.patience=0",
+    "phase.grown.max_epochs=0": "phase.grown.max_epochs=0",
+    "phase.min_delta=-1": "phase.min_delta=-1",
+    "freeze.steps=[]": "freeze.steps=[]",
+    "freeze.steps=[{existing: 3, embedding: false, head: true}]": "leaves none of 3 existing",
+    "freeze.steps=[{existing: some, embedding: false, head: true}]": "from 0 up, or all",
+    "lr.base=0": "lr.base=0",
+    "lr.base=nan": "lr.base=nan",
+    "lr.factor.head=0": "to hold it still, use freeze",
+    "lr.warmup_steps=-1": "lr.warmup_steps=-1",
+    "lr.final_factor=2": "lr.final_factor=2",
+    "optimizer.beta1=1": "optimizer.beta1=1",
+    "optimizer.eps=0": "optimizer.eps=0",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay=-1",
+    "optimizer.clip_norm=0": "optimizer.clip_norm=0",
+    "threads=0": "threads=0",
+    "checkpoint_every_s=0": "checkpoint_every_s=0",
+}
+
+
+@pytest.mark.parametrize(("override", "told"), MISTAKES.items())
+def test_a_setting_that_cannot_work_is_named(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(override)
+    assert told in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        config("initial_layers=0", "model.num_heads=5", "lr.base=-1")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_gradual_schedule_needs_a_model_deep_enough() -> None:
+    with pytest.raises(ConfigError, match="initial_layers=2 or more"):
+        config("freeze=gradual", "initial_layers=1")
+    config("freeze=gradual", "initial_layers=2")
+
+
+def test_freezing_everything_is_refused() -> None:
+    nothing = "freeze.steps=[{existing: 0, embedding: false, head: false}]"
+    with pytest.raises(ConfigError, match="freezes everything"):
+        config("phase=keep_training", nothing)
+    config(nothing)  # a new layer still trains
+
+
+def test_wrong_types_and_unknown_keys_do_not_compose() -> None:
+    from hydra.errors import ConfigCompositionException
+
+    for override in (
+        "seed=soon",
+        "phase.patience=1.5",
+        "growth.init=clone",
+        "sed=1",
+        "model.dims=1",
+    ):
+        with pytest.raises(ConfigCompositionException):
+            composed(override)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("sed", "seed"),
+        ("model.dimm", "model.dim"),
+        ("patience", "phase.patience"),
+        ("lr.factors.head", "lr.factor.head"),
+        ("zzz", None),
+    ],
+)
+def test_a_misspelt_key_gets_the_nearest_name(typed: str, meant: str | None) -> None:
+    assert nearest_setting(typed) == meant
+
+
+def test_the_schema_and_the_code_agree_on_every_name() -> None:
+    assert len(setting_names()) == len(set(setting_names()))
+    assert {f.name for f in dataclasses.fields(Config)} == {
+        n for n in setting_names() if "." not in n
+    }

@@ -1,0 +1,231 @@
+"""Training: what moves, what must not, when it stops, and that it repeats bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from proglayer.growth import build, grow
+from proglayer.optim import build_optimizer, role_of, set_trainable
+from proglayer.plan import Phase, Role, StoppingRule, plan
+from proglayer.trainer import Diverged, EpochMetrics, Training, evaluate, follow
+
+from .helpers import TINY, config, experiments, tiny_corpus
+
+CPU = torch.device("cpu")
+CORPUS = tiny_corpus()
+
+
+def planned(*overrides: str) -> tuple[Phase, ...]:
+    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+
+
+def epochs_with(perplexities: list[float]) -> Iterator[EpochMetrics]:
+    for number, value in enumerate(perplexities, start=1):
+        loss = torch.tensor(value, dtype=torch.float64).log().item()
+        yield EpochMetrics(number, 0.0, loss, 0.0, 0, 0.0, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stopping
+
+
+@pytest.mark.parametrize(
+    ("series", "stops_after", "best"),
+    [([1003.76, 975.51, 983.27], 3, 2), ([1035.27, 977.14, 968.60, 974.80], 4, 3)],
+)
+def test_patience_one_on_the_published_series(
+    series: list[float], stops_after: int, best: int
+) -> None:
+    stopped = follow(StoppingRule(50, 1, 0.0), epochs_with([*series, 1.0, 1.0]))
+    assert len(stopped.epochs) == stops_after
+    assert stopped.best.epoch == best
+    assert stopped.reason == "1 epoch without improvement"
+
+
+def test_patience_counts_epochs_in_a_row_since_the_best() -> None:
+    series = [9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 5.0]
+    assert follow(StoppingRule(50, 3, 0.0), epochs_with(series)).best.epoch == 4
+    assert len(follow(StoppingRule(50, 3, 0.0), epochs_with(series)).epochs) == 7
+    assert follow(StoppingRule(50, 4, 0.0), epochs_with([*series, 6, 6, 6, 6])).best.epoch == 8
+
+
+def test_an_improvement_must_beat_min_delta_and_equal_is_none() -> None:
+    assert follow(StoppingRule(50, 1, 0.0), epochs_with([3.0, 3.0, 1.0])).best.epoch == 1
+    stopped = follow(StoppingRule(50, 2, 0.5), epochs_with([8.0, 7.0, 6.0, 3.0, 3.0, 3.0]))
+    # log 8 - log 7 and log 8 - log 6 are below a half; the third drop is not seen any more.
+    assert (stopped.best.epoch, len(stopped.epochs)) == (1, 3)
+
+
+def test_max_epochs_ends_a_phase_that_still_improves() -> None:
+    stopped = follow(StoppingRule(2, 1, 0.0), epochs_with([3.0, 2.0, 1.0]))
+    assert (stopped.best.epoch, len(stopped.epochs)) == (2, 2)
+    assert stopped.reason == "max_epochs=2 reached"
+
+
+# ---------------------------------------------------------------------------------------------
+# What trains
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_the_trainable_set_is_the_optimizers_in_every_phase(experiment: str) -> None:
+    for phase in plan(config(f"experiment={experiment}", "model.dim=16"), 50):
+        model = _empty(phase)
+        optimizer = build_optimizer(model, phase)
+        in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trainable = {id(p) for p in model.parameters() if p.requires_grad}
+        assert in_optimizer == trainable
+        frozen = {
+            name.rsplit(".", 1)[0] if name.count(".") == 1 else ".".join(name.split(".")[:2])
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+        assert frozen == set(phase.frozen)
+        for group in optimizer.param_groups:
+            assert group["lr"] == getattr(phase.rates, group["role"])
+            assert all(role_of(name, phase) is group["role"] for name in group["names"])
+
+
+def test_a_parameter_without_a_role_is_refused() -> None:
+    with pytest.raises(ValueError, match="extra.weight has no role"):
+        role_of("extra.weight", planned()[0])
+
+
+def test_frozen_tensors_do_not_move_by_a_bit_and_trained_ones_all_do() -> None:
+    """Weight decay, momentum and left-over gradients are what moves frozen weights elsewhere."""
+    overrides = ("freeze=gradual", "optimizer.weight_decay=0.5")
+    model = build(planned(*overrides)[0])
+    for phase in planned(*overrides):
+        model = grow(model, phase)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        training = Training(model, phase, CORPUS, CPU)
+        training.train_epoch()
+        training.finish_epoch()
+        trainable = set(set_trainable(model, phase))
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == trainable
+        # As if a step had left gradients behind on everything:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+
+def test_clipping_sees_only_what_trains() -> None:
+    phase = planned()[1]
+    model = grow(build(planned()[0]), phase)
+    training = Training(model, phase, CORPUS, CPU)
+    training.train_epoch()
+    assert {id(p) for p in training.trainable} == {
+        id(p) for p in model.parameters() if p.grad is not None
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+@pytest.mark.parametrize("model_name", ["standard", "deep_supervision"])
+def test_training_is_the_plain_loop(model_name: str) -> None:
+    """The slow, obvious twin: all logits, PyTorch's own loss, the same order of windows."""
+    from proglayer.streams import stream
+
+    phase = planned(f"model={model_name}", "phase.batch_size=7")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    training.train_epoch()
+    mean_loss, _ = training.finish_epoch()
+
+    model = build(phase)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
+    order = torch.randperm(len(CORPUS.train), generator=stream(phase.seed, "order", 0, 1))
+    total, tokens = 0.0, 0
+    for rows in order.split(7):
+        windows = torch.from_numpy(CORPUS.train[rows.numpy()]).long()
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for weight, hidden in zip(phase.exit_weights, model(windows[:, :-1]), strict=True):
+            logits = model.head(hidden)
+            loss = loss + weight * F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += float(loss) * windows[:, 1:].numel()
+        tokens += windows[:, 1:].numel()
+    assert mean_loss == pytest.approx(total / tokens, rel=1e-5)
+    for (name, ours), plain in zip(
+        training.model.named_parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_evaluation_is_the_mean_over_all_tokens() -> None:
+    phase = planned("phase.batch_size=7")[0]
+    model = build(phase)
+    results = evaluate(model, phase, CORPUS, CPU, range(3))
+    windows = torch.from_numpy(CORPUS.validation.copy()).long()
+    for result, hidden in zip(results, model(windows[:, :-1]), strict=True):
+        logits, target = model.head(hidden).flatten(0, 1), windows[:, 1:].flatten()
+        assert result.loss == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+        assert result.accuracy == pytest.approx((logits.argmax(-1) == target).double().mean())
+    # The batch plays no part beyond rounding.
+    (alone,) = evaluate(model, planned("phase.batch_size=40")[0], CORPUS, CPU, [2])
+    assert alone.loss == pytest.approx(results[2].loss, rel=1e-6)
+    assert alone.accuracy == results[2].accuracy
+
+
+def test_training_repeats_bit_for_bit_whatever_the_global_generators_do() -> None:
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        phase = planned()[0]
+        training = Training(build(phase), phase, CORPUS, CPU)
+        for _ in range(2):
+            training.train_epoch()
+            training.finish_epoch()
+        runs.append(training.model.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
+    phase = planned()[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    seen: list[list[int]] = []
+    batch = training.windows.batch
+
+    def spy(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen[-1] += rows.tolist()
+        return batch(rows)
+
+    training.windows.batch = spy  # type: ignore[method-assign]
+    for _ in range(2):
+        seen.append([])
+        training.train_epoch()
+        training.finish_epoch()
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(len(CORPUS.train)))
+    assert seen[0] != seen[1]
+
+
+def test_the_schedule_reaches_the_optimizer() -> None:
+    phase = planned("lr.schedule=linear", "lr.warmup_steps=2", "phase.max_epochs=2")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    rates = []
+    training.train_epoch(lambda _: rates.append(training.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None:
+    phase = planned("optimizer.clip_norm=null", "lr.base=1e30")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    with pytest.raises(Diverged, match=r"phase 1, epoch \d.*lower lr.base"):
+        for _ in range(5):
+            training.train_epoch()
+            training.finish_epoch()
+
+
+def _empty(phase: Phase) -> torch.nn.Module:
+    from dataclasses import asdict
+
+    from proglayer.model import Transformer
+
+    return Transformer(layers=phase.layers, **asdict(phase.architecture))
