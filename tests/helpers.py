@@ -48,7 +48,12 @@ def tiny_corpus(
     train, validation = stream.reshape(2, windows, seq_len + 1)
     digest = hashlib.sha256(stream.tobytes() + f"{train.shape}".encode()).hexdigest()
     return Corpus(
-        name=name, train=train, validation=validation, vocab_size=vocab_size, fingerprint=digest
+        name=name,
+        train=train,
+        validation=validation,
+        vocab_size=vocab_size,
+        fingerprint=digest,
+        folder=Path(),
     )
 
 

@@ -150,7 +150,7 @@ def test_training_is_the_plain_loop(model_name: str) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total += float(loss) * windows[:, 1:].numel()
+        total += loss.item() * windows[:, 1:].numel()
         tokens += windows[:, 1:].numel()
     assert mean_loss == pytest.approx(total / tokens, rel=1e-5)
     for (name, ours), plain in zip(

@@ -110,7 +110,7 @@ def test_stopped_again_and_again_is_the_uninterrupted_run(tmp_path: Path) -> Non
     store = tmp_path / "pieces"
     for _ in range(100):
         try:
-            result = followed(store, phase, stop_at=2)
+            result = followed(store, phase, stop_at=4)
             break
         except Interrupted:
             continue

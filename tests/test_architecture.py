@@ -1,0 +1,125 @@
+"""Who may import whom, and what start-up must not pay for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .helpers import ROOT
+
+PACKAGE = ROOT / "proglayer"
+
+# module -> what it may import of the package, at the top of the file or inside a function.
+MAY_IMPORT = {
+    "__init__": {"experiment"},
+    # plain data and disk
+    "config": set(),
+    "plan": {"config"},
+    "stages": set(),
+    "record": {"stages"},
+    "corpus": {"config", "sources"},
+    "sources": {"config"},
+    # tensors
+    "streams": set(),
+    "model": set(),
+    "loss": set(),
+    "growth": {"model", "plan", "streams"},
+    "optim": {"model", "plan"},
+    "trainer": {"corpus", "loss", "model", "optim", "plan", "streams"},
+    "trajectory": {"corpus", "model", "optim", "plan", "stages", "trainer"},
+    "machine": {"config", "trajectory", "__init__"},
+    # people
+    "display": {"plan", "trainer"},
+    "results": {"config", "display", "record"},
+    "stats": set(),
+    "report": {"config", "display", "plan", "record", "results", "stats"},
+    # jobs
+    "experiment": {
+        "config",
+        "corpus",
+        "display",
+        "growth",
+        "machine",
+        "model",
+        "plan",
+        "record",
+        "stages",
+        "trainer",
+        "trajectory",
+    },  # fmt: skip
+    "sweep": {"config", "corpus", "display", "plan", "record", "report", "results"},
+    "entrance": {"config", "corpus", "display", "experiment", "plan", "record", "stages"},
+}
+WITHOUT_TORCH = (
+    "config", "plan", "stages", "record", "corpus", "display", "results", "stats", "sweep",
+    "entrance",
+)  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports anywhere (types apart)."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "proglayer":
+            parts = (node.module or "").split(".")
+            names = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+            found |= {name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("proglayer.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_are_the_ones_agreed(path: Path) -> None:
+    assert imports(path) <= MAY_IMPORT[path.stem]
+
+
+def test_there_are_no_circles() -> None:
+    done: set[str] = set()
+    left = {
+        name: allowed - {"__init__"} for name, allowed in MAY_IMPORT.items() if name != "__init__"
+    }
+    while left:
+        ready = {name for name, needs in left.items() if needs <= done}
+        assert ready, f"a circle among {sorted(left)}"
+        done |= ready
+        left = {name: needs for name, needs in left.items() if name not in ready}
+
+
+def test_omegaconf_is_seen_at_the_entrance_only() -> None:
+    seers = {
+        path.stem
+        for path in PACKAGE.glob("*.py")
+        if "omegaconf" in path.read_text() or "from hydra" in path.read_text()
+    }
+    assert seers <= {"config", "entrance", "sweep"}
+
+
+def test_what_a_user_waits_for_does_not_load_torch() -> None:
+    code = (
+        "import sys, "
+        + ", ".join(f"proglayer.{name}" for name in WITHOUT_TORCH)
+        + "; heavy = {'torch', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules); "
+        "print(sorted(heavy - {'scipy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy, atexit; sys.argv = ['train.py', '--help']; "
+        "atexit.register(lambda: print({'torch', 'datasets', 'pandas', 'scipy', 'pyarrow'} "
+        "& set(sys.modules), file=sys.stderr)); "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip().endswith("set()"), done.stderr
