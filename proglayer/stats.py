@@ -162,14 +162,14 @@ class Comparison:
     low: float  # interval of the mean difference at confidence 1 - alpha; nan below two pairs
     high: float
     t_p: float  # paired t-test, two-sided; nan below two pairs and where sd is 0
-    sign_flip_p: float  # sign-flip test of the mean, two-sided; nan without a pair
+    sign_flip_p: float  # sign-flip test of the mean, two-sided; nan below two pairs
     sign_flip_exact: bool  # every sign pattern was tried, rather than a random sample of them
     effect_size: float  # Cohen's dz with Hedges' correction, unitless; nan below three pairs
     equivalence_p: float  # that the true difference lies outside +-margin; nan below two pairs
     margin: float  # differences within +-margin count as none
     alpha: float  # level of the intervals and of the figures of planning below
     power: float  # of those figures
-    differences: tuple[float, ...] = field(repr=False)  # in order of seed
+    differences: tuple[float, ...] = field(repr=False)  # in the order of a's seeds
 
     @property
     def constant(self) -> bool:
@@ -264,7 +264,7 @@ def paired(
             raise ValueError(f"{name} has more than one value for seed {_listed(repeated)}")
 
     arms = pd.concat([a_by_seed, b_by_seed], axis=1, keys=["a", "b"]).astype(float)
-    pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)].sort_index()
+    pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)]
     a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
     differences = a - b
     n = len(differences)
@@ -308,17 +308,17 @@ def paired(
 
 def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
     n = len(differences)
-    if n == 0:
+    if n < 2:
         return math.nan, True
     exact = n <= EXACT_SIGN_FLIP_SEEDS
     test = sps.permutation_test(
-        (differences,),
+        (np.sort(differences),),  # the same seeds in any order give the same p-value
         np.mean,
         permutation_type="samples",  # of a single sample: its signs
         vectorized=True,
         n_resamples=2**n if exact else SIGN_FLIP_RESAMPLES,
         batch=10_000,
-        rng=np.random.default_rng(0),  # the same data give the same p-value
+        rng=np.random.default_rng(0),
     )
     return float(test.pvalue), exact
 
@@ -619,7 +619,8 @@ def compare(
     pairs = list(pairs)
     arms = {arm for pair in pairs for arm in pair}
     used = runs.loc[runs[variant].isin(list(arms)) & runs[seed].notna(), [*keys, value]]
-    finite = used.loc[np.isfinite(used[value].to_numpy(dtype=float, na_value=math.nan))]
+    is_finite = np.isfinite(used[value].to_numpy(dtype=float, na_value=math.nan))
+    finite = used.loc[is_finite]
     repeated = finite.loc[finite.duplicated(subset=keys)].drop_duplicates(subset=keys)
     if len(repeated):
         rows = [
@@ -627,11 +628,12 @@ def compare(
         ]
         raise ValueError(f"more than one run for {_listed(rows)}")
     # A failed run beside a finished one of the same seed is no rival of it.
-    used = pd.concat([finite, used]).drop_duplicates(subset=keys)
+    finite_first = np.argsort(~is_finite, kind="stable")
+    used = used.iloc[finite_first].drop_duplicates(subset=keys)
 
     groups = [(None, used)]
     if within is not None:
-        groups = list(used.groupby(within, sort=False, dropna=False))
+        groups = list(used.groupby(within, sort=False, dropna=False, observed=True))
     result = {}
     for group, rows in groups:
         by_arm = {
