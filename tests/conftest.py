@@ -1,0 +1,39 @@
+"""What every test relies on: no network, no traces in the user's own folders."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# The hub libraries read this once, when they are imported: it must be set before any test module is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def stage_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keeps trained phases out of the checkout's `multirun/.stages`, in a store of this session."""
+    folder = tmp_path_factory.mktemp("stages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROGLAYER_STAGES", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def wikitext2_folder() -> Path:
+    """A folder with `wiki.train.raw` and `wiki.valid.raw`; skips where none is named."""
+    named = os.environ.get("PROGLAYER_TEST_WIKITEXT2")
+    if not named:
+        pytest.skip("PROGLAYER_TEST_WIKITEXT2 names no folder with the WikiText-2 raw files")
+    return Path(named)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
