@@ -43,6 +43,7 @@ CACHE_FORMAT = 1
 CHECKED_BYTES = 64 * 2**20
 # Stored tokens are gone through in pieces of this many.
 PIECE_TOKENS = 2**18
+HEADER_BYTES = 128
 SECONDS_BETWEEN_NOTES = 5.0
 
 
@@ -197,14 +198,14 @@ def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
             raise ValueError("meta.json does not match its own hash")
         streams = {}
         for split in ("train", "validation"):
-            path = folder / f"{split}.npy"
-            stream = np.load(path, mmap_mode="r", allow_pickle=False)
-            expected = (meta[split]["words"],)
-            if stream.dtype != np.int32 or stream.shape != expected:
-                raise ValueError(f"{path.name} is not {expected[0]} words of int32")
-            if path.stat().st_size != _header_bytes() + stream.nbytes:
+            path, words = folder / f"{split}.npy", meta[split]["words"]
+            with open(path, "rb") as file:
+                # The header is always this one, so nothing has to make sense of another.
+                if file.read(HEADER_BYTES) != _header(words):
+                    raise ValueError(f"{path.name} has the wrong header")
+            if path.stat().st_size != HEADER_BYTES + 4 * words:
                 raise ValueError(f"{path.name} has the wrong size")
-            streams[split] = stream
+            streams[split] = np.memmap(path, "<i4", "r", offset=HEADER_BYTES, shape=(words,))
         vocabulary = folder / "vocabulary.txt"
         if vocabulary.stat().st_size != meta["vocabulary"]["bytes"]:
             raise ValueError(f"{vocabulary.name} has the wrong size")
@@ -228,7 +229,7 @@ def _check_hashes(folder: Path, meta: dict[str, Any]) -> None:
         ("vocabulary.txt", "vocabulary"),
     ):
         with open(folder / name, "rb") as file:
-            file.seek(_header_bytes() if name.endswith(".npy") else 0)
+            file.seek(HEADER_BYTES if name.endswith(".npy") else 0)
             if hashlib.file_digest(file, "sha256").hexdigest() != meta[key]["sha256"]:
                 raise ValueError(f"{name} does not match its hash")
 
@@ -371,7 +372,7 @@ class _StreamWriter:
 def _stream_pieces(path: Path, words: int) -> Iterator[np.ndarray]:
     """The tokens of a stream file, piece by piece."""
     with open(path, "rb") as file:
-        file.seek(_header_bytes())
+        file.seek(HEADER_BYTES)
         while words:
             piece = np.fromfile(file, "<i4", min(words, PIECE_TOKENS))
             words -= len(piece)
@@ -382,7 +383,7 @@ def _remap(path: Path, words: int, new_ids: np.ndarray) -> str:
     """Replace every token by `new_ids[token]`, in place. Returns the hash of the new tokens."""
     digest = hashlib.sha256()
     with open(path, "r+b") as file:
-        file.seek(_header_bytes())
+        file.seek(HEADER_BYTES)
         for piece in _stream_pieces(path, words):
             tokens = new_ids[piece].tobytes()
             file.write(tokens)
@@ -392,13 +393,10 @@ def _remap(path: Path, words: int, new_ids: np.ndarray) -> str:
 
 
 def _header(words: int) -> bytes:
-    """The header of a one-dimensional int32 .npy file; its size does not depend on `words`."""
+    """The header of a .npy file of that many int32, of the same size however many there are."""
     text = f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({words},), }}"
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{text:117}\n".encode()
-
-
-def _header_bytes() -> int:
-    return 128
+    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
+    return start + f"{text:{HEADER_BYTES - 11}}\n".encode()
 
 
 def _write_file(path: Path, content: bytes) -> None:
