@@ -33,7 +33,7 @@ from proglayer.sources import DISK_FULL, TextSource, open_source
 
 Notify = Callable[[str], None]
 
-UNK, PAD = 0, 1
+UNK = 0
 SPECIAL_WORDS = ("<unk>", "<pad>")
 
 # Part of every cache key: raise it when the tokenisation or the files of an entry change.
@@ -84,10 +84,8 @@ def open_corpus(data: DataConfig, notify: Notify | None = None) -> Corpus:
     notify = notify or _silent
     source = open_source(data)
     folder = _cache_folder(data) / _entry_name(source, data)
-    entry = _read_entry(folder, notify)
-    if entry is None:
-        with _cache_errors(folder.parent):
-            entry = _prepare_once(folder, source, data, notify)
+    with _cache_errors(folder.parent):
+        entry = _read_entry(folder, notify) or _prepare_once(folder, source, data, notify)
     return _cut(entry, source, data)
 
 
@@ -210,8 +208,8 @@ def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
         if vocabulary.stat().st_size != meta["vocabulary"]["bytes"]:
             raise ValueError(f"{vocabulary.name} has the wrong size")
         _check_hashes(folder, meta)
-    except PermissionError as error:
-        raise ConfigError(f"the cache in data.cache_dir can't be read: {error}") from error
+    except PermissionError:
+        raise  # nothing wrong with it, but it belongs to someone else
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         notify(f"the cached corpus in {folder} is damaged ({error}) and is prepared anew")
         return None
@@ -432,7 +430,7 @@ def _cache_errors(folder: Path) -> Iterator[None]:
                 "bytes), or set data.cache_dir to a folder with more"
             ) from error
         raise ConfigError(
-            f"the corpus can't be stored in {folder} ({error.strerror or error}): "
+            f"the corpus can't be kept in {folder} ({error.strerror or error}): "
             "set data.cache_dir to a folder that can be written"
         ) from error
 

@@ -515,13 +515,14 @@ def _load_offline(data: DataConfig, names: list[str], scratch: Path) -> list[Any
     """The splits from what an earlier download left: the hub's files, else Arrow files of them."""
     import datasets
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     assert data.repository is not None
     try:
         snapshot = huggingface_hub.snapshot_download(
             data.repository, repo_type="dataset", revision=data.revision, local_files_only=True
         )
-    except huggingface_hub.errors.LocalEntryNotFoundError:
+    except LocalEntryNotFoundError:
         pass
     else:
         files = _snapshot_files(Path(snapshot), data)

@@ -461,13 +461,14 @@ def test_cache_is_where_it_is_said_to_be(tmp_path, monkeypatch):
     assert len(list((tmp_path / "of the user").rglob("corpora/*/train.npy"))) == 1
 
 
-def test_folder_that_cannot_be_written_is_one_clear_error():
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_folder_that_is_not_ours_is_one_clear_error(mode):
     # Outside tmp_path, which only its owner may enter.
     with tempfile.TemporaryDirectory() as name:
         folder = write_release(Path(name) / "text")
         closed = Path(name) / "closed"
         closed.mkdir()
-        closed.chmod(0o555)
+        closed.chmod(mode)
         Path(name).chmod(0o755)
         data = release(folder, cache_dir=str(closed))
         user = os.geteuid()
@@ -478,6 +479,7 @@ def test_folder_that_cannot_be_written_is_one_clear_error():
                 open_corpus(data)
         finally:
             os.seteuid(user)
+        closed.chmod(0o755)
     assert "Permission denied" in one_line(error)
 
 
