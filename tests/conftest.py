@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# The hub libraries read this once, when they are imported: it must be set before any test module is.
+# The hub libraries read this when they are imported, so it is set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
