@@ -371,7 +371,7 @@ def seeds_for_difference(
     if difference == 0:
         return math.inf
     if sd == 0:
-        return _fewest_sign_flips(alpha)
+        return float(_fewest_sign_flips(alpha))
     return _fewest_seeds(lambda n: _power(abs(difference) / sd, n, alpha / 2), power)
 
 
@@ -401,7 +401,7 @@ def seeds_for_equivalence(
     if abs(difference) >= margin:
         return math.inf
     if sd == 0:
-        return max(2, math.ceil(-math.log2(alpha)))
+        return float(max(2, math.ceil(-math.log2(alpha))))
     return _fewest_seeds(
         lambda n: (
             _power((margin - difference) / sd, n, alpha)
@@ -426,7 +426,7 @@ def _fewest_seeds(power_with: Callable[[int], float], power: float) -> float:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power_with(middle) >= power else (middle, high)
-    return high
+    return float(high)
 
 
 def _power(effect_size: float, seeds: int, alpha: float) -> float:
@@ -540,7 +540,7 @@ def verdict(
         if math.isinf(needed):
             sentence += f"; not even {MOST_SEEDS:,} seeds would decide"
         else:
-            sentence += f"; about {needed:,.0f} seeds would decide"
+            sentence += f"; were these the true values, about {needed:,.0f} seeds would decide"
         return Verdict(Outcome.undecided, sentence, float(needed))
     return Verdict(outcome, sentence, float(comparison.n))
 
@@ -572,7 +572,7 @@ def _sentence(
     if comparison.sd > 0:
         parts.append(
             f"{comparison.smallest_difference:.3g}{unit} was the smallest difference that"
-            f" {comparison.n} seeds could show"
+            f" {comparison.n} seeds could show with power {comparison.power:g}"
         )
     return "; ".join(parts)
 

@@ -290,8 +290,14 @@ def test_arms_that_do_the_same_are_equivalent_from_five_seeds_on():
     assert verdict(found).outcome is Outcome.equivalent
     four = verdict(paired(arm[:4], arm[:4]))
     assert (four.outcome, four.seeds_needed) == (Outcome.undecided, 5)
-    # A constant difference of just the margin, however it is rounded, is not within it.
+
+
+@pytest.mark.parametrize("level", [15.9, 16.2])
+def test_a_constant_difference_of_just_the_margin_is_not_within_it(level):
+    # 16.0 - 15.9 is rounded to below 0.1, 16.3 - 16.2 to above.
+    arm = by_seed([level] * 5)
     assert paired(arm + 0.1, arm, margin=0.1).equivalence_p == 1
+    assert paired(arm + 0.1, arm, margin=0.101).equivalence_p == 1 / 2**5
 
 
 @unhurried
@@ -387,7 +393,7 @@ def equivalence_power(seeds, difference, margin, alpha):
 @pytest.mark.parametrize("alpha", [0.05, 0.005, 0.0005])
 @pytest.mark.parametrize("effect_size", [0.01, 0.1, 0.5, 1, 2, 5, 12, 20, 1000])
 def test_the_fewest_seeds_for_a_difference_are_the_fewest(effect_size, alpha):
-    # Where statsmodels' own solver fails (large effects) or SciPy's tail is nan, this must not.
+    # Where statsmodels' own solver fails, for large effects, this must not.
     seeds = int(seeds_for_difference(effect_size, 1, alpha=alpha))
     assert difference_power(seeds, effect_size, alpha) >= 0.8 - 1e-6
     if seeds > 2:
@@ -395,7 +401,7 @@ def test_the_fewest_seeds_for_a_difference_are_the_fewest(effect_size, alpha):
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.005])
-@pytest.mark.parametrize("share_of_margin", [0, 0.3, 0.7])
+@pytest.mark.parametrize("share_of_margin", [0, 0.3, 0.7, 0.97])
 @pytest.mark.parametrize("margin", [0.3, 0.8, 1.85, 3.0, 6.7, 30.0])
 def test_the_seeds_for_equivalence_are_enough_and_at_most_one_too_many(
     margin, share_of_margin, alpha
@@ -405,6 +411,13 @@ def test_the_seeds_for_equivalence_are_enough_and_at_most_one_too_many(
     assert equivalence_power(seeds, difference, margin, alpha) >= 0.8 - 1e-6
     if seeds > 3:
         assert equivalence_power(seeds - 2, difference, margin, alpha) < 0.8
+
+
+def test_a_true_difference_near_a_wide_margin_can_still_be_planned_for():
+    # The far test, 10 standard deviations off with 16 seeds, is where SciPy's noncentral t is nan.
+    seeds = int(seeds_for_equivalence(1, 5.375, difference=4.625))
+    assert equivalence_power(seeds, 4.625, 5.375, 0.05) >= 0.8
+    assert equivalence_power(seeds - 1, 4.625, 5.375, 0.05) < 0.8
 
 
 def test_equivalence_is_found_as_often_as_planned_and_not_where_it_is_false():
@@ -558,7 +571,7 @@ def test_the_sentence_names_the_numbers():
         "difference +0.2 points, 95% interval +0.102 to +0.298, 5 seeds;"
         " paired t p = 0.005, p = 0.010 adjusted, sign-flip p = 0.062;"
         " equivalence within 0.1 points p = 0.976;"
-        " 0.133 points was the smallest difference that 5 seeds could show"
+        " 0.133 points was the smallest difference that 5 seeds could show with power 0.8"
     )
 
 
@@ -636,7 +649,15 @@ def test_comparisons_of_several_kinds_make_one_family(runs):
     assert judged["equivalence_p_adjusted"].to_numpy() == pytest.approx(
         holm(judged["equivalence_p"])
     )
-    assert list(judge([differing(NOISE)])["label"]) == [0]
+
+
+def test_the_seeds_needed_are_for_the_whole_family():
+    alone, family = judge([differing(NOISE)]), judge([differing(NOISE)] * 10)
+    assert family["label"].tolist() == list(range(10))
+    assert alone["seeds_needed"].tolist() == [verdict(differing(NOISE)).seeds_needed]
+    assert (family["seeds_needed"] == verdict(differing(NOISE), family=10).seeds_needed).all()
+    assert (family["seeds_needed"] > alone["seeds_needed"][0]).all()
+    assert (family["seeds_for_difference"] == alone["seeds_for_difference"][0]).all()
 
 
 def test_a_second_run_of_one_seed_is_refused_by_name(runs):
