@@ -40,7 +40,7 @@ from proglayer.stats import (
 STUDIES = 2_000
 
 # On a busy machine an example may take longer than Hypothesis would wait.
-unhurried = settings(deadline=None, max_examples=60)
+unhurried = settings(deadline=None, max_examples=40)
 
 # Values with three decimals: as fine as an accuracy is reported, and apart by more than rounding.
 values = st.integers(-50_000, 50_000).map(lambda thousandths: thousandths / 1000)
@@ -487,13 +487,20 @@ def frame_of(study):
     )
 
 
-@pytest.mark.parametrize("true_differences", [0, 4], ids=["none is real", "some are real"])
-def test_a_family_claims_a_false_difference_in_at_most_5_percent_of_studies(true_differences):
+@pytest.mark.parametrize(
+    ("true_differences", "studies_simulated"),
+    [(0, 5 * STUDIES), (4, STUDIES)],
+    ids=["none is real", "some are real"],
+)
+def test_a_family_claims_a_false_difference_in_at_most_5_percent_of_studies(
+    true_differences, studies_simulated
+):
     """Ten variants against one shared baseline, so that the comparisons are correlated.
 
-    The true share is 4.5 % where none is real; of 10,000 studies its standard error is 0.2 %.
+    The true share is 4.5 % where none is real, so close to 5 % that 2,000 studies, with a standard
+    error of 0.5 %, would be too few to tell; where some are real it is about 3.4 %.
     """
-    studies = np.random.default_rng(11).normal(0, 0.2, size=(5 * STUDIES, 11, 6))
+    studies = np.random.default_rng(11).normal(0, 0.2, size=(studies_simulated, 11, 6))
     studies[:, 1 : 1 + true_differences] += 0.4
     p = sps.ttest_rel(studies[:, 1:], studies[:, :1], axis=2).pvalue
     adjusted = np.array([holm(family) for family in p])
