@@ -1,12 +1,12 @@
 """The study's tables: the records of any number of runs and sweeps, read together.
 
-`load` finds every run below the folders it is given, finished or not, and lays what they recorded
-out as tidy pandas frames. `python -m proglayer.results FOLDER...` prints the table of a sweep at
-any time, follows it with `--watch`, and writes the frames as CSV or Parquet.
+`load` finds every run below the folders it is given, finished or not, and lays out what they
+recorded as tidy pandas frames. `python -m proglayer.results FOLDER...` prints the table of a sweep
+at any time, follows it with `--watch`, and writes the frames as CSV or Parquet.
 
-Reading 10,000 records takes seconds, so what was read is kept in one file per folder that `load`
-was given (`.results-cache`). It is only ever a copy: a run whose files changed is read again, and a
-cache that is damaged, foreign or of another version is ignored.
+Reading thousands of records takes seconds, so what was read is kept in one file in each folder that
+`load` was given (`.results-cache`). It is only ever a copy: a run whose files changed is read
+again, and a cache that is damaged, foreign or of another version is ignored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 JOBS = "jobs.json"
 HYDRA = ".hydra"
 CACHE = ".results-cache"
-# Raise by hand when a cached table would be misread by this module.
+# Raise by hand when a cached table would be misread although its columns are the same.
 CACHE_FORMAT = 1
 # With fewer new runs than this, reading them again costs less than writing the cache.
 CACHE_FROM_RUNS = 200
@@ -58,6 +59,7 @@ CHUNK_RUNS = 500
 
 RUNNING = "running"
 WAITING = "waiting"
+COMPLETED = Status.completed.value
 
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
 # and how a run works, not what it trains. Device and threads change the rounding, no more.
@@ -76,21 +78,21 @@ PLACE_OF_TEXT = ("data.path", "data.files")
 
 GROUPS = ("model", "experiment", "data", "phase", "growth", "freeze", "lr")
 
-# Columns and what they hold: text, a whole number, a number, yes or no, a time. A whole number
-# followed by ! is never missing.
+# Columns: what they hold (text, a whole number, a number, yes or no, a time; with ! never missing)
+# and, where it is taken from a record as it is, where it stands there.
 IDENTITY_COLUMNS = {
     "run": "text",
     "sweep": "text",
     "status": "text",
-    "reason": "text",
+    "reason": "text reason",
     **dict.fromkeys(GROUPS, "text"),
     "seed": "whole",
     "duplicate_of": "text",
 }
 FIGURE_COLUMNS = {
-    "accuracy_points": "number",
-    "perplexity_percent": "number",
-    "loss_nats": "number",
+    "accuracy_points": "number changes.accuracy_points",
+    "perplexity_percent": "number changes.perplexity_percent",
+    "loss_nats": "number changes.loss_nats",
     "first_layers": "whole",
     "first_loss": "number",
     "first_perplexity": "number",
@@ -104,7 +106,7 @@ FIGURE_COLUMNS = {
     "epochs_reused": "whole",
     "seconds": "number",
     "seconds_saved": "number",
-    "wall_seconds": "number",
+    "wall_seconds": "number seconds",
     "tokens": "whole",
     "flops": "number",
     "flops_without_head": "number",
@@ -113,60 +115,60 @@ FIGURE_COLUMNS = {
 PLACE_COLUMNS = {
     "overrides": "text",
     "started": "time",
-    "ended": "time",
+    "ended": "time ended",
     "last_sign": "time",
-    "corpus": "text",
-    "corpus_fingerprint": "text",
-    "vocab_size": "whole",
+    "corpus": "text corpus.name",
+    "corpus_fingerprint": "text corpus.fingerprint",
+    "vocab_size": "whole corpus.vocab_size",
     "validation_tokens": "whole",
-    "device": "text",
-    "device_name": "text",
-    "threads": "whole",
-    "torch": "text",
-    "python": "text",
-    "proglayer": "text",
-    "platform": "text",
-    "host": "text",
-    "git_commit": "text",
-    "git_changed": "flag",
-    "traceback": "text",
+    "device": "text machine.device",
+    "device_name": "text machine.device_name",
+    "threads": "whole machine.threads",
+    "torch": "text machine.torch",
+    "python": "text environment.python",
+    "proglayer": "text environment.proglayer",
+    "platform": "text environment.platform",
+    "host": "text environment.host",
+    "git_commit": "text git.commit",
+    "git_changed": "flag git.changed",
+    "traceback": "text traceback",
     "folder": "text",
 }
 PHASE_COLUMNS = {
     "run": "text",
     "phase": "whole!",
-    "name": "text",
-    "layers": "whole!",
-    "new_layers": "text",
-    "parameters_total": "whole",
-    "parameters_trainable": "whole",
-    "frozen": "text",
-    "rate_new": "number",
-    "rate_existing": "number",
-    "rate_embedding": "number",
-    "rate_head": "number",
-    "exit_weights": "text",
-    "epochs": "whole!",
-    "best_epoch": "whole!",
-    "stopped": "text",
-    "train_loss": "number",
-    "validation_loss": "number",
-    "validation_perplexity": "number",
-    "validation_accuracy_percent": "number",
-    "train_tokens": "whole",
-    "train_flops_head": "number",
-    "train_flops_body": "number",
-    "train_seconds": "number",
-    "evaluation_seconds": "number",
-    "tokens_per_second": "number",
-    "epochs_trained": "whole",
-    "epochs_replayed": "whole",
-    "epochs_reused": "whole",
-    "seconds_saved": "number",
-    "seconds_waited": "number",
-    "peak_memory_mb": "number",
-    "peak_device_memory_mb": "number",
-    "stage": "text",
+    "name": "text name",
+    "layers": "whole! layers",
+    "new_layers": "text new_layers",
+    "parameters_total": "whole parameters_total",
+    "parameters_trainable": "whole parameters_trainable",
+    "frozen": "text frozen",
+    "rate_new": "number rates.new",
+    "rate_existing": "number rates.existing",
+    "rate_embedding": "number rates.embedding",
+    "rate_head": "number rates.head",
+    "exit_weights": "text exit_weights",
+    "epochs": "whole! epochs",
+    "best_epoch": "whole! best_epoch",
+    "stopped": "text stopped",
+    "train_loss": "number best.train_loss",
+    "validation_loss": "number best.validation_loss",
+    "validation_perplexity": "number best.validation_perplexity",
+    "validation_accuracy_percent": "number best.validation_accuracy_percent",
+    "train_tokens": "whole train_tokens",
+    "train_flops_head": "number train_flops_head",
+    "train_flops_body": "number train_flops_body",
+    "train_seconds": "number train_seconds",
+    "evaluation_seconds": "number evaluation_seconds",
+    "tokens_per_second": "number tokens_per_second",
+    "epochs_trained": "whole work.epochs_trained",
+    "epochs_replayed": "whole work.epochs_replayed",
+    "epochs_reused": "whole work.epochs_reused",
+    "seconds_saved": "number work.seconds_saved",
+    "seconds_waited": "number work.seconds_waited",
+    "peak_memory_mb": "number work.peak_memory_mb.process",
+    "peak_device_memory_mb": "number work.peak_memory_mb.device",
+    "stage": "text stage",
 }
 EPOCH_COLUMNS = {
     "run": "text",
@@ -181,37 +183,29 @@ EPOCH_COLUMNS = {
 EXIT_COLUMNS = {
     "run": "text",
     "phase": "whole!",
-    "layer": "whole!",
-    "validation_loss": "number",
-    "validation_perplexity": "number",
-    "validation_accuracy_percent": "number",
+    "layer": "whole! layer",
+    "validation_loss": "number validation_loss",
+    "validation_perplexity": "number validation_perplexity",
+    "validation_accuracy_percent": "number validation_accuracy_percent",
 }
 LEFT_OUT_COLUMNS = {"folder": "text", "kind": "text", "reason": "text"}
-
-ARROW = {
-    "text": pa.string(),
-    "whole": pa.int64(),
-    "whole!": pa.int64(),
-    "number": pa.float64(),
-    "flag": pa.bool_(),
-    "time": pa.timestamp("us", "UTC"),
-}
 
 
 @dataclass(frozen=True)
 class Results:
     """What `load` found. One row each: a run; a phase of a run; an epoch of a phase; an exit.
 
-    `runs.status` is completed, failed, interrupted, running (no record of its end yet; also what a
-    killed run looks like: see `last_sign`) or waiting (listed by its sweep, not begun). Seconds are
-    what training and evaluation took originally, reused or not; what reuse saved is in
-    `seconds_saved`. Figures of the last phase are given for completed runs only. Settings are
-    columns `config.<setting>`: those that vary stand in front, the constant ones at the end.
-    Missing numbers are NaN or NA.
+    `runs.status` is completed, failed, interrupted, running (no record of its end yet, which is
+    also what a killed run looks like: see `last_sign`) or waiting (listed by its sweep, not begun).
+    Seconds are what training and evaluation took originally, reused or not; what reuse saved is in
+    `seconds_saved`, what the run itself took in `wall_seconds`. Changes and figures of the last
+    phase are given for completed runs only. Settings are columns `config.<setting>`: those that
+    vary stand in front, the constant ones at the end. What is missing is NaN or NA.
 
-    `phases` and `exits` hold finished phases; `epochs` also those of a phase that is under way.
-    `left_out` names what could not be read: kind damaged (a run whose record is cut short or
-    unreadable), newer (a record of a later format) or foreign (no run of this tool).
+    `phases` and `exits` hold finished phases; `epochs` also those of a phase under way. Phases,
+    epochs and layers count from 1. `left_out` names what could not be read: of kind damaged (a run
+    whose record is cut short or unreadable), newer (a record of a later format) or foreign (no run
+    of this tool).
     """
 
     runs: pd.DataFrame
@@ -234,21 +228,19 @@ class Results:
     def distinct(self) -> Results:
         """Each experiment and seed once: without the runs that `duplicate_of` marks."""
         again = self.runs.loc[self.runs["duplicate_of"].notna(), "run"].tolist()
-        return replace(
-            self,
-            **{
-                name: frame[~frame["run"].isin(again)].reset_index(drop=True)
-                for name, frame in self._frames().items()
-                if name != "left_out"
-            },
-        )
+        frames = {
+            name: frame[~frame["run"].isin(again)].reset_index(drop=True)
+            for name, frame in self._frames().items()
+            if name != "left_out"
+        }
+        return replace(self, **frames)
 
     def to_csv(self, folder: str | Path) -> None:
         """Write each frame as `<name>.csv` into `folder`.
 
         Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does
-        text that begins with one: a reader takes one leading apostrophe off any text to have the
-        original back. Numbers are as they are. Parquet needs no such care.
+        text that begins with one: take one leading apostrophe off any text to have the original
+        back. Numbers are as they are. Parquet needs no such care.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, frame in self._frames().items():
@@ -286,70 +278,50 @@ def load(*folders: str | Path) -> Results:
     roots = _roots(folders)
     above = _common_parent(roots)
     pieces: list[_Piece] = []
-    found: list[_Found] = []
-    left_out: list[dict[str, str]] = []
+    runs: list[_Found] = []
+    left_out: Rows = []
     codes = 0
     for root in roots:
         prefix = os.path.relpath(root, above)
         prefix = "" if prefix == "." else prefix
-        scan = _scan(root)
-        piece, here, problems = _read_root(root, scan.found, codes)
-        codes += len(scan.found)
-        left_out += [
-            problem | {"folder": _joined(prefix, problem["folder"])}
-            for problem in (*scan.left_out, *problems)
-        ]
+        own_name = Path(root).resolve().name
+        found, problems = _scan(root)
+        piece, read, more_problems = _read_root(root, found, codes)
+        codes += len(found)
         pieces.append(piece)
-        found += [
-            replace(
-                item,
-                name=_joined(prefix, item.name) or Path(root).resolve().name,
-                sweep=None
-                if item.sweep is None
-                else _joined(prefix, item.sweep) or Path(root).resolve().name,
-            )
-            for item in here
-        ]
-    return _results(_concatenated(pieces), found, left_out)
+        for item in read:
+            sweep = item.sweep if item.sweep is None else _joined(prefix, item.sweep) or own_name
+            name = _joined(prefix, item.name) or own_name
+            runs.append(item._replace(name=name, sweep=sweep))
+        for problem in (*problems, *more_problems):
+            left_out.append(problem | {"folder": _joined(prefix, problem["folder"]) or "."})
+    return _results(_concatenated(pieces), runs, left_out)
 
 
 def summary_table(source: Results | str | Path, width: int | None = None) -> Table:
     """The table of every job: what was varied, how it ended, the figures, and why it failed.
 
-    With `width`, in characters, the less important columns give way until it fits; what a job's
-    status is, is never cut.
+    With `width`, in characters, the less important columns give way until it fits; a job's status
+    is never cut.
     """
     results = source if isinstance(source, Results) else load(source)
-    runs = results.runs
     columns = _summary_columns(results)
-    left = _fit(columns, width)
-    main = Table(caption=f"not shown at this width: {', '.join(left)}" if left else None)
-    main.caption_justify = "left"
-    for column in columns:
-        if column.title in left:
-            continue
-        main.add_column(
-            column.title,
+    gone = _too_wide(columns, width)
+    table = Table(caption=f"not shown at this width: {', '.join(gone)}" if gone else None)
+    table.caption_justify = "left"
+    shown = [column for column in columns if column.title not in gone]
+    for column in shown:
+        table.add_column(
+            Text(column.title),
             justify="right" if column.right else "left",
             no_wrap=not column.flexible,
-            overflow="ellipsis" if column.flexible else "fold",
         )
-    shown = [column.cells for column in columns if column.title not in left]
-    for cells in zip(*shown, strict=True):
-        main.add_row(*cells)
+    for cells in zip(*(column.cells for column in shown), strict=True):
+        table.add_row(*cells)
     outer = Table.grid()
-    outer.add_row(main)
-    ended_badly = runs[runs["reason"].notna()]
-    if len(ended_badly):
-        reasons = Table.grid(padding=(0, 1))
-        reasons.add_column(no_wrap=True)
-        reasons.add_column(no_wrap=True)
-        reasons.add_column()
-        for name, status, reason in zip(
-            ended_badly["run"], ended_badly["status"], ended_badly["reason"], strict=True
-        ):
-            reasons.add_row(Text(status), Text(_one_line(name)), _cut(reason))
-        outer.add_row(reasons)
+    outer.add_row(table)
+    if reasons := _reasons(results.runs):
+        outer.add_row(_lines(reasons))
     return outer
 
 
@@ -364,9 +336,8 @@ def print_summary(*folders: str | Path) -> bool:
 # Finding runs
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A run's folder. `seen` is what its files looked like: times, sizes and inodes, 0 for none."""
+class _Found(NamedTuple):
+    """A run's folder. `seen` is what its files look like; `code` its rows' name in Arrow tables."""
 
     path: str
     name: str
@@ -377,42 +348,35 @@ class _Found:
     begun: bool = True
     code: int = -1
 
-    @property
-    def changed(self) -> int:
-        """When its files changed last, in ns."""
-        return max(self.seen[::3])
 
+# Of each file: when it changed (ns), its size and inode; zeros for one that is not there.
+SEEN = tuple(
+    f"{file} {what}" for file in (RESULT, METRICS, HYDRA) for what in ("time", "size", "inode")
+)
+NO_FILE = (0, 0, 0)
 
-@dataclass(frozen=True)
-class _Scan:
-    found: list[_Found]
-    left_out: list[dict[str, str]]
-
-
-NOTHING_SEEN = (0,) * 9
+Rows = list[dict[str, Any]]
 
 
 def _roots(folders: Sequence[str | Path]) -> list[str]:
     """The folders without repeats and without those inside another. Raises for one not there."""
-    real: dict[str, str] = {}
+    given: dict[str, str] = {}
     for folder in folders:
         if not os.path.exists(folder):
             raise FileNotFoundError(f"there is no folder {folder}")
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"{folder} is no folder")
-        real.setdefault(os.path.realpath(folder), str(folder))
+        given.setdefault(os.path.realpath(folder), str(folder))
     return [
-        given
-        for path, given in real.items()
-        if not any(path != other and Path(path).is_relative_to(other) for other in real)
+        folder
+        for real, folder in given.items()
+        if not any(real != other and Path(real).is_relative_to(other) for other in given)
     ]
 
 
 def _common_parent(roots: Sequence[str]) -> str:
-    if not roots:
-        return "."
-    if len(roots) == 1:
-        return roots[0]
+    if len(roots) < 2:
+        return "".join(roots) or "."
     return os.path.commonpath([os.path.abspath(root) for root in roots])
 
 
@@ -420,19 +384,17 @@ def _joined(prefix: str, name: str) -> str:
     return f"{prefix}/{name}" if prefix and name else prefix or name
 
 
-def _scan(root: str) -> _Scan:
-    """Walk `root` for runs; one listing a folder, and two or three stats a run."""
+def _scan(root: str) -> tuple[list[_Found], Rows]:
+    """Walk `root` for runs, and for what is none: one listing a folder, two or three stats a run.
+
+    A job that its sweep lists but that has no folder yet is found as not begun.
+    """
     found: list[_Found] = []
-    left_out: list[dict[str, str]] = []
-    parents: dict[str, str | None] = {}
-    holds_run: set[str] = set()
-    # path, name below the root, the sweep it is a job of, what its sweep says its overrides are
+    left_out: Rows = []
+    parents: dict[str, str | None] = {"": None}
+    accounted_for: set[str] = set()
+    # path, name below the root, the sweep it is a job of, the overrides that the sweep lists
     stack: list[tuple[str, str, str | None, tuple[str, ...] | None]] = [(root, "", None, None)]
-    parents[""] = None
-
-    def leave_out(name: str, kind: str, reason: str) -> None:
-        left_out.append({"folder": name or ".", "kind": kind, "reason": reason})
-
     while stack:
         path, name, sweep, listed = stack.pop()
         try:
@@ -441,56 +403,51 @@ def _scan(root: str) -> _Scan:
         except FileNotFoundError:
             continue
         except OSError as error:
-            leave_out(name, "foreign", f"cannot be opened ({error.strerror})")
-            holds_run.add(name)
+            left_out.append(_left_out(name, "foreign", f"cannot be opened ({error.strerror})"))
+            accounted_for.add(name)
             continue
-        is_run = listed is not None or not entries.keys().isdisjoint((RESULT, METRICS, HYDRA))
-        if is_run:
+        if listed is not None or not entries.keys().isdisjoint((RESULT, METRICS, HYDRA)):
             found.append(_found(path, name, sweep, listed, entries))
-            above: str | None = name
-            while above is not None and above not in holds_run:
-                holds_run.add(above)
-                above = parents[above]
         jobs: dict[str, tuple[str, ...]] = {}
-        is_sweep = JOBS in entries or "multirun.yaml" in entries
         if JOBS in entries:
             try:
                 jobs = _listed_jobs(os.path.join(path, JOBS))
-            except (OSError, ValueError) as error:
-                leave_out(_joined(name, JOBS), "damaged", f"cannot be read ({_brief(error)})")
+            except (OSError, ValueError, RecursionError) as error:
+                reason = f"cannot be read ({_brief(error)}): waiting jobs are not known"
+                left_out.append(_left_out(_joined(name, JOBS), "foreign", reason))
+        is_sweep = JOBS in entries or "multirun.yaml" in entries
         for below, entry in entries.items():
             if below.startswith(".") or below == "stages":
                 continue
             below_name = _joined(name, below)
-            try:
-                if not entry.is_dir(follow_symlinks=False):
-                    if entry.is_symlink() and entry.is_dir():
-                        leave_out(below_name, "foreign", "a link: name what it points to instead")
-                    continue
-            except OSError:
-                continue
-            parents[below_name] = name
-            stack.append((entry.path, below_name, name if is_sweep else None, jobs.get(below)))
+            if entry.is_dir(follow_symlinks=False):
+                parents[below_name] = name
+                its_sweep = name if is_sweep else None
+                stack.append((entry.path, below_name, its_sweep, jobs.get(below)))
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                reason = "a link: name the folder that it points to"
+                left_out.append(_left_out(below_name, "foreign", reason))
         for job, overrides in jobs.items():
             if job not in entries:
-                found.append(
-                    _Found(
-                        path=os.path.join(path, job),
-                        name=_joined(name, job),
-                        sweep=name,
-                        seen=NOTHING_SEEN,
-                        last_sign=None,
-                        overrides=overrides,
-                        begun=False,
-                    )
-                )
-                holds_run.add(name)
+                job_path, job_name = os.path.join(path, job), _joined(name, job)
+                parents[job_name] = name
+                seen = NO_FILE * 3
+                found.append(_Found(job_path, job_name, name, seen, None, overrides, begun=False))
+    for item in found:
+        above: str | None = item.name
+        while above is not None and above not in accounted_for:
+            accounted_for.add(above)
+            above = parents[above]
     for name, above in parents.items():
-        is_top = above is None or above in holds_run
+        topmost = above is None or above in accounted_for
         # A sweep's own report is no run and no surprise.
-        if is_top and name not in holds_run and name.rsplit("/", 1)[-1] != "report":
-            leave_out(name, "foreign", "holds no run")
-    return _Scan(found, left_out)
+        if topmost and name not in accounted_for and os.path.basename(name) != "report":
+            left_out.append(_left_out(name, "foreign", "holds no run"))
+    return found, left_out
+
+
+def _left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
+    return {"folder": name, "kind": kind, "reason": reason}
 
 
 def _found(
@@ -500,28 +457,23 @@ def _found(
     overrides: tuple[str, ...] | None,
     entries: dict[str, os.DirEntry[str]],
 ) -> _Found:
-    seen: tuple[int, ...] = ()
-    last_sign = None
-    for file in (RESULT, METRICS):
-        seen += _look(entries[file].stat if file in entries else None)
-    if RESULT in entries:
-        return _Found(path, name, sweep, (*seen, 0, 0, 0), last_sign, overrides)
-    settings = os.path.join(path, HYDRA, "config.yaml")
-    seen += _look((lambda: os.stat(settings)) if HYDRA in entries else None)
-    times = [time_ns for time_ns in (seen[3], seen[6]) if time_ns]
-    times += [_look(e.stat)[0] for file, e in entries.items() if file.endswith(".log")]
-    last_sign = _when(max(times)) if times else None
-    return _Found(path, name, sweep, seen, last_sign, overrides)
+    """The run in this folder. What Hydra wrote is looked at only where there is no record."""
+    result = _look(entries[RESULT].stat) if RESULT in entries else NO_FILE
+    metrics = _look(entries[METRICS].stat) if METRICS in entries else NO_FILE
+    if result != NO_FILE:
+        return _Found(path, name, sweep, result + metrics + NO_FILE, None, overrides)
+    settings = _look(lambda: os.stat(os.path.join(path, HYDRA, "config.yaml")))
+    times = [metrics[0], settings[0]]
+    times += [_look(entry.stat)[0] for file, entry in entries.items() if file.endswith(".log")]
+    last_sign = _when(max(times)) if any(times) else None
+    return _Found(path, name, sweep, result + metrics + settings, last_sign, overrides)
 
 
-def _look(stat: Callable[[], os.stat_result] | None) -> tuple[int, int, int]:
-    """Time of change in ns, size and inode; zeros for a file that is not there (any more)."""
-    if stat is None:
-        return 0, 0, 0
+def _look(stat: Callable[[], os.stat_result]) -> tuple[int, int, int]:
     try:
         status = stat()
     except OSError:
-        return 0, 0, 0
+        return NO_FILE
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
@@ -532,28 +484,53 @@ def _listed_jobs(path: str) -> dict[str, tuple[str, ...]]:
     try:
         return {str(job["folder"]): tuple(map(str, job["overrides"])) for job in content}
     except (KeyError, TypeError) as error:
-        raise ValueError("not a list of jobs") from error
+        raise ValueError("no list of jobs") from error
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading records
 
 
+# What becomes the frames: Arrow tables whose rows name their run by a number, `code`.
+_Piece = dict[str, pa.Table]
+
+ARROW = {
+    "text": pa.string(),
+    "whole": pa.int64(),
+    "number": pa.float64(),
+    "flag": pa.bool_(),
+    "time": pa.timestamp("us", "UTC"),
+}
+
+
 class _Unreadable(ValueError):
-    """A run that cannot be laid out in tables."""
+    """A run that cannot be laid out in tables, and what kind of thing it is."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
 
 
-# What a piece of the results is before it becomes frames: Arrow tables whose rows name their run
-# by a number, `code`.
-_Piece = dict[str, pa.Table]
+class _Column(NamedTuple):
+    """What a column holds, whether it must, and its place in the record (empty: computed)."""
+
+    kind: str
+    required: bool
+    place: tuple[str, ...]
+
+
+def _columns(specification: dict[str, str]) -> dict[str, _Column]:
+    columns = {}
+    for name, text in specification.items():
+        kind, _, place = text.partition(" ")
+        columns[name] = _Column(
+            kind.rstrip("!"), kind.endswith("!"), tuple(place.split(".")) if place else ()
+        )
+    return columns
 
 
 def _setting_kinds(schema: type = Config, prefix: str = "") -> dict[str, str]:
-    """Every setting that holds a value -> what its column holds."""
+    """Every setting that holds a value -> what its column holds; lists and enums are text."""
     kinds: dict[str, str] = {}
     for name, hint in get_type_hints(schema).items():
         if is_dataclass(hint) and isinstance(hint, type):
@@ -568,23 +545,34 @@ def _setting_kinds(schema: type = Config, prefix: str = "") -> dict[str, str]:
 
 SETTINGS = _setting_kinds()
 
-
-def _schema(columns: dict[str, str]) -> pa.Schema:
-    return pa.schema([("code", pa.int64()), *((n, ARROW[k]) for n, k in columns.items())])
-
-
-RAW_RUN_COLUMNS = {
-    **{n: k for n, k in IDENTITY_COLUMNS.items() if n not in ("run", "sweep", "duplicate_of")},
-    **FIGURE_COLUMNS,
-    **{n: k for n, k in PLACE_COLUMNS.items() if n not in ("folder", "last_sign")},
-    "experiment_key": "text",
-    **{f"config.{name}": kind for name, kind in SETTINGS.items()},
+COLUMNS = {
+    "runs": _columns(
+        {
+            **IDENTITY_COLUMNS,
+            **FIGURE_COLUMNS,
+            **PLACE_COLUMNS,
+            "experiment_key": "text",
+            **{f"config.{name}": kind for name, kind in SETTINGS.items()},
+        }
+    ),
+    "phases": _columns(PHASE_COLUMNS),
+    "epochs": _columns(EPOCH_COLUMNS),
+    "exits": _columns(EXIT_COLUMNS),
 }
+# Known only once all runs are: these are not in the tables that are read and cached.
+NAMED_LATER = ("run", "sweep", "duplicate_of", "last_sign", "folder")
 SCHEMAS = {
-    "runs": _schema(RAW_RUN_COLUMNS),
-    "phases": _schema({n: k for n, k in PHASE_COLUMNS.items() if n != "run"}),
-    "epochs": _schema({n: k for n, k in EPOCH_COLUMNS.items() if n != "run"}),
-    "exits": _schema({n: k for n, k in EXIT_COLUMNS.items() if n != "run"}),
+    table: pa.schema(
+        [
+            ("code", pa.int64()),
+            *((n, ARROW[column.kind]) for n, column in columns.items() if n not in NAMED_LATER),
+        ]
+    )
+    for table, columns in COLUMNS.items()
+}
+RECORDED = {
+    table: {name: column for name, column in columns.items() if column.place}
+    for table, columns in COLUMNS.items()
 }
 
 
@@ -603,7 +591,7 @@ def _concatenated(pieces: Sequence[_Piece]) -> _Piece:
 
 def _read_root(
     root: str, found: list[_Found], first_code: int
-) -> tuple[_Piece, list[_Found], list[dict[str, str]]]:
+) -> tuple[_Piece, list[_Found], Rows]:
     """Read what was found below one folder, from its cache where that is still true.
 
     Gives the tables, the runs in them with their codes from `first_code` on, and what was left out.
@@ -612,9 +600,9 @@ def _read_root(
     kept, cached = _read_cache(root, found)
     names = {item.name for item in kept}
     fresh = [item for item in found if item.name not in names]
-    runs = [replace(item, code=code) for code, item in enumerate(kept + fresh)]
+    runs = [item._replace(code=code) for code, item in enumerate(kept + fresh)]
     pieces = [cached]
-    left_out: list[dict[str, str]] = []
+    left_out: Rows = []
     for start in range(len(kept), len(runs), CHUNK_RUNS):
         chunk, problems = _read_runs(runs[start : start + CHUNK_RUNS])
         pieces.append(chunk)
@@ -627,26 +615,25 @@ def _read_root(
         settled = [
             item
             for item in runs
-            if item.begun and item.name not in troubled and item.changed < now - SETTLED_NS
+            if item.begun and item.name not in troubled and max(item.seen[::3]) < now - SETTLED_NS
         ]
         _write_cache(root, settled, piece)
-    codes = np.arange(len(kept) + len(fresh)) + first_code
-    runs = [replace(item, code=item.code + first_code) for item in runs]
-    return _recoded(piece, codes), runs, left_out
+    codes = np.arange(len(found)) + first_code
+    return _recoded(piece, codes), [i._replace(code=i.code + first_code) for i in runs], left_out
 
 
-def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, list[dict[str, str]]]:
+def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, Rows]:
     """Read runs from their files; also what had to be left out, and why."""
-    runs: list[dict[str, Any]] = []
-    phases: list[dict[str, Any]] = []
-    exits: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
+    runs: Rows = []
+    phases: Rows = []
+    exits: Rows = []
+    left_out: Rows = []
     with_metrics: list[_Found] = []
     for item in found:
         try:
             run, its_phases, its_exits = _read_run(item)
         except _Unreadable as error:
-            left_out.append({"folder": item.name or ".", "kind": error.kind, "reason": str(error)})
+            left_out.append(_left_out(item.name, error.kind, str(error)))
             continue
         for row in (run, *its_phases, *its_exits):
             row["code"] = item.code
@@ -656,10 +643,10 @@ def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, list[dict[str, str]]]:
         if item.seen[3]:
             with_metrics.append(item)
     epochs, problems = _read_epochs(with_metrics)
-    _count_unfinished(runs, epochs)
+    _add_up_unfinished(runs, epochs)
     schema = SCHEMAS["runs"]
-    others = sorted({name for run in runs for name in run} - set(schema.names))
-    for name in others:
+    for name in sorted({name for run in runs for name in run} - set(schema.names)):
+        # Choices of other groups, and settings that this version does not have.
         schema = schema.append(pa.field(name, pa.string()))
     piece = {
         "runs": pa.Table.from_pylist(runs, schema=schema),
@@ -670,105 +657,91 @@ def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, list[dict[str, str]]]:
     return piece, left_out + problems
 
 
-Rows = list[dict[str, Any]]
-
-
 def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
-    """One run's rows: of itself, its phases, its exits. Raises _Unreadable."""
-    result: dict[str, Any] | None = None
+    """One run's rows: its own, its phases', its exits'. Raises _Unreadable."""
     if not item.begun:
-        return _described_by_overrides({"status": WAITING}, item.overrides or ()), [], []
-    try:
-        result = read_result(Path(item.path))
-    except RecursionError:
-        raise _Unreadable("damaged", f"{RESULT} cannot be read (nested too deeply)") from None
-    except ValueError as error:
-        raise _Unreadable(
-            "damaged", f"{RESULT} is cut short or damaged ({_brief(error)})"
-        ) from error
-    except OSError as error:
-        raise _Unreadable("damaged", f"{RESULT} cannot be read ({error.strerror})") from error
-    if result is not None:
-        _check_format(result)
-    settings = result.get("config") if result else None
-    choices = result.get("choices") if result else None
-    overrides = result.get("overrides") if result else None
-    started = result.get("started") if result else None
+        return {"status": WAITING, **_told_by_overrides(item.overrides or ())}, [], []
+    result = _read_record(item.path)
+    of_record = result or {}
+    settings = of_record.get("config")
+    overrides = of_record.get("overrides")
+    choices = of_record.get("choices")
+    started = _moment(of_record.get("started"))
     if not isinstance(settings, dict):
+        # Still running, or ended before it began: what Hydra wrote down tells the rest.
         settings = _read_yaml(item.path, "config.yaml")
-        if result is None and item.overrides is None and not item.seen[3]:
-            if settings is None:
-                raise _Unreadable("foreign", f"holds neither {RESULT} nor {HYDRA}/config.yaml")
-            if not isinstance(settings, dict) or "initial_layers" not in settings:
-                raise _Unreadable("foreign", "a Hydra job, but none of this tool")
-        overrides = overrides or _read_yaml(item.path, "overrides.yaml") or item.overrides
-        choices = _chosen(_read_yaml(item.path, "hydra.yaml"))
-    if started is None and item.seen[6]:
-        started = _when(item.seen[6]).isoformat()
-    row: dict[str, Any] = {
-        "status": RUNNING if result is None else result["status"],
-        "started": _moment(started),
-    }
-    given = (
-        [str(override) for override in overrides] if isinstance(overrides, (list, tuple)) else []
-    )
-    _described_by_overrides(row, given)
+        if result is None and item.overrides is None and not _is_ours(settings):
+            raise _Unreadable("foreign", f"holds no {RESULT}, and is no job of this tool")
+        overrides = _read_yaml(item.path, "overrides.yaml") or item.overrides
+        hydra = _read_yaml(item.path, "hydra.yaml")
+        choices = _inside(hydra, ("hydra", "runtime", "choices"))
+        started = _when(item.seen[6]) if item.seen[6] else None
+    row: dict[str, Any] = {"status": RUNNING, "started": started}
+    if isinstance(overrides, (list, tuple)):
+        row |= _told_by_overrides([str(override) for override in overrides])
+    if isinstance(choices, dict):
+        row |= {
+            group if group in GROUPS else f"choice.{_text(group)}": _text(choice)
+            for group, choice in choices.items()
+            if choice is not None and not str(group).startswith("hydra")
+        }
     if isinstance(settings, dict):
+        fingerprint = _inside(result, ("corpus", "fingerprint"))
         row |= _settings_row(settings)
         row["seed"] = _whole(settings.get("seed"))
-        fingerprint = _inside(result, "corpus", "fingerprint")
         row["experiment_key"] = _experiment_key(settings, fingerprint)
-    if isinstance(choices, dict):
-        for group, choice in choices.items():
-            row[group if group in GROUPS else f"choice.{_text(group)}"] = _text(choice)
     if result is None:
         return row, [], []
     phases, exits = _phase_rows(result["phases"])
     return row | _result_row(result, phases), phases, exits
 
 
-def _check_format(result: Any) -> None:
-    """Raise _Unreadable unless this is a record that this version can read."""
-    if not isinstance(result, dict) or not isinstance(result.get("format"), int):
+def _read_record(folder: str) -> dict[str, Any] | None:
+    """The record of a run if it ended. Raises _Unreadable for one that this version cannot read."""
+    try:
+        result = read_result(Path(folder))
+    except (ValueError, RecursionError) as error:
+        reason = f"{RESULT} is cut short or damaged ({_brief(error)})"
+        raise _Unreadable("damaged", reason) from error
+    except OSError as error:
+        raise _Unreadable("damaged", f"{RESULT} cannot be read ({error.strerror})") from error
+    if result is None:
+        return None
+    form = _whole(_inside(result, ("format",)))
+    if form is None:
         raise _Unreadable("foreign", f"{RESULT} is no record of this tool")
-    if result["format"] > RECORD_FORMAT:
-        raise _Unreadable(
-            "newer",
-            f"{RESULT} has format {result['format']}, newer than {RECORD_FORMAT}: "
-            "read it with a newer version",
-        )
-    if result.get("status") not in list(Status):
+    if form > RECORD_FORMAT:
+        newer = f"{RESULT} has format {form}, newer than {RECORD_FORMAT}: update to read it"
+        raise _Unreadable("newer", newer)
+    if result.get("status") not in list(Status) or not isinstance(result.get("phases"), list):
         raise _Unreadable("damaged", f"{RESULT} does not say how the run ended")
-    if not isinstance(result.get("phases"), list):
-        raise _Unreadable("damaged", f"{RESULT} has no list of phases")
+    return result
+
+
+def _recorded(table: str, source: Any) -> dict[str, Any]:
+    """The columns of `table` that stand in a record as they are. Raises _Unreadable."""
+    row = {}
+    for name, column in RECORDED[table].items():
+        row[name] = CLEAN[column.kind](_inside(source, column.place))
+        if column.required and row[name] is None:
+            place = ".".join(column.place)
+            raise _Unreadable("damaged", f"{RESULT} lacks {place} where it tells of {table}")
+    return row
 
 
 def _result_row(result: dict[str, Any], phases: Rows) -> dict[str, Any]:
     """What a record says of the run as a whole."""
-    completed = result["status"] == Status.completed
-    row: dict[str, Any] = {
-        "reason": _text(result.get("reason")),
-        "traceback": _text(result.get("traceback")),
-        "ended": _moment(result.get("ended")),
-        "wall_seconds": _number(result.get("seconds")),
+    completed = result["status"] == COMPLETED
+    windows = _whole(_inside(result, ("corpus", "validation_windows")))
+    seq_len = _whole(_inside(result, ("corpus", "seq_len")))
+    row = _recorded("runs", result) | {
+        "status": result["status"],
+        "validation_tokens": windows and seq_len and _whole(windows * seq_len),
         "phases": len(phases),
-        "corpus": _text(_inside(result, "corpus", "name")),
-        "corpus_fingerprint": _text(_inside(result, "corpus", "fingerprint")),
-        "vocab_size": _whole(_inside(result, "corpus", "vocab_size")),
-        "git_commit": _text(_inside(result, "git", "commit")),
-        "git_changed": _flag(_inside(result, "git", "changed")),
+        "seconds_saved": _total(phases, "seconds_saved"),
+        "peak_memory_mb": max((phase["peak_memory_mb"] or 0 for phase in phases), default=0)
+        or None,
     }
-    windows = _whole(_inside(result, "corpus", "validation_windows"))
-    seq_len = _whole(_inside(result, "corpus", "seq_len"))
-    if windows is not None and seq_len is not None:
-        row["validation_tokens"] = _whole(windows * seq_len)
-    for name in ("device", "device_name", "torch"):
-        row[name] = _text(_inside(result, "machine", name))
-    row["threads"] = _whole(_inside(result, "machine", "threads"))
-    for name in ("python", "proglayer", "platform", "host"):
-        row[name] = _text(_inside(result, "environment", name))
-    for name in ("accuracy_points", "perplexity_percent", "loss_nats"):
-        row[name] = _number(_inside(result, "changes", name))
     ends = [("first", phases[0])] if phases else []
     ends += [("last", phases[-1])] if phases and completed else []
     for which, phase in ends:
@@ -783,9 +756,6 @@ def _result_row(result: dict[str, Any], phases: Rows) -> dict[str, Any]:
         row["tokens"] = _total(phases, "train_tokens")
         row["flops"] = _total(phases, "train_flops_head", "train_flops_body")
         row["flops_without_head"] = _total(phases, "train_flops_body")
-    row["seconds_saved"] = _total(phases, "seconds_saved")
-    peaks = [phase["peak_memory_mb"] for phase in phases if phase["peak_memory_mb"] is not None]
-    row["peak_memory_mb"] = max(peaks, default=None)
     return row
 
 
@@ -794,79 +764,39 @@ def _phase_rows(phases: list[Any]) -> tuple[Rows, Rows]:
     rows: Rows = []
     exit_rows: Rows = []
     for number, phase in enumerate(phases, start=1):
-        row: dict[str, Any] = {"phase": number}
-        for name in ("layers", "epochs", "best_epoch"):
-            row[name] = _whole(_inside(phase, name))
-            if row[name] is None:
-                raise _Unreadable("damaged", f"{RESULT} gives no {name} for phase {number}")
-        for name in ("name", "stopped", "stage"):
-            row[name] = _text(phase.get(name))
-        for name in ("new_layers", "frozen", "exit_weights"):
-            row[name] = _listed(phase.get(name))
-        for role in ("new", "existing", "embedding", "head"):
-            row[f"rate_{role}"] = _number(_inside(phase, "rates", role))
-        for name in ("parameters_total", "parameters_trainable", "train_tokens"):
-            row[name] = _whole(phase.get(name))
-        for name in (
-            "train_flops_head",
-            "train_flops_body",
-            "train_seconds",
-            "evaluation_seconds",
-            "tokens_per_second",
-        ):
-            row[name] = _number(phase.get(name))
-        for name in (
-            "train_loss",
-            "validation_loss",
-            "validation_perplexity",
-            "validation_accuracy_percent",
-        ):
-            row[name] = _number(_inside(phase, "best", name))
-        for name in ("epochs_trained", "epochs_replayed", "epochs_reused"):
-            row[name] = _whole(_inside(phase, "work", name))
-        for name in ("seconds_saved", "seconds_waited"):
-            row[name] = _number(_inside(phase, "work", name))
-        memory = _inside(phase, "work", "peak_memory_mb")
-        row["peak_memory_mb"] = _number(_inside(memory, "process"))
-        row["peak_device_memory_mb"] = _number(_inside(memory, "device"))
-        rows.append(row)
+        rows.append({"phase": number, **_recorded("phases", phase)})
         exits = phase.get("exits")
         for exit in exits if isinstance(exits, list) else ():
-            layer = _whole(_inside(exit, "layer"))
-            if layer is None:
-                raise _Unreadable("damaged", f"{RESULT} has an exit without layer in {number}")
-            exit_rows.append(
-                {
-                    "phase": number,
-                    "layer": layer,
-                    "validation_loss": _number(exit.get("validation_loss")),
-                    "validation_perplexity": _number(exit.get("validation_perplexity")),
-                    "validation_accuracy_percent": _number(exit.get("validation_accuracy_percent")),
-                }
-            )
+            exit_rows.append({"phase": number, **_recorded("exits", exit)})
     return rows, exit_rows
 
 
-def _count_unfinished(runs: Rows, epochs: pa.Table) -> None:
+def _total(rows: Rows, *names: str) -> Any:
+    """The sum of these columns; None if a figure is missing."""
+    values = [row[name] for row in rows for name in names]
+    return None if None in values else sum(values)
+
+
+def _add_up_unfinished(runs: Rows, epochs: pa.Table) -> None:
     """Give the runs that did not complete what their epochs add up to so far."""
+    summed = ("reused", "train_seconds", "evaluation_seconds", "train_tokens")
     sums = epochs.group_by("code").aggregate(
-        [("epoch", "count")]
-        + [(c, "sum") for c in ("reused", "train_seconds", "evaluation_seconds", "train_tokens")]
+        [("epoch", "count"), *((name, "sum") for name in summed)]
     )
     by_code = {row["code"]: row for row in sums.to_pylist()}
     for run in runs:
         row = by_code.get(run["code"])
-        if row is not None and run["status"] != Status.completed:
+        if row is not None and run["status"] != COMPLETED:
             run["epochs"] = row["epoch_count"]
             run["epochs_reused"] = row["reused_sum"]
             run["tokens"] = row["train_tokens_sum"]
             run["seconds"] = (row["train_seconds_sum"] or 0) + (row["evaluation_seconds_sum"] or 0)
 
 
-def _read_epochs(found: Sequence[_Found]) -> tuple[pa.Table, list[dict[str, str]]]:
+def _read_epochs(found: Sequence[_Found]) -> tuple[pa.Table, Rows]:
     """The epochs in the `metrics.csv` of each; those of one header are parsed at a stroke."""
     tables = [SCHEMAS["epochs"].empty_table()]
-    left_out: list[dict[str, str]] = []
+    left_out: Rows = []
     by_header: dict[bytes, list[tuple[_Found, bytes]]] = {}
     for item in found:
         try:
@@ -882,37 +812,33 @@ def _read_epochs(found: Sequence[_Found]) -> tuple[pa.Table, list[dict[str, str]
     for header, bodies in by_header.items():
         try:
             tables.append(_parsed_epochs(header, bodies))
-        except (pa.ArrowInvalid, ValueError):
+        except ValueError:  # Arrow's own is one of these
             for item, body in bodies:
                 try:
                     tables.append(_parsed_epochs(header, [(item, body)]))
-                except (pa.ArrowInvalid, ValueError) as error:
+                except ValueError as error:
                     left_out.append(_metrics_problem(item, _brief(error)))
     return pa.concat_tables(tables), left_out
 
 
-def _metrics_problem(item: _Found, why: str) -> dict[str, str]:
-    return {
-        "folder": item.name or ".",
-        "kind": "damaged",
-        "reason": f"{METRICS} cannot be read ({why}): its epochs are left out",
-    }
+def _metrics_problem(item: _Found, why: str) -> dict[str, Any]:
+    reason = f"{METRICS} cannot be read ({why}): its epochs are left out"
+    return _left_out(item.name, "damaged", reason)
 
 
 def _parsed_epochs(header: bytes, bodies: Sequence[tuple[_Found, bytes]]) -> pa.Table:
-    """Rows of CSV under one header, as the table of epochs. Raises ValueError or ArrowInvalid."""
+    """Rows of CSV under one header, as the table of epochs. Raises ValueError."""
     schema = SCHEMAS["epochs"]
     names = header.decode().split(",")
-    needed = {name for name, kind in EPOCH_COLUMNS.items() if kind.endswith("!")}
+    needed = {name for name, column in COLUMNS["epochs"].items() if column.required}
     if missing := sorted(needed - set(names)):
         raise ValueError(f"it has no column {missing[0]}")
     counts = [body.count(b"\n") for _, body in bodies]
-    joined = b"".join(body for _, body in bodies)
-    if not joined:
+    if not sum(counts):
         return schema.empty_table()
     known = [name for name in schema.names if name in names]
     table = pyarrow.csv.read_csv(
-        io.BytesIO(joined),
+        io.BytesIO(b"".join(body for _, body in bodies)),
         read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={name: schema.field(name).type for name in known},
@@ -923,21 +849,19 @@ def _parsed_epochs(header: bytes, bodies: Sequence[tuple[_Found, bytes]]) -> pa.
         raise ValueError("it has empty lines")
     if any(table[name].null_count for name in needed):
         raise ValueError("a row names no phase, layers or epoch")
-    codes = np.repeat([item.code for item, _ in bodies], counts)
-    columns = [
-        pa.array(codes, pa.int64())
-        if field.name == "code"
-        else table[field.name]
-        if field.name in known
-        else pa.nulls(len(codes), field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
+    code = pa.array(np.repeat([item.code for item, _ in bodies], counts), pa.int64())
+    columns = {"code": code, **{name: table[name] for name in known}}
+    columns |= {
+        name: pa.nulls(len(code), schema.field(name).type)
+        for name in schema.names
+        if name not in columns
+    }
+    return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _described_by_overrides(row: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Put the overrides into `row`, with the group choices and the seed that they name."""
-    row["overrides"] = _text(" ".join(overrides))
+def _told_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The overrides, and the group choices and the seed that they name."""
+    row: dict[str, Any] = {"overrides": _text(" ".join(overrides))}
     for key, value in _keys_and_values(overrides):
         if key in GROUPS:
             row[key] = _text(value)
@@ -950,12 +874,12 @@ def _keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Overrides as key and value, without those of Hydra itself."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if not key.startswith("hydra."):
+        if key and not key.startswith("hydra"):
             yield key, value
 
 
 def _read_yaml(folder: str, name: str) -> Any:
-    """A file that Hydra wrote about a job; None where it is not there or not to be read."""
+    """A file that Hydra wrote about a job; None where it is not there or cannot be read."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -966,24 +890,16 @@ def _read_yaml(folder: str, name: str) -> Any:
         return None
 
 
-def _chosen(hydra: Any) -> dict[str, Any] | None:
-    choices = _inside(hydra, "hydra", "runtime", "choices")
-    if not isinstance(choices, dict):
-        return None
-    return {
-        str(group): choice
-        for group, choice in choices.items()
-        if choice is not None and not str(group).startswith("hydra")
-    }
+def _is_ours(settings: Any) -> bool:
+    return isinstance(settings, dict) and {"initial_layers", "added_layers"} <= settings.keys()
 
 
 def _settings_row(settings: dict[str, Any]) -> dict[str, Any]:
     """The configuration as columns; settings that this version does not have become text."""
-    row: dict[str, Any] = {}
-    for name, value in _flat(settings):
-        kind = SETTINGS.get(name, "text")
-        row[f"config.{_text(name)}"] = CLEAN[kind](value)
-    return row
+    return {
+        f"config.{_text(name)}": CLEAN[SETTINGS.get(name, "text")](value)
+        for name, value in _flat(settings)
+    }
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -997,35 +913,26 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _experiment_key(settings: dict[str, Any], fingerprint: Any) -> str:
     """The same for two runs that are the same experiment, on the same text, with the same seed."""
     aside = NOT_THE_EXPERIMENT + (PLACE_OF_TEXT if fingerprint else ())
-    flat = {
-        name: float(value) if SETTINGS.get(name) == "number" and _number(value) else value
-        for name, value in _flat(settings)
-        if name not in aside
-    }
-    text = json.dumps([flat, fingerprint], sort_keys=True, default=str)
+    flat = {name: value for name, value in _flat(settings) if name not in aside}
+    # 1 and 1.0 are the same rate, whether JSON or YAML held it.
+    same = {n: _number(v) if SETTINGS.get(n) == "number" else v for n, v in flat.items()}
+    text = json.dumps([same, fingerprint], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _inside(value: Any, *names: str) -> Any:
+def _inside(value: Any, place: Iterable[str]) -> Any:
     """What lies in nested objects under these names; None where the way ends."""
-    for name in names:
+    for name in place:
         value = value.get(name) if isinstance(value, dict) else None
     return value
-
-
-def _total(rows: Rows, *names: str) -> Any:
-    """The sum of these columns; None if a figure is missing."""
-    values = [row[name] for row in rows for name in names]
-    return None if None in values else sum(values)
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
+    with contextlib.suppress(OverflowError):
         return float(value)
-    except OverflowError:
-        return None
+    return None
 
 
 def _whole(value: Any) -> int | None:
@@ -1043,25 +950,19 @@ def _text(value: Any) -> str | None:
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def _listed(value: Any) -> str | None:
-    return ", ".join(map(str, value)) if isinstance(value, list) else _text(value)
+def _moment(value: Any) -> datetime | None:
+    """A time as the record writes it."""
+    try:
+        return datetime.fromisoformat(value).astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _when(time_ns: int) -> datetime:
     return datetime.fromtimestamp(time_ns / 1e9, UTC)
-
-
-def _moment(value: Any) -> datetime | None:
-    try:
-        moment = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return None
-    return moment if moment.tzinfo else moment.astimezone()
 
 
 CLEAN: dict[str, Callable[[Any], Any]] = {
@@ -1069,6 +970,7 @@ CLEAN: dict[str, Callable[[Any], Any]] = {
     "whole": _whole,
     "number": _number,
     "flag": _flag,
+    "time": _moment,
 }
 
 
@@ -1083,8 +985,8 @@ def _brief(error: Exception) -> str:
 def _cache_version() -> str:
     """Changes with everything that a cached table depends on besides the runs' files."""
     shape = [CACHE_FORMAT, RECORD_FORMAT, NOT_THE_EXPERIMENT, PLACE_OF_TEXT]
-    text = json.dumps(shape) + "".join(str(schema) for schema in SCHEMAS.values())
-    return hashlib.sha256(text.encode()).hexdigest()
+    shape += [{n: list(c) for n, c in columns.items()} for columns in COLUMNS.values()]
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
 
 
 def _read_cache(root: str, found: list[_Found]) -> tuple[list[_Found], _Piece]:
@@ -1105,13 +1007,15 @@ def _read_cache(root: str, found: list[_Found]) -> tuple[list[_Found], _Piece]:
         return [], _empty_piece()
     columns = tables.pop("seen").to_pydict()
     names = columns.pop("name")
-    looks = enumerate(zip(*columns.values(), strict=True))
-    cached = dict(zip(names, looks, strict=True))
-    new_codes = np.full(len(cached), -1)
+    looks = zip(*(columns[name] for name in SEEN), strict=True)
+    cached = {
+        name: (code, look) for code, (name, look) in enumerate(zip(names, looks, strict=True))
+    }
+    new_codes = np.full(len(names), -1)
     kept: list[_Found] = []
     for item in found:
-        code, seen = cached.get(item.name, (-1, None))
-        if item.begun and item.seen == seen:
+        code, look = cached.get(item.name, (-1, None))
+        if item.begun and item.seen == look:
             new_codes[code] = len(kept)
             kept.append(item)
     return kept, _recoded(tables, new_codes)
@@ -1121,9 +1025,11 @@ def _write_cache(root: str, found: list[_Found], piece: _Piece) -> None:
     """Keep what was read of these runs, whole or not at all; a folder that refuses has no cache."""
     new_codes = np.full(1 + max(piece["runs"]["code"].to_pylist(), default=-1), -1)
     new_codes[[item.code for item in found]] = np.arange(len(found))
-    seen = {"name": [item.name for item in found]}
-    seen |= {f"seen{i}": [item.seen[i] for item in found] for i in range(len(NOTHING_SEEN))}
-    tables = {"seen": pa.table(seen), **_recoded(piece, new_codes)}
+    looks = {name: [item.seen[i] for item in found] for i, name in enumerate(SEEN)}
+    tables = {
+        "seen": pa.table({"name": [_text(item.name) for item in found], **looks}),
+        **_recoded(piece, new_codes),
+    }
     temporary = os.path.join(root, f"{CACHE}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as archive:
@@ -1131,7 +1037,7 @@ def _write_cache(root: str, found: list[_Found], piece: _Piece) -> None:
             for name, table in tables.items():
                 content = io.BytesIO()
                 pyarrow.parquet.write_table(table, content, compression="zstd")
-                archive.writestr(name, content.getbuffer())
+                archive.writestr(name, content.getvalue())
         os.replace(temporary, os.path.join(root, CACHE))
     except OSError:
         with contextlib.suppress(OSError):
@@ -1152,44 +1058,33 @@ def _recoded(piece: _Piece, new_codes: np.ndarray) -> _Piece:
 # Tables -> frames
 
 
-def _results(piece: _Piece, found: list[_Found], left_out: list[dict[str, str]]) -> Results:
+def _results(piece: _Piece, found: list[_Found], left_out: Rows) -> Results:
     """The frames: runs in the order of their names, numbers in them counted as numbers."""
     found = sorted(found, key=lambda item: _natural(item.name))
     places = np.zeros(1 + max((item.code for item in found), default=-1), dtype=np.int64)
     places[[item.code for item in found]] = np.arange(len(found))
     names = pa.array([_text(item.name) for item in found], pa.string())
 
-    def ordered(name: str) -> tuple[pa.Table, np.ndarray]:
-        table = piece[name]
-        order = places[table["code"].to_numpy()]
+    def in_order(table: str) -> tuple[pa.Table, np.ndarray]:
+        order = places[piece[table]["code"].to_numpy()]
         by_run = np.argsort(order, kind="stable")
-        return table.take(by_run).drop_columns("code"), order[by_run]
+        return piece[table].take(by_run).drop_columns("code"), order[by_run]
 
-    table, _ = ordered("runs")
-    runs = _frame(table)
-    runs.insert(0, "run", _texts(item.name for item in found))
-    runs.insert(1, "sweep", _texts(item.sweep for item in found))
+    frames = {}
+    for name in ("phases", "epochs", "exits"):
+        table, order = in_order(name)
+        sure = {column: "int64" for column, holds in COLUMNS[name].items() if holds.required}
+        frames[name] = _frame(table.add_column(0, "run", names.take(order))).astype(sure)
+    runs = _frame(in_order("runs")[0])
+    runs["run"] = _texts(item.name for item in found)
+    runs["sweep"] = _texts(item.sweep for item in found)
     runs["folder"] = _texts(item.path for item in found)
     signs = pa.array([item.last_sign for item in found], ARROW["time"]).to_pandas()
     runs["last_sign"] = signs.fillna(runs["ended"])
-    frames = {}
-    for name, columns in (
-        ("phases", PHASE_COLUMNS),
-        ("epochs", EPOCH_COLUMNS),
-        ("exits", EXIT_COLUMNS),
-    ):
-        table, order = ordered(name)
-        frame = _frame(table.add_column(0, "run", names.take(order)))
-        sure = {column: "int64" for column, kind in columns.items() if kind.endswith("!")}
-        frames[name] = frame.astype(sure)[list(columns)]
     runs["duplicate_of"] = _texts(_duplicates(runs))
-    runs = _in_order(runs)
-    listed = pa.Table.from_pylist(
-        [{k: _text(v) for k, v in problem.items()} for problem in left_out],
-        schema=pa.schema([(n, ARROW[k]) for n, k in LEFT_OUT_COLUMNS.items()]),
-    )
-    missing = _frame(listed).sort_values("folder", kind="stable").reset_index(drop=True)
-    return Results(runs=runs, left_out=missing, **frames)
+    columns = {name: _texts(row[name] for row in left_out) for name in LEFT_OUT_COLUMNS}
+    listed = pd.DataFrame(columns).sort_values("folder", kind="stable", ignore_index=True)
+    return Results(runs=_arranged(runs), left_out=listed, **frames)
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
@@ -1198,19 +1093,19 @@ def _frame(table: pa.Table) -> pd.DataFrame:
         pa.int64(): pd.Int64Dtype(),
         pa.bool_(): pd.BooleanDtype(),
     }
-    return table.to_pandas(types_mapper=kinds.get, self_destruct=False)
+    return table.to_pandas(types_mapper=kinds.get)
 
 
 def _texts(values: Iterable[str | None]) -> Any:
     return pd.array([_text(value) for value in values], dtype=pd.StringDtype("pyarrow"))
 
 
-def _natural(name: str) -> list[Any]:
-    """A key that sorts 2_x before 10_x."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in NUMBER.split(name)]
-
-
 NUMBER = re.compile(r"([0-9]{1,18})")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts 2_x before 10_x."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in NUMBER.split(name)]
 
 
 def _duplicates(runs: pd.DataFrame) -> list[str | None]:
@@ -1219,7 +1114,7 @@ def _duplicates(runs: pd.DataFrame) -> list[str | None]:
     Of several runs of one experiment and seed the newest completed one counts; if none completed,
     one that is running, then the newest.
     """
-    rank = {Status.completed.value: 3, RUNNING: 2, Status.interrupted.value: 1}
+    rank = {COMPLETED: 3, RUNNING: 2, Status.interrupted.value: 1}
     columns = [_plain(runs[name]) for name in ("experiment_key", "run", "status", "last_sign")]
     rows = [
         (key, run, (rank.get(status, 0), sign.timestamp() if sign else 0.0))
@@ -1233,19 +1128,28 @@ def _duplicates(runs: pd.DataFrame) -> list[str | None]:
 
 
 def _varied(runs: pd.DataFrame) -> list[str]:
-    known = runs[runs["config.seed"].notna()]
+    known: Any = runs[runs["config.seed"].notna()]
     settings = [column for column in runs.columns if column.startswith("config.")]
     return [column for column in settings if len(known[column].unique()) > 1]
 
 
-def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
+def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
     """Who and how, what varies, the figures, where; then what is the same everywhere."""
     varied = _varied(runs)
-    settings = [column for column in runs.columns if column.startswith("config.")]
     choices = sorted(column for column in runs.columns if column.startswith("choice."))
+    settings = [column for column in runs.columns if column.startswith("config.")]
     constant = [column for column in settings if column not in varied]
     front = [*IDENTITY_COLUMNS, *choices, *varied, *FIGURE_COLUMNS, *PLACE_COLUMNS]
     return runs.reindex(columns=front + constant)
+
+
+def _plain(values: Any) -> list[Any]:
+    """A column as Python values, None for what is missing."""
+    return [None if gone else value for value, gone in zip(values, values.isna(), strict=True)]
+
+
+# = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
+FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
 
 
 def _as_plain_text(text: str) -> str:
@@ -1253,32 +1157,29 @@ def _as_plain_text(text: str) -> str:
     return "'" + text if text.startswith(FORMULA_STARTS) else text
 
 
-# = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
-FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
-
-
 # ---------------------------------------------------------------------------------------------
 # The table of a sweep
 
 
 @dataclass(frozen=True)
-class _Column:
-    """A column of the summary. Those with a `give_way` leave a narrow table, highest first."""
+class _Shown:
+    """A column of the summary. In a narrow table the one with the highest `goes` goes first."""
 
     title: str
     cells: list[Text]
+    goes: int = 0
     right: bool = False
     flexible: bool = False
-    give_way: int = 0
 
+    @property
     def narrowest(self) -> int:
         width = max((cell.cell_len for cell in (Text(self.title), *self.cells)), default=0)
         return min(width, NARROW) if self.flexible else width
 
 
 NARROW = 10
-STATUS_STYLE = {
-    Status.completed.value: "green",
+STYLE = {
+    COMPLETED: "green",
     Status.failed.value: "bold red",
     Status.interrupted.value: "yellow",
     RUNNING: "cyan",
@@ -1286,54 +1187,50 @@ STATUS_STYLE = {
 }
 
 
-def _summary_columns(results: Results) -> list[_Column]:
+def _summary_columns(results: Results) -> list[_Shown]:
     runs = results.runs
     progress = _progress(results)
-    columns = [_Column("job", [_cut(name) for name in runs["run"]], flexible=True)]
-    for title, values in _what_varied(runs).items():
-        columns.append(_Column(title, [_cut(value) for value in values], flexible=True))
-    status = [Text(value, STATUS_STYLE.get(value, "")) for value in runs["status"]]
-    columns.append(_Column("status", status))
     rows = runs.to_dict("records")
+    columns = [_Shown("job", [_cut(name) for name in runs["run"]], flexible=True)]
+    for title, values in _what_varied(runs).items():
+        columns.append(_Shown(title, [_cut(value) for value in values], 1, flexible=True))
+    columns.append(_Shown("status", [Text(value, STYLE[value]) for value in runs["status"]]))
 
-    def column(title: str, give_way: int, cell: Callable[[dict[str, Any]], str]) -> None:
+    def figures(title: str, goes: int, cell: Callable[[dict[str, Any]], str]) -> None:
         cells = [Text(cell(row)) for row in rows]
         if any(cells):
-            columns.append(_Column(title, cells, right=True, give_way=give_way))
+            columns.append(_Shown(title, cells, goes, right=True))
 
-    column("layers", 3, lambda row: _pair(row, "layers", "d"))
-    column(
-        "perplexity", 0, lambda row: progress.get(row["run"]) or _pair(row, "perplexity", ",.2f")
-    )
-    column("accuracy %", 1, lambda row: _pair(row, "accuracy_percent", ".2f"))
-    column("± points", 4, lambda row: _figure(row["accuracy_points"], "+.2f"))
-    column("± ppl %", 5, lambda row: _figure(row["perplexity_percent"], "+.2f"))
-    column("epochs", 6, lambda row: _figure(row["epochs"], "d"))
-    column("reused", 8, lambda row: _figure(row["epochs_reused"], "d"))
-    column("time", 2, lambda row: _duration(row["seconds"]))
-    column("saved", 7, lambda row: _duration(row["seconds_saved"]))
+    figures("layers", 5, lambda row: _pair(row, "layers", "d"))
+    figures("perplexity", 2, lambda r: progress.get(r["run"]) or _pair(r, "perplexity", ",.2f"))
+    figures("accuracy %", 3, lambda row: _pair(row, "accuracy_percent", ".2f"))
+    figures("± points", 6, lambda row: _figure(row["accuracy_points"], "+.2f"))
+    figures("± ppl %", 7, lambda row: _figure(row["perplexity_percent"], "+.2f"))
+    figures("epochs", 8, lambda row: _figure(row["epochs"], "d"))
+    figures("reused", 10, lambda row: _figure(row["epochs_reused"] or pd.NA, "d"))
+    figures("time", 4, lambda row: _duration(row["seconds"]))
+    figures("saved", 9, lambda row: _duration(row["seconds_saved"] or pd.NA))
     return columns
 
 
-def _fit(columns: Sequence[_Column], width: int | None) -> list[str]:
-    """The titles of the columns that leave so that the rest fits into `width`."""
+def _too_wide(columns: Sequence[_Shown], width: int | None) -> list[str]:
+    """The titles of the columns that must go so that the rest fits into `width`."""
+    gone: list[str] = []
     if width is None:
-        return []
-    left: list[str] = []
-    for column in sorted(columns, key=lambda column: -column.give_way):
-        need = 1 + sum(c.narrowest() + 3 for c in columns if c.title not in left)
-        if need <= width or not column.give_way:
+        return gone
+    for column in sorted(columns, key=lambda column: -column.goes):
+        need = 1 + sum(c.narrowest + 3 for c in columns if c.title not in gone)
+        if need <= width or not column.goes:
             break
-        left.append(column.title)
-    return left
+        gone.append(column.title)
+    return gone
 
 
 def _what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
     """Short title -> each run's value, for the overrides that differ between the runs."""
     given = [dict(_keys_and_values((text or "").split(" "))) for text in _plain(runs["overrides"])]
-    keys = dict.fromkeys(key for overrides in given for key in overrides if key)
     varied: dict[str, list[str]] = {}
-    for key in keys:
+    for key in dict.fromkeys(key for overrides in given for key in overrides):
         column = key if key in GROUPS else f"config.{key}"
         recorded = _plain(runs[column]) if column in runs else [None] * len(runs)
         values = [
@@ -1343,59 +1240,63 @@ def _what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
         if len(set(values)) > 1:
             varied[key] = values
     leaves = Counter(key.rsplit(".", 1)[-1] for key in varied)
-    titles = {key: key.rsplit(".", 1)[-1] for key in varied}
-    return {
-        titles[key] if leaves[titles[key]] == 1 else key: values for key, values in varied.items()
-    }
+    short = {key: key.rsplit(".", 1)[-1] for key in varied}
+    return {short[k] if leaves[short[k]] == 1 else k: values for k, values in varied.items()}
 
 
 def _progress(results: Results) -> dict[str, str]:
     """How far each running run is: its last epoch, and the best so far of that phase."""
     runs = results.runs
-    running = runs.loc[runs["status"] == RUNNING, "run"]
+    running = runs.loc[runs["status"] == RUNNING, "run"].tolist()
     progress = {}
     for run, epochs in results.epochs[results.epochs["run"].isin(running)].groupby("run"):
         phase = epochs["phase"].max()
         epochs = epochs[epochs["phase"] == phase]
         best = epochs["validation_perplexity"].min()
-        progress[run] = f"{best:,.2f} (phase {phase}, epoch {epochs['epoch'].max()})"
+        progress[str(run)] = f"{best:,.2f} (phase {phase}, epoch {epochs['epoch'].max()})"
     return progress
+
+
+def _reasons(runs: pd.DataFrame) -> list[Text]:
+    """A line for each run that has something to say about how it ended."""
+    told = runs[runs["reason"].notna()]
+    columns = (told["status"], told["run"], told["reason"])
+    return [
+        Text.assemble((status, STYLE[status]), f" {_one_line(run)}: {_one_line(reason)}")
+        for status, run, reason in zip(*columns, strict=True)
+    ]
 
 
 def _print_results(results: Results, out: Console) -> None:
     if len(results.runs):
         out.print(summary_table(results, out.width))
-    lines = [
+    columns = (results.left_out["folder"], results.left_out["reason"])
+    left_out = [
         Text(f"left out: {_one_line(folder)}: {_one_line(reason)}")
-        for folder, reason in zip(
-            results.left_out["folder"], results.left_out["reason"], strict=True
-        )
+        for folder, reason in zip(*columns, strict=True)
     ]
-    for line in lines:
-        line.truncate(out.width, overflow="ellipsis")
-        out.print(line)
+    if left_out:
+        out.print(_lines(left_out))
     out.print(Text(_totals(results)))
+
+
+def _lines(lines: Iterable[Text]) -> RenderableType:
+    """One line each, cut to the width at hand."""
+    grid = Table.grid()
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    for line in lines:
+        grid.add_row(line)
+    return grid
 
 
 def _totals(results: Results) -> str:
     """How many runs there are of each status, in a line."""
     counts = Counter(results.runs["status"].tolist())
-    parts = [
-        f"{counts[status]} {status}"
-        for status in (*(status.value for status in Status), RUNNING, WAITING)
-        if status in counts
-    ]
+    parts = [f"{counts[status]} {status}" for status in STYLE if status in counts]
     repeats = results.runs["duplicate_of"].notna().tolist().count(True)
     parts += [f"{repeats} repeat another's settings and seed"] if repeats else []
     number = len(results.runs)
     return f"{number} run{'' if number == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
-
-
-def _plain(values: Any) -> list[Any]:
-    """A column as Python values, None for what is missing."""
-    return [
-        None if missing else value for value, missing in zip(values, values.isna(), strict=True)
-    ]
 
 
 def _pair(row: dict[str, Any], name: str, form: str) -> str:
@@ -1429,6 +1330,112 @@ def _cut(text: str) -> Text:
 
 
 # ---------------------------------------------------------------------------------------------
+# Following a sweep
+
+
+def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Results:
+    """Follow runs until all have ended: a display that moves on a terminal, else a line a change.
+
+    Looks every `every_s` seconds, or less often where looking itself takes long.
+    """
+    from rich.live import Live
+
+    said: set[str] = set()
+    live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
+    with live or contextlib.nullcontext():
+        while True:
+            began = time.monotonic()
+            results = load(*folders)
+            if live:
+                live.update(_moving(results), refresh=True)
+            else:
+                for line in [*(reason.plain for reason in _reasons(results.runs)), _now(results)]:
+                    if line not in said:
+                        out.print(Text(f"{datetime.now():%H:%M:%S} {line}"))
+                        said.add(line)
+            if _ended(results.runs) == len(results.runs):
+                return results
+            time.sleep(max(every_s, 10 * (time.monotonic() - began)))
+
+
+def _now(results: Results) -> str:
+    """Where a sweep stands, in a line."""
+    progress = [f"{run}: {far}" for run, far in _progress(results).items()]
+    more = f", and {len(progress) - 3} more" if len(progress) > 3 else ""
+    best = _best_so_far(results.runs)
+    return "; ".join(
+        part for part in (_totals(results), best, ", ".join(progress[:3]) + more) if part
+    )
+
+
+def _moving(results: Results) -> RenderableType:
+    """Where a sweep stands, for a terminal."""
+    from rich.progress_bar import ProgressBar
+
+    runs = results.runs
+    running = runs[runs["status"] == RUNNING]
+    progress = _progress(results)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    columns = [_plain(running[name]) for name in ("run", "last_sign", "overrides")]
+    for run, sign, overrides in zip(*columns, strict=True):
+        far = progress.get(run, "no epoch yet")
+        sign_of_life = f"last sign of life {_duration(_age(sign))} ago" if sign else ""
+        rest = f"{sign_of_life}  {_one_line(overrides or '')}"
+        table.add_row(Text(_one_line(run), "cyan"), Text(far), Text(rest))
+    return Group(
+        ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40),
+        _lines([Text(_totals(results)), Text(_best_so_far(runs)), Text(_time_left(runs))]),
+        table,
+        _lines(_reasons(runs)[-8:]),
+    )
+
+
+def _ended(runs: pd.DataFrame) -> int:
+    return sum(status not in (RUNNING, WAITING) for status in runs["status"])
+
+
+def _best_so_far(runs: pd.DataFrame) -> str:
+    """The completed run of the lowest perplexity, for each corpus: others do not compare."""
+    names = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run", "overrides")
+    best: dict[str, tuple[Any, ...]] = {}
+    for corpus, *figures in zip(*(_plain(runs[name]) for name in names), strict=True):
+        if figures[0] is not None and (corpus not in best or figures[0] < best[corpus][0]):
+            best[corpus] = tuple(figures)
+    return "; ".join(
+        f"best so far {perplexity:,.2f} ({_figure(accuracy, '.2f')} %): "
+        f"{_one_line(run)} {_one_line(overrides or '')}"
+        for perplexity, accuracy, run, overrides in best.values()
+    )
+
+
+def _time_left(runs: pd.DataFrame) -> str:
+    """An estimate from what completed runs took and how many run at once now, if there is one."""
+    statuses = runs["status"].tolist()
+    waiting, running = statuses.count(WAITING), statuses.count(RUNNING)
+    columns = [_plain(runs[name]) for name in ("wall_seconds", "started")]
+    rows = list(zip(statuses, *columns, strict=True))
+    took = [seconds for status, seconds, _ in rows if status == COMPLETED and seconds is not None]
+    if not running:
+        return "nothing is running" if waiting else ""
+    if not took:
+        return "time left: not known until a run has completed"
+    mean = sum(took) / len(took)
+    begun = [_age(started) for status, _, started in rows if status == RUNNING and started]
+    left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
+    return (
+        f"about {_duration(left)} left, if the others take as long as the {len(took)} completed "
+        f"({_duration(mean)} on average), {running} at a time"
+    )
+
+
+def _age(moment: Any) -> float:
+    return max(0.0, (datetime.now(UTC) - moment).total_seconds())
+
+
+# ---------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -1437,20 +1444,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.results",
         description="Print the table of every run in sweeps or single runs, finished or not.",
+        epilog="Exit status: 0; 1 if a run failed or left a record that cannot be read; "
+        "2 if a folder is not there or cannot be written.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
-    parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV")
-    parser.add_argument("--parquet", metavar="DIR", help="also write the tables as Parquet")
+    parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
+    parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
+    parser.add_argument("--watch", action="store_true", help="follow until every run has ended")
+    parser.add_argument(
+        "--every", metavar="SECONDS", type=float, default=5.0, help="how often --watch looks (5)"
+    )
     options = parser.parse_args(arguments)
+    if not options.every > 0:
+        parser.error("--every must be more than 0 seconds")
+    out = console()
     try:
-        results = load(*options.folders)
-        _print_results(results, console())
+        if options.watch:
+            results = watch(options.folders, options.every, out)
+        else:
+            results = load(*options.folders)
+        _print_results(results, out)
         if options.csv:
             results.to_csv(options.csv)
         if options.parquet:
             results.to_parquet(options.parquet)
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+        print(f"error: {where}", file=sys.stderr)
         return 2
     return 1 if results.failures else 0
 
