@@ -3,8 +3,8 @@
 The output head dominates a training step when the vocabulary is large: its logits do not fit any
 cache, nor, on a small machine, the memory. Here they are formed for a chunk of tokens at a time,
 and both gradients are formed with them in the forward pass, so that no logit outlives its chunk
-(after Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", and Liger-Kernel's
-fused linear cross-entropy).
+(after Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", and the fused
+linear cross-entropy of Liger-Kernel).
 
 What makes it fast on a CPU, beside the chunks themselves:
 
@@ -28,12 +28,13 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
@@ -130,10 +131,17 @@ def linear_cross_entropy(
     if len(weight_e) != len(hidden_end):
         raise ValueError(f"{len(weight_e)} weights for {len(hidden_end)} exits")
     _check(hidden_end, head_vd, target_n)
-    job = _Job(target_n, [float(w) for w in weight_e], count, rows, block, workspace)
     recording = torch.is_grad_enabled()
-    job.head_needs = recording and head_vd.requires_grad
-    job.hidden_needs = [recording and h.requires_grad for h in hidden_end]
+    job = _Job(
+        target_n,
+        [float(weight) for weight in weight_e],
+        count,
+        rows,
+        block,
+        workspace or Workspace(),
+        recording and head_vd.requires_grad,
+        [recording and hidden_nd.requires_grad for hidden_nd in hidden_end],
+    )
     return ExitLosses(*_LinearCrossEntropy.apply(job, head_vd, *hidden_end))
 
 
@@ -144,24 +152,29 @@ def evaluate_exits(
     *,
     rows: int | None = None,
     block: int | None = None,
+    workspace: Workspace | None = None,
 ) -> ExitScores:
     """Summed cross-entropy and correct predictions at each exit: one product, no gradients.
 
     Arguments and errors as of `linear_cross_entropy`.
     """
     _check(hidden_end, head_vd, target_n)
-    job = _Job(target_n, [0.0] * len(hidden_end), True, rows, block, None)
+    exits = len(hidden_end)
+    job = _Job(
+        target_n, [0.0] * exits, True, rows, block, workspace or Workspace(), False, [False] * exits
+    )
     with torch.no_grad():
         result = _run(job, head_vd, hidden_end)
     return ExitScores(result.nll_e, result.correct_e)
 
 
-def chunk_rows(vocab: int, dim: int, dtype: torch.dtype, device_type: str) -> int:
-    """Tokens per chunk, for products that read the chunk's exponentials a second time."""
+def chunk_rows(rows: int, vocab: int, keep: bool, dtype: torch.dtype, device_type: str) -> int:
+    """Rows per chunk, of `rows` in all."""
+    limit = 512
     if device_type != "cpu":
-        # As many as fit half a gibibyte: large products, few launches.
-        return max(128, min(8192, 2**29 // (vocab * dtype.itemsize) // 128 * 128))
-    return 128
+        limit = max(128, min(8192, 2**29 // (vocab * dtype.itemsize) // 128 * 128))
+    chunks = -(-rows // limit)
+    return min(rows, -(-rows // chunks // 16) * 16)
 
 
 def block_words(rows: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
@@ -190,9 +203,9 @@ class _Job:
     count: bool
     rows: int | None
     block: int | None
-    workspace: Workspace | None
-    head_needs: bool = False
-    hidden_needs: Sequence[bool] = ()
+    workspace: Workspace
+    head_needs: bool
+    hidden_needs: list[bool]
 
 
 @dataclass
@@ -207,25 +220,24 @@ class _Result:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, job: _Job, head_vd: Tensor, *hidden_end: Tensor
+        ctx: Any, job: _Job, head_vd: Tensor, *hidden_end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         result = _run(job, head_vd, hidden_end)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.nll_e, result.correct_e)
-        ctx.gradients = (result.head_grad, *result.hidden_grads)  # type: ignore[attr-defined]
+        ctx.gradients = (result.head_grad, *result.hidden_grads)
         return result.loss, result.nll_e, result.correct_e
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, loss_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, loss_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # Handed over, not kept: a kept reference would make autograd copy the head's gradient.
-        gradients = ctx.gradients  # type: ignore[attr-defined]
-        ctx.gradients = None  # type: ignore[attr-defined]
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were already handed over; form it again")
         if loss_grad is None:
             return (None, *(None for _ in gradients))
-        # Elsewhere than on the CPU looking at the value would wait for the device.
+        # Elsewhere than on the CPU, looking at the value would wait for the device.
         if loss_grad.device.type != "cpu" or loss_grad.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
@@ -260,314 +272,299 @@ def _check(hidden_end: Sequence[Tensor], head_vd: Tensor, target_n: Tensor) -> N
 
 def _run(job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor]) -> _Result:
     """The loss at every exit, and the gradients that are asked for."""
-    device = head_vd.device
+    device_type = head_vd.device.type
     dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    with torch.autocast(device.type, enabled=False):
-        return _Chunks(job, head_vd, hidden_end, dtype).run()
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return _Rows(job, head_vd, hidden_end, dtype).run()
 
 
-class _Chunks:
-    """One call: rows of all exits stacked, those that need most gradients first, in chunks.
+@dataclass
+class _Block:
+    """A block of words as a chunk sees it.
 
-    Stacking reads the head's weights once per chunk, whatever number of exits the chunk spans.
+    powers: (words, rows), first the logits in base 2, then two to their power.
+    head, head_dv: the block's weights, and transposed.
+    head_grad: their gradient, if there is one.
+    """
+
+    first: int
+    last: int
+    powers: Tensor
+    head: Tensor
+    head_dv: Tensor
+    head_grad: Tensor | None
+
+
+@dataclass
+class _Sums:
+    """What one pass over the words finds for each row of a chunk.
+
+    rest, target: the sum of the exponentials of all words but the target, and that of the target,
+        with `shift` (the largest logit, or None) subtracted from the logits.
+    nll: cross-entropy, nats.
+    weighted_dm: (dim, rows) the sum of exponential x weights, over all words but the target.
+    correct: whether the target is the most likely word, where that is counted.
+    """
+
+    rest: Tensor
+    target: Tensor
+    nll: Tensor
+    weighted_dm: Tensor | None
+    correct: Tensor | None
+    shift: Tensor | None
+
+
+class _Rows:
+    """The rows of one call: the tokens of all exits, stacked, in chunks.
+
+    Stacking reads the head's weights once per chunk, whatever the number of exits. Exits that need
+    the same gradients form a group, and their rows are sorted by target: the targets of a chunk
+    then lie in few blocks of words, and the others need not be searched for them.
     """
 
     def __init__(
         self, job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype
     ) -> None:
         self.job, self.head_vd, self.hidden_end = job, head_vd, hidden_end
-        self.dtype = dtype
-        # Of exponentials, sums and gradients under way.
-        self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.vocab, self.dim = head_vd.shape
         self.device = head_vd.device
-        self.on_cpu = self.device.type == "cpu"
         self.tokens = len(job.target_n)
-
-        needs_hidden = [
-            bool(needed and weight)
-            for needed, weight in zip(
-                job.hidden_needs or [False] * len(hidden_end), job.weight_e, strict=True
-            )
-        ]
-        needs_head = [bool(job.head_needs and weight) for weight in job.weight_e]
-        self.exits = sorted(
-            range(len(hidden_end)), key=lambda e: (not needs_hidden[e], not needs_head[e])
-        )
-        # How many rows, from the first, send a gradient to the hidden states and to the head.
-        self.hidden_rows = sum(needs_hidden) * self.tokens
-        self.head_rows = sum(needs_head) * self.tokens
-        self.needs_hidden = needs_hidden
-
+        # Of products; and of exponentials, sums and gradients under way.
+        self.dtype = dtype
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self.head = head_vd.detach().to(dtype)
-        self.hidden_md = torch.cat([hidden_end[e].detach().to(dtype) for e in self.exits])
-        self.target_m = job.target_n.repeat(len(self.exits))
-        self.scale_m = torch.cat(
-            [
-                torch.full((self.tokens,), job.weight_e[e] / self.tokens, dtype=self.sum_dtype)
-                for e in self.exits
-            ]
-        ).to(self.device)
-        total = len(self.hidden_md)
-        self.nll_m = torch.empty(total, dtype=self.sum_dtype, device=self.device)
-        self.correct_m = torch.zeros(total, dtype=torch.bool, device=self.device)
-        self.hidden_grad_md = torch.empty(
-            self.hidden_rows, self.dim, dtype=self.sum_dtype, device=self.device
-        )
-        self.head_grad_vd = (
-            torch.empty(self.vocab, self.dim, dtype=self.sum_dtype, device=self.device)
-            if self.head_rows
-            else None
-        )
+        self.head_grad_vd: Tensor | None = None
+        self.head_grad_begun = False
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.sum_dtype, device=self.device)
 
     def run(self) -> _Result:
-        workspace = self.job.workspace or Workspace()
-        for first, last, keep in self.spans():
-            rows = last - first
-            block = self.job.block or block_words(
-                rows, self.vocab, self.sum_dtype, self.device.type
-            )
-            blocks = [(v, min(v + block, self.vocab)) for v in range(0, self.vocab, block)]
-            # One row more than words in each block: where targets of other blocks point to.
-            height = block + 1
-            kept = len(blocks) if keep else 1
-            buffer = workspace.buffer(kept * height, rows, self.nll_m)
-            views = [
-                buffer[(i % kept) * height : (i % kept + 1) * height] for i in range(len(blocks))
-            ]
-            self.chunk(first, last, keep, blocks, views)
-        return self.result()
+        job = self.job
+        exits = range(len(self.hidden_end))
+        # Whether an exit sends a gradient to its hidden state, and to the head.
+        needs = [
+            (weight != 0 and hidden, weight != 0 and job.head_needs)
+            for weight, hidden in zip(job.weight_e, job.hidden_needs, strict=True)
+        ]
+        if any(to_head for _, to_head in needs):
+            self.head_grad_vd = self.empty(*self.head.shape)
+        # MPS has no float64.
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        nll_e: list[Tensor] = [torch.empty(0)] * len(exits)
+        correct_e = list(nll_e)
+        hidden_grads: list[Tensor | None] = [
+            torch.zeros_like(hidden_nd) if needed else None
+            for hidden_nd, needed in zip(self.hidden_end, job.hidden_needs, strict=True)
+        ]
+        for need in sorted(set(needs), reverse=True):
+            members = [e for e in exits if needs[e] == need]
+            nll_m, correct_m, grad_md = self.group(members, *need)
+            for i, e in enumerate(members):
+                rows = slice(i * self.tokens, (i + 1) * self.tokens)
+                nll_e[e] = nll_m[rows].sum(dtype=wide)
+                correct_e[e] = correct_m[rows].sum()
+                if grad_md is not None:
+                    hidden_grads[e] = grad_md[rows].to(self.hidden_end[e].dtype)
 
-    def spans(self) -> Iterator[tuple[int, int, bool]]:
-        """First and last row of each chunk, and whether its exponentials are read twice."""
-        total = len(self.hidden_md)
-        rows = self.job.rows or chunk_rows(self.vocab, self.dim, self.sum_dtype, self.device.type)
-        for first in range(0, self.head_rows, rows):
-            yield first, min(first + rows, self.head_rows), True
-        for first in range(self.head_rows, total, rows):
-            yield first, min(first + rows, total), False
-
-    def chunk(
-        self,
-        first: int,
-        last: int,
-        keep: bool,
-        blocks: list[tuple[int, int]],
-        views: list[Tensor],
-    ) -> None:
-        target = self.target_m[first:last]
-        scale = self.scale_m[first:last]
-        hidden_grad_rows = max(0, min(self.hidden_rows, last) - first)
-        hidden = self.hidden_md[first:last]
-        hidden_dm = (hidden * LOG2_E if self.dtype == self.sum_dtype else hidden).t().contiguous()
-
-        forward = None
-        if self.on_cpu:
-            forward = self.fast(hidden_dm, target, hidden_grad_rows, blocks, views)
-        if forward is None:
-            forward = self.careful(hidden_dm, target, hidden_grad_rows, blocks, views)
-        self.nll_m[first:last] = forward.nll
-        if forward.correct is not None:
-            self.correct_m[first:last] = forward.correct
-
-        if hidden_grad_rows:
-            k = hidden_grad_rows
-            share = scale / forward.sum
-            grad = self.hidden_grad_md[first : first + k]
-            torch.mul(forward.weighted_dm.t(), share[:k, None], out=grad)
-            grad.addcmul_(
-                self.head[target[:k]].to(self.sum_dtype),
-                (scale * forward.target_factor)[:k, None],
-                value=-1,
-            )
-        if keep:
-            self.add_head_gradient(first, hidden, hidden_dm, target, scale, forward, blocks, views)
-
-    def fast(
-        self,
-        hidden_dm: Tensor,
-        target: Tensor,
-        hidden_grad_rows: int,
-        blocks: list[tuple[int, int]],
-        views: list[Tensor],
-    ) -> _Forward | None:
-        """A chunk without a maximum subtracted; None if that or a tie asks for care."""
-        rows = len(target)
-        size = len(views[0]) - 1
-        in_block = torch.stack([target - v for v, _ in blocks])
-        lasts = torch.tensor([w - v for v, w in blocks]).unsqueeze(1)
-        in_block = torch.where((in_block >= 0) & (in_block < lasts), in_block, lasts)
-        sums = torch.empty(len(blocks), rows, dtype=self.sum_dtype)
-        others = torch.empty_like(sums)
-        targets = torch.empty_like(sums)
-        weighted = torch.empty(self.dim, hidden_grad_rows, dtype=self.sum_dtype)
-        count = self.job.count
-        for i, (v, w) in enumerate(blocks):
-            logits = views[i][: w - v]
-            head = self.head[v:w]
-            self.logits(head, hidden_dm, logits)
-            index = in_block[i : i + 1]
-            torch.gather(views[i], 0, index, out=targets[i : i + 1])
-            if count:
-                views[i].scatter_(0, index, -math.inf)
-                torch.amax(logits, 0, out=others[i])
-            logits.exp2_()
-            torch.sum(logits, 0, out=sums[i])
-            if hidden_grad_rows:
-                self.accumulate(weighted, head.t(), logits[:, :hidden_grad_rows], i == 0)
-        target_logit = targets.gather(0, (target // size).unsqueeze(0))[0]
-        target_power = target_logit.exp2()
-        total = sums.sum(0)
-        rest = total
-        if count:
-            total = rest + target_power
-        if not bool(((target_power >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
-            return None
-        correct = None
-        factor = torch.ones_like(total)
-        if count:
-            other = others.amax(0)
-            if bool((target_logit == other).any()):
-                return None
-            correct = target_logit > other
-            factor = rest / total
-        return _Forward(
-            nll=torch.log2(total / target_power) * LN_2,
-            correct=correct,
-            sum=total,
-            shift=None,
-            target_value=-rest if count else target_power - total,
-            target_factor=factor,
-            weighted_dm=weighted,
-        )
-
-    def careful(
-        self,
-        hidden_dm: Tensor,
-        target: Tensor,
-        hidden_grad_rows: int,
-        blocks: list[tuple[int, int]],
-        views: list[Tensor],
-    ) -> _Forward:
-        """A chunk with the maximum subtracted, block after block (Milakov & Gimelshein 2018)."""
-        best = index = total = target_logit = None
-        weighted = torch.empty(self.dim, hidden_grad_rows, dtype=self.sum_dtype, device=self.device)
-        for i, (v, w) in enumerate(blocks):
-            logits = views[i][: w - v]
-            head = self.head[v:w]
-            self.logits(head, hidden_dm, logits)
-            inside = (target >= v) & (target < w)
-            value = logits.gather(0, (target - v).clamp(0, w - v - 1).unsqueeze(0))[0]
-            block_best, block_index = logits.max(0)
-            if best is None:
-                target_logit, best, index = value, block_best, block_index
-                total = torch.zeros_like(best)
-            else:
-                target_logit = torch.where(inside, value, target_logit)
-                index = torch.where(block_best > best, block_index + v, index)
-                # torch.maximum, not where: it keeps NaN.
-                higher = torch.maximum(best, block_best)
-                shrink = torch.exp2(best - higher)
-                total *= shrink
-                weighted *= shrink[:hidden_grad_rows]
-                best = higher
-            logits.sub_(best).exp2_()
-            total += logits.sum(0)
-            if hidden_grad_rows:
-                self.accumulate(weighted, head.t(), logits[:, :hidden_grad_rows], i == 0)
-        target_logit = target_logit - best
-        return _Forward(
-            nll=(total.log2() - target_logit) * LN_2,
-            correct=index == target if self.job.count else None,
-            sum=total,
-            shift=best,
-            target_value=target_logit.exp2() - total,
-            target_factor=torch.ones_like(total),
-            weighted_dm=weighted,
-        )
-
-    def add_head_gradient(
-        self,
-        first: int,
-        hidden: Tensor,
-        hidden_dm: Tensor,
-        target: Tensor,
-        scale: Tensor,
-        forward: _Forward,
-        blocks: list[tuple[int, int]],
-        views: list[Tensor],
-    ) -> None:
-        share = (hidden * (scale / forward.sum)[:, None]).to(self.dtype)
-        size = len(views[0]) - 1
-        assert self.head_grad_vd is not None
-        for i, (v, w) in enumerate(blocks):
-            powers = views[i][: w - v]
-            if forward.shift is not None and len(blocks) > 1:
-                # Earlier blocks were shifted by another maximum: form them again.
-                self.logits(self.head[v:w], hidden_dm, powers)
-                powers.sub_(forward.shift).exp2_()
-            index = target - v
-            index = torch.where((index >= 0) & (index < w - v), index, w - v).unsqueeze(0)
-            views[i].scatter_(0, index, forward.target_value.unsqueeze(0))
-            self.accumulate(self.head_grad_vd[v:w], powers, share, first == 0)
-
-    def logits(self, head: Tensor, hidden_dm: Tensor, out: Tensor) -> None:
-        """Logits in base 2, (words, rows), into `out`."""
-        if self.dtype == self.sum_dtype:
-            torch.mm(head, hidden_dm, out=out)
-        else:
-            out.copy_(torch.mm(head, hidden_dm)).mul_(LOG2_E)
-
-    def accumulate(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-        """total += left @ right, or = for the first."""
-        if self.dtype == self.sum_dtype:
-            if first:
-                torch.mm(left, right, out=total)
-            else:
-                total.addmm_(left, right)
-        else:
-            product = torch.mm(left.to(self.dtype), right.to(self.dtype))
-            if first:
-                total.copy_(product)
-            else:
-                total.add_(product)
-
-    def result(self) -> _Result:
-        exits = len(self.exits)
-        sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        order = torch.tensor(self.exits).argsort().to(self.device)
-        nll_e = self.nll_m.view(exits, self.tokens).sum(1, dtype=sum_dtype)[order]
-        correct_e = self.correct_m.view(exits, self.tokens).sum(1)[order]
-        weight = torch.tensor(self.job.weight_e, dtype=sum_dtype).to(self.device)
-        loss = (nll_e * weight).sum().div(self.tokens).to(self.sum_dtype)
-
-        hidden_grads: list[Tensor | None] = []
-        place = {e: i for i, e in enumerate(self.exits)}
-        for e, hidden_nd in enumerate(self.hidden_end):
-            if self.needs_hidden[e]:
-                start = place[e] * self.tokens
-                grad = self.hidden_grad_md[start : start + self.tokens].to(hidden_nd.dtype)
-            elif self.job.hidden_needs and self.job.hidden_needs[e]:
-                grad = torch.zeros_like(hidden_nd)
-            else:
-                grad = None
-            hidden_grads.append(grad)
+        loss = torch.zeros((), dtype=wide, device=self.device)
+        for weight, nll in zip(job.weight_e, nll_e, strict=True):
+            loss += weight / self.tokens * nll
         head_grad = None
         if self.head_grad_vd is not None:
             head_grad = self.head_grad_vd.to(self.head_vd.dtype)
-        elif self.job.head_needs:
+        elif job.head_needs:
             head_grad = torch.zeros_like(self.head_vd)
-        return _Result(loss, nll_e, correct_e, head_grad, hidden_grads)
+        return _Result(
+            loss.to(self.sum_dtype),
+            torch.stack(nll_e),
+            torch.stack(correct_e),
+            head_grad,
+            hidden_grads,
+        )
 
+    def group(
+        self, members: list[int], to_hidden: bool, to_head: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cross-entropy, whether correct, and gradient of the rows of exits with the same needs."""
+        target_m = self.job.target_n.repeat(len(members))
+        order = target_m.argsort(stable=True)
+        target_m = target_m[order]
+        hidden_md = torch.cat([self.hidden_end[e].detach().to(self.dtype) for e in members])[order]
+        weights = [self.empty(self.tokens).fill_(self.job.weight_e[e]) for e in members]
+        scale_m = torch.cat(weights).div_(self.tokens)[order]
 
-@dataclass
-class _Forward:
-    nll: Tensor
-    correct: Tensor | None
-    sum: Tensor
-    shift: Tensor | None
-    target_value: Tensor
-    target_factor: Tensor
-    weighted_dm: Tensor
+        total = len(target_m)
+        nll_m = self.empty(total)
+        correct_m = torch.zeros(total, dtype=torch.bool, device=self.device)
+        grad_md = self.empty(*hidden_md.shape) if to_hidden else None
+        size = self.job.rows or chunk_rows(
+            total, len(self.head), to_head, self.sum_dtype, self.device.type
+        )
+        blocks: list[_Block] = []
+        for first in range(0, total, size):
+            rows = slice(first, min(first + size, total))
+            hidden, target, scale = hidden_md[rows], target_m[rows], scale_m[rows]
+            if not blocks or blocks[0].powers.shape[1] != len(target):
+                blocks = self.blocks(len(target), to_head)
+            # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
+            # round once more, so there the logits are scaled.
+            hidden_dm = hidden * LOG2_E if self.dtype == self.sum_dtype else hidden
+            hidden_dm = hidden_dm.t().contiguous()
+            sums = None
+            if self.device.type == "cpu":
+                sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden)
+            if sums is None:
+                sums = self.sums_shifted(blocks, hidden_dm, target, to_hidden)
+            nll_m[rows] = sums.nll
+            if sums.correct is not None:
+                correct_m[rows] = sums.correct
+            share = scale / (sums.rest + sums.target)
+            if grad_md is not None:
+                assert sums.weighted_dm is not None
+                torch.mul(sums.weighted_dm.t(), share.unsqueeze(1), out=grad_md[rows])
+                toward = self.head[target].to(self.sum_dtype)
+                grad_md[rows].addcmul_(toward, (share * sums.rest).unsqueeze(1), value=-1)
+            if to_head:
+                scaled = (hidden * share.unsqueeze(1)).to(self.dtype)
+                self.add_head_gradient(blocks, hidden_dm, scaled, target, sums)
+
+        back = torch.empty_like(order)
+        back[order] = torch.arange(total, device=self.device)
+        return nll_m[back], correct_m[back], None if grad_md is None else grad_md[back]
+
+    def blocks(self, rows: int, keep: bool) -> list[_Block]:
+        """The blocks for chunks of `rows` rows; each has room of its own if they are to be kept."""
+        vocab = len(self.head)
+        words = self.job.block or block_words(rows, vocab, self.sum_dtype, self.device.type)
+        buffer = self.job.workspace.buffer(vocab if keep else words, rows, self.empty(0))
+        blocks = []
+        for v in range(0, vocab, words):
+            w = min(v + words, vocab)
+            powers = buffer[v:w] if keep else buffer[: w - v]
+            grad = None if self.head_grad_vd is None else self.head_grad_vd[v:w]
+            blocks.append(_Block(v, w, powers, self.head[v:w], self.head[v:w].t(), grad))
+        return blocks
+
+    def sums_unshifted(
+        self, blocks: list[_Block], hidden_dm: Tensor, target: Tensor, to_hidden: bool
+    ) -> _Sums | None:
+        """With no maximum subtracted. None if sums came too near the limits, or there is a tie.
+
+        `target` is sorted.
+        """
+        rows = len(target)
+        target_logit = self.empty(rows)
+        sums, best = self.empty(len(blocks), rows), self.empty(len(blocks), rows)
+        weighted_dm = self.empty(len(hidden_dm), rows) if to_hidden else None
+        edges = torch.tensor([block.last for block in blocks])
+        ends = torch.searchsorted(target, edges).tolist()
+        row = torch.arange(rows)
+        for block, end, start, sum_m, best_m in zip(
+            blocks, ends, [0, *ends], sums.unbind(), best.unbind(), strict=False
+        ):
+            self.logits(block, hidden_dm)
+            if end > start:
+                # The target is left out of everything here, and put in below.
+                place = target[start:end] - block.first, row[start:end]
+                target_logit[start:end] = block.powers[place]
+                block.powers[place] = -math.inf
+            if self.job.count:
+                torch.amax(block.powers, 0, out=best_m)
+            block.powers.exp2_()
+            torch.sum(block.powers, 0, out=sum_m)
+            if weighted_dm is not None:
+                self.accumulate(weighted_dm, block.head_dv, block.powers, block.first == 0)
+
+        rest, target_power = sums.sum(0), target_logit.exp2()
+        total = rest + target_power
+        # A NaN fails this too.
+        if not bool(((target_power >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
+            return None
+        correct = None
+        if self.job.count:
+            rival = best.amax(0)
+            if bool((target_logit == rival).any()):
+                return None
+            correct = target_logit > rival
+        nll = torch.log2(total / target_power) * LN_2
+        return _Sums(rest, target_power, nll, weighted_dm, correct, None)
+
+    def sums_shifted(
+        self, blocks: list[_Block], hidden_dm: Tensor, target: Tensor, to_hidden: bool
+    ) -> _Sums:
+        """With the largest logit so far subtracted, block after block (Milakov & Gimelshein 2018).
+
+        Needs no look at any value, and so no wait for the device.
+        """
+        rows = torch.arange(len(target), device=self.device)
+        target_logit = best = rest = self.empty(0)
+        index = target
+        weighted_dm = self.empty(len(hidden_dm), len(target)) if to_hidden else None
+        for block in blocks:
+            self.logits(block, hidden_dm)
+            powers = block.powers
+            block_best, block_index = powers.max(0)
+            place = (target - block.first).clamp(0, len(powers) - 1), rows
+            inside = (target >= block.first) & (target < block.last)
+            logit = powers[place]
+            powers[place] = torch.where(inside, -math.inf, logit)
+            if block.first == 0:
+                target_logit, best, index = logit, block_best, block_index
+                rest = torch.zeros_like(best)
+            else:
+                target_logit = torch.where(inside, logit, target_logit)
+                index = torch.where(block_best > best, block_index + block.first, index)
+                higher = torch.maximum(best, block_best)
+                shrink = (best - higher).exp2_()
+                rest *= shrink
+                if weighted_dm is not None:
+                    weighted_dm *= shrink
+                best = higher
+            powers.sub_(best).exp2_()
+            rest += powers.sum(0)
+            if weighted_dm is not None:
+                self.accumulate(weighted_dm, block.head_dv, powers, block.first == 0)
+        target_logit = target_logit - best
+        target_power = target_logit.exp2()
+        nll = ((rest + target_power).log2() - target_logit) * LN_2
+        correct = index == target if self.job.count else None
+        return _Sums(rest, target_power, nll, weighted_dm, correct, best)
+
+    def add_head_gradient(
+        self,
+        blocks: list[_Block],
+        hidden_dm: Tensor,
+        scaled_md: Tensor,
+        target: Tensor,
+        sums: _Sums,
+    ) -> None:
+        """Add a chunk's part of the head's gradient, from the exponentials kept in `blocks`."""
+        if sums.shift is not None and len(blocks) > 1:
+            # Earlier blocks were shifted by a lower maximum: form them again.
+            for block in blocks:
+                self.logits(block, hidden_dm)
+                block.powers.sub_(sums.shift).exp2_()
+        # Softmax minus one-hot, times the sum; one element a row, so the order cannot matter.
+        kept = self.job.workspace.buffer(len(self.head), len(target), sums.rest)
+        kept.scatter_(0, target.unsqueeze(0), -sums.rest.unsqueeze(0))
+        for block in blocks:
+            assert block.head_grad is not None
+            self.accumulate(block.head_grad, block.powers, scaled_md, not self.head_grad_begun)
+        self.head_grad_begun = True
+
+    def logits(self, block: _Block, hidden_dm: Tensor) -> None:
+        """Form the block's logits, in base 2."""
+        if self.dtype == self.sum_dtype:
+            torch.mm(block.head, hidden_dm, out=block.powers)
+        else:
+            block.powers.copy_(torch.mm(block.head, hidden_dm)).mul_(LOG2_E)
+
+    def accumulate(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        """total += left @ right; the first time, = instead."""
+        if self.dtype == self.sum_dtype:
+            torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+        else:
+            product = torch.mm(left.to(self.dtype), right.to(self.dtype))
+            total.copy_(product) if first else total.add_(product)
