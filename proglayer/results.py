@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import time
 import zipfile
@@ -35,7 +36,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -249,7 +250,8 @@ class Results:
                 if isinstance(frame[column].dtype, pd.StringDtype):
                     shown[column] = frame[column].map(_as_plain_text, na_action="ignore")
             shown.columns = [_as_plain_text(column) for column in frame.columns]
-            shown.to_csv(Path(folder) / f"{name}.csv", index=False)
+            # With this line end, text that holds either character is put in quotes.
+            shown.to_csv(Path(folder) / f"{name}.csv", index=False, lineterminator="\r\n")
 
     def to_parquet(self, folder: str | Path) -> None:
         """Write each frame as `<name>.parquet` into `folder`, with its types."""
@@ -706,6 +708,8 @@ def _read_record(folder: str) -> dict[str, Any] | None:
     except OSError as error:
         raise _Unreadable("damaged", f"{RESULT} cannot be read ({error.strerror})") from error
     if result is None:
+        if os.path.exists(os.path.join(folder, RESULT)):
+            raise _Unreadable("damaged", f"{RESULT} holds nothing")
         return None
     form = _whole(_inside(result, ("format",)))
     if form is None:
@@ -860,8 +864,8 @@ def _parsed_epochs(header: bytes, bodies: Sequence[tuple[_Found, bytes]]) -> pa.
 
 
 def _told_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """The overrides, and the group choices and the seed that they name."""
-    row: dict[str, Any] = {"overrides": _text(" ".join(overrides))}
+    """The overrides as a shell takes them, and the group choices and the seed that they name."""
+    row: dict[str, Any] = {"overrides": _text(shlex.join(overrides))}
     for key, value in _keys_and_values(overrides):
         if key in GROUPS:
             row[key] = _text(value)
@@ -949,7 +953,7 @@ def _text(value: Any) -> str | None:
     """Text that every file format can hold; other values as JSON writes them."""
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -1177,7 +1181,8 @@ class _Shown:
         return min(width, NARROW) if self.flexible else width
 
 
-NARROW = 10
+# As wide as the longest name of a model.
+NARROW = 16
 STYLE = {
     COMPLETED: "green",
     Status.failed.value: "bold red",
@@ -1228,7 +1233,10 @@ def _too_wide(columns: Sequence[_Shown], width: int | None) -> list[str]:
 
 def _what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
     """Short title -> each run's value, for the overrides that differ between the runs."""
-    given = [dict(_keys_and_values((text or "").split(" "))) for text in _plain(runs["overrides"])]
+    given = [
+        dict(_keys_and_values(shlex.split(overrides or "")))
+        for overrides in _plain(runs["overrides"])
+    ]
     varied: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for overrides in given for key in overrides):
         column = key if key in GROUPS else f"config.{key}"
@@ -1375,22 +1383,22 @@ def _moving(results: Results) -> RenderableType:
     runs = results.runs
     running = runs[runs["status"] == RUNNING]
     progress = _progress(results)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
     columns = [_plain(running[name]) for name in ("run", "last_sign", "overrides")]
-    for run, sign, overrides in zip(*columns, strict=True):
-        far = progress.get(run, "no epoch yet")
-        sign_of_life = f"last sign of life {_duration(_age(sign))} ago" if sign else ""
-        rest = f"{sign_of_life}  {_one_line(overrides or '')}"
-        table.add_row(Text(_one_line(run), "cyan"), Text(far), Text(rest))
-    return Group(
-        ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40),
-        _lines([Text(_totals(results)), Text(_best_so_far(runs)), Text(_time_left(runs))]),
-        table,
-        _lines(_reasons(runs)[-8:]),
-    )
+    under_way = [
+        Text.assemble(
+            (_one_line(run), STYLE[RUNNING]),
+            f"  {progress.get(run, 'no epoch yet')}",
+            f"  last sign of life {_duration(_age(sign))} ago" if sign else "",
+            f"  {_one_line(overrides or '')}",
+        )
+        for run, sign, overrides in zip(*columns, strict=True)
+    ]
+    whole = Table.grid()
+    whole.add_row(ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40))
+    lines = (_totals(results), _best_so_far(runs), _time_left(runs))
+    whole.add_row(_lines(Text(line) for line in lines))
+    whole.add_row(_lines(under_way[:16] + _reasons(runs)[-8:]))
+    return whole
 
 
 def _ended(runs: pd.DataFrame) -> int:
@@ -1457,6 +1465,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.every > 0:
         parser.error("--every must be more than 0 seconds")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Better a question mark for an arrow than no table where the locale knows only ASCII.
+            stream.reconfigure(errors="replace")
     out = console()
     try:
         if options.watch:
