@@ -1357,10 +1357,13 @@ def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Result
             if live:
                 live.update(_moving(results), refresh=True)
             else:
-                for line in [*(reason.plain for reason in _reasons(results.runs)), _now(results)]:
+                left = _time_left(results.runs)
+                now = _now(results)
+                for line in (*(reason.plain for reason in _reasons(results.runs)), now):
                     if line not in said:
-                        out.print(Text(f"{datetime.now():%H:%M:%S} {line}"))
                         said.add(line)
+                        rest = f"; {left}" if line is now and left else ""
+                        out.print(Text(f"{datetime.now():%H:%M:%S} {line}{rest}"))
             if _ended(results.runs) == len(results.runs):
                 return results
             time.sleep(max(every_s, 10 * (time.monotonic() - began)))
@@ -1370,10 +1373,8 @@ def _now(results: Results) -> str:
     """Where a sweep stands, in a line."""
     progress = [f"{run}: {far}" for run, far in _progress(results).items()]
     more = f", and {len(progress) - 3} more" if len(progress) > 3 else ""
-    best = _best_so_far(results.runs)
-    return "; ".join(
-        part for part in (_totals(results), best, ", ".join(progress[:3]) + more) if part
-    )
+    parts = (_totals(results), _best_so_far(results.runs), ", ".join(progress[:3]) + more)
+    return "; ".join(part for part in parts if part)
 
 
 def _moving(results: Results) -> RenderableType:
@@ -1381,22 +1382,23 @@ def _moving(results: Results) -> RenderableType:
     from rich.progress_bar import ProgressBar
 
     runs = results.runs
-    running = runs[runs["status"] == RUNNING]
     progress = _progress(results)
-    columns = [_plain(running[name]) for name in ("run", "last_sign", "overrides")]
+    columns = (runs["status"], runs["run"], _plain(runs["last_sign"]), _names(runs))
     under_way = [
         Text.assemble(
             (_one_line(run), STYLE[RUNNING]),
             f"  {progress.get(run, 'no epoch yet')}",
             f"  last sign of life {_duration(_age(sign))} ago" if sign else "",
-            f"  {_one_line(overrides or '')}",
+            f"  {told}",
         )
-        for run, sign, overrides in zip(*columns, strict=True)
+        for status, run, sign, told in zip(*columns, strict=True)
+        if status == RUNNING
     ]
     whole = Table.grid()
     whole.add_row(ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40))
     lines = (_totals(results), _best_so_far(runs), _time_left(runs))
-    whole.add_row(_lines(Text(line) for line in lines))
+    whole.add_row(_lines(Text(line) for line in lines if line))
+    # The newest of what failed; all of it stands in the table at the end.
     whole.add_row(_lines(under_way[:16] + _reasons(runs)[-8:]))
     return whole
 
@@ -1407,16 +1409,24 @@ def _ended(runs: pd.DataFrame) -> int:
 
 def _best_so_far(runs: pd.DataFrame) -> str:
     """The completed run of the lowest perplexity, for each corpus: others do not compare."""
-    names = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run", "overrides")
+    names = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run")
+    columns = [_plain(runs[name]) for name in names]
     best: dict[str, tuple[Any, ...]] = {}
-    for corpus, *figures in zip(*(_plain(runs[name]) for name in names), strict=True):
+    for corpus, *figures in zip(*columns, _names(runs), strict=True):
         if figures[0] is not None and (corpus not in best or figures[0] < best[corpus][0]):
             best[corpus] = tuple(figures)
     return "; ".join(
         f"best so far {perplexity:,.2f} ({_figure(accuracy, '.2f')} %): "
-        f"{_one_line(run)} {_one_line(overrides or '')}"
-        for perplexity, accuracy, run, overrides in best.values()
+        + " ".join((_one_line(run), told)).rstrip()
+        for perplexity, accuracy, run, told in best.values()
     )
+
+
+def _names(runs: pd.DataFrame) -> list[str]:
+    """What tells each run from the others, such as `seed=1 model=standard`."""
+    varied = _what_varied(runs)
+    told = [[f"{title}={value}" for value in values] for title, values in varied.items()]
+    return [_one_line(" ".join(each)) for each in zip(*told, strict=True)] or [""] * len(runs)
 
 
 def _time_left(runs: pd.DataFrame) -> str:
@@ -1429,13 +1439,13 @@ def _time_left(runs: pd.DataFrame) -> str:
     if not running:
         return "nothing is running" if waiting else ""
     if not took:
-        return "time left: not known until a run has completed"
+        return "time left not known until a run has completed"
     mean = sum(took) / len(took)
     begun = [_age(started) for status, _, started in rows if status == RUNNING and started]
     left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
     return (
-        f"about {_duration(left)} left, if the others take as long as the {len(took)} completed "
-        f"({_duration(mean)} on average), {running} at a time"
+        f"about {_duration(left)} left if the others take what the {len(took)} completed took "
+        f"({_duration(mean)} each), {running} at a time"
     )
 
 
