@@ -297,6 +297,8 @@ def load(*folders: str | Path) -> Results:
             runs.append(item._replace(name=name, sweep=sweep))
         for problem in (*problems, *more_problems):
             left_out.append(problem | {"folder": _joined(prefix, problem["folder"]) or "."})
+    if len(roots) > 1:
+        runs.sort(key=lambda item: _natural(item.name))
     return _results(_concatenated(pieces), runs, left_out)
 
 
@@ -389,7 +391,8 @@ def _joined(prefix: str, name: str) -> str:
 def _scan(root: str) -> tuple[list[_Found], Rows]:
     """Walk `root` for runs, and for what is none: one listing a folder, two or three stats a run.
 
-    A job that its sweep lists but that has no folder yet is found as not begun.
+    Runs come in the order of their names, numbers in them counted as numbers. A job that its sweep
+    lists but that has no folder yet is found as not begun.
     """
     found: list[_Found] = []
     left_out: Rows = []
@@ -445,7 +448,7 @@ def _scan(root: str) -> tuple[list[_Found], Rows]:
         # A sweep's own report is no run and no surprise.
         if topmost and name not in accounted_for and os.path.basename(name) != "report":
             left_out.append(_left_out(name, "foreign", "holds no run"))
-    return found, left_out
+    return sorted(found, key=lambda item: _natural(item.name)), left_out
 
 
 def _left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
@@ -620,8 +623,12 @@ def _read_root(
             if item.begun and item.name not in troubled and max(item.seen[::3]) < now - SETTLED_NS
         ]
         _write_cache(root, settled, piece)
-    codes = np.arange(len(found)) + first_code
-    return _recoded(piece, codes), [i._replace(code=i.code + first_code) for i in runs], left_out
+    place = {item.name: number for number, item in enumerate(found)}
+    runs.sort(key=lambda item: place[item.name])
+    if first_code:
+        piece = _recoded(piece, np.arange(len(found)) + first_code)
+        runs = [item._replace(code=item.code + first_code) for item in runs]
+    return piece, runs, left_out
 
 
 def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, Rows]:
@@ -932,11 +939,14 @@ def _inside(value: Any, place: Iterable[str]) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
         return None
-    with contextlib.suppress(OverflowError):
+    try:
         return float(value)
-    return None
+    except OverflowError:
+        return None
 
 
 def _whole(value: Any) -> int | None:
@@ -1063,16 +1073,18 @@ def _recoded(piece: _Piece, new_codes: np.ndarray) -> _Piece:
 
 
 def _results(piece: _Piece, found: list[_Found], left_out: Rows) -> Results:
-    """The frames: runs in the order of their names, numbers in them counted as numbers."""
-    found = sorted(found, key=lambda item: _natural(item.name))
+    """The frames. Rows follow the order of `found`."""
     places = np.zeros(1 + max((item.code for item in found), default=-1), dtype=np.int64)
     places[[item.code for item in found]] = np.arange(len(found))
     names = pa.array([_text(item.name) for item in found], pa.string())
 
     def in_order(table: str) -> tuple[pa.Table, np.ndarray]:
         order = places[piece[table]["code"].to_numpy()]
+        rows = piece[table].drop_columns("code")
+        if (np.diff(order) >= 0).all():
+            return rows, order
         by_run = np.argsort(order, kind="stable")
-        return piece[table].take(by_run).drop_columns("code"), order[by_run]
+        return rows.take(by_run), order[by_run]
 
     frames = {}
     for name in ("phases", "epochs", "exits"):
