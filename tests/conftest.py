@@ -1,4 +1,4 @@
-"""What every test relies on: no network, no traces in the user's own folders."""
+"""What every test relies on: no network, one thread, no traces in the user's own folders."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,10 @@ import pytest
 
 # The hub libraries read this when they are imported, so it is set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The models of the tests are tiny: a second thread gains them nothing, and on a busy machine
+# waiting for it makes a matrix product of microseconds take milliseconds. Read when torch starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
