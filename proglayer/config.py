@@ -277,14 +277,13 @@ def to_config(settings: DictConfig) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    # Hydra's own part holds values that only a running job knows.
+    own = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     try:
-        plain = OmegaConf.to_container(
-            settings, resolve=True, throw_on_missing=True, enum_to_str=False
-        )
+        plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(plain, dict)
-    plain.pop("hydra", None)
     config = _frozen(Config, plain)
     problems = list(_problems(config))
     if problems:
@@ -462,7 +461,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.held_out={data.held_out} must be a share between 0 and 1"
     if data.source is DataSource.text and not data.files:
         yield "data.files is empty: name text files, for example 'data.files=[notes/*.txt]'"
-    if data.source is DataSource.hub and not data.repository:
+    if data.source is DataSource.hub and not data.repository and not data.path:
         yield "data.repository is empty: name a data set, for example data.repository=owner/name"
 
 
