@@ -256,7 +256,7 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="schema", node=_writable(Config))
+    ConfigStore.instance().store(name="schema", node=_SCHEMA)
     # Cached, so that every job of a sweep sees the token that the sweep was given.
     OmegaConf.register_new_resolver(
         "unique_token", lambda: secrets.token_hex(3), replace=True, use_cache=True
@@ -337,10 +337,19 @@ def stages_dir(config: Config) -> str:
 
 
 def _writable(schema: type) -> type:
-    """A twin of a frozen dataclass that OmegaConf can merge values into."""
-    hints = get_type_hints(schema)
-    members = [(f.name, _writable_type(hints[f.name])) for f in fields(schema)]
-    return make_dataclass(schema.__name__, members)
+    """A twin of a frozen dataclass that OmegaConf can merge values into.
+
+    It is put into this module under a name of its own, so that a launcher that pickles the schema
+    for its workers finds it there by name.
+    """
+    name = f"Writable{schema.__name__}"
+    if name not in globals():
+        hints = get_type_hints(schema)
+        members = [(f.name, _writable_type(hints[f.name])) for f in fields(schema)]
+        twin = make_dataclass(name, members)
+        twin.__module__ = __name__
+        globals()[name] = twin
+    return globals()[name]
 
 
 def _writable_type(kind: Any) -> Any:
@@ -500,3 +509,7 @@ def _rate_problems(config: Config) -> Iterator[str]:
         yield f"optimizer.weight_decay={optimizer.weight_decay} must not be negative"
     if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
         yield f"optimizer.clip_norm={optimizer.clip_norm} must be more than 0, or null"
+
+
+# Made when this module is imported, also where only a pickle of it is read.
+_SCHEMA = _writable(Config)
