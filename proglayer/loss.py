@@ -43,6 +43,10 @@ LN_2 = math.log(2)
 # all stay within these: quotients of them and products with hidden states are then normal numbers.
 SAFE_LOW, SAFE_HIGH = 2.0**-60, 2.0**60
 
+# Bounds on a chunk's kept exponentials: a buffer that a laptop can spare, and a GPU.
+KEPT_BYTES = 150_000_000
+KEPT_BYTES_ON_DEVICE = 1_000_000_000
+
 
 @dataclass(frozen=True)
 class ExitLosses:
@@ -169,19 +173,28 @@ def evaluate_exits(
 
 
 def chunk_rows(rows: int, vocab: int, keep: bool, dtype: torch.dtype, device_type: str) -> int:
-    """Rows per chunk, of `rows` in all."""
-    limit = 512
-    if device_type != "cpu":
-        limit = max(128, min(8192, 2**29 // (vocab * dtype.itemsize) // 128 * 128))
-    chunks = -(-rows // limit)
+    """Rows per chunk, of `rows` in all; `keep` if the chunk's exponentials are kept for the head.
+
+    The more rows, the less often the head and its gradient are read and written; what is kept is
+    held under a bound, at the price of a few percent of time for the largest vocabularies.
+    """
+    size = dtype.itemsize
+    if device_type == "cpu":
+        most = min(1024, KEPT_BYTES // (vocab * size)) if keep else 512
+    else:
+        # Products large enough to fill the device, and few launches.
+        most = min(8192, KEPT_BYTES_ON_DEVICE // (vocab * size))
+    most = max(128, most // 128 * 128)
+    chunks = -(-rows // most)
+    # About even, as a short last chunk is slow for its size; 16 keeps rows of the buffer aligned.
     return min(rows, -(-rows // chunks // 16) * 16)
 
 
 def block_words(rows: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
-    """Words per block, so that a block of `rows` tokens stays in the second-level cache."""
+    """Words per block, so that a block of `rows` rows stays in the second-level caches in use."""
     if device_type != "cpu":
         return vocab
-    words = cache_bytes() * torch.get_num_threads() // 2 // (rows * dtype.itemsize)
+    words = cache_bytes() * torch.get_num_threads() // (rows * dtype.itemsize)
     return min(vocab, max(256, words // 256 * 256))
 
 

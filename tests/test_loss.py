@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from proglayer.loss import Workspace, block_words, chunk_rows, evaluate_exits, linear_cross_entropy
+from proglayer.loss import (
+    KEPT_BYTES,
+    KEPT_BYTES_ON_DEVICE,
+    Workspace,
+    block_words,
+    cache_bytes,
+    chunk_rows,
+    evaluate_exits,
+    linear_cross_entropy,
+)
 
 # Largest difference allowed, relative to the largest value: of the same sums in another order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -77,7 +87,7 @@ def assert_equal_to_dense(
     *,
     upstream: float = 1.0,
     tolerance: float,
-    **options: int,
+    **options: Any,
 ) -> None:
     """Value, sums, counts and all gradients; also of the evaluation."""
     trained = [t for t in {id(t): t for t in (head_vd, *hidden_end)}.values() if t.requires_grad]
@@ -337,16 +347,18 @@ def test_no_tensor_of_all_logits_is_made() -> None:
     assert seen.elements == tokens * vocab
 
 
-def test_the_rule_for_chunks_keeps_blocks_in_cache_and_rows_even() -> None:
-    for total in (1, 17, 500, 2048, 6144, 2049):
-        for vocab in (10, 8192, 69_830):
-            rows = chunk_rows(total, vocab, True, torch.float32, "cpu")
-            assert 1 <= rows <= total
-            last = total % rows or rows
-            # No chunk much smaller than the others: short products are slow.
-            assert last > rows / 2 or total < 64
-            words = block_words(rows, vocab, torch.float32, "cpu")
-            assert 1 <= words <= vocab
+def test_the_rule_for_chunks_bounds_memory_and_keeps_blocks_in_cache() -> None:
+    for device_type, bound in ("cpu", KEPT_BYTES), ("cuda", KEPT_BYTES_ON_DEVICE):
+        for total in (1, 17, 500, 2048, 6144, 2049, 100_000):
+            for vocab in (1, 10, 8192, 69_830, 250_000):
+                for keep in (True, False):
+                    rows = chunk_rows(total, vocab, keep, torch.float32, device_type)
+                    assert 1 <= rows <= total
+                    assert rows * vocab * 4 <= bound or not keep
+                    words = block_words(rows, vocab, torch.float32, device_type)
+                    assert 1 <= words <= vocab
+                    if device_type == "cpu" and words > 256:
+                        assert rows * words * 4 <= cache_bytes() * torch.get_num_threads()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
