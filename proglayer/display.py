@@ -5,6 +5,7 @@ On a terminal, bars that move; elsewhere, plain lines, one an epoch.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ PLAIN_STEP_EVERY_S = 30.0
 def console(stderr: bool = False) -> Console:
     """The console that everything is printed to; wide where no terminal sets the width."""
     file = sys.stderr if stderr else sys.stdout
+    if isinstance(file, io.TextIOWrapper):
+        # A terminal that knows no box characters gets question marks, not an error.
+        file.reconfigure(errors="replace")
     return Console(
         file=file,
         width=None if file.isatty() else PLAIN_WIDTH,

@@ -32,6 +32,7 @@ from proglayer.record import (
     WEIGHTS,
     Status,
     changes,
+    remove_result,
     write_metrics,
     write_result,
 )
@@ -97,6 +98,7 @@ def run(
             "phases": [],
         }
         store = Path(stages_dir(config)) if config.reuse else folder / "stages"
+        remove_result(folder)
         status, objective = Status.completed, None
         with RunDisplay(len(phases)) as display:
             walk = Walk(config, corpus, phases, device, here, store, folder, signals, display)

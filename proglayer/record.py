@@ -51,6 +51,11 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_atomically(folder / RESULT, text.encode() + b"\n", "hydra.run.dir or hydra.sweep.dir")
 
 
+def remove_result(folder: Path) -> None:
+    """Take away the record of an earlier try, so that this one counts as running."""
+    (folder / RESULT).unlink(missing_ok=True)
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The record of an ended run; None if there is none. Raises ValueError for one cut short."""
     path = folder / RESULT

@@ -25,6 +25,7 @@ from proglayer.corpus import open_corpus
 from proglayer.display import console, plan_table
 from proglayer.plan import Phase, StoppingRule, plan
 from proglayer.record import Status, read_result
+from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
     from hydra_plugins.proglayer_sweeper import ProglayerSweeper
@@ -70,7 +71,9 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(sweeper.config, folder / "multirun.yaml")
         listing = [{"folder": job.folder, "overrides": list(job.overrides)} for job in jobs]
-        (folder / JOBS).write_text(json.dumps(listing, indent=1))
+        write_atomically(folder / JOBS, json.dumps(listing, indent=1).encode(), "hydra.sweep.dir")
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(
             f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"

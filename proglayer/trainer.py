@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from proglayer.corpus import Corpus
-from proglayer.loss import evaluate_exits, linear_cross_entropy
+from proglayer.loss import Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.model import Transformer
 from proglayer.optim import build_optimizer, set_rates
 from proglayer.plan import Phase, Precision, StoppingRule
@@ -85,6 +85,7 @@ class Training:
         self.optimizer = build_optimizer(self.model, phase)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
+        self.workspace = Workspace()
         self.steps_per_epoch = phase.steps_per_epoch(len(corpus.train))
         # Exits that carry no weight in the loss are not read in training.
         self.read_exits = [e for e, weight in enumerate(phase.exit_weights) if weight > 0]
@@ -149,6 +150,8 @@ class Training:
             self.model.head.weight,
             target_nt.reshape(-1),
             [self.phase.exit_weights[e] for e in self.read_exits],
+            count=False,
+            workspace=self.workspace,
         ).loss
 
     def finish_epoch(self) -> tuple[float, float]:
@@ -185,6 +188,7 @@ def evaluate(
     """Validation loss and accuracy at each of `exits`, over all validation windows, in one pass."""
     exits = list(exits)
     windows = Windows(corpus.validation, device)
+    workspace = Workspace()
     model.eval()
     nll_e: Tensor | None = None
     correct_e: Tensor | None = None
@@ -197,6 +201,7 @@ def evaluate(
                 [hidden_entd[e].flatten(0, 1) for e in exits],
                 model.head.weight,
                 target_nt.reshape(-1),
+                workspace=workspace,
             )
             nll_e = result.nll_e if nll_e is None else nll_e + result.nll_e
             correct_e = result.correct_e if correct_e is None else correct_e + result.correct_e

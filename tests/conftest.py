@@ -20,6 +20,7 @@ def stage_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("stages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROGLAYER_STAGES", str(folder))
+        patch.setenv("PROGLAYER_CACHE", str(tmp_path_factory.mktemp("corpora")))
         yield folder
 
 

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "trainer",
         "trajectory",
     },  # fmt: skip
-    "sweep": {"config", "corpus", "display", "plan", "record", "report", "results"},
+    "sweep": {"config", "corpus", "display", "plan", "record", "results", "stages"},
     "entrance": {"config", "corpus", "display", "experiment", "plan", "record", "stages"},
 }
 WITHOUT_TORCH = (

@@ -93,10 +93,10 @@ def test_a_second_reader_trains_nothing_and_changes_no_file(tmp_path: Path) -> N
 
 def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path: Path) -> None:
     for model in ("standard", "deep_supervision"):
-        phase = planned(f"model={model}")
+        phase = planned(f"model={model}", "phase.max_epochs=2")
         whole = followed(tmp_path / model / "whole", phase)
-        # 3 epochs of 3 steps and 3 evaluation batches each, then the exits' evaluation.
-        for look in range(20):
+        # 2 epochs of 3 steps and 3 evaluation batches each, then the exits' evaluation.
+        for look in range(14):
             store = tmp_path / model / str(look)
             with trajectory(store, phase, stop_at=look) as steps, pytest.raises(Interrupted):
                 stopped = follow(phase.stop, steps.epochs())
@@ -159,7 +159,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def test_damage_is_set_aside_and_trained_again(tmp_path: Path) -> None:
-    phase = planned("phase.max_epochs=50", "lr.base=0.1")
+    phase = planned("phase.max_epochs=3")
     whole = followed(tmp_path / "whole", phase)
     rng = random.Random(0)
     names = list(files(tmp_path / "whole"))

@@ -1,0 +1,366 @@
+"""The command line, end to end: runs, sweeps, records, and what a mistake is told."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .helpers import ROOT, experiments
+
+# A run on the embedded corpus that takes a moment.
+SHORT = (
+    "data.samples=64",
+    "data.validation_samples=32",
+    "data.max_vocab=200",
+    "model.dim=8",
+    "model.num_heads=2",
+    "phase.max_epochs=2",
+    "phase.batch_size=16",
+)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """`python train.py ...` in this process, with the output under `tmp_path`."""
+    import runpy
+
+    from hydra.core.global_hydra import GlobalHydra
+
+    def command(*arguments: str) -> Done:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
+
+    return command
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The records below `folder`, jobs in their order."""
+    paths = folder.rglob("result.json")
+    ordered = sorted(paths, key=lambda p: int(p.parent.name.split("_")[0]))
+    return [json.loads(path.read_text()) for path in ordered]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from proglayer import load_run
+
+    return load_run(folder).state_dict()
+
+
+def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
+    done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "completed"
+    assert record["machine"]["torch"] == torch.__version__
+    assert [p["layers"] for p in record["phases"]] == [3, 4]
+    assert [len(p["exits"]) for p in record["phases"]] == [3, 4]
+    for phase in record["phases"]:
+        best = phase["best"]
+        assert best["validation_perplexity"] == pytest.approx(math.exp(best["validation_loss"]))
+        # The last exit is what selection read.
+        assert phase["exits"][-1]["validation_loss"] == pytest.approx(best["validation_loss"])
+        assert phase["tokens_per_second"] > 0
+        assert phase["work"]["peak_memory_mb"]["process"] > 0
+    before, after = (p["best"]["validation_perplexity"] for p in record["phases"])
+    changes = record["changes"]
+    assert changes["perplexity_percent"] == pytest.approx((before - after) / before * 100)
+    with open(tmp_path / "run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["phase"] for row in rows].count("1") == record["phases"][0]["epochs"]
+    best_rows = [row for row in rows if row["best"] == "True"]
+    assert [int(row["epoch"]) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
+
+
+def test_the_model_comes_back_and_scores_what_the_record_says(
+    train: Command, tmp_path: Path
+) -> None:
+    from proglayer import load_run
+    from proglayer.config import from_plain
+    from proglayer.corpus import open_corpus
+    from proglayer.plan import plan
+    from proglayer.trainer import evaluate
+
+    assert train(*SHORT, "hydra.run.dir=run").status == 0
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    model = load_run(tmp_path / "run")
+    assert model.logits(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 200)
+    settings = from_plain(record["config"])
+    corpus = open_corpus(settings.data)
+    phase = plan(settings, corpus.vocab_size)[-1]
+    (last,) = evaluate(model, phase, corpus, torch.device("cpu"), [3])
+    assert last.loss == record["phases"][-1]["best"]["validation_loss"]
+
+
+def test_a_sweep_shares_its_first_phase_and_changes_no_bit(train: Command, tmp_path: Path) -> None:
+    assert train("-m", *SHORT, "added_layers=1,3", "hydra.sweep.dir=sweep").status == 0
+    one, three = results(tmp_path / "sweep")
+    assert [p["layers"] for p in one["phases"]] == [3, 4]
+    assert [p["layers"] for p in three["phases"]] == [3, 6]
+    assert one["phases"][0]["stage"] == three["phases"][0]["stage"]
+    trained = [[p["work"]["epochs_trained"] for p in r["phases"]] for r in (one, three)]
+    assert trained[0][0] == 2
+    assert trained[1][0] == 0
+    # Alone, in a store of its own, the second job comes to the same bits.
+    assert train(*SHORT, "added_layers=3", "hydra.run.dir=alone", "reuse=false").status == 0
+    alone = json.loads((tmp_path / "alone/result.json").read_text())
+    assert alone["phases"][0]["work"]["epochs_trained"] == 2
+    assert [p["best"] for p in alone["phases"]] == [p["best"] for p in three["phases"]]
+    job = next((tmp_path / "sweep").glob("1_*"))
+    ours, theirs = weights(job), weights(tmp_path / "alone")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not (tmp_path / "alone/stages").exists()
+
+
+def test_the_same_command_again_trains_nothing(train: Command, tmp_path: Path) -> None:
+    command = ("-m", *SHORT, "model=standard,deep_supervision")
+    assert train(*command, "hydra.sweep.dir=a").status == 0
+    assert train(*command, "hydra.sweep.dir=b").status == 0
+    for first, second in zip(results(tmp_path / "a"), results(tmp_path / "b"), strict=True):
+        assert [p["best"] for p in first["phases"]] == [p["best"] for p in second["phases"]]
+        assert [p["exits"] for p in first["phases"]] == [p["exits"] for p in second["phases"]]
+        assert sum(p["work"]["epochs_trained"] for p in second["phases"]) == 0
+        assert second["phases"][0]["train_seconds"] == first["phases"][0]["train_seconds"]
+        assert second["phases"][0]["work"]["seconds_saved"] > 0
+    # In the same folder, finished jobs are not even started.
+    before = (tmp_path / "b").stat().st_mtime_ns, results(tmp_path / "b")
+    again = train(*command, "hydra.sweep.dir=b")
+    assert again.status == 0
+    assert "2 finished before" in again.out
+    assert results(tmp_path / "b") == before[1]
+
+
+def test_every_experiment_completes(train: Command, tmp_path: Path) -> None:
+    done = train(
+        "-m", *SHORT, "phase.max_epochs=1", "experiment=glob(*)",
+        "model=standard,deep_supervision", "hydra.sweep.dir=all",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    records = results(tmp_path / "all")
+    assert [r["status"] for r in records] == ["completed"] * 2 * len(experiments())
+    epochs = sum(p["epochs"] for r in records for p in r["phases"])
+    trained = sum(p["work"]["epochs_trained"] for r in records for p in r["phases"])
+    assert trained <= epochs * 2 / 3
+
+
+def test_a_failing_job_does_not_stop_the_others(train: Command, tmp_path: Path) -> None:
+    rates = "lr.base=0.001,1e30,0.002,0.003"
+    done = train("-m", *SHORT, rates, "optimizer.clip_norm=null", "hydra.sweep.dir=mixed")
+    assert done.status == 1
+    records = results(tmp_path / "mixed")
+    assert [r["status"] for r in records] == ["completed", "failed", "completed", "completed"]
+    assert "lower lr.base" in records[1]["reason"]
+    assert "failed" in done.out
+    assert "lower lr.base" in done.out
+    log = next((tmp_path / "mixed").glob("1_*/train.log")).read_text()
+    assert "lower lr.base" in log
+    assert "Traceback" not in done.err
+
+
+def test_a_sweep_can_stop_at_the_first_failure(train: Command, tmp_path: Path) -> None:
+    rates = "lr.base=0.001,1e30,0.002"
+    done = train(
+        "-m", *SHORT, rates, "optimizer.clip_norm=null", "on_error=stop", "hydra.sweep.dir=s"
+    )
+    assert done.status == 1
+    records = results(tmp_path / "s")
+    assert [r["status"] for r in records] == ["completed", "failed", "interrupted"]
+    assert records[2]["reason"].startswith("not started: job 1_")
+
+
+def test_a_fault_of_ours_is_recorded_with_its_traceback(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import proglayer.experiment
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(proglayer.experiment, "grow", broken)
+    done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "failed"
+    assert record["reason"] == "RuntimeError: a fault"
+    assert "in broken" in record["traceback"]
+    assert "in broken" in (tmp_path / "run/train.log").read_text()
+    assert len(record["phases"]) == 1
+
+
+def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Path) -> None:
+    done = train(
+        *SHORT, "hydra.run.dir=run", "lr.factor.new=1e32", "lr.factor.head=1e32",
+        "optimizer.clip_norm=null",
+    )  # fmt: skip
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert "phase 2, epoch 1" in record["reason"]
+    assert len(weights(tmp_path / "run")) == 2 + 3 * 9
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
+def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Path) -> None:
+    done = train("plan=true", "experiment=gradual_unfreezing", "data.max_vocab=500")
+    assert done.status == 0, done.err
+    for text in ("4 unfreezing", "embedding, layers 1-2", "GFLOP", "(100.0%)"):
+        assert text in done.out
+    swept = train("-m", "plan=true", "added_layers=1,3", "data.max_vocab=500")
+    assert swept.status == 0
+    assert swept.out.count("1 initial") == 2
+    assert not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_the_published_counts_are_printed(train: Command, tmp_path: Path) -> None:
+    done = train("plan=true", "model.vocab_size=69830")
+    assert "9,135,232 / 9,135,232 (100.0%)" in done.out.replace("\n", " ")
+    assert "4,534,784 / 9,200,896 (49.3%)" in done.out.replace("\n", " ")
+
+
+MISTAKES = {
+    ("sed=1",): "there is no setting sed; did you mean seed?",
+    ("phase.patince=1",): "there is no setting phase.patince; did you mean phase.patience?",
+    ("model=standrd",): "did you mean model=standard?",
+    ("experiment=orignal",): "did you mean experiment=original?",
+    ("modle=standard",): "there is no setting modle; did you mean model?",
+    ("seed=soon",): "seed",
+    ("growth.init=clone",): "growth.init",
+    ("model.num_heads=3",): "model.num_heads=3 does not divide model.dim=64",
+    ("added_layers=-1",): "added_layers=-1 must not be negative",
+    ("freeze=gradual", "initial_layers=1"): "initial_layers=2 or more",
+    (
+        "phase=keep_training",
+        "freeze.steps=[{existing: 0, embedding: false, head: false}]",
+    ): "freezes everything",
+    ("data=text", "data.files=[missing.txt]"): "missing.txt",
+    ("data=wikitext2", "data.path=nowhere"): "data.path",
+    ("data.samples=1000000",): "data.samples=1000000",
+    ("data.samples=64", "phase.samples=65"): "phase.samples=65",
+    ("model.vocab_size=100",): "model.vocab_size=100 is smaller than the corpus's vocabulary",
+    ("device=cuda",): "device=cuda is not available here",
+    ("seed=1,2",): "-m",
+    ("seed=",): "seed",
+    ("model.exit_weights=[1,2]",): "has 2 weights for 3 layers",
+}
+
+
+@pytest.mark.parametrize(("overrides", "told"), MISTAKES.items(), ids=lambda v: str(v)[:40])
+def test_a_mistake_gets_a_line_and_leaves_nothing(
+    train: Command, tmp_path: Path, overrides: tuple[str, ...], told: str
+) -> None:
+    if torch.cuda.is_available() and "device=cuda" in overrides:
+        pytest.skip("there is a GPU here")
+    done = train(*overrides)
+    assert done.status in (1, 2)
+    assert "Traceback" not in done.err
+    lines = [line for line in done.err.splitlines() if line.strip()]
+    assert len(lines) == 1, done.err
+    assert lines[0].startswith("error: ")
+    assert told in lines[0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_all_jobs_are_checked_before_the_first_starts(train: Command, tmp_path: Path) -> None:
+    done = train("-m", *SHORT, "model.num_heads=2,3", "initial_layers=0,2", "hydra.sweep.dir=s")
+    assert done.status == 1
+    lines = done.err.strip().splitlines()
+    assert any("model.num_heads=3 does not divide model.dim=8" in line for line in lines)
+    assert any("initial_layers=0 must be at least 1" in line for line in lines)
+    assert all(line.startswith("error: ") for line in lines)
+    assert not (tmp_path / "s").exists()
+
+
+def test_paired_values(train: Command, tmp_path: Path) -> None:
+    pairs = "hydra.sweeper.pairs=[[seed,initial_layers]]"
+    done = train("-m", "plan=true", *SHORT, "seed=1,2", "initial_layers=2,4", pairs)
+    assert done.status == 0, done.err
+    assert done.out.count("1 initial") == 2
+    done = train("-m", "plan=true", *SHORT, "seed=1,2,3", "initial_layers=2,4", pairs)
+    assert done.status == 1
+    assert "seed has 3, initial_layers has 2" in done.err
+
+
+def test_jobs_of_one_process_leave_threads_as_they_were(train: Command, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    assert train("-m", *SHORT, "threads=1,2", "hydra.sweep.dir=t").status == 0
+    assert torch.get_num_threads() == before
+    assert [r["machine"]["threads"] for r in results(tmp_path / "t")] == [1, 2]
+
+
+def test_an_output_folder_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = train(*SHORT, "hydra.run.dir=file/run")
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert "hydra.run.dir" in done.err
+    done = train("-m", *SHORT, "hydra.sweep.dir=file/sweep")
+    assert done.status == 1
+    assert "hydra.sweep.dir" in done.err
+
+
+def test_a_store_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = train(*SHORT, "stages.dir=file/stages", "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "failed"
+    assert "stages.dir" in record["reason"]
+    assert "traceback" not in record
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(tmp_path: Path, name: str) -> None:
+    command = [
+        sys.executable, str(ROOT / "train.py"), *SHORT, "phase.max_epochs=40",
+        "phase.patience=40", "hydra.run.dir=run",
+    ]  # fmt: skip
+    environment = {**os.environ, "PROGLAYER_STAGES": str(tmp_path / "stages")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "run/metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert (record["status"], record["reason"]) == ("interrupted", f"stopped by {name}")
+    assert list((tmp_path / "stages").rglob("state-*"))
