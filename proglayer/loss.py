@@ -287,8 +287,11 @@ def _run(job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor]) -> _Result:
     """The loss at every exit, and the gradients that are asked for."""
     device_type = head_vd.device.type
     dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
+    if not torch.amp.is_autocast_available(device_type):
+        return _Rows(job, head_vd, hidden_end, dtype).run()
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
+    # From here on every dtype is chosen by hand.
     with torch.autocast(device_type, enabled=False):
         return _Rows(job, head_vd, hidden_end, dtype).run()
 

@@ -308,31 +308,36 @@ def test_every_repeat_has_the_same_bits(dtype: torch.dtype, threads: int) -> Non
         assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation makes or writes."""
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes or writes, and the products formed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
+        self.multiplications = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm_"):
+            left, right = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.multiplications += left.numel() * right.shape[1]
         return out
 
 
 def test_no_tensor_of_all_logits_is_made() -> None:
     tokens, vocab, dim, rows = 512, 2000, 4, 64
     hidden_end, head_vd, target_n = problem(tokens, dim, vocab, dtype=torch.float32)
-    with LargestTensor() as seen:
+    with Watch() as seen:
         linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], rows=rows).loss.backward()
     assert seen.elements == rows * vocab
 
     # Where nothing is read twice, not even the logits of one chunk.
     for needs_hidden in (False, True):
-        with LargestTensor() as seen:
+        with Watch() as seen:
             linear_cross_entropy(
                 [h.detach().requires_grad_(needs_hidden) for h in hidden_end],
                 head_vd.detach(),
@@ -342,9 +347,56 @@ def test_no_tensor_of_all_logits_is_made() -> None:
                 block=200,
             )
         assert seen.elements <= max(rows * 200, 3 * tokens * dim, vocab * dim, 3 * tokens * 2)
-    with LargestTensor() as seen:
+    with Watch() as seen:
         dense(hidden_end, head_vd, target_n, [1, 1, 1])
     assert seen.elements == tokens * vocab
+
+
+@pytest.mark.parametrize(
+    ("hidden_train", "head_trains", "weight_e", "products"),
+    [
+        ((1, 1, 1), True, (1, 1, 1), 3 + 3 + 3),
+        ((1, 1, 1), False, (1, 1, 1), 2 + 2 + 2),
+        # Exits below a new layer train the head only.
+        ((0, 0, 1), True, (1, 1, 1), 2 + 2 + 3),
+        ((0, 0, 0), True, (1, 1, 1), 2 + 2 + 2),
+        ((0, 0, 0), False, (1, 1, 1), 1 + 1 + 1),
+        # An exit without weight is only looked at.
+        ((1, 1, 1), True, (0, 0, 1), 1 + 1 + 3),
+    ],
+    ids=str,
+)
+def test_only_the_products_that_are_needed_are_formed(
+    hidden_train: tuple[int, ...], head_trains: bool, weight_e: tuple[int, ...], products: int
+) -> None:
+    hidden_end, head_vd, target_n = problem(dtype=torch.float32)
+    head_vd.requires_grad_(head_trains)
+    for hidden_nd, trains in zip(hidden_end, hidden_train, strict=True):
+        hidden_nd.requires_grad_(bool(trains))
+    with Watch() as seen:
+        ours = linear_cross_entropy(hidden_end, head_vd, target_n, weight_e, rows=16, block=30)
+        if ours.loss.requires_grad:
+            ours.loss.backward()
+    assert seen.multiplications == products * len(target_n) * head_vd.numel()
+    with Watch() as seen:
+        evaluate_exits(hidden_end, head_vd, target_n)
+    assert seen.multiplications == 3 * len(target_n) * head_vd.numel()
+
+
+def test_off_the_cpu_no_value_is_waited_for() -> None:
+    # Tensors on this device have no values, so that looking at one fails.
+    hidden_end, head_vd, target_n = problem(tokens=700, vocab=2000, dtype=torch.float32)
+    hidden_end = [hidden_nd.detach().to("meta").requires_grad_() for hidden_nd in hidden_end]
+    hidden_end[0].requires_grad_(False)
+    head_vd = head_vd.detach().to("meta").requires_grad_()
+    target_n = target_n.to("meta")
+    ours = linear_cross_entropy(hidden_end, head_vd, target_n, [0.2, 0.0, 0.8])
+    for tensor, shape in (ours.loss, ()), (ours.nll_e, (3,)), (ours.correct_e, (3,)):
+        assert (tensor.device.type, tensor.shape) == ("meta", shape)
+    (3.7 * ours.loss).backward()
+    assert head_vd.grad is not None
+    assert head_vd.grad.shape == head_vd.shape
+    assert evaluate_exits(hidden_end, head_vd, target_n).nll_e.shape == (3,)
 
 
 def test_the_rule_for_chunks_bounds_memory_and_keeps_blocks_in_cache() -> None:
