@@ -137,8 +137,9 @@ def plan_table(
 ) -> Table:
     """A run's phases before anything is trained: what each trains and what it costs."""
     table = Table(title=title, title_justify="left")
-    for name in ("phase", "layers", "frozen", "trainable / total parameters"):
+    for name in ("phase", "layers", "frozen"):
         table.add_column(name, overflow="fold")
+    table.add_column("trainable / total parameters", no_wrap=True)
     table.add_column("rate: new, existing, embedding, head", overflow="fold")
     for name in ("batches", "head GFLOP", "body GFLOP", "evaluation GFLOP"):
         table.add_column(name, justify="right")

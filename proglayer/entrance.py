@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import re
@@ -123,6 +124,19 @@ def _in_one_line(error: Exception) -> str:
         name = unknown.group(2)
         near = nearest_setting(name)
         return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
+    if missing and "Available options in" in whole:
+        group, choice = missing.groups()
+        listed = whole.split("Available options in")[1].split("Config search path")[0]
+        options = listed.splitlines()[1:]
+        options = [option.strip() for option in options if option.strip()]
+        close = difflib.get_close_matches(choice, options, n=1)
+        near = f"; did you mean {group}={close[0]}?" if close else ""
+        return f"{group} has no choice {choice}{near} (choices: {', '.join(options)})"
+    if first.startswith("Ambiguous value"):
+        return f"{first}: to sweep over several values, add -m"
+    if error.__cause__ is not None:
+        return f"{first}: {str(error.__cause__).splitlines()[0]}"
     return first
 
 
