@@ -101,18 +101,20 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
 
     def step(self, progress: Progress) -> None:
         """An optimizer step is done."""
-        loss = "" if progress.loss is None else f"loss {progress.loss:.4f}"
+        if progress.loss is None:
+            if self._bars:
+                self._bars.update(
+                    self._tasks["steps"], completed=progress.step, total=progress.steps
+                )
+            return
+        text = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
         if self._bars:
-            fields = {"note": f"{progress.tokens_per_second:,.0f} tokens/s {loss}"} if loss else {}
             self._bars.update(
-                self._tasks["steps"], completed=progress.step, total=progress.steps, **fields
+                self._tasks["steps"], completed=progress.step, total=progress.steps, note=text
             )
-        elif loss and time.monotonic() - self._said > PLAIN_STEP_EVERY_S:
+        elif time.monotonic() - self._said > PLAIN_STEP_EVERY_S:
             self._said = time.monotonic()
-            self.note(
-                f"  epoch {progress.epoch} step {progress.step}/{progress.steps} {loss} "
-                f"{progress.tokens_per_second:,.0f} tokens/s"
-            )
+            self.note(f"  epoch {progress.epoch} step {progress.step}/{progress.steps}  {text}")
 
     def epoch(self, metrics: EpochMetrics, best: EpochMetrics, reused: bool) -> None:
         """An epoch is done or was read from the store."""

@@ -101,6 +101,11 @@ def explain_errors() -> Iterator[None]:
         fail(str(error).splitlines())
     except (HydraException, OmegaConfBaseException) as error:
         fail([_in_one_line(error)])
+    except OSError as error:
+        if error.filename is None:
+            raise
+        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
+        fail([f"cannot write {error.filename} ({error.strerror}): {place}"])
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     finally:

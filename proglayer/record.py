@@ -21,7 +21,7 @@ WEIGHTS = "weights.safetensors"
 # Raise by hand when a reader of older records would misread a newer one.
 RECORD_FORMAT = 1
 
-METRICS_COLUMNS = (
+METRICS_COLUMNS: tuple[str, ...] = (
     "phase",
     "layers",
     "epoch",

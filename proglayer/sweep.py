@@ -47,7 +47,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        return f"{self.folder}: {' '.join(self.overrides)}"
+        return f"{self.folder}: {_without_hydra(self.overrides)}"
 
 
 def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
@@ -152,7 +152,7 @@ def check(
     problems: dict[str, str] = {}
     corpora: dict[Any, Any] = {}
     for number, overrides in enumerate(all_overrides):
-        text = " ".join(o for o in overrides if not o.lstrip("+~").startswith("hydra."))
+        text = _without_hydra(overrides)
         try:
             config = to_config(loader.load_sweep_config(sweeper.config, list(overrides)))
             if config.data not in corpora:
@@ -207,6 +207,11 @@ def summarize(folder: Path) -> bool:
     from proglayer.results import print_summary
 
     return print_summary(folder)
+
+
+def _without_hydra(overrides: Sequence[str]) -> str:
+    """The overrides that say what a job is, in one line."""
+    return " ".join(o for o in overrides if not o.lstrip("+~").startswith("hydra"))
 
 
 def _prefix(job: Job, depth: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -381,7 +381,7 @@ def _metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
 
-def _cpu(tensors: dict[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+def _cpu(tensors: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
     return {
         name: value.detach().to("cpu", copy=copy).contiguous() for name, value in tensors.items()
     }

@@ -23,7 +23,7 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def config(*overrides: str) -> Config:
     """The checked settings for these overrides."""
     return to_config(composed(*overrides))

@@ -50,14 +50,22 @@ MAY_IMPORT = {
         "stages",
         "trainer",
         "trajectory",
-    },  # fmt: skip
+    },
     "sweep": {"config", "corpus", "display", "plan", "record", "results", "stages"},
     "entrance": {"config", "corpus", "display", "experiment", "plan", "record", "stages"},
 }
 WITHOUT_TORCH = (
-    "config", "plan", "stages", "record", "corpus", "display", "results", "stats", "sweep",
+    "config",
+    "plan",
+    "stages",
+    "record",
+    "corpus",
+    "display",
+    "results",
+    "stats",
+    "sweep",
     "entrance",
-)  # fmt: skip
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -242,7 +242,7 @@ def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Pa
         assert text in done.out
     swept = train("-m", "plan=true", "added_layers=1,3", "data.max_vocab=500")
     assert swept.status == 0
-    assert swept.out.count("1 initial") == 2
+    assert swept.out.count("│ 1 initial") == 2
     assert not list(tmp_path.rglob("*.json"))
     assert not list(tmp_path.rglob("*.log"))
 
@@ -310,7 +310,7 @@ def test_paired_values(train: Command, tmp_path: Path) -> None:
     pairs = "hydra.sweeper.pairs=[[seed,initial_layers]]"
     done = train("-m", "plan=true", *SHORT, "seed=1,2", "initial_layers=2,4", pairs)
     assert done.status == 0, done.err
-    assert done.out.count("1 initial") == 2
+    assert done.out.count("│ 1 initial") == 2
     done = train("-m", "plan=true", *SHORT, "seed=1,2,3", "initial_layers=2,4", pairs)
     assert done.status == 1
     assert "seed has 3, initial_layers has 2" in done.err

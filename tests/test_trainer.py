@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from proglayer.growth import build, grow
 from proglayer.optim import build_optimizer, role_of, set_trainable
-from proglayer.plan import Phase, Role, StoppingRule, plan
+from proglayer.plan import Phase, StoppingRule, plan
 from proglayer.trainer import Diverged, EpochMetrics, Training, evaluate, follow
 
 from .helpers import TINY, config, experiments, tiny_corpus
