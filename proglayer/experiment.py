@@ -171,12 +171,14 @@ class Walk:
             machine.reset_peak_memory(self.device)
             self.display.phase(phase)
             with trajectory:
+                trajectory.stage.mark_used(self.folder)
                 try:
                     stopped = follow(
                         phase.stop,
                         trajectory.epochs(),
                         functools.partial(self._show, phase, trajectory),
                     )
+                    assert stopped is not None, "a trajectory has no end of its own"
                     exits = trajectory.finish(stopped.best.epoch)
                 except Diverged:
                     self._keep_last_good(trajectory, previous)

@@ -7,20 +7,29 @@ A stage is a folder of files that are never changed once written:
     exits-0002.<hash>.json                 every exit, evaluated at a selected epoch
     weights-0002.<hash>.safetensors        the model after an epoch that a stopping rule can select
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
+    used-1f3a9c.<hash>.json                a run that reads this stage
 
 Every file is written to a temporary name, synced and renamed, and carries the hash of its content
 in its name, so whatever is damaged or cut short shows when it is read. It is then set aside under
 `.damaged` and counts as not there.
+
+    python -m proglayer.stages list | verify | prune      what is there, is it whole, make room
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +103,19 @@ class Stage:
         return final
 
     def write_json(self, name: str, content: dict[str, Any]) -> Path:
-        """Write plain data; a no-op if it is there already with the same content."""
+        """Write plain data."""
         data = json.dumps(content, indent=1, sort_keys=True).encode()
         return self.write(name, "json", data)
+
+    def mark_used(self, run: Path) -> None:
+        """Note that the run in the folder `run` reads this stage."""
+        folder = str(run.resolve())
+        self.write_json(f"used-{_digest(folder.encode())[:12]}", {"run": folder})
+
+    def users(self) -> list[Path]:
+        """The folders of the runs that read this stage and are still there."""
+        notes = [self.read_json(name) for name in self.names("used-")]
+        return [run for note in notes if note and (run := Path(note["run"])).is_dir()]
 
     def remove(self, name: str) -> None:
         """Delete the file called `name`, if it is there."""
@@ -189,3 +208,192 @@ def _cannot_write(folder: Path, error: OSError, setting: str) -> str:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------
+# python -m proglayer.stages
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stage as the store lists it: `size` in bytes, `age` in seconds since its last writing."""
+
+    stage: Stage
+    description: dict[str, Any]
+    epochs: int
+    size: int
+    age: float
+    users: tuple[Path, ...]
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        phase = self.description.get("phase")
+        if not phase:
+            return "(not described)"
+        parts = [
+            f"phase {phase['index'] + 1}",
+            f"{phase['layers']} layers",
+            f"seed {phase['seed']}",
+        ]
+        parts.append(f"dim {phase['architecture']['dim']}")
+        trained = sum(weight > 0 for weight in phase["exit_weights"])
+        parts.append("1 exit" if trained == 1 else f"{trained} exits")
+        return ", ".join(parts)
+
+    @property
+    def needed(self) -> bool:
+        """Whether a run that is not completed reads it, and so may come back for it."""
+        return any(not _is_completed(run) for run in self.users)
+
+
+def stages_in(store: Path) -> Iterator[Kept]:
+    """Every stage of a store, in no order."""
+    for folder in store.iterdir() if store.is_dir() else ():
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        stage = Stage(store, folder.name)
+        with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
+            stats = [entry.stat() for entry in os.scandir(folder) if entry.is_file()]
+            if not stage.names(""):
+                continue
+            yield Kept(
+                stage,
+                stage.read_json("stage") or {},
+                len(stage.names("epoch-")),
+                sum(stat.st_size for stat in stats),
+                time.time() - max((stat.st_mtime for stat in stats), default=time.time()),
+                tuple(stage.users()),
+            )
+
+
+def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | None) -> list[Kept]:
+    """The stages to delete, oldest first, so that the rest keep to both limits.
+
+    What an unfinished run reads stays, and so does every stage that it grew from.
+    """
+    by_key = {kept.stage.key: kept for kept in stages}
+    needed: set[str] = set()
+    for kept in stages:
+        key: str | None = kept.stage.key if kept.needed else None
+        while key in by_key and key not in needed:
+            needed.add(key)
+            parent = by_key[key].description.get("parent")
+            key = parent["key"] if isinstance(parent, dict) else None
+    total = sum(kept.size for kept in stages)
+    chosen = []
+    for kept in sorted(stages, key=lambda kept: -kept.age):
+        too_old = max_age_s is not None and kept.age > max_age_s
+        too_much = max_bytes is not None and total > max_bytes
+        if kept.stage.key not in needed and (too_old or too_much):
+            chosen.append(kept)
+            total -= kept.size
+    return chosen
+
+
+def verify(stage: Stage) -> list[str]:
+    """Read every file of a stage; the names of those that were damaged, now set aside."""
+    return [name for name in stage.names("") if stage.read(name) is None]
+
+
+def delete(stage: Stage) -> bool:
+    """Delete a stage's files, unless a process is writing it right now.
+
+    The lock's file stays: others may be waiting at it, and must meet at the same one.
+    """
+    if not stage.lock(0):
+        return False
+    try:
+        for name in stage.names(""):
+            stage.remove(name)
+    finally:
+        stage.unlock()
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Gives the exit status: 1 if files were damaged, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proglayer.stages", description="Trained phases."
+    )
+    parser.add_argument("action", choices=("list", "verify", "prune"))
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"),
+        help="the store (default: $PROGLAYER_STAGES, else multirun/.stages)",
+    )
+    parser.add_argument("--max-size", type=_bytes, help="prune: keep at most this much, as in 20GB")
+    parser.add_argument(
+        "--max-age", type=_seconds, help="prune: keep nothing older, as in 30d, 12h"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="prune: say what would go")
+    options = parser.parse_args(arguments)
+    if not options.dir.is_dir():
+        print(f"error: no store at {options.dir}: name one with --dir", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    stages = sorted(stages_in(options.dir), key=lambda kept: kept.age)
+    if options.action == "list":
+        _print(stages)
+        return 0
+    if options.action == "verify":
+        damaged = sum(len(verify(kept.stage)) for kept in stages)
+        print(f"{len(stages)} stages read, {damaged} damaged files set aside")
+        return int(damaged > 0)
+    if options.max_size is None and options.max_age is None:
+        parser.error("prune needs --max-size or --max-age")
+    freed = 0
+    for kept in prunable(stages, options.max_size, options.max_age):
+        if options.dry_run or delete(kept.stage):
+            freed += kept.size
+            print(
+                f"{'would delete' if options.dry_run else 'deleted'} {kept.stage.key}: {kept.title}"
+            )
+    print(f"{freed / 1e6:,.1f} MB {'would be freed' if options.dry_run else 'freed'}")
+    return 0
+
+
+def _print(stages: Sequence[Kept]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in ("stage", "what", "epochs", "MB", "age", "used by"):
+        table.add_column(name, justify="right" if name in ("epochs", "MB", "age") else "left")
+    for kept in stages:
+        days, seconds = divmod(int(kept.age), 86_400)
+        age = f"{days} d" if days else f"{seconds // 3600} h {seconds % 3600 // 60} min"
+        users = ", ".join(sorted("/".join(run.parts[-2:]) for run in kept.users))
+        row = (kept.stage.key[:12], kept.title, str(kept.epochs), f"{kept.size / 1e6:,.1f}", age)
+        table.add_row(*row, users or "nothing")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    total = sum(kept.size for kept in stages)
+    console.print(f"{len(stages)} stages, {total / 1e6:,.1f} MB")
+
+
+def _is_completed(run: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((run / "result.json").read_text())["status"] == "completed"
+    return False
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
+    match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip().upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is no size: write 500MB, 20GB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _seconds(text: str) -> float:
+    units = {"d": 86_400, "h": 3_600, "m": 60}
+    match = re.fullmatch(r"([0-9.]+) *([dhm])", text.strip().lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is no age: write 30d, 12h, 5m")
+    return float(match[1]) * units[match[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from proglayer.config import Config, ConfigError, short_hash, to_config, to_plain
+from proglayer.config import Config, ConfigError, short_hash, stages_dir, to_config, to_plain
 from proglayer.corpus import open_corpus
 from proglayer.display import console, plan_table
-from proglayer.plan import Phase, StoppingRule, plan
+from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import Status, read_result
 from proglayer.stages import StoreError, write_atomically
 
@@ -79,7 +80,11 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
             f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
         ) from error
     waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
-    print_plan(jobs, waiting, folder)
+    say = console().print
+    say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
+    at_once = workers(sweeper)
+    threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
+    say(outlook(jobs, windows, threads).describe(at_once), markup=False)
     returns = []
     try:
         size = sweeper.max_batch_size or len(waiting) or 1
@@ -187,19 +192,90 @@ def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
     return order + [job for job in jobs if job not in order]
 
 
-def distinct_phases(jobs: Sequence[Job]) -> int:
-    """How many different phases the jobs have between them; a longer patience is no other phase."""
-    return len({_prefix(job, d) for job in jobs for d in range(1, len(job.phases) + 1)})
+@dataclass(frozen=True)
+class Outlook:
+    """What a sweep has before it. Phases are counted once, however many jobs read them.
+
+    `flops_known` and `seconds_known` are of the stored epochs; `flops_an_epoch` of one epoch of
+    every phase that is still to be trained, to its end or at all.
+    """
+
+    phases: int
+    stored: int
+    epochs_stored: int
+    flops_known: int
+    seconds_known: float
+    flops_an_epoch: int
+
+    def describe(self, workers: int) -> str:
+        """In one line."""
+        text = f"{self.phases} distinct phases, {self.stored} of them stored"
+        if self.stored == self.phases:
+            return f"{text}: nothing to train"
+        if not self.seconds_known or not self.stored:
+            return f"{text}: no throughput is known yet to estimate the time from"
+        epochs = self.epochs_stored / self.stored
+        seconds = self.flops_an_epoch * epochs * self.seconds_known / self.flops_known / workers
+        return (
+            f"{text}; about {seconds / 60:.0f} min for the rest, if it goes as fast as what is "
+            f"stored and takes {epochs:.1f} epochs a phase as that did"
+        )
 
 
-def print_plan(jobs: Sequence[Job], waiting: Sequence[Job], folder: Path) -> None:
-    """Say what the sweep is about to do."""
-    phases = sum(len(job.phases) for job in jobs)
-    console().print(
-        f"{len(jobs)} jobs with {phases} phases, {distinct_phases(jobs)} of them distinct; "
-        f"{len(jobs) - len(waiting)} finished before; in {folder}",
-        markup=False,
+def outlook(
+    jobs: Sequence[Job], windows: dict[str, tuple[int, int]], threads: int | None
+) -> Outlook:
+    """Follow every job's plan through the store as far as it is trained."""
+    from proglayer import machine
+    from proglayer.trajectory import stored_epochs
+
+    complete: set[Any] = set()
+    unfinished: dict[Any, int] = {}
+    read: dict[Any, tuple[int, int, float]] = {}
+    corpora = {job.config.data: open_corpus(job.config.data) for job in jobs}
+    for job in jobs:
+        config = job.config
+        with machine.switches(config.threads or threads):
+            here = machine.describe_machine(machine.pick_device(config.device))
+        parent: tuple[str, int] | None = None
+        reachable = config.reuse
+        for depth, phase in enumerate(job.phases, start=1):
+            prefix = _prefix(job, depth)
+            flops = training_flops(phase, config.data.seq_len, windows[job.folder][0])
+            cost = flops.head + flops.body
+            if not reachable:
+                unfinished[prefix] = cost
+                continue
+            found = stored_epochs(
+                Path(stages_dir(config)), parent, phase, corpora[config.data].fingerprint, here
+            )
+            read[found.key] = (
+                len(found.epochs) * cost,
+                len(found.epochs),
+                sum(epoch.train_seconds + epoch.evaluation_seconds for epoch in found.epochs),
+            )
+            if found.selected is None:
+                reachable = False
+                unfinished[prefix] = cost
+            else:
+                complete.add(prefix)
+                parent = found.key, found.selected
+    complete -= unfinished.keys()
+    return Outlook(
+        phases=len(complete) + len(unfinished),
+        stored=len(complete),
+        epochs_stored=sum(epochs for _, epochs, _ in read.values()),
+        flops_known=sum(flops for flops, _, _ in read.values()),
+        seconds_known=sum(seconds for _, _, seconds in read.values()),
+        flops_an_epoch=sum(unfinished.values()),
     )
+
+
+def workers(sweeper: ProglayerSweeper) -> int:
+    """How many jobs the launcher runs at once, as far as it says so."""
+    assert sweeper.config is not None
+    jobs = sweeper.config.hydra.launcher.get("n_jobs", 1)
+    return jobs if jobs > 0 else os.cpu_count() or 1
 
 
 def summarize(folder: Path) -> bool:

@@ -252,12 +252,12 @@ def follow(
     rule: StoppingRule,
     epochs: Iterator[EpochMetrics],
     on_epoch: Callable[[EpochMetrics, EpochMetrics], None] | None = None,
-) -> Stopped:
+) -> Stopped | None:
     """Read epochs until the rule says stop; select the last improvement.
 
     An epoch is an improvement when its validation loss is lower than the best so far minus
     `min_delta`; `patience` epochs in a row without one stop it. The first epoch always counts as
-    one. `on_epoch` is told of each epoch and the best so far.
+    one. `on_epoch` is told of each epoch and the best so far. Gives None if the epochs end first.
     """
     best: EpochMetrics | None = None
     read: list[EpochMetrics] = []
@@ -273,7 +273,7 @@ def follow(
             return Stopped(best, tuple(read), f"{waited} {word} without improvement")
         if metrics.epoch >= rule.max_epochs:
             return Stopped(best, tuple(read), f"max_epochs={rule.max_epochs} reached")
-    raise RuntimeError("the trajectory ended before its stopping rule did")
+    return None
 
 
 def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -26,7 +26,15 @@ from proglayer.model import Transformer
 from proglayer.optim import load_optimizer_tensors, optimizer_tensors
 from proglayer.plan import Phase
 from proglayer.stages import FORMAT, Stage, stage_key
-from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Progress, Training, evaluate
+from proglayer.trainer import (
+    Diverged,
+    EpochMetrics,
+    ExitMetrics,
+    Progress,
+    Training,
+    evaluate,
+    follow,
+)
 
 # How long to wait for another process's epoch before looking again whether it is stored.
 LOOK_AGAIN_S = 0.2
@@ -354,6 +362,33 @@ class Trajectory:
                 self._best = (int(metadata["best_epoch"]), parts["best"])
             return training
         return training
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store has of a trajectory: its epochs in a row from the first, as far as a stopping
+    rule reads them, and the epoch that the rule selects, None while it would read on.
+    """
+
+    key: str
+    epochs: tuple[EpochMetrics, ...]
+    selected: int | None
+
+
+def stored_epochs(
+    store: Path, parent: tuple[str, int] | None, phase: Phase, fingerprint: str, machine: Machine
+) -> Stored:
+    """Read as much of a trajectory as is stored, training nothing."""
+    stage = Stage(store, stage_key(describe(parent, phase, fingerprint, machine)))
+    epochs: list[EpochMetrics] = []
+
+    def recorded() -> Iterator[EpochMetrics]:
+        while plain := stage.read_json(f"epoch-{len(epochs) + 1:04d}"):
+            epochs.append(EpochMetrics(**plain))
+            yield epochs[-1]
+
+    stopped = follow(phase.stop, recorded())
+    return Stored(stage.key, tuple(epochs), stopped.best.epoch if stopped else None)
 
 
 def describe(

@@ -51,7 +51,18 @@ MAY_IMPORT = {
         "trainer",
         "trajectory",
     },
-    "sweep": {"config", "corpus", "display", "plan", "record", "results", "stages"},
+    "sweep": {
+        "__init__",
+        "config",
+        "corpus",
+        "display",
+        "machine",
+        "plan",
+        "record",
+        "results",
+        "stages",
+        "trajectory",
+    },
     "entrance": {"config", "corpus", "display", "experiment", "plan", "record", "stages"},
 }
 WITHOUT_TORCH = (

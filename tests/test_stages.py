@@ -1,0 +1,209 @@
+"""The store's own command, and runs that are killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proglayer.experiment import run
+from proglayer.stages import Stage, main, prunable, stages_in, verify
+
+from .helpers import config
+
+RUN = (
+    "data.samples=96",
+    "data.validation_samples=32",
+    "data.max_vocab=100",
+    "model.dim=8",
+    "model.num_heads=2",
+    "phase.max_epochs=2",
+    "phase.batch_size=16",
+    "experiment=gradual_unfreezing",
+    "threads=1",
+)
+
+
+def stage(store: Path, key: str, size: int, age_days: float, parent: str | None = None) -> Stage:
+    made = Stage(store, key)
+    description = {"parent": {"key": parent, "epoch": 1} if parent else "fresh"}
+    made.write_json("stage", description)
+    made.write("state-0001-000000", "safetensors", b"x" * size)
+    then = time.time() - age_days * 86_400
+    for path in made.folder.iterdir():
+        os.utime(path, (then, then))
+    return made
+
+
+def run_folder(folder: Path, status: str | None, *stages: Stage) -> Path:
+    folder.mkdir(parents=True)
+    if status:
+        (folder / "result.json").write_text(json.dumps({"status": status}))
+    for made in stages:
+        times = {path: path.stat().st_mtime for path in made.folder.iterdir()}
+        made.mark_used(folder)
+        for path in made.folder.iterdir():
+            then = times.get(path, min(times.values()))
+            os.utime(path, (then, then))
+    return folder
+
+
+def test_listing_names_size_age_and_users(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = stage(tmp_path / "store", "a" * 32, 2_000_000, 3)
+    run_folder(tmp_path / "sweep" / "0_abcdef", "completed", old)
+    assert main(["list", "--dir", str(tmp_path / "store")]) == 0
+    out = capsys.readouterr().out
+    for text in ("aaaaaaaaaaaa", "2.0", "3 d", "sweep/0_abcdef", "1 stages"):
+        assert text in out
+
+
+def test_verifying_finds_damage_and_sets_it_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = stage(tmp_path, "a" * 32, 10, 1), stage(tmp_path, "b" * 32, 10, 1)
+    assert verify(good) == []
+    path = bad.path("state-0001-000000")
+    assert path is not None
+    path.write_bytes(b"y" * 10)
+    assert main(["verify", "--dir", str(tmp_path)]) == 1
+    assert "2 stages read, 1 damaged" in capsys.readouterr().out
+    assert bad.path("state-0001-000000") is None
+    assert main(["verify", "--dir", str(tmp_path)]) == 0
+
+
+def test_pruning_takes_the_oldest_and_leaves_what_unfinished_runs_need(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    root = stage(store, "a" * 32, 1000, 9)
+    child = stage(store, "b" * 32, 1000, 8, parent="a" * 32)
+    done, free, young = (stage(store, k * 32, 1000, d) for k, d in (("c", 7), ("d", 6), ("e", 1)))
+    run_folder(tmp_path / "unfinished", None, child)
+    run_folder(tmp_path / "finished", "completed", done)
+
+    def pruned(size: int | None, days: float | None) -> list[str]:
+        age = None if days is None else days * 86_400
+        return [kept.stage.key[0] for kept in prunable(list(stages_in(store)), size, age)]
+
+    assert pruned(None, 5) == ["c", "d"]
+    assert pruned(10**6, None) == []
+    total = sum(kept.size for kept in stages_in(store))
+    assert pruned(total - 1, None) == ["c"]
+    assert pruned(0, None) == ["c", "d", "e"]
+    assert main(["prune", "--dir", str(store), "--max-age", "5d", "--dry-run"]) == 0
+    assert done.names("")
+    assert main(["prune", "--dir", str(store), "--max-age", "5d"]) == 0
+    assert not done.names("")
+    assert not free.names("")
+    assert root.names("")
+    assert young.names("")
+
+
+def test_pruning_leaves_a_stage_that_is_being_written(tmp_path: Path) -> None:
+    busy = stage(tmp_path, "a" * 32, 10, 9)
+    assert busy.lock(0)
+    assert main(["prune", "--dir", str(tmp_path), "--max-size", "0"]) == 0
+    assert busy.names("state")
+    busy.unlock()
+
+
+@pytest.mark.parametrize("arguments", [["prune"], ["prune", "--max-size", "much"], ["burn"]])
+def test_bad_arguments(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--dir", str(tmp_path)])
+    assert end.value.code == 2
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--dir", str(tmp_path / "none")]) == 2
+    assert "--dir" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# SIGKILL
+
+
+def run_once(folder: Path, store: Path, model: str) -> None:
+    """A run in a process of its own, as train.py would make it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config(*RUN, f"model={model}", f"stages.dir={store}", "checkpoint_every_s=0.02")
+    run(settings, folder)
+
+
+def start(folder: Path, store: Path, model: str) -> Any:
+    process = multiprocessing.get_context("fork").Process(
+        target=run_once, args=(folder, store, model)
+    )
+    process.start()
+    return process
+
+
+def record(folder: Path) -> list[dict[str, Any]]:
+    """The phases of a run's record, times and the account of who did what apart."""
+    phases = json.loads((folder / "result.json").read_text())["phases"]
+    for phase in phases:
+        for name in ("work", "train_seconds", "evaluation_seconds", "tokens_per_second"):
+            del phase[name]
+    return phases
+
+
+def finished_files(store: Path) -> dict[Path, bytes]:
+    """Every file of the stages whose selected epoch has been evaluated: those that ended."""
+    return {
+        path: path.read_bytes()
+        for exits in store.glob("*/exits-*")
+        for path in exits.parent.iterdir()
+        if path.name.split("-")[0] in ("epoch", "weights", "exits")
+    }
+
+
+@pytest.mark.parametrize("model", ["standard", "deep_supervision"])
+def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path, model: str) -> None:
+    config(*RUN, f"model={model}", f"stages.dir={tmp_path / 'a'}", "checkpoint_every_s=0.02")
+    began = time.monotonic()
+    whole = start(tmp_path / "whole", tmp_path / "a", model)
+    whole.join()
+    assert whole.exitcode == 0
+    length = time.monotonic() - began
+    expected = record(tmp_path / "whole")
+    assert len(expected) == 4
+
+    rng = random.Random(model)
+    kills = 0
+    store = tmp_path / "b"
+    for _ in range(int(os.environ.get("PROGLAYER_TEST_KILLS", "8"))):
+        before = finished_files(store)
+        process = start(tmp_path / "killed", store, model)
+        process.join(rng.uniform(0, length))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        after = finished_files(store)
+        assert {path: after.get(path) for path in before} == before
+        if (tmp_path / "killed/result.json").exists():
+            assert record(tmp_path / "killed") == expected
+            (tmp_path / "killed/result.json").unlink()
+            store = tmp_path / f"b{kills}"
+    last = start(tmp_path / "killed", store, model)
+    last.join()
+    assert last.exitcode == 0
+    assert kills
+    assert record(tmp_path / "killed") == expected
+    for run in ("whole", "killed"):
+        assert (tmp_path / run / "weights.safetensors").exists()
+    one, two = ((tmp_path / r / "weights.safetensors").read_bytes() for r in ("whole", "killed"))
+    assert one == two
+    # The optimizer's state as well, where a state was left at the end of a phase.
+    states = (
+        {path.name for path in (tmp_path / "a").glob("*/state-*")},
+        {path.name for path in store.glob("*/state-*")},
+    )
+    assert states[0] == states[1]
