@@ -38,7 +38,7 @@ from proglayer.record import (
 )
 from proglayer.stages import StoreError
 from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Stopped, follow, perplexity
-from proglayer.trajectory import Interrupted, Trajectory, Watch
+from proglayer.trajectory import ABOUT, Interrupted, Trajectory, Watch
 
 log = logging.getLogger(__name__)
 
@@ -321,8 +321,8 @@ def load_run(folder: str | Path) -> Transformer:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: did the run complete?")
     with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        about = json.loads(file.metadata()[ABOUT])
     with torch.device("meta"):
-        model = Transformer(layers=int(metadata["layers"]), **json.loads(metadata["architecture"]))
+        model = Transformer(layers=about["layers"], **about["architecture"])
     model.load_state_dict(safetensors.torch.load_file(path), assign=True)
     return model.eval()

@@ -145,14 +145,14 @@ class Training:
         """The phase's loss of one batch: cross-entropy at the exits that carry weight."""
         with autocast(self.phase, self.device):
             hidden_entd = self.model(input_nt)
-        return linear_cross_entropy(
-            [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
-            self.model.head.weight,
-            target_nt.reshape(-1),
-            [self.phase.exit_weights[e] for e in self.read_exits],
-            count=False,
-            workspace=self.workspace,
-        ).loss
+            return linear_cross_entropy(
+                [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
+                self.model.head.weight,
+                target_nt.reshape(-1),
+                [self.phase.exit_weights[e] for e in self.read_exits],
+                count=False,
+                workspace=self.workspace,
+            ).loss
 
     def finish_epoch(self) -> tuple[float, float]:
         """Close the epoch under way; gives its mean training loss and its seconds."""
@@ -197,12 +197,12 @@ def evaluate(
             input_nt, target_nt = windows.batch(batch)
             with autocast(phase, device):
                 hidden_entd = model(input_nt)
-            result = evaluate_exits(
-                [hidden_entd[e].flatten(0, 1) for e in exits],
-                model.head.weight,
-                target_nt.reshape(-1),
-                workspace=workspace,
-            )
+                result = evaluate_exits(
+                    [hidden_entd[e].flatten(0, 1) for e in exits],
+                    model.head.weight,
+                    target_nt.reshape(-1),
+                    workspace=workspace,
+                )
             nll_e = result.nll_e if nll_e is None else nll_e + result.nll_e
             correct_e = result.correct_e if correct_e is None else correct_e + result.correct_e
             if between_batches is not None:
@@ -277,7 +277,7 @@ def follow(
 
 
 def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision for the body, where the phase asks for it."""
+    """Mixed precision for body and head, where the phase asks for it."""
     if phase.precision is Precision.bfloat16:
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

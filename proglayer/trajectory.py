@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ from proglayer.trainer import (
     evaluate,
     follow,
 )
+
+# The entry of a file's metadata that holds what is not a tensor.
+ABOUT = "proglayer"
 
 # How long to wait for another process's epoch before looking again whether it is stored.
 LOOK_AGAIN_S = 0.2
@@ -217,8 +219,14 @@ class Trajectory:
     def _advance(self, epoch: int) -> Training:
         """Train to the end of `epoch`, recording what is not recorded yet. Needs the lock."""
         training = self._training
-        if training is None or training.epoch > epoch:
-            training = self._training = self._resume(epoch)
+        # The end of an epoch gives its weights, but no longer its metrics.
+        latest = (
+            (epoch, 0)
+            if self._read_epoch(epoch)
+            else (epoch - 1, self.phase.steps_per_epoch(len(self.corpus.train)))
+        )
+        if training is None or (training.epoch, training.step) > latest:
+            training = self._training = self._resume(latest)
         while training.epoch < epoch:
             training.train_epoch(lambda progress: self._after_step(training, progress))
             number = training.epoch + 1
@@ -304,11 +312,8 @@ class Trajectory:
     def _store_weights(self, epoch: int, state: dict[str, Tensor]) -> None:
         name = f"weights-{epoch:04d}"
         if self.stage.path(name) is None:
-            metadata = {
-                "architecture": json.dumps(asdict(self.phase.architecture)),
-                "layers": str(self.phase.layers),
-            }
-            self.stage.write(name, "safetensors", safetensors.torch.save(state, metadata))
+            about = {"architecture": asdict(self.phase.architecture), "layers": self.phase.layers}
+            self.stage.write(name, "safetensors", _packed(state, about))
 
     def _store_state(self, training: Training) -> None:
         """Store everything that training changes, for going on from exactly here."""
@@ -321,31 +326,30 @@ class Trajectory:
                     tensors[f"model/{name}"] = parameter.detach()
             for name, value in optimizer_tensors(training.optimizer).items():
                 tensors[f"optimizer/{name}"] = value
-            metadata = {"seconds": repr(training.seconds)}
+            about: dict[str, Any] = {"seconds": training.seconds}
             if self._best is not None and self.weights_path(self._best[0]) is None:
-                metadata["best_epoch"] = str(self._best[0])
+                about["best_epoch"] = self._best[0]
                 tensors |= {f"best/{name}": value for name, value in self._best[1].items()}
-            content = safetensors.torch.save(_cpu(tensors), metadata)
-            self.stage.write(position, "safetensors", content)
+            self.stage.write(position, "safetensors", _packed(_cpu(tensors), about))
         for name in self.stage.names("state-"):
             if name < position:
                 self.stage.remove(name)
         self._checkpointed = time.monotonic()
 
-    def _resume(self, epoch: int) -> Training:
-        """Training in the nearest stored state from which `epoch` can be reached, else afresh."""
+    def _resume(self, latest: tuple[int, int]) -> Training:
+        """Training in the last stored state up to `latest` (epochs, steps), else afresh."""
         self._best = None
         self._checkpointed = time.monotonic()
         training = Training(self._start(), self.phase, self.corpus, self.device)
         for name in reversed(self.stage.names("state-")):
             done, step = (int(part) for part in name.split("-")[1:])
-            if done > epoch or (done == epoch and step > 0):
+            if (done, step) > latest:
                 continue
             content = self.stage.read(name)
             if content is None:
                 continue
             tensors = safetensors.torch.load(content)
-            metadata = _metadata(content)
+            about = _about(content)
             parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
             for tensor_name, value in tensors.items():
                 part, _, rest = tensor_name.partition("/")
@@ -357,9 +361,9 @@ class Trajectory:
             load_optimizer_tensors(training.optimizer, parts["optimizer"])
             training.epoch, training.step = done, step
             training.loss_sum = tensors["loss_sum"].to(self.device)
-            training.seconds = float(metadata["seconds"])
-            if "best_epoch" in metadata:
-                self._best = (int(metadata["best_epoch"]), parts["best"])
+            training.seconds = about["seconds"]
+            if "best_epoch" in about:
+                self._best = (about["best_epoch"], parts["best"])
             return training
         return training
 
@@ -410,10 +414,18 @@ def describe(
     }
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file (its header is a length of 8 bytes, then JSON)."""
+def _packed(tensors: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    """Tensors and plain data as a safetensors file; equal content gives equal bytes.
+
+    The plain data is one entry of the file's metadata, since those come in no fixed order.
+    """
+    return safetensors.torch.save(tensors, {ABOUT: json.dumps(about, sort_keys=True)})
+
+
+def _about(content: bytes) -> dict[str, Any]:
+    """The plain data of a file that `_packed` made: a length of 8 bytes, then a header in JSON."""
     length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][ABOUT])
 
 
 def _cpu(tensors: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:

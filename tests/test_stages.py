@@ -197,8 +197,6 @@ def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path, model
     assert last.exitcode == 0
     assert kills
     assert record(tmp_path / "killed") == expected
-    for run in ("whole", "killed"):
-        assert (tmp_path / run / "weights.safetensors").exists()
     one, two = ((tmp_path / r / "weights.safetensors").read_bytes() for r in ("whole", "killed"))
     assert one == two
     # The optimizer's state as well, where a state was left at the end of a phase.

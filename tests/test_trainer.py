@@ -214,6 +214,20 @@ def test_the_schedule_reaches_the_optimizer() -> None:
     assert rates == pytest.approx([0.005, 0.01, 0.01])
 
 
+def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights() -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        phase = planned(f"precision={precision}", "model=deep_supervision")[0]
+        training = Training(build(phase), phase, CORPUS, CPU)
+        training.train_epoch()
+        losses[precision], _ = training.finish_epoch()
+        assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+        (last,) = evaluate(training.model, phase, CORPUS, CPU, [2])
+        assert last.loss < 4
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
 def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None:
     phase = planned("optimizer.clip_norm=null", "lr.base=1e30")[0]
     training = Training(build(phase), phase, CORPUS, CPU)
