@@ -53,7 +53,7 @@ def run_job(settings: DictConfig) -> float | None:
         choices = {
             group: str(choice)
             for group, choice in hydra.runtime.choices.items()
-            if choice is not None and not group.startswith("hydra")
+            if choice is not None and not group.startswith(("hydra", "local"))
         }
         outcome = run(config, folder, list(hydra.overrides.task), choices)
     except (ConfigError, StoreError) as error:

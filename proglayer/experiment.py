@@ -38,7 +38,7 @@ from proglayer.record import (
 )
 from proglayer.stages import StoreError
 from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Stopped, follow, perplexity
-from proglayer.trajectory import ABOUT, Interrupted, Trajectory, Watch
+from proglayer.trajectory import ABOUT, Interrupted, Machine, Trajectory, Watch
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class Walk:
         corpus: Corpus,
         phases: tuple[Phase, ...],
         device: torch.device,
-        here: Any,
+        here: Machine,
         store: Path,
         folder: Path,
         signals: machine.StopSignals,
