@@ -344,6 +344,40 @@ def test_a_store_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
     assert "traceback" not in record
 
 
+def test_two_workers_train_nothing_twice_and_change_no_bit(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = ("-m", *SHORT, "threads=1", "added_layers=1,2", "phase=grow_once,keep_training")
+    workers = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1")
+    # Workers import the package by name, wherever they are started.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = train(*jobs, *workers, "hydra.sweep.dir=two", "stages.dir=a")
+    assert done.status == 0, done.err
+    assert train(*jobs, "hydra.sweep.dir=one", "stages.dir=b").status == 0
+    two, one = results(tmp_path / "two"), results(tmp_path / "one")
+    assert len(two) == 4
+    trained: dict[str, int] = {}
+    for ours, theirs in zip(two, one, strict=True):
+        for p, q in zip(ours["phases"], theirs["phases"], strict=True):
+            assert (p["stage"], p["best"], p["exits"]) == (q["stage"], q["best"], q["exits"])
+            trained[p["stage"]] = trained.get(p["stage"], 0) + p["work"]["epochs_trained"]
+    # One first phase, two grown ones and one continued, two epochs each.
+    assert sorted(trained.values()) == [2, 2, 2, 2]
+    states = [{p.name for p in (tmp_path / s).glob("*/weights-*")} for s in "ab"]
+    assert states[0] == states[1]
+
+
+def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: Path) -> None:
+    jobs = ("-m", *SHORT, "experiment=original,gradual_unfreezing,control_from_scratch")
+    first = train(*jobs, "hydra.sweep.dir=a")
+    assert "5 distinct phases, 0 of them stored" in first.out
+    again = train(*jobs, "hydra.sweep.dir=b")
+    assert "5 distinct phases, 5 of them stored: nothing to train" in again.out
+    more = train(*jobs, "added_layers=2", "hydra.sweep.dir=c")
+    # Shared with the others: the initial phase alone.
+    assert "5 distinct phases, 1 of them stored; about" in more.out
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(tmp_path: Path, name: str) -> None:
     command = [
