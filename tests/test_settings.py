@@ -1,0 +1,142 @@
+"""Every setting is in the key of what it changes, or shown to leave the bits alone.
+
+A setting that changed training without changing the key would give a run somebody else's phases.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from proglayer.config import Config, setting_names
+from proglayer.corpus import open_corpus
+from proglayer.plan import plan
+from proglayer.trajectory import Machine, describe
+
+from .helpers import config
+
+# With these, every setting below has something to act on.
+BASE = ("phase=grow_once", "freeze=none", "lr.schedule=cosine", "initial_layers=3")
+MACHINE = Machine("cpu", "a processor", 2, torch.__version__)
+
+# What the key holds of the settings themselves, by a value that differs from BASE.
+IN_THE_PHASES = {
+    "seed": "7",
+    "initial_layers": "4",
+    "added_layers": "2",
+    "model.dim": "32",
+    "model.num_heads": "2",
+    "model.ffn_multiple": "2",
+    "model.rotary_base": "500",
+    "model.norm_eps": "1e-5",
+    "model.vocab_size": "500",
+    "model.exit_weights": "uniform",
+    "phase.schedule": "keep_training",
+    "phase.batch_size": "32",
+    "phase.samples": "10",
+    "phase.max_epochs": "3",  # by the cosine's end; with a constant rate it only stops
+    "phase.initial.batch_size": "32",
+    "phase.initial.max_epochs": "3",
+    "phase.initial.samples": "10",
+    "phase.grown.batch_size": "32",
+    "phase.grown.max_epochs": "3",
+    "phase.grown.samples": "10",
+    "growth.init": "copy",
+    "growth.position": "bottom",
+    "freeze.steps": "[{existing: 1, embedding: false, head: true}]",
+    "lr.base": "0.5",
+    "lr.factor.new": "0.5",
+    "lr.factor.existing": "0.5",
+    "lr.factor.embedding": "0.5",
+    "lr.factor.head": "0.5",
+    "lr.schedule": "linear",
+    "lr.warmup_steps": "3",
+    "lr.final_factor": "0.5",
+    "optimizer.beta1": "0.5",
+    "optimizer.beta2": "0.5",
+    "optimizer.eps": "1e-5",
+    "optimizer.weight_decay": "0.5",
+    "optimizer.clip_norm": "0.5",
+    "precision": "bfloat16",
+}
+# What the key holds through the corpus's fingerprint.
+IN_THE_TEXT = {
+    "data.seq_len": "16",
+    "data.samples": "20",
+    "data.validation_samples": "5",
+    "data.lowercase": "false",
+    "data.min_count": "150",
+    "data.max_vocab": "10",
+    "data.held_out": "0.4",
+    "data.files": "[{other}]",
+}
+# Where a text lies. What is read there is in the fingerprint, wherever it lies: see test_corpus.
+PLACE_OF_THE_TEXT = {
+    "data.source", "data.path", "data.repository", "data.configuration", "data.revision",
+    "data.train_split", "data.validation_split", "data.text_column", "data.cache_dir",
+}  # fmt: skip
+# Read by the stopping rule alone, which reads a trajectory and changes none: see test_trajectory.
+STOPPING = {
+    "phase.patience", "phase.min_delta", "phase.initial.patience", "phase.initial.min_delta",
+    "phase.grown.patience", "phase.grown.min_delta",
+}  # fmt: skip
+# In the key as what they come to on this machine.
+IN_THE_MACHINE = {"device", "threads"}
+# About the process, not the training: the bits are the same with any value of theirs, shown by
+# test_checkpoints_on_the_way_change_nothing (checkpoint_every_s), test_train (reuse, stages.dir,
+# plan, on_error).
+HARMLESS = {"plan", "on_error", "reuse", "checkpoint_every_s", "stages.dir"}
+
+
+def keys(settings: Config, fingerprint: str = "a text") -> str:
+    """What decides each phase's key, the choice of epochs apart."""
+    described = [
+        describe(None, phase, fingerprint, MACHINE) for phase in plan(settings, vocab_size=100)
+    ]
+    return json.dumps(described, sort_keys=True)
+
+
+def test_every_setting_is_classified_once() -> None:
+    names = setting_names()
+    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    classes = (
+        set(IN_THE_PHASES),
+        set(IN_THE_TEXT),
+        PLACE_OF_THE_TEXT,
+        STOPPING,
+        IN_THE_MACHINE,
+        HARMLESS,
+    )
+    assert sorted(leaves) == sorted(name for group in classes for name in group)
+
+
+@pytest.mark.parametrize("name", IN_THE_PHASES)
+def test_a_setting_of_training_is_in_the_key(name: str) -> None:
+    assert keys(config(*BASE, f"{name}={IN_THE_PHASES[name]}")) != keys(config(*BASE))
+
+
+@pytest.mark.parametrize("name", sorted(STOPPING | HARMLESS))
+def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
+    values = {"plan": "true", "on_error": "stop", "reuse": "false", "stages.dir": "elsewhere"}
+    assert keys(config(*BASE, f"{name}={values.get(name, '3')}")) == keys(config(*BASE))
+
+
+def test_a_text_is_in_the_key(tmp_path: Path) -> None:
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    words = [f"Word{i * i % 23} word{i % 7}" for i in range(2000)]
+    text.write_text("\n".join(words))
+    other.write_text("\n".join([*words[:-1], "something else"]))
+    base = ("data=text", f"data.files=[{text}]", "data.samples=40", "data.validation_samples=8")
+
+    def fingerprint(*overrides: str) -> str:
+        return open_corpus(config(*base, *overrides).data).fingerprint
+
+    plain = fingerprint()
+    for name, value in IN_THE_TEXT.items():
+        assert fingerprint(f"{name}={value.format(other=other)}") != plain, name
+    moved = tmp_path / "moved.txt"
+    moved.write_text(text.read_text())
+    assert fingerprint(f"data.files=[{moved}]", f"data.cache_dir={tmp_path / 'cache'}") == plain
