@@ -68,7 +68,7 @@ IN_THE_TEXT = {
     "data.samples": "20",
     "data.validation_samples": "5",
     "data.lowercase": "false",
-    "data.min_count": "150",
+    "data.min_count": "200",
     "data.max_vocab": "10",
     "data.held_out": "0.4",
     "data.files": "[{other}]",
