@@ -6,6 +6,7 @@ On a terminal, bars that move; elsewhere, plain lines, one an epoch.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
     from proglayer.trainer import EpochMetrics, Progress
+
+log = logging.getLogger(__name__)
 
 # Without a terminal there is no width to keep to; this one fits every table here.
 PLAIN_WIDTH = 160
@@ -83,7 +86,8 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
             self._bars.stop()
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """One line that stays, here and in the log."""
+        log.info("%s", text)
         (self._bars.console if self._bars else self._console).print(text, markup=False)
 
     def phase(self, phase: Phase) -> None:

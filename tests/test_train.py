@@ -101,6 +101,9 @@ def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
     before, after = (p["best"]["validation_perplexity"] for p in record["phases"])
     changes = record["changes"]
     assert changes["perplexity_percent"] == pytest.approx((before - after) / before * 100)
+    log = (tmp_path / "run/train.log").read_text()
+    assert "phase 2/2 grown" in log
+    assert log.count("validation loss") == sum(p["epochs"] for p in record["phases"])
     with open(tmp_path / "run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows].count("1") == record["phases"][0]["epochs"]
