@@ -57,10 +57,13 @@ def run_job(settings: DictConfig) -> float | None:
         }
         outcome = run(config, folder, list(hydra.overrides.task), choices)
     except (ConfigError, StoreError) as error:
-        if single:
+        # A store that could not be written comes after the start: what the run left stays.
+        if single and isinstance(error, ConfigError):
             _leave_nothing(folder)
+        if single:
             fail(str(error).splitlines())
-        _record_unstarted(folder, Status.failed, str(error))
+        with contextlib.suppress(StoreError):
+            _record_unstarted(folder, Status.failed, str(error))
         return None
     if outcome.status is Status.interrupted:
         raise KeyboardInterrupt

@@ -337,6 +337,27 @@ def test_an_output_folder_that_cannot_be_written(train: Command, tmp_path: Path)
     assert "hydra.sweep.dir" in done.err
 
 
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import proglayer.experiment
+    from proglayer.stages import StoreError
+
+    def full(*_: object) -> None:
+        raise StoreError("cannot write to run (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proglayer.experiment, "write_result", full)
+        done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 1
+    assert done.err == "error: cannot write to run (No space left on device)\n"
+    assert (tmp_path / "run/metrics.csv").exists()
+    assert "phase 2/2" in (tmp_path / "run/train.log").read_text()
+    assert train(*SHORT, "hydra.run.dir=run").status == 0
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert sum(p["work"]["epochs_trained"] for p in record["phases"]) == 0
+
+
 def test_a_store_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     done = train(*SHORT, "stages.dir=file/stages", "hydra.run.dir=run")
