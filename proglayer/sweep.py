@@ -90,7 +90,7 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
         size = sweeper.max_batch_size or len(waiting) or 1
         for start in range(0, len(waiting), size):
             batch = [
-                [*job.overrides, f"hydra.sweep.subdir={job.folder}"]
+                [*job.overrides, f"hydra.sweep.subdir='{job.folder}'"]
                 for job in waiting[start : start + size]
             ]
             returns.append(sweeper.launcher.launch(batch, initial_job_idx=start))

@@ -309,6 +309,22 @@ def test_all_jobs_are_checked_before_the_first_starts(train: Command, tmp_path: 
     assert not (tmp_path / "s").exists()
 
 
+def test_a_job_keeps_its_folders_name_whatever_its_hash(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digits around an underscore are one number to Hydra's grammar, unless they are quoted."""
+    import proglayer.sweep
+
+    monkeypatch.setattr(proglayer.sweep, "short_hash", lambda _: "693136")
+    done = train("-m", *SHORT, "seed=1,2", "phase.max_epochs=1", "hydra.sweep.dir=s")
+    assert done.status == 0, done.err
+    assert sorted(p.parent.name for p in (tmp_path / "s").glob("*/result.json")) == [
+        "0_693136",
+        "1_693136",
+    ]
+    assert "waiting" not in done.out
+
+
 def test_paired_values(train: Command, tmp_path: Path) -> None:
     pairs = "hydra.sweeper.pairs=[[seed,initial_layers]]"
     done = train("-m", "plan=true", *SHORT, "seed=1,2", "initial_layers=2,4", pairs)
