@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from proglayer.config import Config, ConfigError, short_hash, stages_dir, to_config, to_plain
-from proglayer.corpus import open_corpus
+from proglayer.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    short_hash,
+    stages_dir,
+    to_config,
+    to_plain,
+)
+from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import Status, read_result
@@ -37,13 +45,15 @@ JOBS = "jobs.json"
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
-@dataclass(frozen=True)
+# Compared by identity: the corpus holds arrays.
+@dataclass(frozen=True, eq=False)
 class Job:
     """One job of a sweep. `folder` is its name in the sweep's: its number and a short hash."""
 
     folder: str
     overrides: tuple[str, ...]
     config: Config
+    corpus: Corpus
     phases: tuple[Phase, ...]
 
     @property
@@ -60,10 +70,11 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     assert sweeper.launcher is not None
-    jobs, windows = check(sweeper, expand(sweeper, arguments))
+    jobs = check(sweeper, expand(sweeper, arguments))
     if jobs[0].config.plan:
         for job in jobs:
-            table = plan_table(job.phases, job.config.data.seq_len, *windows[job.folder], job.title)
+            windows = len(job.corpus.train), len(job.corpus.validation)
+            table = plan_table(job.phases, job.config.data.seq_len, *windows, job.title)
             console().print(table)
         return []
 
@@ -84,7 +95,7 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
     at_once = workers(sweeper)
     threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
-    say(outlook(jobs, windows, threads).describe(at_once), markup=False)
+    say(outlook(jobs, threads).describe(at_once), markup=False)
     returns = []
     try:
         size = sweeper.max_batch_size or len(waiting) or 1
@@ -143,19 +154,17 @@ def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, .
     return [tuple(itertools.chain(*choice)) for choice in itertools.product(*products)]
 
 
-def check(
-    sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]
-) -> tuple[list[Job], dict[str, tuple[int, int]]]:
-    """Compose and plan every job, opening each corpus once; also gives each job's numbers of
-    training and validation windows. Raises ConfigError with the problems of all of them.
+def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:
+    """Compose and plan every job, opening each corpus once.
+
+    Raises ConfigError with the problems of all of them.
     """
     assert sweeper.hydra_context is not None
     assert sweeper.config is not None
     loader = sweeper.hydra_context.config_loader
     jobs: list[Job] = []
-    windows: dict[str, tuple[int, int]] = {}
     problems: dict[str, str] = {}
-    corpora: dict[Any, Any] = {}
+    corpora: dict[DataConfig, Corpus] = {}
     for number, overrides in enumerate(all_overrides):
         text = _without_hydra(overrides)
         try:
@@ -170,12 +179,11 @@ def check(
             for line in str(error).splitlines():
                 problems.setdefault(line, text)
             continue
-        job = Job(f"{number}_{short_hash(text)}", overrides, config, phases)
-        windows[job.folder] = len(corpus.train), len(corpus.validation)
+        job = Job(f"{number}_{short_hash(text)}", overrides, config, corpus, phases)
         jobs.append(job)
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
-    return jobs, windows
+    return jobs
 
 
 def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
@@ -222,9 +230,7 @@ class Outlook:
         )
 
 
-def outlook(
-    jobs: Sequence[Job], windows: dict[str, tuple[int, int]], threads: int | None
-) -> Outlook:
+def outlook(jobs: Sequence[Job], threads: int | None) -> Outlook:
     """Follow every job's plan through the store as far as it is trained."""
     from proglayer import machine
     from proglayer.trajectory import stored_epochs
@@ -232,7 +238,6 @@ def outlook(
     complete: set[Any] = set()
     unfinished: dict[Any, int] = {}
     read: dict[Any, tuple[int, int, float]] = {}
-    corpora = {job.config.data: open_corpus(job.config.data) for job in jobs}
     for job in jobs:
         config = job.config
         with machine.switches(config.threads or threads):
@@ -241,13 +246,13 @@ def outlook(
         reachable = config.reuse
         for depth, phase in enumerate(job.phases, start=1):
             prefix = _prefix(job, depth)
-            flops = training_flops(phase, config.data.seq_len, windows[job.folder][0])
+            flops = training_flops(phase, config.data.seq_len, len(job.corpus.train))
             cost = flops.head + flops.body
             if not reachable:
                 unfinished[prefix] = cost
                 continue
             found = stored_epochs(
-                Path(stages_dir(config)), parent, phase, corpora[config.data].fingerprint, here
+                Path(stages_dir(config)), parent, phase, job.corpus.fingerprint, here
             )
             read[found.key] = (
                 len(found.epochs) * cost,
