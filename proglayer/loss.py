@@ -10,7 +10,9 @@ What makes it fast on a CPU, beside the chunks themselves:
 
 - A chunk is (words, rows), not (rows, words): all three products then read and write long rows.
 - Within a chunk the words go in blocks that stay in the second-level cache from the product that
-  makes the logits to the one that reads their exponentials.
+  makes the logits to the one that reads their exponentials. A block is cut into as many parts as
+  there are threads and its products are batched over them, so that each core goes on with the
+  words that it has in its cache.
 - Exponentials are of base 2 (the hidden state is scaled by log2 e beforehand), which PyTorch
   computes three times as fast as `exp`.
 - Nothing is normalised in the large buffer. With E = exp(logit) and Z its sum over words, the
@@ -20,7 +22,8 @@ What makes it fast on a CPU, beside the chunks themselves:
   checked after each chunk; if not, the chunk is done again with the maximum subtracted.
 
 Shapes in names: n tokens, e exits, m rows (the tokens of all exits, stacked), d model dimension,
-v vocabulary, b blocks of words. `x_nd` is a tensor of (tokens, dim).
+v vocabulary, b blocks of words, p parts of a block, one a thread. `x_nd` is a tensor of (tokens,
+dim).
 """
 
 from __future__ import annotations
@@ -191,11 +194,14 @@ def chunk_rows(rows: int, vocab: int, keep: bool, dtype: torch.dtype, device_typ
 
 
 def block_words(rows: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
-    """Words per block, so that a block of `rows` rows stays in the second-level caches in use."""
+    """Words per block, so that a block of `rows` rows stays in the second-level caches in use.
+
+    A multiple of the number of threads: a block is cut into as many parts.
+    """
     if device_type != "cpu":
         return vocab
-    words = cache_bytes() * torch.get_num_threads() // (rows * dtype.itemsize)
-    return min(vocab, max(256, words // 256 * 256))
+    words = cache_bytes() // (rows * dtype.itemsize)
+    return min(vocab, max(256, words // 256 * 256) * torch.get_num_threads())
 
 
 @functools.cache
@@ -300,16 +306,17 @@ def _run(job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor]) -> _Result:
 class _Block:
     """A block of words as a chunk sees it.
 
-    powers: (words, rows), first the logits in base 2, then two to their power.
-    head, head_dv: the block's weights, and transposed.
+    powers_vm: (words, rows), first the logits in base 2, then two to their power.
+    powers: the same memory as (parts, words of a part, rows).
+    head: the block's weights, (parts, words of a part, dim).
     head_grad: their gradient, if there is one.
     """
 
     first: int
     last: int
+    powers_vm: Tensor
     powers: Tensor
     head: Tensor
-    head_dv: Tensor
     head_grad: Tensor | None
 
 
@@ -346,6 +353,8 @@ class _Rows:
         self.job, self.head_vd, self.hidden_end = job, head_vd, hidden_end
         self.device = head_vd.device
         self.tokens = len(job.target_n)
+        # Of a block's words, and of the products with them.
+        self.parts = torch.get_num_threads() if self.device.type == "cpu" else 1
         # Of products; and of exponentials, sums and gradients under way.
         self.dtype = dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
@@ -422,7 +431,7 @@ class _Rows:
         for first in range(0, total, size):
             rows = slice(first, min(first + size, total))
             hidden, target, scale = hidden_md[rows], target_m[rows], scale_m[rows]
-            if not blocks or blocks[0].powers.shape[1] != len(target):
+            if not blocks or blocks[0].powers_vm.shape[1] != len(target):
                 blocks = self.blocks(len(target), to_head)
             # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
             # round once more, so there the logits are scaled.
@@ -458,9 +467,14 @@ class _Rows:
         blocks = []
         for v in range(0, vocab, words):
             w = min(v + words, vocab)
-            powers = buffer[v:w] if keep else buffer[: w - v]
-            grad = None if self.head_grad_vd is None else self.head_grad_vd[v:w]
-            blocks.append(_Block(v, w, powers, self.head[v:w], self.head[v:w].t(), grad))
+            parts = self.parts if (w - v) % self.parts == 0 else 1
+            powers_vm = buffer[v:w] if keep else buffer[: w - v]
+            powers = powers_vm.unflatten(0, (parts, -1))
+            grad = None
+            if self.head_grad_vd is not None:
+                grad = self.head_grad_vd[v:w].unflatten(0, (parts, -1))
+            head = self.head[v:w].unflatten(0, (parts, -1))
+            blocks.append(_Block(v, w, powers_vm, powers, head, grad))
         return blocks
 
     def sums_unshifted(
@@ -472,39 +486,43 @@ class _Rows:
         """
         rows = len(target)
         target_logit = self.empty(rows)
-        sums, best = self.empty(len(blocks), rows), self.empty(len(blocks), rows)
-        weighted_dm = self.empty(len(hidden_dm), rows) if to_hidden else None
+        # The last block may have fewer parts than the others.
+        sums_bpm = self.empty(len(blocks), self.parts, rows).zero_()
+        best_bpm = self.empty(len(blocks), self.parts, rows).fill_(-math.inf)
+        weighted_pdm = self.empty(self.parts, len(hidden_dm), rows).zero_() if to_hidden else None
         edges = torch.tensor([block.last for block in blocks])
         ends = torch.searchsorted(target, edges).tolist()
         row = torch.arange(rows)
-        for block, end, start, sum_m, best_m in zip(
-            blocks, ends, [0, *ends], sums.unbind(), best.unbind(), strict=False
+        for block, end, start, sum_pm, best_pm in zip(
+            blocks, ends, [0, *ends], sums_bpm.unbind(), best_bpm.unbind(), strict=False
         ):
             self.logits(block, hidden_dm)
+            parts = len(block.powers)
             if end > start:
                 # The target is left out of everything here, and put in below.
                 place = target[start:end] - block.first, row[start:end]
-                target_logit[start:end] = block.powers[place]
-                block.powers[place] = -math.inf
+                target_logit[start:end] = block.powers_vm[place]
+                block.powers_vm[place] = -math.inf
             if self.job.count:
-                torch.amax(block.powers, 0, out=best_m)
+                torch.amax(block.powers, 1, out=best_pm[:parts])
             block.powers.exp2_()
-            torch.sum(block.powers, 0, out=sum_m)
-            if weighted_dm is not None:
-                self.accumulate(weighted_dm, block.head_dv, block.powers, block.first == 0)
+            torch.sum(block.powers, 1, out=sum_pm[:parts])
+            if weighted_pdm is not None:
+                self.accumulate(weighted_pdm[:parts], block.head.transpose(1, 2), block.powers)
 
-        rest, target_power = sums.sum(0), target_logit.exp2()
+        rest, target_power = sums_bpm.sum((0, 1)), target_logit.exp2()
         total = rest + target_power
         # A NaN fails this too.
         if not bool(((target_power >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
             return None
         correct = None
         if self.job.count:
-            rival = best.amax(0)
+            rival = best_bpm.amax((0, 1))
             if bool((target_logit == rival).any()):
                 return None
             correct = target_logit > rival
         nll = torch.log2(total / target_power) * LN_2
+        weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
         return _Sums(rest, target_power, nll, weighted_dm, correct, None)
 
     def sums_shifted(
@@ -517,10 +535,12 @@ class _Rows:
         rows = torch.arange(len(target), device=self.device)
         target_logit = best = rest = self.empty(0)
         index = target
-        weighted_dm = self.empty(len(hidden_dm), len(target)) if to_hidden else None
+        weighted_pdm = None
+        if to_hidden:
+            weighted_pdm = self.empty(self.parts, len(hidden_dm), len(target)).zero_()
         for block in blocks:
             self.logits(block, hidden_dm)
-            powers = block.powers
+            powers = block.powers_vm
             block_best, block_index = powers.max(0)
             place = (target - block.first).clamp(0, len(powers) - 1), rows
             inside = (target >= block.first) & (target < block.last)
@@ -535,17 +555,19 @@ class _Rows:
                 higher = torch.maximum(best, block_best)
                 shrink = (best - higher).exp2_()
                 rest *= shrink
-                if weighted_dm is not None:
-                    weighted_dm *= shrink
+                if weighted_pdm is not None:
+                    weighted_pdm *= shrink
                 best = higher
             powers.sub_(best).exp2_()
             rest += powers.sum(0)
-            if weighted_dm is not None:
-                self.accumulate(weighted_dm, block.head_dv, powers, block.first == 0)
+            if weighted_pdm is not None:
+                part = weighted_pdm[: len(block.powers)]
+                self.accumulate(part, block.head.transpose(1, 2), block.powers)
         target_logit = target_logit - best
         target_power = target_logit.exp2()
         nll = ((rest + target_power).log2() - target_logit) * LN_2
         correct = index == target if self.job.count else None
+        weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
         return _Sums(rest, target_power, nll, weighted_dm, correct, best)
 
     def add_head_gradient(
@@ -561,26 +583,28 @@ class _Rows:
             # Earlier blocks were shifted by a lower maximum: form them again.
             for block in blocks:
                 self.logits(block, hidden_dm)
-                block.powers.sub_(sums.shift).exp2_()
+                block.powers_vm.sub_(sums.shift).exp2_()
         # Softmax minus one-hot, times the sum; one element a row, so the order cannot matter.
         kept = self.job.workspace.buffer(len(self.head), len(target), sums.rest)
         kept.scatter_(0, target.unsqueeze(0), -sums.rest.unsqueeze(0))
         for block in blocks:
             assert block.head_grad is not None
-            self.accumulate(block.head_grad, block.powers, scaled_md, not self.head_grad_begun)
+            scaled_pmd = scaled_md.expand(len(block.powers), *scaled_md.shape)
+            self.accumulate(block.head_grad, block.powers, scaled_pmd, not self.head_grad_begun)
         self.head_grad_begun = True
 
     def logits(self, block: _Block, hidden_dm: Tensor) -> None:
         """Form the block's logits, in base 2."""
+        hidden_pdm = hidden_dm.expand(len(block.head), *hidden_dm.shape)
         if self.dtype == self.sum_dtype:
-            torch.mm(block.head, hidden_dm, out=block.powers)
+            torch.bmm(block.head, hidden_pdm, out=block.powers)
         else:
-            block.powers.copy_(torch.mm(block.head, hidden_dm)).mul_(LOG2_E)
+            block.powers.copy_(torch.bmm(block.head, hidden_pdm)).mul_(LOG2_E)
 
-    def accumulate(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-        """total += left @ right; the first time, = instead."""
+    def accumulate(self, total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+        """total += left @ right, part by part; the first time, = instead."""
         if self.dtype == self.sum_dtype:
-            torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+            torch.bmm(left, right, out=total) if first else total.baddbmm_(left, right)
         else:
-            product = torch.mm(left.to(self.dtype), right.to(self.dtype))
+            product = torch.bmm(left.to(self.dtype), right.to(self.dtype))
             total.copy_(product) if first else total.add_(product)

@@ -125,6 +125,21 @@ def test_equals_dense_in_value_counts_and_gradients(dtype: torch.dtype, chunks: 
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["", "shifted"])
+@pytest.mark.parametrize("vocab", [100, 101])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_equals_dense_when_blocks_are_cut_for_threads(
+    threads: int, vocab: int, scale: float
+) -> None:
+    torch.set_num_threads(threads)
+    hidden_end, head_vd, target_n = problem(vocab=vocab, scale=scale)
+    # Blocks that can be cut, a last one that cannot, and none that can.
+    for block in 28, 101, 33:
+        assert_equal_to_dense(
+            hidden_end, head_vd, target_n, [0.2, 0.5, 0.3], tolerance=1e-10, rows=16, block=block
+        )
+
+
 @pytest.mark.parametrize("head_trains", [True, False], ids=["head", "frozen head"])
 @pytest.mark.parametrize("hidden_train", [(1, 1, 1), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("weight_e", [(0.2, 0.3, 0.5), (0.0, 1.0, 2.0), (0.4, 0.0, 0.0)], ids=str)
@@ -322,9 +337,9 @@ class Watch(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm_"):
+        if name in ("bmm", "baddbmm_"):
             left, right = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.multiplications += left.numel() * right.shape[1]
+            self.multiplications += left.numel() * right.shape[2]
         return out
 
 
