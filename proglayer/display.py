@@ -30,9 +30,9 @@ PLAIN_WIDTH = 160
 PLAIN_STEP_EVERY_S = 30.0
 
 
-def console(stderr: bool = False) -> Console:
+def console() -> Console:
     """The console that everything is printed to; wide where no terminal sets the width."""
-    file = sys.stderr if stderr else sys.stdout
+    file = sys.stdout
     if isinstance(file, io.TextIOWrapper):
         # A terminal that knows no box characters gets question marks, not an error.
         file.reconfigure(errors="replace")
@@ -42,6 +42,11 @@ def console(stderr: bool = False) -> Console:
         highlight=False,
         soft_wrap=not file.isatty(),
     )
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks or anything that a terminal would act on."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 class RunDisplay(AbstractContextManager["RunDisplay"]):

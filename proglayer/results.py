@@ -1,8 +1,8 @@
 """The study's tables: the records of any number of runs and sweeps, read together.
 
 `load` finds every run below the folders it is given, finished or not, and lays out what they
-recorded as tidy pandas frames. `python -m proglayer.results FOLDER...` prints the table of a sweep
-at any time, follows it with `--watch`, and writes the frames as CSV or Parquet.
+recorded as tidy pandas frames. As a command, `python -m proglayer.results FOLDER...` shows them:
+see `proglayer.summary`.
 
 Reading thousands of records takes seconds, so what was read is kept in one file in each folder that
 `load` was given (`.results-cache`). It is only ever a copy: a run whose files changed is read
@@ -11,7 +11,6 @@ again, and a cache that is damaged, foreign or of another version is ignored.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -23,29 +22,22 @@ import shlex
 import sys
 import time
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from proglayer.config import Config
-from proglayer.display import console
+from proglayer.display import one_line
 from proglayer.record import METRICS, METRICS_COLUMNS, RECORD_FORMAT, RESULT, Status, read_result
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 JOBS = "jobs.json"
 HYDRA = ".hydra"
@@ -248,8 +240,8 @@ class Results:
             shown = frame.copy(deep=False)
             for column in frame.columns:
                 if isinstance(frame[column].dtype, pd.StringDtype):
-                    shown[column] = frame[column].map(_as_plain_text, na_action="ignore")
-            shown.columns = [_as_plain_text(column) for column in frame.columns]
+                    shown[column] = frame[column].map(spreadsheet_safe, na_action="ignore")
+            shown.columns = [spreadsheet_safe(column) for column in frame.columns]
             # With this line end, text that holds either character is put in quotes.
             shown.to_csv(Path(folder) / f"{name}.csv", index=False, lineterminator="\r\n")
 
@@ -300,40 +292,6 @@ def load(*folders: str | Path) -> Results:
     if len(roots) > 1:
         runs.sort(key=lambda item: _natural(item.name))
     return _results(_concatenated(pieces), runs, left_out)
-
-
-def summary_table(source: Results | str | Path, width: int | None = None) -> Table:
-    """The table of every job: what was varied, how it ended, the figures, and why it failed.
-
-    With `width`, in characters, the less important columns give way until it fits; a job's status
-    is never cut.
-    """
-    results = source if isinstance(source, Results) else load(source)
-    columns = _summary_columns(results)
-    gone = _too_wide(columns, width)
-    table = Table(caption=f"not shown at this width: {', '.join(gone)}" if gone else None)
-    table.caption_justify = "left"
-    shown = [column for column in columns if column.title not in gone]
-    for column in shown:
-        table.add_column(
-            Text(column.title),
-            justify="right" if column.right else "left",
-            no_wrap=not column.flexible,
-        )
-    for cells in zip(*(column.cells for column in shown), strict=True):
-        table.add_row(*cells)
-    outer = Table.grid()
-    outer.add_row(table)
-    if reasons := _reasons(results.runs):
-        outer.add_row(_lines(reasons))
-    return outer
-
-
-def print_summary(*folders: str | Path) -> bool:
-    """Print the table of every job in `folders` and a line of totals; True if any failed."""
-    results = load(*folders)
-    _print_results(results, console())
-    return results.failures > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -873,7 +831,7 @@ def _parsed_epochs(header: bytes, bodies: Sequence[tuple[_Found, bytes]]) -> pa.
 def _told_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The overrides as a shell takes them, and the group choices and the seed that they name."""
     row: dict[str, Any] = {"overrides": _text(shlex.join(overrides))}
-    for key, value in _keys_and_values(overrides):
+    for key, value in keys_and_values(overrides):
         if key in GROUPS:
             row[key] = _text(value)
         elif key == "seed" and re.fullmatch(r"\d{1,18}", value):
@@ -881,7 +839,7 @@ def _told_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Overrides as key and value, without those of Hydra itself."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -989,7 +947,7 @@ CLEAN: dict[str, Callable[[Any], Any]] = {
 
 
 def _brief(error: Exception) -> str:
-    return _one_line(str(error))[:120]
+    return one_line(str(error))[:120]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1131,7 +1089,9 @@ def _duplicates(runs: pd.DataFrame) -> list[str | None]:
     one that is running, then the newest.
     """
     rank = {COMPLETED: 3, RUNNING: 2, Status.interrupted.value: 1}
-    columns = [_plain(runs[name]) for name in ("experiment_key", "run", "status", "last_sign")]
+    columns = [
+        plain_values(runs[name]) for name in ("experiment_key", "run", "status", "last_sign")
+    ]
     rows = [
         (key, run, (rank.get(status, 0), sign.timestamp() if sign else 0.0))
         for key, run, status, sign in zip(*columns, strict=True)
@@ -1159,7 +1119,7 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.reindex(columns=front + constant)
 
 
-def _plain(values: Any) -> list[Any]:
+def plain_values(values: Any) -> list[Any]:
     """A column as Python values, None for what is missing."""
     return [None if gone else value for value, gone in zip(values, values.isna(), strict=True)]
 
@@ -1168,348 +1128,12 @@ def _plain(values: Any) -> list[Any]:
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
 
 
-def _as_plain_text(text: str) -> str:
+def spreadsheet_safe(text: str) -> str:
     """Text that a spreadsheet shows as it is, with an apostrophe in front where it would not."""
     return "'" + text if text.startswith(FORMULA_STARTS) else text
 
 
-# ---------------------------------------------------------------------------------------------
-# The table of a sweep
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """A column of the summary. In a narrow table the one with the highest `goes` goes first."""
-
-    title: str
-    cells: list[Text]
-    goes: int = 0
-    right: bool = False
-    flexible: bool = False
-
-    @property
-    def narrowest(self) -> int:
-        width = max((cell.cell_len for cell in (Text(self.title), *self.cells)), default=0)
-        return min(width, NARROW) if self.flexible else width
-
-
-# As wide as the longest name of a model.
-NARROW = 16
-STYLE = {
-    COMPLETED: "green",
-    Status.failed.value: "bold red",
-    Status.interrupted.value: "yellow",
-    RUNNING: "cyan",
-    WAITING: "dim",
-}
-
-
-def _summary_columns(results: Results) -> list[_Shown]:
-    runs = results.runs
-    progress = _progress(results)
-    rows = runs.to_dict("records")
-    columns = [_Shown("job", [_cut(name) for name in runs["run"]], flexible=True)]
-    for title, values in _what_varied(runs).items():
-        columns.append(_Shown(title, [_cut(value) for value in values], 1, flexible=True))
-    columns.append(_Shown("status", [Text(value, STYLE[value]) for value in runs["status"]]))
-
-    def figures(title: str, goes: int, cell: Callable[[dict[str, Any]], str]) -> None:
-        cells = [Text(cell(row)) for row in rows]
-        if any(cells):
-            columns.append(_Shown(title, cells, goes, right=True))
-
-    figures("layers", 5, lambda row: _pair(row, "layers", "d"))
-    figures("perplexity", 2, lambda r: progress.get(r["run"]) or _pair(r, "perplexity", ",.2f"))
-    figures("accuracy %", 3, lambda row: _pair(row, "accuracy_percent", ".2f"))
-    figures("± points", 6, lambda row: _figure(row["accuracy_points"], "+.2f"))
-    figures("± ppl %", 7, lambda row: _figure(row["perplexity_percent"], "+.2f"))
-    figures("epochs", 8, lambda row: _figure(row["epochs"], "d"))
-    figures("reused", 10, lambda row: _figure(row["epochs_reused"] or pd.NA, "d"))
-    figures("time", 4, lambda row: _duration(row["seconds"]))
-    figures("saved", 9, lambda row: _duration(row["seconds_saved"] or pd.NA))
-    return columns
-
-
-def _too_wide(columns: Sequence[_Shown], width: int | None) -> list[str]:
-    """The titles of the columns that must go so that the rest fits into `width`."""
-    gone: list[str] = []
-    if width is None:
-        return gone
-    for column in sorted(columns, key=lambda column: -column.goes):
-        need = 1 + sum(c.narrowest + 3 for c in columns if c.title not in gone)
-        if need <= width or not column.goes:
-            break
-        gone.append(column.title)
-    return gone
-
-
-def _what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
-    """Short title -> each run's value, for the overrides that differ between the runs."""
-    given = [
-        dict(_keys_and_values(shlex.split(overrides or "")))
-        for overrides in _plain(runs["overrides"])
-    ]
-    varied: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for overrides in given for key in overrides):
-        column = key if key in GROUPS else f"config.{key}"
-        recorded = _plain(runs[column]) if column in runs else [None] * len(runs)
-        values = [
-            overrides[key] if key in overrides else "" if value is None else str(value)
-            for overrides, value in zip(given, recorded, strict=True)
-        ]
-        if len(set(values)) > 1:
-            varied[key] = values
-    leaves = Counter(key.rsplit(".", 1)[-1] for key in varied)
-    short = {key: key.rsplit(".", 1)[-1] for key in varied}
-    return {short[k] if leaves[short[k]] == 1 else k: values for k, values in varied.items()}
-
-
-def _progress(results: Results) -> dict[str, str]:
-    """How far each running run is: its last epoch, and the best so far of that phase."""
-    runs = results.runs
-    running = runs.loc[runs["status"] == RUNNING, "run"].tolist()
-    progress = {}
-    for run, epochs in results.epochs[results.epochs["run"].isin(running)].groupby("run"):
-        phase = epochs["phase"].max()
-        epochs = epochs[epochs["phase"] == phase]
-        best = epochs["validation_perplexity"].min()
-        progress[str(run)] = f"{best:,.2f} (phase {phase}, epoch {epochs['epoch'].max()})"
-    return progress
-
-
-def _reasons(runs: pd.DataFrame) -> list[Text]:
-    """A line for each run that has something to say about how it ended."""
-    told = runs[runs["reason"].notna()]
-    columns = (told["status"], told["run"], told["reason"])
-    return [
-        Text.assemble((status, STYLE[status]), f" {_one_line(run)}: {_one_line(reason)}")
-        for status, run, reason in zip(*columns, strict=True)
-    ]
-
-
-def _print_results(results: Results, out: Console) -> None:
-    if len(results.runs):
-        out.print(summary_table(results, out.width))
-    columns = (results.left_out["folder"], results.left_out["reason"])
-    left_out = [
-        Text(f"left out: {_one_line(folder)}: {_one_line(reason)}")
-        for folder, reason in zip(*columns, strict=True)
-    ]
-    if left_out:
-        out.print(_lines(left_out))
-    out.print(Text(_totals(results)))
-
-
-def _lines(lines: Iterable[Text]) -> RenderableType:
-    """One line each, cut to the width at hand."""
-    grid = Table.grid()
-    grid.add_column(no_wrap=True, overflow="ellipsis")
-    for line in lines:
-        grid.add_row(line)
-    return grid
-
-
-def _totals(results: Results) -> str:
-    """How many runs there are of each status, in a line."""
-    counts = Counter(results.runs["status"].tolist())
-    parts = [f"{counts[status]} {status}" for status in STYLE if status in counts]
-    repeats = results.runs["duplicate_of"].notna().tolist().count(True)
-    parts += [f"{repeats} repeat another's settings and seed"] if repeats else []
-    number = len(results.runs)
-    return f"{number} run{'' if number == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
-
-
-def _pair(row: dict[str, Any], name: str, form: str) -> str:
-    first, last = _figure(row[f"first_{name}"], form), _figure(row[f"last_{name}"], form)
-    return f"{first} → {last}" if first else ""
-
-
-def _figure(value: Any, form: str) -> str:
-    return "" if pd.isna(value) else format(value, form)
-
-
-def _duration(seconds: Any) -> str:
-    """Seconds for people: 8.4 s, 12 min 30 s, 3 h 5 min."""
-    if pd.isna(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds) // 60
-    if minutes < 100:
-        return f"{minutes} min {round(seconds) % 60} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
-
-
-def _one_line(text: str) -> str:
-    """Text without line breaks or anything that a terminal would act on."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-
-
-def _cut(text: str) -> Text:
-    return Text(_one_line(text), no_wrap=True, overflow="ellipsis")
-
-
-# ---------------------------------------------------------------------------------------------
-# Following a sweep
-
-
-def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Results:
-    """Follow runs until all have ended: a display that moves on a terminal, else a line a change.
-
-    Looks every `every_s` seconds, or less often where looking itself takes long.
-    """
-    from rich.live import Live
-
-    said: set[str] = set()
-    live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
-    with live or contextlib.nullcontext():
-        while True:
-            began = time.monotonic()
-            results = load(*folders)
-            if live:
-                live.update(_moving(results), refresh=True)
-            else:
-                left = _time_left(results.runs)
-                now = _now(results)
-                for line in (*(reason.plain for reason in _reasons(results.runs)), now):
-                    if line not in said:
-                        said.add(line)
-                        rest = f"; {left}" if line is now and left else ""
-                        out.print(Text(f"{datetime.now():%H:%M:%S} {line}{rest}"))
-            if _ended(results.runs) == len(results.runs):
-                return results
-            time.sleep(max(every_s, 10 * (time.monotonic() - began)))
-
-
-def _now(results: Results) -> str:
-    """Where a sweep stands, in a line."""
-    progress = [f"{run}: {far}" for run, far in _progress(results).items()]
-    more = f", and {len(progress) - 3} more" if len(progress) > 3 else ""
-    parts = (_totals(results), _best_so_far(results.runs), ", ".join(progress[:3]) + more)
-    return "; ".join(part for part in parts if part)
-
-
-def _moving(results: Results) -> RenderableType:
-    """Where a sweep stands, for a terminal."""
-    from rich.progress_bar import ProgressBar
-
-    runs = results.runs
-    progress = _progress(results)
-    columns = (runs["status"], runs["run"], _plain(runs["last_sign"]), _names(runs))
-    under_way = [
-        Text.assemble(
-            (_one_line(run), STYLE[RUNNING]),
-            f"  {progress.get(run, 'no epoch yet')}",
-            f"  last sign of life {_duration(_age(sign))} ago" if sign else "",
-            f"  {told}",
-        )
-        for status, run, sign, told in zip(*columns, strict=True)
-        if status == RUNNING
-    ]
-    whole = Table.grid()
-    whole.add_row(ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40))
-    lines = (_totals(results), _best_so_far(runs), _time_left(runs))
-    whole.add_row(_lines(Text(line) for line in lines if line))
-    # The newest of what failed; all of it stands in the table at the end.
-    whole.add_row(_lines(under_way[:16] + _reasons(runs)[-8:]))
-    return whole
-
-
-def _ended(runs: pd.DataFrame) -> int:
-    return sum(status not in (RUNNING, WAITING) for status in runs["status"])
-
-
-def _best_so_far(runs: pd.DataFrame) -> str:
-    """The completed run of the lowest perplexity, for each corpus: others do not compare."""
-    names = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run")
-    columns = [_plain(runs[name]) for name in names]
-    best: dict[str, tuple[Any, ...]] = {}
-    for corpus, *figures in zip(*columns, _names(runs), strict=True):
-        if figures[0] is not None and (corpus not in best or figures[0] < best[corpus][0]):
-            best[corpus] = tuple(figures)
-    return "; ".join(
-        f"best so far {perplexity:,.2f} ({_figure(accuracy, '.2f')} %): "
-        + " ".join((_one_line(run), told)).rstrip()
-        for perplexity, accuracy, run, told in best.values()
-    )
-
-
-def _names(runs: pd.DataFrame) -> list[str]:
-    """What tells each run from the others, such as `seed=1 model=standard`."""
-    varied = _what_varied(runs)
-    told = [[f"{title}={value}" for value in values] for title, values in varied.items()]
-    return [_one_line(" ".join(each)) for each in zip(*told, strict=True)] or [""] * len(runs)
-
-
-def _time_left(runs: pd.DataFrame) -> str:
-    """An estimate from what completed runs took and how many run at once now, if there is one."""
-    statuses = runs["status"].tolist()
-    waiting, running = statuses.count(WAITING), statuses.count(RUNNING)
-    columns = [_plain(runs[name]) for name in ("wall_seconds", "started")]
-    rows = list(zip(statuses, *columns, strict=True))
-    took = [seconds for status, seconds, _ in rows if status == COMPLETED and seconds is not None]
-    if not running:
-        return "nothing is running" if waiting else ""
-    if not took:
-        return "time left not known until a run has completed"
-    mean = sum(took) / len(took)
-    begun = [_age(started) for status, _, started in rows if status == RUNNING and started]
-    left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
-    return (
-        f"about {_duration(left)} left if the others take what the {len(took)} completed took "
-        f"({_duration(mean)} each), {running} at a time"
-    )
-
-
-def _age(moment: Any) -> float:
-    return max(0.0, (datetime.now(UTC) - moment).total_seconds())
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Gives its exit status: 1 if any run failed, 2 for a folder that is not there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proglayer.results",
-        description="Print the table of every run in sweeps or single runs, finished or not.",
-        epilog="Exit status: 0; 1 if a run failed or left a record that cannot be read; "
-        "2 if a folder is not there or cannot be written.",
-    )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
-    parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
-    parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
-    parser.add_argument("--watch", action="store_true", help="follow until every run has ended")
-    parser.add_argument(
-        "--every", metavar="SECONDS", type=float, default=5.0, help="how often --watch looks (5)"
-    )
-    options = parser.parse_args(arguments)
-    if not options.every > 0:
-        parser.error("--every must be more than 0 seconds")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Better a question mark for an arrow than no table where the locale knows only ASCII.
-            stream.reconfigure(errors="replace")
-    out = console()
-    try:
-        if options.watch:
-            results = watch(options.folders, options.every, out)
-        else:
-            results = load(*options.folders)
-        _print_results(results, out)
-        if options.csv:
-            results.to_csv(options.csv)
-        if options.parquet:
-            results.to_parquet(options.parquet)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-        print(f"error: {where}", file=sys.stderr)
-        return 2
-    return 1 if results.failures else 0
-
-
 if __name__ == "__main__":
+    from proglayer.summary import main
+
     sys.exit(main())

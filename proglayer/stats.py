@@ -727,32 +727,10 @@ def judge(
 
 
 def compare_all(
-    runs: pd.DataFrame,
-    *,
-    value: str,
-    variant: str,
-    pairs: Iterable[tuple[Hashable, Hashable]],
-    within: str | None = None,
-    seed: str = "seed",
-    margin: float = 0.1,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    expected_sign: int = 1,
-    unit: str = "",
+    runs: pd.DataFrame, *, expected_sign: int = 1, unit: str = "", **pairing: Any
 ) -> pd.DataFrame:
-    """`compare` and `judge` in one: the pairs asked for are the family. See there."""
-    comparisons = compare(
-        runs,
-        value=value,
-        variant=variant,
-        pairs=pairs,
-        within=within,
-        seed=seed,
-        margin=margin,
-        alpha=alpha,
-        power=power,
-    )
-    return judge(comparisons, expected_sign=expected_sign, unit=unit)
+    """`compare` (which takes `pairing`) and `judge` in one: the pairs asked for are the family."""
+    return judge(compare(runs, **pairing), expected_sign=expected_sign, unit=unit)
 
 
 # --- compute to a target --------------------------------------------------------------------------

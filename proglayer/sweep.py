@@ -285,7 +285,7 @@ def workers(sweeper: ProglayerSweeper) -> int:
 
 def summarize(folder: Path) -> bool:
     """Print the table of a sweep's jobs; True if any of them failed."""
-    from proglayer.results import print_summary
+    from proglayer.summary import print_summary
 
     return print_summary(folder)
 

@@ -23,11 +23,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from proglayer import record
+from proglayer import record, summary
 from proglayer import results as results_module
 from proglayer.config import to_plain
 from proglayer.record import RECORD_FORMAT, changes, write_metrics, write_result
-from proglayer.results import Results, load, main, print_summary, summary_table
+from proglayer.results import Results, load
+from proglayer.summary import main, print_summary, summary_table
 
 from .helpers import ROOT, config
 
@@ -706,7 +707,7 @@ def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> 
 
 def printed(results: Results, width: int) -> str:
     out = Console(file=io.StringIO(), width=width)
-    results_module._print_results(results, out)
+    summary._print_results(results, out)
     return out.file.getvalue()
 
 
@@ -752,7 +753,7 @@ def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
     made_up(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
     made_up(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
     made_up(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
-    assert results_module._what_varied(load(tmp_path).runs) == {
+    assert summary._what_varied(load(tmp_path).runs) == {
         "head": ["1", "2", "2"],
         "freeze": ["none", "", ""],
     }
@@ -799,7 +800,7 @@ def test_watching_ends_with_the_sweep(
         ),
         lambda: made_up(sweep / "1_abc", seed=1, status="failed"),
     ]
-    monkeypatch.setattr(results_module.time, "sleep", lambda _: later.pop(0)())
+    monkeypatch.setattr(summary.time, "sleep", lambda _: later.pop(0)())
     assert main([str(sweep), "--watch"]) == 1
     assert not later
     lines = capsys.readouterr().out.splitlines()
@@ -822,7 +823,7 @@ def test_watching_ends_with_the_sweep(
 
 def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    out.print(results_module._moving(load(mixed)))
+    out.print(summary._moving(load(mixed)))
     text = out.file.getvalue()
     assert "1 running, 1 waiting" in text
     assert "best so far 970.00 (16.10 %): 0_abcdef" in text
@@ -837,11 +838,11 @@ def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
 def test_no_time_left_is_made_up(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     made_up(sweep / "0_abc", status="running")
-    assert "not known" in results_module._time_left(load(sweep).runs)
+    assert "not known" in summary._time_left(load(sweep).runs)
     made_up(sweep / "0_abc")
-    assert results_module._time_left(load(sweep).runs) == ""
+    assert summary._time_left(load(sweep).runs) == ""
     list_jobs(sweep, "0_abc", "1_abc")
-    assert results_module._time_left(load(sweep).runs) == "nothing is running"
+    assert summary._time_left(load(sweep).runs) == "nothing is running"
 
 
 def test_control_c_ends_watching_without_a_word(
@@ -850,7 +851,7 @@ def test_control_c_ends_watching_without_a_word(
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results_module.time, "sleep", interrupted)
+    monkeypatch.setattr(summary.time, "sleep", interrupted)
     assert main([str(mixed), "--watch"]) == 130
     assert capsys.readouterr().err == ""
 
