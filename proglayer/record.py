@@ -1,14 +1,19 @@
 """The permanent evidence of a run: `result.json` and `metrics.csv` in its folder.
 
 `result.json` is written last and atomically: it being there means that the run ended, and it says
-how. `metrics.csv` grows by a row an epoch, so it can be read while the run goes on.
+how. `metrics.csv` grows by a row an epoch, so it can be read while the run goes on. Until the end a
+third file, `heartbeat.json`, shows that somebody is at work: see `Heartbeat`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
+import socket
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,10 @@ from proglayer.stages import write_atomically
 RESULT = "result.json"
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
+HEARTBEAT = "heartbeat.json"
+HEARTBEAT_EVERY_S = 10.0
+# A shared file system may show a change of time a minute late.
+LOST_AFTER_S = 120.0
 # Raise by hand when a reader of older records would misread a newer one.
 RECORD_FORMAT = 1
 
@@ -38,11 +47,23 @@ METRICS_COLUMNS: tuple[str, ...] = (
 
 
 class Status(StrEnum):
-    """How a run ended."""
+    """How a run ended. A preempted one was stopped by its scheduler, which will start it again."""
 
     completed = "completed"
     failed = "failed"
     interrupted = "interrupted"
+    preempted = "preempted"
+
+
+class Sign(StrEnum):
+    """What a run without a record says of itself in `heartbeat.json`.
+
+    A running one touches the file again and again; a pending one is held by a scheduler, and
+    nothing touches its file until it starts.
+    """
+
+    running = "running"
+    pending = "pending"
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -62,6 +83,60 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
+    """Shows that the run in `folder` is alive: a file that is touched while the block lasts.
+
+    A thread of its own does it, so that a long step or a wait for another job is no silence. A run
+    that is killed leaves the file behind, and its time tells when. That a file cannot be written
+    is no reason to end a run: it then shows no sign.
+    """
+
+    def __init__(self, folder: Path, every_s: float = HEARTBEAT_EVERY_S) -> None:
+        self._folder = folder
+        self._every_s = every_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        write_sign(self._folder, Sign.running)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            (self._folder / HEARTBEAT).unlink()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._every_s):
+            try:
+                os.utime(self._folder / HEARTBEAT)
+            except FileNotFoundError:
+                write_sign(self._folder, Sign.running)
+            except OSError:
+                continue
+
+
+def write_sign(folder: Path, sign: Sign) -> None:
+    """Write `heartbeat.json` with this process's host and number, if that is possible.
+
+    A reader that comes in between may find it empty.
+    """
+    content = {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
+    with contextlib.suppress(OSError):
+        (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def read_sign(folder: Path) -> dict[str, Any]:
+    """What `heartbeat.json` holds; nothing where it is not there or cannot be read."""
+    try:
+        content = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -37,21 +37,35 @@ import pyarrow.parquet
 
 from proglayer.config import Config
 from proglayer.display import one_line
-from proglayer.record import METRICS, METRICS_COLUMNS, RECORD_FORMAT, RESULT, Status, read_result
+from proglayer.record import (
+    HEARTBEAT,
+    LOST_AFTER_S,
+    METRICS,
+    METRICS_COLUMNS,
+    RECORD_FORMAT,
+    RESULT,
+    Sign,
+    Status,
+    read_result,
+    read_sign,
+)
 
 JOBS = "jobs.json"
 HYDRA = ".hydra"
 CACHE = ".results-cache"
 # Raise by hand when a cached table would be misread although its columns are the same.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 # With fewer new runs than this, reading them again costs less than writing the cache.
 CACHE_FROM_RUNS = 200
 # A file this young may change once more within one tick of the file system's clock.
 SETTLED_NS = 2_000_000_000
 CHUNK_RUNS = 500
 
-RUNNING = "running"
+RUNNING = Sign.running.value
+PENDING = Sign.pending.value
 WAITING = "waiting"
+NOT_STARTED = "not started"
+LOST = "lost"
 COMPLETED = Status.completed.value
 
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
@@ -188,8 +202,10 @@ LEFT_OUT_COLUMNS = {"folder": "text", "kind": "text", "reason": "text"}
 class Results:
     """What `load` found. One row each: a run; a phase of a run; an epoch of a phase; an exit.
 
-    `runs.status` is completed, failed, interrupted, running (no record of its end yet, which is
-    also what a killed run looks like: see `last_sign`) or waiting (listed by its sweep, not begun).
+    `runs.status` is how a run ended (completed, failed, interrupted, preempted), or running (no
+    record of its end yet), lost (the same without a sign of life for LOST_AFTER_S: killed, or its
+    machine died), pending (a scheduler holds it), waiting (listed by its sweep, not begun) or not
+    started (the same of a sweep that shows no life either). What shows life again runs again.
     Seconds are what training and evaluation took originally, reused or not; what reuse saved is in
     `seconds_saved`, what the run itself took in `wall_seconds`. Changes and figures of the last
     phase are given for completed runs only. Settings are columns `config.<setting>`: those that
@@ -214,8 +230,9 @@ class Results:
 
     @property
     def failures(self) -> int:
-        """How many runs failed or left a record that cannot be read."""
-        failed = self.runs["status"].tolist().count(Status.failed.value)
+        """How many runs failed, were lost, or left a record that cannot be read."""
+        statuses = self.runs["status"].tolist()
+        failed = statuses.count(Status.failed.value) + statuses.count(LOST)
         return failed + self.left_out["kind"].tolist().count("damaged")
 
     def distinct(self) -> Results:
@@ -299,7 +316,10 @@ def load(*folders: str | Path) -> Results:
 
 
 class _Found(NamedTuple):
-    """A run's folder. `seen` is what its files look like; `code` its rows' name in Arrow tables."""
+    """A run's folder. `seen` is what its files look like; `code` its rows' name in Arrow tables.
+
+    `last_sign` is when a run without a record showed life last, or its sweep before it begins.
+    """
 
     path: str
     name: str
@@ -355,6 +375,7 @@ def _scan(root: str) -> tuple[list[_Found], Rows]:
     found: list[_Found] = []
     left_out: Rows = []
     parents: dict[str, str | None] = {"": None}
+    sweep_signs: dict[str | None, datetime] = {}
     accounted_for: set[str] = set()
     # path, name below the root, the sweep it is a job of, the overrides that the sweep lists
     stack: list[tuple[str, str, str | None, tuple[str, ...] | None]] = [(root, "", None, None)]
@@ -378,6 +399,8 @@ def _scan(root: str) -> tuple[list[_Found], Rows]:
             except (OSError, ValueError, RecursionError) as error:
                 reason = f"cannot be read ({_brief(error)}): waiting jobs are not known"
                 left_out.append(_left_out(_joined(name, JOBS), "foreign", reason))
+            signs = [_look(entries[file].stat)[0] for file in (JOBS, HEARTBEAT) if file in entries]
+            sweep_signs[name] = _when(max(signs))
         is_sweep = JOBS in entries or "multirun.yaml" in entries
         for below, entry in entries.items():
             if below.startswith(".") or below == "stages":
@@ -396,6 +419,13 @@ def _scan(root: str) -> tuple[list[_Found], Rows]:
                 parents[job_name] = name
                 seen = NO_FILE * 3
                 found.append(_Found(job_path, job_name, name, seen, None, overrides, begun=False))
+    for item in found:
+        if item.sweep in sweep_signs:
+            sign = item.last_sign or _when(item.seen[0])
+            sweep_signs[item.sweep] = max(sign, sweep_signs[item.sweep])
+    found = [
+        item if item.begun else item._replace(last_sign=sweep_signs[item.sweep]) for item in found
+    ]
     for item in found:
         above: str | None = item.name
         while above is not None and above not in accounted_for:
@@ -427,8 +457,12 @@ def _found(
         return _Found(path, name, sweep, result + metrics + NO_FILE, None, overrides)
     settings = _look(lambda: os.stat(os.path.join(path, HYDRA, "config.yaml")))
     times = [metrics[0], settings[0]]
-    times += [_look(entry.stat)[0] for file, entry in entries.items() if file.endswith(".log")]
-    last_sign = _when(max(times)) if any(times) else None
+    times += [
+        _look(entry.stat)[0]
+        for file, entry in entries.items()
+        if file == HEARTBEAT or file.endswith(".log")
+    ]
+    last_sign = _when(max(times) or _look(lambda: os.stat(path))[0])
     return _Found(path, name, sweep, result + metrics + settings, last_sign, overrides)
 
 
@@ -575,10 +609,11 @@ def _read_root(
     runs = [item for item in runs if item.code in read]
     if len(fresh) >= CACHE_FROM_RUNS:
         troubled = {problem["folder"] for problem in left_out}
+        # What is told of a run without a record changes although its files do not.
         settled = [
             item
             for item in runs
-            if item.begun and item.name not in troubled and max(item.seen[::3]) < now - SETTLED_NS
+            if item.seen[0] and item.name not in troubled and max(item.seen[::3]) < now - SETTLED_NS
         ]
         _write_cache(root, settled, piece)
     place = {item.name: number for number, item in enumerate(found)}
@@ -626,8 +661,13 @@ def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, Rows]:
 
 def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
     """One run's rows: its own, its phases', its exits'. Raises _Unreadable."""
+    row: dict[str, Any]
     if not item.begun:
-        return {"status": WAITING, **_told_by_overrides(item.overrides or ())}, [], []
+        row = {"status": WAITING, **_told_by_overrides(item.overrides or ())}
+        if since := _lost_since(item):
+            row["status"] = NOT_STARTED
+            row["reason"] = f"its sweep shows no sign of life since {since}"
+        return row, [], []
     result = _read_record(item.path)
     of_record = result or {}
     settings = of_record.get("config")
@@ -643,7 +683,7 @@ def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
         hydra = _read_yaml(item.path, "hydra.yaml")
         choices = _inside(hydra, ("hydra", "runtime", "choices"))
         started = _when(item.seen[6]) if item.seen[6] else None
-    row: dict[str, Any] = {"status": RUNNING, "started": started}
+    row = {"status": RUNNING, "started": started}
     if isinstance(overrides, (list, tuple)):
         row |= _told_by_overrides([str(override) for override in overrides])
     if isinstance(choices, dict):
@@ -658,9 +698,25 @@ def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
         row["seed"] = _whole(settings.get("seed"))
         row["experiment_key"] = _experiment_key(settings, fingerprint)
     if result is None:
+        sign = read_sign(Path(item.path))
+        row["host"] = _text(sign.get("host"))
+        if sign.get("sign") == PENDING:
+            row["status"] = PENDING
+        elif since := _lost_since(item):
+            row["status"] = LOST
+            where = f" (it ran on {row['host']})" if row["host"] else ""
+            row["reason"] = f"no sign of life since {since}{where}"
         return row, [], []
     phases, exits = _phase_rows(result["phases"])
     return row | _result_row(result, phases), phases, exits
+
+
+def _lost_since(item: _Found) -> str | None:
+    """When a run without a record, or its sweep, last showed life, if that is too long ago."""
+    sign = item.last_sign  # None: its record was taken away just now, for it begins anew
+    if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
+        return None
+    return f"{sign:%Y-%m-%d %H:%M} UTC"
 
 
 def _read_record(folder: str) -> dict[str, Any] | None:
@@ -1088,7 +1144,8 @@ def _duplicates(runs: pd.DataFrame) -> list[str | None]:
     Of several runs of one experiment and seed the newest completed one counts; if none completed,
     one that is running, then the newest.
     """
-    rank = {COMPLETED: 3, RUNNING: 2, Status.interrupted.value: 1}
+    unfinished = (Status.interrupted.value, Status.preempted.value, LOST)
+    rank = {COMPLETED: 3, RUNNING: 2, **dict.fromkeys(unfinished, 1)}
     columns = [
         plain_values(runs[name]) for name in ("experiment_key", "run", "status", "last_sign")
     ]

@@ -29,6 +29,9 @@ from proglayer.record import Status
 from proglayer.results import (
     COMPLETED,
     GROUPS,
+    LOST,
+    NOT_STARTED,
+    PENDING,
     RUNNING,
     WAITING,
     Results,
@@ -100,10 +103,16 @@ NARROW = 16
 STYLE = {
     COMPLETED: "green",
     Status.failed.value: "bold red",
+    LOST: "bold red",
     Status.interrupted.value: "yellow",
     RUNNING: "cyan",
+    Status.preempted.value: "yellow",
+    PENDING: "dim",
     WAITING: "dim",
+    NOT_STARTED: "dim",
 }
+# Will start, or start again, without anybody's doing.
+TO_COME = (Status.preempted.value, PENDING, WAITING)
 
 
 def _summary_columns(results: Results) -> list[_Shown]:
@@ -253,7 +262,8 @@ def _cut(text: str) -> Text:
 def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Results:
     """Follow runs until all have ended: a display that moves on a terminal, else a line a change.
 
-    Looks every `every_s` seconds, or less often where looking itself takes long.
+    A run that is lost has ended, too, and so has one that its sweep will not start any more. Looks
+    every `every_s` seconds, or less often where looking itself takes long.
     """
     from rich.live import Live
 
@@ -313,7 +323,7 @@ def _moving(results: Results) -> RenderableType:
 
 
 def _ended(runs: pd.DataFrame) -> int:
-    return sum(status not in (RUNNING, WAITING) for status in runs["status"])
+    return sum(status not in (RUNNING, *TO_COME) for status in runs["status"])
 
 
 def _best_so_far(runs: pd.DataFrame) -> str:
@@ -341,7 +351,8 @@ def _names(runs: pd.DataFrame) -> list[str]:
 def _time_left(runs: pd.DataFrame) -> str:
     """An estimate from what completed runs took and how many run at once now, if there is one."""
     statuses = runs["status"].tolist()
-    waiting, running = statuses.count(WAITING), statuses.count(RUNNING)
+    waiting = sum(status in TO_COME for status in statuses)
+    running = statuses.count(RUNNING)
     columns = [plain_values(runs[name]) for name in ("wall_seconds", "started")]
     rows = list(zip(statuses, *columns, strict=True))
     took = [seconds for status, seconds, _ in rows if status == COMPLETED and seconds is not None]
@@ -371,13 +382,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.results",
         description="Print the table of every run in sweeps or single runs, finished or not.",
-        epilog="Exit status: 0; 1 if a run failed or left a record that cannot be read; "
+        epilog="Exit status: 0; 1 if a run failed, was lost or left a record that cannot be read; "
         "2 if a folder is not there or cannot be written.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
     parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
     parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
-    parser.add_argument("--watch", action="store_true", help="follow until every run has ended")
+    parser.add_argument("--watch", action="store_true", help="follow until all runs have ended")
     parser.add_argument(
         "--every", metavar="SECONDS", type=float, default=5.0, help="how often --watch looks (5)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
 import functools
 import io
 import json
@@ -11,9 +12,11 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,22 @@ import pytest
 import yaml
 from rich.console import Console
 
-from proglayer import record, summary
+from proglayer import experiment, record, summary
 from proglayer import results as results_module
-from proglayer.config import to_plain
-from proglayer.record import RECORD_FORMAT, changes, write_metrics, write_result
+from proglayer.config import ConfigError, to_plain
+from proglayer.corpus import Corpus
+from proglayer.record import (
+    RECORD_FORMAT,
+    Sign,
+    changes,
+    write_metrics,
+    write_result,
+    write_sign,
+)
 from proglayer.results import Results, load
 from proglayer.summary import main, print_summary, summary_table
 
-from .helpers import ROOT, config
+from .helpers import ROOT, TINY, config, tiny_corpus
 
 STARTED = "2026-03-01T12:00:00+00:00"
 
@@ -493,6 +504,153 @@ def test_damaged_metrics_cost_their_own_epochs_only(tmp_path: Path) -> None:
         assert left_out(results) == ({} if content == header else {"b": "damaged"}), content
 
 
+# --- alive or not ---------------------------------------------------------------------------------
+
+
+def aged(folder: Path, seconds: float) -> None:
+    """Make a folder and all that lies in it as old as that."""
+    then = time.time() - seconds
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (then, then))
+
+
+def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "pile" / "run", status="running")
+    aged(folder, 600)
+    write_sign(folder, Sign.running)
+    # a long epoch, but somebody is at work
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+    aged(folder, record.LOST_AFTER_S - 10)
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+    aged(folder, record.LOST_AFTER_S + 1)
+    results = load(tmp_path / "pile")
+    lost = row(results, "run")
+    assert (lost["status"], lost["host"]) == ("lost", socket.gethostname())
+    assert re.fullmatch(
+        rf"no sign of life since \d{{4}}(-\d\d){{2}} \d\d:\d\d UTC \(it ran on {lost['host']}\)",
+        lost["reason"],
+    )
+    # what it trained before it was lost is told, and that it did not end well
+    assert lost["epochs"] == 6
+    assert results.failures == 1
+    (folder / "metrics.csv").touch()
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+
+
+def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "pile" / "run", status="running")
+    for content in (b"", b"{", b"[1]", b"\xff", b'{"sign": 3, "host": {"a": 1}}', b"[" * 100_000):
+        aged(folder, 600)
+        (folder / "heartbeat.json").write_bytes(content)
+        assert ends(load(tmp_path / "pile")) == {"run": "running"}
+        aged(folder, 600)
+        assert ends(load(tmp_path / "pile")) == {"run": "lost"}
+
+
+def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) -> None:
+    queued = made_up(tmp_path / "queued", seed=1, status="running")
+    (queued / "metrics.csv").unlink()
+    write_sign(queued, Sign.pending)
+    aged(queued, 1e6)
+    stopped = made_up(tmp_path / "stopped", seed=2, status="preempted", reason="stopped by SIGTERM")
+    aged(stopped, 1e6)
+    results = load(tmp_path)
+    assert ends(results) == {"queued": "pending", "stopped": "preempted"}
+    assert results.failures == 0
+    assert summary._ended(results.runs) == 0
+    assert "2 runs: 1 preempted, 1 pending" in printed(results, 80)
+
+
+def test_jobs_wait_only_while_their_sweep_lives(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seed=0)
+    job = made_up(sweep / "1_abc", seed=1, status="running")
+    list_jobs(sweep, "0_abc", "1_abc", "2_abc")
+    aged(sweep, 600)
+    dead = load(sweep)
+    assert list(ends(dead).values()) == ["completed", "lost", "not started"]
+    assert row(dead, "2_abc")["reason"].startswith("its sweep shows no sign of life since ")
+    # a job that works, one that ended just now, or the sweep's own process: each is a sign
+    for alive in (job / "metrics.csv", sweep / "0_abc" / "result.json", sweep / "heartbeat.json"):
+        aged(sweep, 600)
+        alive.touch()
+        assert row(load(sweep), "2_abc")["status"] == "waiting", alive
+
+
+def test_a_killed_process_leaves_its_sign_and_one_that_ends_takes_it_away(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from proglayer.record import Heartbeat\n"
+        "with Heartbeat(Path(sys.argv[1])): print(flush=True); time.sleep(float(sys.argv[2]))"
+    )
+    for name, seconds in (("killed", 60), ("ended", 0)):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(seconds)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if name == "killed":
+                process.kill()
+    assert record.read_sign(tmp_path / "killed")["host"] == socket.gethostname()
+    assert not list((tmp_path / "ended").iterdir())
+
+
+def test_a_sign_is_renewed_while_the_run_lasts(tmp_path: Path) -> None:
+    sign = tmp_path / "heartbeat.json"
+
+    def until(done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    with record.Heartbeat(tmp_path, every_s=0.01):
+        for _ in range(3):
+            aged(tmp_path, 600)
+            until(lambda: time.time() - sign.stat().st_mtime < 60)
+        # taken away by somebody, as when an earlier try's folder is cleared
+        sign.unlink()
+        until(sign.exists)
+    assert not sign.exists()
+
+
+def test_no_room_for_a_sign_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        tried.append(path.name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with record.Heartbeat(tmp_path, every_s=0.01):
+        while len(tried) < 3:
+            time.sleep(0.005)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_shows_life_from_before_its_corpus_to_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[str | None] = []
+
+    def opening(*_: object) -> Corpus:
+        signs.append(record.read_sign(tmp_path).get("sign"))
+        return tiny_corpus()
+
+    def writing(folder: Path, result: dict[str, Any]) -> None:
+        signs.append(record.read_sign(tmp_path).get("sign"))
+        write_result(folder, result)
+
+    monkeypatch.setattr(experiment, "open_corpus", opening)
+    monkeypatch.setattr(experiment, "write_result", writing)
+    # a mistake that shows only with the corpus leaves nothing behind
+    with pytest.raises(ConfigError):
+        experiment.run(config(*TINY, "model.vocab_size=3"), tmp_path)
+    assert not list(tmp_path.iterdir())
+    experiment.run(config(*TINY, "phase.max_epochs=1"), tmp_path)
+    assert signs == ["running"] * 3
+    assert not (tmp_path / "heartbeat.json").exists()
+
+
 # --- the same run twice ---------------------------------------------------------------------------
 
 
@@ -819,6 +977,22 @@ def test_watching_ends_with_the_sweep(
         "failed 1_abc: the loss became NaN",
         f"2 runs: 1 completed, 1 failed; {best}",
     ]
+
+
+def test_watching_a_killed_sweep_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seed=0)
+    write_sign(made_up(sweep / "1_abc", seed=1, status="running"), Sign.running)
+    list_jobs(sweep, "0_abc", "1_abc", "2_abc")
+    monkeypatch.setattr(summary.time, "sleep", lambda _: aged(sweep, 600))
+    assert main([str(sweep), "--watch"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("3 runs: 1 completed, 1 running, 1 waiting" in line for line in lines)
+    assert lines[-1] == "3 runs: 1 completed, 1 lost, 1 not started"
+    host = socket.gethostname()
+    assert any(re.search(rf"lost 1_abc: no sign of life .*ran on {host}", line) for line in lines)
 
 
 def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
