@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -47,9 +47,11 @@ def run_job(settings: DictConfig) -> float | None:
         if not single and config.on_error is OnError.stop and (name := _failed_beside(folder)):
             _record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
             return None
+        from proglayer import machine
         from proglayer.experiment import run
 
-        config = replace(config, threads=config.threads or _threads_per_job(hydra))
+        threads = config.threads or (None if single else machine.threads_per_job(hydra.launcher))
+        config = replace(config, threads=threads)
         choices = {
             group: str(choice)
             for group, choice in hydra.runtime.choices.items()
@@ -171,15 +173,6 @@ def _record_unstarted(folder: Path, status: Status, reason: str) -> None:
             "phases": [],
         },
     )
-
-
-def _threads_per_job(hydra: Any) -> int | None:
-    """The cores shared out between the jobs that the launcher runs at once; None: not known."""
-    jobs = hydra.launcher.get("n_jobs") if hydra.mode is RunMode.MULTIRUN else None
-    if not jobs:
-        return None
-    cores = os.cpu_count() or 1
-    return max(1, cores // (jobs if jobs > 0 else cores))
 
 
 def _leave_nothing(folder: Path) -> None:

@@ -12,31 +12,64 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proglayer.config import ConfigError, Device
+from proglayer.config import ConfigError, Device, Precision
 from proglayer.trajectory import Machine
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
-def pick_device(wanted: Device) -> torch.device:
-    """The device that the setting means here. Raises ConfigError for one that is not there."""
+def pick_device(wanted: Device, precision: Precision) -> torch.device:
+    """The device that the setting means here.
+
+    Raises ConfigError for one that is not there, or that has no products of this precision.
+    """
     available = {
         Device.cuda: torch.cuda.is_available(),
         Device.mps: torch.backends.mps.is_available(),
         Device.cpu: True,
     }
     if wanted is Device.auto:
-        return torch.device(next(device.name for device, there in available.items() if there))
+        wanted = next(device for device, there in available.items() if there)
     if not available[wanted]:
         there = ", ".join(device.name for device, is_there in available.items() if is_there)
         raise ConfigError(f"device={wanted.name} is not available here: take auto or {there}")
+    # An older GPU would compute in float32 and say nothing; 8 is Ampere.
+    if precision is Precision.tf32 and (
+        wanted is not Device.cuda or torch.cuda.get_device_capability()[0] < 8
+    ):
+        raise ConfigError(
+            f"precision=tf32 needs an NVIDIA GPU from Ampere on, and this run is on {wanted.name}: "
+            "take precision=float32, or bfloat16"
+        )
     return torch.device(wanted.name)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def jobs_at_once(launcher: Mapping[str, Any]) -> int:
+    """How many jobs a launcher with these settings runs at once on one machine, as far as it says.
+
+    joblib's `n_jobs` counts back from the number of cores when it is negative.
+    """
+    jobs = launcher.get("n_jobs") or 1
+    return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
+
+
+def threads_per_job(launcher: Mapping[str, Any]) -> int | None:
+    """The cores shared out between the jobs that run at once; None to leave PyTorch its own."""
+    at_once = jobs_at_once(launcher)
+    return max(1, cores() // at_once) if at_once > 1 else None
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -83,15 +116,21 @@ def git_state() -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def switches(threads: int | None) -> Iterator[None]:
+def switches(threads: int | None, precision: Precision) -> Iterator[None]:
     """Set what PyTorch holds process-wide for one run, then put it back: jobs share a process."""
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
+    matmul = torch.backends.cuda.matmul
+    # Not `fp32_precision`: setting that alone makes every reader of this older switch fail, the
+    # compiler among them (torch 2.11-2.13).
+    tf32_before = matmul.allow_tf32
     try:
         if threads is not None:
             torch.set_num_threads(threads)
+        matmul.allow_tf32 = precision is Precision.tf32
         yield
     finally:
-        torch.set_num_threads(before)
+        matmul.allow_tf32 = tf32_before
+        torch.set_num_threads(threads_before)
 
 
 class StopSignals(contextlib.AbstractContextManager["StopSignals"]):

@@ -11,9 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from proglayer.config import (
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.record import Status, read_result
+from proglayer.record import Heartbeat, Status, read_result
 from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
@@ -93,18 +92,17 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
     say = console().print
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
-    at_once = workers(sweeper)
-    threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
-    say(outlook(jobs, threads).describe(at_once), markup=False)
+    say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
     returns = []
     try:
         size = sweeper.max_batch_size or len(waiting) or 1
-        for start in range(0, len(waiting), size):
-            batch = [
-                [*job.overrides, f"hydra.sweep.subdir='{job.folder}'"]
-                for job in waiting[start : start + size]
-            ]
-            returns.append(sweeper.launcher.launch(batch, initial_job_idx=start))
+        with Heartbeat(folder):
+            for start in range(0, len(waiting), size):
+                batch = [
+                    [*job.overrides, f"hydra.sweep.subdir='{job.folder}'"]
+                    for job in waiting[start : start + size]
+                ]
+                returns.append(sweeper.launcher.launch(batch, initial_job_idx=start))
     finally:
         failed = summarize(folder)
     for batch in returns:
@@ -214,8 +212,9 @@ class Outlook:
     flops_known: int
     seconds_known: float
     flops_an_epoch: int
+    workers: int
 
-    def describe(self, workers: int) -> str:
+    def describe(self) -> str:
         """In one line."""
         text = f"{self.phases} distinct phases, {self.stored} of them stored"
         if self.stored == self.phases:
@@ -223,14 +222,15 @@ class Outlook:
         if not self.seconds_known or not self.stored:
             return f"{text}: no throughput is known yet to estimate the time from"
         epochs = self.epochs_stored / self.stored
-        seconds = self.flops_an_epoch * epochs * self.seconds_known / self.flops_known / workers
+        seconds = self.flops_an_epoch * epochs * self.seconds_known / self.flops_known
+        seconds /= self.workers
         return (
             f"{text}; about {seconds / 60:.0f} min for the rest, if it goes as fast as what is "
             f"stored and takes {epochs:.1f} epochs a phase as that did"
         )
 
 
-def outlook(jobs: Sequence[Job], threads: int | None) -> Outlook:
+def outlook(jobs: Sequence[Job], launcher: Mapping[str, Any]) -> Outlook:
     """Follow every job's plan through the store as far as it is trained."""
     from proglayer import machine
     from proglayer.trajectory import stored_epochs
@@ -240,8 +240,10 @@ def outlook(jobs: Sequence[Job], threads: int | None) -> Outlook:
     read: dict[Any, tuple[int, int, float]] = {}
     for job in jobs:
         config = job.config
-        with machine.switches(config.threads or threads):
-            here = machine.describe_machine(machine.pick_device(config.device))
+        device = machine.pick_device(config.device, config.precision)
+        threads = config.threads or machine.threads_per_job(launcher)
+        with machine.switches(threads, config.precision):
+            here = machine.describe_machine(device)
         parent: tuple[str, int] | None = None
         reachable = config.reuse
         for depth, phase in enumerate(job.phases, start=1):
@@ -273,14 +275,8 @@ def outlook(jobs: Sequence[Job], threads: int | None) -> Outlook:
         flops_known=sum(flops for flops, _, _ in read.values()),
         seconds_known=sum(seconds for _, _, seconds in read.values()),
         flops_an_epoch=sum(unfinished.values()),
+        workers=machine.jobs_at_once(launcher),
     )
-
-
-def workers(sweeper: ProglayerSweeper) -> int:
-    """How many jobs the launcher runs at once, as far as it says so."""
-    assert sweeper.config is not None
-    jobs = sweeper.config.hydra.launcher.get("n_jobs", 1)
-    return jobs if jobs > 0 else os.cpu_count() or 1
 
 
 def summarize(folder: Path) -> bool:
