@@ -77,9 +77,13 @@ class ExitWeights(Enum):
 
 
 class Precision(Enum):
-    """What the matrix products are computed in. Weights and optimizer state stay float32."""
+    """What the matrix products are computed in. Weights and optimizer state stay float32.
+
+    `tf32`, of NVIDIA GPUs, rounds the factors of a product to 10 bits and sums in float32.
+    """
 
     float32 = "float32"
+    tf32 = "tf32"
     bfloat16 = "bfloat16"
 
 

@@ -68,8 +68,8 @@ def run(
     nothing is written.
     """
     started = time.perf_counter()
-    with machine.switches(config.threads), machine.StopSignals() as signals:
-        device = machine.pick_device(config.device)
+    with machine.switches(config.threads, config.precision), machine.StopSignals() as signals:
+        device = machine.pick_device(config.device, config.precision)
         corpus = open_corpus(config.data, log.info)
         phases = plan(config, corpus.vocab_size)
         for phase in phases:

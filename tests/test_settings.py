@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from proglayer.config import Config, setting_names
+from proglayer.config import Config, ConfigError, Device, Precision, setting_names
 from proglayer.corpus import open_corpus
+from proglayer.machine import pick_device, switches
 from proglayer.plan import plan
 from proglayer.trajectory import Machine, describe
 
@@ -118,6 +119,10 @@ def test_a_setting_of_training_is_in_the_key(name: str) -> None:
     assert keys(config(*BASE, f"{name}={IN_THE_PHASES[name]}")) != keys(config(*BASE))
 
 
+def test_each_precision_has_a_key_of_its_own() -> None:
+    assert len({keys(config(*BASE, f"precision={name}")) for name in Precision.__members__}) == 3
+
+
 @pytest.mark.parametrize("name", sorted(STOPPING | HARMLESS))
 def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
     values = {"plan": "true", "on_error": "stop", "reuse": "false", "stages.dir": "elsewhere"}
@@ -140,3 +145,25 @@ def test_a_text_is_in_the_key(tmp_path: Path) -> None:
     moved = tmp_path / "moved.txt"
     moved.write_text(text.read_text())
     assert fingerprint(f"data.files=[{moved}]", f"data.cache_dir={tmp_path / 'cache'}") == plain
+
+
+def test_precision_tf32_is_refused_where_no_gpu_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"^precision=tf32 needs an NVIDIA GPU .* is on cpu: "):
+        pick_device(Device.cpu, Precision.tf32)
+
+
+def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_num_threads(), matmul.allow_tf32
+    try:
+        for found in (False, True):
+            matmul.allow_tf32 = found
+            for precision in Precision:
+                with pytest.raises(RuntimeError, match="fails"), switches(3, precision):
+                    assert torch.get_num_threads() == 3
+                    assert matmul.allow_tf32 is (precision is Precision.tf32)
+                    raise RuntimeError("the job fails")
+                assert matmul.allow_tf32 is found
+                assert torch.get_num_threads() == before[0]
+    finally:
+        matmul.allow_tf32 = before[1]
