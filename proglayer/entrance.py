@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
-from proglayer.record import RECORD_FORMAT, Status, read_result, write_result
+from proglayer.record import RECORD_FORMAT, Status, read_result, read_submission, write_result
 from proglayer.stages import StoreError
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def run_job(settings: DictConfig) -> float | None:
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode is not RunMode.MULTIRUN
     try:
-        config = to_config(settings)
+        config = to_config(settings) if single else _as_submitted(settings, folder)
         if config.plan:
             print_plan(config)
             _leave_nothing(folder)
@@ -55,7 +55,7 @@ def run_job(settings: DictConfig) -> float | None:
         choices = {
             group: str(choice)
             for group, choice in hydra.runtime.choices.items()
-            if choice is not None and not group.startswith(("hydra", "local"))
+            if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         outcome = run(config, folder, list(hydra.overrides.task), choices)
     except (ConfigError, StoreError) as error:
@@ -173,6 +173,41 @@ def _record_unstarted(folder: Path, status: Status, reason: str) -> None:
             "phases": [],
         },
     )
+
+
+def _as_submitted(settings: DictConfig, folder: Path) -> Config:
+    """The settings of a sweep's job: those that it was submitted with, where they were kept."""
+    try:
+        submission = read_submission(folder)
+    except ValueError as error:
+        raise ConfigError(f"what was submitted for {folder.name} cannot be read: {error}") from None
+    if submission is None:
+        return to_config(settings)
+    from omegaconf import OmegaConf
+
+    from proglayer import machine
+
+    config = to_config(OmegaConf.create(submission["config"]))
+    if _composed(settings) != config:
+        log.warning("conf/ was changed since this job was submitted: it runs as submitted")
+    before, now = submission["git"], machine.git_state()
+    if before and now and before != now:
+        log.warning(
+            "the code was changed since this job was submitted: %s then, %s now",
+            _code(before),
+            _code(now),
+        )
+    return config
+
+
+def _composed(settings: DictConfig) -> Config | None:
+    with contextlib.suppress(ConfigError):
+        return to_config(settings)
+    return None
+
+
+def _code(git: dict[str, Any]) -> str:
+    return git["commit"][:12] + (f" with changes {git['difference']}" if git["changed"] else "")
 
 
 def _leave_nothing(folder: Path) -> None:

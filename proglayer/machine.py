@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import resource
@@ -96,23 +97,30 @@ def environment() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether files differ from it, of the checkout this package lies in."""
-    folder = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout
-
-    try:
-        tracked = git("ls-files", "--", str(folder)).strip()
-        if not tracked:
-            return None
-        changed = git("status", "--porcelain", "--untracked-files=no").strip()
-        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(changed)}
-    except (OSError, subprocess.SubprocessError):
+    """The checkout this package lies in: its commit, whether files differ from it, and a hash of
+    that difference. None outside a checkout.
+    """
+    commit = _git("rev-parse", "HEAD").strip()
+    if not commit or not _git("ls-files", "--", ".").strip():
         return None
+    difference = git_difference()
+    digest = hashlib.sha256(difference.encode()).hexdigest()[:12] if difference else None
+    return {"commit": commit, "changed": bool(difference), "difference": digest}
+
+
+def git_difference() -> str:
+    """How the tracked files of the checkout differ from its commit; empty outside a checkout."""
+    return _git("diff", "HEAD", "--binary")
+
+
+def _git(*arguments: str) -> str:
+    """What git prints about this package's folder; nothing where it fails."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+    return done.stdout
 
 
 @contextlib.contextmanager

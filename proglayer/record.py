@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from proglayer.stages import write_atomically
 RESULT = "result.json"
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
+SUBMITTED = ".submitted"
 HEARTBEAT = "heartbeat.json"
 HEARTBEAT_EVERY_S = 10.0
 # A shared file system may show a change of time a minute late.
@@ -64,6 +66,33 @@ class Sign(StrEnum):
 
     running = "running"
     pending = "pending"
+
+
+def write_submission(
+    sweep: Path, jobs: Mapping[str, Mapping[str, Any]], git: dict[str, Any] | None, difference: str
+) -> None:
+    """Keep what is submitted in the folder of a sweep: each job's settings, and the code.
+
+    `difference` is that of the code to its commit, as `git apply` takes it. Raises StoreError.
+    """
+    folder = sweep / SUBMITTED
+    for job, config in jobs.items():
+        content = {"config": config, "git": git}
+        data = json.dumps(content, indent=1).encode()
+        write_atomically(folder / f"{job}.json", data, "hydra.sweep.dir")
+    if difference:
+        write_atomically(folder / "code.diff", difference.encode(), "hydra.sweep.dir")
+    else:
+        (folder / "code.diff").unlink(missing_ok=True)
+
+
+def read_submission(job: Path) -> dict[str, Any] | None:
+    """`config` and `git` of the job in this folder as it was submitted; None if it was not.
+
+    Raises ValueError for a file cut short.
+    """
+    path = job.parent / SUBMITTED / f"{job.name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

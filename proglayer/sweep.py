@@ -32,7 +32,7 @@ from proglayer.config import (
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.record import Heartbeat, Status, read_result
+from proglayer.record import Heartbeat, Status, read_result, write_submission
 from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
@@ -83,13 +83,14 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
         OmegaConf.save(sweeper.config, folder / "multirun.yaml")
         listing = [{"folder": job.folder, "overrides": list(job.overrides)} for job in jobs]
         write_atomically(folder / JOBS, json.dumps(listing, indent=1).encode(), "hydra.sweep.dir")
+        waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
+        submit(folder, waiting)
     except StoreError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(
             f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
         ) from error
-    waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
     say = console().print
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
     say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
@@ -182,6 +183,18 @@ def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
     return jobs
+
+
+def submit(folder: Path, jobs: Sequence[Job]) -> None:
+    """Keep the settings of each job and the state of the code, for the jobs to go by.
+
+    Where a job waits in a queue, Hydra composes its settings anew when it starts: what was edited
+    meanwhile would change it.
+    """
+    from proglayer import machine
+
+    settings = {job.folder: to_plain(job.config) for job in jobs}
+    write_submission(folder, settings, machine.git_state(), machine.git_difference())
 
 
 def in_launch_order(jobs: Sequence[Job]) -> list[Job]:

@@ -407,6 +407,37 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
     assert states[0] == states[1]
 
 
+def test_what_is_edited_while_jobs_wait_changes_none_of_them(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer import machine, sweep
+
+    rates = tmp_path / "mine/lr/mine.yaml"
+    rates.parent.mkdir(parents=True)
+    rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
+    submit = sweep.submit
+
+    def edit_after(*arguments: Any) -> None:
+        submit(*arguments)
+        rates.write_text(rates.read_text().replace("base: 1.0e-3", "base: 5.0e-3"))
+        other = {"commit": "0123456789abcdef", "changed": True, "difference": "fedcba"}
+        monkeypatch.setattr(machine, "git_state", lambda: other)
+
+    monkeypatch.setattr(sweep, "submit", edit_after)
+    mine = ("--config-dir", str(tmp_path / "mine"))
+    jobs = (*mine, "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
+    assert train(*jobs).status == 0
+    (record,) = results(tmp_path / "s")
+    assert record["config"]["lr"]["base"] == 1e-3
+    (log,) = (tmp_path / "s").glob("*/train.log")
+    assert "conf/ was changed since this job was submitted" in log.read_text()
+    assert "0123456789ab with changes fedcba now" in log.read_text()
+    # Submitted again, the edited settings count: it is another job in the same place.
+    assert train(*jobs).status == 0
+    (record,) = results(tmp_path / "s")
+    assert record["config"]["lr"]["base"] == 5e-3
+
+
 def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: Path) -> None:
     jobs = ("-m", *SHORT, "experiment=original,gradual_unfreezing,control_from_scratch")
     first = train(*jobs, "hydra.sweep.dir=a")
