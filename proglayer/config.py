@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import math
 import os
 import secrets
@@ -221,6 +222,14 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoggerConfig:
+    """Who else is told of a run's figures as they come."""
+
+    tensorboard: bool
+    mlflow: bool
+
+
+@dataclass(frozen=True)
 class StagesConfig:
     """The store of trained phases. `dir` null: PROGLAYER_STAGES, else multirun/.stages."""
 
@@ -248,6 +257,7 @@ class Config:
     on_error: OnError
     reuse: bool
     checkpoint_every_s: float
+    logger: LoggerConfig
     stages: StagesConfig
 
 
@@ -391,6 +401,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _data_problems(config.data)
     yield from _budget_problems(config)
     yield from _rate_problems(config)
+    yield from _logger_problems(config.logger)
     if config.threads is not None and config.threads < 1:
         yield f"threads={config.threads} must be at least 1, or null for all cores"
     if not config.checkpoint_every_s > 0:
@@ -513,6 +524,16 @@ def _rate_problems(config: Config) -> Iterator[str]:
         yield f"optimizer.weight_decay={optimizer.weight_decay} must not be negative"
     if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
         yield f"optimizer.clip_norm={optimizer.clip_norm} must be more than 0, or null"
+
+
+def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
+    # The extra of each logger has its name, and so has the module that it brings.
+    for name in (field.name for field in fields(logger)):
+        if getattr(logger, name) and importlib.util.find_spec(name) is None:
+            yield (
+                f"logger.{name}=true needs the extra {name}: "
+                f"pip install -c constraints.txt -e '.[{name}]'"
+            )
 
 
 # Made when this module is imported, also where only a pickle of it is read.

@@ -25,11 +25,13 @@ from proglayer.config import Config, ConfigError, stages_dir, to_plain
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import RunDisplay
 from proglayer.growth import build, grow
+from proglayer.loggers import Loggers
 from proglayer.model import Transformer
 from proglayer.plan import Phase, parameter_counts, plan, training_flops
 from proglayer.record import (
     RECORD_FORMAT,
     WEIGHTS,
+    Heartbeat,
     Status,
     changes,
     remove_result,
@@ -68,7 +70,11 @@ def run(
     nothing is written.
     """
     started = time.perf_counter()
-    with machine.switches(config.threads, config.precision), machine.StopSignals() as signals:
+    with (
+        Heartbeat(folder),
+        machine.switches(config.threads, config.precision),
+        machine.StopSignals() as signals,
+    ):
         device = machine.pick_device(config.device, config.precision)
         corpus = open_corpus(config.data, log.info)
         phases = plan(config, corpus.vocab_size)
@@ -99,9 +105,12 @@ def run(
         }
         store = Path(stages_dir(config)) if config.reuse else folder / "stages"
         remove_result(folder)
+        loggers = Loggers(config.logger, folder, result["config"], result["choices"])
         status, objective = Status.completed, None
         with RunDisplay(len(phases)) as display:
-            walk = Walk(config, corpus, phases, device, here, store, folder, signals, display)
+            walk = Walk(
+                config, corpus, phases, device, here, store, folder, signals, display, loggers
+            )
             try:
                 objective = walk.through(result["phases"])
                 result["changes"] = changes(result["phases"])
@@ -121,6 +130,7 @@ def run(
         result["seconds"] = time.perf_counter() - started
         result["objective"] = objective
         write_result(folder, result)
+        loggers.end(result)
         if not config.reuse and status is Status.completed:
             shutil.rmtree(store, ignore_errors=True)
     return Outcome(status, result, objective)
@@ -140,6 +150,7 @@ class Walk:
         folder: Path,
         signals: machine.StopSignals,
         display: RunDisplay,
+        loggers: Loggers,
     ) -> None:
         self.config = config
         self.corpus = corpus
@@ -149,6 +160,7 @@ class Walk:
         self.store = store
         self.folder = folder
         self.display = display
+        self.loggers = loggers
         self.watch = Watch(signals.received, display.step, display.note)
         self.metrics_rows: list[dict[str, Any]] = []
 
@@ -215,6 +227,7 @@ class Walk:
             }
         )
         write_metrics(self.folder, self.metrics_rows)
+        self.loggers.epoch(self.metrics_rows[-1])
 
     def _phase_record(
         self, phase: Phase, trajectory: Trajectory, stopped: Stopped, exits: list[ExitMetrics]

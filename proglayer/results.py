@@ -75,6 +75,8 @@ NOT_THE_EXPERIMENT = (
     "on_error",
     "reuse",
     "checkpoint_every_s",
+    "logger.tensorboard",
+    "logger.mlflow",
     "stages.dir",
     "threads",
     "device",
@@ -690,7 +692,7 @@ def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
         row |= {
             group if group in GROUPS else f"choice.{_text(group)}": _text(choice)
             for group, choice in choices.items()
-            if choice is not None and not str(group).startswith("hydra")
+            if choice is not None and not str(group).startswith(("hydra", "local", "logger"))
         }
     if isinstance(settings, dict):
         fingerprint = _inside(result, ("corpus", "fingerprint"))

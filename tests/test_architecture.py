@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "growth": {"model", "plan", "streams"},
     "optim": {"model", "plan"},
     "trainer": {"corpus", "loss", "model", "optim", "plan", "streams"},
+    "loggers": {"config", "record"},
     "trajectory": {"corpus", "model", "optim", "plan", "stages", "trainer"},
     "machine": {"config", "trajectory", "__init__"},
     # people
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "corpus",
         "display",
         "growth",
+        "loggers",
         "machine",
         "model",
         "plan",

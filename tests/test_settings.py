@@ -88,8 +88,11 @@ STOPPING = {
 IN_THE_MACHINE = {"device", "threads"}
 # About the process, not the training: the bits are the same with any value of theirs, shown by
 # test_checkpoints_on_the_way_change_nothing (checkpoint_every_s), test_train (reuse, stages.dir,
-# plan, on_error).
-HARMLESS = {"plan", "on_error", "reuse", "checkpoint_every_s", "stages.dir"}
+# plan, on_error), test_loggers.
+HARMLESS = {
+    "plan", "on_error", "reuse", "checkpoint_every_s", "stages.dir", "logger.tensorboard",
+    "logger.mlflow",
+}  # fmt: skip
 
 
 def keys(settings: Config, fingerprint: str = "a text") -> str:
@@ -126,6 +129,7 @@ def test_each_precision_has_a_key_of_its_own() -> None:
 @pytest.mark.parametrize("name", sorted(STOPPING | HARMLESS))
 def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
     values = {"plan": "true", "on_error": "stop", "reuse": "false", "stages.dir": "elsewhere"}
+    values |= {"logger.tensorboard": "true", "logger.mlflow": "true"}
     assert keys(config(*BASE, f"{name}={values.get(name, '3')}")) == keys(config(*BASE))
 
 
