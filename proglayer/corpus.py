@@ -82,8 +82,9 @@ def open_corpus(data: DataConfig, notify: Notify | None = None) -> Corpus:
     or the cache can't be written.
     """
     notify = notify or _silent
-    source = open_source(data)
-    folder = _cache_folder(data) / _entry_name(source, data)
+    cache = _cache_folder(data)
+    source = open_source(data, cache / "hashes")
+    folder = cache / "corpora" / _entry_name(source, data)
     with _cache_errors(folder.parent):
         entry = _read_entry(folder, notify) or _prepare_once(folder, source, data, notify)
     return _cut(entry, source, data)
@@ -170,7 +171,7 @@ def _cache_folder(data: DataConfig) -> Path:
         import platformdirs
 
         chosen = platformdirs.user_cache_dir("proglayer", appauthor=False)
-    return Path(chosen).expanduser().absolute() / "corpora"
+    return Path(chosen).expanduser().absolute()
 
 
 def _entry_name(source: TextSource, data: DataConfig) -> str:

@@ -15,17 +15,19 @@ import ast
 import errno
 import glob
 import hashlib
+import json
 import os
 import platform
 import re
 import ssl
 import sys
 import sysconfig
+import time
 import tokenize
 import warnings
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -45,6 +47,11 @@ RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 
 # Files are read in pieces of this size, which bounds the memory they take.
 PIECE_BYTES = 2**20
+# The hash of a file is kept from this size on; below, hashing takes some 20 ms at most.
+KEPT_HASH_BYTES = 32 * 2**20
+# File systems tell times apart no better than this: a file that is as fresh may change once more
+# without its times changing.
+FRESH_SECONDS = 2.0
 SECONDS_FOR_HUB = 5.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,8 +73,8 @@ class TextSource:
     more: dict[str, str]
 
 
-def open_source(data: DataConfig) -> TextSource:
-    """The text that `data` names.
+def open_source(data: DataConfig, hashes: Path) -> TextSource:
+    """The text that `data` names. `hashes` is a folder that keeps the hashes of large files.
 
     Raises ConfigError where it can't be found, or a setting is not for this kind of source. What
     goes wrong while reading is a ConfigError of `pieces`.
@@ -92,8 +99,8 @@ def open_source(data: DataConfig) -> TextSource:
     if data.source is DataSource.pydocs:
         return _pydocs(data)
     if data.source is DataSource.text:
-        return _text(data)
-    return _data_set(data)
+        return _text(data, hashes)
+    return _data_set(data, hashes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,9 +204,9 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 # text: local files
 
 
-def _text(data: DataConfig) -> TextSource:
+def _text(data: DataConfig, hashes: Path) -> TextSource:
     paths = _matching_files(data.files)
-    digests = [_file_sha256(path, "data.files") for path in paths]
+    digests = [_file_sha256(path, "data.files", hashes) for path in paths]
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         for path in paths:
@@ -280,26 +287,59 @@ def _file_pieces(path: Path, start: int, end: int, setting: str) -> Iterator[str
         raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
 
 
-def _file_sha256(path: Path, setting: str) -> str:
+def _file_sha256(path: Path, setting: str, hashes: Path) -> str:
+    """The hash of a file's content, of a large file from `hashes` while its marks are the same."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            marks = _marks(file.fileno())
+            if marks["size"] < KEPT_HASH_BYTES:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            kept = hashes / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()}.json"
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                known = json.loads(kept.read_text())
+                if known["marks"] == marks:
+                    return known["sha256"]
+            settled = time.time() - max(marks["modified_ns"], marks["changed_ns"]) / 1e9
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if settled > FRESH_SECONDS and _marks(file.fileno()) == marks:
+                _keep_hash(kept, {"marks": marks, "sha256": digest})
+            return digest
     except OSError as error:
         raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
+
+
+def _marks(descriptor: int) -> dict[str, int]:
+    """What is different about a file once its content is. No program can set back its ctime."""
+    stat = os.fstat(descriptor)
+    return {
+        "size": stat.st_size,
+        "modified_ns": stat.st_mtime_ns,
+        "changed_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+    }
+
+
+def _keep_hash(kept: Path, known: dict[str, Any]) -> None:
+    """Write what is known of a file; where that can't be done, it is hashed again the next time."""
+    partial = kept.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known))
+        partial.replace(kept)
 
 
 # ---------------------------------------------------------------------------------------------
 # wikitext2 and hub: data sets, from a folder or from the hub
 
 
-def _data_set(data: DataConfig) -> TextSource:
+def _data_set(data: DataConfig, hashes: Path) -> TextSource:
     if data.path is None:
         return _hub(data)
     folder = _data_folder(data.path)
     if data.source is DataSource.wikitext2 and (folder / "wiki.train.raw").exists():
-        return _release(data, folder)
+        return _release(data, folder, hashes)
     if (folder / "state.json").exists() or any(folder.glob("*/state.json")):
-        return _saved_data_set(data, folder)
+        return _saved_data_set(data, folder, hashes)
     raise ConfigError(f"data.path={data.path} is not {_wanted_folder(data)}")
 
 
@@ -309,11 +349,11 @@ def _wanted_folder(data: DataConfig) -> str:
     return "a folder that save_to_disk wrote"
 
 
-def _release(data: DataConfig, folder: Path) -> TextSource:
+def _release(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
     """The layout of the WikiText releases, `wiki.train.raw` and so on."""
     names = _split_names(data, sorted(RELEASE_SPLITS))
     files = {split: folder / f"wiki.{RELEASE_SPLITS[name]}.raw" for split, name in names.items()}
-    digests = {split: _file_sha256(path, "data.path") for split, path in files.items()}
+    digests = {split: _file_sha256(path, "data.path", hashes) for split, path in files.items()}
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         path = files[split]
@@ -359,7 +399,7 @@ def _data_folder(path: str) -> Path:
     return folder
 
 
-def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
+def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
     """What `DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote.
 
     The latter has a single split, of which the last share of the rows is held out.
@@ -373,7 +413,7 @@ def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
         )
         folders = {split: folder / name for split, name in names.items()}
     digests = [
-        _file_sha256(path, "data.path")
+        _file_sha256(path, "data.path", hashes)
         for split_folder in dict.fromkeys(folders.values())
         for path in sorted(split_folder.iterdir())
         if path.suffix == ".arrow" or path.name == "state.json"

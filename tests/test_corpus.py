@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -834,6 +835,71 @@ def test_pydocs_are_the_docstrings_and_topics_of_this_python(documents):
     assert 280_000 < words < 360_000
 
 
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """The names of the files that are read for their hash, as they are."""
+    names: list[str] = []
+    file_digest = hashlib.file_digest
+
+    def noting(file: Any, name: str) -> Any:
+        names.append(Path(file.name).name)
+        return file_digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", noting)
+    return names
+
+
+def test_a_large_file_is_hashed_once_and_again_once_it_changed(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr(sources, "KEPT_HASH_BYTES", 1000)
+    monkeypatch.setattr(sources, "FRESH_SECONDS", 0.0)
+    path = tmp_path / "text.txt"
+    data = data_config("text", files=(str(path),), cache_dir=str(tmp_path / "cache"))
+
+    def opened() -> tuple[str, bool]:
+        """The fingerprint, and whether the file was read for its hash."""
+        hashed.clear()
+        time.sleep(0.02)  # past the tick of the file system's clock
+        return open_corpus(data).fingerprint, path.name in hashed
+
+    path.write_text(TRAIN)
+    first, read = opened()
+    assert read
+    assert opened() == (first, False)
+
+    # As long as before, and its time set back: only the inode's own time tells.
+    times = path.stat()
+    path.write_text(TRAIN.replace("cats", "dogs"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second, read = opened()
+    assert read
+    assert second != first
+    assert opened() == (second, False)
+
+    # Another file put in its place, which is older.
+    other = tmp_path / "other.txt"
+    other.write_text(TRAIN)
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.replace(path)
+    assert opened() == (first, True)
+
+    (kept,) = (tmp_path / "cache" / "hashes").iterdir()
+    for damage in ("", "{}", "[1]", kept.read_text()[:-9]):
+        kept.write_text(damage)
+        assert opened() == (first, True)
+    assert opened() == (first, False)
+
+
+def test_the_hash_of_a_small_or_fresh_file_is_not_kept(tmp_path, monkeypatch, hashed):
+    path = tmp_path / "text.txt"
+    path.write_text(TRAIN)
+    data = data_config("text", files=(str(path),), cache_dir=str(tmp_path / "cache"))
+    open_corpus(data)
+    monkeypatch.setattr(sources, "KEPT_HASH_BYTES", 1000)
+    open_corpus(data)  # it may change again within the tick in which it was written
+    assert hashed.count("text.txt") == 2
+    assert not (tmp_path / "cache" / "hashes").exists()
+
+
 def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "pydocs", lambda: documents)
     data = config("data=pydocs").data
@@ -843,14 +909,15 @@ def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     assert corpus.train.shape == (data.samples, 33)
     assert corpus.validation.shape == (data.samples // 5, 33)
     assert corpus.vocab_size == data.max_vocab
-    parts = sources.open_source(data)
+    parts = sources.open_source(data, tmp_path / "hashes")
     train = list(parts.pieces("train", tmp_path))
     held = list(parts.pieces("validation", tmp_path))
     texts = [text + "\n" for _, text in documents]
     assert sorted(train + held) == sorted(texts)
     share = sum(map(len, held)) / sum(map(len, texts))
     assert data.held_out <= share < data.held_out + 0.05
-    assert sources.open_source(dataclasses.replace(data, held_out=0.2)).key != parts.key
+    other = dataclasses.replace(data, held_out=0.2)
+    assert sources.open_source(other, tmp_path / "hashes").key != parts.key
 
 
 def test_pydocs_of_a_python_without_sources_or_topics(tmp_path, monkeypatch):
