@@ -38,7 +38,11 @@ MAY_IMPORT = {
     "results": {"config", "display", "record"},
     "summary": {"display", "record", "results"},
     "stats": set(),
-    "report": {"config", "display", "plan", "record", "results", "stats"},
+    "study": {"display", "results", "stats"},
+    "ledger": {"results", "stats", "study"},
+    "page": set(),
+    "figures": {"page", "study"},
+    "report": {"figures", "ledger", "page", "results", "stats", "study"},
     # jobs
     "experiment": {
         "config",

@@ -1,0 +1,311 @@
+"""A document of plain blocks, as one self-contained HTML page and as Markdown.
+
+Whoever builds a document gives plain text; everything is escaped here, in one place for each
+format, so that text from a configuration or a log can be given as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import NamedTuple
+
+
+class Cell(NamedTuple):
+    """Text of a table's cell, and what it is sorted by where that is not the text."""
+
+    text: str
+    sort: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title; `figures` are set right; `hidden_on_paper` gives way in print."""
+
+    title: str
+    figures: bool = True
+    hidden_on_paper: bool = False
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 2 or 3. Those of level 2 are listed at the top."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to copy or to read as it stands."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the data say of a claim, on what measure, and the findings that it rests on.
+
+    Each finding is its outcome, what it is of, and the numbers.
+    """
+
+    outcome: str
+    claim: str
+    measured_by: str
+    findings: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. `strong` names rows (by number) that sum up the others."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell | str]]
+    note: str = ""
+    sortable: bool = False
+    strong: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Tables that stand beside each other where there is room."""
+
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure: SVG to put into a page, what it shows in words, and the name of its files."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    items: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that a reader opens; on paper they are open."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = (
+    Heading | Paragraph | Bullets | Code | Verdict | Table | Beside | Picture | Pictures | Folded
+)
+
+
+def printable(text: str) -> str:
+    """Text without what no page can show; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+# --- HTML -----------------------------------------------------------------------------------------
+
+
+def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
+    """One page that needs nothing else and asks for nothing: style, script and figures inside."""
+    style, script = _asset("page.css"), _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Only this very script runs, and nothing is fetched, whatever the page may hold.
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+    listed = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
+    links = "".join(f'<li><a href="#{_anchor(h.text)}">{_escape(h.text)}</a></li>' for h in listed)
+    body = "\n".join(map(_html, blocks))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{_escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<header>\n<h1>{_escape(title)}</h1>\n<p>{_escape(lead)}</p>\n"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n{body}\n</main>\n'
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("proglayer").joinpath(name).read_text(encoding="utf-8")
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text))
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f'<h{level} id="{_anchor(text)}">{_escape(text)}</h{level}>'
+        case Paragraph(text, quiet):
+            mark = ' class="quiet"' if quiet else ""
+            return f"<p{mark}>{_escape(text)}</p>"
+        case Bullets(items):
+            return "<ul>" + "".join(f"<li>{_escape(item)}</li>" for item in items) + "</ul>"
+        case Code(text):
+            return f'<pre tabindex="0"><code>{_escape(text)}</code></pre>'
+        case Verdict(outcome, claim, measured_by, findings):
+            # A lone finding's outcome is the claim's.
+            alone = len(findings) == 1
+            rows = "".join(
+                f"<li>{'' if alone else _badge(found)} <b>{_escape(what)}</b><br>"
+                f"{_escape(numbers)}</li>"
+                for found, what, numbers in findings
+            )
+            return (
+                f'<section class="verdict"><h3>{_escape(claim)} {_badge(outcome)}</h3>'
+                f'<p class="quiet">{_escape(measured_by)}</p><ul>{rows}</ul></section>'
+            )
+        case Table():
+            return _html_table(block)
+        case Beside(tables):
+            return f'<div class="beside">{"".join(map(_html_table, tables))}</div>'
+        case Picture(name, title, alt, svg):
+            return (
+                f'<figure id="figure-{_anchor(name)}" role="group" aria-label="{_escape(alt)}">'
+                f"<figcaption>{_escape(title)}</figcaption>{svg}</figure>"
+            )
+        case Pictures(items):
+            return f'<div class="pictures">{"".join(map(_html, items))}</div>'
+        case Folded(summary, blocks):
+            inside = "\n".join(map(_html, blocks))
+            return f"<details><summary>{_escape(summary)}</summary>\n{inside}\n</details>"
+
+
+def _badge(outcome: str) -> str:
+    return f'<span class="badge {_anchor(outcome.split()[0])}">{_escape(outcome)}</span>'
+
+
+def _html_table(table: Table) -> str:
+    classes = [
+        " ".join(["n"] * column.figures + ["screen"] * column.hidden_on_paper)
+        for column in table.columns
+    ]
+    marks = [f' class="{names}"' if names else "" for names in classes]
+    heads = []
+    for column, mark in zip(table.columns, marks, strict=True):
+        title = _escape(column.title)
+        inside = f'<button type="button">{title}</button>' if table.sortable else title
+        heads.append(f'<th scope="col"{mark}>{inside}</th>')
+    rows = []
+    for number, row in enumerate(table.rows):
+        cells = []
+        for cell, mark in zip(row, marks, strict=True):
+            text, sort = cell if isinstance(cell, Cell) else (cell, None)
+            key = "" if sort is None or not table.sortable else f' data-sort="{_escape(str(sort))}"'
+            cells.append(f"<td{mark}{key}>{_escape(text)}</td>")
+        strong = ' class="strong"' if number in table.strong else ""
+        rows.append(f"<tr{strong}>{''.join(cells)}</tr>")
+    note = f'<p class="quiet">{_escape(table.note)}</p>' if table.note else ""
+    kind = ' class="sortable"' if table.sortable else ""
+    body = "\n".join(rows)
+    return (
+        '<div class="table">'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{_escape(table.title)}">'
+        f"<table{kind}><caption>{_escape(table.title)}</caption>"
+        f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+        f"{note}</div>"
+    )
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def to_markdown(title: str, lead: str, blocks: Sequence[Block]) -> str:
+    """The same document as Markdown; its figures lie in `figures/` beside it."""
+    parts = [f"# {_marked(title)}", _marked(lead), *map(_markdown, blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _marked(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    line = " ".join(printable(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Only what begins a block or encloses something needs a backslash; the rest stays readable.
+    line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
+    line = re.sub(r"^([#+\-=>])", r"\\\1", line)
+    line = re.sub(r"^(\d+)([.)])", r"\1\\\2", line)
+    # No address becomes a link by itself.
+    return re.sub(r"(?i)(://|www\.|@)", lambda m: m[0][0] + "<!-- -->" + m[0][1:], line)
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_marked(text)}"
+        case Paragraph(text, _):
+            return _marked(text)
+        case Bullets(items):
+            return "\n".join(f"- {_marked(item)}" for item in items)
+        case Code(text):
+            longest = max((len(run) for run in re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            return f"{fence}text\n{printable(text)}\n{fence}"
+        case Verdict(outcome, claim, measured_by, findings):
+            rows = [f"- **{_marked(f)}**: {_marked(what)}: {_marked(n)}" for f, what, n in findings]
+            head = f"### {_marked(claim)}: {_marked(outcome)}"
+            return "\n\n".join(
+                part for part in (head, _marked(measured_by), "\n".join(rows)) if part
+            )
+        case Table():
+            return _markdown_table(block)
+        case Beside(tables):
+            return "\n\n".join(map(_markdown_table, tables))
+        case Picture(name, title, alt, _):
+            return f"**{_marked(title)}**\n\n![{_marked(alt)}](figures/{name}.svg)"
+        case Pictures(items):
+            return "\n\n".join(map(_markdown, items))
+        case Folded(summary, blocks):
+            return "\n\n".join([f"**{_marked(summary)}**", *map(_markdown, blocks)])
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    rows = []
+    for number, row in enumerate(table.rows):
+        cells = [_marked(cell.text if isinstance(cell, Cell) else cell) for cell in row]
+        strong = number in table.strong
+        rows.append(line([f"**{cell}**" if strong and cell else cell for cell in cells]))
+    parts = [
+        f"**{_marked(table.title)}**",
+        "\n".join(
+            [
+                line([_marked(column.title) for column in table.columns]),
+                line(["---:" if column.figures else "---" for column in table.columns]),
+                *rows,
+            ]
+        ),
+    ]
+    return "\n\n".join(parts + ([_marked(table.note)] if table.note else []))

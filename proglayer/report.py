@@ -1,0 +1,1131 @@
+"""The report of a study: verdicts, tables and pictures of any runs, as one page and as Markdown.
+
+`python -m proglayer.report FOLDER... -o report/` writes `index.html` (self-contained), `report.md`,
+`figures/` (SVG and PNG) and `tables/` (CSV). Nothing in it depends on when it was written: equal
+runs give equal files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from proglayer import ledger, stats, study
+from proglayer.figures import (
+    Gallery,
+    against_compute,
+    by_exit,
+    course,
+    engineering,
+    forest,
+    model_name,
+    parameters,
+)
+from proglayer.page import (
+    Beside,
+    Block,
+    Bullets,
+    Cell,
+    Code,
+    Column,
+    Folded,
+    Heading,
+    Paragraph,
+    Picture,
+    Pictures,
+    Table,
+    Verdict,
+    to_html,
+    to_markdown,
+)
+from proglayer.results import Results, load, plain_values, spreadsheet_safe
+from proglayer.study import DEEP, FIGURES, STANDARD, Frame, Margins
+
+PAGE = "index.html"
+MARKDOWN = "report.md"
+TITLE = "Study report"
+
+# What a page can hold and a reader can read; the rest is counted, and whole in the tables.
+MOST_CONDITIONS = 4
+MOST_VARIANTS = 12
+MOST_RUNS = 500
+MOST_ENDED = 100
+MOST_TRACEBACKS = 10
+MOST_COMMANDS = 20
+LONGEST_TRACEBACK = 4_000
+
+
+def write_report(
+    folders: Sequence[str | Path], out: str | Path, margins: Margins | None = None
+) -> Path:
+    """Read the runs in `folders` and write their report into the folder `out`.
+
+    Args:
+        folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
+        margins: differences within them count as none.
+
+    Returns:
+        the page's path.
+
+    Raises:
+        OSError: for a folder that is not there, or that cannot be written.
+        ValueError: if the folders hold no run at all.
+    """
+    results = load(*folders)
+    if results.runs.empty and results.left_out.empty:
+        raise ValueError(f"no run in {', '.join(map(str, folders))}")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    report = _Report(results, out, margins or Margins())
+    lead, blocks = report.document()
+    report.write_tables()
+    (out / MARKDOWN).write_text(to_markdown(TITLE, lead, blocks), encoding="utf-8")
+    page = out / PAGE
+    page.write_text(to_html(TITLE, lead, blocks), encoding="utf-8")
+    return page
+
+
+@dataclass(frozen=True, eq=False)
+class _Condition:
+    """The runs that compare with each other, and their courses."""
+
+    number: int
+    name: str
+    runs: Frame
+    curves: Frame
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(self.runs["variant"]))
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(self.runs["model"]))
+
+    @property
+    def slug(self) -> str:
+        return f"-{self.number + 1}" if self.number else ""
+
+
+class _Report:
+    """One report in the making: what was read, what is drawn, the tables that go beside it."""
+
+    def __init__(self, results: Results, out: Path, margins: Margins) -> None:
+        self.results = results
+        self.out = out
+        self.margins = margins
+        self.gallery = Gallery(out / "figures")
+        self.arms = study.arms(results)
+        self.curves = ledger.curves(results, self.arms.runs)
+        self.conditions = [
+            self._condition(number, name) for number, name in enumerate(self.arms.conditions)
+        ]
+        # The largest first: it is what the study is about.
+        self.conditions.sort(key=lambda condition: -len(condition.runs))
+        self.tables: dict[str, list[Frame]] = {}
+
+    def _condition(self, number: int, name: str) -> _Condition:
+        runs = self.arms.of(number)
+        curves = self.curves[self.curves["run"].isin(runs["run"])]
+        told = runs[["run", "variant", "model", "seed", "grows"]]
+        return _Condition(number, name, runs, curves.merge(told, on="run"))
+
+    def keep(self, name: str, condition: _Condition, table: Frame) -> None:
+        """Have a table written as `tables/<name>.csv`, with the condition in front."""
+        if len(table):
+            front = table.copy()
+            front.insert(0, "condition", condition.name)
+            self.tables.setdefault(name, []).append(front)
+
+    def write_tables(self) -> None:
+        folder = self.out / "tables"
+        self.results.to_csv(folder)
+        for name, parts in self.tables.items():
+            _to_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv")
+
+    # --- the document -----------------------------------------------------------------------------
+
+    def document(self) -> tuple[str, list[Block]]:
+        """The lead, and everything below it."""
+        blocks: list[Block] = []
+        if self.conditions:
+            blocks.append(Heading("What the data say"))
+            blocks += self._per_condition(self._verdicts)
+            blocks.append(Heading("The founding experiment's tables"))
+            blocks += self._per_condition(self._founding)
+            blocks += self._section("From the first phase to the last", self._changes)
+            blocks += self._section("Against the original and the controls", self._against)
+            blocks.append(Heading("Courses of training"))
+            blocks += self._per_condition(self._courses)
+            blocks.append(Heading("Compute ledger"))
+            blocks += self._per_condition(self._ledger)
+        else:
+            blocks.append(Heading("What the data say"))
+            blocks.append(Paragraph("No run has completed yet: there is nothing to conclude from."))
+        blocks.append(Heading("All runs"))
+        blocks += self._all_runs()
+        blocks += self._not_completed()
+        blocks.append(Heading("How to reproduce it"))
+        blocks += self._reproduce()
+        return self._lead(), blocks
+
+    def _per_condition(self, section: Callable[[_Condition], list[Block]]) -> list[Block]:
+        """A section for every condition, each under its name if there are several."""
+        blocks: list[Block] = []
+        for condition in self.conditions[:MOST_CONDITIONS]:
+            inside = section(condition)
+            if inside and len(self.conditions) > 1:
+                blocks.append(Heading(f"On {condition.name}", level=3))
+            blocks += inside
+        for condition in self.conditions[MOST_CONDITIONS:]:
+            section_blocks = section(condition) if section == self._verdicts else []
+            if section_blocks:
+                blocks.append(Folded(f"On {condition.name}", section_blocks))
+        return blocks
+
+    def _section(self, title: str, section: Callable[[_Condition], list[Block]]) -> list[Block]:
+        inside = self._per_condition(section)
+        return [Heading(title), *inside] if inside else []
+
+    def _lead(self) -> str:
+        runs = self.results.runs
+        counts = Counter(runs["status"].tolist())
+        how = ", ".join(f"{number:,} {status}" for status, number in sorted(counts.items()))
+        parts = [f"{_count(len(runs), 'run')}{f' ({how})' if how else ''}"]
+        if len(self.arms.runs):
+            arms = self.arms.runs
+            of = f"{_count(arms['variant'].nunique(), 'variant')} and "
+            parts.append(of + _count(arms["model"].nunique(), "model"))
+            parts.append(f"seeds {_ranges(arms['seed'])}")
+            parts.append("on " + _listed([c.name for c in self.conditions], 3))
+        return "; ".join(parts) + "."
+
+    # --- verdicts ---------------------------------------------------------------------------------
+
+    def _verdicts(self, condition: _Condition) -> list[Block]:
+        runs, margins = condition.runs, self.margins
+        found = study.hypotheses(runs, condition.curves, margins)
+        blocks: list[Block] = []
+        if not study.has_seeds(runs):
+            errors = study.binomial_errors(runs)
+            told = [
+                f"{model_name(row.model)}: {row.accuracy_percent:.2f} % of {row.tokens:,} tokens, "
+                f"±{row.error_points:.2f} points"
+                for row in errors.itertuples()
+            ]
+            blocks.append(
+                Paragraph(
+                    "One seed: nothing can be concluded. How much a figure would change with "
+                    "another seed is not known; the size of the validation set alone leaves the "
+                    "accuracy unsure by its binomial standard error"
+                    + (f" ({'; '.join(told)})." if told else ".")
+                )
+            )
+        for hypothesis in found:
+            findings = [
+                (row.verdict, f"{row.what}{f', {model_name(row.model)}' if row.model else ''}",
+                 row.sentence)
+                for row in hypothesis.rows.itertuples()
+            ]  # fmt: skip
+            if not findings:
+                told = f"nothing to compare: it takes {hypothesis.missing}, with the same seeds"
+                findings = [(hypothesis.outcome, "no such runs", told)]
+            blocks.append(
+                Verdict(hypothesis.outcome, hypothesis.title, hypothesis.measured_by, findings)
+            )
+            self.keep("hypotheses", condition, hypothesis.rows)
+        blocks.append(
+            Paragraph(
+                f"A difference within ±{margins.points:g} points of accuracy counts as none "
+                f"(perplexity: ±{margins.percent:.3g} %; loss: ±{margins.nats:g} nats). "
+                "Supported and refuted: a difference at the 5 % level; equivalent: shown to lie "
+                "within the margin; undecided is neither, and no finding of no difference. The "
+                f"{_count(sum(len(h.rows) for h in found), 'comparison')} above are one family, "
+                "corrected by Holm; intervals are of 95 % each, over seeds.",
+                quiet=True,
+            )
+        )
+        return blocks
+
+    # --- the founding experiment's tables ---------------------------------------------------------
+
+    def _founding(self, condition: _Condition) -> list[Block]:
+        runs = condition.runs
+        original = runs.loc[runs["experiment"] == study.ORIGINAL]
+        plain = original[original["base"]]
+        first = plain if len(plain) else original if len(original) else runs
+        main = first["variant"].iloc[0]
+        blocks: list[Block] = []
+        published = bool(len(original))
+        if published:
+            here = _listed(_unique(original["vocab_size"]), 3)
+            blocks.append(
+                Paragraph(
+                    f"Published: {study.PUBLISHED_SOURCE}. Here: {condition.name}, vocabulary "
+                    f"{here}. Figures of another text, vocabulary or machine do not compare with "
+                    "the published ones; the signs of the changes do. Best epoch, accuracy and "
+                    "perplexity are those of the phase's lowest validation loss; time is of "
+                    "training and evaluation.",
+                    quiet=True,
+                )
+            )
+        blocks += self._tables_of(condition, main, published)
+        others = [variant for variant in condition.variants if variant != main]
+        for variant in others[:MOST_VARIANTS]:
+            blocks.append(Folded(variant, self._tables_of(condition, variant, published=False)))
+        if len(others) > MOST_VARIANTS:
+            blocks.append(_left_to("phases.csv", len(others) - MOST_VARIANTS, "variants"))
+        return blocks
+
+    def _tables_of(self, condition: _Condition, variant: str, published: bool) -> list[Block]:
+        runs = condition.runs[condition.runs["variant"] == variant]
+        blocks: list[Block] = []
+        for model in dict.fromkeys(runs["model"]):
+            own = runs[runs["model"] == model]
+            tables = [_phase_table(f"{variant}, {model_name(model)}", own, self.results.phases)]
+            if published and model in study.PUBLISHED:
+                tables.append(_published_table(model))
+            blocks.append(Beside(tables))
+        if {STANDARD, DEEP} <= set(runs["model"]):
+            tables = [_model_table(variant, runs)]
+            if published:
+                tables.append(_published_models())
+            blocks.append(Beside(tables))
+        return blocks
+
+    # --- changes ----------------------------------------------------------------------------------
+
+    def _changes(self, condition: _Condition) -> list[Block]:
+        changes = study.changes(condition.runs)
+        self.keep("changes", condition, changes)
+        if changes.empty:
+            return []
+        blocks: list[Block] = [Paragraph("Plus is an improvement, in every figure.", quiet=True)]
+        shown = condition.variants[:MOST_VARIANTS]
+        if len(changes) > len(FIGURES):
+            pictures = []
+            for figure in FIGURES:
+                rows = changes[(changes["figure"] == figure.name) & changes["variant"].isin(shown)]
+                title = f"Change in {figure.name}: mean and 95 % interval"
+                margin = figure.margin(self.margins)
+                name = f"changes-{figure.name}{condition.slug}"
+                pictures.append(forest(self.gallery, name, title, rows, margin, figure.unit))
+            blocks.append(Pictures(pictures))
+        blocks.append(_changes_table(changes, shown))
+        if len(condition.variants) > MOST_VARIANTS:
+            more = len(condition.variants) - MOST_VARIANTS
+            blocks.append(_left_to("changes.csv", more, "variants"))
+        for figure in FIGURES:
+            told = study.deep_minus_standard(condition.runs, figure, self.margins)
+            if told.empty:
+                continue
+            self.keep("deep_minus_standard", condition, told.assign(figure=figure.name))
+            table = _comparisons_table(
+                f"Change in {figure.name}, deep supervision − Standard, paired by seed, in "
+                f"{figure.unit}",
+                told[told["variant"].isin(shown)],
+                figure,
+                {"variant": "Variant"},
+            )
+            if figure is study.ACCURACY:
+                blocks.append(table)
+            else:
+                blocks.append(Folded(f"The same for {figure.name}", [table]))
+        return blocks
+
+    def _against(self, condition: _Condition) -> list[Block]:
+        """Each variant against the original and against the controls."""
+        runs = condition.runs
+        blocks: list[Block] = []
+        asked = (
+            (study.ORIGINAL, "the original", None),
+            (study.KEEP_TRAINING, "training on without growth", "grows"),
+            (study.FROM_SCRATCH, "from scratch", "grows"),
+        )
+        for experiment, words, only in asked:
+            held = runs[(runs["experiment"] == experiment)]
+            held = held[held["base"]] if held["base"].any() else held
+            if held.empty:
+                continue
+            reference = str(held["variant"].iloc[0])
+            rows = runs if only is None else runs[runs[only] | (runs["variant"] == reference)]
+            told = study.against(rows, reference, self.margins)
+            if told.empty:
+                continue
+            self.keep("against", condition, told)
+            table = _comparisons_table(
+                f"Final accuracy, variant − {reference}, paired by seed, in points",
+                told[told["a"].isin(condition.variants[: MOST_VARIANTS + 1])],
+                study.ACCURACY,
+                {"a": "Variant", "model": "Model"},
+                last={"differs": "Differs in"},
+            )
+            blocks.append(Heading(f"Against {words}", level=3))
+            blocks.append(table)
+        return blocks
+
+    # --- courses ----------------------------------------------------------------------------------
+
+    def _courses(self, condition: _Condition) -> list[Block]:
+        shown = condition.variants[:MOST_VARIANTS]
+        phases: Frame = self.results.phases
+        names = phases[["run", "phase", "name"]].rename(columns={"name": "phase_name"})
+        curves = condition.curves.merge(names, on=["run", "phase"], how="left")
+        curves["phase_name"] = curves["phase_name"].astype(object).fillna("")
+        exits = _ends_of_exits(self.results, condition)
+        courses: list[Picture] = []
+        by_exits: list[Picture] = []
+        for number, variant in enumerate(shown):
+            slug = f"{_slug(variant)}{condition.slug}" or str(number)
+            own = curves[curves["variant"] == variant]
+            if len(own):
+                name = self._free(f"course-{slug}")
+                courses.append(course(self.gallery, name, variant, own))
+            own_exits = exits[exits["variant"] == variant]
+            if len(own_exits):
+                name = self._free(f"exits-{slug}")
+                by_exits.append(by_exit(self.gallery, name, variant, own_exits))
+        blocks: list[Block] = []
+        if courses:
+            blocks.append(Heading("Validation curves across phases", level=3))
+            blocks.append(Pictures(courses))
+        if by_exits:
+            blocks.append(Heading("Accuracy by exit", level=3))
+            blocks.append(
+                Paragraph(
+                    "What the shared head reads at every depth, at the best epoch of the first "
+                    "and the last phase; upright lines span the seeds.",
+                    quiet=True,
+                )
+            )
+            blocks.append(Pictures(by_exits))
+        if len(condition.variants) > len(shown):
+            more = len(condition.variants) - len(shown)
+            blocks.append(_left_to("epochs.csv and exits.csv", more, "variants"))
+        return blocks
+
+    def _free(self, name: str) -> str:
+        """A file name that no picture has yet."""
+        number, free = 1, name
+        while free in self.gallery.names:
+            number += 1
+            free = f"{name}-{number}"
+        return free
+
+    # --- compute ----------------------------------------------------------------------------------
+
+    def _ledger(self, condition: _Condition) -> list[Block]:
+        runs, curves = condition.runs, condition.curves
+        spent = ledger.spent(self.results, runs)
+        self.keep("ledger", condition, spent)
+        shown = condition.variants[:MOST_VARIANTS]
+        blocks: list[Block] = [
+            Paragraph(
+                "Of training, in all phases and all their epochs, as if every phase had been "
+                "trained for this run alone; operations are the matrix products (a multiply-add "
+                "is two). Means over seeds.",
+                quiet=True,
+            ),
+            _spent_table(spent[spent["variant"].isin(shown)]),
+        ]
+        scratch = runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"]
+        original = runs.loc[runs["experiment"] == study.ORIGINAL, "variant"]
+        reference = next((str(v.iloc[0]) for v in (scratch, original) if len(v)), shown[0])
+        if len(condition.variants) > 1:
+            targets = ledger.default_targets(runs, curves, reference)
+            reached = ledger.to_target(runs, curves, targets)
+            self.keep("to_target", condition, reached)
+            blocks.append(_target_table(reached[reached["variant"].isin(shown)], reference))
+        if len(scratch):
+            gains = ledger.speed_up(runs, curves, str(scratch.iloc[0]))
+            self.keep("speed_up", condition, gains)
+            if len(gains):
+                blocks.append(_speed_up_table(gains[gains["variant"].isin(shown)]))
+        pictures = []
+        for model in condition.models[:4]:
+            own = curves[(curves["model"] == model) & curves["variant"].isin(shown)]
+            for measure in (ledger.FLOPS, ledger.BODY, ledger.TOKENS, ledger.SECONDS):
+                if own[measure.column].notna().any():
+                    name = self._free(f"loss-{_slug(model)}-{measure.column}{condition.slug}")
+                    title = f"{model_name(model)}: loss against {measure.name}"
+                    unit = f"{measure.name}" + (f" ({measure.unit})" if measure.unit == "s" else "")
+                    pictures.append(
+                        against_compute(self.gallery, name, title, own, measure.column, unit, shown)
+                    )
+        blocks += [Heading("Loss against compute", level=3), Pictures(pictures)]
+        trained = _trained_parameters(self.results, condition, shown)
+        if len(trained):
+            title = "Parameters that train, phase by phase"
+            blocks.append(Heading(title, level=3))
+            blocks.append(_parameters_table(trained))
+            name = f"parameters{condition.slug}"
+            blocks.append(Pictures([parameters(self.gallery, name, title, trained)]))
+        return blocks
+
+    # --- runs -------------------------------------------------------------------------------------
+
+    def _all_runs(self) -> list[Block]:
+        runs = self.results.runs
+        variants = dict(zip(self.arms.runs["run"], self.arms.runs["variant"], strict=True))
+        rows = []
+        for row in runs.head(MOST_RUNS).to_dict("records"):
+            name = variants.get(row["run"]) or _text(row["experiment"])
+            rows.append(
+                [
+                    row["run"],
+                    name,
+                    model_name(_text(row["model"])),
+                    _number(row["seed"], "d"),
+                    row["status"] + (" (repeated)" if pd.notna(row["duplicate_of"]) else ""),
+                    _pair(row, "layers", "d"),
+                    _number(row["last_accuracy_percent"], ".2f"),
+                    _number(row["accuracy_points"], "+.2f"),
+                    _number(row["last_perplexity"], ",.2f"),
+                    _number(row["perplexity_percent"], "+.2f"),
+                    _number(row["epochs"], "d"),
+                    Cell(duration(row["seconds"]), _sort(row["seconds"])),
+                ]
+            )
+        columns = [
+            Column("Run", figures=False),
+            Column("Variant", figures=False),
+            Column("Model", figures=False),
+            Column("Seed"),
+            Column("Status", figures=False),
+            Column("Layers"),
+            Column("Accuracy %"),
+            Column("Change, points"),
+            Column("Perplexity"),
+            Column("Change, %"),
+            Column("Epochs"),
+            Column("Time"),
+        ]
+        more = len(runs) - len(rows)
+        note = "All settings and figures are in tables/runs.csv, every epoch in tables/epochs.csv."
+        if more > 0:
+            note = f"The first {len(rows):,} of {len(runs):,} runs. {note}"
+        return [Table("Every run (click a head to sort)", columns, rows, note, sortable=True)]
+
+    def _not_completed(self) -> list[Block]:
+        """Failed and interrupted runs and what could not be read, with reasons."""
+        runs = self.results.runs
+        told: Frame = runs[runs["status"].isin(["failed", "interrupted"])]
+        blocks: list[Block] = []
+        if len(told):
+            # Failures first: an interruption cures itself.
+            told = told.sort_values("status", kind="stable")
+            rows = [
+                [row["run"], row["status"], _text(row["overrides"]), _text(row["reason"])]
+                for row in told.head(MOST_ENDED).to_dict("records")
+            ]
+            titles = ("Run", "Status", "Overrides", "Reason")
+            columns = [Column(title, figures=False) for title in titles]
+            title = "Runs that failed or were interrupted"
+            blocks.append(Table(title, columns, rows, sortable=True))
+            if len(told) > MOST_ENDED:
+                blocks.append(_left_to("runs.csv", len(told) - MOST_ENDED, "runs"))
+            for row in told[told["traceback"].notna()].head(MOST_TRACEBACKS).to_dict("records"):
+                text = row["traceback"]
+                if len(text) > LONGEST_TRACEBACK:
+                    text = f"...{text[-LONGEST_TRACEBACK:]}"
+                blocks.append(Folded(f"Traceback of {row['run']}", [Code(text)]))
+        left_out = self.results.left_out
+        if len(left_out):
+            rows = left_out[["folder", "kind", "reason"]].head(MOST_ENDED).to_numpy().tolist()
+            columns = [Column(title, figures=False) for title in ("Folder", "Kind", "Reason")]
+            blocks.append(Table("Left out, for it cannot be read", columns, rows))
+            if len(left_out) > MOST_ENDED:
+                blocks.append(_left_to("left_out.csv", len(left_out) - MOST_ENDED, "folders"))
+        return [Heading("What did not complete"), *blocks] if blocks else []
+
+    # --- how to reproduce it ----------------------------------------------------------------------
+
+    def _reproduce(self) -> list[Block]:
+        runs = self.results.runs
+        commands = _commands(runs)
+        blocks: list[Block] = []
+        if commands:
+            blocks.append(Code("\n".join(commands[:MOST_COMMANDS])))
+            if len(commands) > MOST_COMMANDS:
+                blocks.append(_left_to("runs.csv", len(commands) - MOST_COMMANDS, "commands"))
+        rows = []
+        for title, column in (
+            ("proglayer", "proglayer"),
+            ("Python", "python"),
+            ("torch", "torch"),
+            ("Platform", "platform"),
+            ("Device", "device_name"),
+            ("Threads", "threads"),
+            ("Commit", "git_commit"),
+            ("Working tree changed", "git_changed"),
+            ("Corpus", "corpus"),
+            ("Corpus fingerprint", "corpus_fingerprint"),
+            ("Vocabulary", "vocab_size"),
+            ("Validation tokens", "validation_tokens"),
+        ):
+            values = _unique(runs[column])
+            if values:
+                rows.append([title, _listed(values, 6)])
+        if seeds := _ranges(runs["seed"]):
+            rows.append(["Seeds", seeds])
+        columns = [Column("What", figures=False), Column("Values in these runs", figures=False)]
+        blocks.append(Table("With what it ran", columns, rows))
+        blocks.append(
+            Bullets(
+                [
+                    "The same seeds on the same kind of machine, with the same number of threads "
+                    "and the same versions, give the same figures bit for bit; elsewhere they "
+                    "differ by rounding.",
+                    "tables/ beside this page holds the runs, phases, epochs and exits, and every "
+                    "comparison made here, as CSV; figures/ holds the pictures as SVG and PNG.",
+                ]
+            )
+        )
+        return blocks
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+PHASE_COLUMNS = (
+    Column("Phase", figures=False),
+    Column("Layers"),
+    Column("Best Acc"),
+    Column("Best PPL"),
+    Column("Time"),
+    Column("Best Epoch"),
+)
+
+
+def _phase_table(title: str, runs: Frame, phases: Frame) -> Table:
+    """`Phase | Layers | Best Acc | Best PPL | Time | Best Epoch` of an arm, and the change row."""
+    own: Frame = phases[phases["run"].isin(runs["run"])]
+    rows = []
+    for _, part in own.groupby("phase", sort=True):
+        seconds = part["train_seconds"] + part["evaluation_seconds"]
+        rows.append(
+            [
+                _listed(_unique(part["name"]), 2),
+                _listed(_unique(part["layers"]), 3),
+                _mean(part["validation_accuracy_percent"], ".2f", " %"),
+                _mean(part["validation_perplexity"], ",.2f"),
+                _mean_seconds(seconds),
+                _ranges(part["best_epoch"]),
+            ]
+        )
+    strong = []
+    if len(rows) > 1:
+        strong = [len(rows)]
+        rows.append(
+            [
+                "Change",
+                "",
+                _mean(runs[study.ACCURACY.change], "+.2f", " points"),
+                _mean(runs[study.PERPLEXITY.change], "+.2f", " %"),
+                _mean_seconds(runs["seconds"]),
+                "",
+            ]
+        )
+    count = len(runs)
+    note = "" if count == 1 else f"Mean ± standard deviation over {count} seeds."
+    return Table(title, PHASE_COLUMNS, rows, note, strong=strong)
+
+
+def _published_table(model: str) -> Table:
+    first, last = study.PUBLISHED[model]
+    rows = [
+        [
+            phase.name,
+            str(phase.layers),
+            f"{phase.accuracy_percent:.2f} %",
+            f"{phase.perplexity:,.2f}",
+            f"{phase.seconds:.2f} s",
+            str(phase.best_epoch),
+        ]
+        for phase in (first, last)
+    ]
+    points, percent, seconds = study.PUBLISHED_CHANGES[model]
+    rows.append(
+        ["Change", "", f"{points:+.2f} points", f"{percent:+.2f} %", f"{seconds:.2f} s", ""]
+    )
+    return Table(f"Published, {model_name(model)}", PHASE_COLUMNS, rows, "One seed.", strong=[2])
+
+
+MODEL_COLUMNS = (
+    Column("Figure", figures=False),
+    Column("Standard"),
+    Column("Deep supervision"),
+    Column("Difference"),
+)
+
+
+def _model_table(variant: str, runs: Frame) -> Table:
+    """The comparison of the models in one variant."""
+    standard, deep = (runs[runs["model"] == model].set_index("seed") for model in (STANDARD, DEEP))
+    rows = []
+    for title, column, form, unit in (
+        ("Final accuracy", "last_accuracy_percent", ".2f", "%"),
+        ("Final perplexity", "last_perplexity", ",.2f", ""),
+        ("Change in accuracy", study.ACCURACY.change, "+.2f", "points"),
+        ("Change in perplexity", study.PERPLEXITY.change, "+.2f", "%"),
+        ("Time", "seconds", ",.1f", "s"),
+    ):
+        a, b = (arm[column].astype("float64") for arm in (standard, deep))
+        if a.notna().any() and b.notna().any():
+            unit = f" {unit}" if unit else ""
+            of_difference = " points" if unit == " %" and "acc" in column else unit
+            signed = form if form.startswith("+") else f"+{form}"
+            rows.append(
+                [
+                    title,
+                    _mean(a, form, unit),
+                    _mean(b, form, unit),
+                    _mean((b - a).dropna(), signed, of_difference),
+                ]
+            )
+    note = "Difference: deep supervision − Standard, within seeds."
+    return Table(f"{variant}, comparison of models", MODEL_COLUMNS, rows, note)
+
+
+def _published_models() -> Table:
+    rows = []
+    (_, a), (_, b) = study.PUBLISHED[STANDARD], study.PUBLISHED[DEEP]
+    first, second = study.PUBLISHED_CHANGES[STANDARD], study.PUBLISHED_CHANGES[DEEP]
+    for title, x, y, form, unit, of_difference in (
+        ("Final accuracy", a.accuracy_percent, b.accuracy_percent, ".2f", " %", " points"),
+        ("Final perplexity", a.perplexity, b.perplexity, ",.2f", "", ""),
+        ("Change in accuracy", first[0], second[0], "+.2f", " points", " points"),
+        ("Change in perplexity", first[1], second[1], "+.2f", " %", " %"),
+        ("Time", first[2], second[2], ",.1f", " s", " s"),
+    ):
+        signed = form if form.startswith("+") else f"+{form}"
+        cells = [f"{x:{form}}{unit}", f"{y:{form}}{unit}", f"{y - x:{signed}}{of_difference}"]
+        rows.append([title, *cells])
+    return Table("Published, comparison of models", MODEL_COLUMNS, rows, "One seed.")
+
+
+def _changes_table(changes: Frame, shown: Sequence[str]) -> Table:
+    columns = [Column("Variant", figures=False), Column("Model", figures=False), Column("Seeds")]
+    columns += [Column(f"{figure.name.capitalize()}, {figure.unit}") for figure in FIGURES]
+    rows = []
+    for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
+        if variant in shown:
+            by_figure = arm.set_index("figure")
+            cells: list[Cell | str] = [str(variant), model_name(str(model))]
+            cells.append(str(int(arm["n"].max())))
+            for figure in FIGURES:
+                told = by_figure.loc[figure.name]
+                cells.append(Cell(_interval(told, figure.decimals), _sort(told["mean"])))
+            rows.append(cells)
+    note = "Mean ± standard deviation over seeds, and the 95 % interval of the mean."
+    return Table("Change from the first phase to the last", columns, rows, note, sortable=True)
+
+
+def _comparisons_table(
+    title: str,
+    told: Frame,
+    figure: study.Figure,
+    labels: dict[str, str],
+    last: dict[str, str] | None = None,
+) -> Table:
+    """Judged comparisons. One that has no pair of seeds is not told."""
+    told = told[told["n"] > 0]
+    columns = [Column(name, figures=False) for name in labels.values()]
+    columns += [
+        Column("Verdict", figures=False),
+        Column("Seeds"),
+        Column("Difference"),
+        Column("95 % interval"),
+        Column("p, Holm"),
+        Column("Sign-flip p", hidden_on_paper=True),
+        Column("Equivalence p, Holm", hidden_on_paper=True),
+        Column("Effect size", hidden_on_paper=True),
+        Column("Could show"),
+        Column("Seeds to decide"),
+    ]
+    columns += [Column(name, figures=False, hidden_on_paper=True) for name in (last or {}).values()]
+    digits = figure.decimals
+    rows = []
+    for row in told.to_dict("records"):
+        cells: list[Cell | str] = [
+            model_name(row[name]) if name == "model" else row[name] for name in labels
+        ]
+        interval = (
+            f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
+            if math.isfinite(row["low"])
+            else ""
+        )
+        cells += [
+            row["verdict"],
+            str(row["n"]),
+            Cell(_number(row["mean"], f"+.{digits}f"), _sort(row["mean"])),
+            Cell(interval, _sort(row["low"])),
+            _p(row["p_adjusted"]),
+            _p(row["sign_flip_p"]),
+            _p(row["equivalence_p_adjusted"]),
+            _number(row["effect_size"], "+.2f"),
+            _number(row["smallest_difference"], f".{digits}f"),
+            _seeds_needed(row),
+        ]
+        cells += [row[name] for name in last or {}]
+        rows.append(cells)
+    margin = told["margin"].iloc[0] if len(told) else math.nan
+    note = (
+        f"One family of {len(told)}. Margin ±{margin:.3g} {figure.unit}. Could show: the smallest "
+        "true difference that this many seeds find with a power of 80 %, for one comparison alone. "
+        "Seeds to decide: were the observed mean and spread the true ones."
+    )
+    return Table(title, columns, rows, note, sortable=True)
+
+
+def _seeds_needed(row: dict[str, Any]) -> Cell:
+    needed = row["seeds_needed"]
+    if row["verdict"] != stats.Outcome.undecided:
+        return Cell("decided", row["n"])
+    if math.isnan(needed):
+        return Cell("not known", "")
+    return Cell("none would" if math.isinf(needed) else f"{needed:,.0f}", _sort(needed))
+
+
+def _spent_table(spent: Frame) -> Table:
+    columns = [
+        Column("Variant", figures=False),
+        Column("Model", figures=False),
+        Column("Seeds"),
+        Column("Epochs"),
+        Column("Tokens"),
+        Column("FLOP with head"),
+        Column("FLOP without"),
+        Column("Training"),
+        Column("Evaluation", hidden_on_paper=True),
+        Column("Saved by reuse", hidden_on_paper=True),
+        Column("Final loss"),
+    ]
+    rows = [
+        [
+            row["variant"],
+            model_name(row["model"]),
+            str(row["seeds"]),
+            Cell(_number(row["epochs"], ".3g"), _sort(row["epochs"])),
+            _large(row["tokens"]),
+            _large(row["flops"]),
+            _large(row["flops_without_head"]),
+            Cell(duration(row["train_seconds"]), _sort(row["train_seconds"])),
+            Cell(duration(row["evaluation_seconds"]), _sort(row["evaluation_seconds"])),
+            Cell(duration(row["seconds_saved"]), _sort(row["seconds_saved"])),
+            _number(row["loss"], ".4f"),
+        ]
+        for row in spent.to_dict("records")
+    ]
+    return Table("What every arm spent", columns, rows, sortable=True)
+
+
+def _target_table(reached: Frame, reference: str) -> Table:
+    columns = [
+        Column("Variant", figures=False),
+        Column("Model", figures=False),
+        Column("Target loss"),
+        Column("Reached by"),
+        Column("Tokens"),
+        Column("FLOP with head"),
+        Column("FLOP without"),
+        Column("Time"),
+    ]
+    rows = [
+        [
+            row["variant"],
+            model_name(row["model"]),
+            f"{row['target']:.4f}",
+            Cell(f"{row['reached']} of {row['seeds']}", row["reached"] / max(1, row["seeds"])),
+            *(_large(row[name]) for name in ("tokens", "flops", "flops_without_head")),
+            Cell(duration(row["seconds"]), _sort(row["seconds"])),
+        ]
+        for row in reached.to_dict("records")
+    ]
+    note = (
+        f"The target is a loss that every seed of {reference} reached. Means over the seeds that "
+        "reached it, interpolated between epochs."
+    )
+    return Table("Compute and time to reach a target loss", columns, rows, note, sortable=True)
+
+
+def _speed_up_table(gains: Frame) -> Table:
+    columns = [
+        Column("Variant", figures=False),
+        Column("Model", figures=False),
+        Column("Reached by"),
+        *(
+            Column(title)
+            for title in ("In tokens", "In FLOP with head", "In FLOP without", "In time")
+        ),
+    ]
+    rows = []
+    for (variant, model), arm in gains.groupby(["variant", "model"], sort=False):
+        by = arm.set_index("measure")
+        n, seeds = int(arm["n"].max()), int(arm["seeds"].max())
+        cells = [Cell(f"{n} of {seeds}", n / max(1, seeds))]
+        for measure in (ledger.TOKENS, ledger.FLOPS, ledger.BODY, ledger.SECONDS):
+            told = by.loc[measure.column]
+            cells.append(Cell(_interval(told, 1, 100, " %"), _sort(told["mean"])))
+        rows.append([variant, model_name(model), *cells])
+    note = (
+        "Compute from scratch / compute of growing, all phases, to the lowest loss that the run "
+        "from scratch of the same seed reached, − 1 (Du et al. 2024): +50 % means that from "
+        "scratch takes half as much again, minus that growing was slower. Mean ± standard "
+        "deviation and 95 % interval over the seeds that reached that loss; where some did not, "
+        "the mean flatters."
+    )
+    return Table("Speed-up of growing against from scratch", columns, rows, note, sortable=True)
+
+
+def _parameters_table(trained: Frame) -> Table:
+    columns = [Column("Variant and phase", figures=False)]
+    columns += [Column(t) for t in ("Layers", "Embedding", "Head", "Trained", "Total", "Share")]
+    rows = []
+    for row in trained.itertuples():
+        own = row.layers + row.embedding + row.head
+        numbers = (row.layers, row.embedding, row.head, own, row.total)
+        rows.append([row.label, *(f"{int(n):,}" for n in numbers), f"{own / row.total:.1%}"])
+    return Table("Trained parameters", columns, rows)
+
+
+# --- frames ---------------------------------------------------------------------------------------
+
+
+def _ends_of_exits(results: Results, condition: _Condition) -> Frame:
+    """Accuracy by exit after the first and the last phase of each run."""
+    exits = results.exits.merge(condition.runs[["run", "variant", "model", "seed", "phases"]])
+    exits = exits.rename(columns={"validation_accuracy_percent": "accuracy_percent"})
+    last = (exits["phase"] == exits["phases"]).fillna(False).astype(bool)
+    first = (exits["phase"] == 1) & ~last
+    told = pd.concat([exits[first].assign(when="first"), exits[last].assign(when="last")])
+    return told.dropna(subset="accuracy_percent")
+
+
+def _trained_parameters(results: Results, condition: _Condition, shown: Sequence[str]) -> Frame:
+    """What trains in each phase of each variant: layers, embedding, head; whatever the model."""
+    runs = condition.runs[condition.runs["variant"].isin(shown)].drop_duplicates("variant")
+    padded = runs["config.model.vocab_size"].astype("float64")
+    table = padded.fillna(runs["vocab_size"].astype("float64")) * runs["config.model.dim"]
+    own = runs[["run", "variant"]].assign(table=table.astype("float64"))
+    own["order"] = range(len(own))
+    told: Frame = results.phases.merge(own, on="run").sort_values(["order", "phase"], kind="stable")
+    told["embedding"] = told["table"].where(told["rate_embedding"].notna(), 0.0)
+    told["head"] = told["table"].where(told["rate_head"].notna(), 0.0)
+    told["layers"] = told["parameters_trainable"].astype("float64") - told[
+        ["embedding", "head"]
+    ].sum(axis=1)
+    told["total"] = told["parameters_total"].astype("float64")
+    told["label"] = [
+        f"{variant}, {phase} {_text(name)}".rstrip()
+        for variant, phase, name in zip(told["variant"], told["phase"], told["name"], strict=True)
+    ]
+    told = told[["label", "layers", "embedding", "head", "total"]].dropna()
+    return told[(told["layers"] >= 0) & (told["total"] > 0)].reset_index(drop=True)
+
+
+def _commands(runs: Frame) -> list[str]:
+    """The command of each sweep, and of each run that was none of a sweep's."""
+    commands: dict[str, None] = {}
+    swept: dict[str, str | None] = {}
+    columns = [plain_values(runs[name]) for name in ("sweep", "folder", "overrides")]
+    for sweep, folder, overrides in zip(*columns, strict=True):
+        if sweep is not None:
+            if sweep not in swept:
+                swept[sweep] = _sweep_command(os.path.dirname(folder))
+            if swept[sweep] is not None:
+                commands[str(swept[sweep])] = None
+                continue
+        commands[f"python train.py {overrides or ''}".strip()] = None
+    return list(commands)
+
+
+def _sweep_command(folder: str) -> str | None:
+    """What a sweep was started with, as Hydra recorded it; None where that cannot be read."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        with open(os.path.join(folder, "multirun.yaml"), encoding="utf-8") as file:
+            given = yaml.load(file, loader)["hydra"]["overrides"]["task"]
+        return f"python train.py -m {shlex.join(map(str, given))}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _to_csv(frame: Frame, path: Path) -> None:
+    """As `Results.to_csv`: text that a spreadsheet would run is shown to it as text."""
+    shown = frame.copy()
+    for column in frame.columns:
+        if not pd.api.types.is_numeric_dtype(frame[column].dtype):
+            shown[column] = [
+                spreadsheet_safe(value) if isinstance(value, str) else value
+                for value in frame[column]
+            ]
+    shown.to_csv(path, index=False, lineterminator="\r\n")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def duration(seconds: Any) -> str:
+    """Seconds for people: 8.4 s, 12 min 30 s, 3 h 5 min; nothing for what is not known."""
+    if pd.isna(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _mean(values: Any, form: str, unit: str = "") -> str:
+    """Mean ± standard deviation, or the value where there is one."""
+    told = stats.summary(np.asarray(values, dtype=float))
+    if not told.n:
+        return ""
+    spread = f" ± {told.sd:{form.replace('+', '')}}" if told.n > 1 else ""
+    return f"{told.mean:{form}}{spread}{unit}"
+
+
+def _mean_seconds(values: Any) -> str:
+    told = stats.summary(np.asarray(values, dtype=float))
+    if not told.n or told.mean >= 100:
+        return duration(told.mean)
+    return _mean(values, ".1f", " s")
+
+
+def _interval(told: Any, decimals: int, scale: float = 1, unit: str = "") -> str:
+    """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
+    if not math.isfinite(told["mean"]):
+        return "none"
+    mean, sd, low, high = (scale * told[name] for name in ("mean", "sd", "low", "high"))
+    if not math.isfinite(sd):
+        return f"{mean:+.{decimals}f}{unit}"
+    interval = f"({low:+.{decimals}f} to {high:+.{decimals}f}{unit})"
+    return f"{mean:+.{decimals}f} ± {sd:.{decimals}f} {interval}"
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if pd.isna(value) or value != value else format(value, form)
+
+
+def _large(value: Any) -> Cell:
+    return Cell("" if pd.isna(value) else engineering(value), _sort(value))
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _pair(row: dict[str, Any], name: str, form: str) -> str:
+    first, last = _number(row[f"first_{name}"], form), _number(row[f"last_{name}"], form)
+    return first if last in ("", first) else f"{first} → {last}"
+
+
+def _sort(value: Any) -> float | str:
+    return "" if pd.isna(value) else float(value)
+
+
+def _text(value: Any) -> str:
+    return "" if pd.isna(value) else str(value)
+
+
+def _unique(values: Frame) -> list[str]:
+    known = [value for value in plain_values(values.drop_duplicates()) if value is not None]
+    return [f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in known]
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _ranges(numbers: Iterable[Any]) -> str:
+    """Whole numbers for people: 1-5, 8."""
+    parts: list[list[int]] = []
+    for number in sorted({int(n) for n in numbers if not pd.isna(n)}):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    told = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in parts]
+    return _listed(told, 12)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _left_to(name: str, number: int, noun: str) -> Paragraph:
+    return Paragraph(f"{number:,} more {noun} are in tables/{name}.", quiet=True)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "arm"
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Gives its exit status: 2 for folders that cannot be read or written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proglayer.report",
+        description="Write the report of sweeps and runs, finished or not: a page, the same as "
+        "Markdown, figures and tables.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="report", help="where the report goes (report)"
+    )
+    parser.add_argument(
+        "--margin",
+        metavar="POINTS",
+        type=float,
+        default=Margins().points,
+        help="a difference in accuracy within this many points counts as none (%(default)s)",
+    )
+    parser.add_argument(
+        "--margin-loss",
+        metavar="NATS",
+        type=float,
+        default=Margins().nats,
+        help="the same for the loss, and so for perplexity (%(default)s, 1 %% of perplexity)",
+    )
+    options = parser.parse_args(arguments)
+    for name, value in (("--margin", options.margin), ("--margin-loss", options.margin_loss)):
+        if not (value > 0 and math.isfinite(value)):
+            parser.error(f"{name}={value:g} must be more than 0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        margins = Margins(options.margin, options.margin_loss)
+        page = write_report(options.folders, options.out, margins)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError) as error:
+        strerror = error.strerror if isinstance(error, OSError) else None
+        where = f"{error.filename}: {strerror}" if strerror else str(error)  # type: ignore[attr-defined]
+        print(f"error: {where}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,602 @@
+"""What many runs say together: arms, changes, comparisons, and verdicts on the founding claims.
+
+An **arm** is what is repeated over seeds: a *variant* (an experiment, and what else was set)
+trained as a *model* (a loss at the last layer, or at every layer) under a *condition* (the corpus,
+and any setting that was swept across the experiments alike). Only completed runs count, each
+experiment and seed once. Accuracies are in percent of tokens and their differences in points,
+perplexities compare in percent, losses in nats per token; in every change and difference a plus is
+an improvement.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from proglayer import stats
+from proglayer.display import one_line
+from proglayer.results import (
+    COMPLETED,
+    GROUPS,
+    NOT_THE_EXPERIMENT,
+    PLACE_OF_TEXT,
+    Results,
+    keys_and_values,
+)
+
+# A pandas frame or series. Its own types cannot follow a selection, which may be either.
+Frame = Any
+
+ORIGINAL = "original"
+FROM_SCRATCH = "control_from_scratch"
+KEEP_TRAINING = "control_keep_training"
+UNFROZEN = "control_unfrozen"
+# The order in which variants are told; others follow in the order of their runs.
+ORDER = (
+    ORIGINAL,
+    "more_layers",
+    "wider",
+    "gradual_unfreezing",
+    "longer_training",
+    "split_lr",
+    FROM_SCRATCH,
+    KEEP_TRAINING,
+    "control_head_only",
+    UNFROZEN,
+)
+STANDARD = "standard"
+DEEP = "deep_supervision"
+MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
+
+# A label longer than this is cut: it has to fit beside a figure.
+LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Differences within these count as none. Perplexity's follows from the loss's."""
+
+    points: float = 0.1
+    nats: float = 0.01
+
+    @property
+    def percent(self) -> float:
+        """The fall in perplexity, in percent, that a fall of `nats` in the loss is."""
+        return 100 * -math.expm1(-self.nats)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that arms are judged by: its column of change, of the end, unit and decimals."""
+
+    name: str
+    change: str
+    unit: str
+    decimals: int
+
+    def margin(self, margins: Margins) -> float:
+        """The margin of this figure, in its unit."""
+        return {"points": margins.points, "%": margins.percent, "nats": margins.nats}[self.unit]
+
+
+ACCURACY = Figure("accuracy", "accuracy_change_points", "points", 3)
+PERPLEXITY = Figure("perplexity", "perplexity_change_percent", "%", 2)
+LOSS = Figure("loss", "loss_change_nats", "nats", 4)
+FIGURES = (ACCURACY, PERPLEXITY, LOSS)
+
+
+@dataclass(frozen=True)
+class PublishedPhase:
+    """A phase of the founding run."""
+
+    name: str
+    layers: int
+    accuracy_percent: float
+    perplexity: float
+    seconds: float
+    best_epoch: int
+
+
+# The founding experiment's published run: WikiText-2 raw (Salesforce/wikitext,
+# wikitext-2-raw-v1, whole release), vocabulary 69,830, dim 64, one seed (42), an NVIDIA L4.
+PUBLISHED = {
+    STANDARD: (
+        PublishedPhase("initial", 3, 16.35, 978.89, 23.69, 3),
+        PublishedPhase("grown", 4, 16.20, 975.51, 27.44, 2),
+    ),
+    DEEP: (
+        PublishedPhase("initial", 3, 16.45, 950.45, 53.06, 3),
+        PublishedPhase("grown", 4, 16.26, 968.60, 92.11, 3),
+    ),
+}
+# As published: points of accuracy, percent of perplexity, seconds in all. The phases themselves
+# give 0.35 % for Standard and 145.17 s for deep supervision.
+PUBLISHED_CHANGES = {STANDARD: (-0.15, 0.34, 51.13), DEEP: (-0.19, -1.91, 145.16)}
+PUBLISHED_SOURCE = (
+    "the founding experiment's published run: WikiText-2 raw, vocabulary 69,830, one seed (42), "
+    "NVIDIA L4"
+)
+
+
+# --- arms -----------------------------------------------------------------------------------------
+
+# What an arm is not told apart by: where and how it runs, its seed, and what its corpus's
+# fingerprint covers.
+_ASIDE = {f"config.{name}" for name in (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT, "seed")}
+_NO_VARIATION = {"seed", "model", "experiment", "data"}
+
+
+@dataclass(frozen=True, eq=False)
+class Arms:
+    """Completed runs, each with its arm.
+
+    `runs` has one row a run, in the order of conditions, variants, models and seeds: `run`,
+    `condition` (a number), `variant`, `experiment`, `base` (the experiment as it is, nothing else
+    set), `model`, `seed`, `grows`, the changes of FIGURES (nan for a run of one phase), and the
+    columns of `Results.runs`. `conditions` names each condition.
+    """
+
+    runs: Frame
+    conditions: tuple[str, ...]
+
+    def of(self, condition: int) -> Frame:
+        """The runs of one condition."""
+        return self.runs[self.runs["condition"] == condition]
+
+
+def arms(results: Results) -> Arms:
+    """Sort completed runs into arms."""
+    runs: Frame = results.distinct().runs
+    runs = runs[(runs["status"] == COMPLETED) & runs["seed"].notna()].reset_index(drop=True)
+    runs["experiment"] = runs["experiment"].astype(object).where(runs["experiment"].notna(), "")
+    runs["model"] = runs["model"].astype(object).where(runs["model"].notna(), "unknown model")
+    for name in ("experiment", "model"):
+        runs[name] = runs[name].map(_label)
+    runs["seed"] = runs["seed"].astype("int64")
+    swept = _swept(runs)
+    conditions = [column for column in swept if _is_condition(runs, column)]
+    runs["condition"], names = _conditions(runs, conditions)
+    runs["variant"], runs["base"] = _variants(runs, [c for c in swept if c not in conditions])
+    phases: Frame = results.phases
+    grown = set(phases.loc[phases["new_layers"] != "[]", "run"].dropna())
+    runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
+    _add_changes(runs)
+    rank: dict[Any, int] = {name: number for number, name in enumerate(ORDER)}
+    # Duplicates were taken out by their settings; nothing may pair two runs of one arm and seed.
+    runs = runs.drop_duplicates(["condition", "variant", "model", "seed"], keep="last")
+    order = pd.DataFrame(
+        {
+            "condition": runs["condition"],
+            "experiment": runs["experiment"].map(lambda name: rank.get(name, len(rank))),
+            "base": ~runs["base"],
+            "variant": pd.factorize(runs["variant"])[0],
+            "model": runs["model"].map(lambda name: (STANDARD, DEEP, name).index(name)),
+            "name": runs["model"],
+            "seed": runs["seed"],
+        }
+    )
+    order = order.sort_values(list(order.columns), kind="stable").index
+    return Arms(runs.loc[order].reset_index(drop=True), names)
+
+
+def _label(text: Any) -> str:
+    """Text of a configuration as a name: one printable line, not too long."""
+    line = one_line(str(text))
+    return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
+
+
+def _swept(runs: Frame) -> list[str]:
+    return [
+        column
+        for column in runs.columns
+        if column.startswith("config.")
+        and column not in _ASIDE
+        and not column.startswith("config.data.")
+        and runs[column].nunique(dropna=False) > 1
+    ]
+
+
+def _is_condition(runs: Frame, column: str) -> bool:
+    """Whether a setting varies inside most of the experiments: then it divides them all alike.
+
+    What varies inside one experiment only makes variants of that one.
+    """
+    kinds = runs.groupby(["corpus_fingerprint", "experiment", "model"], dropna=False)
+    varies = kinds[column].nunique(dropna=False) > 1
+    inside = set(varies[varies].index.get_level_values("experiment"))
+    experiments = runs["experiment"].nunique()
+    return experiments > 1 and 2 * len(inside) > experiments
+
+
+def _conditions(runs: Frame, columns: Sequence[str]) -> tuple[Frame, tuple[str, ...]]:
+    """A number for each run's condition, in the order of their first runs, and their names."""
+    keys = ["corpus_fingerprint", *columns]
+    numbers = runs.groupby(keys, dropna=False, sort=False).ngroup()
+    data = [c for c in runs.columns if c.startswith("config.data.") and c not in _ASIDE]
+    data = [column for column in data if runs[column].nunique(dropna=False) > 1]
+    shown = [column for column in data if column != "config.data.source"]
+    names: list[str] = []
+    for _, row in runs.loc[~numbers.duplicated()].iterrows():
+        corpus = row["corpus"] if pd.notna(row["corpus"]) else "unknown corpus"
+        names.append(_label(" ".join([str(corpus), *_values(row, [*columns, *shown])])))
+    for number, name in enumerate(names):
+        if names.count(name) > 1:
+            names[number] = f"{name} ({number + 1})"
+    return numbers, tuple(names)
+
+
+def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool]]:
+    """Each run's variant: its experiment, and the settings that set it apart within that.
+
+    The arm of an experiment with the fewest overrides carries its plain name.
+    """
+    labels = [""] * len(runs)
+    base = [False] * len(runs)
+    own = [_own_overrides(text) for text in runs["overrides"].fillna("")]
+    group: Frame
+    for (_, experiment, _), group in runs.groupby(["condition", "experiment", "model"], sort=False):
+        varying = [c for c in columns if group[c].nunique(dropna=False) > 1]
+        choices = [g for g in GROUPS if g not in _NO_VARIATION and group[g].nunique() > 1]
+        arm: Frame = group.groupby(varying or ["experiment"], dropna=False, sort=False).ngroup()
+        first: dict[int, Frame] = {
+            number: group.loc[index] for index, number in arm.drop_duplicates().items()
+        }
+        fewest = dict.fromkeys(first, sys.maxsize)
+        for index, number in arm.items():
+            fewest[number] = min(fewest[number], own[index])
+        plain = [number for number in first if fewest[number] == min(fewest.values())]
+        plain_arm = plain[0] if len(plain) == 1 else None
+        told: dict[int, str] = {}
+        base_row = None if plain_arm is None else first[plain_arm]
+        for number, row in first.items():
+            if number == plain_arm:
+                label = str(experiment) or ("as configured" if len(first) == 1 else "base")
+            else:
+                parts = _parts(row, base_row, choices, varying)
+                label = _label(" ".join([*([str(experiment)] if experiment else []), *parts]))
+            told[number] = f"{label} ({number + 1})" if label in told.values() else label
+        for index, number in arm.items():
+            labels[index] = told[number]
+            base[index] = number == plain_arm
+    return labels, base
+
+
+def _own_overrides(text: str) -> int:
+    """How many overrides say something else than which seed, model, experiment and text."""
+    try:
+        given = shlex.split(text)
+    except ValueError:
+        return 0
+    return sum(key.split(".")[0] not in _NO_VARIATION for key, _ in keys_and_values(given))
+
+
+def _parts(
+    row: Frame, base: Frame | None, choices: Sequence[str], settings: Sequence[str]
+) -> list[str]:
+    """What sets an arm apart, by its groups' choices first, then by settings."""
+
+    def differs(column: str) -> bool:
+        return base is None or _value(row[column]) != _value(base[column])
+
+    groups = [group for group in choices if differs(group)]
+    told = [f"{group}={_value(row[group])}" for group in groups]
+    rest = [c for c in settings if c.split(".")[1] not in groups and differs(c)]
+    return told + _values(row, rest)
+
+
+def _values(row: Frame, columns: Iterable[str]) -> list[str]:
+    return [f"{c.removeprefix('config.')}={_value(row[c])}" for c in columns]
+
+
+def _value(value: Any) -> str:
+    if pd.isna(value):
+        return "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _add_changes(runs: Frame) -> None:
+    """The changes from the first phase to the last; none for a run of one phase."""
+    steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
+
+    def ends(name: str) -> tuple[Frame, pd.Series]:
+        return tuple(  # type: ignore[return-value]
+            runs[f"{which}_{name}"].astype("float64").where(steps) for which in ("first", "last")
+        )
+
+    before, after = ends("accuracy_percent")
+    runs[ACCURACY.change] = stats.accuracy_change_points(before / 100, after / 100)
+    runs[PERPLEXITY.change] = stats.perplexity_change_percent(*ends("perplexity"))
+    runs[LOSS.change] = stats.loss_change_nats(*ends("loss"))
+
+
+# --- changes and differences ----------------------------------------------------------------------
+
+
+def changes(runs: Frame) -> Frame:
+    """Each arm's change in each figure over its seeds.
+
+    Args:
+        runs: of `Arms`, of one condition.
+
+    Returns:
+        one row per arm and figure: `variant`, `model`, `figure`, `unit`, and the fields of
+        `stats.Summary`. Arms of one phase have none.
+    """
+    rows = []
+    grown = runs[runs["phases"].fillna(0) > 1]
+    for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
+        for figure in FIGURES:
+            told = stats.summary(arm[figure.change].to_numpy(dtype=float))
+            rows.append([variant, model, figure.name, figure.unit, *_fields(told)])
+    return pd.DataFrame(rows, columns=["variant", "model", "figure", "unit", *SUMMARY_FIELDS])
+
+
+SUMMARY_FIELDS = ("n", "dropped", "mean", "sd", "low", "high")
+
+
+def _fields(summary: stats.Summary) -> list[Any]:
+    return [getattr(summary, name) for name in SUMMARY_FIELDS]
+
+
+def deep_minus_standard(runs: Frame, figure: Figure, margins: Margins) -> Frame:
+    """Deep supervision's change less Standard's, paired by seed, in every variant with phases.
+
+    One family: see `stats.judge` for the columns; `variant` takes the place of `within`.
+    """
+    stepped = runs[runs["phases"].fillna(0) > 1]
+    both = [
+        variant
+        for variant, rows in stepped.groupby("variant", sort=False)
+        if {STANDARD, DEEP} <= set(rows["model"])
+    ]
+    told = stats.compare_all(
+        stepped[stepped["variant"].isin(both)],
+        value=figure.change,
+        variant="model",
+        pairs=[(DEEP, STANDARD)],
+        within="variant",
+        margin=figure.margin(margins),
+        unit=figure.unit,
+    )
+    return told.rename(columns={"within": "variant"})
+
+
+def against(runs: Frame, reference: str, margins: Margins) -> Frame:
+    """The final accuracy of every other variant less that of `reference`, paired by seed.
+
+    One family over variants and models. Columns as `stats.judge`, with `model` for `within` and
+    `differs` (the settings in which the two differ).
+    """
+    variants = [v for v in runs["variant"].unique() if v != reference]
+    held = set(map(tuple, runs[["model", "variant"]].drop_duplicates().to_numpy().tolist()))
+    comparisons = stats.compare(
+        runs,
+        value="last_accuracy_percent",
+        variant="variant",
+        pairs=[(variant, reference) for variant in variants],
+        within="model",
+        margin=ACCURACY.margin(margins),
+    )
+    comparisons = {
+        (model, a, b): comparison
+        for (model, a, b), comparison in comparisons.items()
+        if (model, a) in held and (model, b) in held
+    }
+    told = stats.judge(comparisons, unit=ACCURACY.unit).rename(columns={"within": "model"})
+    differs = {variant: differing(runs, variant, reference) for variant in variants}
+    told["differs"] = [differs[a] for a in told["a"]]
+    return told
+
+
+def differing(runs: Frame, one: str, other: str) -> str:
+    """The settings in which two variants differ, whatever the model."""
+    swept = [column for column in _swept(runs) if column != "config.model.exit_weights"]
+    pair = [runs[runs["variant"] == name].iloc[:1] for name in (one, other)]
+    if any(row.empty for row in pair):
+        return ""
+    a, b = (row.iloc[0] for row in pair)
+    return ", ".join(c.removeprefix("config.") for c in swept if _value(a[c]) != _value(b[c]))
+
+
+# --- the founding experiment's claims -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A claim of the founding experiment, and the comparisons that it rests on.
+
+    `rows` are those of `stats.judge` with `what` and `model`; all hypotheses of a condition are
+    judged as one family. `missing` says what runs it would take where there is nothing to compare.
+    """
+
+    title: str
+    measured_by: str
+    rows: Frame
+    missing: str
+
+    @property
+    def outcome(self) -> str:
+        """The verdict that all comparisons share; else that they do not."""
+        outcomes = set(self.rows["verdict"])
+        if len(outcomes) > 1:
+            return "no single answer"
+        return outcomes.pop() if outcomes else str(stats.Outcome.undecided)
+
+
+def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]:
+    """Judge what the founding experiment claimed, by the final or the changed accuracy.
+
+    Args:
+        runs: of `Arms`, of one condition.
+        curves: of `ledger.curves`, of these runs.
+        margins: of equivalence.
+    """
+    original = _named(runs, ORIGINAL)
+    growing = list(runs.loc[runs["grows"], "variant"].unique())
+    judged_in = [original] if original in growing else growing
+    asked: list[tuple[str, str, str, Mapping[Any, stats.Comparison]]] = []
+    settings: dict[str, Any] = {"margin": ACCURACY.margin(margins)}
+
+    stepped = runs[runs["variant"].isin(judged_in)]
+    found = stats.compare(
+        stepped,
+        value=ACCURACY.change,
+        variant="model",
+        pairs=[(DEEP, STANDARD)],
+        within="variant",
+        **settings,
+    )
+    deeper = {(f"{v}: deep supervision − Standard", ""): c for (v, _, _), c in found.items()}
+    asked.append(
+        (
+            "Deep supervision helps when layers are added",
+            "the change in accuracy from the first phase to the last, deep supervision − Standard, "
+            "paired by seed",
+            "both models of one experiment that adds layers: experiment=original "
+            "model=standard,deep_supervision",
+            deeper if {STANDARD, DEEP} <= set(stepped["model"]) else {},
+        )
+    )
+
+    unfrozen = _named(runs, UNFROZEN)
+    asked.append(
+        (
+            "Existing layers must be stable",
+            "the final accuracy with the existing layers frozen − with nothing frozen, paired by "
+            "seed",
+            "experiment=original,control_unfrozen",
+            _between(runs, "last_accuracy_percent", original, unfrozen, settings),
+        )
+    )
+
+    scratch = _named(runs, FROM_SCRATCH)
+    both: dict[Any, stats.Comparison] = {}
+    for measure, words in (("tokens", "tokens"), ("flops", "compute")):
+        fair = at_equal(runs, curves, original, scratch, measure)
+        compared = _between(fair, "accuracy_percent", original, scratch, settings)
+        both |= {(f"{what}, at equal {words}", model): c for (what, model), c in compared.items()}
+    asked.append(
+        (
+            "Stepwise training works",
+            "the final accuracy of the grown model − that of the same depth trained from scratch, "
+            "at its best epoch within the training tokens (or operations, head included) that "
+            "growing took in all its phases, paired by seed",
+            "experiment=original,control_from_scratch",
+            both,
+        )
+    )
+
+    family = {
+        (title, what, model): comparison
+        for title, _, _, comparisons in asked
+        for (what, model), comparison in comparisons.items()
+    }
+    judged = stats.judge(family, unit=ACCURACY.unit)
+    if not family:
+        judged = judged.assign(within=[], a=[], b=[])
+    judged = judged.rename(columns={"within": "hypothesis", "a": "what", "b": "model"})
+    return [
+        Hypothesis(title, measured, judged[judged["hypothesis"] == title], missing)
+        for title, measured, missing, _ in asked
+    ]
+
+
+def _named(runs: Frame, experiment: str) -> str | None:
+    """The variant that is this experiment and nothing else; else its first one."""
+    rows = runs[runs["experiment"] == experiment]
+    plain = rows[rows["base"]]
+    rows = plain if len(plain) else rows
+    return None if rows.empty else str(rows["variant"].iloc[0])
+
+
+def _between(
+    runs: Frame,
+    value: str,
+    a: str | None,
+    b: str | None,
+    settings: Mapping[str, Any],
+) -> dict[tuple[str, str], stats.Comparison]:
+    """(what is compared, model) -> the comparison, for each model that has both variants."""
+    if a is None or b is None:
+        return {}
+    pairs: list[tuple[Hashable, Hashable]] = [(a, b)]
+    found = stats.compare(
+        runs, value=value, variant="variant", pairs=pairs, within="model", **settings
+    )
+    return {
+        (f"{a} − {b}", str(model)): comparison
+        for (model, _, _), comparison in found.items()
+        if comparison.n + comparison.dropped
+        and {a, b} <= set(runs.loc[runs["model"] == model, "variant"])
+    }
+
+
+def at_equal(
+    runs: Frame, curves: Frame, grown: str | None, scratch: str | None, measure: str
+) -> Frame:
+    """What each run of two variants is worth when from-scratch may spend what growing did.
+
+    The grown model counts at its end. The one from scratch counts at its epoch of lowest
+    validation loss among those that ended within the compute of the grown run of its model and
+    seed; if it stopped by its own rule before, that is its end.
+
+    Args:
+        measure: a column of `curves`: tokens or flops.
+
+    Returns:
+        one row per run that has a partner: `variant`, `model`, `seed`, `accuracy_percent`, `loss`
+        (nan for a run whose first epoch costs more than growing did), `cut` (training was cut).
+    """
+    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "cut"]
+    own = runs.loc[runs["variant"] == grown, ["model", "seed", measure]]
+    own = own.assign(
+        variant=grown,
+        accuracy_percent=runs["last_accuracy_percent"].astype(float),
+        loss=runs["last_loss"].astype(float),
+        cut=False,
+    )
+    budget = own.set_index(["model", "seed"])[measure].astype(float)
+    other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed"]]
+    keys = pd.MultiIndex.from_frame(other[["model", "seed"]])
+    other = other.assign(budget=budget.reindex(keys).to_numpy()).dropna(subset="budget")
+    epochs = curves.merge(other, on="run")
+    # The two sums were added up in different orders.
+    within = epochs[epochs[measure] <= epochs["budget"] * (1 + 1e-9)]
+    best = within.loc[within.groupby("run")["loss"].idxmin()].set_index("run")
+    spent = other["run"].map(epochs.groupby("run")[measure].max()).to_numpy(dtype=float)
+    told = other.assign(
+        variant=scratch,
+        accuracy_percent=other["run"].map(best["accuracy_percent"]).astype(float),
+        loss=other["run"].map(best["loss"]).astype(float),
+        cut=spent > other["budget"].to_numpy(dtype=float) * (1 + 1e-9),
+    )
+    return pd.concat([own[columns], told[columns]], ignore_index=True)
+
+
+def has_seeds(runs: Frame) -> bool:
+    """Whether any arm was run with more than one seed."""
+    return bool(len(runs)) and bool(runs.groupby(["variant", "model"]).size().max() > 1)
+
+
+def binomial_errors(runs: Frame) -> Frame:
+    """What the size of the validation set alone leaves unsure of each model's accuracy.
+
+    Returns:
+        one row per model: `model`, `accuracy_percent` (mean), `tokens`, `error_points`.
+    """
+    rows = []
+    for model, group in runs.groupby("model", sort=False):
+        accuracy = float(np.nanmean(group["last_accuracy_percent"].astype(float)))
+        tokens = group["validation_tokens"].dropna()
+        if len(tokens) and math.isfinite(accuracy):
+            count = int(tokens.min())
+            error = stats.binomial_error(accuracy / 100, count)
+            rows.append([model, accuracy, count, error])
+    return pd.DataFrame(rows, columns=["model", "accuracy_percent", "tokens", "error_points"])
