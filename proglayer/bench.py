@@ -396,8 +396,8 @@ def blockings(device: torch.device, vocab: int, itemsize: int) -> list[Blocking]
     threads = torch.get_num_threads()
     found = []
     for rows in (256, 512, 1024):
-        # Logits that fill the second-level caches in use, half of them, and twice.
-        for share in (0.5, 1, 2):
+        # Logits that fill the second-level caches in use, or half of them.
+        for share in (0.5, 1):
             words = max(16, int(share * cache_bytes() / (rows * itemsize)) // 16 * 16) * threads
             found += [Blocking(rows, words, True, parts) for parts in {1, threads}]
     found += [Blocking(128, vocab, False, 1), Blocking(512, 4096, False, 1)]
@@ -813,7 +813,8 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in columns:
         words = name in ("model", "phase", "shape", "best blocking")
-        table.add_column(name, justify="left" if words else "right", overflow="fold")
+        folds = name in ("shape", "best blocking")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not folds)
     return table
 
 
@@ -897,7 +898,7 @@ def _bench(options: argparse.Namespace) -> int:
         here = machine.describe_machine(device)
         say = console().print
         say(
-            f"{here.device_name}, {here.threads} threads, torch {here.torch}, "
+            f"{here.device_name}, threads {here.threads}, torch {here.torch}, "
             f"{first.precision.name}; batch {first.phase.batch_size} x {first.data.seq_len}, "
             f"dim {first.model.dim}, vocabulary {first.model.vocab_size:,}",
             markup=False,
@@ -905,6 +906,7 @@ def _bench(options: argparse.Namespace) -> int:
         cases = []
         for model, config in found.items():
             for phase in _phases(config):
+                print(f"measuring {model}, {phase.name} ...", file=sys.stderr, flush=True)
                 case = measure(model, phase, config.data.seq_len, effort, device)
                 last = model == list(found)[-1] and phase.index == len(_phases(config)) - 1
                 if not options.no_memory and (last or not options.short):
@@ -943,7 +945,7 @@ def _study(options: argparse.Namespace) -> int:
     say(
         f"{len(jobs)} jobs, {sum(shape.phases for shape in shapes)} distinct phases: about "
         f"{seconds / 60:.0f} min with one job at a time, if every phase takes {options.epochs} "
-        f"epochs and none is stored yet ({here.device_name}, {here.threads} threads)",
+        f"epochs and none is stored yet ({here.device_name}, threads {here.threads})",
         markup=False,
     )
     if options.json:
