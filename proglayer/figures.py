@@ -281,7 +281,7 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
                     for _, part in shown.groupby(["seed", "phase"], sort=True)
                 ]
                 axes.add_collection(
-                    LineCollection(lines, colors=look.colour, linewidths=0.7, alpha=0.45)
+                    LineCollection(lines, colors=look.colour, linewidths=0.8, alpha=0.55)
                 )
             for phase, part in own.groupby("phase"):
                 at = part.groupby("at")["loss"].agg(["mean", "size"])
@@ -427,6 +427,12 @@ def against_compute(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         _tick_few(axes)
+        # Where the variants part matters, not where they all come from.
+        ends = steps.groupby("variant")["loss"].min()
+        low, high = float(ends.min()), float(steps["loss"].max())
+        top = low + max(4 * float(ends.max() - low), 0.25 * (high - low))
+        if high > low:
+            axes.set_ylim(low - 0.06 * (top - low), min(high, top) + 0.03 * (top - low))
         axes.set_xlabel(f"{unit}, all phases so far")
         axes.set_ylabel("lowest validation loss so far")
         _legend(axes, 2)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Cell(NamedTuple):
@@ -25,10 +25,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title; `figures` are set right; `hidden_on_paper` gives way in print."""
+    """A column: figures are set right, names keep together, prose wraps.
+
+    One that is `hidden_on_paper` gives way in print.
+    """
 
     title: str
-    figures: bool = True
+    kind: Literal["figure", "name", "prose"] = "figure"
     hidden_on_paper: bool = False
 
 
@@ -159,6 +162,11 @@ def _escape(text: str) -> str:
     return html.escape(printable(text))
 
 
+def _breakable(text: str) -> str:
+    """Escaped text that may break in the middle of names and paths."""
+    return re.sub(r"(?<=[_/=])(?=\w)|(?<=,)(?=[^\W\d])", "<wbr>", _escape(text))
+
+
 def _anchor(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
@@ -207,11 +215,8 @@ def _badge(outcome: str) -> str:
 
 
 def _html_table(table: Table) -> str:
-    classes = [
-        " ".join(["n"] * column.figures + ["screen"] * column.hidden_on_paper)
-        for column in table.columns
-    ]
-    marks = [f' class="{names}"' if names else "" for names in classes]
+    classes = [column.kind + " screen" * column.hidden_on_paper for column in table.columns]
+    marks = [f' class="{names}"' for names in classes]
     heads = []
     for column, mark in zip(table.columns, marks, strict=True):
         title = _escape(column.title)
@@ -223,16 +228,16 @@ def _html_table(table: Table) -> str:
         for cell, mark in zip(row, marks, strict=True):
             text, sort = cell if isinstance(cell, Cell) else (cell, None)
             key = "" if sort is None or not table.sortable else f' data-sort="{_escape(str(sort))}"'
-            cells.append(f"<td{mark}{key}>{_escape(text)}</td>")
+            cells.append(f"<td{mark}{key}>{_breakable(text)}</td>")
         strong = ' class="strong"' if number in table.strong else ""
         rows.append(f"<tr{strong}>{''.join(cells)}</tr>")
     note = f'<p class="quiet">{_escape(table.note)}</p>' if table.note else ""
     kind = ' class="sortable"' if table.sortable else ""
     body = "\n".join(rows)
     return (
-        '<div class="table">'
+        f'<div class="table"><p class="caption">{_escape(table.title)}</p>'
         f'<div class="scroll" role="region" tabindex="0" aria-label="{_escape(table.title)}">'
-        f"<table{kind}><caption>{_escape(table.title)}</caption>"
+        f"<table{kind}>"
         f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>{body}</tbody></table></div>"
         f"{note}</div>"
     )
@@ -303,7 +308,7 @@ def _markdown_table(table: Table) -> str:
         "\n".join(
             [
                 line([_marked(column.title) for column in table.columns]),
-                line(["---:" if column.figures else "---" for column in table.columns]),
+                line(["---:" if column.kind == "figure" else "---" for column in table.columns]),
                 *rows,
             ]
         ),

@@ -8,6 +8,7 @@ runs give equal files.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,15 @@ from proglayer.page import (
     to_html,
     to_markdown,
 )
-from proglayer.results import Results, load, plain_values, spreadsheet_safe
+from proglayer.results import (
+    COMPLETED,
+    RUNNING,
+    WAITING,
+    Results,
+    load,
+    plain_values,
+    spreadsheet_safe,
+)
 from proglayer.study import DEEP, FIGURES, STANDARD, Frame, Margins
 
 PAGE = "index.html"
@@ -61,6 +71,7 @@ TITLE = "Study report"
 # What a page can hold and a reader can read; the rest is counted, and whole in the tables.
 MOST_CONDITIONS = 4
 MOST_VARIANTS = 12
+MOST_MODELS = 4
 MOST_RUNS = 500
 MOST_ENDED = 100
 MOST_TRACEBACKS = 10
@@ -89,8 +100,14 @@ def write_report(
         raise ValueError(f"no run in {', '.join(map(str, folders))}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    report = _Report(results, out, margins or Margins())
-    lead, blocks = report.document()
+    # statsmodels collects garbage at every correction: half a second each where torch is loaded,
+    # unless what is there already is set aside.
+    gc.freeze()
+    try:
+        report = _Report(results, out, margins or Margins())
+        lead, blocks = report.document()
+    finally:
+        gc.unfreeze()
     report.write_tables()
     (out / MARKDOWN).write_text(to_markdown(TITLE, lead, blocks), encoding="utf-8")
     page = out / PAGE
@@ -219,6 +236,7 @@ class _Report:
         runs, margins = condition.runs, self.margins
         found = study.hypotheses(runs, condition.curves, margins)
         blocks: list[Block] = []
+        cards: list[Block] = []
         if not study.has_seeds(runs):
             errors = study.binomial_errors(runs)
             told = [
@@ -243,18 +261,23 @@ class _Report:
             if not findings:
                 told = f"nothing to compare: it takes {hypothesis.missing}, with the same seeds"
                 findings = [(hypothesis.outcome, "no such runs", told)]
-            blocks.append(
+            cards.append(
                 Verdict(hypothesis.outcome, hypothesis.title, hypothesis.measured_by, findings)
             )
             self.keep("hypotheses", condition, hypothesis.rows)
+        compared = sum(len(hypothesis.rows) for hypothesis in found)
+        if not compared:
+            title = "The founding experiment's claims: undecided, and what it takes to judge them"
+            return [*blocks, Folded(title, cards)]
+        blocks += cards
         blocks.append(
             Paragraph(
                 f"A difference within ±{margins.points:g} points of accuracy counts as none "
                 f"(perplexity: ±{margins.percent:.3g} %; loss: ±{margins.nats:g} nats). "
                 "Supported and refuted: a difference at the 5 % level; equivalent: shown to lie "
                 "within the margin; undecided is neither, and no finding of no difference. The "
-                f"{_count(sum(len(h.rows) for h in found), 'comparison')} above are one family, "
-                "corrected by Holm; intervals are of 95 % each, over seeds.",
+                f"{_count(compared, 'comparison')} above make one family, corrected by Holm; "
+                "intervals are of 95 % each, over seeds.",
                 quiet=True,
             )
         )
@@ -336,9 +359,10 @@ class _Report:
             table = _comparisons_table(
                 f"Change in {figure.name}, deep supervision − Standard, paired by seed, in "
                 f"{figure.unit}",
-                told[told["variant"].isin(shown)],
+                told,
                 figure,
                 {"variant": "Variant"},
+                shown,
             )
             if figure is study.ACCURACY:
                 blocks.append(table)
@@ -368,13 +392,16 @@ class _Report:
             self.keep("against", condition, told)
             table = _comparisons_table(
                 f"Final accuracy, variant − {reference}, paired by seed, in points",
-                told[told["a"].isin(condition.variants[: MOST_VARIANTS + 1])],
+                told,
                 study.ACCURACY,
                 {"a": "Variant", "model": "Model"},
-                last={"differs": "Differs in"},
+                condition.variants[: MOST_VARIANTS + 1],
             )
-            blocks.append(Heading(f"Against {words}", level=3))
-            blocks.append(table)
+            blocks += [Heading(f"Against {words}", level=3), table]
+            differs = dict(zip(told["a"], told["differs"], strict=True))
+            listed = [f"{name}: {settings}" for name, settings in differs.items() if settings]
+            title = f"The settings in which each differs from {reference}"
+            blocks.append(Folded(title, [Bullets(listed[:MOST_VARIANTS])]))
         return blocks
 
     # --- courses ----------------------------------------------------------------------------------
@@ -454,18 +481,15 @@ class _Report:
             self.keep("speed_up", condition, gains)
             if len(gains):
                 blocks.append(_speed_up_table(gains[gains["variant"].isin(shown)]))
-        pictures = []
-        for model in condition.models[:4]:
-            own = curves[(curves["model"] == model) & curves["variant"].isin(shown)]
-            for measure in (ledger.FLOPS, ledger.BODY, ledger.TOKENS, ledger.SECONDS):
-                if own[measure.column].notna().any():
-                    name = self._free(f"loss-{_slug(model)}-{measure.column}{condition.slug}")
-                    title = f"{model_name(model)}: loss against {measure.name}"
-                    unit = f"{measure.name}" + (f" ({measure.unit})" if measure.unit == "s" else "")
-                    pictures.append(
-                        against_compute(self.gallery, name, title, own, measure.column, unit, shown)
-                    )
-        blocks += [Heading("Loss against compute", level=3), Pictures(pictures)]
+        blocks += [
+            Heading("Loss against compute", level=3),
+            self._against_compute(condition, ledger.FLOPS),
+        ]
+        if len(condition.variants) > 1:
+            others = (ledger.BODY, ledger.TOKENS, ledger.SECONDS)
+            inside = [self._against_compute(condition, measure) for measure in others]
+            title = "Against operations without the head, tokens and time"
+            blocks.append(Folded(title, inside))
         trained = _trained_parameters(self.results, condition, shown)
         if len(trained):
             title = "Parameters that train, phase by phase"
@@ -475,13 +499,32 @@ class _Report:
             blocks.append(Pictures([parameters(self.gallery, name, title, trained)]))
         return blocks
 
+    def _against_compute(self, condition: _Condition, measure: ledger.Measure) -> Block:
+        """Pictures of the loss against one measure, a model each."""
+        shown = condition.variants[:MOST_VARIANTS]
+        pictures = []
+        for model in condition.models[:MOST_MODELS]:
+            own = condition.curves[
+                (condition.curves["model"] == model) & condition.curves["variant"].isin(shown)
+            ]
+            if own[measure.column].notna().any():
+                name = self._free(f"loss-{_slug(model)}-{measure.column}{condition.slug}")
+                title = f"{model_name(model)}: loss against {measure.name}"
+                unit = f"{measure.name} ({measure.unit})" if measure.unit == "s" else measure.name
+                pictures.append(
+                    against_compute(self.gallery, name, title, own, measure.column, unit, shown)
+                )
+        return Pictures(pictures)
+
     # --- runs -------------------------------------------------------------------------------------
 
     def _all_runs(self) -> list[Block]:
         runs = self.results.runs
         variants = dict(zip(self.arms.runs["run"], self.arms.runs["variant"], strict=True))
         rows = []
-        for row in runs.head(MOST_RUNS).to_dict("records"):
+        shown = runs.head(MOST_RUNS)
+        shown = shown.assign(phases=shown["phases"].astype("float64"))
+        for row in shown.to_dict("records"):
             name = variants.get(row["run"]) or _text(row["experiment"])
             rows.append(
                 [
@@ -492,19 +535,19 @@ class _Report:
                     row["status"] + (" (repeated)" if pd.notna(row["duplicate_of"]) else ""),
                     _pair(row, "layers", "d"),
                     _number(row["last_accuracy_percent"], ".2f"),
-                    _number(row["accuracy_points"], "+.2f"),
+                    _number(row["accuracy_points"] if row["phases"] > 1 else math.nan, "+.2f"),
                     _number(row["last_perplexity"], ",.2f"),
-                    _number(row["perplexity_percent"], "+.2f"),
+                    _number(row["perplexity_percent"] if row["phases"] > 1 else math.nan, "+.2f"),
                     _number(row["epochs"], "d"),
                     Cell(duration(row["seconds"]), _sort(row["seconds"])),
                 ]
             )
         columns = [
-            Column("Run", figures=False),
-            Column("Variant", figures=False),
-            Column("Model", figures=False),
+            Column("Run", "name"),
+            Column("Variant", "name"),
+            Column("Model", "name"),
             Column("Seed"),
-            Column("Status", figures=False),
+            Column("Status", "name"),
             Column("Layers"),
             Column("Accuracy %"),
             Column("Change, points"),
@@ -520,9 +563,9 @@ class _Report:
         return [Table("Every run (click a head to sort)", columns, rows, note, sortable=True)]
 
     def _not_completed(self) -> list[Block]:
-        """Failed and interrupted runs and what could not be read, with reasons."""
+        """Runs that ended otherwise, and what could not be read, with reasons."""
         runs = self.results.runs
-        told: Frame = runs[runs["status"].isin(["failed", "interrupted"])]
+        told: Frame = runs[~runs["status"].isin([COMPLETED, RUNNING, WAITING])]
         blocks: list[Block] = []
         if len(told):
             # Failures first: an interruption cures itself.
@@ -531,9 +574,9 @@ class _Report:
                 [row["run"], row["status"], _text(row["overrides"]), _text(row["reason"])]
                 for row in told.head(MOST_ENDED).to_dict("records")
             ]
-            titles = ("Run", "Status", "Overrides", "Reason")
-            columns = [Column(title, figures=False) for title in titles]
-            title = "Runs that failed or were interrupted"
+            columns = [Column("Run", "name"), Column("Status", "name")]
+            columns += [Column("Overrides", "prose"), Column("Reason", "prose")]
+            title = "Runs that ended otherwise"
             blocks.append(Table(title, columns, rows, sortable=True))
             if len(told) > MOST_ENDED:
                 blocks.append(_left_to("runs.csv", len(told) - MOST_ENDED, "runs"))
@@ -545,7 +588,7 @@ class _Report:
         left_out = self.results.left_out
         if len(left_out):
             rows = left_out[["folder", "kind", "reason"]].head(MOST_ENDED).to_numpy().tolist()
-            columns = [Column(title, figures=False) for title in ("Folder", "Kind", "Reason")]
+            columns = [Column("Folder", "name"), Column("Kind", "name"), Column("Reason", "prose")]
             blocks.append(Table("Left out, for it cannot be read", columns, rows))
             if len(left_out) > MOST_ENDED:
                 blocks.append(_left_to("left_out.csv", len(left_out) - MOST_ENDED, "folders"))
@@ -581,7 +624,7 @@ class _Report:
                 rows.append([title, _listed(values, 6)])
         if seeds := _ranges(runs["seed"]):
             rows.append(["Seeds", seeds])
-        columns = [Column("What", figures=False), Column("Values in these runs", figures=False)]
+        columns = [Column("What", "name"), Column("Values in these runs", "prose")]
         blocks.append(Table("With what it ran", columns, rows))
         blocks.append(
             Bullets(
@@ -600,7 +643,7 @@ class _Report:
 # --- tables ---------------------------------------------------------------------------------------
 
 PHASE_COLUMNS = (
-    Column("Phase", figures=False),
+    Column("Phase", "name"),
     Column("Layers"),
     Column("Best Acc"),
     Column("Best PPL"),
@@ -664,7 +707,7 @@ def _published_table(model: str) -> Table:
 
 
 MODEL_COLUMNS = (
-    Column("Figure", figures=False),
+    Column("Figure", "name"),
     Column("Standard"),
     Column("Deep supervision"),
     Column("Difference"),
@@ -717,7 +760,7 @@ def _published_models() -> Table:
 
 
 def _changes_table(changes: Frame, shown: Sequence[str]) -> Table:
-    columns = [Column("Variant", figures=False), Column("Model", figures=False), Column("Seeds")]
+    columns = [Column("Variant", "name"), Column("Model", "name"), Column("Seeds")]
     columns += [Column(f"{figure.name.capitalize()}, {figure.unit}") for figure in FIGURES]
     rows = []
     for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
@@ -738,16 +781,17 @@ def _comparisons_table(
     told: Frame,
     figure: study.Figure,
     labels: dict[str, str],
-    last: dict[str, str] | None = None,
+    shown: Iterable[str],
 ) -> Table:
-    """Judged comparisons. One that has no pair of seeds is not told."""
-    told = told[told["n"] > 0]
-    columns = [Column(name, figures=False) for name in labels.values()]
+    """Judged comparisons of the variants `shown`; none that has no pair of seeds."""
+    family = int(told["p_adjusted"].notna().sum())
+    told = told[(told["n"] > 0) & told[next(iter(labels))].isin(list(shown))]
+    columns = [Column(name, "name") for name in labels.values()]
     columns += [
-        Column("Verdict", figures=False),
-        Column("Seeds"),
         Column("Difference"),
         Column("95 % interval"),
+        Column("Verdict", "name"),
+        Column("Seeds"),
         Column("p, Holm"),
         Column("Sign-flip p", hidden_on_paper=True),
         Column("Equivalence p, Holm", hidden_on_paper=True),
@@ -755,7 +799,6 @@ def _comparisons_table(
         Column("Could show"),
         Column("Seeds to decide"),
     ]
-    columns += [Column(name, figures=False, hidden_on_paper=True) for name in (last or {}).values()]
     digits = figure.decimals
     rows = []
     for row in told.to_dict("records"):
@@ -768,10 +811,11 @@ def _comparisons_table(
             else ""
         )
         cells += [
-            row["verdict"],
-            str(row["n"]),
             Cell(_number(row["mean"], f"+.{digits}f"), _sort(row["mean"])),
             Cell(interval, _sort(row["low"])),
+            # The margin is told below.
+            row["verdict"].split()[0],
+            str(row["n"]),
             _p(row["p_adjusted"]),
             _p(row["sign_flip_p"]),
             _p(row["equivalence_p_adjusted"]),
@@ -779,13 +823,13 @@ def _comparisons_table(
             _number(row["smallest_difference"], f".{digits}f"),
             _seeds_needed(row),
         ]
-        cells += [row[name] for name in last or {}]
         rows.append(cells)
     margin = told["margin"].iloc[0] if len(told) else math.nan
     note = (
-        f"One family of {len(told)}. Margin ±{margin:.3g} {figure.unit}. Could show: the smallest "
-        "true difference that this many seeds find with a power of 80 %, for one comparison alone. "
-        "Seeds to decide: were the observed mean and spread the true ones."
+        f"One family of {family}. Equivalent: within the margin of ±{margin:.3g} {figure.unit}. "
+        "Could show: the smallest true difference that this many seeds find with a power of 80 %, "
+        "for one comparison alone. Seeds to decide: were the observed mean and spread the true "
+        "ones."
     )
     return Table(title, columns, rows, note, sortable=True)
 
@@ -801,8 +845,8 @@ def _seeds_needed(row: dict[str, Any]) -> Cell:
 
 def _spent_table(spent: Frame) -> Table:
     columns = [
-        Column("Variant", figures=False),
-        Column("Model", figures=False),
+        Column("Variant", "name"),
+        Column("Model", "name"),
         Column("Seeds"),
         Column("Epochs"),
         Column("Tokens"),
@@ -834,8 +878,8 @@ def _spent_table(spent: Frame) -> Table:
 
 def _target_table(reached: Frame, reference: str) -> Table:
     columns = [
-        Column("Variant", figures=False),
-        Column("Model", figures=False),
+        Column("Variant", "name"),
+        Column("Model", "name"),
         Column("Target loss"),
         Column("Reached by"),
         Column("Tokens"),
@@ -863,8 +907,8 @@ def _target_table(reached: Frame, reference: str) -> Table:
 
 def _speed_up_table(gains: Frame) -> Table:
     columns = [
-        Column("Variant", figures=False),
-        Column("Model", figures=False),
+        Column("Variant", "name"),
+        Column("Model", "name"),
         Column("Reached by"),
         *(
             Column(title)
@@ -891,7 +935,7 @@ def _speed_up_table(gains: Frame) -> Table:
 
 
 def _parameters_table(trained: Frame) -> Table:
-    columns = [Column("Variant and phase", figures=False)]
+    columns = [Column("Variant and phase", "name")]
     columns += [Column(t) for t in ("Layers", "Embedding", "Head", "Trained", "Total", "Share")]
     rows = []
     for row in trained.itertuples():
@@ -1046,7 +1090,11 @@ def _text(value: Any) -> str:
 
 def _unique(values: Frame) -> list[str]:
     known = [value for value in plain_values(values.drop_duplicates()) if value is not None]
-    return [f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in known]
+    words = {True: "yes", False: "no"}
+    return [
+        words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, Integral) else str(v)
+        for v in known
+    ]
 
 
 def _listed(names: Sequence[str], most: int) -> str:
