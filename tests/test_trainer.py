@@ -206,6 +206,30 @@ def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
     assert seen[0] != seen[1]
 
 
+def test_what_is_frozen_and_has_nothing_that_trains_below_records_no_gradients() -> None:
+    for phase in planned("model=deep_supervision", "freeze=gradual"):
+        training = Training(_empty(phase), phase, CORPUS, CPU)
+        hidden_entd = training.model(torch.zeros(2, 8, dtype=torch.long))
+        lowest = 0 if phase.rates.embedding is not None else min(phase.trained_layers)
+        assert [hidden.requires_grad for hidden in hidden_entd] == [
+            layer >= lowest for layer in range(phase.layers)
+        ]
+        # All that the top exit keeps for its gradient leads to what trains.
+        kept, seen = [hidden_entd[-1].grad_fn], set()
+        while kept:
+            node = kept.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                kept += [below for below, _ in node.next_functions]
+        leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
+        names = {name for name, p in training.model.named_parameters() if id(p) in leaves}
+        assert names == {
+            name
+            for name, p in training.model.named_parameters()
+            if p.requires_grad and name != "head.weight"
+        }
+
+
 def test_the_schedule_reaches_the_optimizer() -> None:
     phase = planned("lr.schedule=linear", "lr.warmup_steps=2", "phase.max_epochs=2")[0]
     training = Training(build(phase), phase, CORPUS, CPU)
