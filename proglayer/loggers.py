@@ -98,30 +98,28 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto import event_pb2, summary_pb2
 
+        # Their classes are made when they are imported: no type checker knows them.
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
         for earlier in folder.glob(f"{EVENTS}*"):
             earlier.unlink()
         name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
-        self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
+        self._write([self._event.Event(wall_time=time.time(), file_version="brain.Event:2")])
 
     def figures(self, figures: list[Figure]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         now = time.time()
-        self._write(
-            Event(
-                wall_time=now,
-                step=step,
-                summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]),
-            )
-            for name, value, step in figures
-        )
+        self._write(self._scalar(name, value, step, now) for name, value, step in figures)
 
     def end(self, status: Status) -> None:
         """An event file has no end."""
+
+    def _scalar(self, name: str, value: float, step: int, now: float) -> Any:
+        figure = self._summary.Summary.Value(tag=name, simple_value=value)
+        summary = self._summary.Summary(value=[figure])
+        return self._event.Event(wall_time=now, step=step, summary=summary)
 
     def _write(self, events: Iterable[Any]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter

@@ -611,11 +611,10 @@ def _read_root(
     runs = [item for item in runs if item.code in read]
     if len(fresh) >= CACHE_FROM_RUNS:
         troubled = {problem["folder"] for problem in left_out}
-        # What is told of a run without a record changes although its files do not.
         settled = [
             item
             for item in runs
-            if item.seen[0] and item.name not in troubled and max(item.seen[::3]) < now - SETTLED_NS
+            if item.begun and item.name not in troubled and max(item.seen[::3]) < now - SETTLED_NS
         ]
         _write_cache(root, settled, piece)
     place = {item.name: number for number, item in enumerate(found)}
@@ -663,13 +662,8 @@ def _read_runs(found: Sequence[_Found]) -> tuple[_Piece, Rows]:
 
 def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
     """One run's rows: its own, its phases', its exits'. Raises _Unreadable."""
-    row: dict[str, Any]
     if not item.begun:
-        row = {"status": WAITING, **_told_by_overrides(item.overrides or ())}
-        if since := _lost_since(item):
-            row["status"] = NOT_STARTED
-            row["reason"] = f"its sweep shows no sign of life since {since}"
-        return row, [], []
+        return {"status": WAITING, **_told_by_overrides(item.overrides or ())}, [], []
     result = _read_record(item.path)
     of_record = result or {}
     settings = of_record.get("config")
@@ -685,7 +679,7 @@ def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
         hydra = _read_yaml(item.path, "hydra.yaml")
         choices = _inside(hydra, ("hydra", "runtime", "choices"))
         started = _when(item.seen[6]) if item.seen[6] else None
-    row = {"status": RUNNING, "started": started}
+    row: dict[str, Any] = {"status": RUNNING, "started": started}
     if isinstance(overrides, (list, tuple)):
         row |= _told_by_overrides([str(override) for override in overrides])
     if isinstance(choices, dict):
@@ -700,25 +694,9 @@ def _read_run(item: _Found) -> tuple[dict[str, Any], Rows, Rows]:
         row["seed"] = _whole(settings.get("seed"))
         row["experiment_key"] = _experiment_key(settings, fingerprint)
     if result is None:
-        sign = read_sign(Path(item.path))
-        row["host"] = _text(sign.get("host"))
-        if sign.get("sign") == PENDING:
-            row["status"] = PENDING
-        elif since := _lost_since(item):
-            row["status"] = LOST
-            where = f" (it ran on {row['host']})" if row["host"] else ""
-            row["reason"] = f"no sign of life since {since}{where}"
         return row, [], []
     phases, exits = _phase_rows(result["phases"])
     return row | _result_row(result, phases), phases, exits
-
-
-def _lost_since(item: _Found) -> str | None:
-    """When a run without a record, or its sweep, last showed life, if that is too long ago."""
-    sign = item.last_sign  # None: its record was taken away just now, for it begins anew
-    if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
-        return None
-    return f"{sign:%Y-%m-%d %H:%M} UTC"
 
 
 def _read_record(folder: str) -> dict[str, Any] | None:
@@ -1113,10 +1091,40 @@ def _results(piece: _Piece, found: list[_Found], left_out: Rows) -> Results:
     runs["folder"] = _texts(item.path for item in found)
     signs = pa.array([item.last_sign for item in found], ARROW["time"]).to_pandas()
     runs["last_sign"] = signs.fillna(runs["ended"])
+    _add_signs_of_life(runs, found)
     runs["duplicate_of"] = _texts(_duplicates(runs))
     columns = {name: _texts(row[name] for row in left_out) for name in LEFT_OUT_COLUMNS}
     listed = pd.DataFrame(columns).sort_values("folder", kind="stable", ignore_index=True)
     return Results(runs=_arranged(runs), left_out=listed, **frames)
+
+
+def _add_signs_of_life(runs: pd.DataFrame, found: Sequence[_Found]) -> None:
+    """Tell of the runs without a record whether they live: that changes while no file does."""
+    told = {name: plain_values(runs[name]) for name in ("status", "reason", "host")}
+    for place, item in enumerate(found):
+        status = told["status"][place]
+        if status == WAITING and (since := _lost_since(item)):
+            told["status"][place] = NOT_STARTED
+            told["reason"][place] = f"its sweep shows no sign of life since {since}"
+        elif status == RUNNING:
+            sign = read_sign(Path(item.path))
+            host = told["host"][place] = _text(sign.get("host"))
+            if sign.get("sign") == PENDING:
+                told["status"][place] = PENDING
+            elif since := _lost_since(item):
+                told["status"][place] = LOST
+                where = f" (it ran on {host})" if host else ""
+                told["reason"][place] = f"no sign of life since {since}{where}"
+    for name, values in told.items():
+        runs[name] = _texts(values)
+
+
+def _lost_since(item: _Found) -> str | None:
+    """When a run without a record, or its sweep, last showed life, if that is too long ago."""
+    sign = item.last_sign  # None: its record was taken away just now, for it begins anew
+    if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
+        return None
+    return f"{sign:%Y-%m-%d %H:%M} UTC"
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:

@@ -801,6 +801,22 @@ def test_what_changed_a_moment_ago_is_not_cached(
     assert len(reads) == 9
 
 
+def test_whether_a_run_lives_is_never_taken_from_the_cache(pile: Path) -> None:
+    folder = pile / "sweep" / "0_abc"
+    (folder / "result.json").unlink()
+    aged(folder, 10)
+    load(pile)
+    assert ends(load(pile))["sweep/0_abc"] == "running"
+    write_sign(folder, Sign.pending)
+    assert ends(load(pile))["sweep/0_abc"] == "pending"
+    (folder / "heartbeat.json").unlink()
+    aged(folder, 600)
+    load(pile)
+    assert ends(load(pile))["sweep/0_abc"] == "lost"
+    write_sign(folder, Sign.running)
+    assert ends(load(pile))["sweep/0_abc"] == "running"
+
+
 def test_a_damaged_cache_is_ignored(pile: Path) -> None:
     expected = load(pile)
     cache = pile / results_module.CACHE
@@ -1049,6 +1065,28 @@ def test_the_command_ends_with_what_happened(
     assert main([str(file)]) == 2
     assert main([str(mixed), "--csv", str(file)]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_pile_of_everything_is_told_by_the_command(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed sweep with failures, other settings, no run, a cut record, one of the future."""
+    aged(mixed, 600)
+    made_up(tmp_path / "other", plain=with_setting(settings(), "model.dim", 128))
+    made_up(tmp_path / "cut").joinpath("result.json").write_text('{"format": 1, "sta')
+    edit(made_up(tmp_path / "future"), format=RECORD_FORMAT + 1)
+    (tmp_path / "photos").mkdir()
+    csv_folder = tmp_path / "report"
+    assert main([str(tmp_path), "--csv", str(csv_folder)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    last = shown.out.splitlines()[-1]
+    assert last == "6 runs: 2 completed, 1 failed, 1 lost, 1 interrupted, 1 not started"
+    with open(csv_folder / "left_out.csv", newline="") as file:
+        told = {row["folder"]: row["kind"] for row in csv.DictReader(file)}
+    assert told == {"cut": "damaged", "future": "newer", "photos": "foreign"}
+    for folder in told:
+        assert f"left out: {folder}: " in shown.out
 
 
 def test_the_command_writes_both_kinds_of_table(mixed: Path, tmp_path: Path) -> None:
