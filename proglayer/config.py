@@ -256,6 +256,7 @@ class Config:
     plan: bool
     on_error: OnError
     reuse: bool
+    report: bool
     checkpoint_every_s: float
     logger: LoggerConfig
     stages: StagesConfig

@@ -69,9 +69,27 @@ def run_job(settings: DictConfig) -> float | None:
         return None
     if outcome.status is Status.interrupted:
         raise KeyboardInterrupt
+    if single and config.report:
+        leave_report(folder)
     if outcome.status is Status.failed and single:
         sys.exit(FAILED)
     return outcome.objective
+
+
+def leave_report(folder: Path) -> None:
+    """Write the report of a run or a sweep into its folder, and say where it is.
+
+    Whatever goes wrong with it is told in a line of the log: it changes nothing about the runs.
+    """
+    try:
+        from proglayer.display import console
+        from proglayer.report import write_report
+
+        page = write_report([folder], folder / "report")
+        console().print(f"report: {page}", markup=False)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("no report could be written (%s)", reason)
 
 
 def print_plan(config: Config) -> None:

@@ -258,8 +258,8 @@ def _marked(text: str) -> str:
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # Only what begins a block or encloses something needs a backslash; the rest stays readable.
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
-    line = re.sub(r"^([#+\-=>])", r"\\\1", line)
-    line = re.sub(r"^(\d+)([.)])", r"\1\\\2", line)
+    line = re.sub(r"^([#+\-=])(?=[#+\-=\s]|$)", r"\\\1", line)
+    line = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
     # No address becomes a link by itself.
     return re.sub(r"(?i)(://|www\.|@)", lambda m: m[0][0] + "<!-- -->" + m[0][1:], line)
 

@@ -275,9 +275,9 @@ class _Report:
                 f"A difference within ±{margins.points:g} points of accuracy counts as none "
                 f"(perplexity: ±{margins.percent:.3g} %; loss: ±{margins.nats:g} nats). "
                 "Supported and refuted: a difference at the 5 % level; equivalent: shown to lie "
-                "within the margin; undecided is neither, and no finding of no difference. The "
-                f"{_count(compared, 'comparison')} above make one family, corrected by Holm; "
-                "intervals are of 95 % each, over seeds.",
+                "within the margin; undecided is neither, and no finding of no difference. All "
+                f"comparisons above ({compared}) are one family, corrected by Holm; intervals are "
+                "of 95 % each, over seeds.",
                 quiet=True,
             )
         )

@@ -74,6 +74,7 @@ NOT_THE_EXPERIMENT = (
     "plan",
     "on_error",
     "reuse",
+    "report",
     "checkpoint_every_s",
     "logger.tensorboard",
     "logger.mlflow",

@@ -479,6 +479,8 @@ def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]
     scratch = _named(runs, FROM_SCRATCH)
     both: dict[Any, stats.Comparison] = {}
     for measure, words in (("tokens", "tokens"), ("flops", "compute")):
+        if original is None or scratch is None:
+            continue
         fair = at_equal(runs, curves, original, scratch, measure)
         compared = _between(fair, "accuracy_percent", original, scratch, settings)
         both |= {(f"{what}, at equal {words}", model): c for (what, model), c in compared.items()}
@@ -538,9 +540,7 @@ def _between(
     }
 
 
-def at_equal(
-    runs: Frame, curves: Frame, grown: str | None, scratch: str | None, measure: str
-) -> Frame:
+def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str) -> Frame:
     """What each run of two variants is worth when from-scratch may spend what growing did.
 
     The grown model counts at its end. The one from scratch counts at its epoch of lowest

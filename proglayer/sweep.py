@@ -31,6 +31,7 @@ from proglayer.config import (
 )
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
+from proglayer.entrance import leave_report
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import Heartbeat, Status, read_result, write_submission
 from proglayer.stages import StoreError, write_atomically
@@ -106,6 +107,8 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
                 returns.append(sweeper.launcher.launch(batch, initial_job_idx=start))
     finally:
         failed = summarize(folder)
+    if jobs[0].config.report:
+        leave_report(folder)
     for batch in returns:
         for job_return in batch:
             _ = job_return.return_value  # raises what a job could not record

@@ -77,6 +77,7 @@ MAY_IMPORT = {
         "config",
         "corpus",
         "display",
+        "entrance",
         "machine",
         "plan",
         "record",
@@ -92,6 +93,7 @@ MAY_IMPORT = {
         "machine",
         "plan",
         "record",
+        "report",
         "stages",
     },
 }

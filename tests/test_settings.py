@@ -91,7 +91,7 @@ IN_THE_MACHINE = {"device", "threads"}
 # plan, on_error), test_loggers.
 HARMLESS = {
     "plan", "on_error", "reuse", "checkpoint_every_s", "stages.dir", "logger.tensorboard",
-    "logger.mlflow",
+    "logger.mlflow", "report",
 }  # fmt: skip
 
 
@@ -128,7 +128,8 @@ def test_each_precision_has_a_key_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", sorted(STOPPING | HARMLESS))
 def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
-    values = {"plan": "true", "on_error": "stop", "reuse": "false", "stages.dir": "elsewhere"}
+    values = {"plan": "true", "on_error": "stop", "reuse": "false", "report": "false"}
+    values["stages.dir"] = "elsewhere"
     values |= {"logger.tensorboard": "true", "logger.mlflow": "true"}
     assert keys(config(*BASE, f"{name}={values.get(name, '3')}")) == keys(config(*BASE))
 

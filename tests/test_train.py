@@ -29,6 +29,7 @@ SHORT = (
     "model.num_heads=2",
     "phase.max_epochs=2",
     "phase.batch_size=16",
+    "report=false",
 )
 
 
