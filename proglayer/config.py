@@ -255,6 +255,7 @@ class Config:
     threads: int | None
     plan: bool
     on_error: OnError
+    objective: str
     reuse: bool
     report: bool
     checkpoint_every_s: float

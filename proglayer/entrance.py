@@ -144,6 +144,11 @@ def fail(lines: list[str]) -> NoReturn:
 
 def _in_one_line(error: Exception) -> str:
     """What Hydra or OmegaConf said, with the nearest setting where a name is unknown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
     whole = f"{error}\n{error.__cause__ or ''}"
     first = " ".join(str(error).split("\n")[0].split())
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
@@ -201,11 +206,9 @@ def _as_submitted(settings: DictConfig, folder: Path) -> Config:
         raise ConfigError(f"what was submitted for {folder.name} cannot be read: {error}") from None
     if submission is None:
         return to_config(settings)
-    from omegaconf import OmegaConf
-
     from proglayer import machine
 
-    config = to_config(OmegaConf.create(submission["config"]))
+    config = to_config(DictConfig(submission["config"]))
     if _composed(settings) != config:
         log.warning("conf/ was changed since this job was submitted: it runs as submitted")
     before, now = submission["git"], machine.git_state()

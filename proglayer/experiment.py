@@ -34,6 +34,7 @@ from proglayer.record import (
     Heartbeat,
     Status,
     changes,
+    figure,
     remove_result,
     write_metrics,
     write_result,
@@ -50,7 +51,7 @@ EXPECTED = (ConfigError, StoreError, Diverged)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its record, and the validation loss of its last phase if it got there."""
+    """How a run ended: its record, and the number in it that the setting `objective` names."""
 
     status: Status
     result: dict[str, Any]
@@ -112,11 +113,18 @@ def run(
                 config, corpus, phases, device, here, store, folder, signals, display, loggers
             )
             try:
-                objective = walk.through(result["phases"])
+                walk.through(result["phases"])
                 result["changes"] = changes(result["phases"])
+                objective = _objective(result, config.objective)
             except Interrupted as stop:
                 status, result["reason"] = Status.interrupted, str(stop)
-                display.note(f"{stop}; the same command goes on from here")
+                again = "the same command goes on from here"
+                if signals.scheduler is not None:
+                    status, again = (
+                        Status.preempted,
+                        "it goes on when its scheduler starts it again",
+                    )
+                display.note(f"{stop}; {again}")
             except EXPECTED as error:
                 status, result["reason"] = Status.failed, str(error)
                 log.error("%s", error)
@@ -133,6 +141,8 @@ def run(
         loggers.end(result)
         if not config.reuse and status is Status.completed:
             shutil.rmtree(store, ignore_errors=True)
+    if signals.scheduler is not None:
+        signals.scheduler()
     return Outcome(status, result, objective)
 
 
@@ -164,9 +174,8 @@ class Walk:
         self.watch = Watch(signals.received, display.step, display.note)
         self.metrics_rows: list[dict[str, Any]] = []
 
-    def through(self, records: list[dict[str, Any]]) -> float:
-        """Train or read every phase, adding to `records`; gives the last validation loss."""
-        loss = float("nan")
+    def through(self, records: list[dict[str, Any]]) -> None:
+        """Train or read every phase, adding to `records`."""
         previous: tuple[Trajectory, int] | None = None
         for phase in self.phases:
             trajectory = Trajectory(
@@ -197,10 +206,8 @@ class Walk:
                     raise
                 records.append(self._phase_record(phase, trajectory, stopped, exits))
             previous = (trajectory, stopped.best.epoch)
-            loss = stopped.best.validation_loss
         assert previous is not None
         self._keep_weights(*previous)
-        return loss
 
     def _show(
         self, phase: Phase, trajectory: Trajectory, metrics: EpochMetrics, best: EpochMetrics
@@ -310,6 +317,13 @@ class Walk:
             self._keep_weights(trajectory, best)
         elif previous is not None:
             self._keep_weights(*previous)
+
+
+def _objective(result: dict[str, Any], place: str) -> float:
+    try:
+        return figure(result, place)
+    except ValueError as error:
+        raise ConfigError(f"objective={place}: {error}") from error
 
 
 def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Transformer:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from proglayer.config import ConfigError, Device, Precision
 from proglayer.trajectory import Machine
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 def pick_device(wanted: Device, precision: Precision) -> torch.device:
@@ -68,9 +68,21 @@ def jobs_at_once(launcher: Mapping[str, Any]) -> int:
 
 
 def threads_per_job(launcher: Mapping[str, Any]) -> int | None:
-    """The cores shared out between the jobs that run at once; None to leave PyTorch its own."""
+    """The cores that a launcher with these settings gives to a job; None where it does not say.
+
+    joblib's jobs share this machine's; Slurm and Ray are asked for a number of them.
+    """
+    asked = launcher.get("cpus_per_task") or _inside(launcher, "ray", "remote", "num_cpus")
+    if asked:
+        return max(1, int(asked))
     at_once = jobs_at_once(launcher)
     return max(1, cores() // at_once) if at_once > 1 else None
+
+
+def _inside(settings: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        settings = settings.get(name) or {}
+    return settings
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -142,14 +154,19 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
 
 
 class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
-    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of ending at once.
+    """Notes the first of SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of ending at once.
 
     A second one acts as it would have without this. Outside the main thread nothing is noted.
+
+    scheduler: what a user's signal would have done without this, if somebody asked for it: the way
+        in which a scheduler's agent learns that its job is to be put back into the queue. To be
+        called once the state is stored; it may end the process.
     """
 
     def __init__(self) -> None:
         self._received: str | None = None
         self._before: dict[int, Any] = {}
+        self.scheduler: Callable[[], object] | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -166,8 +183,11 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
         """The name of the signal that asked to stop, if one did."""
         return self._received
 
-    def _note(self, number: int, _: object) -> None:
+    def _note(self, number: int, frame: object) -> None:
         self._received = signal.Signals(number).name
+        before = self._before[number]
+        if callable(before) and self._received.startswith("SIGUSR"):
+            self.scheduler = functools.partial(before, number, frame)
         self._restore()
 
     def _restore(self) -> None:

@@ -95,6 +95,26 @@ def read_submission(job: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def figure(result: Mapping[str, Any], place: str) -> float:
+    """The number of a record at a place such as `phases.-1.best.validation_loss`.
+
+    Raises ValueError, with the names that there are, where no number stands.
+    """
+    at: Any = result
+    for name in place.split("."):
+        try:
+            at = at[int(name)] if isinstance(at, list) else at[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            there = list(at) if isinstance(at, Mapping) else range(len(at)) if at else ()
+            names = ", ".join(map(str, there)) or "nothing"
+            raise ValueError(
+                f"{place} is no place in a record: at {name} there is {names}"
+            ) from None
+    if isinstance(at, bool) or not isinstance(at, (int, float)):
+        raise ValueError(f"{place} is no number in a record")
+    return float(at)
+
+
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write `result.json`, whole or not at all. Not-finite numbers become null."""
     text = json.dumps(_finite(result), indent=2, allow_nan=False)

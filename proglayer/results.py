@@ -73,6 +73,7 @@ COMPLETED = Status.completed.value
 NOT_THE_EXPERIMENT = (
     "plan",
     "on_error",
+    "objective",
     "reuse",
     "report",
     "checkpoint_every_s",

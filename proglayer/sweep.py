@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        return f"{self.folder}: {_without_hydra(self.overrides)}"
+        return f"{self.folder}: {without_hydra(self.overrides)}"
 
 
 def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
@@ -168,7 +169,7 @@ def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -
     problems: dict[str, str] = {}
     corpora: dict[DataConfig, Corpus] = {}
     for number, overrides in enumerate(all_overrides):
-        text = _without_hydra(overrides)
+        text = without_hydra(overrides)
         try:
             config = to_config(loader.load_sweep_config(sweeper.config, list(overrides)))
             if config.data not in corpora:
@@ -302,7 +303,21 @@ def summarize(folder: Path) -> bool:
     return print_summary(folder)
 
 
-def _without_hydra(overrides: Sequence[str]) -> str:
+def best_command(arguments: Sequence[str], best: Mapping[str, Any]) -> str:
+    """The command line of one run with the values that a search found best.
+
+    `arguments` are those of the search: what it searched gives way, what it was told stays.
+    """
+    fixed = []
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        key = override.get_key_element()
+        if not override.is_sweep_override() and not key.startswith("hydra") and key not in best:
+            fixed.append(override.input_line or "")
+    found = [f"{key}={value}" for key, value in best.items()]
+    return shlex.join(["python", "train.py", *fixed, *found])
+
+
+def without_hydra(overrides: Sequence[str]) -> str:
     """The overrides that say what a job is, in one line."""
     return " ".join(o for o in overrides if not o.lstrip("+~").startswith("hydra"))
 
