@@ -508,7 +508,8 @@ class _Report:
                 (condition.curves["model"] == model) & condition.curves["variant"].isin(shown)
             ]
             if own[measure.column].notna().any():
-                name = self._free(f"loss-{_slug(model)}-{measure.column}{condition.slug}")
+                name = _slug(f"loss-{model}-{measure.column}") + condition.slug
+                name = self._free(name)
                 title = f"{model_name(model)}: loss against {measure.name}"
                 unit = f"{measure.name} ({measure.unit})" if measure.unit == "s" else measure.name
                 pictures.append(
@@ -1123,7 +1124,7 @@ def _left_to(name: str, number: int, noun: str) -> Paragraph:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "arm"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-") or "arm"
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -243,7 +243,9 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
     group: Frame
     for (_, experiment, _), group in runs.groupby(["condition", "experiment", "model"], sort=False):
         varying = [c for c in columns if group[c].nunique(dropna=False) > 1]
-        choices = [g for g in GROUPS if g not in _NO_VARIATION and group[g].nunique() > 1]
+        choices = [
+            g for g in GROUPS if g not in _NO_VARIATION and group[g].nunique(dropna=False) > 1
+        ]
         arm: Frame = group.groupby(varying or ["experiment"], dropna=False, sort=False).ngroup()
         first: dict[int, Frame] = {
             number: group.loc[index] for index, number in arm.drop_duplicates().items()

@@ -1,0 +1,629 @@
+"""The report: its figures are those of the frames, its text is text, and no pile breaks it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from proglayer import entrance, ledger, page, stats, study
+from proglayer.report import main, write_report
+from proglayer.results import load
+from proglayer.study import DEEP, STANDARD, Margins
+
+from . import made_up
+from .helpers import ROOT
+
+# Text that would be an element, a formula, a cell, a heading or mathematics if it were let.
+EVIL = '<script>alert("1")</script>'
+FORMULA = "=1+1"
+NASTY = f"{FORMULA} {EVIL} | `x` **b** $\\frac{{1}}$ [a](javascript:1)\n# head\x07 & é"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fsync() -> Any:
+    """Made-up records by the dozen need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original and a control, both models, three seeds."""
+    folder = tmp_path_factory.mktemp("study") / "sweep"
+    experiments = ("original", "control_from_scratch")
+    return made_up.sweep(folder, experiments, seeds=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def report(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its report."""
+    out = tmp_path_factory.mktemp("report")
+    return write_report([sweep], out).parent
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, tables and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._in: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._in:
+            while self._in.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self._in:
+            self.scripts.append(data)
+        elif "style" not in self._in:
+            self.text += data
+            if "td" in self._in or "th" in self._in:
+                self.tables[-1][-1][-1] += data
+
+    def table(self, *heads: str) -> list[dict[str, str]]:
+        """The rows of the first table whose heads begin with these."""
+        for head, *rows in self.tables:
+            if head[: len(heads)] == list(heads):
+                return [dict(zip(head, row, strict=True)) for row in rows]
+        raise AssertionError(f"no table {heads} among {[t[0] for t in self.tables]}")
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_the_founding_tables_are_those_of_the_frames(sweep: Path, report: Path) -> None:
+    results = load(sweep)
+    runs = results.runs[(results.runs["experiment"] == "original")]
+    runs = runs[runs["model"] == STANDARD]
+    own = results.phases[results.phases["run"].isin(runs["run"])]
+    rows = page_of(report).table("Phase", "Layers", "Best Acc", "Best PPL", "Time", "Best Epoch")
+    assert [row["Phase"] for row in rows] == ["initial", "grown", "Change"]
+    for number, row in enumerate(rows[:2], start=1):
+        phase = own[own["phase"] == number]
+        perplexity = phase["validation_perplexity"]
+        accuracy = phase["validation_accuracy_percent"]
+        seconds = phase["train_seconds"] + phase["evaluation_seconds"]
+        assert row["Layers"] == str(phase["layers"].iloc[0])
+        assert row["Best PPL"] == f"{perplexity.mean():,.2f} ± {perplexity.std():,.2f}"
+        assert row["Best Acc"] == f"{accuracy.mean():.2f} ± {accuracy.std():.2f} %"
+        assert row["Time"] == f"{seconds.mean():.1f} ± {seconds.std():.1f} s"
+    points, percent = runs["accuracy_points"], runs["perplexity_percent"]
+    assert rows[2]["Best Acc"] == f"{points.mean():+.2f} ± {points.std():.2f} points"
+    assert rows[2]["Best PPL"] == f"{percent.mean():+.2f} ± {percent.std():.2f} %"
+
+
+def test_the_published_numbers_stand_beside_them(report: Path) -> None:
+    text = page_of(report).text
+    for number in ("978.89", "975.51", "950.45", "968.60", "16.35 %", "16.26 %", "-0.15 points",
+                   "+0.34 %", "-0.19 points", "-1.91 %", "51.13 s", "145.16 s"):  # fmt: skip
+        assert number in text, number
+
+
+def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report: Path) -> None:
+    runs = load(sweep).runs
+    original = runs[runs["experiment"] == "original"]
+    by_model = {
+        model: group.set_index("seed")["accuracy_points"]
+        for model, group in original.groupby("model")
+    }
+    changes = pd.read_csv(report / "tables" / "changes.csv")
+    told = changes[(changes["variant"] == "original") & (changes["figure"] == "accuracy")]
+    for row in told.to_dict("records"):
+        expected = stats.summary(by_model[row["model"]].to_numpy(dtype=float))
+        assert row["mean"] == pytest.approx(expected.mean)
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    judged = pd.read_csv(report / "tables" / "hypotheses.csv")
+    deeper = judged[judged["hypothesis"].str.startswith("Deep supervision")].iloc[0]
+    expected = stats.paired(by_model[DEEP], by_model[STANDARD], margin=0.1)
+    assert deeper["mean"] == pytest.approx(expected.mean)
+    assert deeper["t_p"] == pytest.approx(expected.t_p)
+    # All comparisons that a verdict rests on are one family: 1 + 2 models x 2 measures.
+    assert len(judged) == 5
+    assert judged["p_adjusted"].tolist() == pytest.approx(stats.holm(judged["p"]).tolist())
+    text = page_of(report).text
+    assert all(sentence in text for sentence in judged["sentence"])
+
+
+def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path) -> None:
+    results = load(sweep)
+    arms = study.arms(results)
+    runs = arms.of(0)
+    curves = ledger.curves(results, runs)
+    fair = study.at_equal(runs, curves, "original", study.FROM_SCRATCH, "tokens")
+    for row in fair[fair["variant"] == study.FROM_SCRATCH].to_dict("records"):
+        same = runs[(runs["model"] == row["model"]) & (runs["seed"] == row["seed"])]
+        budget = float(same.loc[same["variant"] == "original", "tokens"].iloc[0])
+        run = same.loc[same["variant"] == study.FROM_SCRATCH, "run"].iloc[0]
+        epochs = results.epochs[results.epochs["run"] == run]
+        within = epochs[epochs["train_tokens"].cumsum() <= budget]
+        best = within.loc[within["validation_loss"].idxmin()]
+        assert row["accuracy_percent"] == best["validation_accuracy_percent"]
+        assert row["cut"] == (len(within) < len(epochs))
+    # the grown arm counts at its end
+    ends = runs[runs["variant"] == "original"].set_index(["model", "seed"])
+    own = fair[fair["variant"] == "original"].set_index(["model", "seed"])
+    assert own["accuracy_percent"].to_dict() == ends["last_accuracy_percent"].to_dict()
+
+
+def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
+    made_up.run(tmp_path / "a", "original", STANDARD, 1)
+    made_up.run(tmp_path / "b", "control_from_scratch", STANDARD, 1, "phase.patience=30")
+    results = load(tmp_path)
+    runs = study.arms(results).of(0)
+    curves = ledger.curves(results, runs)
+    scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
+    fair = study.at_equal(runs, curves, "original", scratch, "flops")
+    assert fair.loc[fair["variant"] == scratch, "cut"].tolist() == [True]
+
+
+def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
+    results = load(sweep)
+    runs = results.runs
+    told = pd.read_csv(report / "tables" / "ledger.csv").set_index(["variant", "model"])
+    for (experiment, model), arm in runs.groupby(["experiment", "model"]):
+        row = told.loc[(experiment, model)]
+        phases = results.phases[results.phases["run"].isin(arm["run"])]
+        seeds = len(arm)
+        assert row["tokens"] == phases["train_tokens"].sum() / seeds
+        both = phases["train_flops_head"] + phases["train_flops_body"]
+        assert row["flops"] == pytest.approx(both.sum() / seeds)
+        assert row["flops_without_head"] == pytest.approx(phases["train_flops_body"].sum() / seeds)
+        assert row["train_seconds"] == pytest.approx(phases["train_seconds"].sum() / seeds)
+    # and the courses end where the ledger does
+    arms = study.arms(results)
+    curves = ledger.curves(results, arms.runs)
+    last = curves.groupby("run")[["tokens", "flops", "flops_without_head", "seconds"]].max()
+    ends = arms.runs.set_index("run")
+    for column in last.columns:
+        expected = ends[column].astype(float).reindex(last.index)
+        np.testing.assert_allclose(last[column], expected, rtol=1e-9)
+
+
+def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> None:
+    results = load(sweep)
+    runs = study.arms(results).of(0)
+    curves = ledger.curves(results, runs)
+
+    def curve(run: str, measure: str) -> pd.DataFrame:
+        own = curves[curves["run"] == run]
+        return pd.DataFrame({"compute": own[measure], "loss": own["loss"]})
+
+    targets = ledger.default_targets(runs, curves, "original")
+    told = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
+    gains = ledger.speed_up(runs, curves, study.FROM_SCRATCH)
+    gains = gains.set_index(["variant", "model", "measure"])
+    for measure in (m.column for m in ledger.MEASURES):
+        for (variant, model), arm in runs.groupby(["variant", "model"]):
+            slow = [stats.to_target(curve(r, measure), targets[model]) for r in arm["run"]]
+            found = [value for value in slow if value is not None]
+            row = told.loc[(variant, model)]
+            assert row["reached"] == len(found)
+            assert (
+                row[measure] == pytest.approx(np.mean(found)) if found else np.isnan(row[measure])
+            )
+            if not arm["grows"].all():
+                continue
+            scratch = runs[(runs["variant"] == study.FROM_SCRATCH) & (runs["model"] == model)]
+            base = scratch.set_index("seed")["run"]
+            each = [
+                stats.speed_up(curve(base[seed], measure), curve(run, measure))
+                for run, seed in zip(arm["run"], arm["seed"], strict=True)
+            ]
+            known = [value for value in each if value is not None]
+            row = gains.loc[(variant, model, measure)]
+            assert (row["n"], row["seeds"]) == (len(known), len(arm))
+            if known:
+                assert row["mean"] == pytest.approx(np.mean(known))
+
+
+def test_a_margin_is_the_readers(sweep: Path) -> None:
+    results = load(sweep)
+    runs = study.arms(results).of(0)
+    curves = ledger.curves(results, runs)
+    margins = Margins(points=3.0, nats=0.02)
+    for hypothesis in study.hypotheses(runs, curves, margins):
+        assert set(hypothesis.rows["margin"]) <= {3.0}
+        assert set(hypothesis.rows["verdict"]) <= {"equivalent within the margin"}
+    told = {f.name: study.deep_minus_standard(runs, f, margins)["margin"] for f in study.FIGURES}
+    assert told["loss"].tolist() == [0.02]
+    # 0.02 nats less are 1.98 % less perplexity.
+    assert told["perplexity"].tolist() == pytest.approx([100 * (1 - np.exp(-0.02))])
+
+
+# --- arms -----------------------------------------------------------------------------------------
+
+
+def test_what_was_swept_across_experiments_is_a_condition_and_the_rest_a_variant(
+    tmp_path: Path,
+) -> None:
+    for rate in ("0.001", "0.003"):
+        for experiment in ("original", "split_lr"):
+            for seed in (1, 2):
+                made_up.run(tmp_path / f"{rate}{experiment}{seed}", experiment, STANDARD, seed,
+                            f"lr.base={rate}")  # fmt: skip
+    for seed in (1, 2):
+        made_up.run(tmp_path / f"free{seed}", "split_lr", STANDARD, seed, "lr.base=0.001",
+                    "freeze=none", choices={"experiment": "split_lr", "model": STANDARD,
+                                            "freeze": "none"})  # fmt: skip
+    arms = study.arms(load(tmp_path))
+    assert arms.conditions == ("pydocs lr.base=0.001", "pydocs lr.base=0.003")
+    first = arms.of(0)
+    assert list(first.groupby("variant", sort=False).size().items()) == [
+        ("original", 2),
+        ("split_lr", 2),
+        ("split_lr freeze=none", 2),
+    ]
+    assert list(arms.of(1)["variant"].unique()) == ["original", "split_lr"]
+    assert study.differing(first, "split_lr", "split_lr freeze=none") == "freeze.steps"
+
+
+def test_runs_on_other_texts_do_not_compare(tmp_path: Path) -> None:
+    made_up.run(tmp_path / "a", "original", STANDARD, 1)
+    made_up.run(tmp_path / "b", "original", DEEP, 1)
+    folder = made_up.run(tmp_path / "c", "original", DEEP, 2)
+    result = json.loads((folder / "result.json").read_text())
+    result["corpus"] |= {"fingerprint": "e" * 64, "name": "wikitext2"}
+    (folder / "result.json").write_text(json.dumps(result))
+    arms = study.arms(load(tmp_path))
+    assert arms.conditions == ("pydocs", "wikitext2")
+    assert [len(arms.of(number)) for number in (0, 1)] == [2, 1]
+
+
+def test_a_sweep_without_an_experiment_is_told_by_what_it_varies(tmp_path: Path) -> None:
+    for added in (1, 3):
+        for seed in (1, 2):
+            told = {
+                "choices": {"model": STANDARD, "data": "pydocs", "experiment": None},
+                "overrides": [f"added_layers={added}", f"seed={seed}"],
+            }
+            made_up.run(tmp_path / f"{added}{seed}", "original", STANDARD, seed,
+                        f"added_layers={added}", **told)  # fmt: skip
+    runs = study.arms(load(tmp_path)).runs
+    assert list(runs["variant"].unique()) == ["added_layers=1", "added_layers=3"]
+    page = page_of(write_report([tmp_path], tmp_path / "report").parent)
+    assert "added_layers=3, Standard" in page.text
+
+
+# --- one seed, one run, nothing -------------------------------------------------------------------
+
+
+def test_one_seed_concludes_nothing_and_tells_the_binomial_error(tmp_path: Path) -> None:
+    sweep = made_up.sweep(tmp_path / "s", ["original"], seeds=[42])
+    text = page_of(write_report([sweep], tmp_path / "out").parent).text
+    runs = load(sweep).runs
+    arm = runs[runs["model"] == STANDARD]
+    accuracy = arm["last_accuracy_percent"].mean()
+    error = stats.binomial_error(accuracy / 100, 16_000)
+    assert "One seed: nothing can be concluded." in text
+    assert f"Standard: {accuracy:.2f} % of 16,000 tokens, ±{error:.2f} points" in text
+    judged = pd.read_csv(tmp_path / "out" / "tables" / "hypotheses.csv")
+    assert set(judged["verdict"]) == {"undecided"}
+
+
+def test_a_single_run_has_a_report(tmp_path: Path) -> None:
+    run = made_up.run(tmp_path / "run", "original", STANDARD, 42)
+    out = write_report([run], run / "report").parent
+    page = page_of(out)
+    assert "nothing can be concluded" in page.text
+    assert page.table("Phase")[0]["Phase"] == "initial"
+    assert "python train.py experiment=original model=standard seed=42" in page.text
+    assert {path.suffix for path in (out / "figures").iterdir()} == {".svg", ".png"}
+    # and it is neither a run of its own nor something that could not be read
+    again = load(run)
+    assert len(again.runs) == 1
+    assert again.left_out.empty
+
+
+def test_folders_without_a_run_are_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Path, sweep: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'none'}\n"
+    assert main([str(sweep), "-o", str(tmp_path / "file")]) == 2
+    assert "file: File exists" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as end:
+        main([str(sweep), "--margin", "0"])
+    assert end.value.code == 2
+
+
+# --- piles of all sorts ---------------------------------------------------------------------------
+
+
+def test_a_mixed_pile_is_told_and_never_raises(tmp_path: Path) -> None:
+    pile = tmp_path / "pile"
+    sweep = made_up.sweep(pile / "sweep", ["original", "control_unfrozen"], seeds=(1, 2))
+    for number, status in ((0, "failed"), (3, "interrupted"), (5, "running")):
+        shutil.rmtree(sweep / f"{number}_aaaaaa")
+        traceback = {"traceback": "Traceback\nValueError: no"} if status == "failed" else {}
+        made_up.run(
+            sweep / f"{number}_aaaaaa", "original", STANDARD, 9 + number, status=status, **traceback
+        )
+    shutil.rmtree(sweep / "6_aaaaaa")
+    (sweep / "7_aaaaaa" / "result.json").write_text('{"format"')
+    newer = made_up.run(pile / "newer", "original", STANDARD, 1)
+    record = json.loads((newer / "result.json").read_text())
+    (newer / "result.json").write_text(json.dumps(record | {"format": 99}))
+    made_up.run(pile / "other", "wider", DEEP, 3, "phase.batch_size=32")
+    (pile / "photos").mkdir()
+    made_up.run(pile / "nothing", "original", STANDARD, 4, phases=[], changes=None)
+    page = page_of(write_report([pile], tmp_path / "out").parent)
+    status = {row["Run"]: row["Status"] for row in page.table("Run", "Variant")}
+    assert status["sweep/0_aaaaaa"] == "failed"
+    assert status["sweep/6_aaaaaa"] == "waiting"
+    reasons = {row["Run"]: row["Reason"] for row in page.table("Run", "Status", "Overrides")}
+    assert reasons["sweep/0_aaaaaa"] == "the loss became NaN in epoch 2"
+    assert "ValueError: no" in page.text
+    left_out = {row["Folder"]: row["Kind"] for row in page.table("Folder", "Kind")}
+    assert left_out == {"sweep/7_aaaaaa": "damaged", "newer": "newer", "photos": "foreign"}
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
+def test_a_pile_of_which_nothing_completed(tmp_path: Path, status: str) -> None:
+    made_up.run(tmp_path / "run", "original", STANDARD, 1, status=status)
+    text = page_of(write_report([tmp_path], tmp_path / "out").parent).text
+    assert "No run has completed yet" in text
+
+
+# --- text is text ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of runs whose names, settings, reasons and tracebacks mean harm."""
+    pile = tmp_path_factory.mktemp("nasty")
+    choices = {"model": f"m{EVIL}", "experiment": NASTY, "data": "pydocs"}
+    for seed in (1, 2):
+        made_up.run(pile / f"{FORMULA}{seed}<b>", "original", STANDARD, seed, choices=choices,
+                    overrides=[f"seed={seed}", f"data.files=[{NASTY}]"])  # fmt: skip
+    made_up.run(pile / "bad", "original", STANDARD, 3, status="failed", choices=choices,
+                reason=NASTY, traceback=NASTY, overrides=[FORMULA, EVIL])  # fmt: skip
+    return write_report([pile], pile / "report").parent
+
+
+def test_text_from_settings_and_logs_is_text_in_the_page(nasty: Path) -> None:
+    text = (nasty / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    known = Page((nasty / "index.html").read_text(encoding="utf-8"))
+    assert text.count("<script") == 1
+    assert len(known.scripts) == 1
+    assert "alert" not in known.scripts[0]
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not any("javascript" in (a.get("href") or "") for _, a in page.elements)
+    # nothing was lost on the way either
+    assert NASTY.replace("\x07", " ") in page.text
+    assert "\x07" not in text
+
+
+def test_text_from_settings_and_logs_is_text_in_markdown(nasty: Path) -> None:
+    text = (nasty / "report.md").read_text(encoding="utf-8")
+    outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", text)
+    assert "<script" not in outside
+    assert not re.search(r"(?<!\\)\]\(javascript", outside)
+    # Every heading is one of ours, and no row has more cells than its head.
+    ours = re.findall(r"(?m)^#+ (.*)$", outside)
+    assert not any(heading.startswith("head") for heading in ours)
+    rows = [line for line in outside.splitlines() if line.startswith("|")]
+    widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    heads = [w for w, after in zip(widths, rows[1:], strict=False) if after.startswith("| ---")]
+    assert set(widths) <= set(heads)
+
+
+def test_no_cell_of_a_table_is_a_formula(nasty: Path) -> None:
+    import csv
+
+    for path in (nasty / "tables").iterdir():
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.reader(file):
+                for cell in row:
+                    harmless = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|-?inf", cell)
+                    assert harmless or not cell.startswith(("=", "+", "-", "@")), (path.name, cell)
+
+
+def test_pictures_show_text_as_it_is(nasty: Path) -> None:
+    for path in (nasty / "figures").glob("*.svg"):
+        root = ET.parse(path).getroot()
+        assert not [e for e in root.iter() if e.tag.endswith("script")]
+    words = "".join(path.read_text() for path in (nasty / "figures").glob("loss-*.svg"))
+    assert html.escape(FORMULA) in words
+
+
+# --- the page itself ------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
+    run = made_up.run(tmp_path / "run", "original", STANDARD, 1)
+    one, other = (write_report([run], tmp_path / name).parent for name in ("one", "other"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_page_asks_for_nothing(report: Path) -> None:
+    page = page_of(report)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:")), (tag, target)
+    text = (report / "index.html").read_text()
+    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text
+    assert "Content-Security-Policy" in text
+
+
+def test_no_name_is_given_twice_and_every_reference_leads_somewhere(report: Path) -> None:
+    page = page_of(report)
+    names = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(names) == len(set(names))
+    text = (report / "index.html").read_text()
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    assert {a or b for a, b in used} <= set(names)
+
+
+def test_every_picture_is_in_both_documents_and_says_what_it_shows(report: Path) -> None:
+    page = page_of(report)
+    figures = [a for tag, a in page.elements if tag == "figure"]
+    drawn = {path.stem for path in (report / "figures").glob("*.svg")}
+    assert {a["id"] for a in figures} == {f"figure-{name}" for name in drawn}
+    assert all(len(a["aria-label"] or "") > 40 for a in figures)
+    markdown = (report / "report.md").read_text()
+    assert set(re.findall(r"\]\(figures/([^)]+)\.svg\)", markdown)) == drawn
+
+
+def test_markdown_and_page_hold_the_same_tables(report: Path) -> None:
+    markdown = (report / "report.md").read_text()
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", markdown)
+    plain = [
+        [
+            [html.unescape(re.sub(r"\\(.)|\*\*|<!-- -->", r"\1", cell)).strip()
+             for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in table.splitlines()
+            if not line.startswith("| ---")
+        ]
+        for table in tables
+    ]  # fmt: skip
+    assert plain == page_of(report).tables
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a | b", "# x", "- x", "1. x", "1.66", "-0.5", "*b*", "_u_", "`c`", "<i>", "&amp;", "[a](b)"],
+)
+def test_marks_of_markdown_are_taken_off(text: str) -> None:
+    marked = page._marked(text)
+    back = html.unescape(re.sub(r"\\([\\`*_\[\]|~$#+\-=.)])", r"\1", marked))
+    assert back == text
+    assert not re.search(r"(?<!\\)[|*_`\[<]", marked)
+    assert marked == text if text in ("1.66", "-0.5") else True
+
+
+# --- by itself ------------------------------------------------------------------------------------
+
+TINY = (
+    "data.samples=64", "data.validation_samples=32", "data.max_vocab=200", "model.dim=8",
+    "model.num_heads=2", "phase.max_epochs=2", "phase.batch_size=16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """`python train.py ...` in this process: its status, and what it printed."""
+    import runpy
+
+    from hydra.core.global_hydra import GlobalHydra
+
+    def command(*arguments: str) -> tuple[int, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0), capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    return command
+
+
+def test_a_sweep_with_a_failure_leaves_its_report(
+    train: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    # the second job's loss cannot but become NaN
+    status, out = train("-m", "lr.base=0.001,1e38", "hydra.sweep.dir=sweep")
+    assert status == 1
+    assert "report: sweep/report/index.html" in out
+    page = page_of(tmp_path / "sweep" / "report")
+    assert [row["Status"] for row in page.table("Run", "Status")] == ["failed"]
+    assert "python train.py -m" in page.text
+
+
+def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
+    train: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out = train("hydra.run.dir=a")
+    assert (status, "a/report/index.html" in out) == (0, True)
+    assert train("hydra.run.dir=b", "report=false")[0] == 0
+    assert not (tmp_path / "b" / "report").exists()
+    import proglayer.report
+
+    def broken(*_: object) -> Path:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(proglayer.report, "write_report", broken)
+    status, out = train("hydra.run.dir=c")
+    assert (status, "report:" in out) == (0, False)
+    assert (
+        "no report could be written (RuntimeError: no ink)"
+        in (tmp_path / "c" / "train.log").read_text()
+    )
+
+
+def test_the_entrance_does_not_pay_for_the_report() -> None:
+    code = (
+        "import sys, proglayer.entrance, proglayer.sweep; "
+        "print({'matplotlib', 'statsmodels', 'scipy', 'seaborn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+    assert entrance.leave_report.__doc__
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:
+    assert CHROMIUM
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900",
+         "--enable-logging=stderr", "--v=0", "--dump-dom", (report / "index.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert "<figure" in done.stdout
