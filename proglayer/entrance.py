@@ -29,8 +29,14 @@ FAILED = 1
 INTERRUPTED = 130
 
 
-def run_job(settings: DictConfig) -> float | None:
-    """Run or plan one job of Hydra's. Gives its objective, None where there is none.
+# What a job of a sweep gives back that did no more than find another job at its next phase, and the
+# variable that lets it.
+DEFERRED = "deferred"
+MAY_DEFER = "PROGLAYER_MAY_DEFER"
+
+
+def run_job(settings: DictConfig) -> float | str | None:
+    """Run or plan one job of Hydra's. Gives its objective, None where there is none, or DEFERRED.
 
     A single run that fails ends the process with status 1, an interrupted one with 130. In a
     sweep a failed job is in its record, and the sweep goes on.
@@ -48,7 +54,7 @@ def run_job(settings: DictConfig) -> float | None:
             _record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
             return None
         from proglayer import machine
-        from proglayer.experiment import run
+        from proglayer.experiment import Deferred, run
 
         threads = config.threads or (None if single else machine.threads_per_job(hydra.launcher))
         config = replace(config, threads=threads)
@@ -57,7 +63,11 @@ def run_job(settings: DictConfig) -> float | None:
             for group, choice in hydra.runtime.choices.items()
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
-        outcome = run(config, folder, list(hydra.overrides.task), choices)
+        overrides = list(hydra.overrides.task)
+        try:
+            outcome = run(config, folder, overrides, choices, may_wait=MAY_DEFER not in os.environ)
+        except Deferred:
+            return DEFERRED
     except (ConfigError, StoreError) as error:
         # A store that could not be written comes after the start: what the run left stays.
         if single and isinstance(error, ConfigError):

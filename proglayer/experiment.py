@@ -32,12 +32,14 @@ from proglayer.record import (
     RECORD_FORMAT,
     WEIGHTS,
     Heartbeat,
+    Sign,
     Status,
     changes,
     figure,
     remove_result,
     write_metrics,
     write_result,
+    write_sign,
 )
 from proglayer.stages import StoreError
 from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Stopped, follow, perplexity
@@ -47,6 +49,10 @@ log = logging.getLogger(__name__)
 
 # What a user can cure is told in one line; anything else is a fault of ours, with its traceback.
 EXPECTED = (ConfigError, StoreError, Diverged)
+
+
+class Deferred(Exception):
+    """The run needs a phase that another job is training, and was told not to wait for it."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,14 @@ def run(
     folder: Path,
     overrides: Sequence[str] = (),
     choices: dict[str, str] | None = None,
+    may_wait: bool = True,
 ) -> Outcome:
     """Walk the plan of `config`, phase by phase, and leave its record in `folder`.
 
     `overrides` and `choices` (the group options) are recorded as given. What goes wrong once the
     first phase began is in the record, not raised; ConfigError before that is raised, and then
-    nothing is written.
+    nothing is written. Unless it `may_wait`, Deferred is raised where another job is training what
+    this one needs next; there is no record then, and the same call goes on from there.
     """
     started = time.perf_counter()
     with (
@@ -110,12 +118,17 @@ def run(
         status, objective = Status.completed, None
         with RunDisplay(len(phases)) as display:
             walk = Walk(
-                config, corpus, phases, device, here, store, folder, signals, display, loggers
-            )
+                config, corpus, phases, device, here, store, folder, signals, display, loggers,
+                may_wait,
+            )  # fmt: skip
             try:
                 walk.through(result["phases"])
                 result["changes"] = changes(result["phases"])
                 objective = _objective(result, config.objective)
+            except Deferred as reason:
+                display.note(f"{reason}: this one comes back later")
+                write_sign(folder, Sign.pending)
+                raise
             except Interrupted as stop:
                 status, result["reason"] = Status.interrupted, str(stop)
                 again = "the same command goes on from here"
@@ -161,6 +174,7 @@ class Walk:
         signals: machine.StopSignals,
         display: RunDisplay,
         loggers: Loggers,
+        may_wait: bool,
     ) -> None:
         self.config = config
         self.corpus = corpus
@@ -171,7 +185,8 @@ class Walk:
         self.folder = folder
         self.display = display
         self.loggers = loggers
-        self.watch = Watch(signals.received, display.step, display.note)
+        self.may_wait = may_wait
+        self.watch = Watch(signals.received, display.step, self._wait)
         self.metrics_rows: list[dict[str, Any]] = []
 
     def through(self, records: list[dict[str, Any]]) -> None:
@@ -208,6 +223,11 @@ class Walk:
             previous = (trajectory, stopped.best.epoch)
         assert previous is not None
         self._keep_weights(*previous)
+
+    def _wait(self, reason: str) -> None:
+        if not self.may_wait:
+            raise Deferred(reason)
+        self.display.note(reason)
 
     def _show(
         self, phase: Phase, trajectory: Trajectory, metrics: EpochMetrics, best: EpochMetrics

@@ -16,10 +16,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
 
 from proglayer.config import (
     Config,
@@ -32,7 +34,7 @@ from proglayer.config import (
 )
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
-from proglayer.entrance import leave_report
+from proglayer.entrance import DEFERRED, MAY_DEFER, leave_report
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import Heartbeat, Status, read_result, write_submission
 from proglayer.stages import StoreError, write_atomically
@@ -44,6 +46,45 @@ log = logging.getLogger(__name__)
 
 JOBS = "jobs.json"
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
+
+
+class ComposedOnce:
+    """Hydra's loader of configurations, which keeps what `compose` made for the launcher.
+
+    A launcher in this process would compose every job a second time, at 0.1 s each. One that hands
+    its jobs to other processes gets the loader alone.
+    """
+
+    # Each kept configuration takes about half a megabyte.
+    MOST = 100
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+        self._kept: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(self, master: DictConfig, overrides: list[str]) -> DictConfig:
+        """The configuration of one job."""
+        config = self._loader.load_sweep_config(master, overrides)
+        if len(self._kept) < self.MOST:
+            self._kept[tuple(overrides)] = config
+        return config
+
+    def load_sweep_config(
+        self, master_config: DictConfig, sweep_overrides: list[str]
+    ) -> DictConfig:
+        """The same, as a launcher asks for it, once."""
+        kept = self._kept.pop(tuple(sweep_overrides), None)
+        return kept or self._loader.load_sweep_config(master_config, sweep_overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._loader,)
+
+
+def _itself(loader: ConfigLoader) -> ConfigLoader:
+    return loader
 
 
 # Compared by identity: the corpus holds arrays.
@@ -71,6 +112,8 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     assert sweeper.launcher is not None
+    loader = ComposedOnce(sweeper.hydra_context.config_loader)
+    sweeper.hydra_context.config_loader = cast(ConfigLoader, loader)
     jobs = check(sweeper, expand(sweeper, arguments))
     if jobs[0].config.plan:
         for job in jobs:
@@ -98,24 +141,58 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
     returns = []
     try:
-        size = sweeper.max_batch_size or len(waiting) or 1
         with Heartbeat(folder):
-            for start in range(0, len(waiting), size):
-                batch = [
-                    [*job.overrides, f"hydra.sweep.subdir='{job.folder}'"]
-                    for job in waiting[start : start + size]
-                ]
-                returns.append(sweeper.launcher.launch(batch, initial_job_idx=start))
+            returns = launch(sweeper, waiting)
     finally:
         failed = summarize(folder)
     if jobs[0].config.report:
         leave_report(folder)
-    for batch in returns:
-        for job_return in batch:
-            _ = job_return.return_value  # raises what a job could not record
+    for job_return in returns:
+        _ = job_return.return_value  # raises what a job could not record
     if failed:
         sys.exit(1)
     return returns
+
+
+def launch(sweeper: ProglayerSweeper, jobs: Sequence[Job]) -> list[JobReturn]:
+    """Run the jobs. Gives how each ended, in the order in which they did.
+
+    A job that finds another process at its next phase, of another sweep say, makes room for the
+    jobs that do not, and comes again after them; it waits only when all that are left would. Where
+    jobs outlive this process it waits at once, as nobody might be there to launch it again.
+    """
+    assert sweeper.config is not None
+    assert sweeper.launcher is not None
+    left, ended = list(jobs), []
+    may_defer = _may_defer(sweeper, len(left))
+    while left:
+        size = sweeper.max_batch_size or len(left)
+        deferred = []
+        for start in range(0, len(left), size):
+            batch = left[start : start + size]
+            overrides = [_launched_with(job.overrides, job.folder, may_defer) for job in batch]
+            returns = sweeper.launcher.launch(overrides, initial_job_idx=len(ended) + len(deferred))
+            for job, job_return in zip(batch, returns, strict=True):
+                done = job_return.status is JobStatus.COMPLETED
+                if done and job_return.return_value == DEFERRED:
+                    deferred.append(job)
+                else:
+                    ended.append(job_return)
+        may_defer = 1 < len(deferred) < len(left)
+        left = deferred
+    return ended
+
+
+def _may_defer(sweeper: ProglayerSweeper, jobs: int) -> bool:
+    assert sweeper.config is not None
+    return jobs > 1 and "submitit_folder" not in sweeper.config.hydra.launcher
+
+
+def _launched_with(overrides: Sequence[str], folder: str, may_defer: bool) -> list[str]:
+    own = [f"hydra.sweep.subdir='{folder}'"]
+    if may_defer:
+        own.append(f"+hydra.job.env_set.{MAY_DEFER}=yes")
+    return [*overrides, *own]
 
 
 def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
@@ -165,13 +242,17 @@ def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -
     assert sweeper.hydra_context is not None
     assert sweeper.config is not None
     loader = sweeper.hydra_context.config_loader
+    assert isinstance(loader, ComposedOnce)
+    may_defer = _may_defer(sweeper, len(all_overrides))
     jobs: list[Job] = []
     problems: dict[str, str] = {}
     corpora: dict[DataConfig, Corpus] = {}
     for number, overrides in enumerate(all_overrides):
         text = without_hydra(overrides)
+        folder = f"{number}_{short_hash(text)}"
         try:
-            config = to_config(loader.load_sweep_config(sweeper.config, list(overrides)))
+            launched = _launched_with(overrides, folder, may_defer)
+            config = to_config(loader.compose(sweeper.config, launched))
             if config.data not in corpora:
                 corpora[config.data] = open_corpus(config.data, log.info)
             corpus = corpora[config.data]
@@ -182,8 +263,7 @@ def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -
             for line in str(error).splitlines():
                 problems.setdefault(line, text)
             continue
-        job = Job(f"{number}_{short_hash(text)}", overrides, config, corpus, phases)
-        jobs.append(job)
+        jobs.append(Job(folder, overrides, config, corpus, phases))
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
     return jobs

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from proglayer.stages import Stage
 
 from .helpers import ROOT, experiments
 
@@ -408,6 +411,31 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
     assert states[0] == states[1]
 
 
+def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
+    train: Command, tmp_path: Path
+) -> None:
+    jobs = ("-m", *SHORT, "seed=1,2")
+    assert train(*jobs, "hydra.sweep.dir=a", "stages.dir=a-stages").status == 0
+    alone = results(tmp_path / "a")
+    # Somebody else is at the first job's first phase, until the second job is done.
+    stage = Stage(tmp_path / "b-stages", alone[0]["phases"][0]["stage"])
+    assert stage.lock(0)
+
+    def free_it_after_the_second() -> None:
+        while not list((tmp_path / "b").glob("1_*/result.json")):
+            time.sleep(0.02)
+        stage.unlock()
+
+    other = threading.Thread(target=free_it_after_the_second, daemon=True)
+    other.start()
+    done = train(*jobs, "hydra.sweep.dir=b", "stages.dir=b-stages")
+    other.join(timeout=60)
+    assert done.status == 0, done.err
+    assert "phase 1 is being trained by another job: this one comes back later" in done.out
+    for ours, theirs in zip(results(tmp_path / "b"), alone, strict=True):
+        assert [p["best"] for p in ours["phases"]] == [p["best"] for p in theirs["phases"]]
+
+
 def test_what_is_edited_while_jobs_wait_changes_none_of_them(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +453,8 @@ def test_what_is_edited_while_jobs_wait_changes_none_of_them(
         monkeypatch.setattr(machine, "git_state", lambda: other)
 
     monkeypatch.setattr(sweep, "submit", edit_after)
+    # As in a launcher of another process, which composes each job when it starts.
+    monkeypatch.setattr(sweep.ComposedOnce, "MOST", 0)
     mine = ("--config-dir", str(tmp_path / "mine"))
     jobs = (*mine, "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
     assert train(*jobs).status == 0
