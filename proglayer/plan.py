@@ -370,13 +370,16 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int) -> Flops:
         if weight > 0:
             head += product * (1 + (phase.rates.head is not None) + (lowest <= layer))
     matrices = 2 * tokens * (layer_parameters(phase.architecture) - 2 * phase.architecture.dim)
+    # Queries, keys and values read the layer's input; what the other matrices read is its own.
+    reading = 2 * tokens * 3 * phase.architecture.dim**2
     scores = 4 * tokens * seq_len * phase.architecture.dim
     body = 0
     for layer in range(_highest_read(phase) + 1):
         body += matrices + scores
         if lowest <= layer:
             body += 2 * scores
-            body += matrices * (lowest < layer) + matrices * (layer in phase.trained_layers)
+            body += matrices - reading * (lowest == layer)
+            body += matrices * (layer in phase.trained_layers)
     return Flops(head=head, body=body)
 
 

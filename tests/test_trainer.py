@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from proglayer.growth import build, grow
 from proglayer.optim import build_optimizer, role_of, set_trainable
-from proglayer.plan import Phase, StoppingRule, plan
+from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.trainer import Diverged, EpochMetrics, Training, evaluate, follow
 
 from .helpers import TINY, config, experiments, tiny_corpus
@@ -267,3 +268,31 @@ def _empty(phase: Phase) -> torch.nn.Module:
     from proglayer.model import Transformer
 
     return Transformer(layers=phase.layers, **asdict(phase.architecture))
+
+
+# ---------------------------------------------------------------------------------------------
+# What it costs
+
+
+@pytest.mark.parametrize("model", ["standard", "deep_supervision"])
+@pytest.mark.parametrize("experiment", ["original", "gradual_unfreezing", "control_head_only"])
+def test_the_plan_counts_the_products_of_the_body_that_a_step_forms(
+    experiment: str, model: str
+) -> None:
+    network = None
+    for phase in planned(f"experiment={experiment}", f"model={model}"):
+        network = build(phase) if network is None else grow(network, phase)
+        training = Training(network, phase, CORPUS, CPU)
+        rows = torch.arange(phase.batch_size)
+        with FlopCounterMode(display=False) as counter:
+            training.loss(*training.windows.batch(rows)).backward()
+        formed = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        # Attention is no plain product: forward in every layer, twice that backward.
+        seq_len = training.windows.seq_len
+        scores = 4 * len(rows) * seq_len * seq_len * phase.architecture.dim
+        layers = range(max(e for e, weight in enumerate(phase.exit_weights) if weight) + 1)
+        backward = [layer for layer in layers if layer >= min(phase.trained_layers, default=99)]
+        if phase.rates.embedding is not None:
+            backward = list(layers)
+        counted = training_flops(phase, seq_len, len(rows)).body
+        assert formed == counted - scores * (len(layers) + 2 * len(backward))
