@@ -112,8 +112,6 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     assert sweeper.launcher is not None
-    loader = ComposedOnce(sweeper.hydra_context.config_loader)
-    sweeper.hydra_context.config_loader = cast(ConfigLoader, loader)
     jobs = check(sweeper, expand(sweeper, arguments))
     if jobs[0].config.plan:
         for job in jobs:
@@ -241,8 +239,8 @@ def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -
     """
     assert sweeper.hydra_context is not None
     assert sweeper.config is not None
-    loader = sweeper.hydra_context.config_loader
-    assert isinstance(loader, ComposedOnce)
+    loader = ComposedOnce(sweeper.hydra_context.config_loader)
+    sweeper.hydra_context.config_loader = cast(ConfigLoader, loader)
     may_defer = _may_defer(sweeper, len(all_overrides))
     jobs: list[Job] = []
     problems: dict[str, str] = {}
