@@ -164,7 +164,7 @@ def _escape(text: str) -> str:
 
 def _breakable(text: str) -> str:
     """Escaped text that may break in the middle of names and paths."""
-    return re.sub(r"(?<=[_/=])(?=\w)|(?<=,)(?=[^\W\d])", "<wbr>", _escape(text))
+    return re.sub(r"(?<=[a-z]_)(?=\w)|(?<=[/=])(?=\w)|(?<=,)(?=[^\W\d])", "<wbr>", _escape(text))
 
 
 def _anchor(text: str) -> str:

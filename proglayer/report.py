@@ -923,7 +923,7 @@ def _speed_up_table(gains: Frame) -> Table:
         cells = [Cell(f"{n} of {seeds}", n / max(1, seeds))]
         for measure in (ledger.TOKENS, ledger.FLOPS, ledger.BODY, ledger.SECONDS):
             told = by.loc[measure.column]
-            cells.append(Cell(_interval(told, 1, 100, " %"), _sort(told["mean"])))
+            cells.append(Cell(_interval(told, 0, 100, " %"), _sort(told["mean"])))
         rows.append([variant, model_name(model), *cells])
     note = (
         "Compute from scratch / compute of growing, all phases, to the lowest loss that the run "
