@@ -13,7 +13,7 @@ register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(settings: DictConfig) -> float | None:
+def main(settings: DictConfig) -> float | str | None:
     """One job. Gives the validation loss of the last phase, for sweepers that optimise."""
     from proglayer.entrance import run_job
 

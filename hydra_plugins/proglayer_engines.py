@@ -5,6 +5,7 @@ imports this module at every start, so nothing heavy is imported at its top; and
 not installed is a class all the same, one that says what to install.
 """
 
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import atexit
 import functools
 import logging

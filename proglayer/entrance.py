@@ -64,8 +64,9 @@ def run_job(settings: DictConfig) -> float | str | None:
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         overrides = list(hydra.overrides.task)
+        may_wait = os.environ.get(MAY_DEFER) != "yes"
         try:
-            outcome = run(config, folder, overrides, choices, may_wait=MAY_DEFER not in os.environ)
+            outcome = run(config, folder, overrides, choices, may_wait=may_wait)
         except Deferred:
             return DEFERRED
     except (ConfigError, StoreError) as error:

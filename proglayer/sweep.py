@@ -69,12 +69,14 @@ class ComposedOnce:
             self._kept[tuple(overrides)] = config
         return config
 
-    def load_sweep_config(
-        self, master_config: DictConfig, sweep_overrides: list[str]
-    ) -> DictConfig:
+    def load_sweep_config(self, master: DictConfig, overrides: list[str]) -> DictConfig:
         """The same, as a launcher asks for it, once."""
-        kept = self._kept.pop(tuple(sweep_overrides), None)
-        return kept or self._loader.load_sweep_config(master_config, sweep_overrides)
+        kept = self._kept.pop(tuple(overrides), None)
+        if kept is None:
+            return self._loader.load_sweep_config(master, overrides)
+        # What was resolved since, such as the sweep's folder with its time, holds for the job.
+        OmegaConf.copy_cache(from_config=master, to_config=kept)
+        return kept
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -189,7 +191,7 @@ def _may_defer(sweeper: ProglayerSweeper, jobs: int) -> bool:
 def _launched_with(overrides: Sequence[str], folder: str, may_defer: bool) -> list[str]:
     own = [f"hydra.sweep.subdir='{folder}'"]
     if may_defer:
-        own.append(f"+hydra.job.env_set.{MAY_DEFER}=yes")
+        own.append(f"hydra.job.env_set.{MAY_DEFER}=yes")
     return [*overrides, *own]
 
 

@@ -411,6 +411,12 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
     assert states[0] == states[1]
 
 
+def test_a_sweeps_jobs_land_in_its_own_folder(train: Command, tmp_path: Path) -> None:
+    assert train("-m", *SHORT, "seed=1,2").status == 0
+    (sweep,) = (tmp_path / "multirun").glob("[!.]*")
+    assert len(json.loads((sweep / "jobs.json").read_text())) == len(results(sweep)) == 2
+
+
 def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
     train: Command, tmp_path: Path
 ) -> None:
