@@ -116,10 +116,10 @@ class ProglayerSlurmLauncher(SlurmLauncher):
 
         from proglayer.config import ConfigError
 
-        # The parent class gives up at the first job whose process ended without a word, while the
-        # others are still at work.
         # It warns at every look that a cluster without accounting cannot tell it more.
         logging.getLogger("submitit").setLevel(logging.ERROR)
+        # The parent class gives up at the first job whose process ended without a word, while the
+        # others are still at work.
         results = submitit.Job.results
         submitit.Job.results = functools.partialmethod(_or_lost, results)
         try:
@@ -156,7 +156,10 @@ class ProglayerOptunaSweeper(OptunaSweeper):
     """Optuna's search, with the table of its trials and the command line of the best."""
 
     def sweep(self, arguments: list[str]) -> Any:
+        import optuna
+
         from proglayer.config import ConfigError, short_hash
+        from proglayer.entrance import leave_report
         from proglayer.sweep import best_command, summarize, without_hydra
 
         config = self.sweeper.config
@@ -167,14 +170,22 @@ class ProglayerOptunaSweeper(OptunaSweeper):
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
+        # A grid's last trial stops its study by a method that refuses outside of `optimize`. The
+        # parent class knows that of a trial that completed, and not of one that failed.
+        stop = optuna.Study.stop
+        optuna.Study.stop = lambda _: None
         try:
             super().sweep(arguments)
         except ValueError as error:
-            if "No trials are completed" not in str(error):
+            # What a study says that has no best trial, in memory and in a file.
+            if str(error).strip(".") not in ("No trials are completed yet", "Record does not exist"):
                 raise
             raise ConfigError("every trial failed, for the reasons above") from None
         finally:
+            optuna.Study.stop = stop
             summarize(folder)
+            if config.report:
+                leave_report(folder)
         best = OmegaConf.load(folder / "optimization_results.yaml")
         if "best_params" in best:
             print(f"best of the study, {best.best_value:.6g}:")

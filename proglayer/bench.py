@@ -44,8 +44,8 @@ from proglayer.entrance import explain_errors
 from proglayer.growth import build
 from proglayer.loss import cache_bytes, linear_cross_entropy
 from proglayer.optim import set_rates
-from proglayer.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.sweep import Job, check, expand
+from proglayer.plan import Phase, plan, training_flops
+from proglayer.sweep import Job, check, expand, prefix_of
 from proglayer.trainer import Training, autocast, evaluate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -643,8 +643,7 @@ def distinct_phases(jobs: Sequence[Job]) -> list[tuple[Job, Phase]]:
     found: dict[Any, tuple[Job, Phase]] = {}
     for job in jobs:
         for depth, phase in enumerate(job.phases, start=1):
-            prefix = (job.config.data, *job.phases[: depth - 1], replace(phase, stop=_ANY_STOP))
-            found.setdefault(prefix, (job, phase))
+            found.setdefault(prefix_of(job, depth), (job, phase))
     return list(found.values())
 
 
@@ -654,9 +653,6 @@ def estimate(jobs: Sequence[Job], epochs: int, device: torch.device) -> list[Sha
     for job, phase in distinct_phases(jobs):
         shapes.setdefault(_cost_shape(job, phase), []).append((job, phase))
     return [_time_shape(members, epochs, device) for members in shapes.values()]
-
-
-_ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
 def _cost_shape(job: Job, phase: Phase) -> tuple[Any, ...]:

@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from proglayer.config import ConfigError, Device, Precision
 from proglayer.trajectory import Machine
@@ -58,7 +59,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def jobs_at_once(launcher: Mapping[str, Any]) -> int:
+def jobs_at_once(launcher: DictConfig) -> int:
     """How many jobs a launcher with these settings runs at once on one machine, as far as it says.
 
     joblib's `n_jobs` counts back from the number of cores when it is negative.
@@ -67,22 +68,16 @@ def jobs_at_once(launcher: Mapping[str, Any]) -> int:
     return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
 
 
-def threads_per_job(launcher: Mapping[str, Any]) -> int | None:
+def threads_per_job(launcher: DictConfig) -> int | None:
     """The cores that a launcher with these settings gives to a job; None where it does not say.
 
     joblib's jobs share this machine's; Slurm and Ray are asked for a number of them.
     """
-    asked = launcher.get("cpus_per_task") or _inside(launcher, "ray", "remote", "num_cpus")
+    asked = launcher.get("cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
     if asked:
         return max(1, int(asked))
     at_once = jobs_at_once(launcher)
     return max(1, cores() // at_once) if at_once > 1 else None
-
-
-def _inside(settings: Mapping[str, Any], *names: str) -> Any:
-    for name in names:
-        settings = settings.get(name) or {}
-    return settings
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -120,6 +115,7 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(difference), "difference": digest}
 
 
+@functools.lru_cache(maxsize=1)
 def git_difference() -> str:
     """How the tracked files of the checkout differ from its commit; empty outside a checkout."""
     return _git("diff", "HEAD", "--binary")

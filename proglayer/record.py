@@ -24,6 +24,7 @@ from proglayer.stages import write_atomically
 RESULT = "result.json"
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
+JOBS = "jobs.json"
 SUBMITTED = ".submitted"
 HEARTBEAT = "heartbeat.json"
 HEARTBEAT_EVERY_S = 10.0

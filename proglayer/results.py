@@ -39,6 +39,7 @@ from proglayer.config import Config
 from proglayer.display import one_line
 from proglayer.record import (
     HEARTBEAT,
+    JOBS,
     LOST_AFTER_S,
     METRICS,
     METRICS_COLUMNS,
@@ -50,7 +51,6 @@ from proglayer.record import (
     read_sign,
 )
 
-JOBS = "jobs.json"
 HYDRA = ".hydra"
 CACHE = ".results-cache"
 # Raise by hand when a cached table would be misread although its columns are the same.

@@ -36,7 +36,7 @@ from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
 from proglayer.entrance import DEFERRED, MAY_DEFER, leave_report
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.record import Heartbeat, Status, read_result, write_submission
+from proglayer.record import JOBS, Heartbeat, Status, read_result, write_submission
 from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-JOBS = "jobs.json"
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
@@ -287,11 +286,11 @@ def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
     covered: set[tuple[Any, ...]] = set()
     for depth in range(1, 1 + max(len(job.phases) for job in jobs)):
         for job in jobs:
-            prefix = _prefix(job, depth)
+            prefix = prefix_of(job, depth)
             if prefix not in covered and len(job.phases) >= depth:
                 if job not in order:
                     order.append(job)
-                covered |= {_prefix(job, d) for d in range(1, len(job.phases) + 1)}
+                covered |= {prefix_of(job, d) for d in range(1, len(job.phases) + 1)}
     return order + [job for job in jobs if job not in order]
 
 
@@ -327,7 +326,7 @@ class Outlook:
         )
 
 
-def outlook(jobs: Sequence[Job], launcher: Mapping[str, Any]) -> Outlook:
+def outlook(jobs: Sequence[Job], launcher: DictConfig) -> Outlook:
     """Follow every job's plan through the store as far as it is trained."""
     from proglayer import machine
     from proglayer.trajectory import stored_epochs
@@ -344,7 +343,7 @@ def outlook(jobs: Sequence[Job], launcher: Mapping[str, Any]) -> Outlook:
         parent: tuple[str, int] | None = None
         reachable = config.reuse
         for depth, phase in enumerate(job.phases, start=1):
-            prefix = _prefix(job, depth)
+            prefix = prefix_of(job, depth)
             flops = training_flops(phase, config.data.seq_len, len(job.corpus.train))
             cost = flops.head + flops.body
             if not reachable:
@@ -402,7 +401,7 @@ def without_hydra(overrides: Sequence[str]) -> str:
     return " ".join(o for o in overrides if not o.lstrip("+~").startswith("hydra"))
 
 
-def _prefix(job: Job, depth: int) -> tuple[Any, ...]:
+def prefix_of(job: Job, depth: int) -> tuple[Any, ...]:
     """What the first `depth` phases of a job are, for comparing jobs.
 
     The last one's stopping rule is left out, since it only reads its trajectory.

@@ -46,6 +46,19 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial_and_goes_on_when_given_a
     assert len(_trials(study.study_name)) == 4
 
 
+def test_a_grid_whose_last_trial_fails_ends_like_any_search(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("optuna")
+    search = ("-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", *SHORT, "report=true")
+    done = train(*search, "lr.base=choice(1e12)", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=a")
+    assert done.status == 1
+    assert done.err.endswith("error: every trial failed, for the reasons above\n")
+    assert [r["status"] for r in results(tmp_path / "a")] == ["failed"]
+    assert (tmp_path / "a/report/index.html").exists()
+
+
 def _trials(study: str) -> list:
     import optuna
 
