@@ -21,7 +21,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import OmegaConf
 
 
 def _needs(choice: str, extra: str) -> Any:
@@ -68,6 +67,10 @@ except ImportError:
     OptunaSweeper = _MissingSweeper
 
 
+# Choices of others whose place files of `conf/hydra` take.
+REPLACED = {"launcher": ("joblib.yaml", "ray.yaml"), "sweeper": ("optuna.yaml",)}
+
+
 class OurChoices(SearchPathPlugin):
     """Lets the files of `conf/hydra` take the place of the plugins' choices of the same name.
 
@@ -77,8 +80,20 @@ class OurChoices(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         hydra = ConfigStore.instance().repo["hydra"]
-        for group, name in ("launcher", "joblib"), ("launcher", "ray"), ("sweeper", "optuna"):
-            hydra[group].pop(f"{name}.yaml", None)
+        for group, names in REPLACED.items():
+            hydra[group] = _Group(
+                {name: node for name, node in hydra[group].items() if name not in names}
+            )
+
+
+class _Group(dict[str, Any]):
+    """Choices of a group that cannot be had back: a worker that is given this process's store
+    looks for plugins anew, and they store theirs again.
+    """
+
+    def __setitem__(self, name: str, node: Any) -> None:
+        if not any(name in names for names in REPLACED.values()):
+            super().__setitem__(name, node)
 
 
 class ProglayerJoblibLauncher(JoblibLauncher):
@@ -153,40 +168,9 @@ def _exit_with_failure() -> None:
 
 
 class ProglayerOptunaSweeper(OptunaSweeper):
-    """Optuna's search, with the table of its trials and the command line of the best."""
+    """Optuna's search, its trials checked, resumed and summed up as the jobs of any sweep."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        import optuna
+        from proglayer.search import search
 
-        from proglayer.config import ConfigError, short_hash
-        from proglayer.entrance import leave_report
-        from proglayer.sweep import best_command, summarize, without_hydra
-
-        config = self.sweeper.config
-        if self.sweeper.study_name is None:
-            self.sweeper.study_name = f"proglayer_{short_hash(without_hydra(sorted(arguments)))}"
-        if (file := str(self.sweeper.storage or "")).startswith("sqlite:///"):
-            Path(file.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, folder / "multirun.yaml")
-        # A grid's last trial stops its study by a method that refuses outside of `optimize`. The
-        # parent class knows that of a trial that completed, and not of one that failed.
-        stop = optuna.Study.stop
-        optuna.Study.stop = lambda _: None
-        try:
-            super().sweep(arguments)
-        except ValueError as error:
-            # What a study says that has no best trial, in memory and in a file.
-            if str(error).strip(".") not in ("No trials are completed yet", "Record does not exist"):
-                raise
-            raise ConfigError("every trial failed, for the reasons above") from None
-        finally:
-            optuna.Study.stop = stop
-            summarize(folder)
-            if config.report:
-                leave_report(folder)
-        best = OmegaConf.load(folder / "optimization_results.yaml")
-        if "best_params" in best:
-            print(f"best of the study, {best.best_value:.6g}:")
-            print(best_command(arguments, best.best_params))
+        return search(self.sweeper, arguments)

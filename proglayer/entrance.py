@@ -51,7 +51,7 @@ def run_job(settings: DictConfig) -> float | str | None:
             _leave_nothing(folder)
             return None
         if not single and config.on_error is OnError.stop and (name := _failed_beside(folder)):
-            _record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
+            record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
             return None
         from proglayer import machine
         from proglayer.experiment import Deferred, run
@@ -76,7 +76,7 @@ def run_job(settings: DictConfig) -> float | str | None:
         if single:
             fail(str(error).splitlines())
         with contextlib.suppress(StoreError):
-            _record_unstarted(folder, Status.failed, str(error))
+            record_unstarted(folder, Status.failed, str(error))
         return None
     if outcome.status is Status.interrupted:
         raise KeyboardInterrupt
@@ -87,16 +87,17 @@ def run_job(settings: DictConfig) -> float | str | None:
     return outcome.objective
 
 
-def leave_report(folder: Path) -> None:
+def leave_report(folder: Path, *before: Path) -> None:
     """Write the report of a run or a sweep into its folder, and say where it is.
 
-    Whatever goes wrong with it is told in a line of the log: it changes nothing about the runs.
+    `before` are folders of what belongs to it. Whatever goes wrong with the report is told in a
+    line of the log: it changes nothing about the runs.
     """
     try:
         from proglayer.display import console
         from proglayer.report import write_report
 
-        page = write_report([folder], folder / "report")
+        page = write_report([*before, folder], folder / "report")
         console().print(f"report: {page}", markup=False)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -134,7 +135,7 @@ def explain_errors() -> Iterator[None]:
     except ConfigError as error:
         fail(str(error).splitlines())
     except (HydraException, OmegaConfBaseException) as error:
-        fail([_in_one_line(error)])
+        fail([in_one_line(error)])
     except OSError as error:
         if error.filename is None:
             raise
@@ -153,7 +154,7 @@ def fail(lines: list[str]) -> NoReturn:
     sys.exit(FAILED)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What Hydra or OmegaConf said, with the nearest setting where a name is unknown."""
     cause: BaseException | None = error
     while cause is not None:
@@ -194,7 +195,7 @@ def _failed_beside(folder: Path) -> str | None:
     return None
 
 
-def _record_unstarted(folder: Path, status: Status, reason: str) -> None:
+def record_unstarted(folder: Path, status: Status, reason: str) -> None:
     """The record of a job that ended before its first phase."""
     log.error("%s", reason)
     write_result(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from proglayer.config import (
@@ -122,26 +122,15 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
         return []
 
     folder = Path(sweeper.config.hydra.sweep.dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(sweeper.config, folder / "multirun.yaml")
-        listing = [{"folder": job.folder, "overrides": list(job.overrides)} for job in jobs]
-        write_atomically(folder / JOBS, json.dumps(listing, indent=1).encode(), "hydra.sweep.dir")
-        waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
-        submit(folder, waiting)
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:
-        raise ConfigError(
-            f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
-        ) from error
+    waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
+    announce(sweeper.config, {job.folder: job.overrides for job in jobs}, waiting)
     say = console().print
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
     say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
     returns = []
     try:
         with Heartbeat(folder):
-            returns = launch(sweeper, waiting)
+            returns = launch(sweeper, waiting, sweeper.max_batch_size)
     finally:
         failed = summarize(folder)
     if jobs[0].config.report:
@@ -153,8 +142,12 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     return returns
 
 
-def launch(sweeper: ProglayerSweeper, jobs: Sequence[Job]) -> list[JobReturn]:
+def launch(
+    sweeper: Sweeper, jobs: Sequence[Job], at_once: int | None = None, first: int = 0
+) -> list[JobReturn]:
     """Run the jobs. Gives how each ended, in the order in which they did.
+
+    The launcher gets `at_once` of them at a time (None: all), numbered from `first` on.
 
     A job that finds another process at its next phase, of another sweep say, makes room for the
     jobs that do not, and comes again after them; it waits only when all that are left would. Where
@@ -165,12 +158,13 @@ def launch(sweeper: ProglayerSweeper, jobs: Sequence[Job]) -> list[JobReturn]:
     left, ended = list(jobs), []
     may_defer = _may_defer(sweeper, len(left))
     while left:
-        size = sweeper.max_batch_size or len(left)
+        size = at_once or len(left)
         deferred = []
         for start in range(0, len(left), size):
             batch = left[start : start + size]
             overrides = [_launched_with(job.overrides, job.folder, may_defer) for job in batch]
-            returns = sweeper.launcher.launch(overrides, initial_job_idx=len(ended) + len(deferred))
+            number = first + len(ended) + len(deferred)
+            returns = sweeper.launcher.launch(overrides, initial_job_idx=number)
             for job, job_return in zip(batch, returns, strict=True):
                 done = job_return.status is JobStatus.COMPLETED
                 if done and job_return.return_value == DEFERRED:
@@ -182,7 +176,7 @@ def launch(sweeper: ProglayerSweeper, jobs: Sequence[Job]) -> list[JobReturn]:
     return ended
 
 
-def _may_defer(sweeper: ProglayerSweeper, jobs: int) -> bool:
+def _may_defer(sweeper: Sweeper, jobs: int) -> bool:
     assert sweeper.config is not None
     return jobs > 1 and "submitit_folder" not in sweeper.config.hydra.launcher
 
@@ -233,51 +227,77 @@ def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, .
     return [tuple(itertools.chain(*choice)) for choice in itertools.product(*products)]
 
 
-def check(sweeper: ProglayerSweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:
-    """Compose and plan every job, opening each corpus once.
+class Checks:
+    """Composes and plans jobs one by one, opening each corpus once."""
 
-    Raises ConfigError with the problems of all of them.
-    """
-    assert sweeper.hydra_context is not None
-    assert sweeper.config is not None
-    loader = ComposedOnce(sweeper.hydra_context.config_loader)
-    sweeper.hydra_context.config_loader = cast(ConfigLoader, loader)
-    may_defer = _may_defer(sweeper, len(all_overrides))
+    def __init__(self, sweeper: Sweeper) -> None:
+        assert sweeper.hydra_context is not None
+        self._sweeper = sweeper
+        self._loader = ComposedOnce(sweeper.hydra_context.config_loader)
+        self._corpora: dict[DataConfig, Corpus] = {}
+        sweeper.hydra_context.config_loader = cast(ConfigLoader, self._loader)
+
+    def job(self, number: int, overrides: tuple[str, ...], among: int) -> Job:
+        """Job `number`, one of `among` that are launched together. Raises ConfigError."""
+        assert self._sweeper.config is not None
+        folder = job_folder(number, overrides)
+        launched = _launched_with(overrides, folder, _may_defer(self._sweeper, among))
+        config = to_config(self._loader.compose(self._sweeper.config, launched))
+        if config.data not in self._corpora:
+            self._corpora[config.data] = open_corpus(config.data, log.info)
+        corpus = self._corpora[config.data]
+        phases = plan(config, corpus.vocab_size)
+        for phase in phases:
+            phase.windows(len(corpus.train))
+        return Job(folder, overrides, config, corpus, phases)
+
+
+def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:
+    """Every job of a sweep. Raises ConfigError with the problems of all of them."""
+    checks = Checks(sweeper)
     jobs: list[Job] = []
     problems: dict[str, str] = {}
-    corpora: dict[DataConfig, Corpus] = {}
     for number, overrides in enumerate(all_overrides):
-        text = without_hydra(overrides)
-        folder = f"{number}_{short_hash(text)}"
         try:
-            launched = _launched_with(overrides, folder, may_defer)
-            config = to_config(loader.compose(sweeper.config, launched))
-            if config.data not in corpora:
-                corpora[config.data] = open_corpus(config.data, log.info)
-            corpus = corpora[config.data]
-            phases = plan(config, corpus.vocab_size)
-            for phase in phases:
-                phase.windows(len(corpus.train))
+            jobs.append(checks.job(number, overrides, len(all_overrides)))
         except ConfigError as error:
             for line in str(error).splitlines():
-                problems.setdefault(line, text)
-            continue
-        jobs.append(Job(folder, overrides, config, corpus, phases))
+                problems.setdefault(line, without_hydra(overrides))
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
     return jobs
 
 
-def submit(folder: Path, jobs: Sequence[Job]) -> None:
-    """Keep the settings of each job and the state of the code, for the jobs to go by.
+def job_folder(number: int, overrides: Sequence[str]) -> str:
+    """The name of a job's folder in that of its sweep: its number and a short hash."""
+    return f"{number}_{short_hash(without_hydra(overrides))}"
 
-    Where a job waits in a queue, Hydra composes its settings anew when it starts: what was edited
-    meanwhile would change it.
+
+def announce(
+    master: DictConfig, listed: Mapping[str, Sequence[str]], waiting: Sequence[Job]
+) -> None:
+    """Say in the sweep's folder which jobs there are, and keep what the waiting ones go by.
+
+    That is the settings of each and the state of the code: where a job waits in a queue, Hydra
+    composes its settings anew when it starts, and what was edited meanwhile would change it.
+    `listed` has the overrides of each job. Raises ConfigError where the folder cannot be written.
     """
     from proglayer import machine
 
-    settings = {job.folder: to_plain(job.config) for job in jobs}
-    write_submission(folder, settings, machine.git_state(), machine.git_difference())
+    folder = Path(master.hydra.sweep.dir)
+    listing = [{"folder": job, "overrides": list(given)} for job, given in listed.items()]
+    settings = {job.folder: to_plain(job.config) for job in waiting}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(master, folder / "multirun.yaml")
+        write_atomically(folder / JOBS, json.dumps(listing, indent=1).encode(), "hydra.sweep.dir")
+        write_submission(folder, settings, machine.git_state(), machine.git_difference())
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
+        ) from error
 
 
 def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
@@ -375,25 +395,11 @@ def outlook(jobs: Sequence[Job], launcher: DictConfig) -> Outlook:
     )
 
 
-def summarize(folder: Path) -> bool:
-    """Print the table of a sweep's jobs; True if any of them failed."""
+def summarize(*folders: Path) -> bool:
+    """Print the table of the jobs of sweeps; True if any of them failed."""
     from proglayer.summary import print_summary
 
-    return print_summary(folder)
-
-
-def best_command(arguments: Sequence[str], best: Mapping[str, Any]) -> str:
-    """The command line of one run with the values that a search found best.
-
-    `arguments` are those of the search: what it searched gives way, what it was told stays.
-    """
-    fixed = []
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
-        key = override.get_key_element()
-        if not override.is_sweep_override() and not key.startswith("hydra") and key not in best:
-            fixed.append(override.input_line or "")
-    found = [f"{key}={value}" for key, value in best.items()]
-    return shlex.join(["python", "train.py", *fixed, *found])
+    return print_summary(*folders)
 
 
 def without_hydra(overrides: Sequence[str]) -> str:

@@ -450,15 +450,15 @@ def test_what_is_edited_while_jobs_wait_changes_none_of_them(
     rates = tmp_path / "mine/lr/mine.yaml"
     rates.parent.mkdir(parents=True)
     rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
-    submit = sweep.submit
+    announce = sweep.announce
 
     def edit_after(*arguments: Any) -> None:
-        submit(*arguments)
+        announce(*arguments)
         rates.write_text(rates.read_text().replace("base: 1.0e-3", "base: 5.0e-3"))
         other = {"commit": "0123456789abcdef", "changed": True, "difference": "fedcba"}
         monkeypatch.setattr(machine, "git_state", lambda: other)
 
-    monkeypatch.setattr(sweep, "submit", edit_after)
+    monkeypatch.setattr(sweep, "announce", edit_after)
     # As in a launcher of another process, which composes each job when it starts.
     monkeypatch.setattr(sweep.ComposedOnce, "MOST", 0)
     mine = ("--config-dir", str(tmp_path / "mine"))
