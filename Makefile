@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint format env clean
+.PHONY: help run test bench check lint format env clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ run: $(STAMP) ## the original experiment for both models on the embedded corpus 
 
 test: $(STAMP) ## all tests (ARGS="-k growth")
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## how near a training step is to what this machine can do (ARGS="--short")
+	$(BIN)/python -m proglayer.bench $(ARGS)
 
 check: $(STAMP) ## style, formatting and types, changing nothing
 	$(BIN)/ruff check .
