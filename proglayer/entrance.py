@@ -97,7 +97,8 @@ def leave_report(folder: Path, *before: Path) -> None:
         from proglayer.display import console
         from proglayer.report import write_report
 
-        page = write_report([*before, folder], folder / "report")
+        folders = [*before, folder]
+        page = write_report(folders, folder / "report", png=False, anew=False)
         console().print(f"report: {page}", markup=False)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,10 +1,10 @@
-"""The report's pictures, drawn with matplotlib: as SVG for a page, and as SVG and PNG files.
+"""The report's pictures, drawn with matplotlib: SVG for a page, and SVG and PNG files.
 
 Each panel is a picture of its own, narrow enough to be read on a phone; a page sets as many beside
 each other as fit. Colours are those of Okabe and Ito (2008), told apart by colour-blind readers as
 well, and everything that a colour says a marker or a dash says too. In a page the colours are its
 style's variables, so that one picture serves light and dark; files have a white ground. Equal
-input gives equal bytes.
+input gives equal bytes. Matplotlib takes half a second to import and is, where something is drawn.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+import pandas as pd
 
 from proglayer.page import Picture
 from proglayer.study import DEEP, MODEL_NAMES, STANDARD, Frame
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
 WIDTH_IN = 4.6
 PNG_DPI = 144
+# Room beside a panel for figures of up to eight characters and for what the axes are called.
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.1, 0.08, 0.46
 # More seeds than these would blacken a picture; the mean is over all of them.
 MOST_LINES = 12
 
@@ -118,36 +117,81 @@ def _look_of_model(models: Sequence[str], model: str) -> Look:
 
 
 class Gallery:
-    """Draws pictures and keeps their files in `folder`, made when the first is drawn."""
+    """Draws pictures and keeps their files in `folder`, made when the first is drawn.
 
-    def __init__(self, folder: Path) -> None:
+    With `png` each is drawn a second time, which takes longer than the first.
+    """
+
+    def __init__(self, folder: Path, png: bool = True) -> None:
         self.folder = folder
+        self.png = png
         self.names: list[str] = []
 
     def draw(
-        self, name: str, title: str, alt: str, height_in: float, paint: Callable[[Axes], None]
+        self,
+        name: str,
+        title: str,
+        alt: str,
+        height_in: float,
+        paint: Callable[[Axes], None],
+        row_labels: bool = False,
     ) -> Picture:
-        """Draw one panel with `paint`, write `<name>.svg` and `<name>.png`, give it for a page."""
+        """Draw one panel with `paint`, write `<name>.svg` and `<name>.png`, give it for a page.
+
+        The panel stands where figures beside it have room; with `row_labels`, where the names at
+        its left end. To measure those takes as long as to draw.
+        """
+        import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure as Canvas
+
         with mpl.rc_context(RC), warnings.catch_warnings():
             # A glyph that the font lacks is a box in the PNG, and right in a browser.
             warnings.simplefilter("ignore")
-            canvas = Canvas(figsize=(WIDTH_IN, height_in), layout="constrained")
+            layout = "constrained" if row_labels else "none"
+            canvas = Canvas(figsize=(WIDTH_IN, height_in), layout=layout)
             paint(canvas.add_subplot())
+            if not row_labels:
+                _set_margins(canvas)
             svg = io.StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             FigureCanvasSVG(canvas).print_svg(svg, metadata=nothing)
-            # The layout stands; to find it again would cost as much as to draw.
-            canvas.set_layout_engine("none")
-            canvas.set_facecolor("white")
-            png = io.BytesIO()
-            canvas.set_dpi(PNG_DPI)
-            FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+            png = self._png(canvas) if self.png else None
         whole = svg.getvalue()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{name}.svg").write_text(_on_white(whole), encoding="utf-8")
-        (self.folder / f"{name}.png").write_bytes(png.getvalue())
+        if png is None:
+            # That of an earlier report would show something else.
+            (self.folder / f"{name}.png").unlink(missing_ok=True)
+        else:
+            (self.folder / f"{name}.png").write_bytes(png)
         self.names.append(name)
         return Picture(name, title, alt, _for_page(whole, name))
+
+    def _png(self, canvas: Canvas) -> bytes:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        # The layout stands; to find it again would cost as much as to draw.
+        canvas.set_layout_engine("none")
+        canvas.set_facecolor("white")
+        canvas.set_dpi(PNG_DPI)
+        png = io.BytesIO()
+        FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+        return png.getvalue()
+
+
+def _set_margins(canvas: Canvas) -> None:
+    """Put the panel where its labels and the legend below it have room."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    width, height = canvas.get_size_inches()
+    legend = canvas.legends[0].get_window_extent(FigureCanvasAgg(canvas).get_renderer())
+    canvas.subplots_adjust(
+        left=LEFT_IN / width,
+        right=1 - RIGHT_IN / width,
+        top=1 - TOP_IN / height,
+        bottom=(BOTTOM_IN + legend.height / canvas.dpi) / height,
+    )
 
 
 def _on_white(svg: str) -> str:
@@ -211,7 +255,7 @@ def forest(
         axes.set_ylim(len(variants) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _tick(axes, 5)
         axes.set_xlabel(f"{unit} (plus: better); shaded: within ±{margin:.3g}")
         _legend(axes, len(models))
 
@@ -226,7 +270,8 @@ def forest(
         + len(variants) * (0.28 + 0.08 * len(models))
         + 0.12 * sum(_wrapped(v).count("\n") for v in variants)
     )
-    return gallery.draw(name, title, f"{title}, in {unit}: {told}", height, paint)
+    alt = f"{title}, in {unit}: {told}"
+    return gallery.draw(name, title, alt, height, paint, row_labels=True)
 
 
 def _wrapped(label: str, width: int = 22) -> str:
@@ -244,9 +289,12 @@ def _wrapped(label: str, width: int = 22) -> str:
 
 def _legend(axes: Axes, columns: int, handles: list[Any] | None = None) -> None:
     """Below the panel, where it covers nothing."""
-    settings: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, columns)}
-    figure = axes.get_figure()
-    assert isinstance(figure, Canvas)
+    figure: Canvas = axes.get_figure(root=True)
+    measured = figure.get_layout_engine() is not None
+    settings: dict[str, Any] = {
+        "loc": "outside lower center" if measured else "lower center",
+        "ncols": max(1, columns),
+    }
     figure.legend(handles=handles or axes.get_legend_handles_labels()[0], **settings)
 
 
@@ -257,11 +305,14 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
     """Validation loss through the phases of one variant, growth and unfreezing marked.
 
     A phase begins, for every seed, where the longest of the phase before ended, so that growth
-    stands at one place; thin lines are seeds, the thick one their mean while most of them train.
+    stands at one place. Thin lines are seeds; the thick one is their mean as far as all of them
+    train: those that go on are not those that stopped, and a mean over fewer would jump to them.
 
     Args:
         curves: of `ledger.curves`, with `model`, `seed` and `phase_name` (as recorded).
     """
+    from matplotlib.collections import LineCollection
+
     models = list(dict.fromkeys(curves["model"]))
     lengths = curves.groupby("phase")["epoch"].max()
     starts = lengths.cumsum().shift(fill_value=0)
@@ -285,13 +336,13 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
                 )
             for phase, part in own.groupby("phase"):
                 at = part.groupby("at")["loss"].agg(["mean", "size"])
-                most = at[at["size"] * 2 > at["size"].max()]
+                whole = at[at["size"] == part["seed"].nunique()]
                 axes.plot(
-                    most.index.to_numpy(float),
-                    most["mean"].to_numpy(float),
+                    whole.index.to_numpy(float),
+                    whole["mean"].to_numpy(float),
                     color=look.colour,
                     marker=look.marker,
-                    markersize=3.2 if len(most) < 30 else 0,
+                    markersize=3.2 if len(whole) < 30 else 0,
                     label=model_name(model) if phase == own["phase"].min() else None,
                 )
         axes.autoscale_view()
@@ -313,7 +364,7 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
                 rotation=90 if len(marks) > 3 else 0,
             )
         axes.set_xlim(0.5, float(lengths.sum()) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _tick(axes, 6, whole=True)
         axes.set_xlabel("epochs, phase after phase")
         axes.set_ylabel("validation loss (nats)")
         _legend(axes, len(models))
@@ -370,7 +421,7 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
                 )
                 means = ", ".join(f"{value:.2f}" for value in at["mean"])
                 told.append(f"{label}: {means} %")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tick(axes, 10, whole=True)
         axes.set_xlabel("exit after layer")
         axes.set_ylabel("validation accuracy (%)")
         _legend(axes, min(2, len(steps) * len(models)))
@@ -391,7 +442,9 @@ def against_compute(
 ) -> Picture:
     """The lowest validation loss so far against the compute spent, a line for each variant.
 
-    Lines are means over seeds, epoch by epoch, while most of the seeds train.
+    Lines are means over all seeds, epoch by epoch. A seed that has stopped counts with what it
+    spent and reached, so that a line ends at the means of its arm and is of the same seeds
+    throughout.
 
     Args:
         curves: of one model, with `variant`.
@@ -400,19 +453,22 @@ def against_compute(
     """
     curves = curves.dropna(subset=[column])
     so_far = curves.groupby("run", sort=False)["loss"].cummin()
-    steps = (
-        curves.assign(so_far=so_far)
-        .groupby(["variant", "step"], sort=False)
-        .agg(compute=(column, "mean"), loss=("so_far", "mean"), n=("so_far", "size"))
-        .reset_index()
+    by_step = curves.assign(so_far=so_far).pivot(
+        index=["variant", "run"], columns="step", values=[column, "so_far"]
     )
+    means = {
+        name: by_step[source].ffill(axis="columns").groupby("variant", sort=False).mean().stack()
+        for name, source in (("compute", column), ("loss", "so_far"))
+    }
+    longest = curves.groupby("variant")["step"].max()
+    steps = pd.DataFrame(means).reset_index()
+    steps = steps[steps["step"] <= steps["variant"].map(longest)]
     shown = [variant for variant in order if variant in set(steps["variant"])]
 
     def paint(axes: Axes) -> None:
         for variant in shown:
             look = LOOKS[list(order).index(variant) % len(LOOKS)]
-            own = steps[steps["variant"] == variant].sort_values("step")
-            own = own[own["n"] * 2 > own["n"].max()]
+            own = steps[steps["variant"] == variant]
             axes.plot(
                 own["compute"].to_numpy(float),
                 own["loss"].to_numpy(float),
@@ -424,8 +480,8 @@ def against_compute(
                 label=_wrapped(variant, 26),
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
         _tick_few(axes)
         # Where the variants part matters, not where they all come from.
         ends = steps.groupby("variant")["loss"].min()
@@ -443,6 +499,13 @@ def against_compute(
     )
     height = 3.0 + 0.17 * (sum(1 + _wrapped(v, 26).count("\n") for v in shown) / 2)
     return gallery.draw(name, title, f"{title}: {told}", height, paint)
+
+
+def _tick(axes: Axes, most: int, whole: bool = False) -> None:
+    """At most so many steps along the panel, of round numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=whole))
 
 
 def _tick_few(axes: Axes) -> None:
@@ -478,6 +541,8 @@ def parameters(gallery: Gallery, name: str, title: str, table: Frame) -> Picture
             `total`; a row a phase.
     """
 
+    from matplotlib.patches import Patch
+
     def paint(axes: Axes) -> None:
         rows = range(len(table))
         axes.barh(rows, table["total"], color=FAINT, height=0.62, label="frozen")
@@ -500,8 +565,8 @@ def parameters(gallery: Gallery, name: str, title: str, table: Frame) -> Picture
         axes.set_ylim(len(table) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
+        _tick(axes, 4)
+        axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
         axes.set_xlabel("parameters")
         handles = [
             Patch(facecolor=colour, hatch=hatch, edgecolor=GROUND, linewidth=0, label=part)
@@ -514,6 +579,5 @@ def parameters(gallery: Gallery, name: str, title: str, table: Frame) -> Picture
         for row in table.itertuples()
     )
     lines = sum(1 + _wrapped(label, 26).count("\n") for label in table["label"])
-    return gallery.draw(
-        name, title, f"{title}: {told}", 1.05 + 0.2 * lines + 0.06 * len(table), paint
-    )
+    height = 1.05 + 0.2 * lines + 0.06 * len(table)
+    return gallery.draw(name, title, f"{title}: {told}", height, paint, row_labels=True)

@@ -129,8 +129,11 @@ def printable(text: str) -> str:
 # --- HTML -----------------------------------------------------------------------------------------
 
 
-def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
-    """One page that needs nothing else and asks for nothing: style, script and figures inside."""
+def to_html(title: str, lead: str, blocks: Sequence[Block], end: str = "") -> str:
+    """One page that needs nothing else and asks for nothing: style, script and figures inside.
+
+    `end` is HTML that goes to its very end.
+    """
     style, script = _asset("page.css"), _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Only this very script runs, and nothing is fetched, whatever the page may hold.
@@ -150,7 +153,7 @@ def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
         f"<title>{_escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"<header>\n<h1>{_escape(title)}</h1>\n<p>{_escape(lead)}</p>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n{body}\n</main>\n'
-        f"<script>{script}</script>\n</body>\n</html>\n"
+        f"<script>{script}</script>\n</body>\n</html>\n{end}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import io
 import math
 import os
@@ -80,13 +81,21 @@ LONGEST_TRACEBACK = 4_000
 
 
 def write_report(
-    folders: Sequence[str | Path], out: str | Path, margins: Margins | None = None
+    folders: Sequence[str | Path],
+    out: str | Path,
+    margins: Margins | None = None,
+    *,
+    png: bool = True,
+    anew: bool = True,
 ) -> Path:
     """Read the runs in `folders` and write their report into the folder `out`.
 
     Args:
         folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
         margins: differences within them count as none.
+        png: draw each figure as PNG, too. It is a third of the time, and the page has no use of it.
+        anew: without it, a report in `out` that was made from the very same by this very code is
+            left as it is.
 
     Returns:
         the page's path.
@@ -98,21 +107,37 @@ def write_report(
     results = load(*folders)
     if results.runs.empty and results.left_out.empty:
         raise ValueError(f"no run in {', '.join(map(str, folders))}")
-    out = Path(out)
+    out, margins = Path(out), margins or Margins()
+    page = out / PAGE
+    mark = f"<!-- made from {_all_it_depends_on(results, margins)} -->\n"
+    if not anew and page.is_file() and page.read_bytes().endswith(mark.encode()):
+        return page
     out.mkdir(parents=True, exist_ok=True)
+    # It is written last, and so it being there means that the rest is, too.
+    page.unlink(missing_ok=True)
     # statsmodels collects garbage at every correction: half a second each where torch is loaded,
     # unless what is there already is set aside.
     gc.freeze()
     try:
-        report = _Report(results, out, margins or Margins())
+        report = _Report(results, Gallery(out / "figures", png), out, margins)
         lead, blocks = report.document()
     finally:
         gc.unfreeze()
     report.write_tables()
     (out / MARKDOWN).write_text(to_markdown(TITLE, lead, blocks), encoding="utf-8")
-    page = out / PAGE
-    page.write_text(to_html(TITLE, lead, blocks), encoding="utf-8")
+    page.write_text(to_html(TITLE, lead, blocks, end=mark), encoding="utf-8")
     return page
+
+
+def _all_it_depends_on(results: Results, margins: Margins) -> str:
+    """A hash of what was read of the runs, how their sweeps were started, the margins, the code."""
+    digest = hashlib.sha256(f"{margins} {results.fingerprint()}".encode())
+    in_sweeps = results.runs.loc[results.runs["sweep"].notna(), "folder"]
+    started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps.tolist()}
+    code = [p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".css", ".js")]
+    for path in (*sorted(started), *sorted(code)):
+        digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +165,11 @@ class _Condition:
 class _Report:
     """One report in the making: what was read, what is drawn, the tables that go beside it."""
 
-    def __init__(self, results: Results, out: Path, margins: Margins) -> None:
+    def __init__(self, results: Results, gallery: Gallery, out: Path, margins: Margins) -> None:
         self.results = results
+        self.gallery = gallery
         self.out = out
         self.margins = margins
-        self.gallery = Gallery(out / "figures")
         self.arms = study.arms(results)
         self.curves = ledger.curves(results, self.arms.runs)
         self.conditions = [
@@ -287,18 +312,28 @@ class _Report:
 
     def _founding(self, condition: _Condition) -> list[Block]:
         runs = condition.runs
-        original = runs.loc[runs["experiment"] == study.ORIGINAL]
+        original = runs[runs["experiment"] == study.ORIGINAL]
         plain = original[original["base"]]
-        first = plain if len(plain) else original if len(original) else runs
-        main = first["variant"].iloc[0]
+        alike = [
+            v
+            for v, own in runs.groupby("variant", sort=False)
+            if not study.differs_from_original(own)
+        ]
+        if len(original):
+            main = (plain if len(plain) else original)["variant"].iloc[0]
+        else:
+            main = alike[0] if alike else runs["variant"].iloc[0]
         blocks: list[Block] = []
-        published = bool(len(original))
+        published = bool(len(original) or alike)
         if published:
-            here = _listed(_unique(original["vocab_size"]), 3)
+            here = _listed(_unique(runs.loc[runs["variant"] == main, "vocab_size"]), 3)
+            others = study.differs_from_original(runs[runs["variant"] == main])
             blocks.append(
                 Paragraph(
                     f"Published: {study.PUBLISHED_SOURCE}. Here: {condition.name}, vocabulary "
-                    f"{here}. Figures of another text, vocabulary or machine do not compare with "
+                    f"{here}"
+                    + (f", with its own {_listed(others, 6)}" if others else "")
+                    + ". Figures of another text, vocabulary or machine do not compare with "
                     "the published ones; the signs of the changes do. Best epoch, accuracy and "
                     "perplexity are those of the phase's lowest validation loss; time is of "
                     "training and evaluation.",
@@ -634,7 +669,8 @@ class _Report:
                     "and the same versions, give the same figures bit for bit; elsewhere they "
                     "differ by rounding.",
                     "tables/ beside this page holds the runs, phases, epochs and exits, and every "
-                    "comparison made here, as CSV; figures/ holds the pictures as SVG and PNG.",
+                    "comparison made here, as CSV; figures/ holds the pictures as SVG"
+                    f"{' and PNG' if self.gallery.png else ''}.",
                 ]
             )
         )

@@ -249,6 +249,17 @@ class Results:
         }
         return replace(self, **frames)
 
+    def fingerprint(self) -> str:
+        """A hash of all that stands in the frames, and in their order."""
+        digest = hashlib.sha256()
+        for frame in self._frames().values():
+            table = pa.Table.from_pandas(frame).combine_chunks()
+            stream = pa.BufferOutputStream()
+            with pa.ipc.new_stream(stream, table.schema) as writer:
+                writer.write_table(table)
+            digest.update(stream.getvalue())
+        return digest.hexdigest()
+
     def to_csv(self, folder: str | Path) -> None:
         """Write each frame as `<name>.csv` into `folder`.
 

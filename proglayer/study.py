@@ -123,6 +123,42 @@ PUBLISHED_SOURCE = (
     "the founding experiment's published run: WikiText-2 raw, vocabulary 69,830, one seed (42), "
     "NVIDIA L4"
 )
+# What the original is, whatever the text, the model's loss and the seed: a run that was not told
+# `experiment=original` is it all the same when it has these settings.
+ORIGINAL_SETTINGS: dict[str, Any] = {
+    "initial_layers": 3,
+    "added_layers": 1,
+    "model.dim": 64,
+    "model.num_heads": 4,
+    "model.ffn_multiple": 4,
+    "model.rotary_base": 10000,
+    "model.norm_eps": 1e-6,
+    "phase.schedule": "grow_once",
+    "phase.batch_size": 64,
+    "phase.max_epochs": 50,
+    "phase.patience": 1,
+    "phase.min_delta": 0.0,
+    "phase.samples": None,
+    **{
+        f"phase.{part}.{name}": None
+        for part in ("initial", "grown")
+        for name in ("batch_size", "max_epochs", "patience", "min_delta", "samples")
+    },
+    "growth.init": "random",
+    "growth.position": "top",
+    "freeze.steps": '[{"embedding": false, "existing": 0, "head": true}]',
+    "lr.base": 1e-3,
+    **{f"lr.factor.{role}": 0.1 for role in ("new", "existing", "embedding", "head")},
+    "lr.schedule": "constant",
+    "lr.warmup_steps": 0,
+    "lr.final_factor": 0.0,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 1.0,
+    "precision": "float32",
+}
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -138,9 +174,10 @@ class Arms:
     """Completed runs, each with its arm.
 
     `runs` has one row a run, in the order of conditions, variants, models and seeds: `run`,
-    `condition` (a number), `variant`, `experiment`, `base` (the experiment as it is, nothing else
-    set), `model`, `seed`, `grows`, the changes of FIGURES (nan for a run of one phase), and the
-    columns of `Results.runs`. `conditions` names each condition.
+    `condition` (a number), `variant`, `experiment` (of runs that name none, the original's if that
+    is what all of them are), `base` (the experiment as it is, nothing else set), `model`, `seed`,
+    `grows`, the changes of FIGURES (nan for a run of one phase), and the columns of
+    `Results.runs`. `conditions` names each condition.
     """
 
     runs: Frame
@@ -160,6 +197,9 @@ def arms(results: Results) -> Arms:
     for name in ("experiment", "model"):
         runs[name] = runs[name].map(_label)
     runs["seed"] = runs["seed"].astype("int64")
+    unnamed = runs["experiment"] == ""
+    if unnamed.any() and not differs_from_original(runs[unnamed]):
+        runs.loc[unnamed, "experiment"] = ORIGINAL
     swept = _swept(runs)
     conditions = [column for column in swept if _is_condition(runs, column)]
     runs["condition"], names = _conditions(runs, conditions)
@@ -184,6 +224,20 @@ def arms(results: Results) -> Arms:
     )
     order = order.sort_values(list(order.columns), kind="stable").index
     return Arms(runs.loc[order].reset_index(drop=True), names)
+
+
+def differs_from_original(runs: Frame) -> list[str]:
+    """The settings, those of the text apart, in which any of these runs is not the original."""
+    expected: dict[str, Any] = ORIGINAL_SETTINGS | {
+        "model.exit_weights": runs["model"].map({STANDARD: "last", DEEP: "uniform"})
+    }
+    differing = []
+    for name, value in expected.items():
+        told = pd.DataFrame({"here": runs.get(f"config.{name}"), "there": value})
+        told = told.drop_duplicates().map(_value)
+        if (told["here"] != told["there"]).any():
+            differing.append(name)
+    return differing
 
 
 def _label(text: Any) -> str:
@@ -392,19 +446,20 @@ def against(runs: Frame, reference: str, margins: Margins) -> Frame:
         if (model, a) in held and (model, b) in held
     }
     told = stats.judge(comparisons, unit=ACCURACY.unit).rename(columns={"within": "model"})
-    differs = {variant: differing(runs, variant, reference) for variant in variants}
+    differs = differing(runs, reference)
     told["differs"] = [differs[a] for a in told["a"]]
     return told
 
 
-def differing(runs: Frame, one: str, other: str) -> str:
-    """The settings in which two variants differ, whatever the model."""
+def differing(runs: Frame, reference: str) -> dict[str, str]:
+    """Variant -> the settings in which it differs from `reference`, whatever the model."""
     swept = [column for column in _swept(runs) if column != "config.model.exit_weights"]
-    pair = [runs[runs["variant"] == name].iloc[:1] for name in (one, other)]
-    if any(row.empty for row in pair):
-        return ""
-    a, b = (row.iloc[0] for row in pair)
-    return ", ".join(c.removeprefix("config.") for c in swept if _value(a[c]) != _value(b[c]))
+    first = runs.drop_duplicates("variant").set_index("variant")[swept].map(_value)
+    differs = (first != first.loc[reference]).to_dict("index")
+    return {
+        variant: ", ".join(name.removeprefix("config.") for name, other in own.items() if other)
+        for variant, own in differs.items()
+    }
 
 
 # --- the founding experiment's claims -------------------------------------------------------------

@@ -126,7 +126,8 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     announce(sweeper.config, {job.folder: job.overrides for job in jobs}, waiting)
     say = console().print
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
-    say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
+    if waiting:  # else torch, which knows the machine's part in the keys, is not needed at all
+        say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
     returns = []
     try:
         with Heartbeat(folder):
@@ -282,8 +283,6 @@ def announce(
     composes its settings anew when it starts, and what was edited meanwhile would change it.
     `listed` has the overrides of each job. Raises ConfigError where the folder cannot be written.
     """
-    from proglayer import machine
-
     folder = Path(master.hydra.sweep.dir)
     listing = [{"folder": job, "overrides": list(given)} for job, given in listed.items()]
     settings = {job.folder: to_plain(job.config) for job in waiting}
@@ -291,7 +290,10 @@ def announce(
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(master, folder / "multirun.yaml")
         write_atomically(folder / JOBS, json.dumps(listing, indent=1).encode(), "hydra.sweep.dir")
-        write_submission(folder, settings, machine.git_state(), machine.git_difference())
+        if settings:
+            from proglayer import machine
+
+            write_submission(folder, settings, machine.git_state(), machine.git_difference())
     except StoreError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:

@@ -13,19 +13,22 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from proglayer import entrance, ledger, page, stats, study
+from proglayer import entrance, figures, ledger, page, stats, study
+from proglayer.config import to_plain
 from proglayer.report import main, write_report
-from proglayer.results import load
+from proglayer.results import NOT_THE_EXPERIMENT, _flat, load
 from proglayer.study import DEEP, STANDARD, Margins
 
 from . import made_up
-from .helpers import ROOT
+from .helpers import ROOT, config
 
 # Text that would be an element, a formula, a cell, a heading or mathematics if it were let.
 EVIL = '<script>alert("1")</script>'
@@ -289,7 +292,44 @@ def test_what_was_swept_across_experiments_is_a_condition_and_the_rest_a_variant
         ("split_lr freeze=none", 2),
     ]
     assert list(arms.of(1)["variant"].unique()) == ["original", "split_lr"]
-    assert study.differing(first, "split_lr", "split_lr freeze=none") == "freeze.steps"
+    differs = study.differing(first, "split_lr")
+    assert (differs["split_lr"], differs["split_lr freeze=none"]) == ("", "freeze.steps")
+
+
+def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
+    """And what this module takes for its settings is what `experiment=original` sets."""
+    told = study.ORIGINAL_SETTINGS
+    of_file = to_plain(config("experiment=original"))
+    apart = (*NOT_THE_EXPERIMENT, "seed", "model.exit_weights", "model.vocab_size")
+    set_there = {
+        name: value if isinstance(value, (int, float, str, NoneType)) else json.dumps(value)
+        for name, value in _flat(of_file)
+        if name not in apart and not name.startswith("data.")
+    }
+    assert {n: v for n, v in told.items() if n != "freeze.steps"} == {
+        n: v for n, v in set_there.items() if n != "freeze.steps"
+    }
+    assert json.loads(told["freeze.steps"]) == json.loads(set_there["freeze.steps"])
+
+
+def test_a_plain_run_is_the_original_and_stands_beside_the_published_one(tmp_path: Path) -> None:
+    unnamed = {"choices": {"model": STANDARD, "data": "pydocs", "experiment": None}}
+    made_up.run(tmp_path / "plain", "original", STANDARD, 42, overrides=[], **unnamed)
+    page = page_of(write_report([tmp_path / "plain"], tmp_path / "a").parent)
+    assert "original, Standard" in page.text
+    assert "Published, Standard" in page.text
+    assert "with its own" not in page.text
+
+    other = made_up.run(tmp_path / "other", "original", STANDARD, 42, "phase.patience=2",
+                        overrides=["phase.patience=2"], **unnamed)  # fmt: skip
+    page = page_of(write_report([other], tmp_path / "b").parent)
+    assert "as configured, Standard" in page.text
+    assert "Published" not in page.text
+
+    named = made_up.run(tmp_path / "named", "original", STANDARD, 42, "phase.patience=2")
+    page = page_of(write_report([named], tmp_path / "c").parent)
+    assert "Published, Standard" in page.text
+    assert "with its own phase.patience." in page.text
 
 
 def test_runs_on_other_texts_do_not_compare(tmp_path: Path) -> None:
@@ -464,6 +504,69 @@ def test_pictures_show_text_as_it_is(nasty: Path) -> None:
     assert html.escape(FORMULA) in words
 
 
+# --- pictures of several seeds --------------------------------------------------------------------
+
+
+def drawn(paint: Callable[[figures.Gallery], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The panel that `paint` would draw into a gallery."""
+    from matplotlib.figure import Figure
+
+    panels = []
+
+    def draw(*arguments: Any, **_: Any) -> None:
+        axes = Figure().add_subplot()
+        next(a for a in arguments if callable(a) and not isinstance(a, str))(axes)
+        panels.append(axes)
+
+    gallery = figures.Gallery(Path())
+    monkeypatch.setattr(gallery, "draw", draw)
+    paint(gallery)
+    return panels[0]
+
+
+@pytest.fixture
+def uneven() -> pd.DataFrame:
+    """Two seeds of one phase: one stops after two epochs, a worse one goes on for four."""
+    loss = [7.0, 6.0, 9.0, 8.5, 8.0, 8.2]
+    return pd.DataFrame(
+        {
+            "run": list("aabbbb"),
+            "seed": [1, 1, 2, 2, 2, 2],
+            "variant": "original",
+            "model": STANDARD,
+            "phase": 1,
+            "phase_name": "initial",
+            "layers": 3,
+            "epoch": [1, 2, 1, 2, 3, 4],
+            "step": [1, 2, 1, 2, 3, 4],
+            "loss": loss,
+            "tokens": [10.0, 20.0, 10.0, 20.0, 30.0, 40.0],
+        }
+    )
+
+
+def test_a_mean_course_ends_where_the_first_seed_stops(
+    uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = drawn(lambda gallery: figures.course(gallery, "c", "original", uneven), monkeypatch)
+    [mean] = axes.lines
+    assert mean.get_xydata().tolist() == [[1, 8.0], [2, 7.25]]
+    assert [len(line) for line in axes.collections[0].get_segments()] == [2, 4]
+
+
+def test_a_mean_against_compute_ends_at_what_all_seeds_spent_and_reached(
+    uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = drawn(
+        lambda gallery: figures.against_compute(
+            gallery, "c", "t", uneven, "tokens", "tokens", ["original"]
+        ),
+        monkeypatch,
+    )
+    [mean] = axes.lines
+    assert mean.get_xydata().tolist() == [[10, 8.0], [20, 7.25], [25, 7.0], [30, 7.0]]
+
+
 # --- the page itself ------------------------------------------------------------------------------
 
 
@@ -474,6 +577,35 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
     assert files == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
     for name in files:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_an_up_to_date_report_is_left_as_it_is_where_that_is_asked_for(tmp_path: Path) -> None:
+    sweep = made_up.sweep(tmp_path / "sweep", ["original"], [STANDARD], [1, 2])
+    out = tmp_path / "out"
+
+    def made(**how: Any) -> bool:
+        for path in out.rglob("*"):
+            os.utime(path, (0, 0))
+        return write_report([sweep], out, **how).stat().st_mtime > 0
+
+    assert made(png=False)
+    assert not list(out.rglob("*.png"))
+    assert not made(png=False, anew=False)
+    assert made()
+    assert list(out.rglob("*.png"))
+    assert not made(png=False, anew=False)
+    assert made(margins=Margins(points=0.2), anew=False)
+    made_up.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
+    assert made(png=False, anew=False)
+    # pictures of an earlier report would show something else
+    assert not list(out.rglob("*.png"))
+    given = yaml.safe_load((sweep / "multirun.yaml").read_text())
+    given["hydra"]["overrides"]["task"].append("lr.base=0.001")
+    (sweep / "multirun.yaml").write_text(yaml.safe_dump(given))
+    assert made(anew=False)
+    page = out / "index.html"
+    page.write_text(page.read_text()[:-3])
+    assert made(anew=False)
 
 
 def test_the_page_asks_for_nothing(report: Path) -> None:
@@ -586,7 +718,7 @@ def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
     assert not (tmp_path / "b" / "report").exists()
     import proglayer.report
 
-    def broken(*_: object) -> Path:
+    def broken(*_: object, **__: object) -> Path:
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(proglayer.report, "write_report", broken)
@@ -600,8 +732,8 @@ def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
 
 def test_the_entrance_does_not_pay_for_the_report() -> None:
     code = (
-        "import sys, proglayer.entrance, proglayer.sweep; "
-        "print({'matplotlib', 'statsmodels', 'scipy', 'seaborn'} & set(sys.modules))"
+        "import sys, proglayer.entrance, proglayer.sweep, proglayer.report; "
+        "print({'matplotlib', 'statsmodels', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

@@ -197,7 +197,12 @@ def test_above_the_exact_limit_sign_patterns_are_drawn_and_the_draw_repeats():
     found = differing(differences)
     assert not found.sign_flip_exact
     assert found.sign_flip_p == differing(differences).sign_flip_p
-    assert found.sign_flip_p == pytest.approx(found.t_p, abs=0.01)
+    exact = sps.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    # four standard errors of the sample
+    assert found.sign_flip_p == pytest.approx(exact.pvalue, abs=4 * math.sqrt(exact.pvalue / 9_999))
+    assert found.sign_flip_p == differing(differences[::-1]).sign_flip_p
 
 
 def test_below_six_seeds_the_sign_flip_test_cannot_reach_significance_and_says_so():
@@ -280,6 +285,9 @@ def test_a_constant_difference_is_judged_by_sign_tests():
     four = paired(b[:4] + 0.15, b[:4])
     assert verdict(four).outcome is Outcome.undecided
     assert verdict(four).seeds_needed == 6
+
+    many = by_seed(np.linspace(15, 16, 40))
+    assert paired(many + 0.15, many).p == paired(many, many + 0.15).p == 2 / 2**40
 
 
 def test_arms_that_do_the_same_are_equivalent_from_five_seeds_on():
