@@ -148,7 +148,7 @@ class Gallery:
         with mpl.rc_context(RC), warnings.catch_warnings():
             # A glyph that the font lacks is a box in the PNG, and right in a browser.
             warnings.simplefilter("ignore")
-            layout = "constrained" if row_labels else "none"
+            layout = "constrained" if row_labels else None
             canvas = Canvas(figsize=(WIDTH_IN, height_in), layout=layout)
             paint(canvas.add_subplot())
             if not row_labels:
@@ -289,7 +289,7 @@ def _wrapped(label: str, width: int = 22) -> str:
 
 def _legend(axes: Axes, columns: int, handles: list[Any] | None = None) -> None:
     """Below the panel, where it covers nothing."""
-    figure: Canvas = axes.get_figure(root=True)
+    figure: Any = axes.get_figure()
     measured = figure.get_layout_engine() is not None
     settings: dict[str, Any] = {
         "loc": "outside lower center" if measured else "lower center",
@@ -461,7 +461,7 @@ def against_compute(
         for name, source in (("compute", column), ("loss", "so_far"))
     }
     longest = curves.groupby("variant")["step"].max()
-    steps = pd.DataFrame(means).reset_index()
+    steps: Frame = pd.DataFrame(means).reset_index()
     steps = steps[steps["step"] <= steps["variant"].map(longest)]
     shown = [variant for variant in order if variant in set(steps["variant"])]
 

@@ -233,7 +233,7 @@ def differs_from_original(runs: Frame) -> list[str]:
     }
     differing = []
     for name, value in expected.items():
-        told = pd.DataFrame({"here": runs.get(f"config.{name}"), "there": value})
+        told: Frame = pd.DataFrame({"here": runs.get(f"config.{name}"), "there": value})
         told = told.drop_duplicates().map(_value)
         if (told["here"] != told["there"]).any():
             differing.append(name)
