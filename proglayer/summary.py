@@ -44,35 +44,47 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def summary_table(source: Results | str | Path, width: int | None = None) -> Table:
+def summary_table(
+    source: Results | str | Path, width: int | None = None, whole: bool = True
+) -> Table:
     """The table of every job: what was varied, how it ended, the figures, and why it failed.
 
     With `width`, in characters, the less important columns give way until it fits; a job's status
-    is never cut.
+    is never cut. Without `whole` it has the first and the last of more than MOST_ROWS jobs.
     """
     results = source if isinstance(source, Results) else load(source)
-    columns = _summary_columns(results)
+    number = len(results.runs)
+    cut = not whole and number > MOST_ROWS
+    half = MOST_ROWS // 2
+    shown = [*range(half), *range(number - half, number)] if cut else list(range(number))
+    columns = _summary_columns(results, shown)
     gone = _too_wide(columns, width)
-    table = Table(caption=f"not shown at this width: {', '.join(gone)}" if gone else None)
+    captions = [f"not shown at this width: {', '.join(gone)}"] if gone else []
+    if cut:
+        captions.append(
+            f"not shown: {number - len(shown):,} jobs in the middle; --all shows all jobs, --csv "
+            "writes them with everything else that is known of them"
+        )
+    table = Table(caption="\n".join(captions) or None)
     table.caption_justify = "left"
-    shown = [column for column in columns if column.title not in gone]
-    for column in shown:
+    kept = [column for column in columns if column.title not in gone]
+    for column in kept:
         table.add_column(
             Text(column.title),
             justify="right" if column.right else "left",
             no_wrap=not column.flexible,
         )
-    for cells in zip(*(column.cells for column in shown), strict=True):
-        table.add_row(*cells)
+    for place, cells in enumerate(zip(*(column.cells for column in kept), strict=True)):
+        table.add_row(*cells, end_section=cut and place == half - 1)
     outer = Table.grid()
     outer.add_row(table)
     if reasons := _reasons(results.runs):
-        outer.add_row(_lines(reasons))
+        outer.add_row(_lines(reasons if whole else _first(reasons, "did not complete")))
     return outer
 
 
 def print_summary(*folders: str | Path) -> bool:
-    """Print the table of every job in `folders` and a line of totals; True if any failed."""
+    """Print the table of the jobs in `folders` and a line of totals; True if any failed."""
     results = load(*folders)
     _print_results(results, console())
     return results.failures > 0
@@ -98,6 +110,10 @@ class _Shown:
         return min(width, NARROW) if self.flexible else width
 
 
+# Rows, and lines of reasons, that a table has unless all are asked for: a thousand jobs take a
+# second to lay out, and nobody reads them in a terminal.
+MOST_ROWS = 400
+MOST_REASONS = 100
 # As wide as the longest name of a model.
 NARROW = 16
 STYLE = {
@@ -115,13 +131,14 @@ STYLE = {
 TO_COME = (Status.preempted.value, PENDING, WAITING)
 
 
-def _summary_columns(results: Results) -> list[_Shown]:
-    runs = results.runs
+def _summary_columns(results: Results, shown: Sequence[int]) -> list[_Shown]:
+    """The columns of the runs in these places."""
+    runs = results.runs.iloc[list(shown)]
     progress = _progress(results)
     rows = runs.to_dict("records")
     columns = [_Shown("job", [_cut(name) for name in runs["run"]], flexible=True)]
-    for title, values in _what_varied(runs).items():
-        columns.append(_Shown(title, [_cut(value) for value in values], 1, flexible=True))
+    for title, values in _what_varied(results.runs).items():
+        columns.append(_Shown(title, [_cut(values[place]) for place in shown], 1, flexible=True))
     columns.append(_Shown("status", [Text(value, STYLE[value]) for value in runs["status"]]))
 
     def figures(title: str, goes: int, cell: Callable[[dict[str, Any]], str]) -> None:
@@ -198,17 +215,22 @@ def _reasons(runs: pd.DataFrame) -> list[Text]:
     ]
 
 
-def _print_results(results: Results, out: Console) -> None:
+def _print_results(results: Results, out: Console, whole: bool = False) -> None:
     if len(results.runs):
-        out.print(summary_table(results, out.width))
+        out.print(summary_table(results, out.width, whole))
     columns = (results.left_out["folder"], results.left_out["reason"])
     left_out = [
         Text(f"left out: {one_line(folder)}: {one_line(reason)}")
         for folder, reason in zip(*columns, strict=True)
     ]
     if left_out:
-        out.print(_lines(left_out))
-    out.print(Text(_totals(results)))
+        out.print(_lines(left_out if whole else _first(left_out, "were left out")))
+    out.print(Text("; ".join(filter(None, (_totals(results), _held(results.runs))))))
+
+
+def _first(lines: list[Text], what: str) -> list[Text]:
+    more = len(lines) - MOST_REASONS
+    return [*lines[:MOST_REASONS], Text(f"{more:,} more {what}")] if more > 0 else lines
 
 
 def _lines(lines: Iterable[Text]) -> RenderableType:
@@ -228,6 +250,19 @@ def _totals(results: Results) -> str:
     parts += [f"{repeats} repeat another's settings and seed"] if repeats else []
     number = len(results.runs)
     return f"{number} run{'' if number == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
+
+
+def _held(runs: pd.DataFrame) -> str:
+    """How many runs a scheduler has in hand, and since when the first of them.
+
+    It tells nobody when it forgets one, so that a reader must judge whether that is too long.
+    """
+    held = runs[runs["status"].isin([Status.preempted.value, PENDING])]
+    if held.empty:
+        return ""
+    since = [sign for sign in plain_values(held["last_sign"]) if sign is not None]
+    when = f" since {min(since):%Y-%m-%d %H:%M} UTC" if since else ""
+    return f"{len(held)} in the hands of a scheduler{when}"
 
 
 def _pair(row: dict[str, Any], name: str, form: str) -> str:
@@ -262,8 +297,10 @@ def _cut(text: str) -> Text:
 def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Results:
     """Follow runs until all have ended: a display that moves on a terminal, else a line a change.
 
-    A run that is lost has ended, too, and so has one that its sweep will not start any more. Looks
-    every `every_s` seconds, or less often where looking itself takes long.
+    A run that is lost has ended, too, and so has one that its sweep will not start any more. One
+    that a scheduler is to start has not, however long that takes: a queue may be days long, and
+    since when it waits is told. Looks every `every_s` seconds, or less often where looking itself
+    takes long.
     """
     from rich.live import Live
 
@@ -292,7 +329,8 @@ def _now(results: Results) -> str:
     """Where a sweep stands, in a line."""
     progress = [f"{run}: {far}" for run, far in _progress(results).items()]
     more = f", and {len(progress) - 3} more" if len(progress) > 3 else ""
-    parts = (_totals(results), _best_so_far(results.runs), ", ".join(progress[:3]) + more)
+    runs = results.runs
+    parts = (_totals(results), _held(runs), _best_so_far(runs), ", ".join(progress[:3]) + more)
     return "; ".join(part for part in parts if part)
 
 
@@ -315,7 +353,7 @@ def _moving(results: Results) -> RenderableType:
     ]
     whole = Table.grid()
     whole.add_row(ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40))
-    lines = (_totals(results), _best_so_far(runs), _time_left(runs))
+    lines = (_totals(results), _held(runs), _best_so_far(runs), _time_left(runs))
     whole.add_row(_lines(Text(line) for line in lines if line))
     # The newest of what failed; all of it stands in the table at the end.
     whole.add_row(_lines(under_way[:16] + _reasons(runs)[-8:]))
@@ -386,6 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "2 if a folder is not there or cannot be written.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
+    parser.add_argument(
+        "--all", action="store_true", help=f"show every run, also of more than {MOST_ROWS}"
+    )
     parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
     parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
     parser.add_argument("--watch", action="store_true", help="follow until all runs have ended")
@@ -405,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = watch(options.folders, options.every, out)
         else:
             results = load(*options.folders)
-        _print_results(results, out)
+        _print_results(results, out, whole=options.all)
         if options.csv:
             results.to_csv(options.csv)
         if options.parquet:

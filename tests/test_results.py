@@ -23,7 +23,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
 from rich.console import Console
 
 from proglayer import experiment, record, summary
@@ -33,8 +32,6 @@ from proglayer.corpus import Corpus
 from proglayer.record import (
     RECORD_FORMAT,
     Sign,
-    changes,
-    write_metrics,
     write_result,
     write_sign,
 )
@@ -42,8 +39,7 @@ from proglayer.results import Results, load
 from proglayer.summary import main, print_summary, summary_table
 
 from .helpers import ROOT, TINY, config, tiny_corpus
-
-STARTED = "2026-03-01T12:00:00+00:00"
+from .made_up import STARTED, Cost, figures, leave, metrics_row, phase_record
 
 
 @functools.cache
@@ -62,67 +58,32 @@ def with_setting(plain: dict[str, Any], name: str, value: Any) -> dict[str, Any]
     return plain
 
 
-def phase_record(number: int, epochs: int, perplexity: float, reused: int = 0) -> dict[str, Any]:
-    """A phase as `experiment.py` records it: its last epoch but one was the best."""
+COST = Cost(320_000, 3e12, 1e12, 10.0, 1.0)
+
+
+def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> dict[str, Any]:
+    """A phase of the original: its last epoch but one was the best."""
     layers = 3 + (number > 0)
     loss = 6.0 + perplexity / 1e4
-    figures = {
-        "validation_loss": loss,
-        "validation_perplexity": perplexity,
-        "validation_accuracy_percent": 16.0 + number / 10,
-    }
-    return {
-        "index": number,
-        "name": "grown" if number else "initial",
-        "layers": layers,
-        "new_layers": [3] if number else [],
-        "parameters_total": 9_135_232 + 65_664 * (number > 0),
-        "parameters_trainable": 4_534_784,
-        "frozen": ["embedding", "layers.0"] if number else [],
-        "rates": {"new": 1e-3, "existing": None, "embedding": None, "head": 1e-4},
-        "exit_weights": [0.0] * (layers - 1) + [1.0],
-        "stage": f"{number:032x}",
-        "epochs": epochs,
-        "best_epoch": max(1, epochs - 1),
-        "stopped": "no improvement in 1 epoch",
-        "best": {"train_loss": loss + 0.5, **figures},
-        "exits": [{"layer": layer + 1, **figures} for layer in range(layers)],
-        "train_tokens": 320_000 * epochs,
-        "train_flops_head": 3e12 * epochs,
-        "train_flops_body": 1e12 * epochs,
-        "train_seconds": 10.0 * epochs,
-        "evaluation_seconds": 1.0 * epochs,
-        "tokens_per_second": 32_000.0,
-        "work": {
-            "epochs_trained": epochs - reused,
-            "epochs_replayed": 0,
-            "epochs_reused": reused,
-            "seconds_saved": 11.0 * reused,
-            "seconds_waited": 0.0,
-            "peak_memory_mb": {"process": 700.0 + number},
-        },
-    }
-
-
-def metrics_rows(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "phase": phase["index"] + 1,
-            "layers": phase["layers"],
-            "epoch": epoch,
-            "train_loss": phase["best"]["train_loss"],
-            "validation_loss": phase["best"]["validation_loss"],
-            "validation_perplexity": phase["best"]["validation_perplexity"],
-            "validation_accuracy_percent": phase["best"]["validation_accuracy_percent"],
-            "train_tokens": 320_000,
-            "train_seconds": 10.0,
-            "evaluation_seconds": 1.0,
-            "best": epoch == phase["best_epoch"],
-            "reused": False,
-        }
-        for phase in phases
-        for epoch in range(1, phase["epochs"] + 1)
-    ]
+    told = figures(loss, 16.0 + number / 10, perplexity)
+    return phase_record(
+        number,
+        COST,
+        {"train_loss": loss + 0.5, **told},
+        epochs=epochs,
+        best_epoch=max(1, epochs - 1),
+        reused=reused,
+        memory_mb=700.0 + number,
+        name="grown" if number else "initial",
+        layers=layers,
+        new_layers=[3] if number else [],
+        parameters_total=9_135_232 + 65_664 * (number > 0),
+        parameters_trainable=4_534_784,
+        frozen=["embedding", "layers.0"] if number else [],
+        rates={"new": 1e-3, "existing": None, "embedding": None, "head": 1e-4},
+        exit_weights=[0.0] * (layers - 1) + [1.0],
+        exits=[{"layer": layer + 1, **told} for layer in range(layers)],
+    )
 
 
 def made_up(
@@ -130,62 +91,30 @@ def made_up(
     seed: int = 1,
     model: str = "standard",
     *,
-    status: str = "completed",
     plain: dict[str, Any] | None = None,
     overrides: list[str] | None = None,
     perplexities: tuple[float, ...] = (980.0, 970.0),
     epochs: int = 3,
     reused: int = 0,
-    ended: str = "2026-03-01T12:01:30+00:00",
     **extra: Any,
 ) -> Path:
     """A run's folder as the tool leaves it; with `status="running"` without its record."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = copy.deepcopy(plain or settings(f"model={model}"))
-    plain["seed"] = seed
-    overrides = overrides or [f"seed={seed}", f"model={model}"]
-    choices = {"model": model, "data": "pydocs", "experiment": "original"}
-    (folder / ".hydra").mkdir(exist_ok=True)
-    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(plain))
-    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
-    chosen = {**choices, "hydra/launcher": "basic"}
-    hydra = {"hydra": {"runtime": {"choices": chosen}, "job": {"name": "train"}}}
-    (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
-    (folder / "train.log").write_text("began\n")
-    phases = [phase_record(i, epochs, p, reused) for i, p in enumerate(perplexities)]
-    write_metrics(folder, metrics_rows(phases))
-    if status == "running":
-        return folder
-    recorded = phases if status == "completed" else phases[:-1]
-    result = {
-        "format": RECORD_FORMAT,
-        "status": status,
-        "reason": None if status == "completed" else "the loss became NaN",
-        "started": STARTED,
-        "overrides": overrides,
-        "choices": choices,
-        "seed": seed,
-        "config": plain,
-        "environment": {"proglayer": "0.1.0", "python": "3.11.7", "platform": "x", "host": "h"},
-        "machine": {"device": "cpu", "device_name": "a cpu", "threads": 2, "torch": "2.13.0"},
-        "git": {"commit": "c" * 40, "changed": False},
-        "corpus": {
-            "name": "pydocs",
-            "fingerprint": "f" * 64,
-            "vocab_size": 8192,
-            "seq_len": 32,
-            "train_windows": 10_000,
-            "validation_windows": 2_000,
-        },
-        "phases": recorded,
-        **({"changes": changes(recorded)} if status == "completed" else {}),
-        "ended": ended,
-        "seconds": 90.0,
-        "objective": None,
+    phases = [phase_of(i, epochs, p, reused) for i, p in enumerate(perplexities)]
+    rows = [
+        metrics_row(phase, epoch, COST, phase["best"])
+        for phase in phases
+        for epoch in range(1, phase["epochs"] + 1)
+    ]
+    return leave(
+        folder,
+        (plain or settings(f"model={model}")) | {"seed": seed},
+        phases,
+        rows,
+        overrides=overrides or [f"seed={seed}", f"model={model}"],
+        choices={"model": model, "data": "pydocs", "experiment": "original"},
+        windows=(10_000, 2_000),
         **extra,
-    }
-    write_result(folder, result)
-    return folder
+    )
 
 
 def ends(results: Results) -> dict[str, str]:
@@ -946,6 +875,29 @@ def test_a_table_of_nothing_has_no_rows(tmp_path: Path) -> None:
     summary_table(tmp_path)
 
 
+def test_of_many_jobs_the_first_and_the_last_are_shown_unless_all_are_asked_for(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "MOST_ROWS", 2)
+    monkeypatch.setattr(summary, "MOST_REASONS", 1)
+    results = load(mixed)
+
+    def jobs(text: str) -> list[str]:
+        return re.findall(r"(?m)^│ (\d)_abcdef", text)
+
+    few = printed(results, 160)
+    assert jobs(few) == ["0", "4"]
+    assert "not shown: 3 jobs in the middle; --all shows all jobs" in few
+    assert "failed 1_abcdef" in few
+    assert "interrupted 2_abcdef" not in few
+    assert "1 more did not complete" in few
+    out = Console(file=io.StringIO(), width=160)
+    summary._print_results(results, out, whole=True)
+    assert jobs(out.file.getvalue()) == ["0", "1", "2", "3", "4"]
+    assert "interrupted 2_abcdef" in out.file.getvalue()
+    assert "in the middle" not in out.file.getvalue()
+
+
 def test_print_summary_tells_whether_any_failed(
     mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1009,6 +961,33 @@ def test_watching_a_killed_sweep_ends(
     assert lines[-1] == "3 runs: 1 completed, 1 lost, 1 not started"
     host = socket.gethostname()
     assert any(re.search(rf"lost 1_abc: no sign of life .*ran on {host}", line) for line in lines)
+
+
+def test_watching_waits_for_a_scheduler_and_tells_since_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    write_sign(made_up(sweep / "0_abc", seed=0, status="running"), Sign.pending)
+    stopped = "2026-03-01T12:01:30+00:00"
+    made_up(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
+    aged(sweep, 40 * 24 * 3600)
+    made_up(sweep / "2_abc", seed=2)
+    looks = []
+
+    def look(_: float) -> None:
+        looks.append(len(looks))
+        if len(looks) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary.time, "sleep", look)
+    assert main([str(sweep), "--watch"]) == 130
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if "3 runs: 1 completed, 1 preempted, 1 pending" in line]
+    # once, for nothing changes
+    assert len(told) == 1
+    since = load(sweep).runs["last_sign"].min()
+    assert f"2 in the hands of a scheduler since {since:%Y-%m-%d %H:%M} UTC" in told[0]
+    assert "in the hands of a scheduler" in printed(load(sweep), 160)
 
 
 def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
