@@ -2,7 +2,7 @@
 
 `python -m proglayer.report FOLDER... -o report/` writes `index.html` (self-contained), `report.md`,
 `figures/` (SVG and PNG) and `tables/` (CSV). Nothing in it depends on when it was written: equal
-runs give equal files.
+runs give equal files. What the tables show of the study's frames is in `proglayer.tables`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,18 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from proglayer import ledger, stats, study
+from proglayer import ledger, study
 from proglayer.figures import (
     Gallery,
     against_compute,
     by_exit,
     course,
-    engineering,
     forest,
     model_name,
     parameters,
@@ -41,7 +37,6 @@ from proglayer.page import (
     Beside,
     Block,
     Bullets,
-    Cell,
     Code,
     Column,
     Folded,
@@ -64,6 +59,24 @@ from proglayer.results import (
     spreadsheet_safe,
 )
 from proglayer.study import DEEP, FIGURES, STANDARD, Frame, Margins
+from proglayer.tables import (
+    changes_table,
+    comparisons_table,
+    listed,
+    model_table,
+    parameters_table,
+    phase_table,
+    published_models_table,
+    published_table,
+    ranges,
+    runs_table,
+    speed_up_table,
+    spent_table,
+    target_table,
+    text_of,
+    unique,
+    versions_table,
+)
 
 PAGE = "index.html"
 MARKDOWN = "report.md"
@@ -251,8 +264,8 @@ class _Report:
             arms = self.arms.runs
             of = f"{_count(arms['variant'].nunique(), 'variant')} and "
             parts.append(of + _count(arms["model"].nunique(), "model"))
-            parts.append(f"seeds {_ranges(arms['seed'])}")
-            parts.append("on " + _listed([c.name for c in self.conditions], 3))
+            parts.append(f"seeds {ranges(arms['seed'])}")
+            parts.append("on " + listed([c.name for c in self.conditions], 3))
         return "; ".join(parts) + "."
 
     # --- verdicts ---------------------------------------------------------------------------------
@@ -326,13 +339,13 @@ class _Report:
         blocks: list[Block] = []
         published = bool(len(original) or alike)
         if published:
-            here = _listed(_unique(runs.loc[runs["variant"] == main, "vocab_size"]), 3)
+            here = listed(unique(runs.loc[runs["variant"] == main, "vocab_size"]), 3)
             others = study.differs_from_original(runs[runs["variant"] == main])
             blocks.append(
                 Paragraph(
                     f"Published: {study.PUBLISHED_SOURCE}. Here: {condition.name}, vocabulary "
                     f"{here}"
-                    + (f", with its own {_listed(others, 6)}" if others else "")
+                    + (f", with its own {listed(others, 6)}" if others else "")
                     + ". Figures of another text, vocabulary or machine do not compare with "
                     "the published ones; the signs of the changes do. Best epoch, accuracy and "
                     "perplexity are those of the phase's lowest validation loss; time is of "
@@ -353,14 +366,14 @@ class _Report:
         blocks: list[Block] = []
         for model in dict.fromkeys(runs["model"]):
             own = runs[runs["model"] == model]
-            tables = [_phase_table(f"{variant}, {model_name(model)}", own, self.results.phases)]
+            tables = [phase_table(f"{variant}, {model_name(model)}", own, self.results.phases)]
             if published and model in study.PUBLISHED:
-                tables.append(_published_table(model))
+                tables.append(published_table(model))
             blocks.append(Beside(tables))
         if {STANDARD, DEEP} <= set(runs["model"]):
-            tables = [_model_table(variant, runs)]
+            tables = [model_table(variant, runs)]
             if published:
-                tables.append(_published_models())
+                tables.append(published_models_table())
             blocks.append(Beside(tables))
         return blocks
 
@@ -382,7 +395,7 @@ class _Report:
                 name = f"changes-{figure.name}{condition.slug}"
                 pictures.append(forest(self.gallery, name, title, rows, margin, figure.unit))
             blocks.append(Pictures(pictures))
-        blocks.append(_changes_table(changes, shown))
+        blocks.append(changes_table(changes, shown))
         if len(condition.variants) > MOST_VARIANTS:
             more = len(condition.variants) - MOST_VARIANTS
             blocks.append(_left_to("changes.csv", more, "variants"))
@@ -391,7 +404,7 @@ class _Report:
             if told.empty:
                 continue
             self.keep("deep_minus_standard", condition, told.assign(figure=figure.name))
-            table = _comparisons_table(
+            table = comparisons_table(
                 f"Change in {figure.name}, deep supervision − Standard, paired by seed, in "
                 f"{figure.unit}",
                 told,
@@ -425,7 +438,7 @@ class _Report:
             if told.empty:
                 continue
             self.keep("against", condition, told)
-            table = _comparisons_table(
+            table = comparisons_table(
                 f"Final accuracy, variant − {reference}, paired by seed, in points",
                 told,
                 study.ACCURACY,
@@ -434,9 +447,9 @@ class _Report:
             )
             blocks += [Heading(f"Against {words}", level=3), table]
             differs = dict(zip(told["a"], told["differs"], strict=True))
-            listed = [f"{name}: {settings}" for name, settings in differs.items() if settings]
+            told_of = [f"{name}: {settings}" for name, settings in differs.items() if settings]
             title = f"The settings in which each differs from {reference}"
-            blocks.append(Folded(title, [Bullets(listed[:MOST_VARIANTS])]))
+            blocks.append(Folded(title, [Bullets(told_of[:MOST_VARIANTS])]))
         return blocks
 
     # --- courses ----------------------------------------------------------------------------------
@@ -463,6 +476,14 @@ class _Report:
         blocks: list[Block] = []
         if courses:
             blocks.append(Heading("Validation curves across phases", level=3))
+            if study.has_seeds(condition.runs):
+                blocks.append(
+                    Paragraph(
+                        "Thin lines are seeds; the thick line with marks is the mean of all of "
+                        "them, as far as all of them trained.",
+                        quiet=True,
+                    )
+                )
             blocks.append(Pictures(courses))
         if by_exits:
             blocks.append(Heading("Accuracy by exit", level=3))
@@ -501,7 +522,7 @@ class _Report:
                 "is two). Means over seeds.",
                 quiet=True,
             ),
-            _spent_table(spent[spent["variant"].isin(shown)]),
+            spent_table(spent[spent["variant"].isin(shown)]),
         ]
         scratch = runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"]
         original = runs.loc[runs["experiment"] == study.ORIGINAL, "variant"]
@@ -510,16 +531,22 @@ class _Report:
             targets = ledger.default_targets(runs, curves, reference)
             reached = ledger.to_target(runs, curves, targets)
             self.keep("to_target", condition, reached)
-            blocks.append(_target_table(reached[reached["variant"].isin(shown)], reference))
+            blocks.append(target_table(reached[reached["variant"].isin(shown)], reference))
         if len(scratch):
             gains = ledger.speed_up(runs, curves, str(scratch.iloc[0]))
             self.keep("speed_up", condition, gains)
             if len(gains):
-                blocks.append(_speed_up_table(gains[gains["variant"].isin(shown)]))
-        blocks += [
-            Heading("Loss against compute", level=3),
-            self._against_compute(condition, ledger.FLOPS),
-        ]
+                blocks.append(speed_up_table(gains[gains["variant"].isin(shown)]))
+        blocks.append(Heading("Loss against compute", level=3))
+        if study.has_seeds(runs):
+            blocks.append(
+                Paragraph(
+                    "Means over all seeds, epoch by epoch; a seed that has stopped counts with "
+                    "what it spent and reached.",
+                    quiet=True,
+                )
+            )
+        blocks.append(self._against_compute(condition, ledger.FLOPS))
         if len(condition.variants) > 1:
             others = (ledger.BODY, ledger.TOKENS, ledger.SECONDS)
             inside = [self._against_compute(condition, measure) for measure in others]
@@ -529,7 +556,7 @@ class _Report:
         if len(trained):
             title = "Parameters that train, phase by phase"
             blocks.append(Heading(title, level=3))
-            blocks.append(_parameters_table(trained))
+            blocks.append(parameters_table(trained))
             name = f"parameters{condition.slug}"
             blocks.append(Pictures([parameters(self.gallery, name, title, trained)]))
         return blocks
@@ -557,46 +584,7 @@ class _Report:
     def _all_runs(self) -> list[Block]:
         runs = self.results.runs
         variants = dict(zip(self.arms.runs["run"], self.arms.runs["variant"], strict=True))
-        rows = []
-        shown = runs.head(MOST_RUNS)
-        shown = shown.assign(phases=shown["phases"].astype("float64"))
-        for row in shown.to_dict("records"):
-            name = variants.get(row["run"]) or _text(row["experiment"])
-            rows.append(
-                [
-                    row["run"],
-                    name,
-                    model_name(_text(row["model"])),
-                    _number(row["seed"], "d"),
-                    row["status"] + (" (repeated)" if pd.notna(row["duplicate_of"]) else ""),
-                    _pair(row, "layers", "d"),
-                    _number(row["last_accuracy_percent"], ".2f"),
-                    _number(row["accuracy_points"] if row["phases"] > 1 else math.nan, "+.2f"),
-                    _number(row["last_perplexity"], ",.2f"),
-                    _number(row["perplexity_percent"] if row["phases"] > 1 else math.nan, "+.2f"),
-                    _number(row["epochs"], "d"),
-                    Cell(duration(row["seconds"]), _sort(row["seconds"])),
-                ]
-            )
-        columns = [
-            Column("Run", "name"),
-            Column("Variant", "name"),
-            Column("Model", "name"),
-            Column("Seed"),
-            Column("Status", "name"),
-            Column("Layers"),
-            Column("Accuracy %"),
-            Column("Change, points"),
-            Column("Perplexity"),
-            Column("Change, %"),
-            Column("Epochs"),
-            Column("Time"),
-        ]
-        more = len(runs) - len(rows)
-        note = "All settings and figures are in tables/runs.csv, every epoch in tables/epochs.csv."
-        if more > 0:
-            note = f"The first {len(rows):,} of {len(runs):,} runs. {note}"
-        return [Table("Every run (click a head to sort)", columns, rows, note, sortable=True)]
+        return [runs_table(runs.head(MOST_RUNS), len(runs), variants)]
 
     def _not_completed(self) -> list[Block]:
         """Runs that ended otherwise, and what could not be read, with reasons."""
@@ -607,7 +595,7 @@ class _Report:
             # Failures first: an interruption cures itself.
             told = told.sort_values("status", kind="stable")
             rows = [
-                [row["run"], row["status"], _text(row["overrides"]), _text(row["reason"])]
+                [row["run"], row["status"], text_of(row["overrides"]), text_of(row["reason"])]
                 for row in told.head(MOST_ENDED).to_dict("records")
             ]
             columns = [Column("Run", "name"), Column("Status", "name")]
@@ -640,28 +628,7 @@ class _Report:
             blocks.append(Code("\n".join(commands[:MOST_COMMANDS])))
             if len(commands) > MOST_COMMANDS:
                 blocks.append(_left_to("runs.csv", len(commands) - MOST_COMMANDS, "commands"))
-        rows = []
-        for title, column in (
-            ("proglayer", "proglayer"),
-            ("Python", "python"),
-            ("torch", "torch"),
-            ("Platform", "platform"),
-            ("Device", "device_name"),
-            ("Threads", "threads"),
-            ("Commit", "git_commit"),
-            ("Working tree changed", "git_changed"),
-            ("Corpus", "corpus"),
-            ("Corpus fingerprint", "corpus_fingerprint"),
-            ("Vocabulary", "vocab_size"),
-            ("Validation tokens", "validation_tokens"),
-        ):
-            values = _unique(runs[column])
-            if values:
-                rows.append([title, _listed(values, 6)])
-        if seeds := _ranges(runs["seed"]):
-            rows.append(["Seeds", seeds])
-        columns = [Column("What", "name"), Column("Values in these runs", "prose")]
-        blocks.append(Table("With what it ran", columns, rows))
+        blocks.append(versions_table(runs))
         blocks.append(
             Bullets(
                 [
@@ -675,311 +642,6 @@ class _Report:
             )
         )
         return blocks
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-PHASE_COLUMNS = (
-    Column("Phase", "name"),
-    Column("Layers"),
-    Column("Best Acc"),
-    Column("Best PPL"),
-    Column("Time"),
-    Column("Best Epoch"),
-)
-
-
-def _phase_table(title: str, runs: Frame, phases: Frame) -> Table:
-    """`Phase | Layers | Best Acc | Best PPL | Time | Best Epoch` of an arm, and the change row."""
-    own: Frame = phases[phases["run"].isin(runs["run"])]
-    rows = []
-    for _, part in own.groupby("phase", sort=True):
-        seconds = part["train_seconds"] + part["evaluation_seconds"]
-        rows.append(
-            [
-                _listed(_unique(part["name"]), 2),
-                _listed(_unique(part["layers"]), 3),
-                _mean(part["validation_accuracy_percent"], ".2f", " %"),
-                _mean(part["validation_perplexity"], ",.2f"),
-                _mean_seconds(seconds),
-                _ranges(part["best_epoch"]),
-            ]
-        )
-    strong = []
-    if len(rows) > 1:
-        strong = [len(rows)]
-        rows.append(
-            [
-                "Change",
-                "",
-                _mean(runs[study.ACCURACY.change], "+.2f", " points"),
-                _mean(runs[study.PERPLEXITY.change], "+.2f", " %"),
-                _mean_seconds(runs["seconds"]),
-                "",
-            ]
-        )
-    count = len(runs)
-    note = "" if count == 1 else f"Mean ± standard deviation over {count} seeds."
-    return Table(title, PHASE_COLUMNS, rows, note, strong=strong)
-
-
-def _published_table(model: str) -> Table:
-    first, last = study.PUBLISHED[model]
-    rows = [
-        [
-            phase.name,
-            str(phase.layers),
-            f"{phase.accuracy_percent:.2f} %",
-            f"{phase.perplexity:,.2f}",
-            f"{phase.seconds:.2f} s",
-            str(phase.best_epoch),
-        ]
-        for phase in (first, last)
-    ]
-    points, percent, seconds = study.PUBLISHED_CHANGES[model]
-    rows.append(
-        ["Change", "", f"{points:+.2f} points", f"{percent:+.2f} %", f"{seconds:.2f} s", ""]
-    )
-    return Table(f"Published, {model_name(model)}", PHASE_COLUMNS, rows, "One seed.", strong=[2])
-
-
-MODEL_COLUMNS = (
-    Column("Figure", "name"),
-    Column("Standard"),
-    Column("Deep supervision"),
-    Column("Difference"),
-)
-
-
-def _model_table(variant: str, runs: Frame) -> Table:
-    """The comparison of the models in one variant."""
-    standard, deep = (runs[runs["model"] == model].set_index("seed") for model in (STANDARD, DEEP))
-    rows = []
-    for title, column, form, unit in (
-        ("Final accuracy", "last_accuracy_percent", ".2f", "%"),
-        ("Final perplexity", "last_perplexity", ",.2f", ""),
-        ("Change in accuracy", study.ACCURACY.change, "+.2f", "points"),
-        ("Change in perplexity", study.PERPLEXITY.change, "+.2f", "%"),
-        ("Time", "seconds", ",.1f", "s"),
-    ):
-        a, b = (arm[column].astype("float64") for arm in (standard, deep))
-        if a.notna().any() and b.notna().any():
-            unit = f" {unit}" if unit else ""
-            of_difference = " points" if unit == " %" and "acc" in column else unit
-            signed = form if form.startswith("+") else f"+{form}"
-            rows.append(
-                [
-                    title,
-                    _mean(a, form, unit),
-                    _mean(b, form, unit),
-                    _mean((b - a).dropna(), signed, of_difference),
-                ]
-            )
-    note = "Difference: deep supervision − Standard, within seeds."
-    return Table(f"{variant}, comparison of models", MODEL_COLUMNS, rows, note)
-
-
-def _published_models() -> Table:
-    rows = []
-    (_, a), (_, b) = study.PUBLISHED[STANDARD], study.PUBLISHED[DEEP]
-    first, second = study.PUBLISHED_CHANGES[STANDARD], study.PUBLISHED_CHANGES[DEEP]
-    for title, x, y, form, unit, of_difference in (
-        ("Final accuracy", a.accuracy_percent, b.accuracy_percent, ".2f", " %", " points"),
-        ("Final perplexity", a.perplexity, b.perplexity, ",.2f", "", ""),
-        ("Change in accuracy", first[0], second[0], "+.2f", " points", " points"),
-        ("Change in perplexity", first[1], second[1], "+.2f", " %", " %"),
-        ("Time", first[2], second[2], ",.1f", " s", " s"),
-    ):
-        signed = form if form.startswith("+") else f"+{form}"
-        cells = [f"{x:{form}}{unit}", f"{y:{form}}{unit}", f"{y - x:{signed}}{of_difference}"]
-        rows.append([title, *cells])
-    return Table("Published, comparison of models", MODEL_COLUMNS, rows, "One seed.")
-
-
-def _changes_table(changes: Frame, shown: Sequence[str]) -> Table:
-    columns = [Column("Variant", "name"), Column("Model", "name"), Column("Seeds")]
-    columns += [Column(f"{figure.name.capitalize()}, {figure.unit}") for figure in FIGURES]
-    rows = []
-    for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
-        if variant in shown:
-            by_figure = arm.set_index("figure")
-            cells: list[Cell | str] = [str(variant), model_name(str(model))]
-            cells.append(str(int(arm["n"].max())))
-            for figure in FIGURES:
-                told = by_figure.loc[figure.name]
-                cells.append(Cell(_interval(told, figure.decimals), _sort(told["mean"])))
-            rows.append(cells)
-    note = "Mean ± standard deviation over seeds, and the 95 % interval of the mean."
-    return Table("Change from the first phase to the last", columns, rows, note, sortable=True)
-
-
-def _comparisons_table(
-    title: str,
-    told: Frame,
-    figure: study.Figure,
-    labels: dict[str, str],
-    shown: Iterable[str],
-) -> Table:
-    """Judged comparisons of the variants `shown`; none that has no pair of seeds."""
-    family = int(told["p_adjusted"].notna().sum())
-    told = told[(told["n"] > 0) & told[next(iter(labels))].isin(list(shown))]
-    columns = [Column(name, "name") for name in labels.values()]
-    columns += [
-        Column("Difference"),
-        Column("95 % interval"),
-        Column("Verdict", "name"),
-        Column("Seeds"),
-        Column("p, Holm"),
-        Column("Sign-flip p", hidden_on_paper=True),
-        Column("Equivalence p, Holm", hidden_on_paper=True),
-        Column("Effect size", hidden_on_paper=True),
-        Column("Could show"),
-        Column("Seeds to decide"),
-    ]
-    digits = figure.decimals
-    rows = []
-    for row in told.to_dict("records"):
-        cells: list[Cell | str] = [
-            model_name(row[name]) if name == "model" else row[name] for name in labels
-        ]
-        interval = (
-            f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
-            if math.isfinite(row["low"])
-            else ""
-        )
-        cells += [
-            Cell(_number(row["mean"], f"+.{digits}f"), _sort(row["mean"])),
-            Cell(interval, _sort(row["low"])),
-            # The margin is told below.
-            row["verdict"].split()[0],
-            str(row["n"]),
-            _p(row["p_adjusted"]),
-            _p(row["sign_flip_p"]),
-            _p(row["equivalence_p_adjusted"]),
-            _number(row["effect_size"], "+.2f"),
-            _number(row["smallest_difference"], f".{digits}f"),
-            _seeds_needed(row),
-        ]
-        rows.append(cells)
-    margin = told["margin"].iloc[0] if len(told) else math.nan
-    note = (
-        f"One family of {family}. Equivalent: within the margin of ±{margin:.3g} {figure.unit}. "
-        "Could show: the smallest true difference that this many seeds find with a power of 80 %, "
-        "for one comparison alone. Seeds to decide: were the observed mean and spread the true "
-        "ones."
-    )
-    return Table(title, columns, rows, note, sortable=True)
-
-
-def _seeds_needed(row: dict[str, Any]) -> Cell:
-    needed = row["seeds_needed"]
-    if row["verdict"] != stats.Outcome.undecided:
-        return Cell("decided", row["n"])
-    if math.isnan(needed):
-        return Cell("not known", "")
-    return Cell("none would" if math.isinf(needed) else f"{needed:,.0f}", _sort(needed))
-
-
-def _spent_table(spent: Frame) -> Table:
-    columns = [
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Seeds"),
-        Column("Epochs"),
-        Column("Tokens"),
-        Column("FLOP with head"),
-        Column("FLOP without"),
-        Column("Training"),
-        Column("Evaluation", hidden_on_paper=True),
-        Column("Saved by reuse", hidden_on_paper=True),
-        Column("Final loss"),
-    ]
-    rows = [
-        [
-            row["variant"],
-            model_name(row["model"]),
-            str(row["seeds"]),
-            Cell(_number(row["epochs"], ".3g"), _sort(row["epochs"])),
-            _large(row["tokens"]),
-            _large(row["flops"]),
-            _large(row["flops_without_head"]),
-            Cell(duration(row["train_seconds"]), _sort(row["train_seconds"])),
-            Cell(duration(row["evaluation_seconds"]), _sort(row["evaluation_seconds"])),
-            Cell(duration(row["seconds_saved"]), _sort(row["seconds_saved"])),
-            _number(row["loss"], ".4f"),
-        ]
-        for row in spent.to_dict("records")
-    ]
-    return Table("What every arm spent", columns, rows, sortable=True)
-
-
-def _target_table(reached: Frame, reference: str) -> Table:
-    columns = [
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Target loss"),
-        Column("Reached by"),
-        Column("Tokens"),
-        Column("FLOP with head"),
-        Column("FLOP without"),
-        Column("Time"),
-    ]
-    rows = [
-        [
-            row["variant"],
-            model_name(row["model"]),
-            f"{row['target']:.4f}",
-            Cell(f"{row['reached']} of {row['seeds']}", row["reached"] / max(1, row["seeds"])),
-            *(_large(row[name]) for name in ("tokens", "flops", "flops_without_head")),
-            Cell(duration(row["seconds"]), _sort(row["seconds"])),
-        ]
-        for row in reached.to_dict("records")
-    ]
-    note = (
-        f"The target is a loss that every seed of {reference} reached. Means over the seeds that "
-        "reached it, interpolated between epochs."
-    )
-    return Table("Compute and time to reach a target loss", columns, rows, note, sortable=True)
-
-
-def _speed_up_table(gains: Frame) -> Table:
-    columns = [
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Reached by"),
-        *(
-            Column(title)
-            for title in ("In tokens", "In FLOP with head", "In FLOP without", "In time")
-        ),
-    ]
-    rows = []
-    for (variant, model), arm in gains.groupby(["variant", "model"], sort=False):
-        by = arm.set_index("measure")
-        n, seeds = int(arm["n"].max()), int(arm["seeds"].max())
-        cells = [Cell(f"{n} of {seeds}", n / max(1, seeds))]
-        for measure in (ledger.TOKENS, ledger.FLOPS, ledger.BODY, ledger.SECONDS):
-            told = by.loc[measure.column]
-            cells.append(Cell(_interval(told, 0, 100, " %"), _sort(told["mean"])))
-        rows.append([variant, model_name(model), *cells])
-    note = (
-        "Compute from scratch / compute of growing, all phases, to the lowest loss that the run "
-        "from scratch of the same seed reached, − 1 (Du et al. 2024): +50 % means that from "
-        "scratch takes half as much again, minus that growing was slower. Mean ± standard "
-        "deviation and 95 % interval over the seeds that reached that loss; where some did not, "
-        "the mean flatters."
-    )
-    return Table("Speed-up of growing against from scratch", columns, rows, note, sortable=True)
-
-
-def _parameters_table(trained: Frame) -> Table:
-    columns = [Column("Variant and phase", "name")]
-    columns += [Column(t) for t in ("Layers", "Embedding", "Head", "Trained", "Total", "Share")]
-    rows = []
-    for row in trained.itertuples():
-        own = row.layers + row.embedding + row.head
-        numbers = (row.layers, row.embedding, row.head, own, row.total)
-        rows.append([row.label, *(f"{int(n):,}" for n in numbers), f"{own / row.total:.1%}"])
-    return Table("Trained parameters", columns, rows)
 
 
 # --- frames ---------------------------------------------------------------------------------------
@@ -1010,7 +672,7 @@ def _trained_parameters(results: Results, condition: _Condition, shown: Sequence
     ].sum(axis=1)
     told["total"] = told["parameters_total"].astype("float64")
     told["label"] = [
-        f"{variant}, {phase} {_text(name)}".rstrip()
+        f"{variant}, {phase} {text_of(name)}".rstrip()
         for variant, phase, name in zip(told["variant"], told["phase"], told["name"], strict=True)
     ]
     told = told[["label", "layers", "embedding", "head", "total"]].dropna()
@@ -1059,96 +721,6 @@ def _to_csv(frame: Frame, path: Path) -> None:
 
 
 # --- words ----------------------------------------------------------------------------------------
-
-
-def duration(seconds: Any) -> str:
-    """Seconds for people: 8.4 s, 12 min 30 s, 3 h 5 min; nothing for what is not known."""
-    if pd.isna(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 100:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
-
-
-def _mean(values: Any, form: str, unit: str = "") -> str:
-    """Mean ± standard deviation, or the value where there is one."""
-    told = stats.summary(np.asarray(values, dtype=float))
-    if not told.n:
-        return ""
-    spread = f" ± {told.sd:{form.replace('+', '')}}" if told.n > 1 else ""
-    return f"{told.mean:{form}}{spread}{unit}"
-
-
-def _mean_seconds(values: Any) -> str:
-    told = stats.summary(np.asarray(values, dtype=float))
-    if not told.n or told.mean >= 100:
-        return duration(told.mean)
-    return _mean(values, ".1f", " s")
-
-
-def _interval(told: Any, decimals: int, scale: float = 1, unit: str = "") -> str:
-    """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
-    if not math.isfinite(told["mean"]):
-        return "none"
-    mean, sd, low, high = (scale * told[name] for name in ("mean", "sd", "low", "high"))
-    if not math.isfinite(sd):
-        return f"{mean:+.{decimals}f}{unit}"
-    interval = f"({low:+.{decimals}f} to {high:+.{decimals}f}{unit})"
-    return f"{mean:+.{decimals}f} ± {sd:.{decimals}f} {interval}"
-
-
-def _number(value: Any, form: str) -> str:
-    return "" if pd.isna(value) or value != value else format(value, form)
-
-
-def _large(value: Any) -> Cell:
-    return Cell("" if pd.isna(value) else engineering(value), _sort(value))
-
-
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
-
-
-def _pair(row: dict[str, Any], name: str, form: str) -> str:
-    first, last = _number(row[f"first_{name}"], form), _number(row[f"last_{name}"], form)
-    return first if last in ("", first) else f"{first} → {last}"
-
-
-def _sort(value: Any) -> float | str:
-    return "" if pd.isna(value) else float(value)
-
-
-def _text(value: Any) -> str:
-    return "" if pd.isna(value) else str(value)
-
-
-def _unique(values: Frame) -> list[str]:
-    known = [value for value in plain_values(values.drop_duplicates()) if value is not None]
-    words = {True: "yes", False: "no"}
-    return [
-        words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, Integral) else str(v)
-        for v in known
-    ]
-
-
-def _listed(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _ranges(numbers: Iterable[Any]) -> str:
-    """Whole numbers for people: 1-5, 8."""
-    parts: list[list[int]] = []
-    for number in sorted({int(n) for n in numbers if not pd.isna(n)}):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    told = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in parts]
-    return _listed(told, 12)
 
 
 def _count(number: int, noun: str) -> str:

@@ -104,6 +104,7 @@ def leave(
     plain: dict[str, Any],
     phases: list[dict[str, Any]],
     rows: list[dict[str, Any]],
+    /,
     *,
     overrides: list[str],
     choices: dict[str, Any],

@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "ledger": {"results", "stats", "study"},
     "page": set(),
     "figures": {"page", "study"},
-    "report": {"figures", "ledger", "page", "results", "stats", "study"},
+    "tables": {"figures", "ledger", "page", "results", "stats", "study"},
+    "report": {"figures", "ledger", "page", "results", "study", "tables"},
     # jobs
     "experiment": {
         "config",
