@@ -20,7 +20,7 @@ run: $(STAMP) ## the original experiment for both models on the embedded corpus 
 	$(BIN)/python train.py -m experiment=original model=standard,deep_supervision $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS="-k growth")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "cluster or not cluster" $(ARGS)
 
 bench: $(STAMP) ## how near a training step is to what this machine can do (ARGS="--short")
 	$(BIN)/python -m proglayer.bench $(ARGS)

@@ -6,18 +6,12 @@ not installed is a class all the same, one that says what to install.
 """
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-import atexit
-import functools
-import logging
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
@@ -113,58 +107,18 @@ class ProglayerSlurmLauncher(SlurmLauncher):
 
     extra = "slurm"
 
-    def __call__(self, *arguments: Any, **named: Any) -> JobReturn:
-        from proglayer.record import Status, read_result
+    def in_queue(self) -> dict[str, str]:
+        """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds."""
+        from proglayer.slurm import in_queue
 
-        job = super().__call__(*arguments, **named)
-        result = read_result(Path(job.hydra_cfg.hydra.runtime.output_dir))
-        if result is not None and result["status"] == Status.failed:
-            # The launcher is still to be told how the job ended; Slurm goes by the exit status.
-            atexit.register(_exit_with_failure)
-        return job
+        return in_queue(self)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        import submitit
-        from submitit.core.utils import FailedJobError
+        from proglayer.slurm import launch
 
-        from proglayer.config import ConfigError
-
-        # It warns at every look that a cluster without accounting cannot tell it more.
-        logging.getLogger("submitit").setLevel(logging.ERROR)
-        # The parent class gives up at the first job whose process ended without a word, while the
-        # others are still at work.
-        results = submitit.Job.results
-        submitit.Job.results = functools.partialmethod(_or_lost, results)
-        try:
-            return super().launch(job_overrides, initial_job_idx)
-        except (FailedJobError, RuntimeError) as error:
-            # Where jobs were handed over, none of these is left.
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
-        finally:
-            submitit.Job.results = results
-
-
-def _or_lost(job: Any, results: Any) -> list[Any]:
-    """`results` of a job of submitit, with one that was lost as one that returned nothing."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
-    try:
-        return results(job)
-    except (FailedJobError, UncompletedJobError) as error:
-        reason = str(error).strip().splitlines()[0]
-        logging.getLogger(__name__).error("job %s of the scheduler: %s", job.job_id, reason)
-        lost = JobReturn(status=JobStatus.COMPLETED)
-        lost.return_value = None
-        return [lost]
-
-
-def _exit_with_failure() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+        return launch(self, job_overrides, initial_job_idx)
 
 
 class ProglayerOptunaSweeper(OptunaSweeper):

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from proglayer import snapshot
 from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
 from proglayer.record import RECORD_FORMAT, Status, read_result, read_submission, write_result
 from proglayer.stages import StoreError
@@ -33,6 +34,8 @@ INTERRUPTED = 130
 # variable that lets it.
 DEFERRED = "deferred"
 MAY_DEFER = "PROGLAYER_MAY_DEFER"
+# Of files that changed while a job was waiting, so many are named.
+MOST_NAMED = 8
 
 
 def run_job(settings: DictConfig) -> float | str | None:
@@ -46,6 +49,7 @@ def run_job(settings: DictConfig) -> float | str | None:
     single = hydra.mode is not RunMode.MULTIRUN
     try:
         config = to_config(settings) if single else _as_submitted(settings, folder)
+        _tell_changes()
         if config.plan:
             print_plan(config)
             _leave_nothing(folder)
@@ -232,6 +236,18 @@ def _as_submitted(settings: DictConfig, folder: Path) -> Config:
             _code(now),
         )
     return config
+
+
+def _tell_changes() -> None:
+    """Say in the log of a job that runs from a copy what became of the files that were copied."""
+    changed = snapshot.changes()
+    if changed:
+        more = f" and {len(changed) - MOST_NAMED} more files" if len(changed) > MOST_NAMED else ""
+        log.warning(
+            "changed since this job was submitted, which runs as it was submitted: %s%s",
+            ", ".join(changed[:MOST_NAMED]),
+            more,
+        )
 
 
 def _composed(settings: DictConfig) -> Config | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from proglayer import snapshot
 from proglayer.config import ConfigError, Device, Precision
 from proglayer.trajectory import Machine
 
@@ -105,8 +106,11 @@ def environment() -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def git_state() -> dict[str, Any] | None:
     """The checkout this package lies in: its commit, whether files differ from it, and a hash of
-    that difference. None outside a checkout.
+    that difference. None outside a checkout. Of a copy made for a job, what it was copied from.
     """
+    made_from = snapshot.origin()
+    if made_from is not None:
+        return made_from["git"]
     commit = _git("rev-parse", "HEAD").strip()
     if not commit or not _git("ls-files", "--", ".").strip():
         return None

@@ -62,11 +62,12 @@ class Sign(StrEnum):
     """What a run without a record says of itself in `heartbeat.json`.
 
     A running one touches the file again and again; a pending one is held by a scheduler, and
-    nothing touches its file until it starts.
+    nothing touches its file until it starts. A lost one is no longer held, as somebody found out.
     """
 
     running = "running"
     pending = "pending"
+    lost = "lost"
 
 
 def write_submission(
@@ -176,6 +177,13 @@ def write_sign(folder: Path, sign: Sign) -> None:
     A reader that comes in between may find it empty.
     """
     content = {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
+    with contextlib.suppress(OSError):
+        (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def mark_lost(folder: Path) -> None:
+    """Tell of a run without a record that nobody is at work on it, nor will be."""
+    content = {"host": None, "process": None} | read_sign(folder) | {"sign": Sign.lost.value}
     with contextlib.suppress(OSError):
         (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
 

@@ -1124,6 +1124,9 @@ def _add_signs_of_life(runs: pd.DataFrame, found: Sequence[_Found]) -> None:
             host = told["host"][place] = _text(sign.get("host"))
             if sign.get("sign") == PENDING:
                 told["status"][place] = PENDING
+            elif sign.get("sign") == Sign.lost:
+                told["status"][place] = LOST
+                told["reason"][place] = "its scheduler ended it, and it left no record"
             elif since := _lost_since(item):
                 told["status"][place] = LOST
                 where = f" (it ran on {host})" if host else ""

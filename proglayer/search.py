@@ -25,7 +25,16 @@ from proglayer.config import ConfigError, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
 from proglayer.record import Heartbeat, Status, read_result
-from proglayer.sweep import Checks, Job, announce, job_folder, launch, summarize, without_hydra
+from proglayer.sweep import (
+    Checks,
+    Job,
+    announce,
+    job_folder,
+    launch,
+    summarize,
+    without_held,
+    without_hydra,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -247,7 +256,8 @@ class Trials:
                     raise
                 refused[folder] = in_one_line(error)
             jobs.append(None)
-        announce(self._master, self._listed, [job for job in jobs if job])
+        able = [job for job in jobs if job]
+        announce(self._master, self._listed, without_held(self._sweeper, able))
         for folder, reason in refused.items():
             record_unstarted(self._folder / folder, Status.failed, reason)
         return jobs

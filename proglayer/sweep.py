@@ -36,7 +36,7 @@ from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
 from proglayer.entrance import DEFERRED, MAY_DEFER, leave_report
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.record import JOBS, Heartbeat, Status, read_result, write_submission
+from proglayer.record import JOBS, Heartbeat, Status, read_result, read_submission, write_submission
 from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
 
     folder = Path(sweeper.config.hydra.sweep.dir)
     waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
-    announce(sweeper.config, {job.folder: job.overrides for job in jobs}, waiting)
+    not_held = without_held(sweeper, waiting)
+    announce(sweeper.config, {job.folder: job.overrides for job in jobs}, not_held)
     say = console().print
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
     if waiting:  # else torch, which knows the machine's part in the keys, is not needed at all
@@ -300,6 +301,26 @@ def announce(
         raise ConfigError(
             f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
         ) from error
+
+
+def without_held(sweeper: Sweeper, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that the launcher's scheduler does not hold since an earlier submission.
+
+    Those that it holds stay as they were submitted, and `launch` waits for them. Raises ConfigError
+    for one that has other settings now.
+    """
+    assert sweeper.config is not None
+    folder = Path(sweeper.config.hydra.sweep.dir)
+    ask = getattr(sweeper.launcher, "in_queue", None)
+    held: dict[str, str] = ask() if ask is not None else {}
+    for job in jobs:
+        before = read_submission(folder / job.folder) if job.folder in held else None
+        if before is not None and before["config"] != to_plain(job.config):
+            raise ConfigError(
+                f"hydra.sweep.dir={folder}: its job {job.folder} is in the queue with other "
+                f"settings: choose another folder, or end that job ({held[job.folder]}) first"
+            )
+    return [job for job in jobs if job.folder not in held]
 
 
 def in_launch_order(jobs: Sequence[Job]) -> list[Job]:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "plan": {"config"},
     "stages": set(),
     "record": {"stages"},
+    "snapshot": {"stages"},
     "corpus": {"config", "sources"},
     "sources": {"config"},
     # tensors
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "trainer": {"corpus", "loss", "model", "optim", "plan", "streams"},
     "loggers": {"config", "record"},
     "trajectory": {"corpus", "model", "optim", "plan", "stages", "trainer"},
-    "machine": {"config", "trajectory", "__init__"},
+    "machine": {"config", "snapshot", "trajectory", "__init__"},
     # people
     "display": {"plan", "trainer"},
     "results": {"config", "display", "record"},
@@ -96,8 +97,10 @@ MAY_IMPORT = {
         "plan",
         "record",
         "report",
+        "snapshot",
         "stages",
     },
+    "slurm": {"__init__", "config", "display", "machine", "record", "snapshot", "stages"},
 }
 WITHOUT_TORCH = (
     "config",
@@ -109,6 +112,8 @@ WITHOUT_TORCH = (
     "results",
     "stats",
     "summary",
+    "slurm",
+    "snapshot",
     "sweep",
     "search",
     "entrance",
@@ -161,7 +166,7 @@ def test_omegaconf_is_seen_at_the_entrance_only() -> None:
         for path in PACKAGE.glob("*.py")
         if "omegaconf" in path.read_text() or "from hydra" in path.read_text()
     }
-    assert seers <= {"bench", "config", "entrance", "machine", "search", "sweep"}
+    assert seers <= {"bench", "config", "entrance", "machine", "search", "slurm", "sweep"}
 
 
 def test_what_a_user_waits_for_does_not_load_torch() -> None:

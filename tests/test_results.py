@@ -32,6 +32,7 @@ from proglayer.corpus import Corpus
 from proglayer.record import (
     RECORD_FORMAT,
     Sign,
+    mark_lost,
     write_result,
     write_sign,
 )
@@ -488,6 +489,14 @@ def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) ->
     assert results.failures == 0
     assert summary._ended(results.runs) == 0
     assert "2 runs: 1 preempted, 1 pending" in printed(results, 80)
+    # somebody asked the scheduler
+    mark_lost(queued)
+    results = load(tmp_path)
+    assert ends(results) == {"queued": "lost", "stopped": "preempted"}
+    assert results.failures == 1
+    assert row(results, "queued")["host"] == socket.gethostname()
+    write_sign(queued, Sign.pending)
+    assert ends(load(tmp_path))["queued"] == "pending"
 
 
 def test_jobs_wait_only_while_their_sweep_lives(tmp_path: Path) -> None:
