@@ -464,6 +464,9 @@ def differing(runs: Frame, reference: str) -> dict[str, str]:
 
 # --- the founding experiment's claims -------------------------------------------------------------
 
+# From this share on, a budget counts as spent: training ends with an epoch.
+NEARLY_EQUAL = 0.9
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -539,8 +542,12 @@ def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]
         if original is None or scratch is None:
             continue
         fair = at_equal(runs, curves, original, scratch, measure)
+        shares = fair[fair["variant"] == scratch].groupby("model")["share"].median()
         compared = _between(fair, "accuracy_percent", original, scratch, settings)
-        both |= {(f"{what}, at equal {words}", model): c for (what, model), c in compared.items()}
+        for (what, model), comparison in compared.items():
+            share = shares.get(model, math.nan)
+            ended = f" (from scratch ended at {share:.0%})" if share < NEARLY_EQUAL else ""
+            both[f"{what}, at equal {words}{ended}", model] = comparison
     asked.append(
         (
             "Stepwise training works",
@@ -609,15 +616,16 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
 
     Returns:
         one row per run that has a partner: `variant`, `model`, `seed`, `accuracy_percent`, `loss`
-        (nan for a run whose first epoch costs more than growing did), `cut` (training was cut).
+        (nan for a run whose first epoch costs more than growing did), `share` of what growing spent
+        that this run was trained for, whether it counts or not.
     """
-    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "cut"]
+    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "share"]
     own = runs.loc[runs["variant"] == grown, ["model", "seed", measure]]
     own = own.assign(
         variant=grown,
         accuracy_percent=runs["last_accuracy_percent"].astype(float),
         loss=runs["last_loss"].astype(float),
-        cut=False,
+        share=1.0,
     )
     budget = own.set_index(["model", "seed"])[measure].astype(float)
     other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed"]]
@@ -632,7 +640,7 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
         variant=scratch,
         accuracy_percent=other["run"].map(best["accuracy_percent"]).astype(float),
         loss=other["run"].map(best["loss"]).astype(float),
-        cut=spent > other["budget"].to_numpy(dtype=float) * (1 + 1e-9),
+        share=spent / other["budget"].to_numpy(dtype=float),
     )
     return pd.concat([own[columns], told[columns]], ignore_index=True)
 

@@ -176,7 +176,8 @@ def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path) -> Non
         within = epochs[epochs["train_tokens"].cumsum() <= budget]
         best = within.loc[within["validation_loss"].idxmin()]
         assert row["accuracy_percent"] == best["validation_accuracy_percent"]
-        assert row["cut"] == (len(within) < len(epochs))
+        assert row["share"] == epochs["train_tokens"].sum() / budget
+        assert (row["share"] > 1) == (len(within) < len(epochs))
     # the grown arm counts at its end
     ends = runs[runs["variant"] == "original"].set_index(["model", "seed"])
     own = fair[fair["variant"] == "original"].set_index(["model", "seed"])
@@ -191,7 +192,21 @@ def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
     curves = ledger.curves(results, runs)
     scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
     fair = study.at_equal(runs, curves, "original", scratch, "flops")
-    assert fair.loc[fair["variant"] == scratch, "cut"].tolist() == [True]
+    (share,) = fair.loc[fair["variant"] == scratch, "share"]
+    assert share > 1
+
+
+def test_from_scratch_that_ended_before_growing_did_is_told_as_that(tmp_path: Path) -> None:
+    for seed in range(3):
+        made_up.run(tmp_path / f"a{seed}", "original", STANDARD, seed)
+        scratch = tmp_path / f"b{seed}"
+        made_up.run(scratch, "control_from_scratch", STANDARD, seed, "phase.max_epochs=1")
+    results = load(tmp_path)
+    runs = study.arms(results).of(0)
+    asked = study.hypotheses(runs, ledger.curves(results, runs), study.Margins())
+    told = [what for claim in asked for what in claim.rows["what"]]
+    assert len(told) == 2
+    assert all("(from scratch ended at" in what for what in told)
 
 
 def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
