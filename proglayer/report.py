@@ -339,12 +339,15 @@ class _Report:
         blocks: list[Block] = []
         published = bool(len(original) or alike)
         if published:
-            here = listed(unique(runs.loc[runs["variant"] == main, "vocab_size"]), 3)
-            others = study.differs_from_original(runs[runs["variant"] == main])
+            own = runs[runs["variant"] == main]
+            here = listed(unique(own["vocab_size"]), 3)
+            padded = listed(unique(own["config.model.vocab_size"].dropna()), 3)
+            others = study.differs_from_original(own)
             blocks.append(
                 Paragraph(
                     f"Published: {study.PUBLISHED_SOURCE}. Here: {condition.name}, vocabulary "
                     f"{here}"
+                    + (f" padded to {padded}" if padded else "")
                     + (f", with its own {listed(others, 6)}" if others else "")
                     + ". Figures of another text, vocabulary or machine do not compare with "
                     "the published ones; the signs of the changes do. Best epoch, accuracy and "

@@ -453,8 +453,8 @@ def _large(value: Any) -> Cell:
     return Cell("" if pd.isna(value) else engineering(value), _sort(value))
 
 
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
+def _p(value: float) -> Cell:
+    return Cell("< 0.001" if value < 0.001 else _number(value, ".3f"), _sort(value))
 
 
 def _pair(row: dict[str, Any], name: str, form: str) -> str:
