@@ -21,7 +21,14 @@ from omegaconf import DictConfig
 
 from proglayer import snapshot
 from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
-from proglayer.record import RECORD_FORMAT, Status, read_result, read_submission, write_result
+from proglayer.record import (
+    RECORD_FORMAT,
+    Status,
+    failed_job,
+    note_failed_job,
+    read_submission,
+    write_result,
+)
 from proglayer.stages import StoreError
 
 log = logging.getLogger(__name__)
@@ -54,7 +61,7 @@ def run_job(settings: DictConfig) -> float | str | None:
             print_plan(config)
             _leave_nothing(folder)
             return None
-        if not single and config.on_error is OnError.stop and (name := _failed_beside(folder)):
+        if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
             return None
         from proglayer import machine
@@ -81,6 +88,7 @@ def run_job(settings: DictConfig) -> float | str | None:
             fail(str(error).splitlines())
         with contextlib.suppress(StoreError):
             record_unstarted(folder, Status.failed, str(error))
+        note_failed_job(folder)
         return None
     if outcome.status is Status.interrupted:
         raise KeyboardInterrupt
@@ -88,6 +96,8 @@ def run_job(settings: DictConfig) -> float | str | None:
         leave_report(folder)
     if outcome.status is Status.failed and single:
         sys.exit(FAILED)
+    if outcome.status is Status.failed:
+        note_failed_job(folder)
     return outcome.objective
 
 
@@ -188,16 +198,6 @@ def in_one_line(error: Exception) -> str:
     if error.__cause__ is not None:
         return f"{first}: {str(error.__cause__).splitlines()[0]}"
     return first
-
-
-def _failed_beside(folder: Path) -> str | None:
-    """The name of a job of the same sweep that failed, if one did."""
-    for sibling in sorted(folder.parent.iterdir()):
-        with contextlib.suppress(ValueError):
-            result = read_result(sibling) if sibling.is_dir() else None
-            if result is not None and result["status"] == Status.failed:
-                return sibling.name
-    return None
 
 
 def record_unstarted(folder: Path, status: Status, reason: str) -> None:

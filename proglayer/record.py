@@ -26,6 +26,7 @@ METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
 JOBS = "jobs.json"
 SUBMITTED = ".submitted"
+FAILED_JOB = ".failed"
 HEARTBEAT = "heartbeat.json"
 HEARTBEAT_EVERY_S = 10.0
 # A shared file system may show a change of time a minute late.
@@ -78,6 +79,7 @@ def write_submission(
     `difference` is that of the code to its commit, as `git apply` takes it. Raises StoreError.
     """
     folder = sweep / SUBMITTED
+    (sweep / FAILED_JOB).unlink(missing_ok=True)
     for job, config in jobs.items():
         content = {"config": config, "git": git}
         data = json.dumps(content, indent=1).encode()
@@ -95,6 +97,22 @@ def read_submission(job: Path) -> dict[str, Any] | None:
     """
     path = job.parent / SUBMITTED / f"{job.name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def note_failed_job(job: Path) -> None:
+    """Leave word in the sweep's folder that the job in this one failed, if that is possible.
+
+    Jobs that are not to start after a failure look for it, and need not read every record.
+    """
+    with contextlib.suppress(OSError):
+        (job.parent / FAILED_JOB).write_text(job.name, encoding="utf-8")
+
+
+def failed_job(sweep: Path) -> str | None:
+    """The name of a job that failed since the sweep began, if one did."""
+    with contextlib.suppress(OSError):
+        return (sweep / FAILED_JOB).read_text(encoding="utf-8")
+    return None
 
 
 def figure(result: Mapping[str, Any], place: str) -> float:

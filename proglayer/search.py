@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from proglayer.config import ConfigError, short_hash
+from proglayer.config import ConfigError, OnError, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
 from proglayer.record import Heartbeat, Status, read_result
@@ -31,6 +31,7 @@ from proglayer.sweep import (
     announce,
     job_folder,
     launch,
+    open_folder,
     summarize,
     without_held,
     without_hydra,
@@ -175,7 +176,7 @@ class Trials:
         """The folders that hold trials; where some are to be run, the last is for these."""
         known = self._study.user_attrs.get(FOLDERS, [])
         if self.to_go > 0:
-            announce(self._master, {}, [])
+            open_folder(self._master)
             known = [*known, str(self._folder.resolve())]
             self._study.set_user_attr(FOLDERS, list(dict.fromkeys(known)))
         folders = [Path(folder) for folder in dict.fromkeys(known)]
@@ -209,10 +210,10 @@ class Trials:
                 self._study.tell(trial, value)
         rate = self._sweeper.max_failure_rate
         if failed / count > rate:
-            raise ConfigError(
-                f"{failed} of {count} trials failed, more than hydra.sweeper.max_failure_rate="
-                f"{rate} lets pass"
-            )
+            allowed = f"hydra.sweeper.max_failure_rate={rate}"
+            raise ConfigError(f"{failed} of {count} trials failed, more than {allowed} lets pass")
+        if failed and self._master.on_error is OnError.stop:
+            raise ConfigError("a trial failed, and on_error=stop: the same command goes on")
 
     def _next(self) -> optuna.trial.Trial:
         """A trial that was stopped, with the values that it has, or else a new one."""
@@ -257,7 +258,7 @@ class Trials:
                 refused[folder] = in_one_line(error)
             jobs.append(None)
         able = [job for job in jobs if job]
-        announce(self._master, self._listed, without_held(self._sweeper, able))
+        announce(self._folder, self._listed, without_held(self._sweeper, able))
         for folder, reason in refused.items():
             record_unstarted(self._folder / folder, Status.failed, reason)
         return jobs

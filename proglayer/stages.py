@@ -7,7 +7,7 @@ A stage is a folder of files that are never changed once written:
     exits-0002.<hash>.json                 every exit, evaluated at a selected epoch
     weights-0002.<hash>.safetensors        the model after an epoch that a stopping rule can select
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
-    used-1f3a9c.<hash>.json                a run that reads this stage
+    used/1f3a9c2b4d5e.<hash>.json          a run that reads this stage
 
 Every file is written to a temporary name, synced and renamed, and carries the hash of its content
 in its name, so whatever is damaged or cut short shows when it is read. It is then set aside under
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 DAMAGED = ".damaged"
 TEMPORARY = ".tmp-"
+# Apart from the rest: a thousand runs may read a stage, and every look for a file lists its folder.
+USED = "used"
 
 
 class StoreError(OSError):
@@ -107,15 +109,21 @@ class Stage:
         data = json.dumps(content, indent=1, sort_keys=True).encode()
         return self.write(name, "json", data)
 
+    @property
+    def notes(self) -> Stage:
+        """The folder of the notes of who reads this stage."""
+        return Stage(self.store, f"{self.key}/{USED}")
+
     def mark_used(self, run: Path) -> None:
         """Note that the run in the folder `run` reads this stage."""
         folder = str(run.resolve())
-        self.write_json(f"used-{_digest(folder.encode())[:12]}", {"run": folder})
+        self.notes.write_json(_digest(folder.encode())[:12], {"run": folder})
 
     def users(self) -> list[Path]:
         """The folders of the runs that read this stage and are still there."""
-        notes = [self.read_json(name) for name in self.names("used-")]
-        return [run for note in notes if note and (run := Path(note["run"])).is_dir()]
+        notes = self.notes
+        told = [notes.read_json(name) for name in notes.names("")]
+        return [run for note in told if note and (run := Path(note["run"])).is_dir()]
 
     def remove(self, name: str) -> None:
         """Delete the file called `name`, if it is there."""
@@ -254,7 +262,10 @@ def stages_in(store: Path) -> Iterator[Kept]:
             continue
         stage = Stage(store, folder.name)
         with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
-            stats = [entry.stat() for entry in os.scandir(folder) if entry.is_file()]
+            files = [*os.scandir(folder)]
+            if stage.notes.folder.is_dir():
+                files += os.scandir(stage.notes.folder)
+            stats = [entry.stat() for entry in files if entry.is_file()]
             if not stage.names(""):
                 continue
             yield Kept(
@@ -293,7 +304,8 @@ def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | N
 
 def verify(stage: Stage) -> list[str]:
     """Read every file of a stage; the names of those that were damaged, now set aside."""
-    return [name for name in stage.names("") if stage.read(name) is None]
+    parts = (stage, stage.notes)
+    return [name for part in parts for name in part.names("") if part.read(name) is None]
 
 
 def delete(stage: Stage) -> bool:
@@ -304,8 +316,9 @@ def delete(stage: Stage) -> bool:
     if not stage.lock(0):
         return False
     try:
-        for name in stage.names(""):
-            stage.remove(name)
+        for part in (stage, stage.notes):
+            for name in part.names(""):
+                part.remove(name)
     finally:
         stage.unlock()
     return True

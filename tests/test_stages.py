@@ -49,7 +49,7 @@ def run_folder(folder: Path, status: str | None, *stages: Stage) -> Path:
     for made in stages:
         times = {path: path.stat().st_mtime for path in made.folder.iterdir()}
         made.mark_used(folder)
-        for path in made.folder.iterdir():
+        for path in made.folder.rglob("*"):
             then = times.get(path, min(times.values()))
             os.utime(path, (then, then))
     return folder

@@ -460,7 +460,7 @@ def test_what_is_edited_while_jobs_wait_changes_none_of_them(
 
     monkeypatch.setattr(sweep, "announce", edit_after)
     # As in a launcher of another process, which composes each job when it starts.
-    monkeypatch.setattr(sweep.ComposedOnce, "MOST", 0)
+    monkeypatch.delattr(sweep.ComposedOnce, "load_sweep_config")
     mine = ("--config-dir", str(tmp_path / "mine"))
     jobs = (*mine, "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
     assert train(*jobs).status == 0
