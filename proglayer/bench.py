@@ -4,6 +4,7 @@
     python -m proglayer.bench model.dim=128 initial_layers=6 model.vocab_size=8192 --json new.json
     python -m proglayer.bench --short                        # a minute; fails outside wide bounds
     python -m proglayer.bench --study experiment=original model=standard,deep_supervision
+    python -m proglayer.bench --sweep 1000 --folder /shared  # what jobs cost beside their training
 
 Settings are those of train.py. The corpus is made up, so none has to be there; only `--study`
 opens the one that it names. Times are medians of repeats, taken in turns within one process: a
@@ -19,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -808,7 +811,7 @@ def study_table(shapes: Sequence[Shape]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in columns:
-        words = name in ("model", "phase", "shape", "best blocking")
+        words = name in ("model", "phase", "shape", "best blocking", "command")
         folds = name in ("shape", "best blocking")
         table.add_column(name, justify="left" if words else "right", no_wrap=not folds)
     return table
@@ -847,6 +850,127 @@ def outside_bounds(cases: Sequence[Case]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
+# What the jobs of a sweep cost beside their training
+
+# Four experiments of five distinct phases on so little text that a phase trains in a blink: what
+# is left is composing, checking, launching, the store and the records.
+SWEPT = (
+    "experiment=original,split_lr,control_unfrozen,control_keep_training",
+    "data.samples=64",
+    "data.validation_samples=32",
+    "data.max_vocab=200",
+    "model.dim=8",
+    "model.num_heads=2",
+    "phase.max_epochs=1",
+    "phase.batch_size=64",
+    "threads=1",
+    "report=false",
+)
+EXPERIMENTS = 4
+ALONE = (
+    "the sweep",
+    "again elsewhere, all stored",
+    "again, all completed",
+    "its table",
+    "its report",
+)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a command over the jobs of a sweep took, with its workers: time and CPU time in seconds,
+    the largest peak of memory of a process in MB (10^6 bytes).
+    """
+
+    jobs: int
+    command: str
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a sweep left on disk: files, and bytes in them, of its folder and of the store."""
+
+    jobs: int
+    files: int
+    bytes: int
+    stored_files: int
+    stored_bytes: int
+
+
+def measure_sweep(jobs: int, folder: Path, overrides: Sequence[str]) -> tuple[list[Spent], Left]:
+    """Run a sweep of about `jobs` jobs in an empty folder, and all that reads it.
+
+    Raises ConfigError with what a command said that failed.
+    """
+    seeds = max(1, jobs // EXPERIMENTS)
+    train = [str(CONF.parent / "train.py"), "-m", *SWEPT, f"seed=range(0,{seeds})"]
+    train += [f"stages.dir={folder / 'stages'}", f"hydra.sweep.dir={folder / 'again'}", *overrides]
+    first, read = f"hydra.sweep.dir={folder / 'first'}", str(folder / "first")
+    commands = (
+        [*train, first],
+        train,
+        train,
+        ["-m", "proglayer.results", read],
+        ["-m", "proglayer.report", read, "-o", str(folder / "report")],
+    )
+    spent = []
+    for name, command in zip(ALONE, commands, strict=True):
+        with open(folder / "said.txt", "w+", encoding="utf-8") as said:
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=folder, stdout=said, stderr=subprocess.STDOUT
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            seconds = time.perf_counter() - began
+            if status:
+                said.seek(0)
+                raise ConfigError(f"--sweep: {name}: {(said.readlines() or [''])[-1].strip()}")
+        cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
+        peak *= 1 if sys.platform == "darwin" else 1024
+        spent.append(Spent(seeds * EXPERIMENTS, name, seconds, cpu, peak))
+    sizes = [
+        [path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()]
+        for name in ("first", "stages")
+    ]
+    counts = (count for each in sizes for count in (len(each), sum(each)))
+    return spent, Left(seeds * EXPERIMENTS, *counts)
+
+
+def spent_table(spent: Sequence[Spent]) -> Table:
+    """Times, and what each further job added since the smaller sweep: the same in every row of a
+    command unless it grows faster than the jobs do.
+    """
+    table = _table(
+        "a sweep of made-up jobs",
+        "command",
+        "jobs",
+        "s",
+        "of it CPU",
+        "ms a further job",
+        "of it CPU",
+        "peak MB",
+    )
+    for command in dict.fromkeys(row.command for row in spent):
+        before: Spent | None = None
+        for row in (row for row in spent if row.command == command):
+            more = ["", ""]
+            if before is not None:
+                jobs = row.jobs - before.jobs
+                more = [
+                    f"{1e3 * (row.seconds - before.seconds) / jobs:,.0f}",
+                    f"{1e3 * (row.cpu_seconds - before.cpu_seconds) / jobs:,.0f}",
+                ]
+            times = (f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}")
+            table.add_row(command, str(row.jobs), *times, *more, f"{row.peak_mb:,.0f}")
+            before = row
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
@@ -863,6 +987,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--epochs", type=int, default=4, help="of each phase of a study (%(default)s)"
     )
+    parser.add_argument(
+        "--sweep", type=int, metavar="JOBS", help="what so many jobs cost beside their training"
+    )
+    parser.add_argument("--folder", type=Path, help="where --sweep writes, to measure that disk")
     # How the bench calls itself for a peak of memory.
     parser.add_argument("--memory-of", choices=("ours", "dense"), help=argparse.SUPPRESS)
     parser.add_argument("--phase", type=int, default=0, help=argparse.SUPPRESS)
@@ -871,7 +999,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("repeats", "epochs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if options.sweep is not None and options.sweep < 10 * EXPERIMENTS:
+        parser.error(f"--sweep must be at least {10 * EXPERIMENTS}")
     with explain_errors():
+        if options.sweep is not None:
+            return _sweep(options)
         if options.study:
             return _study(options)
         return _bench(options)
@@ -946,6 +1078,35 @@ def _study(options: argparse.Namespace) -> int:
     )
     if options.json:
         _keep(options, {"machine": asdict(here), "study": [_plain(shape) for shape in shapes]})
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    spent: list[Spent] = []
+    left: list[Left] = []
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder, prefix="proglayer-bench-") as folder:
+            for jobs in (options.sweep // 10, options.sweep // 3, options.sweep):
+                print(f"a sweep of {jobs} jobs ...", file=sys.stderr, flush=True)
+                own = Path(folder) / str(jobs)
+                own.mkdir()
+                more, on_disk = measure_sweep(jobs, own, options.overrides)
+                spent += more
+                left.append(on_disk)
+    except OSError as error:
+        raise ConfigError(f"--folder={options.folder} cannot be written ({error})") from error
+    say = console().print
+    say(spent_table(spent))
+    for disk in left:
+        say(
+            f"{disk.jobs} jobs: {disk.files / disk.jobs:.1f} files and "
+            f"{disk.bytes / disk.jobs / 1e3:.0f} kB a job, and in the store "
+            f"{disk.stored_files / disk.jobs:.1f} files and "
+            f"{disk.stored_bytes / disk.jobs / 1e3:.0f} kB a job"
+        )
+    if options.json:
+        figures = {"spent": list(map(asdict, spent)), "left": list(map(asdict, left))}
+        _keep(options, {"sweep": figures})
     return 0
 
 

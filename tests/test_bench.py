@@ -28,6 +28,7 @@ from proglayer.bench import (
     train,
     train_by_part,
 )
+from proglayer.config import ConfigError
 from proglayer.plan import Phase, plan, training_flops
 from proglayer.trainer import Training
 
@@ -224,3 +225,18 @@ def test_a_misspelt_setting_is_told_in_a_line(capsys: pytest.CaptureFixture[str]
         bench.main(["model.dims=8"])
     assert ended.value.code == 1
     assert "did you mean model.dim?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_a_sweep_costs_is_told_for_each_command(tmp_path: Path) -> None:
+    spent, left = bench.measure_sweep(4, tmp_path, ["data.samples=32"])
+    assert [row.command for row in spent] == list(bench.ALONE)
+    assert all(0 < row.cpu_seconds < 100 and 50 < row.peak_mb < 5000 for row in spent)
+    assert left.files == sum(path.is_file() for path in (tmp_path / "first").rglob("*"))
+    # Four experiments share their initial phase.
+    assert len(list((tmp_path / "stages").glob("*/stage.*.json"))) == 5
+    more = [replace(row, jobs=8, seconds=row.seconds + 1) for row in spent]
+    rows = list(bench.spent_table([*spent, *more]).columns[4].cells)
+    assert rows == ["", "250"] * len(spent)
+    with pytest.raises(ConfigError, match="--sweep: the sweep: error: there is no setting modle"):
+        bench.measure_sweep(4, tmp_path, ["modle.dim=8"])

@@ -66,6 +66,22 @@ def test_listing_names_size_age_and_users(
         assert text in out
 
 
+def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
+    kept = stage(tmp_path / "store", "a" * 32, 10, 1)
+    before = sorted(kept.folder.iterdir())
+    runs = [run_folder(tmp_path / f"sweep/{number}_abcdef", "completed", kept) for number in (0, 1)]
+    runs[0].joinpath("result.json").unlink()
+    # A thousand runs may: each look for a file would list them all.
+    assert sorted(kept.folder.iterdir()) == sorted([*before, kept.folder / "used"])
+    assert sorted(kept.users()) == runs
+    (listed,) = stages_in(tmp_path / "store")
+    assert listed.needed
+    note = next((kept.folder / "used").iterdir())
+    note.write_bytes(note.read_bytes()[:-1])
+    assert len(verify(kept)) == 1
+    assert len(kept.users()) == 1
+
+
 def test_verifying_finds_damage_and_sets_it_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

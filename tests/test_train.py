@@ -417,6 +417,20 @@ def test_a_sweeps_jobs_land_in_its_own_folder(train: Command, tmp_path: Path) ->
     assert len(json.loads((sweep / "jobs.json").read_text())) == len(results(sweep)) == 2
 
 
+def test_a_sweep_keeps_no_settings_of_jobs_that_ended(
+    train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer import sweep
+
+    returned = []
+    launch = sweep.launch
+    monkeypatch.setattr(sweep, "launch", lambda *given: returned.extend(launch(*given)) or returned)
+    assert train("-m", *SHORT, "phase.max_epochs=1", "seed=1,2").status == 0
+    # Nearly half a megabyte each, with the thousand jobs of a large sweep in mind.
+    assert [(job.cfg, job.hydra_cfg) for job in returned] == [(None, None)] * 2
+    assert all(isinstance(job.return_value, float) for job in returned)
+
+
 def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
     train: Command, tmp_path: Path
 ) -> None:
