@@ -25,6 +25,7 @@ from proglayer.study import DEEP, MODEL_NAMES, STANDARD, Frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure as Canvas
 
 WIDTH_IN = 4.6
@@ -255,7 +256,7 @@ def forest(
         axes.set_ylim(len(variants) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
-        _tick(axes, 5)
+        _tick(axes.xaxis, 5)
         axes.set_xlabel(f"{unit} (plus: better); shaded: within ±{margin:.3g}")
         _legend(axes, len(models))
 
@@ -364,8 +365,9 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
                 rotation=90 if len(marks) > 3 else 0,
             )
         axes.set_xlim(0.5, float(lengths.sum()) + 0.5)
-        _tick(axes, 6, whole=True)
+        _tick(axes.xaxis, 6, whole=True)
         axes.set_xlabel("epochs, phase after phase")
+        _tick(axes.yaxis, 5)
         axes.set_ylabel("validation loss (nats)")
         _legend(axes, len(models))
 
@@ -421,8 +423,9 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
                 )
                 means = ", ".join(f"{value:.2f}" for value in at["mean"])
                 told.append(f"{label}: {means} %")
-        _tick(axes, 10, whole=True)
+        _tick(axes.xaxis, 10, whole=True)
         axes.set_xlabel("exit after layer")
+        _tick(axes.yaxis, 5)
         axes.set_ylabel("validation accuracy (%)")
         _legend(axes, min(2, len(steps) * len(models)))
 
@@ -490,6 +493,7 @@ def against_compute(
         if high > low:
             axes.set_ylim(low - 0.06 * (top - low), min(high, top) + 0.03 * (top - low))
         axes.set_xlabel(f"{unit}, all phases so far")
+        _tick(axes.yaxis, 5)
         axes.set_ylabel("lowest validation loss so far")
         _legend(axes, 2)
 
@@ -501,11 +505,11 @@ def against_compute(
     return gallery.draw(name, title, f"{title}: {told}", height, paint)
 
 
-def _tick(axes: Axes, most: int, whole: bool = False) -> None:
-    """At most so many steps along the panel, of round numbers."""
+def _tick(axis: Axis, most: int, whole: bool = False) -> None:
+    """At most so many steps along an axis, of round numbers. Ticks are half of what is drawn."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(most, integer=whole))
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole))
 
 
 def _tick_few(axes: Axes) -> None:
@@ -565,7 +569,7 @@ def parameters(gallery: Gallery, name: str, title: str, table: Frame) -> Picture
         axes.set_ylim(len(table) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
-        _tick(axes, 4)
+        _tick(axes.xaxis, 4)
         axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
         axes.set_xlabel("parameters")
         handles = [

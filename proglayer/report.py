@@ -128,13 +128,16 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     # It is written last, and so it being there means that the rest is, too.
     page.unlink(missing_ok=True)
-    # statsmodels collects garbage at every correction: half a second each where torch is loaded,
-    # unless what is there already is set aside.
+    # Drawing makes so many objects that looking for garbage among them takes a sixth of the time,
+    # and statsmodels looks among all there are at every correction: what is there is set aside.
+    often = gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(100_000)
     try:
         report = _Report(results, Gallery(out / "figures", png), out, margins)
         lead, blocks = report.document()
     finally:
+        gc.set_threshold(*often)
         gc.unfreeze()
     report.write_tables()
     (out / MARKDOWN).write_text(to_markdown(TITLE, lead, blocks), encoding="utf-8")

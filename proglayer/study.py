@@ -228,15 +228,13 @@ def arms(results: Results) -> Arms:
 
 def differs_from_original(runs: Frame) -> list[str]:
     """The settings, those of the text apart, in which any of these runs is not the original."""
-    expected: dict[str, Any] = ORIGINAL_SETTINGS | {
-        "model.exit_weights": runs["model"].map({STANDARD: "last", DEEP: "uniform"})
-    }
     differing = []
-    for name, value in expected.items():
-        told: Frame = pd.DataFrame({"here": runs.get(f"config.{name}"), "there": value})
-        told = told.drop_duplicates().map(_value)
-        if (told["here"] != told["there"]).any():
+    for name, value in ORIGINAL_SETTINGS.items():
+        if any(_value(own) != _value(value) for own in runs[f"config.{name}"].unique()):
             differing.append(name)
+    weights = zip(runs["model"], runs["config.model.exit_weights"], strict=True)
+    if set(weights) - {(STANDARD, "last"), (DEEP, "uniform")}:
+        differing.append("model.exit_weights")
     return differing
 
 
