@@ -253,6 +253,7 @@ class Config:
     device: Device
     precision: Precision
     threads: int | None
+    jobs_per_gpu: int
     plan: bool
     on_error: OnError
     objective: str
@@ -415,6 +416,8 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _logger_problems(config.logger)
     if config.threads is not None and config.threads < 1:
         yield f"threads={config.threads} must be at least 1, or null for all cores"
+    if config.jobs_per_gpu < 1:
+        yield f"jobs_per_gpu={config.jobs_per_gpu} must be at least 1"
     if not config.checkpoint_every_s > 0:
         yield f"checkpoint_every_s={config.checkpoint_every_s} must be more than 0 seconds"
     if not 0 <= config.seed < 2**63:

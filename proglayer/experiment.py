@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from proglayer import machine
+from proglayer import machine, slots
 from proglayer.config import Config, ConfigError, stages_dir, to_plain
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import RunDisplay
@@ -89,7 +89,6 @@ def run(
         phases = plan(config, corpus.vocab_size)
         for phase in phases:
             phase.windows(len(corpus.train))
-        here = machine.describe_machine(device)
         result: dict[str, Any] = {
             "format": RECORD_FORMAT,
             "status": None,
@@ -100,7 +99,8 @@ def run(
             "seed": config.seed,
             "config": to_plain(config),
             "environment": machine.environment(),
-            "machine": asdict(here),
+            "machine": None,
+            "gpu": None,
             "git": machine.git_state(),
             "corpus": {
                 "name": corpus.name,
@@ -116,12 +116,18 @@ def run(
         remove_result(folder)
         loggers = Loggers(config.logger, folder, result["config"], result["choices"])
         status, objective = Status.completed, None
-        with RunDisplay(len(phases)) as display:
-            walk = Walk(
-                config, corpus, phases, device, here, store, folder, signals, display, loggers,
-                may_wait,
-            )  # fmt: skip
+        with RunDisplay(len(phases)) as display, contextlib.ExitStack() as held:
             try:
+                gpu = held.enter_context(
+                    slots.hold(device, config.jobs_per_gpu, signals.received, display.note)
+                )
+                result["gpu"] = asdict(gpu) if gpu else None
+                here = machine.describe_machine(device)
+                result["machine"] = asdict(here)
+                walk = Walk(
+                    config, corpus, phases, device, here, store, folder, signals, display, loggers,
+                    may_wait,
+                )  # fmt: skip
                 walk.through(result["phases"])
                 result["changes"] = changes(result["phases"])
                 objective = _objective(result, config.objective)

@@ -88,10 +88,10 @@ STOPPING = {
 IN_THE_MACHINE = {"device", "threads"}
 # About the process, not the training: the bits are the same with any value of theirs, shown by
 # test_checkpoints_on_the_way_change_nothing (checkpoint_every_s), test_train (reuse, stages.dir,
-# plan, on_error, objective), test_loggers.
+# plan, on_error, objective), test_loggers, test_slots (jobs_per_gpu).
 HARMLESS = {
     "plan", "on_error", "reuse", "checkpoint_every_s", "stages.dir", "logger.tensorboard",
-    "logger.mlflow", "objective", "report",
+    "logger.mlflow", "objective", "report", "jobs_per_gpu",
 }  # fmt: skip
 
 
