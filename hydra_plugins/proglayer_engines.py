@@ -6,7 +6,10 @@ not installed is a class all the same, one that says what to install.
 """
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+import importlib.util
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -15,6 +18,8 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
 def _needs(choice: str, extra: str) -> Any:
@@ -52,13 +57,21 @@ try:
 except ImportError:
     SlurmLauncher = _MissingLauncher
 try:
-    from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
-except ImportError:
-    RayLauncher = _MissingLauncher
-try:
     from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 except ImportError:
     OptunaSweeper = _MissingSweeper
+
+
+class _KnownVersions:
+    """Has an engine say, when it is chosen, which of its libraries is not known to work here."""
+
+    extra: str
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        from proglayer.versions import warn_of_unknown
+
+        warn_of_unknown(self.extra)
+        super().__init__(*arguments, **settings)
 
 
 # Choices of others whose place files of `conf/hydra` take.
@@ -90,19 +103,56 @@ class _Group(dict[str, Any]):
             super().__setitem__(name, node)
 
 
-class ProglayerJoblibLauncher(JoblibLauncher):
+class ProglayerJoblibLauncher(_KnownVersions, JoblibLauncher):
     """joblib's workers on this machine."""
 
     extra = "joblib"
 
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from proglayer.config import ConfigError
+        from proglayer.record import HEARTBEAT, RESULT, mark_lost
 
-class ProglayerRayLauncher(RayLauncher):
-    """Ray's workers, on a cluster or here."""
+        try:
+            return super().launch(job_overrides, initial_job_idx)
+        except BrokenExecutor as error:
+            for sign in Path(self.config.hydra.sweep.dir).glob(f"*/{HEARTBEAT}"):
+                if not (sign.parent / RESULT).exists():
+                    mark_lost(sign.parent)
+            raise ConfigError(
+                "a worker of joblib was killed, and the others with it (by the system, for want of "
+                "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"
+            ) from error
 
-    extra = "ray"
+
+class ProglayerRayLauncher(Launcher):
+    """Tasks of Ray, on a cluster or on this machine."""
+
+    def __init__(self, ray: DictConfig) -> None:
+        from proglayer.versions import warn_of_unknown
+
+        if importlib.util.find_spec("ray") is None:
+            raise _needs("hydra/launcher=ray", "ray")
+        warn_of_unknown("ray")
+        self.ray = ray
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from proglayer.ray import launch
+
+        return launch(self, job_overrides, initial_job_idx)
 
 
-class ProglayerSlurmLauncher(SlurmLauncher):
+class ProglayerSlurmLauncher(_KnownVersions, SlurmLauncher):
     """Jobs of a Slurm array, by submitit; a run that failed fails there too."""
 
     extra = "slurm"
@@ -121,8 +171,10 @@ class ProglayerSlurmLauncher(SlurmLauncher):
         return launch(self, job_overrides, initial_job_idx)
 
 
-class ProglayerOptunaSweeper(OptunaSweeper):
+class ProglayerOptunaSweeper(_KnownVersions, OptunaSweeper):
     """Optuna's search, its trials checked, resumed and summed up as the jobs of any sweep."""
+
+    extra = "optuna"
 
     def sweep(self, arguments: list[str]) -> Any:
         from proglayer.search import search

@@ -54,6 +54,10 @@ def run_job(settings: DictConfig) -> float | str | None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode is not RunMode.MULTIRUN
+    if single:
+        from proglayer.versions import warn_of_unknown
+
+        warn_of_unknown()
     try:
         config = to_config(settings) if single else _as_submitted(settings, folder)
         _tell_changes()
@@ -201,7 +205,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def record_unstarted(folder: Path, status: Status, reason: str) -> None:
-    """The record of a job that ended before its first phase."""
+    """Leave the record of a job that ended before its first phase, or that never told how."""
     log.error("%s", reason)
     write_result(
         folder,

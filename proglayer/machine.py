@@ -13,12 +13,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from proglayer import snapshot
 from proglayer.config import ConfigError, Device, Precision
@@ -60,7 +59,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def jobs_at_once(launcher: DictConfig) -> int:
+def jobs_at_once(launcher: Mapping[str, Any]) -> int:
     """How many jobs a launcher with these settings runs at once on one machine, as far as it says.
 
     joblib's `n_jobs` counts back from the number of cores when it is negative.
@@ -69,12 +68,13 @@ def jobs_at_once(launcher: DictConfig) -> int:
     return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
 
 
-def threads_per_job(launcher: DictConfig) -> int | None:
+def threads_per_job(launcher: Mapping[str, Any]) -> int | None:
     """The cores that a launcher with these settings gives to a job; None where it does not say.
 
     joblib's jobs share this machine's; Slurm and Ray are asked for a number of them.
     """
-    asked = launcher.get("cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
+    of_ray = (launcher.get("ray") or {}).get("remote") or {}
+    asked = launcher.get("cpus_per_task") or of_ray.get("num_cpus")
     if asked:
         return max(1, int(asked))
     at_once = jobs_at_once(launcher)
@@ -100,7 +100,23 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cores": os.cpu_count(),
+        "scheduler": _scheduler(),
     }
+
+
+def _scheduler() -> dict[str, str] | None:
+    """Who started this job and on which of its nodes: several may have the name of one host."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+        node = os.environ.get("SLURMD_NODENAME", "")
+        return {"name": "slurm", "job": f"{array}_{task}" if array else job, "node": node}
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        context = ray.get_runtime_context()
+        # Outside a task it is the process of the command, which runs no jobs.
+        if task := context.get_task_id():
+            return {"name": "ray", "job": task, "node": context.get_node_id()}
+    return None
 
 
 @functools.lru_cache(maxsize=1)

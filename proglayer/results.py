@@ -82,6 +82,7 @@ NOT_THE_EXPERIMENT = (
     "stages.dir",
     "threads",
     "device",
+    "jobs_per_gpu",
     "data.cache_dir",
 )
 # Where the text lies; the corpus's fingerprint, where it is known, says what it is.
@@ -140,6 +141,11 @@ PLACE_COLUMNS = {
     "proglayer": "text environment.proglayer",
     "platform": "text environment.platform",
     "host": "text environment.host",
+    "scheduler": "text environment.scheduler.name",
+    "scheduler_job": "text environment.scheduler.job",
+    "node": "text environment.scheduler.node",
+    "gpu": "text gpu.name",
+    "seconds_waited_for_gpu": "number gpu.seconds_waited",
     "git_commit": "text git.commit",
     "git_changed": "flag git.changed",
     "traceback": "text traceback",

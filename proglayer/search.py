@@ -52,7 +52,9 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
     """
     from proglayer import machine
+    from proglayer.versions import warn_of_unknown
 
+    warn_of_unknown()
     master = sweeper.config
     assert master is not None
     if master.plan:

@@ -48,7 +48,7 @@ from proglayer.record import (
 from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
-    from hydra_plugins.proglayer_engines import ProglayerSlurmLauncher
+    from hydra_plugins.proglayer_engines import ProglayerRayLauncher, ProglayerSlurmLauncher
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def launch(
     """
     sweep = _sweep_folder(launcher)
     numbered = list(enumerate(job_overrides, first_number))
-    names = [_folder_name(launcher, overrides, number) for number, overrides in numbered]
+    names = [folder_name(launcher, overrides, number) for number, overrides in numbered]
     held = in_queue(launcher)
     ids = {name: held[name] for name in names if name in held}
     new = {n: job for n, job in zip(names, numbered, strict=True) if n not in ids}
@@ -235,7 +235,9 @@ def _hand_over(
     return ids
 
 
-def freeze(launcher: ProglayerSlurmLauncher, into: Path) -> tuple[DictConfig, HydraContext, Path]:
+def freeze(
+    launcher: ProglayerSlurmLauncher | ProglayerRayLauncher, into: Path
+) -> tuple[DictConfig, HydraContext, Path]:
     """Copy the code and the settings' files below `into`.
 
     Gives the sweep's configuration and Hydra's context for a job that composes its settings from
@@ -400,7 +402,9 @@ def _sweep_folder(launcher: ProglayerSlurmLauncher) -> Path:
     return Path(str(launcher.config.hydra.sweep.dir)).absolute()
 
 
-def _folder_name(launcher: ProglayerSlurmLauncher, overrides: Iterable[str], number: int) -> str:
+def folder_name(
+    launcher: ProglayerSlurmLauncher | ProglayerRayLauncher, overrides: Iterable[str], number: int
+) -> str:
     """The name of a job's folder in that of its sweep."""
     assert launcher.config is not None
     assert launcher.hydra_context is not None

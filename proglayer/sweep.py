@@ -41,6 +41,7 @@ from proglayer.entrance import DEFERRED, MAY_DEFER, leave_report
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import JOBS, Heartbeat, Status, read_result, read_submission, write_submission
 from proglayer.stages import StoreError, write_atomically
+from proglayer.versions import warn_of_unknown
 
 if TYPE_CHECKING:
     from hydra_plugins.proglayer_sweeper import ProglayerSweeper
@@ -124,6 +125,7 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     assert sweeper.launcher is not None
+    warn_of_unknown()
     jobs = check(sweeper, expand(sweeper, arguments))
     if jobs[0].config.plan:
         for job in jobs:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from hydra_plugins.proglayer_engines import ProglayerRayLauncher
-
 from .test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
 
 
-def test_an_engine_that_is_missing_says_what_to_install(train: Command) -> None:  # noqa: F811
-    if ProglayerRayLauncher.__mro__[1].__name__ == "RayLauncher":
-        pytest.skip("Ray is installed")
+def test_an_engine_that_is_missing_says_what_to_install(
+    train: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     done = train("-m", *SHORT, "seed=1,2", "hydra/launcher=ray")
     assert done.status == 1
     assert done.err == (
