@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import shlex
 import sys
 import time
@@ -127,6 +128,7 @@ STYLE = {
     WAITING: "dim",
     NOT_STARTED: "dim",
 }
+STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
 # Will start, or start again, without anybody's doing.
 TO_COME = (Status.preempted.value, PENDING, WAITING)
 
@@ -136,7 +138,9 @@ def _summary_columns(results: Results, shown: Sequence[int]) -> list[_Shown]:
     runs = results.runs.iloc[list(shown)]
     progress = _progress(results)
     rows = runs.to_dict("records")
-    columns = [_Shown("job", [_cut(name) for name in runs["run"]], flexible=True)]
+    # Of sweeps that Hydra named, the token is enough to tell them apart.
+    names = [STAMP.sub("", name) for name in runs["run"]]
+    columns = [_Shown("job", [_cut(name) for name in names], flexible=True)]
     for title, values in _what_varied(results.runs).items():
         columns.append(_Shown(title, [_cut(values[place]) for place in shown], 1, flexible=True))
     columns.append(_Shown("status", [Text(value, STYLE[value]) for value in runs["status"]]))

@@ -879,6 +879,14 @@ def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:
     assert SCRIPT in text
 
 
+def test_jobs_of_several_sweeps_are_told_by_the_sweeps_tokens(tmp_path: Path) -> None:
+    for sweep in ("2026-01-31_12-00-00_1f3a9c", "2026-01-31_12-00-00_0b77e1", "by_hand"):
+        made_up(tmp_path / sweep / "0_5d41ab")
+    lines = printed(load(tmp_path), 80).splitlines()
+    names = [line.split()[1] for line in lines if "0_5d41ab" in line]
+    assert names == ["0b77e1/0_5d41ab", "1f3a9c/0_5d41ab", "by_hand/0_5d41ab"]
+
+
 def test_a_table_of_nothing_has_no_rows(tmp_path: Path) -> None:
     assert "0 runs" in printed(load(tmp_path), 80)
     summary_table(tmp_path)
