@@ -146,10 +146,13 @@ def launch(
     new = {n: job for n, job in zip(names, numbered, strict=True) if n not in ids}
     say = console().print
     if ids:
-        say(f"{len(ids)} jobs are in Slurm's queue already", markup=False)
+        say(f"in Slurm's queue already: {_jobs(len(ids))}", markup=False)
     if new:
-        ids |= _hand_over(launcher, sweep, new)
-        say(f"{len(new)} jobs handed over to Slurm", markup=False)
+        try:
+            ids |= _hand_over(launcher, sweep, new)
+        except StoreError as error:
+            raise ConfigError(str(error)) from error
+        say(f"handed over to Slurm: {_jobs(len(new))}", markup=False)
     command = shlex.join(["python", "-m", "proglayer.results", os.path.relpath(sweep), "--watch"])
     say(f"{command} follows them from any shell", markup=False)
     try:
@@ -159,6 +162,10 @@ def launch(
         raise
     until = time.monotonic() + LATE_S
     return [_ended(sweep / name, ids[name], until) for name in names]
+
+
+def _jobs(number: int) -> str:
+    return f"{number} job{'' if number == 1 else 's'}"
 
 
 def in_queue(launcher: ProglayerSlurmLauncher) -> dict[str, str]:
@@ -181,7 +188,7 @@ def in_queue(launcher: ProglayerSlurmLauncher) -> dict[str, str]:
 def _hand_over(
     launcher: ProglayerSlurmLauncher, sweep: Path, jobs: dict[str, tuple[int, Sequence[str]]]
 ) -> dict[str, str]:
-    """Submit jobs, as arrays. Gives each one's number in Slurm. Raises ConfigError."""
+    """Submit jobs, as arrays. Gives each one's number in Slurm. Raises ConfigError, StoreError."""
     from submitit.core.utils import FailedJobError
 
     config, context, code = freeze(launcher, sweep / SUBMITTED)
@@ -220,14 +227,14 @@ def _hand_over(
                     remove_result(task.folder)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
             write_atomically(sweep / SUBMITTED / IDS, data, "hydra.sweep.dir")
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
     except (FailedJobError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
     finally:
         for task in left:
             (task.folder / HEARTBEAT).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                task.folder.rmdir()  # only if nothing else is in it
     for name, (number, overrides) in jobs.items():
         log.info(
             "job %s of Slurm, #%d: %s", ids[name], number, " ".join(filter_overrides(overrides))

@@ -77,6 +77,7 @@ class Cluster:
 
     folder: Path
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    commands: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -159,6 +160,10 @@ PartitionName=urgent Nodes=ALL State=UP PriorityTier=9
         self.until(lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle"), 30, "idle")
 
     def down(self) -> None:
+        """End everything, also what a test left behind that failed."""
+        for command in self.commands:
+            command.kill()
+            command.wait()
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             self.ask("scancel", "--me")
             end = time.monotonic() + 20
@@ -237,9 +242,10 @@ class Sweep:
             cwd=self.folder.parent, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        self.cluster.commands.append(self.process)
         return self
 
-    def finish(self, seconds: float = 200) -> tuple[int, str]:
+    def finish(self, seconds: float = 280) -> tuple[int, str]:
         """The command's exit status and output."""
         assert self.process is not None
         try:
@@ -444,7 +450,7 @@ def test_the_command_again_waits_for_the_jobs_that_slurm_holds(
     status, out = edited["with other settings"]
     assert status == 1
     assert "is in the queue with other settings" in out
-    assert edited["again"] == "2 jobs are in Slurm's queue already"
+    assert edited["again"] == "in Slurm's queue already: 2 jobs"
     assert edited["sweep"].numbers == edited["numbers"]
 
 
