@@ -44,7 +44,7 @@ def need_slurm() -> None:
     if shutil.which("slurmctld", path=SBIN) and shutil.which("munged", path=SBIN):
         return
     if os.environ.get("PROGLAYER_TEST_INSTALL") != "yes":
-        pytest.skip("no Slurm here, and PROGLAYER_TEST_INSTALL=yes does not ask to install it")
+        pytest.skip("no Slurm here; PROGLAYER_TEST_INSTALL=yes would have it installed")
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         pytest.skip("no Slurm here: to install it takes root and apt-get")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
