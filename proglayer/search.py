@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from omegaconf.errors import ValidationError
 from proglayer.config import ConfigError, OnError, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
-from proglayer.record import Heartbeat, Status, read_result
+from proglayer.record import JOBS, Heartbeat, Status, read_result
+from proglayer.stages import write_atomically
 from proglayer.sweep import (
     Checks,
     Job,
@@ -70,6 +72,8 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
                     while trials.to_go > 0:
                         trials.run(min(trials.to_go, sweeper.n_jobs))
         finally:
+            for folder in folders:
+                list_what_began(folder)
             if folders:
                 summarize(*folders)
             if folders and master.report:
@@ -260,10 +264,24 @@ class Trials:
                 refused[folder] = in_one_line(error)
             jobs.append(None)
         able = [job for job in jobs if job]
-        announce(self._folder, self._listed, without_held(self._sweeper, able))
+        # Whoever follows the search is to know that more will come.
+        begun = len(self._study.get_trials(deepcopy=False))
+        numbers = [*(trial.number for trial in self._stopped), *range(begun, begun + self.to_go)]
+        to_come = {str(number): () for number in numbers[: self.to_go - len(asked)]}
+        announce(self._folder, self._listed | to_come, without_held(self._sweeper, able))
         for folder, reason in refused.items():
             record_unstarted(self._folder / folder, Status.failed, reason)
         return jobs
+
+
+def list_what_began(sweep: Path) -> None:
+    """Take from the list of a sweep's jobs those that have not begun, if it can be written."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        listed = json.loads((sweep / JOBS).read_text(encoding="utf-8"))
+        begun = [job for job in listed if (sweep / job["folder"]).is_dir()]
+        if begun != listed:
+            text = json.dumps(begun, indent=1)
+            write_atomically(sweep / JOBS, text.encode(), "hydra.sweep.dir")
 
 
 def _objective(folder: Path) -> float | None:

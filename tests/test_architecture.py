@@ -91,7 +91,16 @@ MAY_IMPORT = {
         "trajectory",
         "versions",
     },
-    "search": {"config", "display", "entrance", "machine", "record", "sweep", "versions"},
+    "search": {
+        "config",
+        "display",
+        "entrance",
+        "machine",
+        "record",
+        "stages",
+        "sweep",
+        "versions",
+    },
     "entrance": {
         "config",
         "corpus",

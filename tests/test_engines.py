@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from proglayer.results import load
+
 from .test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
 
 
@@ -76,13 +78,18 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
         "hydra.sweeper.sampler.seed=1",
     )  # fmt: skip
 
+    seen = []
+
     def stop_the_third() -> None:
         while not list(tmp_path.glob("a/2_*/metrics.csv")):
             time.sleep(0.01)
+        seen.extend(load(tmp_path / "a").runs["status"])
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=stop_the_third, daemon=True).start()
     assert train(*search, "hydra.sweeper.n_trials=5", "hydra.sweep.dir=a").status == 130
+    # Who follows it knows that there is more to come.
+    assert seen == ["completed", "completed", "running", "waiting", "waiting"]
     (before,) = _studies()
     assert [t.state.name for t in before] == ["COMPLETE", "COMPLETE", "RUNNING"]
     done = train(*search, "hydra.sweeper.n_trials=5", "hydra.sweep.dir=b")
