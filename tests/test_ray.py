@@ -207,8 +207,8 @@ def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path
 
 def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
     jobs = ("seed=1,2", "lr.base=0.001,1e30", "optimizer.clip_norm=null", "hydra.sweep.dir=s")
-    once = "hydra.launcher.ray.remote.max_retries=0"
-    local = (RAY, once, "hydra.launcher.ray.init.num_cpus=2")
+    task = ("hydra.launcher.ray.remote.max_retries=0", "hydra.launcher.ray.remote.num_cpus=2")
+    local = (RAY, *task, "hydra.launcher.ray.init.num_cpus=4")
     process = sweep(tmp_path, *SHORT, *jobs, *local, stages="stages")
 
     def worker() -> int | None:
@@ -224,8 +224,8 @@ def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
         "failed",
     ]
     assert "lower lr.base" in diverged["reason"]
-    # A job has the threads that its task has cores.
-    assert well["machine"]["threads"] == 1
+    # A job has as many threads as its task has cores.
+    assert well["machine"]["threads"] == 2
     assert "was lost by Ray: The worker died" in out
     assert "4 runs: 1 completed, 2 failed, 1 lost" in out
     assert "Traceback" not in out
