@@ -1,6 +1,7 @@
 """What every test relies on: no network, one thread, no traces in the user's own folders."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models of the tests are tiny: a second thread gains them nothing, and on a busy machine
 # waiting for it makes a matrix product of microseconds take milliseconds. Read when torch starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what it puts into the background deaf to SIGINT, which the commands under test
+# would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
