@@ -202,7 +202,7 @@ class DenseTraining(Training):
 
     def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
         with autocast(self.phase, self.device):
-            hidden_entd = self.model(input_nt)
+            hidden_entd = self.body(input_nt)
             total = torch.zeros((), device=self.device)
             for e in self.read_exits:
                 logits_nv = self.model.head(hidden_entd[e]).flatten(0, 1)
@@ -247,7 +247,7 @@ def train_by_part(training: Training) -> dict[str, float]:
     for parameter in training.trainable:
         parameter.grad = None
     with autocast(phase, device):
-        hidden_entd = model(input_nt)
+        hidden_entd = training.body(input_nt)
         lap("body forward")
         read = [hidden_entd[e].flatten(0, 1) for e in training.read_exits]
         cut = [hidden.detach().requires_grad_(hidden.requires_grad) for hidden in read]
@@ -667,6 +667,7 @@ def _cost_shape(job: Job, phase: Phase) -> tuple[Any, ...]:
         tuple(rate is None for rate in asdict(phase.rates).values()),
         phase.batch_size,
         phase.precision,
+        phase.compile,
         phase.stop.max_epochs,
         job.config.data.seq_len,
         phase.windows(len(job.corpus.train)),

@@ -252,6 +252,7 @@ class Config:
     optimizer: OptimizerConfig
     device: Device
     precision: Precision
+    compile: bool
     threads: int | None
     jobs_per_gpu: int
     plan: bool

@@ -42,13 +42,21 @@ from proglayer.record import (
     write_sign,
 )
 from proglayer.stages import StoreError
-from proglayer.trainer import Diverged, EpochMetrics, ExitMetrics, Stopped, follow, perplexity
+from proglayer.trainer import (
+    Diverged,
+    EpochMetrics,
+    ExitMetrics,
+    NotCompiled,
+    Stopped,
+    follow,
+    perplexity,
+)
 from proglayer.trajectory import ABOUT, Interrupted, Machine, Trajectory, Watch
 
 log = logging.getLogger(__name__)
 
 # What a user can cure is told in one line; anything else is a fault of ours, with its traceback.
-EXPECTED = (ConfigError, StoreError, Diverged)
+EXPECTED = (ConfigError, StoreError, Diverged, NotCompiled)
 
 
 class Deferred(Exception):

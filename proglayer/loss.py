@@ -586,7 +586,7 @@ class _Rows:
                 block.powers_vm.sub_(sums.shift).exp2_()
         # Softmax minus one-hot, times the sum; one element a row, so the order cannot matter.
         kept = self.job.workspace.buffer(len(self.head), len(target), sums.rest)
-        kept.scatter_(0, target.unsqueeze(0), -sums.rest.unsqueeze(0))
+        kept[target, torch.arange(len(target), device=self.device)] = -sums.rest
         for block in blocks:
             assert block.head_grad is not None
             scaled_pmd = scaled_md.expand(len(block.powers), *scaled_md.shape)

@@ -153,18 +153,35 @@ def _git(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def switches(threads: int | None, precision: Precision) -> Iterator[None]:
-    """Set what PyTorch holds process-wide for one run, then put it back: jobs share a process."""
+    """Set what PyTorch holds process-wide for one run, then put it back: jobs share a process.
+
+    On a GPU sums are formed in the same order every time, as they are on a CPU without being asked.
+    """
     threads_before = torch.get_num_threads()
     matmul = torch.backends.cuda.matmul
     # Not `fp32_precision`: setting that alone makes every reader of this older switch fail, the
     # compiler among them (torch 2.11-2.13).
     tf32_before = matmul.allow_tf32
+    strict_before = torch.are_deterministic_algorithms_enabled()
+    lenient_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling: Any = (
+        torch.utils.deterministic
+    )  # a module with a property, which no type checker knows
+    filled_before = filling.fill_uninitialized_memory
     try:
         if threads is not None:
             torch.set_num_threads(threads)
+        if torch.cuda.is_available():
+            # Attention's backward pass and the compiler would add up in any order there. cuBLAS
+            # reads its variable when it starts, and without it may choose another way each time.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            filling.fill_uninitialized_memory = False
         matmul.allow_tf32 = precision is Precision.tf32
         yield
     finally:
+        filling.fill_uninitialized_memory = filled_before
+        torch.use_deterministic_algorithms(strict_before, warn_only=lenient_before)
         matmul.allow_tf32 = tf32_before
         torch.set_num_threads(threads_before)
 

@@ -129,6 +129,7 @@ class Phase:
     batch_size: int
     samples: int | None
     precision: Precision
+    compile: bool
     stop: StoppingRule
 
     @property
@@ -294,6 +295,7 @@ def _common(config: Config, own: BudgetOverrides) -> dict[str, Any]:
         "batch_size": budget("batch_size"),
         "samples": budget("samples"),
         "precision": config.precision,
+        "compile": config.compile,
         "stop": StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
     }
 

@@ -69,7 +69,7 @@ LOST = "lost"
 COMPLETED = Status.completed.value
 
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
-# and how a run works, not what it trains. Device and threads change the rounding, no more.
+# and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
 NOT_THE_EXPERIMENT = (
     "plan",
     "on_error",
@@ -82,6 +82,7 @@ NOT_THE_EXPERIMENT = (
     "stages.dir",
     "threads",
     "device",
+    "compile",
     "jobs_per_gpu",
     "data.cache_dir",
 )

@@ -32,6 +32,10 @@ class Diverged(RuntimeError):
     """The training loss is no longer a finite number."""
 
 
+class NotCompiled(RuntimeError):
+    """The model's body cannot be compiled on this machine."""
+
+
 @dataclass(frozen=True)
 class EpochMetrics:
     """What one epoch of training gave. Losses in nats per token, shares from 0 to 1."""
@@ -83,6 +87,7 @@ class Training:
         self.device = device
         self.model = model.to(device)
         self.optimizer = build_optimizer(self.model, phase)
+        self.body = compiled(self.model) if phase.compile else self.model
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
         self.workspace = Workspace()
@@ -144,7 +149,7 @@ class Training:
     def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
         """The phase's loss of one batch: cross-entropy at the exits that carry weight."""
         with autocast(self.phase, self.device):
-            hidden_entd = self.model(input_nt)
+            hidden_entd = self.body(input_nt)
             return linear_cross_entropy(
                 [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
                 self.model.head.weight,
@@ -281,6 +286,27 @@ def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextMa
     if phase.precision is Precision.bfloat16:
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def compiled(model: Transformer) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The model's forward pass by `torch.compile`, made anew.
+
+    The first call with tokens of a new shape compiles; it raises NotCompiled where that fails.
+    """
+    # What was compiled while other layers trained might be run in its place (PyTorch #139476).
+    torch.compiler.reset()
+    forward = torch.compile(model, dynamic=False)
+
+    def body(tokens_nt: Tensor) -> tuple[Tensor, ...]:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return forward(tokens_nt)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise NotCompiled(f"compile=true fails here ({reason}): set compile=false") from error
+
+    return body
 
 
 def perplexity(loss: float) -> float:

@@ -6,6 +6,7 @@ A setting that changed training without changing the key would give a run somebo
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ IN_THE_PHASES = {
     "optimizer.weight_decay": "0.5",
     "optimizer.clip_norm": "0.5",
     "precision": "bfloat16",
+    "compile": "true",
 }
 # What the key holds through the corpus's fingerprint.
 IN_THE_TEXT = {
@@ -155,6 +157,27 @@ def test_a_text_is_in_the_key(tmp_path: Path) -> None:
 def test_precision_tf32_is_refused_where_no_gpu_has_it() -> None:
     with pytest.raises(ConfigError, match=r"^precision=tf32 needs an NVIDIA GPU .* is on cpu: "):
         pick_device(Device.cpu, Precision.tf32)
+
+
+def test_on_a_gpu_sums_have_one_order_for_the_time_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found() -> tuple[bool, bool, bool]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before = found()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with switches(None, Precision.float32):
+        assert found() == before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with switches(None, Precision.float32):
+        assert found() == (True, True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert found() == before
 
 
 def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:

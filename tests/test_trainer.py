@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from proglayer.growth import build, grow
 from proglayer.optim import build_optimizer, role_of, set_trainable
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.trainer import Diverged, EpochMetrics, Training, evaluate, follow
+from proglayer.trainer import (
+    Diverged,
+    EpochMetrics,
+    NotCompiled,
+    Training,
+    evaluate,
+    follow,
+)
 
 from .helpers import TINY, config, experiments, tiny_corpus
 
@@ -111,6 +119,36 @@ def test_frozen_tensors_do_not_move_by_a_bit_and_trained_ones_all_do() -> None:
         # As if a step had left gradients behind on everything:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
+
+
+def test_a_compiled_body_trains_as_the_plain_one_in_every_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where other layers train than in the phase that was compiled before it."""
+    # All of the compiler but its last stage, which takes half a minute for each phase.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    models = [build(planned()[0]) for _ in range(2)]
+    compiled_phases = planned("freeze=gradual", "compile=true")
+    for phases in zip(planned("freeze=gradual"), compiled_phases, strict=True):
+        models = [grow(model, phase) for model, phase in zip(models, phases, strict=True)]
+        for model, phase in zip(models, phases, strict=True):
+            training = Training(model, phase, CORPUS, CPU)
+            training.train_epoch()
+            training.finish_epoch()
+        for plain, compiled in zip(*(model.parameters() for model in models), strict=True):
+            assert plain.requires_grad == compiled.requires_grad
+            torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_body_that_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nfor this")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
+    phase = planned("compile=true")[0]
+    told = r"^compile=true fails here \(.*no compiler for this\): set compile=false$"
+    with pytest.raises(NotCompiled, match=told):
+        Training(build(phase), phase, CORPUS, CPU).train_epoch()
 
 
 def test_clipping_sees_only_what_trains() -> None:
