@@ -19,12 +19,14 @@ Shapes in names: as in `loss`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +47,7 @@ from proglayer.corpus import Corpus
 from proglayer.display import console
 from proglayer.entrance import explain_errors
 from proglayer.growth import build
-from proglayer.loss import cache_bytes, linear_cross_entropy
+from proglayer.loss import block_words, cache_bytes, chunk_rows, linear_cross_entropy
 from proglayer.optim import set_rates
 from proglayer.plan import Phase, plan, training_flops
 from proglayer.sweep import Job, check, expand, prefix_of
@@ -63,6 +65,7 @@ MODELS = ("standard", "deep_supervision")
 # catch a path that fell back to something else, not a slow percent.
 MOST_STEP_TO_FLOOR = 3.0
 LEAST_DENSE_TO_STEP = 1.1
+MOST_TO_BEST = 2.0
 MOST_EVALUATION_TO_PRODUCT = 3.0
 MOST_MEMORY_TO_DENSE = 0.9
 
@@ -93,6 +96,7 @@ class Case:
     square: a product of two square matrices, of `square_flops` operations.
     head, body: the products of a step, the head's in the best blocking, which `blocking` names.
     step, dense: a whole step, ours and with all logits. parts: ours again, measured part by part.
+    chunks: our loss alone in the chunks that its rule chooses, named first, and in others.
     evaluation: of `windows` windows at the last exit; product: its one product with the head.
     memory_mb: peak of a process of its own, "ours" and "dense"; of the GPU's memory where there
         is one. Empty where not measured.
@@ -111,6 +115,7 @@ class Case:
     step: list[float]
     dense: list[float]
     parts: dict[str, list[float]]
+    chunks: dict[str, list[float]]
     evaluation: list[float]
     product: list[float]
     product_blocking: str
@@ -139,6 +144,12 @@ class Case:
     @property
     def dense_to_step(self) -> float:
         return median(self.dense) / median(self.step)
+
+    @property
+    def chunks_to_best(self) -> float:
+        """How much longer the loss takes in its rule's chunks than in the best of those tried."""
+        rule, *_ = times = [median(taken) for taken in self.chunks.values()]
+        return rule / min(times)
 
     @property
     def evaluation_to_product(self) -> float:
@@ -273,6 +284,49 @@ def train_by_part(training: Training) -> dict[str, float]:
     training.optimizer.step()
     lap("optimizer")
     return seconds
+
+
+def in_chunks(training: Training) -> dict[str, Callable[[], object]]:
+    """Our loss and its gradients in the chunks that its rule chooses, then in smaller and larger
+    ones; named by their words and rows.
+    """
+    phase, head_vd = training.phase, training.model.head.weight
+    input_nt, target_nt = training.windows.batch(torch.arange(phase.batch_size))
+    with autocast(phase, training.device), torch.no_grad():
+        hidden_entd = training.model(input_nt)
+    hidden_end = [
+        hidden_entd[e].flatten(0, 1).requires_grad_(_reaches(phase, e)) for e in training.read_exits
+    ]
+    weight_e = [phase.exit_weights[e] for e in training.read_exits]
+
+    def loss(rows: int, words: int) -> None:
+        head_vd.grad = None
+        for hidden_nd in hidden_end:
+            hidden_nd.grad = None
+        linear_cross_entropy(
+            hidden_end,
+            head_vd,
+            target_nt.reshape(-1),
+            weight_e,
+            count=False,
+            rows=rows,
+            block=words,
+            workspace=training.workspace,
+        ).loss.backward()
+
+    # Exits of equal needs share their chunks; the most rows are those of the largest such group.
+    groups = Counter(hidden_nd.requires_grad for hidden_nd in hidden_end)
+    total = max(groups.values()) * target_nt.numel()
+    vocab, device_type = len(head_vd), training.device.type
+    rows = chunk_rows(total, vocab, phase.rates.head is not None, torch.float32, device_type)
+    words = block_words(rows, vocab, torch.float32, device_type)
+    tried = [(rows, words), (rows // 2, words), (2 * rows, words), (rows, words // 2)]
+    tried.append((rows, 2 * words))
+    return {
+        f"{w} x {r}": functools.partial(loss, r, w)
+        for r, w in tried
+        if 0 < r <= total and 0 < w <= vocab
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -529,6 +583,7 @@ def measure(model: str, phase: Phase, seq_len: int, effort: Effort, device: torc
     seconds = interleaved(tasks, effort.repeats, device)
     best = min(heads, key=lambda name: median(seconds[name]))
     tasks.clear()  # and with them the dense twin's memory
+    chunks = interleaved(in_chunks(ours), effort.repeats, device)
 
     corpus = made_up_corpus(vocab, seq_len, 0, effort.windows)
     exits = [phase.layers - 1]
@@ -558,6 +613,7 @@ def measure(model: str, phase: Phase, seq_len: int, effort: Effort, device: torc
         dense=[taken / steps for taken in seconds["dense"]],
         # Without the run that is not counted.
         parts={part: taken[1:] for part, taken in parts.items()},
+        chunks=chunks,
         evaluation=evaluations["evaluation"],
         product=evaluations["product"],
         product_blocking=str(cut),
@@ -756,6 +812,29 @@ def parts_table(cases: Sequence[Case]) -> Table:
     return table
 
 
+def chunks_table(cases: Sequence[Case]) -> Table:
+    table = _table(
+        "the loss alone, in the chunks of its rule and in others",
+        "model",
+        "phase",
+        "rule: words x rows",
+        "ms",
+        "rule / best",
+        "others, ms",
+    )
+    for case in cases:
+        (rule, taken), *others = case.chunks.items()
+        table.add_row(
+            case.model,
+            case.phase,
+            rule,
+            f"{1e3 * median(taken):,.1f}",
+            f"{case.chunks_to_best:.2f}",
+            ", ".join(f"{name}: {1e3 * median(taken):,.1f}" for name, taken in others),
+        )
+    return table
+
+
 def evaluation_table(cases: Sequence[Case]) -> Table:
     table = _table(
         "evaluation at the last exit, and peak memory of a process",
@@ -812,8 +891,8 @@ def study_table(shapes: Sequence[Shape]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in columns:
-        words = name in ("model", "phase", "shape", "best blocking", "command")
-        folds = name in ("shape", "best blocking")
+        folds = name in ("shape", "best blocking", "others, ms")
+        words = folds or name in ("model", "phase", "command")
         table.add_column(name, justify="left" if words else "right", no_wrap=not folds)
     return table
 
@@ -829,6 +908,7 @@ def outside_bounds(cases: Sequence[Case]) -> list[str]:
         for what, value, low, high in (
             ("a step takes {:.2f} floors", case.step_to_floor, 0.0, MOST_STEP_TO_FLOOR),
             ("dense takes {:.2f} steps", case.dense_to_step, LEAST_DENSE_TO_STEP, float("inf")),
+            ("its rule's chunks take {:.2f} of the best", case.chunks_to_best, 1.0, MOST_TO_BEST),
             (
                 "an evaluation takes {:.2f} products",
                 case.evaluation_to_product,
@@ -892,13 +972,16 @@ class Spent:
 
 @dataclass(frozen=True)
 class Left:
-    """What a sweep left on disk: files, and bytes in them, of its folder and of the store."""
+    """What a sweep left on disk: files, and bytes in them, of its folder and of the store; and the
+    locks among the store's files. A job holds one of them at a time.
+    """
 
     jobs: int
     files: int
     bytes: int
     stored_files: int
     stored_bytes: int
+    locks: int
 
 
 def measure_sweep(jobs: int, folder: Path, overrides: Sequence[str]) -> tuple[list[Spent], Left]:
@@ -933,12 +1016,19 @@ def measure_sweep(jobs: int, folder: Path, overrides: Sequence[str]) -> tuple[li
         cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
         peak *= 1 if sys.platform == "darwin" else 1024
         spent.append(Spent(seeds * EXPERIMENTS, name, seconds, cpu, peak))
-    sizes = [
-        [path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()]
+    sizes = {
+        name: [path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()]
         for name in ("first", "stages")
-    ]
-    counts = (count for each in sizes for count in (len(each), sum(each)))
-    return spent, Left(seeds * EXPERIMENTS, *counts)
+    }
+    left = Left(
+        jobs=seeds * EXPERIMENTS,
+        files=len(sizes["first"]),
+        bytes=sum(sizes["first"]),
+        stored_files=len(sizes["stages"]),
+        stored_bytes=sum(sizes["stages"]),
+        locks=sum(1 for _ in (folder / "stages").rglob("lock")),
+    )
+    return spent, left
 
 
 def spent_table(spent: Sequence[Spent]) -> Table:
@@ -1044,8 +1134,8 @@ def _bench(options: argparse.Namespace) -> int:
                     memory = peak_memory_mb(model, phase, own, flags)
                     case = replace(case, memory_mb=memory)
                 cases.append(case)
-    for table in (step_table(cases), parts_table(cases), evaluation_table(cases)):
-        say(table)
+    for table in (step_table, parts_table, chunks_table, evaluation_table):
+        say(table(cases))
     if options.json:
         _keep(options, {"machine": asdict(here), "cases": [_plain(case) for case in cases]})
     problems = outside_bounds(cases) if options.short else []
@@ -1103,7 +1193,7 @@ def _sweep(options: argparse.Namespace) -> int:
             f"{disk.jobs} jobs: {disk.files / disk.jobs:.1f} files and "
             f"{disk.bytes / disk.jobs / 1e3:.0f} kB a job, and in the store "
             f"{disk.stored_files / disk.jobs:.1f} files and "
-            f"{disk.stored_bytes / disk.jobs / 1e3:.0f} kB a job"
+            f"{disk.stored_bytes / disk.jobs / 1e3:.0f} kB a job, {disk.locks} locks"
         )
     if options.json:
         figures = {"spent": list(map(asdict, spent)), "left": list(map(asdict, left))}

@@ -29,6 +29,7 @@ from proglayer.bench import (
     train_by_part,
 )
 from proglayer.config import ConfigError
+from proglayer.loss import _Block, _Rows
 from proglayer.plan import Phase, plan, training_flops
 from proglayer.trainer import Training
 
@@ -86,6 +87,31 @@ def test_the_floor_multiplies_what_it_says(
         if need.to_hidden:
             torch.testing.assert_close(grad_md, logits @ head_vd)
     torch.testing.assert_close(products.head_grad_vd, whole)
+
+
+def test_the_rules_chunks_are_those_that_training_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_of_a_chunk = _Rows.blocks
+    used: set[str] = set()
+
+    def blocks(self: _Rows, rows: int, keep: bool) -> list[_Block]:
+        found = blocks_of_a_chunk(self, rows, keep)
+        used.add(f"{found[0].last} x {rows}")
+        return found
+
+    monkeypatch.setattr(_Rows, "blocks", blocks)
+    for phase in planned("model=deep_supervision"):
+        training = new_training(Training, phase, SEQ_LEN, 1, CPU)
+        used.clear()
+        train(training)
+        rule, *_ = tasks = bench.in_chunks(training)
+        assert rule in used
+        gradients = []
+        for loss in tasks.values():
+            loss()
+            gradients.append(training.model.head.weight.grad)
+        assert len(gradients) > 1
+        for gradient in gradients[1:]:
+            torch.testing.assert_close(gradient, gradients[0])
 
 
 def test_every_blocking_fits_the_vocabulary() -> None:
@@ -179,8 +205,8 @@ def test_the_short_form_measures_everything_and_judges_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At this size a step is all overhead; only what is measured is looked at here.
-    for bound in ("MOST_STEP_TO_FLOOR", "MOST_EVALUATION_TO_PRODUCT", "MOST_MEMORY_TO_DENSE"):
-        monkeypatch.setattr(bench, bound, 1e9)
+    for bound in ("STEP_TO_FLOOR", "TO_BEST", "EVALUATION_TO_PRODUCT", "MEMORY_TO_DENSE"):
+        monkeypatch.setattr(bench, f"MOST_{bound}", 1e9)
     monkeypatch.setattr(bench, "LEAST_DENSE_TO_STEP", 0.0)
     monkeypatch.setattr(bench, "SHORT", replace(bench.SHORT, repeats=1, windows=20, evaluations=1))
     kept = tmp_path / "figures.json"
@@ -194,6 +220,7 @@ def test_the_short_form_measures_everything_and_judges_it(
     assert set(grown["memory_mb"]) == {"ours", "dense"}
     assert all(mb > 50 for mb in grown["memory_mb"].values())
     assert {len(taken) for taken in grown["parts"].values()} == {1}
+    assert len(grown["chunks"]) > 1
     assert grown["step_to_floor"] == pytest.approx(
         grown["step"][0] / (grown["head"][0] + grown["body"][0])
     )
@@ -207,6 +234,7 @@ def test_the_bounds_look_at_each_ratio() -> None:
     good = bench.Case(
         model="standard", phase="initial", layers=3, exits=1, square=[1.0], square_flops=1,
         head=[0.9], head_flops=1, body=[0.1], blocking="", step=[1.2], dense=[4.0], parts={},
+        chunks={"rule": [1.0], "other": [0.9]},
         evaluation=[1.1], product=[1.0], product_blocking="", windows=1,
         memory_mb={"ours": 1.0, "dense": 4.0},
     )  # fmt: skip
@@ -214,6 +242,7 @@ def test_the_bounds_look_at_each_ratio() -> None:
     for change in (
         {"step": [9.0], "dense": [40.0]},
         {"dense": [1.0]},
+        {"chunks": {"rule": [1.0], "other": [0.1]}},
         {"evaluation": [9.0]},
         {"memory_mb": {"ours": 3.0, "dense": 2.0}},
     ):
@@ -234,7 +263,7 @@ def test_what_a_sweep_costs_is_told_for_each_command(tmp_path: Path) -> None:
     assert all(0 < row.cpu_seconds < 100 and 50 < row.peak_mb < 5000 for row in spent)
     assert left.files == sum(path.is_file() for path in (tmp_path / "first").rglob("*"))
     # Four experiments share their initial phase.
-    assert len(list((tmp_path / "stages").glob("*/stage.*.json"))) == 5
+    assert len(list((tmp_path / "stages").glob("*/stage.*.json"))) == left.locks == 5
     more = [replace(row, jobs=8, seconds=row.seconds + 1) for row in spent]
     rows = list(bench.spent_table([*spent, *more]).columns[4].cells)
     assert rows == ["", "250"] * len(spent)
