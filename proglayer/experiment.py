@@ -26,7 +26,7 @@ from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import RunDisplay
 from proglayer.growth import build, grow
 from proglayer.loggers import Loggers
-from proglayer.model import Transformer
+from proglayer.model import Transformer, restored
 from proglayer.plan import Phase, parameter_counts, plan, training_flops
 from proglayer.record import (
     RECORD_FORMAT,
@@ -326,9 +326,8 @@ class Walk:
 
     def _keep_weights(self, trajectory: Trajectory, epoch: int) -> None:
         """Put the model after `epoch` into the run's folder: a hard link where that can be had."""
-        stored = trajectory.weights_path(epoch)
-        if stored is None:
-            return
+        with trajectory:
+            stored = trajectory.weights_file(epoch)
         final = self.folder / WEIGHTS
         final.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -347,7 +346,6 @@ class Walk:
         """After a divergence: the best epoch so far of this phase, else what it started from."""
         best = trajectory.best_recorded()
         if best is not None:
-            trajectory.finish(best)
             self._keep_weights(trajectory, best)
         elif previous is not None:
             self._keep_weights(*previous)
@@ -366,11 +364,9 @@ def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Tra
         return build(phase)
     trajectory, epoch = previous
     before = trajectory.phase
-    with torch.device("meta"):
-        model = Transformer(layers=before.layers, **asdict(before.architecture))
     with trajectory:
-        model.load_state_dict(trajectory.weights(epoch), assign=True)
-    return grow(model, phase)
+        weights = trajectory.weights(epoch)
+    return grow(restored(before.layers, asdict(before.architecture), weights), phase)
 
 
 def load_run(folder: str | Path) -> Transformer:
@@ -383,7 +379,5 @@ def load_run(folder: str | Path) -> Transformer:
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: did the run complete?")
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[ABOUT])
-    with torch.device("meta"):
-        model = Transformer(layers=about["layers"], **about["architecture"])
-    model.load_state_dict(safetensors.torch.load_file(path), assign=True)
-    return model.eval()
+    weights = safetensors.torch.load_file(path)
+    return restored(about["layers"], about["architecture"], weights).eval()

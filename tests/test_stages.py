@@ -75,7 +75,7 @@ def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
     assert sorted(kept.folder.iterdir()) == sorted([*before, kept.folder / "used"])
     assert sorted(kept.users()) == runs
     (listed,) = stages_in(tmp_path / "store")
-    assert listed.needed
+    assert listed.stage.needed
     note = next((kept.folder / "used").iterdir())
     note.write_bytes(note.read_bytes()[:-1])
     assert len(verify(kept)) == 1

@@ -260,6 +260,45 @@ def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Pa
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
 
 
+def test_a_run_that_diverges_later_keeps_the_epoch_before(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.trainer import Training
+
+    one = (*SHORT, "phase=from_scratch", "phase.max_epochs=1")
+    assert train(*one, "hydra.run.dir=one", "reuse=false").status == 0
+    loss = Training.loss
+
+    def in_epoch_2(training: Training, *batch: torch.Tensor) -> torch.Tensor:
+        return loss(training, *batch) * (float("nan") if training.epoch == 1 else 1.0)
+
+    monkeypatch.setattr(Training, "loss", in_epoch_2)
+    done = train(*one, "phase.max_epochs=3", "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert "the training loss became nan in phase 1, epoch 2" in record["reason"]
+    kept, expected = weights(tmp_path / "run"), weights(tmp_path / "one")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    # No state that holds numbers which are none.
+    assert not list((tmp_path / "stages").glob("*/state-0001-0000[1-9]*"))
+
+
+def test_a_flipped_bit_in_stored_weights_reaches_no_run(train: Command, tmp_path: Path) -> None:
+    assert train(*SHORT, "hydra.run.dir=a").status == 0
+    last = json.loads((tmp_path / "a/result.json").read_text())["phases"][-1]
+    (stored,) = (tmp_path / "stages" / last["stage"]).glob("weights-*")
+    whole = stored.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    stored.unlink()  # or else it would change in the first run's folder
+    stored.write_bytes(flipped)
+    assert train(*SHORT, "hydra.run.dir=b").status == 0
+    assert (tmp_path / "b/weights.safetensors").read_bytes() == whole
+    assert (tmp_path / "a/weights.safetensors").read_bytes() == whole
+    assert stored.read_bytes() == whole
+    assert len(list((tmp_path / "stages/.damaged").rglob("weights-*"))) == 1
+
+
 def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Path) -> None:
     done = train("plan=true", "experiment=gradual_unfreezing", "data.max_vocab=500")
     assert done.status == 0, done.err
