@@ -9,9 +9,9 @@ A stage is a folder of files that are never changed once written:
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
     used/1f3a9c2b4d5e.<hash>.json          a run that reads this stage
 
-Every file is written to a temporary name, synced and renamed. The hash in its name is of FORMAT, its
-stage, its name and its content, so what is damaged, cut short, or of another stage or version shows
-when it is read. It is then set aside under `.damaged` and counts as not there.
+Every file is written to a temporary name, synced and renamed. The hash in its name is of FORMAT,
+its stage, its name and its content, so what is damaged, cut short, or of another stage or version
+shows when it is read. It is then set aside under `.damaged` and counts as not there.
 
     python -m proglayer.stages list | verify | prune      what is there, is it whole, make room
 """
