@@ -619,7 +619,7 @@ def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
 ) -> None:
     command = [
         sys.executable, str(ROOT / "train.py"), *SHORT, "phase=from_scratch",
-        "phase.max_epochs=25", "phase.patience=25", "hydra.run.dir=run",
+        "phase.max_epochs=12", "phase.patience=12", "hydra.run.dir=run",
     ]  # fmt: skip
     environment = {**os.environ, "PROGLAYER_STAGES": str(tmp_path / "stages")}
     process = subprocess.Popen(
