@@ -479,7 +479,9 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
         if len(numbers) != len(weights) or not weights:
             yield f"model.exit_weights={list(weights)} must be numbers, one for each layer"
-        elif any(not math.isfinite(w) or w < 0 for w in numbers):
+        elif not all(map(math.isfinite, numbers)):
+            yield f"model.exit_weights={list(weights)} must be finite numbers"
+        elif any(w < 0 for w in numbers):
             yield f"model.exit_weights={list(weights)} must not be negative"
     elif not (isinstance(weights, str) and weights in ExitWeights.__members__):
         names = ", ".join(ExitWeights.__members__)

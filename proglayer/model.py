@@ -8,6 +8,9 @@ It knows no loss: the head's weights are read by `loss.py`, which never forms al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,6 +112,20 @@ class Transformer(nn.Module):
     def logits(self, tokens_nt: Tensor) -> Tensor:
         """Next-word logits (windows, positions, vocab) at the last exit, for using a model."""
         return self.head(self(tokens_nt)[-1])
+
+
+def restored(
+    layers: int, architecture: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> Transformer:
+    """The model whose tensors are those of `state`, not copies of them.
+
+    `architecture` are the other arguments of `Transformer`. Raises RuntimeError where the tensors
+    are not this model's.
+    """
+    with torch.device("meta"):
+        model = Transformer(layers=layers, **architecture)
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def rotary_tables(

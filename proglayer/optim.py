@@ -87,15 +87,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave, by name. Raises KeyError if a name is missing."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        states.setdefault(name, {})[entry] = value
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            entries = {
-                key.rsplit("/", 1)[1]: value
-                for key, value in tensors.items()
-                if key.rsplit("/", 1)[0] == name
-            }
-            if not entries:
-                raise KeyError(name)
             optimizer.state[parameter] = {
-                entry: value.clone().to(parameter.device) for entry, value in entries.items()
+                entry: value.clone().to(parameter.device) for entry, value in states[name].items()
             }

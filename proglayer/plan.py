@@ -106,6 +106,10 @@ class StoppingRule:
     patience: int
     min_delta: float
 
+    def improves(self, loss: float, best: float) -> bool:
+        """Whether an epoch with this validation loss is an improvement on the best so far."""
+        return loss < best - self.min_delta
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -182,7 +186,17 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
         model.rotary_base,
         model.norm_eps,
     )
-    return tuple(_phases(config, architecture))
+    phases = tuple(_phases(config, architecture))
+    for phase in phases:
+        highest = _highest_read(phase)
+        above = [str(layer + 1) for layer in phase.trained_layers if layer > highest]
+        if above:
+            raise ConfigError(
+                f"model.exit_weights={list(config.model.exit_weights)} gives no weight above layer "
+                f"{highest + 1} of {phase.layers}: layer {', '.join(above)} would get no gradient "
+                f"in phase {phase.index + 1}"
+            )
+    return phases
 
 
 def placements(layers: int, growth: Growth) -> tuple[int, ...]:

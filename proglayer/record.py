@@ -142,16 +142,18 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def remove_result(folder: Path) -> None:
-    """Take away the record of an earlier try, so that this one counts as running."""
-    (folder / RESULT).unlink(missing_ok=True)
+    """Take away the record of an earlier try and what belongs to it: this one counts as running."""
+    for name in (RESULT, METRICS, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The record of an ended run; None if there is none. Raises ValueError for one cut short."""
-    path = folder / RESULT
-    if not path.exists():
+    try:
+        text = (folder / RESULT).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(text)
 
 
 class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
@@ -176,8 +178,10 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
-            (self._folder / HEARTBEAT).unlink()
+        # Whatever else was written since is no sign of this block's.
+        if read_sign(self._folder) in ({}, _own_sign(Sign.running)):
+            with contextlib.suppress(OSError):
+                (self._folder / HEARTBEAT).unlink()
 
     def _beat(self) -> None:
         while not self._ended.wait(self._every_s):
@@ -194,9 +198,12 @@ def write_sign(folder: Path, sign: Sign) -> None:
 
     A reader that comes in between may find it empty.
     """
-    content = {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
     with contextlib.suppress(OSError):
-        (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        (folder / HEARTBEAT).write_text(json.dumps(_own_sign(sign)) + "\n", encoding="utf-8")
+
+
+def _own_sign(sign: Sign) -> dict[str, Any]:
+    return {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
 
 
 def mark_lost(folder: Path) -> None:

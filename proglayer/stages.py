@@ -9,9 +9,9 @@ A stage is a folder of files that are never changed once written:
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
     used/1f3a9c2b4d5e.<hash>.json          a run that reads this stage
 
-Every file is written to a temporary name, synced and renamed, and carries the hash of its content
-in its name, so whatever is damaged or cut short shows when it is read. It is then set aside under
-`.damaged` and counts as not there.
+Every file is written to a temporary name, synced and renamed. The hash in its name is of FORMAT,
+its stage, its name and its content, so what is damaged, cut short, or of another stage or version
+shows when it is read. It is then set aside under `.damaged` and counts as not there.
 
     python -m proglayer.stages list | verify | prune      what is there, is it whole, make room
 """
@@ -28,21 +28,25 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
 # Raise by hand whenever the same key would stand for different numbers, or a file's form changes.
-FORMAT = 1
+FORMAT = 2
 DAMAGED = ".damaged"
 TEMPORARY = ".tmp-"
 # Apart from the rest: a thousand runs may read a stage, and every look for a file lists its folder.
 USED = "used"
+# So long after a run began to read a stage, it no longer counts that the run might come back.
+FORGET_AFTER_S = 30 * 86_400.0
+
+T = TypeVar("T")
 
 
 class StoreError(OSError):
@@ -62,6 +66,9 @@ class Stage:
         self.store = store
         self.key = key
         self.folder = store / key
+        # What was set aside, by name, and what could not be: that counts as not there.
+        self.damaged: list[str] = []
+        self._left_out: set[Path] = set()
         self._lock: FileLock | None = None
 
     # -- files ----------------------------------------------------------------------------------
@@ -75,33 +82,39 @@ class Stage:
         found = [path for path in self._files(name) if path.name.split(".")[0] == name]
         return found[0] if found else None
 
-    def read(self, name: str) -> bytes | None:
-        """The content of the file called `name`, or None if it is not there or damaged."""
-        path = self.path(name)
-        if path is None:
-            return None
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            log.warning("cannot read %s (%s): it is made anew", path, error.strerror)
-            return None
-        if _digest(content) != path.name.split(".")[1]:
-            self.set_aside(name, "its content does not match its hash")
-            return None
-        return content
+    def read(self, name: str, form: Callable[[bytes], T] = bytes) -> T | None:
+        """What `form` makes of the file called `name`, or None if there is none that is whole.
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """The file called `name` as plain data, or None if it is not there or damaged."""
-        content = self.read(name)
-        return None if content is None else json.loads(content)
+        Whatever `form` raises shows that the file is none of ours.
+        """
+        while (path := self.path(name)) is not None:
+            try:
+                content = path.read_bytes()
+                if self._digest(name, content) == path.name.split(".")[1]:
+                    return form(content)
+                self._set_aside(path, "it is damaged, or of another stage or version")
+            except OSError as error:
+                # It may be whole: it stays, and a new one takes its place.
+                if os.path.lexists(path):  # and was not deleted since
+                    self._leave_out(path, f"it cannot be read ({error.strerror})")
+            except MemoryError:
+                raise
+            except Exception as error:
+                self._set_aside(path, f"it has another form ({type(error).__name__}: {error})")
+        return None
+
+    def read_json(self, name: str, form: Callable[[Any], T] = dict) -> T | None:
+        """What `form` makes of the plain data in the file called `name`; see `read`."""
+        return self.read(name, lambda content: form(json.loads(content)))
 
     def write(self, name: str, ending: str, content: bytes) -> Path:
-        """Write a file under its name, the hash of its content and `ending`, all or nothing.
+        """Write a file under its name, its hash and `ending`, all or nothing.
 
         Raises StoreError when the disk is full or the folder cannot be written.
         """
-        final = self.folder / f"{name}.{_digest(content)}.{ending}"
+        final = self.folder / f"{name}.{self._digest(name, content)}.{ending}"
         write_atomically(final, content, "stages.dir")
+        self._left_out.discard(final)
         return final
 
     def write_json(self, name: str, content: dict[str, Any]) -> Path:
@@ -117,13 +130,37 @@ class Stage:
     def mark_used(self, run: Path) -> None:
         """Note that the run in the folder `run` reads this stage."""
         folder = str(run.resolve())
-        self.notes.write_json(_digest(folder.encode())[:12], {"run": folder})
+        name = hashlib.sha256(folder.encode()).hexdigest()[:12]
+        self.notes.write_json(name, {"run": folder})
+
+    def readers(self) -> Iterator[tuple[Path, float]]:
+        """The folders of all runs that read this stage, and how many seconds ago they began to."""
+        for note in self.notes._files(""):
+            with contextlib.suppress(FileNotFoundError):
+                if run := _unverified(note).get("run"):
+                    yield Path(run), time.time() - note.stat().st_mtime
 
     def users(self) -> list[Path]:
         """The folders of the runs that read this stage and are still there."""
-        notes = self.notes
-        told = [notes.read_json(name) for name in notes.names("")]
-        return [run for note in told if note and (run := Path(note["run"])).is_dir()]
+        return [run for run, _ in self.readers() if run.is_dir()]
+
+    @property
+    def needed(self) -> bool:
+        """Whether a run that reads it may come back for it, or a job of such a run's sweep may.
+
+        A run that failed, that cannot be seen from this machine, or whose sweep has jobs without a
+        record is given FORGET_AFTER_S.
+        """
+        sweeps = set()
+        for run, age in self.readers():
+            status = _status(run)
+            if run.is_dir() and status not in ("completed", "failed"):
+                return True
+            if age < FORGET_AFTER_S:
+                if status != "completed":
+                    return True
+                sweeps.add(run.parent)
+        return any(_has_jobs_left(sweep) for sweep in sweeps)
 
     def remove(self, name: str) -> None:
         """Delete the file called `name`, if it is there."""
@@ -131,22 +168,36 @@ class Stage:
         if path is not None:
             path.unlink(missing_ok=True)
 
-    def set_aside(self, name: str, why: str) -> None:
+    def _digest(self, name: str, content: bytes) -> str:
+        digest = hashlib.sha256(f"{FORMAT} {self.key} {name}\n".encode())
+        digest.update(content)
+        return digest.hexdigest()[:32]
+
+    def _set_aside(self, path: Path, why: str) -> None:
         """Move a file that cannot be trusted out of the way, and say so."""
-        path = self.path(name)
-        if path is None:
-            return
         aside = self.store / DAMAGED / self.key
-        aside.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
             os.replace(path, aside / f"{path.name}.{secrets.token_hex(3)}")
+        except FileNotFoundError:  # set aside by another process
+            return
+        except OSError as error:
+            self._leave_out(path, f"{why}, and it cannot be set aside ({error.strerror})")
+        else:
             log.warning("%s: %s; set aside in %s, made anew", path, why, aside)
+        self.damaged.append(path.name)
+
+    def _leave_out(self, path: Path, why: str) -> None:
+        self._left_out.add(path)
+        log.warning("%s: %s; it is made anew", path, why)
 
     def _files(self, prefix: str) -> list[Path]:
         return sorted(
             path
             for path in self.folder.glob(f"{prefix}*")
-            if path.name.count(".") == 2 and not path.name.startswith(TEMPORARY)
+            if path.name.count(".") == 2
+            and not path.name.startswith(TEMPORARY)
+            and path not in self._left_out
         )
 
     # -- the lock -------------------------------------------------------------------------------
@@ -214,10 +265,6 @@ def _cannot_write(folder: Path, error: OSError, setting: str) -> str:
     )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 # ---------------------------------------------------------------------------------------------
 # python -m proglayer.stages
 
@@ -249,11 +296,6 @@ class Kept:
         parts.append("1 exit" if trained == 1 else f"{trained} exits")
         return ", ".join(parts)
 
-    @property
-    def needed(self) -> bool:
-        """Whether a run that is not completed reads it, and so may come back for it."""
-        return any(not _is_completed(run) for run in self.users)
-
 
 def stages_in(store: Path) -> Iterator[Kept]:
     """Every stage of a store, in no order."""
@@ -270,7 +312,7 @@ def stages_in(store: Path) -> Iterator[Kept]:
                 continue
             yield Kept(
                 stage,
-                stage.read_json("stage") or {},
+                _unverified(stage.path("stage")),
                 len(stage.names("epoch-")),
                 sum(stat.st_size for stat in stats),
                 time.time() - max((stat.st_mtime for stat in stats), default=time.time()),
@@ -286,7 +328,7 @@ def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | N
     by_key = {kept.stage.key: kept for kept in stages}
     needed: set[str] = set()
     for kept in stages:
-        key: str | None = kept.stage.key if kept.needed else None
+        key: str | None = kept.stage.key if kept.stage.needed else None
         while key in by_key and key not in needed:
             needed.add(key)
             parent = by_key[key].description.get("parent")
@@ -303,22 +345,30 @@ def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | N
 
 
 def verify(stage: Stage) -> list[str]:
-    """Read every file of a stage; the names of those that were damaged, now set aside."""
+    """Read every file of a stage; the names of those that were damaged, now set aside.
+
+    A job at work may take files away meanwhile: they are no damage.
+    """
     parts = (stage, stage.notes)
-    return [name for part in parts for name in part.names("") if part.read(name) is None]
+    for part in parts:
+        for name in part.names(""):
+            part.read(name)
+    return [name for part in parts for name in part.damaged]
 
 
 def delete(stage: Stage) -> bool:
-    """Delete a stage's files, unless a process is writing it right now.
+    """Delete a stage's files, unless a process is writing it right now or a run came to need it.
 
     The lock's file stays: others may be waiting at it, and must meet at the same one.
     """
     if not stage.lock(0):
         return False
     try:
+        if stage.needed:
+            return False
         for part in (stage, stage.notes):
-            for name in part.names(""):
-                part.remove(name)
+            for path in part._files(""):
+                path.unlink(missing_ok=True)
     finally:
         stage.unlock()
     return True
@@ -351,8 +401,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print(stages)
         return 0
     if options.action == "verify":
-        damaged = sum(len(verify(kept.stage)) for kept in stages)
-        print(f"{len(stages)} stages read, {damaged} damaged files set aside")
+        ours = [kept for kept in stages if kept.description.get("format", FORMAT) == FORMAT]
+        damaged = sum(len(verify(kept.stage)) for kept in ours)
+        print(f"{len(ours)} stages read, {damaged} damaged files set aside")
+        if len(ours) < len(stages):
+            print(f"{len(stages) - len(ours)} stages of another version left unread")
         return int(damaged > 0)
     if options.max_size is None and options.max_age is None:
         parser.error("prune needs --max-size or --max-age")
@@ -386,10 +439,24 @@ def _print(stages: Sequence[Kept]) -> None:
     console.print(f"{len(stages)} stages, {total / 1e6:,.1f} MB")
 
 
-def _is_completed(run: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((run / "result.json").read_text())["status"] == "completed"
-    return False
+def _unverified(path: Path | None) -> dict[str, Any]:
+    """A file's plain data, for looking over a store: whatever cannot be read is empty."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text()) if path is not None else {}
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _status(run: Path) -> str | None:
+    """How a run ended; None without a record."""
+    return _unverified(run / "result.json").get("status")
+
+
+def _has_jobs_left(sweep: Path) -> bool:
+    """Whether the folder lists jobs that have no record."""
+    return any(
+        not (sweep / job / "result.json").exists() for job in _unverified(sweep / "jobs.json")
+    )
 
 
 def _bytes(text: str) -> int:

@@ -168,12 +168,16 @@ class Training:
         self.seconds = 0.0
         return result
 
-    def check_finite(self) -> float:
-        """The mean loss of the epoch under way (0 before its first step). Raises Diverged."""
+    def mean_loss(self) -> float:
+        """The mean loss of the epoch under way, 0 before its first step."""
         if self.step == 0:
             return 0.0
         tokens = min(self.step * self.phase.batch_size, len(self.windows)) * self.windows.seq_len
-        mean = float(self.loss_sum) / tokens
+        return float(self.loss_sum) / tokens
+
+    def check_finite(self) -> float:
+        """The mean loss of the epoch under way. Raises Diverged where it is not finite."""
+        mean = self.mean_loss()
         if not math.isfinite(mean):
             raise Diverged(
                 f"the training loss became {mean} in phase {self.phase.index + 1}, epoch "
@@ -268,7 +272,7 @@ def follow(
     read: list[EpochMetrics] = []
     for metrics in epochs:
         read.append(metrics)
-        if best is None or metrics.validation_loss < best.validation_loss - rule.min_delta:
+        if best is None or rule.improves(metrics.validation_loss, best.validation_loss):
             best = metrics
         if on_epoch is not None:
             on_epoch(metrics, best)

@@ -8,8 +8,10 @@ patience are all the same thing: reading a trajectory (the idea of stage trees, 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from proglayer.corpus import Corpus
-from proglayer.model import Transformer
+from proglayer.model import Transformer, restored
 from proglayer.optim import load_optimizer_tensors, optimizer_tensors
 from proglayer.plan import Phase
 from proglayer.stages import FORMAT, Stage, stage_key
@@ -37,6 +39,8 @@ from proglayer.trainer import (
 
 # The entry of a file's metadata that holds what is not a tensor.
 ABOUT = "proglayer"
+
+STATE_NAME = re.compile(r"state-(\d+)-(\d+)")
 
 # How long to wait for another process's epoch before looking again whether it is stored.
 LOOK_AGAIN_S = 0.2
@@ -119,7 +123,7 @@ class Trajectory:
 
     def __exit__(self, *_: object) -> None:
         self.stage.unlock()
-        self._training = None
+        self._training = self._best = None
 
     @property
     def key(self) -> str:
@@ -138,9 +142,13 @@ class Trajectory:
             yield metrics
 
     def finish(self, selected: int) -> list[ExitMetrics]:
-        """Store what a later reader needs of a phase that ended: the selected epoch's weights,
-        each of its exits, and the last state. Gives the exits, bottom first.
+        """Store what a later reader needs of a phase that ended: the last state, the selected
+        epoch's weights, and each of its exits. Gives the exits, bottom first.
         """
+        if self._training is not None and _position(self._training) >= max(
+            self._states(), default=(0, 0)
+        ):
+            self._store_state(self._training)
         exits = self._read_exits(selected)
         if exits is None or self.weights_path(selected) is None:
             self._own(until=lambda: False)
@@ -152,18 +160,27 @@ class Trajectory:
                 rows = [asdict(exit) for exit in exits]
                 self.stage.write_json(f"exits-{selected:04d}", {"exits": rows})
         if self._training is not None:
-            self._store_state(self._training)
-            for name in self.stage.names("state-")[:-1]:
-                self.stage.remove(name)
+            # Those that training left on its way back to the selected epoch.
+            for position in self._states()[:-1]:
+                self.stage.remove(_state_name(position))
         return exits
+
+    def weights_file(self, epoch: int) -> Path:
+        """The stored file of the model after `epoch`, read to its end; trained again if damaged."""
+        if self._read_weights(epoch) is None:
+            self._own(until=lambda: False)
+            self._store_weights(epoch, self.weights(epoch))
+        path = self.weights_path(epoch)
+        assert path is not None, "it was just read or stored"
+        return path
 
     def weights(self, epoch: int) -> dict[str, Tensor]:
         """The model's tensors after `epoch`, on the CPU: stored ones, or trained again."""
-        while (content := self.stage.read(f"weights-{epoch:04d}")) is None:
+        while (state := self._read_weights(epoch)) is None:
             if self._own(until=lambda: self.weights_path(epoch) is not None):
                 break
-        if content is not None:
-            return safetensors.torch.load(content)
+        if state is not None:
+            return state
         if self._best is not None and self._best[0] == epoch and self._training is not None:
             return {**_cpu(self._training.model.state_dict()), **self._best[1]}
         return _cpu(self._advance(epoch).model.state_dict())
@@ -180,15 +197,20 @@ class Trajectory:
 
     def _read_epoch(self, number: int) -> EpochMetrics | None:
         if number not in self._recorded:
-            plain = self.stage.read_json(f"epoch-{number:04d}")
-            if plain is None:
+            metrics = _read_epoch(self.stage, number)
+            if metrics is None:
                 return None
-            self._recorded[number] = EpochMetrics(**plain)
+            self._recorded[number] = metrics
         return self._recorded[number]
 
+    def _read_weights(self, epoch: int) -> dict[str, Tensor] | None:
+        return self.stage.read(f"weights-{epoch:04d}", safetensors.torch.load)
+
     def _read_exits(self, epoch: int) -> list[ExitMetrics] | None:
-        plain = self.stage.read_json(f"exits-{epoch:04d}")
-        return None if plain is None else [ExitMetrics(**row) for row in plain["exits"]]
+        def form(plain: dict[str, Any]) -> list[ExitMetrics]:
+            return [ExitMetrics(**row) for row in plain["exits"]]
+
+        return self.stage.read_json(f"exits-{epoch:04d}", form)
 
     # -- training -------------------------------------------------------------------------------
 
@@ -265,16 +287,24 @@ class Trajectory:
         self._recorded[metrics.epoch] = metrics
 
     def _keep_best(self, training: Training) -> None:
-        """Store the best epoch's weights once a worse one follows; until then memory holds them."""
-        number = training.epoch
-        epochs = [self._read_epoch(n) for n in range(1, number + 1)]
-        losses = {metrics.epoch: metrics.validation_loss for metrics in epochs if metrics}
-        best = min(losses, key=lambda n: (losses[n], n))
-        if best == number:
+        """Store the weights that a reader may select once another epoch follows; until then memory
+        holds them. They are those of the lowest loss, which a rule without `min_delta` selects, and
+        those that the phase's own rule selects.
+        """
+        epochs = [m for n in range(1, training.epoch + 1) if (m := self._read_epoch(n))]
+        lowest = own = epochs[0]
+        for metrics in epochs:
+            if metrics.validation_loss < lowest.validation_loss:
+                lowest = metrics
+            if self.phase.stop.improves(metrics.validation_loss, own.validation_loss):
+                own = metrics
+        selectable = {lowest.epoch, own.epoch}
+        if self._best is not None and self._best[0] in selectable - {training.epoch}:
+            self._store_weights(self._best[0], self.weights(self._best[0]))
+        self._best = None
+        if training.epoch in selectable:
             trainable = {n: p for n, p in training.model.named_parameters() if p.requires_grad}
-            self._best = (number, _cpu(trainable, copy=True))
-        elif self._best is not None and self._best[0] == best:
-            self._store_weights(best, self.weights(best))
+            self._best = (training.epoch, _cpu(trainable, copy=True))
 
     def _evaluate(
         self, model: Transformer, exits: list[int], training: Training | None
@@ -289,8 +319,7 @@ class Trajectory:
         )
 
     def _evaluate_exits(self, state: dict[str, Tensor]) -> list[ExitMetrics]:
-        model = Transformer(layers=self.phase.layers, **asdict(self.phase.architecture))
-        model.load_state_dict(state)
+        model = restored(self.phase.layers, asdict(self.phase.architecture), state)
         exits = list(range(self.phase.layers))
         return self._evaluate(model.to(self.device), exits, self._training)
 
@@ -316,10 +345,13 @@ class Trajectory:
             self.stage.write(name, "safetensors", _packed(state, about))
 
     def _store_state(self, training: Training) -> None:
-        """Store everything that training changes, for going on from exactly here."""
-        training.check_finite()
-        position = f"state-{training.epoch:04d}-{training.step:06d}"
-        if self.stage.path(position) is None:
+        """Store everything that training changes, for going on from exactly here. What diverged
+        is not stored: there is no going on from it.
+        """
+        if not math.isfinite(training.mean_loss()):
+            return
+        position = _position(training)
+        if self.stage.path(_state_name(position)) is None:
             tensors = {"loss_sum": training.loss_sum}
             for name, parameter in training.model.named_parameters():
                 if parameter.requires_grad:
@@ -330,10 +362,11 @@ class Trajectory:
             if self._best is not None and self.weights_path(self._best[0]) is None:
                 about["best_epoch"] = self._best[0]
                 tensors |= {f"best/{name}": value for name, value in self._best[1].items()}
-            self.stage.write(position, "safetensors", _packed(_cpu(tensors), about))
-        for name in self.stage.names("state-"):
-            if name < position:
-                self.stage.remove(name)
+            content = _packed(_cpu(tensors), about)
+            self.stage.write(_state_name(position), "safetensors", content)
+        for earlier in self._states():
+            if earlier < position:
+                self.stage.remove(_state_name(earlier))
         self._checkpointed = time.monotonic()
 
     def _resume(self, latest: tuple[int, int]) -> Training:
@@ -341,31 +374,30 @@ class Trajectory:
         self._best = None
         self._checkpointed = time.monotonic()
         training = Training(self._start(), self.phase, self.corpus, self.device)
-        for name in reversed(self.stage.names("state-")):
-            done, step = (int(part) for part in name.split("-")[1:])
-            if (done, step) > latest:
+        for position in reversed(self._states()):
+            if position > latest:
                 continue
-            content = self.stage.read(name)
-            if content is None:
+            form = functools.partial(_read_state, training)
+            if (read := self.stage.read(_state_name(position), form)) is None:
                 continue
-            tensors = safetensors.torch.load(content)
-            about = _about(content)
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
-            for tensor_name, value in tensors.items():
-                part, _, rest = tensor_name.partition("/")
-                parts.setdefault(part, {})[rest] = value
+            parts, about = read
             with torch.no_grad():
-                for parameter_name, parameter in training.model.named_parameters():
+                for name, parameter in training.model.named_parameters():
                     if parameter.requires_grad:
-                        parameter.copy_(parts["model"][parameter_name])
+                        parameter.copy_(parts["model"][name])
             load_optimizer_tensors(training.optimizer, parts["optimizer"])
-            training.epoch, training.step = done, step
-            training.loss_sum = tensors["loss_sum"].to(self.device)
+            training.epoch, training.step = position
+            training.loss_sum = parts["loss_sum"][""].to(self.device)
             training.seconds = about["seconds"]
             if "best_epoch" in about:
                 self._best = (about["best_epoch"], parts["best"])
             return training
         return training
+
+    def _states(self) -> list[tuple[int, int]]:
+        """Where the stored states stand (epochs, steps), in their order."""
+        found = (STATE_NAME.fullmatch(name) for name in self.stage.names("state-"))
+        return sorted((int(match[1]), int(match[2])) for match in found if match)
 
 
 @dataclass(frozen=True)
@@ -387,9 +419,9 @@ def stored_epochs(
     epochs: list[EpochMetrics] = []
 
     def recorded() -> Iterator[EpochMetrics]:
-        while plain := stage.read_json(f"epoch-{len(epochs) + 1:04d}"):
-            epochs.append(EpochMetrics(**plain))
-            yield epochs[-1]
+        while metrics := _read_epoch(stage, len(epochs) + 1):
+            epochs.append(metrics)
+            yield metrics
 
     stopped = follow(phase.stop, recorded())
     return Stored(stage.key, tuple(epochs), stopped.best.epoch if stopped else None)
@@ -412,6 +444,36 @@ def describe(
         "corpus": fingerprint,
         "machine": asdict(machine),
     }
+
+
+def _read_epoch(stage: Stage, number: int) -> EpochMetrics | None:
+    return stage.read_json(f"epoch-{number:04d}", lambda plain: EpochMetrics(**plain))
+
+
+def _position(training: Training) -> tuple[int, int]:
+    return training.epoch, training.step
+
+
+def _state_name(position: tuple[int, int]) -> str:
+    return f"state-{position[0]:04d}-{position[1]:06d}"
+
+
+def _read_state(
+    training: Training, content: bytes
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors of a stored state by part and name, and its plain data.
+
+    Raises ValueError unless the tensors are those that `training` trains.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"loss_sum": {}, "model": {}, "optimizer": {}, "best": {}}
+    for name, value in safetensors.torch.load(content).items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = value
+    shapes = {n: p.shape for n, p in training.model.named_parameters() if p.requires_grad}
+    optimized = {name.rpartition("/")[0] for name in parts["optimizer"]}
+    if {n: v.shape for n, v in parts["model"].items()} != shapes or optimized != shapes.keys():
+        raise ValueError("other tensors than the phase trains")
+    return parts, _about(content)
 
 
 def _packed(tensors: dict[str, Tensor], about: dict[str, Any]) -> bytes:

@@ -118,6 +118,8 @@ MISTAKES = {
     "model.vocab_size=1": "model.vocab_size=1",
     "model.exit_weights=most": "model.exit_weights=most is none of uniform, linear, last",
     "model.exit_weights=[1,-1]": "must not be negative",
+    "model.exit_weights=[1,nan]": "must be finite numbers",
+    "model.exit_weights=[inf,1]": "must be finite numbers",
     "model.exit_weights=[1,x]": "must be numbers",
     "model.rotary_base=0": "model.rotary_base=0",
     "model.norm_eps=0": "model.norm_eps=0",

@@ -190,12 +190,16 @@ def _studies() -> list[list]:
 
 
 @pytest.mark.parametrize("place", ["phases.-1.best.accuracy", "phases.7", "status", "phases"])
-def test_an_objective_that_is_no_number_fails_the_run_after_its_work(
+def test_an_objective_that_is_no_number_is_told_before_anything_trains(
     train: Command,  # noqa: F811
     tmp_path: Path,
     place: str,
 ) -> None:
     done = train(*SHORT, "phase.max_epochs=1", f"objective={place}", "hydra.run.dir=run")
     assert done.status == 1
-    assert f"objective={place}" in done.err + done.out
-    assert (tmp_path / "run/weights.safetensors").exists()
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"error: objective={place}: {place} is no ")
+    if place.endswith("accuracy"):
+        assert "validation_accuracy_percent" in line
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "stages").exists()

@@ -17,6 +17,8 @@ import torch
 
 from proglayer import experiment, load_run, loggers
 from proglayer.config import ConfigError, to_config
+from proglayer.record import read_result, read_sign
+from proglayer.stages import Stage
 
 from .helpers import TINY, composed, config, tiny_corpus
 
@@ -163,6 +165,26 @@ def test_a_failed_run_is_failed_there_too(run: Run) -> None:
     folder = run("run", "lr.base=1e30", "optimizer.clip_norm=null", told=("mlflow",))
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     assert mlflow_runs(folder)[0].info.status == "FAILED"
+
+
+@for_mlflow
+def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) -> None:
+    whole = json.loads((run("whole", told=()) / "result.json").read_text())
+    stage = Stage(tmp_path / "stages-2", whole["phases"][0]["stage"])
+    assert stage.lock(0)
+    settings = config(
+        *TINY, "model.exit_weights=uniform", "logger=[mlflow]", f"stages.dir={stage.store}"
+    )
+    (tmp_path / "run").mkdir()
+    with pytest.raises(experiment.Deferred):
+        experiment.run(settings, tmp_path / "run", may_wait=False)
+    assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["KILLED"]
+    assert read_sign(tmp_path / "run")["sign"] == "pending"
+    assert read_result(tmp_path / "run") is None
+    stage.unlock()
+    experiment.run(settings, tmp_path / "run", may_wait=False)
+    assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["FINISHED", "KILLED"]
+    assert read_sign(tmp_path / "run") == {}
 
 
 # --- no harm --------------------------------------------------------------------------------------

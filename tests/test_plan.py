@@ -147,6 +147,19 @@ def test_exit_weights() -> None:
         planned("model.exit_weights=[1,0,1]")
     with pytest.raises(ConfigError, match="gives no weight to any of 3 layers"):
         planned("model.exit_weights=[0,0,0,1]")
+    # Weights and states of layers that the loss does not reach would never come to be.
+    with pytest.raises(
+        ConfigError, match=r"model.exit_weights=\[1, 1, 0, 0\] .* layer 3 would get"
+    ):
+        planned("model.exit_weights=[1,1,0,0]")
+    with pytest.raises(ConfigError, match=r"above layer 3 of 4: layer 4 would .* in phase 2"):
+        planned("model.exit_weights=[1,1,1,0]")
+    frozen = "freeze.steps=[{existing: 0, embedding: false, head: false}]"
+    with pytest.raises(ConfigError, match=r"above layer 3 of 4"):
+        planned("model.exit_weights=[1,1,1,0]", frozen)
+    # What is above may be frozen: here the new layer goes to the bottom.
+    below = planned("model.exit_weights=[1,0,1,0]", "growth.position=bottom", frozen)
+    assert (below[1].trained_layers, below[1].exit_weights) == ((0,), (0.5, 0, 0.5, 0))
 
 
 def test_budgets_of_their_own() -> None:

@@ -6,13 +6,17 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proglayer import stages
 from proglayer.experiment import run
 from proglayer.stages import Stage, main, prunable, stages_in, verify
 
@@ -75,7 +79,7 @@ def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
     assert sorted(kept.folder.iterdir()) == sorted([*before, kept.folder / "used"])
     assert sorted(kept.users()) == runs
     (listed,) = stages_in(tmp_path / "store")
-    assert listed.needed
+    assert listed.stage.needed
     note = next((kept.folder / "used").iterdir())
     note.write_bytes(note.read_bytes()[:-1])
     assert len(verify(kept)) == 1
@@ -122,6 +126,78 @@ def test_pruning_takes_the_oldest_and_leaves_what_unfinished_runs_need(tmp_path:
     assert young.names("")
 
 
+def test_who_may_come_back_for_a_stage(tmp_path: Path) -> None:
+    def needed(name: str, age_days: float, status: str | None, seen: bool = True) -> bool:
+        kept = stage(tmp_path / "store", name, 10, age_days)
+        folder = run_folder(tmp_path / name / "0_abcdef", status, kept)
+        if not seen:
+            shutil.rmtree(folder)
+        return kept.needed
+
+    assert not needed("completed", 1, "completed")
+    assert needed("running", 99, None)
+    assert needed("interrupted", 99, "interrupted")
+    # What failed, or is on another machine's disk, is waited for, but not for ever.
+    assert needed("failed", 29, "failed")
+    assert not needed("failed-long-ago", 31, "failed")
+    assert needed("elsewhere", 29, None, seen=False)
+    assert not needed("gone", 31, None, seen=False)
+    # A sweep whose other jobs have not begun.
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/jobs.json").write_text(json.dumps({"0_abcdef": [], "1_abcdef": []}))
+    assert needed("sweep", 1, "completed")
+    (tmp_path / "sweep/1_abcdef").mkdir()
+    (tmp_path / "sweep/1_abcdef/result.json").write_text('{"status": "completed"}')
+    assert not Stage(tmp_path / "store", "sweep").needed
+
+
+def test_pruning_asks_again_before_it_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = stage(tmp_path / "store", "a" * 32, 10, 9)
+    chosen = stages.prunable
+
+    def then_a_run_begins(*arguments: Any) -> Any:
+        found = chosen(*arguments)
+        run_folder(tmp_path / "run", None, kept)
+        return found
+
+    monkeypatch.setattr(stages, "prunable", then_a_run_begins)
+    assert main(["prune", "--dir", str(tmp_path / "store"), "--max-size", "0"]) == 0
+    assert kept.names("state")
+
+
+def test_files_that_a_job_replaces_meanwhile_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = stage(tmp_path, "a" * 32, 10, 1)
+    real = Stage.names
+
+    def then_they_go(self: Stage, prefix: str) -> list[str]:
+        found = real(self, prefix)
+        kept.remove("state-0001-000000")
+        return found
+
+    monkeypatch.setattr(Stage, "names", then_they_go)
+    assert verify(kept) == []
+
+
+def test_a_store_of_another_version_is_looked_over_and_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "FORMAT", 1)
+        old = Stage(tmp_path, "a" * 32)
+        old.write_json("stage", {"format": 1, "parent": "fresh"})
+        run_folder(tmp_path / "run", None, old)
+    before = sorted(tmp_path.rglob("*"))
+    for action in ("list", "verify"):
+        assert main([action, "--dir", str(tmp_path)]) == 0
+    assert "1 stages of another version left unread" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert old.needed
+
+
 def test_pruning_leaves_a_stage_that_is_being_written(tmp_path: Path) -> None:
     busy = stage(tmp_path, "a" * 32, 10, 9)
     assert busy.lock(0)
@@ -140,6 +216,48 @@ def test_bad_arguments(tmp_path: Path, arguments: list[str]) -> None:
 def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--dir", str(tmp_path / "none")]) == 2
     assert "--dir" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 0.3 MB; skips where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a file system")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_ends_a_run_that_goes_on_when_there_is_room(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    run_once(tmp_path / "whole", tmp_path / "ample", "standard")
+    expected = record(tmp_path / "whole")
+    run_once(tmp_path / "run", small_disk / "stages", "standard")
+    failed = json.loads((tmp_path / "run/result.json").read_text())
+    assert failed["status"] == "failed"
+    assert "No space left on device" in failed["reason"]
+    assert "make room there or point stages.dir elsewhere" in failed["reason"]
+    assert "traceback" not in failed
+    assert 0 < len(failed["phases"]) < len(expected)
+    assert not list(small_disk.rglob(".tmp-*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run_once(tmp_path / "run", small_disk / "stages", "standard")
+    assert record(tmp_path / "run") == expected
+    one, two = (tmp_path / r / "weights.safetensors" for r in ("whole", "run"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ def train(
 
 def results(folder: Path) -> list[dict[str, Any]]:
     """The records below `folder`, jobs in their order."""
-    paths = folder.rglob("result.json")
-    ordered = sorted(paths, key=lambda p: int(p.parent.name.split("_")[0]))
+    paths = list(folder.rglob("result.json"))
+    ordered = sorted(paths, key=lambda p: int(p.parent.name.split("_")[0])) if paths[1:] else paths
     return [json.loads(path.read_text()) for path in ordered]
 
 
@@ -248,6 +248,67 @@ def test_a_fault_of_ours_is_recorded_with_its_traceback(
     assert len(record["phases"]) == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError("corpus"), RuntimeError("CUDA start-up\nfailed")])
+def test_a_fault_before_the_first_phase_is_in_the_record_of_a_job(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import proglayer.experiment
+    from proglayer.results import load
+
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(proglayer.experiment, "open_corpus", broken)
+    assert train("-m", *SHORT, "seed=1,2", "hydra.sweep.dir=s").status == 1
+    records = results(tmp_path / "s")
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    assert [(r["status"], r["reason"]) for r in records] == [("failed", reason)] * 2
+    assert all("in broken" in r["traceback"] for r in records)
+    assert list(load(tmp_path / "s").runs["status"]) == ["failed", "failed"]
+
+
+def test_a_figure_that_is_missing_at_the_end_fails_no_run(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer import machine
+
+    memory = [{"process": 1.0}]
+    monkeypatch.setattr(machine, "peak_memory_mb", lambda _: memory.pop() if memory else {})
+    place = "phases.0.work.peak_memory_mb.process"
+    assert train(*SHORT, f"objective={place}", "hydra.run.dir=run").status == 0
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert (record["status"], record["objective"]) == ("completed", None)
+    assert f"objective={place}: " in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import proglayer.experiment
+
+    def preparing(_: object, say: Callable[[str], None]) -> None:
+        say("preparing the [corpus]")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+        pytest.fail("the signal was swallowed")
+
+    monkeypatch.setattr(proglayer.experiment, "open_corpus", preparing)
+    done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 130
+    assert "preparing the [corpus]\n" in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_failed_try_leaves_nothing_of_the_one_before(train: Command, tmp_path: Path) -> None:
+    """A reader would take the old weights and figures for those of the failed run."""
+    assert train(*SHORT, "hydra.run.dir=run").status == 0
+    assert train(*SHORT, "hydra.run.dir=run", "stages.dir=/dev/null/no").status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "failed"
+    assert not (tmp_path / "run/weights.safetensors").exists()
+    assert not (tmp_path / "run/metrics.csv").exists()
+
+
 def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Path) -> None:
     done = train(
         *SHORT, "hydra.run.dir=run", "lr.factor.new=1e32", "lr.factor.head=1e32",
@@ -258,6 +319,45 @@ def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Pa
     assert "phase 2, epoch 1" in record["reason"]
     assert len(weights(tmp_path / "run")) == 2 + 3 * 9
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
+def test_a_run_that_diverges_later_keeps_the_epoch_before(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.trainer import Training
+
+    one = (*SHORT, "phase=from_scratch", "phase.max_epochs=1")
+    assert train(*one, "hydra.run.dir=one", "reuse=false").status == 0
+    loss = Training.loss
+
+    def in_epoch_2(training: Training, *batch: torch.Tensor) -> torch.Tensor:
+        return loss(training, *batch) * (float("nan") if training.epoch == 1 else 1.0)
+
+    monkeypatch.setattr(Training, "loss", in_epoch_2)
+    done = train(*one, "phase.max_epochs=3", "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert "the training loss became nan in phase 1, epoch 2" in record["reason"]
+    kept, expected = weights(tmp_path / "run"), weights(tmp_path / "one")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    # No state that holds numbers which are none.
+    assert not list((tmp_path / "stages").glob("*/state-0001-0000[1-9]*"))
+
+
+def test_a_flipped_bit_in_stored_weights_reaches_no_run(train: Command, tmp_path: Path) -> None:
+    assert train(*SHORT, "hydra.run.dir=a").status == 0
+    last = json.loads((tmp_path / "a/result.json").read_text())["phases"][-1]
+    (stored,) = (tmp_path / "stages" / last["stage"]).glob("weights-*")
+    whole = stored.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    stored.unlink()  # or else it would change in the first run's folder
+    stored.write_bytes(flipped)
+    assert train(*SHORT, "hydra.run.dir=b").status == 0
+    assert (tmp_path / "b/weights.safetensors").read_bytes() == whole
+    assert (tmp_path / "a/weights.safetensors").read_bytes() == whole
+    assert stored.read_bytes() == whole
+    assert len(list((tmp_path / "stages/.damaged").rglob("weights-*"))) == 1
 
 
 def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Path) -> None:
@@ -514,10 +614,12 @@ def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(tmp_path: Path, name: str) -> None:
+def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
+    train: Command, tmp_path: Path, name: str
+) -> None:
     command = [
-        sys.executable, str(ROOT / "train.py"), *SHORT, "phase.max_epochs=40",
-        "phase.patience=40", "hydra.run.dir=run",
+        sys.executable, str(ROOT / "train.py"), *SHORT, "phase=from_scratch",
+        "phase.max_epochs=12", "phase.patience=12", "hydra.run.dir=run",
     ]  # fmt: skip
     environment = {**os.environ, "PROGLAYER_STAGES": str(tmp_path / "stages")}
     process = subprocess.Popen(
@@ -533,3 +635,14 @@ def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(tmp_path: Path, 
     record = json.loads((tmp_path / "run/result.json").read_text())
     assert (record["status"], record["reason"]) == ("interrupted", f"stopped by {name}")
     assert list((tmp_path / "stages").rglob("state-*"))
+    # The same command goes on, and comes to the bits of a run that nobody stopped.
+    arguments = command[2:]
+    assert train(*arguments).status == 0
+    (on,) = results(tmp_path / "run")
+    assert sum(p["work"]["epochs_reused"] for p in on["phases"]) > 0
+    assert train(*arguments, "hydra.run.dir=whole", "stages.dir=other").status == 0
+    (whole,) = results(tmp_path / "whole")
+    assert sum(p["work"]["epochs_reused"] for p in whole["phases"]) == 0
+    assert_same_bits([on], [whole])
+    files = [tmp_path / run / "weights.safetensors" for run in ("run", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from proglayer.growth import build
 from proglayer.plan import Phase, StoppingRule, plan
-from proglayer.stages import StoreError
+from proglayer.stages import Stage, StoreError, verify
 from proglayer.trainer import EpochMetrics, Progress, Stopped, follow
 from proglayer.trajectory import Interrupted, Machine, Trajectory, Watch, describe
 
@@ -178,6 +180,142 @@ def test_damage_is_set_aside_and_trained_again(tmp_path: Path) -> None:
             shutil.rmtree(store)
 
 
+def changed(store: Path, before: dict[str, bytes], name: str, content: bytes) -> None:
+    """A store with `before` in it, but `content` in the one file."""
+    shutil.rmtree(store, ignore_errors=True)
+    for each, bytes_ in {**before, name: content}.items():
+        (store / each).parent.mkdir(parents=True, exist_ok=True)
+        (store / each).write_bytes(bytes_)
+
+
+def test_files_of_other_stages_and_versions_are_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole files, with the hashes that they were written under: same shapes, other numbers."""
+    phase, other = planned(), planned("seed=7")
+    whole = followed(tmp_path / "whole", phase)
+    ours = files(tmp_path / "whole")
+    followed(tmp_path / "other", other)
+    theirs = {name.split("/")[1]: content for name, content in files(tmp_path / "other").items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("proglayer.stages.FORMAT", 1)
+        old = tmp_path / "old"
+        for name, content in ours.items():
+            key, file = name.split("/")
+            Stage(old, key).write(file.split(".")[0], file.split(".")[2], content)
+    older = {name.split("/")[1]: content for name, content in files(old).items()}
+    store = tmp_path / "store"
+    for foreign in (theirs, older):
+        for name, content in foreign.items():
+            kind = name.split(".")[0]
+            if kind == "stage" or kind.startswith("state"):
+                continue
+            (own,) = (n for n in ours if n.split("/")[1].startswith(kind + "."))
+            without = {n: c for n, c in ours.items() if n != own}
+            changed(store, without, f"{own.split('/')[0]}/{name}", content)
+            assert_same(whole, followed(store, phase))
+            assert list((store / ".damaged").rglob(f"{name}.*")), name
+
+
+def test_files_of_another_form_are_set_aside(tmp_path: Path) -> None:
+    """Such as a version would write whose FORMAT nobody raised."""
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    shutil.copytree(tmp_path / "whole", tmp_path / "odd")
+    stage = Stage(tmp_path / "odd", whole[2].key)
+    (state,) = stage.names("state-")
+    weights = stage.path(f"weights-{whole[0].best.epoch:04d}")
+    assert weights is not None
+    model = weights.read_bytes()
+    of_training = {weights.name.split(".")[0]: b"{}", state: model}
+    of_epochs = {"epoch-0001": b'{"loss": 1}', "epoch-0002": b"[1]", "epoch-0003": b"no JSON"}
+    for odd in (of_training, of_epochs | {f"exits-{whole[0].best.epoch:04d}": b"{}"}):
+        for name, content in odd.items():
+            stage.remove(name)
+            stage.write(name, "x", content)
+        assert_same(whole, followed(tmp_path / "odd", phase))
+    assert len(list((tmp_path / "odd" / ".damaged").rglob("*.x.*"))) == 6
+
+
+@pytest.mark.parametrize("kind", ["epoch-0001", "exits", "weights", "state"])
+def test_what_cannot_be_read_is_made_anew(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    shutil.copytree(tmp_path / "whole", tmp_path / "bad")
+    (bad,) = (tmp_path / "bad").rglob(f"{kind}*")
+    real = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        again = followed(tmp_path / "bad", phase)
+        # Reading all files from the start, as verifying does, ends too.
+        verify(Stage(tmp_path / "bad", whole[2].key))
+        assert_same(whole, again)
+    assert caplog.text.count(f"{bad.name}: it cannot be read (Input/output error)") <= 2
+    assert_same(whole, followed(tmp_path / "bad", phase))
+
+
+def test_damage_in_a_store_that_takes_no_change_is_told_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(tmp_path, "a" * 32)
+    path = stage.write("epoch-0001", "json", b"{}")
+    path.write_bytes(b"[]")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refused)
+    assert stage.read("epoch-0001") is None
+    assert stage.path("epoch-0001") is None
+    assert "cannot be set aside (Read-only file system)" in caplog.text
+
+
+def test_states_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    steps = trajectory(tmp_path, planned())
+    for name in ("state-0000-1000000", "state-0000-999999", "state-10000-000001", "state-old-x"):
+        steps.stage.write(name, "safetensors", b"")
+    assert steps._states() == [(0, 999_999), (0, 1_000_000), (10_000, 1)]
+
+
+def test_a_phase_that_ended_holds_no_weights_in_memory(tmp_path: Path) -> None:
+    """Every later phase refers to it, for as long as the run lasts."""
+    phase = planned()
+    with trajectory(tmp_path, phase) as steps:
+        stopped = follow(phase.stop, steps.epochs())
+        assert steps._best is not None
+        held = [weakref.ref(tensor) for tensor in steps._best[1].values()]
+        steps.finish(stopped.best.epoch)
+    assert [ref() for ref in held] == [None] * len(held)
+
+
+def test_an_improvement_below_min_delta_keeps_both_epochs(tmp_path: Path) -> None:
+    """The rule selects an epoch that is not the lowest: it is there, and the last state stays."""
+    patient = replace(planned("phase.max_epochs=6"), stop=StoppingRule(6, 5, 10.0))
+    short = replace(patient, stop=StoppingRule(6, 2, 10.0))
+    alone = followed(tmp_path / "alone", patient)
+    losses = [epoch.validation_loss for epoch in alone[0].epochs]
+    assert losses[2] < losses[1] < losses[0]
+    first = followed(tmp_path / "shared", short)
+    assert (first[0].best.epoch, len(first[0].epochs)) == (1, 3)
+    assert first[2].work.epochs_replayed == 0
+    on = followed(tmp_path / "shared", patient)
+    assert_same(alone, on)
+    assert on[2].work.trained == {4, 5, 6}
+    assert on[2].work.epochs_replayed == 0
+    # Who goes by the lowest loss finds its weights too.
+    lowest = followed(tmp_path / "shared", replace(patient, stop=StoppingRule(6, 1, 0.0)))
+    assert not lowest[2].work.trained
+    assert lowest[2].work.epochs_replayed == 0
+
+
 def test_a_removed_file_is_made_again(tmp_path: Path) -> None:
     phase = planned()
     whole = followed(tmp_path / "whole", phase)
@@ -192,8 +330,6 @@ def test_a_removed_file_is_made_again(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-
     phase = planned()
     whole = followed(tmp_path / "whole", phase)
     real = os.fsync
