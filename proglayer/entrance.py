@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -43,6 +44,21 @@ DEFERRED = "deferred"
 MAY_DEFER = "PROGLAYER_MAY_DEFER"
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
+# What was not there before the run that starts, of what Hydra makes for it.
+_made: set[Path] = set()
+
+
+class Beforehand(Callback):
+    """Looks at what is there before Hydra makes anything for a run."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Called by Hydra."""
+        HydraConfig.instance().set_config(config)  # the folder's name may ask for parts of it
+        folder = Path(config.hydra.run.dir).absolute()
+        names = f"{config.hydra.job.name}.log", config.hydra.output_subdir
+        paths = [folder, *(folder / name for name in names if name)]
+        _made.clear()
+        _made.update(path for path in paths if not path.exists())
 
 
 def run_job(settings: DictConfig) -> float | str | None:
@@ -265,9 +281,13 @@ def _code(git: dict[str, Any]) -> str:
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Take away what Hydra made for a run that was not started."""
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    for log_file in folder.glob("*.log"):
-        log_file.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    """Take away what Hydra made for a run that was not started. What was there before stays."""
+    for path in _made - {folder}:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    if folder in _made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing else is in it
