@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from proglayer import snapshot
 from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
+from proglayer.launchers import threads_per_job
 from proglayer.record import (
     RECORD_FORMAT,
     Status,
@@ -84,10 +85,9 @@ def run_job(settings: DictConfig) -> float | str | None:
         if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
             return None
-        from proglayer import machine
         from proglayer.experiment import Deferred, run
 
-        threads = config.threads or (None if single else machine.threads_per_job(hydra.launcher))
+        threads = config.threads or (None if single else threads_per_job(hydra.launcher))
         config = replace(config, threads=threads)
         choices = {
             group: str(choice)

@@ -25,6 +25,7 @@ from omegaconf.errors import ValidationError
 from proglayer.config import ConfigError, OnError, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
+from proglayer.launchers import threads_per_job
 from proglayer.record import JOBS, Heartbeat, Status, read_result
 from proglayer.stages import write_atomically
 from proglayer.sweep import (
@@ -53,7 +54,6 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
 
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
     """
-    from proglayer import machine
     from proglayer.versions import warn_of_unknown
 
     warn_of_unknown()
@@ -80,7 +80,7 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
                 leave_report(folders[-1], *folders[:-1])
             best = trials.best
             if best is not None:
-                threads = machine.threads_per_job(master.hydra.launcher)
+                threads = threads_per_job(master.hydra.launcher)
                 print(f"best of the study, {best.value:.6g} in trial {best.number}:")
                 print(best_command(arguments, best.params, threads))
     if best is None:
