@@ -23,9 +23,11 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from proglayer.config import (
     Config,
@@ -38,7 +40,7 @@ from proglayer.config import (
 )
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
-from proglayer.entrance import DEFERRED, MAY_DEFER, leave_report
+from proglayer.entrance import DEFERRED, MAY_DEFER, in_one_line, leave_report
 from proglayer.launchers import jobs_at_once, threads_per_job
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import JOBS, Heartbeat, Status, read_result, read_submission, write_submission
@@ -209,7 +211,7 @@ def _launched_with(overrides: Sequence[str], folder: str, may_defer: bool) -> li
 def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
     """The overrides of each job: the product of all swept values, paired keys moving together.
 
-    Raises ConfigError for pairs of unequal length or of keys that are not swept.
+    Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
     """
     assert sweeper.hydra_context is not None
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
@@ -231,6 +233,10 @@ def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, .
         for key in group:
             if key not in axes:
                 raise ConfigError(f"hydra.sweeper.pairs names {key}, which has no values here")
+            if key in paired:
+                raise ConfigError(
+                    f"hydra.sweeper.pairs names {key} twice: put what moves together into one group"
+                )
             paired[key] = group
         lengths = {key: len(axes[key]) for key in group}
         if len(set(lengths.values())) > 1:
@@ -287,8 +293,9 @@ def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Jo
     for number, overrides in enumerate(all_overrides):
         try:
             jobs.append(checks.job(number, overrides, len(all_overrides)))
-        except ConfigError as error:
-            for line in str(error).splitlines():
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            told = str(error) if isinstance(error, ConfigError) else in_one_line(error)
+            for line in told.splitlines():
                 problems.setdefault(line, without_hydra(overrides))
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))

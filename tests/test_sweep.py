@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
 
 from .helpers import ROOT
 from .test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
@@ -105,3 +107,107 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
     # Threads that the launcher shared out are no other setting.
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
+
+
+def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    submitted: list[list[str]] = []
+
+    def submit(_: object, job_overrides: list[list[str]], initial_job_idx: int) -> list[JobReturn]:
+        submitted.extend(job_overrides)
+        return [JobReturn(status=JobStatus.COMPLETED) for _ in job_overrides]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(BasicLauncher, "launch", submit)
+    jobs = ("-m", *QUICK, "seed=1,2", "device=cuda", "hydra.sweep.dir=s")
+    here = train(*jobs)
+    assert here.err.startswith("error: device=cuda is not available here")
+    assert not submitted
+    assert not (tmp_path / "s").exists()
+    monkeypatch.setattr(BasicLauncher, "jobs_run_elsewhere", True, raising=False)
+    assert "what is stored for the machines that run them is not known here" in train(*jobs).out
+    assert len(submitted) == 2
+
+
+@pytest.mark.parametrize(("reuse", "distinct"), [("true", 3), ("false", 4)])
+def test_a_sweep_counts_as_shared_what_is_trained_once(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    reuse: str,
+    distinct: int,
+) -> None:
+    done = train("-m", *QUICK, "freeze=existing,none", f"reuse={reuse}", "hydra.sweep.dir=s")
+    assert f"4 phases planned: {distinct} distinct phases, 0 of them stored" in done.out
+    work = [phase["work"] for record in results(tmp_path / "s") for phase in record["phases"]]
+    assert sum(bool(w["epochs_trained"]) for w in work) == distinct
+
+
+def test_a_job_is_composed_once_and_kept_only_until_it_is_launched(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    from proglayer.sweep import ComposedOnce
+
+    composed: list[list[str]] = []
+    loaders: list[ComposedOnce] = []
+    load, make = ConfigLoaderImpl.load_sweep_config, ComposedOnce.__init__
+
+    def count(self: ConfigLoaderImpl, master: DictConfig, overrides: list[str]) -> DictConfig:
+        composed.append(overrides)
+        return load(self, master, overrides)
+
+    def note(self: ComposedOnce, loader: ConfigLoaderImpl) -> None:
+        make(self, loader)
+        loaders.append(self)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", count)
+    monkeypatch.setattr(ComposedOnce, "__init__", note)
+    assert train("-m", *QUICK, "seed=1", "hydra.sweep.dir=s").status == 0
+    composed.clear()
+    # Of two jobs one is complete, so that only one is launched.
+    assert "1 finished before" in train("-m", *QUICK, "seed=1,2", "hydra.sweep.dir=s").out
+    assert len(composed) == 2
+    assert [loader._kept for loader in loaders] == [{}, {}]
+
+
+def test_a_key_in_two_groups_of_pairs_is_refused(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pairs = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
+    given = ("seed=1,2", "initial_layers=2,3", "added_layers=1,2", "hydra.sweep.dir=s")
+    done = train("-m", *QUICK, *given, pairs)
+    assert done.status == 1
+    assert (
+        done.err
+        == "error: hydra.sweeper.pairs names initial_layers twice: put what moves\
+ together into one group\n"
+    )
+
+
+def test_problems_of_every_kind_in_every_job_are_told_at_once(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    done = train(
+        "-m", *QUICK, "seed=soon,1", "growth=random,clone", "lr.base=1e-3,-1", "hydra.sweep.dir=s"
+    )
+    assert done.status == 1
+    lines = done.err.splitlines()
+    for told in (
+        "Value 'soon' of type 'str' could not be converted to Integer",
+        "growth has no choice clone",
+        "lr.base=-1.0 must be more than 0",
+    ):
+        assert sum(told in line for line in lines) == 1, done.err
+    assert all(line.startswith("error: ") for line in lines)
+    assert not (tmp_path / "s").exists()
