@@ -28,6 +28,16 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message is one line per problem and names the setting."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type's name where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def with_type(error: BaseException) -> str:
+    """An error that nobody foresaw, in one line: its type and all that it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class DataSource(Enum):
     """Where the text comes from."""
 
@@ -302,14 +312,17 @@ def to_config(settings: DictConfig) -> Config:
     Raises ConfigError with one line for each setting that cannot work.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     # Hydra's own part holds values that only a running job knows.
     own = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     try:
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        key = getattr(error, "full_key", None)
+        if isinstance(error, MissingMandatoryValue) and key:
+            raise ConfigError(f"{key} has no value: give it one") from error
+        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
     assert isinstance(plain, dict)
     config = _frozen(Config, plain)
     problems = list(_problems(config))
@@ -360,7 +373,8 @@ def nearest_setting(name: str, others: Iterable[str] = ()) -> str | None:
 
 def stages_dir(config: Config) -> str:
     """The folder of the store: the setting, else PROGLAYER_STAGES, else multirun/.stages."""
-    return config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
+    chosen = config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
+    return os.path.expanduser(chosen)
 
 
 def _writable(schema: type) -> type:
@@ -479,7 +493,9 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
         if len(numbers) != len(weights) or not weights:
             yield f"model.exit_weights={list(weights)} must be numbers, one for each layer"
-        elif any(not math.isfinite(w) or w < 0 for w in numbers):
+        elif not all(map(math.isfinite, numbers)):
+            yield f"model.exit_weights={list(weights)} must be finite numbers"
+        elif any(w < 0 for w in numbers):
             yield f"model.exit_weights={list(weights)} must not be negative"
     elif not (isinstance(weights, str) and weights in ExitWeights.__members__):
         names = ", ".join(ExitWeights.__members__)
@@ -530,6 +546,11 @@ def _rate_problems(config: Config) -> Iterator[str]:
         yield f"lr.warmup_steps={lr.warmup_steps} must not be negative"
     if not 0 <= lr.final_factor <= 1:
         yield f"lr.final_factor={lr.final_factor} must be between 0 and 1"
+    elif lr.final_factor and lr.schedule is ScheduleShape.constant:
+        yield (
+            f"lr.final_factor={lr.final_factor} changes nothing with lr.schedule=constant: take "
+            "lr.schedule=cosine or linear"
+        )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"optimizer.{name}={getattr(optimizer, name)} must be from 0 to below 1"

@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from proglayer import snapshot
-from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
+from proglayer.config import (
+    Config,
+    ConfigError,
+    OnError,
+    first_line,
+    nearest_setting,
+    to_config,
+    with_type,
+)
 from proglayer.launchers import threads_per_job
 from proglayer.record import (
     RECORD_FORMAT,
@@ -31,6 +41,7 @@ from proglayer.record import (
     read_submission,
     write_result,
 )
+from proglayer.sources import DISK_FULL
 from proglayer.stages import StoreError
 
 log = logging.getLogger(__name__)
@@ -135,8 +146,7 @@ def leave_report(folder: Path, *before: Path) -> None:
         page = write_report(folders, folder / "report", png=False, anew=False)
         console().print(f"report: {page}", markup=False)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        log.warning("no report could be written (%s)", reason)
+        log.warning("no report could be written (%s)", with_type(error))
 
 
 def print_plan(config: Config) -> None:
@@ -172,10 +182,18 @@ def explain_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         fail([in_one_line(error)])
     except OSError as error:
+        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
+        if error.errno in DISK_FULL:
+            where = error.filename or "the folder of results"
+            fail([f"no space left to write {where}: make room, or {place}"])
         if error.filename is None:
             raise
-        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
-        fail([f"cannot write {error.filename} ({error.strerror}): {place}"])
+        fail(
+            [
+                f"cannot read or write {error.filename} ({error.strerror}): if results go there, "
+                f"{place}"
+            ]
+        )
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     finally:
@@ -197,7 +215,11 @@ def in_one_line(error: Exception) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     whole = f"{error}\n{error.__cause__ or ''}"
-    first = " ".join(str(error).split("\n")[0].split())
+    first = " ".join(first_line(error).split())
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"{error.override}: Hydra cannot read this value; as a text it is given as {quoted}"
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
     unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
     if unknown:
@@ -216,7 +238,7 @@ def in_one_line(error: Exception) -> str:
     if first.startswith("Ambiguous value"):
         return f"{first}: to sweep over several values, add -m"
     if error.__cause__ is not None:
-        return f"{first}: {str(error.__cause__).splitlines()[0]}"
+        return f"{first}: {first_line(error.__cause__)}"
     return first
 
 

@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from proglayer.config import ConfigError, OnError, short_hash
+from proglayer.config import ConfigError, OnError, first_line, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
 from proglayer.launchers import threads_per_job
@@ -140,8 +140,8 @@ class Trials:
                 load_if_exists=True,
             )
         except (SQLAlchemyError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"hydra.sweeper.storage={sweeper.storage}: {reason}") from error
+            place = f"hydra.sweeper.storage={sweeper.storage}"
+            raise ConfigError(f"{place}: {first_line(error)}") from error
         # A grid that is complete stops its study, by a method that refuses outside of `optimize`.
         self._study.stop = lambda: None
         if trials := self._study.get_trials(deepcopy=False):

@@ -114,6 +114,7 @@ MAY_IMPORT = {
         "record",
         "report",
         "snapshot",
+        "sources",
         "stages",
         "versions",
     },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,7 +16,10 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from .helpers import ROOT
+from proglayer.display import LogFile
+from proglayer.entrance import explain_errors
+
+from .helpers import ROOT, config
 from .test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
 
 # One epoch of a run that takes a moment.
@@ -211,3 +216,62 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
         assert sum(told in line for line in lines) == 1, done.err
     assert all(line.startswith("error: ") for line in lines)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("data.path=~/x", """data.path=~/x: Hydra cannot read this value; as a text it is given as \
+'data.path="~/x"'"""),
+        ("freeze.steps=[{existing: 1}]", "freeze.steps[0].embedding has no value: give it one"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_cut_short_or_wants_quotes_is_told_as_such(
+    train: Command,  # noqa: F811
+    given: str,
+    told: str,
+) -> None:
+    assert train(given).err == f"error: {told}\n"
+
+
+def test_the_value_with_quotes_is_read() -> None:
+    assert config('data.path="~/x"').data.path == "~/x"
+
+
+def test_a_file_that_cannot_be_read_is_not_called_unwritable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit), explain_errors():
+        Path("nowhere/at-all").read_text()
+    assert capsys.readouterr().err.startswith(
+        "error: cannot read or write nowhere/at-all (No such file or directory): if results go"
+    )
+    with pytest.raises(SystemExit), explain_errors(), open("/dev/full", "w") as full:
+        full.write("a line")
+        full.flush()
+    assert capsys.readouterr().err.startswith("error: no space left to write the folder of results")
+
+
+def test_a_full_disk_costs_the_log_one_line_on_the_screen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    handler = LogFile("/dev/full")
+    for number in range(3):
+        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    with contextlib.suppress(OSError):
+        handler.close()
+    assert capsys.readouterr().err == (
+        "warning: /dev/full cannot be written (No space left on device): "
+        "lines of the log are lost\n"
+    )
+
+
+def test_a_warm_up_longer_than_a_phase_is_warned_of(
+    train: Command,  # noqa: F811
+) -> None:
+    done = train(*QUICK, "phase=from_scratch", "lr.warmup_steps=16", "hydra.run.dir=run")
+    assert done.err == (
+        "WARNING: lr.warmup_steps=16 is more than the 4 steps of phase 1: its rate gets to 0.25 of "
+        "what was asked for\n"
+    )
+    assert not train(*QUICK, "phase=from_scratch", "lr.warmup_steps=4", "hydra.run.dir=r").err
