@@ -22,8 +22,9 @@ from omegaconf import DictConfig
 
 def _needs(choice: str, extra: str) -> Any:
     from proglayer.config import ConfigError
+    from proglayer.versions import install_command
 
-    return ConfigError(f"{choice} is not installed: pip install 'proglayer[{extra}]'")
+    return ConfigError(f"{choice} is not installed: {install_command(extra)}")
 
 
 class _MissingLauncher(Launcher):

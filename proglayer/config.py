@@ -20,6 +20,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from proglayer.versions import install_command
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -566,10 +568,7 @@ def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
     # The extra of each logger has its name, and so has the module that it brings.
     for name in (field.name for field in fields(logger)):
         if getattr(logger, name) and importlib.util.find_spec(name) is None:
-            yield (
-                f"logger.{name}=true needs the extra {name}: "
-                f"pip install -c constraints.txt -e '.[{name}]'"
-            )
+            yield f"logger.{name}=true needs the extra {name}: {install_command(name)}"
 
 
 # Made when this module is imported, also where only a pickle of it is read.

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "proglayer"
 MAY_IMPORT = {
     "__init__": {"experiment"},
     # plain data and disk
-    "config": set(),
+    "config": {"versions"},
     "plan": {"config"},
     "stages": set(),
     "record": {"stages"},

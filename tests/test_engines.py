@@ -27,7 +27,7 @@ def test_an_engine_that_is_missing_says_what_to_install(
     done = train("-m", *SHORT, "seed=1,2", "hydra/launcher=ray")
     assert done.status == 1
     assert done.err == (
-        "error: hydra/launcher=ray is not installed: pip install 'proglayer[ray]'\n"
+        "error: hydra/launcher=ray is not installed: pip install -c constraints.txt -e '.[ray]'\n"
     )
 
 
