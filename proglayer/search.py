@@ -66,17 +66,19 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
     with _alone(storage, name) as alone:
         trials = Trials(sweeper, arguments, name, alone)
         folders = trials.folders()
+        done = False
         try:
             if trials.to_go > 0:
                 with Heartbeat(folders[-1]):
                     while trials.to_go > 0:
                         trials.run(min(trials.to_go, sweeper.n_jobs))
+            done = True
         finally:
             for folder in folders:
                 list_what_began(folder)
             if folders:
                 summarize(*folders)
-            if folders and master.report:
+            if folders and done and master.report:
                 leave_report(folders[-1], *folders[:-1])
             best = trials.best
             if best is not None:
@@ -316,8 +318,10 @@ def _alone(storage: str, study: str) -> Iterator[bool]:
         raise ConfigError(
             f"hydra.sweeper.storage={storage} cannot be written ({error.strerror})"
         ) from error
-    with lock:
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def best_command(
