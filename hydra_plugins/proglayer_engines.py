@@ -8,8 +8,6 @@ not installed is a class all the same, one that says what to install.
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import importlib.util
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -24,8 +22,9 @@ from omegaconf import DictConfig
 
 def _needs(choice: str, extra: str) -> Any:
     from proglayer.config import ConfigError
+    from proglayer.versions import install_command
 
-    return ConfigError(f"{choice} is not installed: pip install 'proglayer[{extra}]'")
+    return ConfigError(f"{choice} is not installed: {install_command(extra)}")
 
 
 class _MissingLauncher(Launcher):
@@ -111,23 +110,18 @@ class ProglayerJoblibLauncher(_KnownVersions, JoblibLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from proglayer.config import ConfigError
-        from proglayer.record import HEARTBEAT, RESULT, mark_lost
+        from proglayer.workers import launch
 
-        try:
-            return super().launch(job_overrides, initial_job_idx)
-        except BrokenExecutor as error:
-            for sign in Path(self.config.hydra.sweep.dir).glob(f"*/{HEARTBEAT}"):
-                if not (sign.parent / RESULT).exists():
-                    mark_lost(sign.parent)
-            raise ConfigError(
-                "a worker of joblib was killed, and the others with it (by the system, for want of "
-                "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"
-            ) from error
+        return launch(self, job_overrides, initial_job_idx)
 
 
 class ProglayerRayLauncher(Launcher):
     """Tasks of Ray, on a cluster or on this machine."""
+
+    @property
+    def jobs_run_elsewhere(self) -> bool:
+        """Whether this process cannot know the machines that jobs run on."""
+        return self.ray.init.address != "local"
 
     def __init__(self, ray: DictConfig) -> None:
         from proglayer.versions import warn_of_unknown
@@ -156,6 +150,9 @@ class ProglayerSlurmLauncher(_KnownVersions, SlurmLauncher):
     """Jobs of a Slurm array, by submitit; a run that failed fails there too."""
 
     extra = "slurm"
+    # This process cannot know the machines that jobs run on, and may end before they do.
+    jobs_run_elsewhere = True
+    jobs_outlive_command = True
 
     def in_queue(self) -> dict[str, str]:
         """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds."""

@@ -20,12 +20,24 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from proglayer.versions import install_command
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is one line per problem and names the setting."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type's name where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def with_type(error: BaseException) -> str:
+    """An error that nobody foresaw, in one line: its type and all that it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class DataSource(Enum):
@@ -302,14 +314,17 @@ def to_config(settings: DictConfig) -> Config:
     Raises ConfigError with one line for each setting that cannot work.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     # Hydra's own part holds values that only a running job knows.
     own = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     try:
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        key = getattr(error, "full_key", None)
+        if isinstance(error, MissingMandatoryValue) and key:
+            raise ConfigError(f"{key} has no value: give it one") from error
+        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
     assert isinstance(plain, dict)
     config = _frozen(Config, plain)
     problems = list(_problems(config))
@@ -360,7 +375,8 @@ def nearest_setting(name: str, others: Iterable[str] = ()) -> str | None:
 
 def stages_dir(config: Config) -> str:
     """The folder of the store: the setting, else PROGLAYER_STAGES, else multirun/.stages."""
-    return config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
+    chosen = config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
+    return os.path.expanduser(chosen)
 
 
 def _writable(schema: type) -> type:
@@ -532,6 +548,11 @@ def _rate_problems(config: Config) -> Iterator[str]:
         yield f"lr.warmup_steps={lr.warmup_steps} must not be negative"
     if not 0 <= lr.final_factor <= 1:
         yield f"lr.final_factor={lr.final_factor} must be between 0 and 1"
+    elif lr.final_factor and lr.schedule is ScheduleShape.constant:
+        yield (
+            f"lr.final_factor={lr.final_factor} changes nothing with lr.schedule=constant: take "
+            "lr.schedule=cosine or linear"
+        )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"optimizer.{name}={getattr(optimizer, name)} must be from 0 to below 1"
@@ -547,10 +568,7 @@ def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
     # The extra of each logger has its name, and so has the module that it brings.
     for name in (field.name for field in fields(logger)):
         if getattr(logger, name) and importlib.util.find_spec(name) is None:
-            yield (
-                f"logger.{name}=true needs the extra {name}: "
-                f"pip install -c constraints.txt -e '.[{name}]'"
-            )
+            yield f"logger.{name}=true needs the extra {name}: {install_command(name)}"
 
 
 # Made when this module is imported, also where only a pickle of it is read.

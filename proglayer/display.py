@@ -49,6 +49,25 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
+class LogFile(logging.FileHandler):
+    """The log of a run, which a full disk does not end: told once, in a line."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging, in the handling of what went wrong."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(
+                f"warning: {self.baseFilename} cannot be written ({error.strerror}): lines of the "
+                "log are lost",
+                file=sys.stderr,
+            )
+
+
 class RunDisplay(AbstractContextManager["RunDisplay"]):
     """Progress of one run: bars for phases, epochs and steps, or plain lines."""
 
@@ -59,7 +78,7 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
         self._tasks: dict[str, Any] = {}
         self._phase: Phase | None = None
         self._said = time.monotonic()
-        self._best = ""
+        self._warmup_checked = False
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -98,7 +117,7 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
     def phase(self, phase: Phase) -> None:
         """A phase begins."""
         self._phase = phase
-        self._best = ""
+        self._warmup_checked = False
         counts = parameter_counts(phase)
         self.note(
             f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.layers} layers, "
@@ -110,6 +129,7 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
 
     def step(self, progress: Progress) -> None:
         """An optimizer step is done."""
+        self._check_warmup(progress)
         if progress.loss is None:
             if self._bars:
                 self._bars.update(
@@ -124,6 +144,23 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
         elif time.monotonic() - self._said > PLAIN_STEP_EVERY_S:
             self._said = time.monotonic()
             self.note(f"  epoch {progress.epoch} step {progress.step}/{progress.steps}  {text}")
+
+    def _check_warmup(self, progress: Progress) -> None:
+        """Warn, once in a phase, of a warm-up that does not end within it."""
+        if self._warmup_checked or self._phase is None:
+            return
+        self._warmup_checked = True
+        warmup = self._phase.schedule.warmup_steps
+        steps = self._phase.stop.max_epochs * progress.steps
+        if warmup > steps:
+            log.warning(
+                "lr.warmup_steps=%d is more than the %d steps of phase %d: its rate gets to %.2g "
+                "of what was asked for",
+                warmup,
+                steps,
+                self._phase.index + 1,
+                steps / warmup,
+            )
 
     def epoch(self, metrics: EpochMetrics, best: EpochMetrics, reused: bool) -> None:
         """An epoch is done or was read from the store."""

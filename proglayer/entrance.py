@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from proglayer import snapshot
-from proglayer.config import Config, ConfigError, OnError, nearest_setting, to_config
+from proglayer.config import (
+    Config,
+    ConfigError,
+    OnError,
+    first_line,
+    nearest_setting,
+    to_config,
+    with_type,
+)
+from proglayer.launchers import threads_per_job
 from proglayer.record import (
     RECORD_FORMAT,
     Status,
@@ -29,6 +41,7 @@ from proglayer.record import (
     read_submission,
     write_result,
 )
+from proglayer.sources import DISK_FULL
 from proglayer.stages import StoreError
 
 log = logging.getLogger(__name__)
@@ -43,6 +56,21 @@ DEFERRED = "deferred"
 MAY_DEFER = "PROGLAYER_MAY_DEFER"
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
+# What was not there before the run that starts, of what Hydra makes for it.
+_made: set[Path] = set()
+
+
+class Beforehand(Callback):
+    """Looks at what is there before Hydra makes anything for a run."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Called by Hydra."""
+        HydraConfig.instance().set_config(config)  # the folder's name may ask for parts of it
+        folder = Path(config.hydra.run.dir).absolute()
+        names = f"{config.hydra.job.name}.log", config.hydra.output_subdir
+        paths = [folder, *(folder / name for name in names if name)]
+        _made.clear()
+        _made.update(path for path in paths if not path.exists())
 
 
 def run_job(settings: DictConfig) -> float | str | None:
@@ -68,10 +96,9 @@ def run_job(settings: DictConfig) -> float | str | None:
         if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
             return None
-        from proglayer import machine
         from proglayer.experiment import Deferred, run
 
-        threads = config.threads or (None if single else machine.threads_per_job(hydra.launcher))
+        threads = config.threads or (None if single else threads_per_job(hydra.launcher))
         config = replace(config, threads=threads)
         choices = {
             group: str(choice)
@@ -119,8 +146,7 @@ def leave_report(folder: Path, *before: Path) -> None:
         page = write_report(folders, folder / "report", png=False, anew=False)
         console().print(f"report: {page}", markup=False)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        log.warning("no report could be written (%s)", reason)
+        log.warning("no report could be written (%s)", with_type(error))
 
 
 def print_plan(config: Config) -> None:
@@ -156,10 +182,18 @@ def explain_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         fail([in_one_line(error)])
     except OSError as error:
+        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
+        if error.errno in DISK_FULL:
+            where = error.filename or "the folder of results"
+            fail([f"no space left to write {where}: make room, or {place}"])
         if error.filename is None:
             raise
-        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
-        fail([f"cannot write {error.filename} ({error.strerror}): {place}"])
+        fail(
+            [
+                f"cannot read or write {error.filename} ({error.strerror}): if results go there, "
+                f"{place}"
+            ]
+        )
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     finally:
@@ -181,7 +215,11 @@ def in_one_line(error: Exception) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     whole = f"{error}\n{error.__cause__ or ''}"
-    first = " ".join(str(error).split("\n")[0].split())
+    first = " ".join(first_line(error).split())
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"{error.override}: Hydra cannot read this value; as a text it is given as {quoted}"
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
     unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
     if unknown:
@@ -200,7 +238,7 @@ def in_one_line(error: Exception) -> str:
     if first.startswith("Ambiguous value"):
         return f"{first}: to sweep over several values, add -m"
     if error.__cause__ is not None:
-        return f"{first}: {str(error.__cause__).splitlines()[0]}"
+        return f"{first}: {first_line(error.__cause__)}"
     return first
 
 
@@ -265,9 +303,13 @@ def _code(git: dict[str, Any]) -> str:
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Take away what Hydra made for a run that was not started."""
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    for log_file in folder.glob("*.log"):
-        log_file.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    """Take away what Hydra made for a run that was not started. What was there before stays."""
+    for path in _made - {folder}:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    if folder in _made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing else is in it

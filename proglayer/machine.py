@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,35 +50,6 @@ def pick_device(wanted: Device, precision: Precision) -> torch.device:
             "take precision=float32, or bfloat16"
         )
     return torch.device(wanted.name)
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def jobs_at_once(launcher: Mapping[str, Any]) -> int:
-    """How many jobs a launcher with these settings runs at once on one machine, as far as it says.
-
-    joblib's `n_jobs` counts back from the number of cores when it is negative.
-    """
-    jobs = launcher.get("n_jobs") or 1
-    return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
-
-
-def threads_per_job(launcher: Mapping[str, Any]) -> int | None:
-    """The cores that a launcher with these settings gives to a job; None where it does not say.
-
-    joblib's jobs share this machine's; Slurm and Ray are asked for a number of them.
-    """
-    of_ray = (launcher.get("ray") or {}).get("remote") or {}
-    asked = launcher.get("cpus_per_task") or of_ray.get("num_cpus")
-    if asked:
-        return max(1, int(asked))
-    at_once = jobs_at_once(launcher)
-    return max(1, cores() // at_once) if at_once > 1 else None
 
 
 def describe_machine(device: torch.device) -> Machine:

@@ -26,8 +26,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from proglayer.config import ConfigError
+from proglayer.launchers import folder_name, freeze
 from proglayer.record import SUBMITTED, mark_lost
-from proglayer.slurm import folder_name, freeze
 from proglayer.stages import StoreError
 
 if TYPE_CHECKING:

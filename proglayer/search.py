@@ -22,9 +22,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from proglayer.config import ConfigError, OnError, short_hash
+from proglayer.config import ConfigError, OnError, first_line, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
+from proglayer.launchers import threads_per_job
 from proglayer.record import JOBS, Heartbeat, Status, read_result
 from proglayer.stages import write_atomically
 from proglayer.sweep import (
@@ -53,7 +54,6 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
 
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
     """
-    from proglayer import machine
     from proglayer.versions import warn_of_unknown
 
     warn_of_unknown()
@@ -66,21 +66,23 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
     with _alone(storage, name) as alone:
         trials = Trials(sweeper, arguments, name, alone)
         folders = trials.folders()
+        done = False
         try:
             if trials.to_go > 0:
                 with Heartbeat(folders[-1]):
                     while trials.to_go > 0:
                         trials.run(min(trials.to_go, sweeper.n_jobs))
+            done = True
         finally:
             for folder in folders:
                 list_what_began(folder)
             if folders:
                 summarize(*folders)
-            if folders and master.report:
+            if folders and done and master.report:
                 leave_report(folders[-1], *folders[:-1])
             best = trials.best
             if best is not None:
-                threads = machine.threads_per_job(master.hydra.launcher)
+                threads = threads_per_job(master.hydra.launcher)
                 print(f"best of the study, {best.value:.6g} in trial {best.number}:")
                 print(best_command(arguments, best.params, threads))
     if best is None:
@@ -140,8 +142,8 @@ class Trials:
                 load_if_exists=True,
             )
         except (SQLAlchemyError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"hydra.sweeper.storage={sweeper.storage}: {reason}") from error
+            place = f"hydra.sweeper.storage={sweeper.storage}"
+            raise ConfigError(f"{place}: {first_line(error)}") from error
         # A grid that is complete stops its study, by a method that refuses outside of `optimize`.
         self._study.stop = lambda: None
         if trials := self._study.get_trials(deepcopy=False):
@@ -316,8 +318,10 @@ def _alone(storage: str, study: str) -> Iterator[bool]:
         raise ConfigError(
             f"hydra.sweeper.storage={storage} cannot be written ({error.strerror})"
         ) from error
-    with lock:
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def best_command(

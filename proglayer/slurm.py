@@ -9,8 +9,6 @@ ended is in its record; one that left the queue without a record is lost.
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
 import json
 import logging
 import os
@@ -20,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, open_dict
 
-from proglayer import snapshot
 from proglayer.config import ConfigError
 from proglayer.display import console
+from proglayer.launchers import folder_name, freeze
 from proglayer.record import (
     HEARTBEAT,
     RESULT,
@@ -48,7 +46,7 @@ from proglayer.record import (
 from proglayer.stages import StoreError, write_atomically
 
 if TYPE_CHECKING:
-    from hydra_plugins.proglayer_engines import ProglayerRayLauncher, ProglayerSlurmLauncher
+    from hydra_plugins.proglayer_engines import ProglayerSlurmLauncher
 
 log = logging.getLogger(__name__)
 
@@ -242,60 +240,6 @@ def _hand_over(
     return ids
 
 
-def freeze(
-    launcher: ProglayerSlurmLauncher | ProglayerRayLauncher, into: Path
-) -> tuple[DictConfig, HydraContext, Path]:
-    """Copy the code and the settings' files below `into`.
-
-    Gives the sweep's configuration and Hydra's context for a job that composes its settings from
-    the copy, and the folder from which it is to import. Raises StoreError.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-
-    from proglayer import machine
-
-    assert launcher.config is not None
-    assert launcher.hydra_context is not None
-    config = launcher.config
-    loader: Any = launcher.hydra_context.config_loader
-    elements = loader.get_search_path().get_path()
-    named = [str(path) for path in config.hydra.searchpath or []]
-    folders = {
-        path: Path(path.removeprefix("file://")).absolute()
-        for path in [*(element.path for element in elements), *named]
-        if path and ("://" not in path or path.startswith("file://"))
-    }
-    names = {path: f"conf-{number}" for number, path in enumerate(folders)}
-    conf = {names[path]: folder for path, folder in folders.items()}
-    plugins = Path(inspect.getfile(type(launcher))).parent
-    code = snapshot.take(into, conf, plugins, machine.git_state())
-
-    moved = {path: f"file://{code / name}" for path, name in names.items()}
-    search_path = ConfigSearchPathImpl()
-    for element in elements:
-        path = element.path or ""
-        search_path.append(element.provider or "", moved.get(path, path))
-    if named:
-        # Hydra reads this one from the file of the settings, unless it is told another.
-        quoted = ",".join(_quoted(moved.get(path, path)) for path in named)
-        config = copy.deepcopy(config)
-        with read_write(config), open_dict(config):
-            config.hydra.overrides.hydra = [
-                f"hydra.searchpath=[{quoted}]",
-                *(o for o in config.hydra.overrides.hydra if not o.startswith("hydra.searchpath=")),
-            ]
-    context = HydraContext(
-        config_loader=ConfigLoaderImpl(search_path), callbacks=launcher.hydra_context.callbacks
-    )
-    return config, context, code
-
-
-def _quoted(text: str) -> str:
-    """As Hydra's grammar reads it back."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _executor(launcher: ProglayerSlurmLauncher, code: Path) -> Any:
     """submitit's, told to import from `code` and from nothing that lies where the job starts."""
     import submitit
@@ -407,23 +351,6 @@ def _amend(folder: Path, was: Status, status: Status, why: str) -> None:
 def _sweep_folder(launcher: ProglayerSlurmLauncher) -> Path:
     assert launcher.config is not None
     return Path(str(launcher.config.hydra.sweep.dir)).absolute()
-
-
-def folder_name(
-    launcher: ProglayerSlurmLauncher | ProglayerRayLauncher, overrides: Iterable[str], number: int
-) -> str:
-    """The name of a job's folder in that of its sweep."""
-    assert launcher.config is not None
-    assert launcher.hydra_context is not None
-    overrides = list(overrides)
-    for override in overrides:
-        if override.startswith("hydra.sweep.subdir="):
-            return override.partition("=")[2].strip("'")
-    loader = launcher.hydra_context.config_loader
-    config = loader.load_sweep_config(launcher.config, overrides)
-    with open_dict(config.hydra.job):
-        config.hydra.job.num = number
-    return str(config.hydra.sweep.subdir)
 
 
 def _read_ids(sweep: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from proglayer.config import ConfigError, DataConfig, DataSource
+from proglayer.config import ConfigError, DataConfig, DataSource, first_line
 
 # Part of the key of pydocs: raise it when other text is taken from the standard library.
 PYDOCS_FORMAT = 1
@@ -433,7 +433,7 @@ def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
                 raise
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"data.path={data.path} can't be loaded: {_first_line(error)}"
+                    f"data.path={data.path} can't be loaded: {first_line(error)}"
                 ) from error
 
     return TextSource(
@@ -548,7 +548,7 @@ def _load_from_hub(data: DataConfig, scratch: Path) -> list[Any]:
                 raise
             if isinstance(cause, OSError) and cause.errno in DISK_FULL:
                 raise cause from error
-        raise ConfigError(f"{_hub_label(data)} can't be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"{_hub_label(data)} can't be loaded: {first_line(error)}") from error
 
 
 def _load_offline(data: DataConfig, names: list[str], scratch: Path) -> list[Any]:
@@ -721,7 +721,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

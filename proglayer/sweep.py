@@ -19,12 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from proglayer.config import (
     Config,
@@ -37,7 +40,8 @@ from proglayer.config import (
 )
 from proglayer.corpus import Corpus, open_corpus
 from proglayer.display import console, plan_table
-from proglayer.entrance import DEFERRED, MAY_DEFER, leave_report
+from proglayer.entrance import DEFERRED, MAY_DEFER, in_one_line, leave_report
+from proglayer.launchers import jobs_at_once, threads_per_job
 from proglayer.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.record import JOBS, Heartbeat, Status, read_result, read_submission, write_submission
 from proglayer.stages import StoreError, write_atomically
@@ -54,7 +58,7 @@ ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 class ComposedOnce:
     """Hydra's loader of configurations, which keeps what `compose` made for the launcher.
 
-    A launcher in this process would compose every job a second time, at 0.1 s each; to unpickle one
+    Hydra's basic launcher would compose every job a second time, at 0.1 s each; to unpickle one
     takes a hundredth of that, and 22 kB until then. A launcher that hands its jobs to other
     processes gets the loader alone.
     """
@@ -63,14 +67,12 @@ class ComposedOnce:
         self._loader = loader
         self._kept: dict[tuple[str, ...], bytes] = {}
 
-    def compose(self, master: DictConfig, overrides: list[str]) -> DictConfig:
-        """The configuration of one job."""
-        config = self._loader.load_sweep_config(master, overrides)
+    def keep(self, overrides: Sequence[str], config: DictConfig) -> None:
+        """Have `config` ready for when the launcher asks for these overrides, once."""
         self._kept[tuple(overrides)] = pickle.dumps(config)
-        return config
 
     def load_sweep_config(self, master: DictConfig, overrides: list[str]) -> DictConfig:
-        """The same, as a launcher asks for it, once."""
+        """The configuration of one job."""
         kept = self._kept.pop(tuple(overrides), None)
         if kept is None:
             return self._loader.load_sweep_config(master, overrides)
@@ -103,13 +105,20 @@ class ShortReturns(Callback):
 # Compared by identity: the corpus holds arrays.
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One job of a sweep. `folder` is its name in the sweep's: its number and a short hash."""
+    """One job of a sweep.
+
+    folder: its name in the sweep's: its number and a short hash.
+    launched: its overrides with those that a launcher gets on top, as they were checked.
+    completed: whether its folder holds the record of a completed run with these settings.
+    """
 
     folder: str
     overrides: tuple[str, ...]
+    launched: tuple[str, ...]
     config: Config
     corpus: Corpus
     phases: tuple[Phase, ...]
+    completed: bool
 
     @property
     def title(self) -> str:
@@ -134,14 +143,16 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
             console().print(table)
         return []
 
+    waiting = [job for job in in_launch_order(jobs) if not job.completed]
+    # With nothing to run, torch, which knows the machine's part in the keys, is not needed at all.
+    ahead = describe_ahead(sweeper, jobs) if waiting else None
     folder = open_folder(sweeper.config)
-    waiting = [job for job in in_launch_order(jobs) if not _completed(folder / job.folder, job)]
     not_held = without_held(sweeper, waiting)
     announce(folder, {job.folder: job.overrides for job in jobs}, not_held)
     say = console().print
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
-    if waiting:  # else torch, which knows the machine's part in the keys, is not needed at all
-        say(outlook(jobs, sweeper.config.hydra.launcher).describe(), markup=False)
+    if ahead:
+        say(ahead, markup=False)
     returns = []
     try:
         with Heartbeat(folder):
@@ -170,30 +181,24 @@ def launch(
     """
     assert sweeper.config is not None
     assert sweeper.launcher is not None
-    left, ended = list(jobs), []
-    may_defer = _may_defer(sweeper, len(left))
+    left = [(job, list(job.launched)) for job in jobs]
+    ended = []
     while left:
         size = at_once or len(left)
         deferred = []
         for start in range(0, len(left), size):
             batch = left[start : start + size]
-            overrides = [_launched_with(job.overrides, job.folder, may_defer) for job in batch]
             number = first + len(ended) + len(deferred)
-            returns = sweeper.launcher.launch(overrides, initial_job_idx=number)
-            for job, job_return in zip(batch, returns, strict=True):
+            returns = sweeper.launcher.launch([given for _, given in batch], initial_job_idx=number)
+            for (job, _), job_return in zip(batch, returns, strict=True):
                 done = job_return.status is JobStatus.COMPLETED
                 if done and job_return.return_value == DEFERRED:
                     deferred.append(job)
                 else:
                     ended.append(job_return)
         may_defer = 1 < len(deferred) < len(left)
-        left = deferred
+        left = [(job, _launched_with(job.overrides, job.folder, may_defer)) for job in deferred]
     return ended
-
-
-def _may_defer(sweeper: Sweeper, jobs: int) -> bool:
-    assert sweeper.config is not None
-    return jobs > 1 and "submitit_folder" not in sweeper.config.hydra.launcher
 
 
 def _launched_with(overrides: Sequence[str], folder: str, may_defer: bool) -> list[str]:
@@ -206,7 +211,7 @@ def _launched_with(overrides: Sequence[str], folder: str, may_defer: bool) -> li
 def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
     """The overrides of each job: the product of all swept values, paired keys moving together.
 
-    Raises ConfigError for pairs of unequal length or of keys that are not swept.
+    Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
     """
     assert sweeper.hydra_context is not None
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
@@ -228,6 +233,10 @@ def expand(sweeper: ProglayerSweeper, arguments: list[str]) -> list[tuple[str, .
         for key in group:
             if key not in axes:
                 raise ConfigError(f"hydra.sweeper.pairs names {key}, which has no values here")
+            if key in paired:
+                raise ConfigError(
+                    f"hydra.sweeper.pairs names {key} twice: put what moves together into one group"
+                )
             paired[key] = group
         lengths = {key: len(axes[key]) for key in group}
         if len(set(lengths.values())) > 1:
@@ -247,7 +256,9 @@ class Checks:
 
     def __init__(self, sweeper: Sweeper) -> None:
         assert sweeper.hydra_context is not None
-        self._sweeper = sweeper
+        assert sweeper.config is not None
+        self._master = sweeper.config
+        self._launcher = sweeper.launcher
         self._loader = ComposedOnce(sweeper.hydra_context.config_loader)
         self._corpora: dict[DataConfig, Corpus] = {}
         sweeper.hydra_context.config_loader = cast(ConfigLoader, self._loader)
@@ -255,17 +266,23 @@ class Checks:
 
     def job(self, number: int, overrides: tuple[str, ...], among: int) -> Job:
         """Job `number`, one of `among` that are launched together. Raises ConfigError."""
-        assert self._sweeper.config is not None
         folder = job_folder(number, overrides)
-        launched = _launched_with(overrides, folder, _may_defer(self._sweeper, among))
-        config = to_config(self._loader.compose(self._sweeper.config, launched))
+        outlives = getattr(self._launcher, "jobs_outlive_command", False)
+        launched = _launched_with(overrides, folder, may_defer=among > 1 and not outlives)
+        composed = self._loader.load_sweep_config(self._master, launched)
+        config = to_config(composed)
         if config.data not in self._corpora:
             self._corpora[config.data] = open_corpus(config.data, log.info)
         corpus = self._corpora[config.data]
         phases = plan(config, corpus.vocab_size)
         for phase in phases:
             phase.windows(len(corpus.train))
-        return Job(folder, overrides, config, corpus, phases)
+        there = Path(self._master.hydra.sweep.dir) / folder
+        threads = config.threads or threads_per_job(self._master.hydra.launcher)
+        completed = _completed(there, replace(config, threads=threads))
+        if isinstance(self._launcher, BasicLauncher) and not completed:
+            self._loader.keep(launched, composed)
+        return Job(folder, overrides, tuple(launched), config, corpus, phases, completed)
 
 
 def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:
@@ -276,8 +293,9 @@ def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Jo
     for number, overrides in enumerate(all_overrides):
         try:
             jobs.append(checks.job(number, overrides, len(all_overrides)))
-        except ConfigError as error:
-            for line in str(error).splitlines():
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            told = str(error) if isinstance(error, ConfigError) else in_one_line(error)
+            for line in told.splitlines():
                 problems.setdefault(line, without_hydra(overrides))
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
@@ -361,7 +379,7 @@ def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a sweep has before it. Phases are counted once, however many jobs read them.
+    """What a sweep has before it. Phases are counted once, however many jobs share them.
 
     `flops_known` and `seconds_known` are of the stored epochs; `flops_an_epoch` of one epoch of
     every phase that is still to be trained, to its end or at all.
@@ -377,7 +395,7 @@ class Outlook:
 
     def describe(self) -> str:
         """In one line."""
-        text = f"{self.phases} distinct phases, {self.stored} of them stored"
+        text = f"{self.stored} of them stored"
         if self.stored == self.phases:
             return f"{text}: nothing to train"
         if not self.seconds_known or not self.stored:
@@ -391,8 +409,26 @@ class Outlook:
         )
 
 
+def describe_ahead(sweeper: Sweeper, jobs: Sequence[Job]) -> str:
+    """In one line, how many phases the jobs have, how many they share, and what is left to do.
+
+    Raises ConfigError for a device that is not here, where here is where the jobs run.
+    """
+    assert sweeper.config is not None
+    planned = sum(len(job.phases) for job in jobs)
+    distinct = {prefix_of(job, d) for job in jobs for d in range(1, len(job.phases) + 1)}
+    text = f"{planned} phases planned: {len(distinct)} distinct phases"
+    if getattr(sweeper.launcher, "jobs_run_elsewhere", False):
+        # What is stored is stored for a kind of machine, which may not be this one's.
+        return f"{text}; what is stored for the machines that run them is not known here"
+    return f"{text}, {outlook(jobs, sweeper.config.hydra.launcher).describe()}"
+
+
 def outlook(jobs: Sequence[Job], launcher: DictConfig) -> Outlook:
-    """Follow every job's plan through the store as far as it is trained."""
+    """Follow every job's plan through the store as far as it is trained.
+
+    Raises ConfigError for a device that is not here.
+    """
     from proglayer import machine
     from proglayer.trajectory import stored_epochs
 
@@ -402,7 +438,7 @@ def outlook(jobs: Sequence[Job], launcher: DictConfig) -> Outlook:
     for job in jobs:
         config = job.config
         device = machine.pick_device(config.device, config.precision)
-        threads = config.threads or machine.threads_per_job(launcher)
+        threads = config.threads or threads_per_job(launcher)
         with machine.switches(threads, config.precision):
             here = machine.describe_machine(device)
         parent: tuple[str, int] | None = None
@@ -436,7 +472,7 @@ def outlook(jobs: Sequence[Job], launcher: DictConfig) -> Outlook:
         flops_known=sum(flops for flops, _, _ in read.values()),
         seconds_known=sum(seconds for _, _, seconds in read.values()),
         flops_an_epoch=sum(unfinished.values()),
-        workers=machine.jobs_at_once(launcher),
+        workers=jobs_at_once(launcher),
     )
 
 
@@ -455,14 +491,17 @@ def without_hydra(overrides: Sequence[str]) -> str:
 def prefix_of(job: Job, depth: int) -> tuple[Any, ...]:
     """What the first `depth` phases of a job are, for comparing jobs.
 
-    The last one's stopping rule is left out, since it only reads its trajectory.
+    The last one's stopping rule is left out, since it only reads its trajectory. What reuses
+    nothing is shared with nobody.
     """
+    config = job.config
     *before, last = job.phases[:depth]
-    return (job.config.data, job.config.device, *before, replace(last, stop=ANY_STOP))
+    where = config.data, config.device, config.threads, None if config.reuse else job.folder
+    return (*where, *before, replace(last, stop=ANY_STOP))
 
 
-def _completed(folder: Path, job: Job) -> bool:
-    """Whether the folder holds a completed run of this very job."""
+def _completed(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a completed run with these settings, its threads among them."""
     try:
         result = read_result(folder)
     except ValueError:
@@ -470,5 +509,5 @@ def _completed(folder: Path, job: Job) -> bool:
     return (
         result is not None
         and result["status"] == Status.completed
-        and result["config"] == to_plain(job.config)
+        and result["config"] == to_plain(config)
     )

@@ -20,6 +20,12 @@ def warn_of_unknown(extra: str | None = None) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+def install_command(extra: str | None = None) -> str:
+    """What installs this checkout, with an extra of its, in versions that work together."""
+    what = f"'.[{extra}]'" if extra else "."
+    return f"pip install -c constraints.txt -e {what}"
+
+
 def unknown(extra: str | None = None) -> Iterator[str]:
     """What is installed, what is known to work, and the command that installs that."""
     # `--help` is to be spared both imports.
@@ -41,8 +47,7 @@ def unknown(extra: str | None = None) -> Iterator[str]:
         except (InvalidRequirement, metadata.PackageNotFoundError):
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
-            pinned = f"'.[{extra}]'" if extra else "."
             yield (
                 f"{requirement.name} {installed} is not known to work here (known: "
-                f"{requirement.specifier}): pip install -c constraints.txt -e {pinned}"
+                f"{requirement.specifier}): {install_command(extra)}"
             )

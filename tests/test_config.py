@@ -12,10 +12,13 @@ from proglayer.config import (
     Config,
     ConfigError,
     FreezeStep,
+    first_line,
     from_plain,
     nearest_setting,
     setting_names,
+    stages_dir,
     to_plain,
+    with_type,
 )
 
 from .helpers import composed, config, experiments
@@ -135,12 +138,14 @@ MISTAKES = {
     "phase.min_delta=-1": "phase.min_delta=-1",
     "freeze.steps=[]": "freeze.steps=[]",
     "freeze.steps=[{existing: 3, embedding: false, head: true}]": "leaves none of 3 existing",
+    "freeze.steps=[{existing: 1, head: true}]": "freeze.steps[0].embedding has no value",
     "freeze.steps=[{existing: some, embedding: false, head: true}]": "from 0 up, or all",
     "lr.base=0": "lr.base=0",
     "lr.base=nan": "lr.base=nan",
     "lr.factor.head=0": "to hold it still, use freeze",
     "lr.warmup_steps=-1": "lr.warmup_steps=-1",
     "lr.final_factor=2": "lr.final_factor=2",
+    "lr.final_factor=0.5": "changes nothing with lr.schedule=constant",
     "optimizer.beta1=1": "optimizer.beta1=1",
     "optimizer.eps=0": "optimizer.eps=0",
     "optimizer.weight_decay=-1": "optimizer.weight_decay=-1",
@@ -156,6 +161,17 @@ def test_a_setting_that_cannot_work_is_named(override: str, told: str) -> None:
         config(override)
     assert told in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_store_may_be_in_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert stages_dir(config("stages.dir='~/stages'")) == "/home/somebody/stages"
+
+
+def test_an_error_without_text_is_told_by_its_name() -> None:
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError("\n what\nwhere")) == "what"
+    assert with_type(ValueError("what\n  where")) == "ValueError: what where"
 
 
 def test_all_mistakes_are_told_at_once() -> None:

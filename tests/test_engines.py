@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from proglayer.config import ConfigError
 from proglayer.results import load
 
 from .test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
@@ -27,7 +29,7 @@ def test_an_engine_that_is_missing_says_what_to_install(
     done = train("-m", *SHORT, "seed=1,2", "hydra/launcher=ray")
     assert done.status == 1
     assert done.err == (
-        "error: hydra/launcher=ray is not installed: pip install 'proglayer[ray]'\n"
+        "error: hydra/launcher=ray is not installed: pip install -c constraints.txt -e '.[ray]'\n"
     )
 
 
@@ -70,12 +72,19 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(
 def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     train: Command,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("optuna")
+    from proglayer import search as searching
+
+    reported: list[str] = []
+    monkeypatch.setattr(
+        searching, "leave_report", lambda folder, *before: reported.append(str(folder))
+    )
     search = (
         *SEARCH, "phase.max_epochs=8", "phase.patience=8", "model=deep_supervision",
         "lr.base=tag(log,interval(1e-4,1e-2))", "model.exit_weights=choice(uniform,linear,last)",
-        "hydra.sweeper.sampler.seed=1",
+        "hydra.sweeper.sampler.seed=1", "report=true",
     )  # fmt: skip
 
     seen = []
@@ -88,6 +97,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
 
     threading.Thread(target=stop_the_third, daemon=True).start()
     assert train(*search, "hydra.sweeper.n_trials=5", "hydra.sweep.dir=a").status == 130
+    assert reported == []
     # Who follows it knows that there is more to come.
     assert seen == ["completed", "completed", "running", "waiting", "waiting"]
     (before,) = _studies()
@@ -95,6 +105,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     done = train(*search, "hydra.sweeper.n_trials=5", "hydra.sweep.dir=b")
     assert done.status == 0, done.err
     assert "2 of 5 trials ended before, 1 to go on with" in done.out
+    assert reported == ["b"]
     (after,) = _studies()
     assert [t.state.name for t in after] == ["COMPLETE"] * 5
     assert [t.params for t in after[:3]] == [t.params for t in before]
@@ -187,6 +198,28 @@ def _studies() -> list[list]:
     storage = "sqlite:///multirun/optuna.db"
     names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
     return [optuna.load_study(study_name=name, storage=storage).trials for name in names]
+
+
+def test_a_study_is_free_again_as_soon_as_its_search_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    from proglayer import search
+
+    locks: list[FileLock] = []
+
+    def noted(path: Path) -> FileLock:
+        locks.append(FileLock(path))
+        return locks[-1]
+
+    monkeypatch.setattr(search, "FileLock", noted)
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    with search._alone(storage, "rates"):
+        with pytest.raises(ConfigError, match="is being searched by another command"):
+            search._alone(storage, "rates").__enter__()
+        with search._alone(storage, "widths"):
+            assert [lock.is_locked for lock in locks] == [True, False, True]
+    assert not any(lock.is_locked for lock in locks)
 
 
 @pytest.mark.parametrize("place", ["phases.-1.best.accuracy", "phases.7", "status", "phases"])

@@ -111,7 +111,7 @@ def test_jobs_compose_from_the_copy_whatever_becomes_of_the_search_path(
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import HydraContext, RunMode
 
-    from proglayer.slurm import freeze
+    from proglayer.launchers import freeze
 
     more = tmp_path / "it's more"
     (more / "lr").mkdir(parents=True)

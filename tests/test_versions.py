@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import sys
 import tomllib
 from importlib import metadata
 
@@ -55,3 +57,21 @@ def test_the_pinned_versions_are_in_the_known_ranges() -> None:
     for requirement in map(Requirement, needed):
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    files = [*(ROOT / "proglayer").glob("*.py"), *(ROOT / "hydra_plugins").glob("*.py")]
+    imported: set[str] = set()
+    for node in itertools.chain.from_iterable(ast.walk(ast.parse(f.read_text())) for f in files):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    imported -= {*sys.stdlib_module_names, "proglayer", "hydra_plugins"}
+    extras = PROJECT["optional-dependencies"].values()
+    needed = [*PROJECT["dependencies"], *itertools.chain.from_iterable(extras)]
+    declared = {Requirement(line).name.lower().replace("_", "-") for line in needed}
+    sold_as = metadata.packages_distributions()
+    for module in imported & sold_as.keys():
+        names = {name.lower().replace("_", "-") for name in sold_as[module]}
+        assert names & declared, f"{module} comes with {names}"
