@@ -177,7 +177,9 @@ def _anchor(text: str) -> str:
 def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f'<h{level} id="{_anchor(text)}">{_escape(text)}</h{level}>'
+            # Those of level 3 come again for every condition, and nothing refers to them.
+            name = f' id="{_anchor(text)}"' if level == 2 else ""
+            return f"<h{level}{name}>{_escape(text)}</h{level}>"
         case Paragraph(text, quiet):
             mark = ' class="quiet"' if quiet else ""
             return f"<p{mark}>{_escape(text)}</p>"

@@ -232,6 +232,27 @@ def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path
         np.testing.assert_allclose(last[column], expected, rtol=1e-9)
 
 
+def to_target(curve: pd.DataFrame, target: float) -> float | None:
+    """The slow twin: the compute at which one run's loss first comes down to the target."""
+    curve = curve[np.isfinite(curve["loss"])]
+    there = np.flatnonzero(curve["loss"] <= target)
+    if not len(there):
+        return None
+    at = int(there[0])
+    compute, loss = curve["compute"].to_list(), curve["loss"].to_list()
+    if at == 0:
+        return compute[0]
+    share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
+    return compute[at - 1] + share * (compute[at] - compute[at - 1])
+
+
+def speed_up(baseline: pd.DataFrame, grown: pd.DataFrame) -> float | None:
+    """The slow twin: compute of the baseline / compute of the grown model to one loss, - 1."""
+    target = float(baseline["loss"].min())
+    base, own = to_target(baseline, target), to_target(grown, target)
+    return None if base is None or own is None else base / own - 1
+
+
 def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> None:
     results = load(sweep)
     runs = study.arms(results).of(0)
@@ -243,11 +264,11 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
 
     targets = ledger.default_targets(runs, curves, "original")
     told = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
-    gains = ledger.speed_up(runs, curves, study.FROM_SCRATCH)
+    gains = ledger.speed_up(runs, curves, {"original": study.FROM_SCRATCH})
     gains = gains.set_index(["variant", "model", "measure"])
     for measure in (m.column for m in ledger.MEASURES):
         for (variant, model), arm in runs.groupby(["variant", "model"]):
-            slow = [stats.to_target(curve(r, measure), targets[model]) for r in arm["run"]]
+            slow = [to_target(curve(r, measure), targets[model]) for r in arm["run"]]
             found = [value for value in slow if value is not None]
             row = told.loc[(variant, model)]
             assert row["reached"] == len(found)
@@ -259,7 +280,7 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
             scratch = runs[(runs["variant"] == study.FROM_SCRATCH) & (runs["model"] == model)]
             base = scratch.set_index("seed")["run"]
             each = [
-                stats.speed_up(curve(base[seed], measure), curve(run, measure))
+                speed_up(curve(base[seed], measure), curve(run, measure))
                 for run, seed in zip(arm["run"], arm["seed"], strict=True)
             ]
             known = [value for value in each if value is not None]
@@ -267,6 +288,58 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
             assert (row["n"], row["seeds"]) == (len(known), len(arm))
             if known:
                 assert row["mean"] == pytest.approx(np.mean(known))
+
+
+def one_arm(variant: str, *points: tuple[float, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A run of one arm, and its course of (compute, loss)."""
+    run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1}])
+    course = pd.DataFrame(points, columns=["compute", "loss"])
+    measures = {m.column: course["compute"] for m in ledger.MEASURES}
+    return run, course.assign(run=variant, **measures)
+
+
+def reached(target: float, *points: tuple[float, float]) -> float | None:
+    told = ledger.to_target(*one_arm("arm", *points), {STANDARD: target}).iloc[0]
+    return None if not told["reached"] else told["flops"]
+
+
+def test_a_target_is_reached_between_two_measurements() -> None:
+    falling = ((10, 8.0), (20, 7.0), (40, 6.0))
+    assert reached(7.0, *falling) == 20
+    assert reached(6.25, *falling) == 35
+    assert reached(8.5, *falling) == 10  # already there when first measured
+    assert reached(5.9, *falling) is None
+
+
+def test_the_first_crossing_counts_though_a_growth_throws_the_loss_back() -> None:
+    assert reached(6.5, (1, 7.0), (2, 6.0), (3, 6.8), (4, 5.0)) == 1.5
+
+
+def test_measurements_that_are_not_finite_are_passed_over() -> None:
+    assert reached(7.0, (1, 8.0), (2, np.nan), (3, 6.0)) == 2
+    assert reached(7.0, (1, np.nan)) is None
+
+
+def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
+    arms = [one_arm("scratch", *scratch), one_arm("grown", *grown)]
+    runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
+    told = ledger.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
+    return told["mean"] if told["n"] else None
+
+
+def test_the_speed_up_is_that_of_the_stacking_literature() -> None:
+    # Du et al. 2024: the loss of 300 B tokens from scratch is reached with 194 B: 54.6 % faster.
+    from_scratch = ((100, 3.0), (200, 2.5), (300, 2.25))
+    grown = ((100, 2.75), (194, 2.25), (300, 2.0))
+    found = gain(from_scratch, grown)
+    assert found == pytest.approx(0.546, abs=0.0005)
+    assert gain(grown[:2], from_scratch) == pytest.approx(194 / 300 - 1)
+    assert gain(from_scratch, from_scratch) == 0
+
+
+def test_a_target_that_one_arm_never_reaches_has_no_speed_up() -> None:
+    assert gain(((1, 3.0), (2, 2.0)), ((1, 3.0), (2, 2.5))) is None
+    assert gain(((1, np.nan),), ((1, 3.0), (2, 2.5))) is None
 
 
 def test_a_margin_is_the_readers(sweep: Path) -> None:
