@@ -556,15 +556,15 @@ def verdict(
     level = comparison.alpha / family
     mean, sd, n, power = comparison.mean, comparison.sd, comparison.n, comparison.power
     could_show = smallest_difference(sd, n, alpha=level, power=power)
-    at_level = f" at the level {level:.2g} of its family of {family}" if family > 1 else ""
+    at_level = f", at the level {level:.2g} of its family of {family}" if family > 1 else ""
     parts = [_sentence(comparison, p_adjusted, equivalence_p_adjusted, unit)]
+    if comparison.note:
+        parts.append(comparison.note)
     if math.isfinite(could_show):
         parts.append(
             f"{could_show:.3g}{f' {unit}' if unit else ''} was the smallest difference that"
             f" {n} seeds could show with power {power:g}{at_level}"
         )
-    if comparison.note:
-        parts.append(comparison.note)
     needed = float(n)
     if equivalence_p <= comparison.alpha:
         outcome = Outcome.equivalent
@@ -584,7 +584,8 @@ def verdict(
             parts.append(f"not even {MOST_SEEDS:,} seeds would decide")
         else:
             parts.append(
-                f"were these the true values, about {needed:,.0f} seeds would decide{at_level}"
+                f"were these the true values, about {needed:,.0f} seeds would decide"
+                + (", at that level" if at_level and math.isfinite(could_show) else at_level)
             )
     return Verdict(outcome, "; ".join(parts), needed, could_show)
 

@@ -466,9 +466,9 @@ def _sort(value: Any) -> float | str:
 
 
 def unique(values: Frame) -> list[str]:
-    known = [value for value in plain_values(values.drop_duplicates()) if value is not None]
-    words = {True: "yes", False: "no"}
-    return [
-        words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, Integral) else str(v)
-        for v in known
-    ]
+    def told(value: Any) -> str:
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        return f"{value:,}" if isinstance(value, Integral) else str(value)
+
+    return [told(v) for v in plain_values(values.drop_duplicates()) if v is not None]

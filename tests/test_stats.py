@@ -587,9 +587,8 @@ def test_the_sentence_names_the_numbers():
         "difference +0.2 points, 95% interval +0.102 to +0.298, 5 seeds;"
         " paired t p = 0.005, p = 0.010 adjusted, sign-flip p = 0.062;"
         " equivalence within 0.1 points p = 0.976;"
-        " 0.133 points was the smallest difference that 5 seeds could show with power 0.8;"
         " with 5 seeds the sign-flip test cannot go below p = 0.0625; 6 are the fewest that reach"
-        " 0.05"
+        " 0.05; 0.133 points was the smallest difference that 5 seeds could show with power 0.8"
     )
 
 
@@ -684,8 +683,8 @@ def test_what_the_seeds_could_show_is_told_for_the_whole_family():
     assert in_ten["could_show"] == smallest_difference(found.sd, 6, alpha=0.005)
     assert in_ten["could_show"] > 1.3 * in_ten["smallest_difference"]
     told = f"{in_ten['could_show']:.3g} was the smallest difference that 6 seeds could show"
-    assert f"{told} with power 0.8 at the level 0.005 of its family of 10;" in in_ten["sentence"]
-    needed = f"about {in_ten['seeds_needed']:.0f} seeds would decide at the level 0.005"
+    assert f"{told} with power 0.8, at the level 0.005 of its family of 10;" in in_ten["sentence"]
+    needed = f"about {in_ten['seeds_needed']:.0f} seeds would decide, at that level"
     assert needed in in_ten["sentence"]
     assert "level" not in judge([found])["sentence"].iloc[0]
 
