@@ -709,9 +709,10 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
         measure: a column of `curves`: tokens or flops.
 
     Returns:
-        one row per run that has a partner: `variant`, `model`, `seed`, `accuracy_percent`, `loss`
-        (nan for a run whose first epoch costs more than growing did), `share` of what growing spent
-        that this run was trained for, whether it counts or not, and `lacks`, why it does not.
+        one row per run: `variant`, `model`, `seed`, `accuracy_percent`, `loss` (nan for a run from
+        scratch without a partner, or whose first epoch costs more than growing did), `share` of
+        what growing spent that this run was trained for, whether it counts or not, and `lacks`, why
+        it does not.
     """
     columns = ["variant", "model", "seed", "accuracy_percent", "loss", "share", "lacks"]
     own = runs.loc[runs["variant"] == grown, ["model", "seed", measure, "lacks"]]
@@ -724,7 +725,7 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
     budget = own.set_index(["model", "seed"])[measure].astype(float)
     other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed", "lacks"]]
     keys = pd.MultiIndex.from_frame(other[["model", "seed"]])
-    other = other.assign(budget=budget.reindex(keys).to_numpy()).dropna(subset="budget")
+    other = other.assign(budget=budget.reindex(keys).to_numpy())
     epochs = curves.merge(other, on="run")
     # The two sums were added up in different orders.
     within = epochs[epochs[measure] <= epochs["budget"] * (1 + 1e-9)]
@@ -736,7 +737,7 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
         loss=other["run"].map(best["loss"]).astype(float),
         share=spent / other["budget"].to_numpy(dtype=float),
     )
-    over = told["lacks"].isna() & told["accuracy_percent"].isna()
+    over = told["lacks"].isna() & told["accuracy_percent"].isna() & told["budget"].notna()
     told["lacks"] = told["lacks"].mask(over, "over the budget in its first epoch")
     return pd.concat([own[columns], told[columns]], ignore_index=True)
 

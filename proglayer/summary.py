@@ -375,20 +375,22 @@ def _time_left(runs: pd.DataFrame) -> str:
     statuses = runs["status"].tolist()
     waiting = sum(status in TO_COME for status in statuses)
     running = statuses.count(RUNNING)
-    names = ("wall_seconds", "started", "epochs", "epochs_reused")
-    rows = list(zip(statuses, *(plain_values(runs[name]) for name in names), strict=True))
-    # One that was read from the store whole took no time, and says nothing of those to come.
-    took = [
-        seconds
-        for status, seconds, _, epochs, reused in rows
-        if status == COMPLETED and seconds is not None and (reused or 0) < (epochs or 1)
-    ]
+    names = ("wall_seconds", "started", "epochs", "epochs_reused", "seconds_saved")
+    columns = [plain_values(runs[name]) for name in names]
+    took, begun = [], []
+    for status, seconds, started, epochs, reused, saved in zip(statuses, *columns, strict=True):
+        if status == COMPLETED and seconds is not None:
+            # One read whole from the store took no time, and says nothing of those to come.
+            if not (reused and reused == epochs and seconds < (saved or 0)):
+                took.append(seconds)
+        elif status == RUNNING and started:
+            begun.append(_age(started))
     if not running:
         return "nothing is running" if waiting else ""
     if not took:
-        return "time left not known until a run that trained has completed"
+        trained = "that trains " if COMPLETED in statuses else ""
+        return f"time left not known until a run {trained}has completed"
     mean = sum(took) / len(took)
-    begun = [_age(started) for status, _, started, *_ in rows if status == RUNNING and started]
     left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
     return (
         f"about {duration(left)} left if the others take what the {len(took)} completed took "
