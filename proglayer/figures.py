@@ -43,13 +43,12 @@ COLOURS = {
     "--c-purple": "#cc79a7",
     "--c-orange": "#e69f00",
     "--c-sky": "#56b4e9",
-    "--c-grey": "#8b9198",
     "--c-faint": "#d8dce2",
     "--fg": "#1b1e23",
     "--muted": "#5c636d",
     "--bg": "#fefefe",
 }
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY, FAINT, INK, MUTED, GROUND = COLOURS.values()
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, FAINT, INK, MUTED, GROUND = COLOURS.values()
 VARIABLES = {colour: f"var({name})" for name, colour in COLOURS.items()}
 
 RC: Any = {
@@ -120,7 +119,7 @@ def _look_of_model(models: Sequence[str], model: str) -> Look:
 class Gallery:
     """Draws pictures and keeps their files in `folder`, made when the first is drawn.
 
-    With `png` each is drawn a second time, which takes longer than the first.
+    With `png` each is drawn a second time.
     """
 
     def __init__(self, folder: Path, png: bool = True) -> None:

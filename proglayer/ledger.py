@@ -8,6 +8,7 @@ those after its best one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +113,7 @@ def default_targets(runs: Frame, curves: Frame, reference: str) -> dict[str, flo
 def to_target(runs: Frame, curves: Frame, targets: dict[str, float]) -> Frame:
     """The compute at which each arm first came down to the target loss of its model.
 
-    As `stats.to_target` for each run, and the mean over the seeds that reached it.
+    All phases count; the mean is over the seeds that reached it.
 
     Returns:
         one row per arm: `variant`, `model`, `target`, `seeds`, `reached` (how many), and the means
@@ -129,22 +130,30 @@ def to_target(runs: Frame, curves: Frame, targets: dict[str, float]) -> Frame:
     return means.reset_index()
 
 
-def speed_up(runs: Frame, curves: Frame, scratch: str) -> Frame:
-    """The speed-up of every growing arm against from-scratch, within seeds: `stats.speed_up`.
+def speed_up(runs: Frame, curves: Frame, scratch: Mapping[str, str]) -> Frame:
+    """The speed-up of growing against training the same size from scratch, within seeds.
 
-    The target is the lowest loss that the run from scratch of the same model and seed reached.
+    As defined by Du et al. (2024), "Stacking Your Transformers": compute from scratch / compute of
+    growing, all phases, to one loss, - 1, following the comparison of cost at equal quality of Gong
+    et al. (2019), "Efficient Training of BERT by Progressively Stacking". 0.5 means that from
+    scratch takes half as much again; below 0, growing was slower. The target is the lowest loss
+    that the run from scratch of the same model and seed reached.
+
+    Args:
+        scratch: growing variant -> the variant that trains its size from scratch.
 
     Returns:
         one row per growing arm and measure: `variant`, `model`, `measure`, `seeds` (with a run
         from scratch), and the fields of `stats.Summary` over those that reached the target.
     """
-    base = runs.loc[runs["variant"] == scratch, ["run", "model", "seed"]]
+    base = runs.loc[runs["variant"].isin(scratch.values()), ["run", "variant", "model", "seed"]]
     lowest = base["run"].map(curves.groupby("run")["loss"].min()).astype("float64")
     cost = _reached(curves, pd.Series(lowest.to_numpy(), index=base["run"].to_numpy()))
-    base = base.assign(target=lowest).join(cost, on="run")
-    grown = runs.loc[runs["grows"], ["run", "variant", "model", "seed"]].merge(
-        base.drop(columns="run"), on=["model", "seed"]
-    )
+    base = base.assign(target=lowest).join(cost, on="run").drop(columns="run")
+    base = base.rename(columns={"variant": "scratch"})
+    grown = runs.loc[runs["variant"].isin(scratch), ["run", "variant", "model", "seed"]]
+    grown = grown.assign(scratch=grown["variant"].map(scratch))
+    grown = grown.merge(base, on=["scratch", "model", "seed"])
     own = _reached(curves, pd.Series(grown["target"].to_numpy(), index=grown["run"].to_numpy()))
     rows = []
     for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
@@ -161,10 +170,14 @@ def speed_up(runs: Frame, curves: Frame, scratch: str) -> Frame:
 
 
 def _reached(curves: Frame, targets: Frame) -> Frame:
-    """`stats.to_target` of many runs at a stroke, for losses in the order of their epochs.
+    """The compute at which each run's loss first comes down to its target.
+
+    It is interpolated between the two epochs around the first crossing; the first epoch's own where
+    that is already there, for what came before it is not known. Losses that are not finite are
+    passed over.
 
     Args:
-        targets: loss, indexed by run.
+        targets: loss in nats, indexed by run.
 
     Returns:
         the columns of MEASURES, indexed by run; only runs that reached their target.

@@ -177,7 +177,9 @@ def _anchor(text: str) -> str:
 def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f'<h{level} id="{_anchor(text)}">{_escape(text)}</h{level}>'
+            # Those of level 3 come again for every condition, and nothing refers to them.
+            name = f' id="{_anchor(text)}"' if level == 2 else ""
+            return f"<h{level}{name}>{_escape(text)}</h{level}>"
         case Paragraph(text, quiet):
             mark = ' class="quiet"' if quiet else ""
             return f"<p{mark}>{_escape(text)}</p>"
@@ -190,8 +192,8 @@ def _html(block: Block) -> str:
             alone = len(findings) == 1
             rows = "".join(
                 f"<li>{'' if alone else _badge(found)} <b>{_escape(what)}</b><br>"
-                f"{_escape(numbers)}</li>"
-                for found, what, numbers in findings
+                f"{_numbers(text)}</li>"
+                for found, what, text in findings
             )
             return (
                 f'<section class="verdict"><h3>{_escape(claim)} {_badge(outcome)}</h3>'
@@ -211,6 +213,12 @@ def _html(block: Block) -> str:
         case Folded(summary, blocks):
             inside = "\n".join(map(_html, blocks))
             return f"<details><summary>{_escape(summary)}</summary>\n{inside}\n</details>"
+
+
+def _numbers(text: str) -> str:
+    """The numbers of a finding: first what was found, then, quieter, what it rests on."""
+    found, mark, rest = text.partition("; ")
+    return f'{_escape(found)}{mark}<span class="quiet">{_escape(rest)}</span>'
 
 
 def _badge(outcome: str) -> str:

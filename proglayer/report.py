@@ -25,6 +25,7 @@ import pandas as pd
 
 from proglayer import ledger, study
 from proglayer.figures import (
+    MOST_LINES,
     Gallery,
     against_compute,
     by_exit,
@@ -56,27 +57,25 @@ from proglayer.results import (
     Results,
     load,
     plain_values,
-    spreadsheet_safe,
+    write_csv,
 )
 from proglayer.study import DEEP, FIGURES, STANDARD, Frame, Margins
 from proglayer.tables import (
     changes_table,
     comparisons_table,
-    listed,
     model_table,
     parameters_table,
     phase_table,
     published_models_table,
     published_table,
-    ranges,
     runs_table,
     speed_up_table,
     spent_table,
     target_table,
-    text_of,
     unique,
     versions_table,
 )
+from proglayer.words import listed, ranges, text_of
 
 PAGE = "index.html"
 MARKDOWN = "report.md"
@@ -106,7 +105,7 @@ def write_report(
     Args:
         folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
         margins: differences within them count as none.
-        png: draw each figure as PNG, too. It is a third of the time, and the page has no use of it.
+        png: draw each figure as PNG, too. It takes long, and the page has no use of it.
         anew: without it, a report in `out` that was made from the very same by this very code is
             left as it is.
 
@@ -163,6 +162,7 @@ class _Condition:
     number: int
     name: str
     runs: Frame
+    asked: Frame  # these, and those of their arms that did not complete
     curves: Frame
 
     @property
@@ -176,6 +176,29 @@ class _Condition:
     @property
     def slug(self) -> str:
         return f"-{self.number + 1}" if self.number else ""
+
+
+# What each variant is set against: an experiment, what that is, and how a control of the size of
+# another variant is run.
+REFERENCES = (
+    (study.ORIGINAL, "the original", ""),
+    (study.KEEP_TRAINING, "training on without growth", "initial_layers and model.dim"),
+    (study.FROM_SCRATCH, "from scratch", "initial_layers, added_layers and model.dim"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Findings:
+    """What the runs of one condition say: the frames that its tables and pictures show."""
+
+    hypotheses: list[study.Hypothesis]
+    changes: Frame
+    deep_minus_standard: dict[str, Frame]  # by the name of the figure
+    against: dict[str, dict[str, Frame]]  # by the reference's experiment, then as above
+    spent: Frame
+    reference: str  # the variant whose loss is the target
+    reached: Frame
+    speed_up: Frame
 
 
 class _Report:
@@ -193,26 +216,74 @@ class _Report:
         ]
         # The largest first: it is what the study is about.
         self.conditions.sort(key=lambda condition: -len(condition.runs))
-        self.tables: dict[str, list[Frame]] = {}
+        self.findings = {c.number: self._findings(c) for c in self.conditions}
 
     def _condition(self, number: int, name: str) -> _Condition:
         runs = self.arms.of(number)
         curves = self.curves[self.curves["run"].isin(runs["run"])]
         told = runs[["run", "variant", "model", "seed", "grows"]]
-        return _Condition(number, name, runs, curves.merge(told, on="run"))
+        asked = self.arms.asked(number)
+        return _Condition(number, name, runs, asked, curves.merge(told, on="run"))
 
-    def keep(self, name: str, condition: _Condition, table: Frame) -> None:
-        """Have a table written as `tables/<name>.csv`, with the condition in front."""
-        if len(table):
-            front = table.copy()
-            front.insert(0, "condition", condition.name)
-            self.tables.setdefault(name, []).append(front)
+    def _findings(self, condition: _Condition) -> _Findings:
+        runs, asked, curves = condition.runs, condition.asked, condition.curves
+        original = study.plain_variant(runs, study.ORIGINAL)
+        scratch = study.plain_variant(runs, study.FROM_SCRATCH)
+        reference = scratch or original or condition.variants[0]
+        against: dict[str, dict[str, Frame]] = {}
+        for experiment, _, _ in REFERENCES:
+            references = study.controls(asked, experiment)
+            if experiment == study.ORIGINAL:
+                others = [v for v in condition.variants if v != original]
+                references = dict.fromkeys(others, original) if original else {}
+            if references:
+                against[experiment] = {
+                    figure.name: study.against(asked, references, figure, self.margins)
+                    for figure in FIGURES
+                }
+        return _Findings(
+            hypotheses=study.hypotheses(asked, curves, self.margins),
+            changes=study.changes(asked),
+            deep_minus_standard={
+                figure.name: study.deep_minus_standard(asked, figure, self.margins)
+                for figure in FIGURES
+            },
+            against=against,
+            spent=ledger.spent(self.results, runs),
+            reference=reference,
+            reached=ledger.to_target(runs, curves, ledger.default_targets(runs, curves, reference)),
+            speed_up=ledger.speed_up(runs, curves, study.controls(runs, study.FROM_SCRATCH)),
+        )
 
     def write_tables(self) -> None:
+        """The frames of the results, and what was found in all conditions, as CSV."""
         folder = self.out / "tables"
         self.results.to_csv(folder)
-        for name, parts in self.tables.items():
-            _to_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv")
+        tables: dict[str, list[Frame]] = {}
+
+        def keep(name: str, condition: _Condition, table: Frame, **front: str) -> None:
+            if len(table):
+                front = {"condition": condition.name} | front
+                own = table.drop(columns=list(front), errors="ignore")
+                for place, (column, value) in enumerate(front.items()):
+                    own.insert(place, column, value)
+                tables.setdefault(name, []).append(own)
+
+        for condition in self.conditions:
+            found = self.findings[condition.number]
+            for hypothesis in found.hypotheses:
+                keep("hypotheses", condition, hypothesis.rows)
+            keep("changes", condition, found.changes)
+            for figure, table in found.deep_minus_standard.items():
+                keep("deep_minus_standard", condition, table, figure=figure)
+            for by_figure in found.against.values():
+                for figure, table in by_figure.items():
+                    keep("against", condition, table, figure=figure)
+            keep("ledger", condition, found.spent)
+            keep("to_target", condition, found.reached)
+            keep("speed_up", condition, found.speed_up)
+        for name, parts in tables.items():
+            write_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv")
 
     # --- the document -----------------------------------------------------------------------------
 
@@ -222,14 +293,15 @@ class _Report:
         if self.conditions:
             blocks.append(Heading("What the data say"))
             blocks += self._per_condition(self._verdicts)
-            blocks.append(Heading("The founding experiment's tables"))
-            blocks += self._per_condition(self._founding)
-            blocks += self._section("From the first phase to the last", self._changes)
-            blocks += self._section("Against the original and the controls", self._against)
-            blocks.append(Heading("Courses of training"))
-            blocks += self._per_condition(self._courses)
-            blocks.append(Heading("Compute ledger"))
-            blocks += self._per_condition(self._ledger)
+            for title, section, tables in (
+                ("The founding experiment's tables", self._founding, "phases.csv"),
+                ("From the first phase to the last", self._changes, "changes.csv"),
+                ("Against the original and the controls", self._against, "against.csv"),
+                ("Courses of training", self._courses, "epochs.csv and exits.csv"),
+                ("Compute ledger", self._ledger, "ledger.csv, to_target.csv and speed_up.csv"),
+            ):
+                if inside := self._per_condition(section, tables):
+                    blocks += [Heading(title), *inside]
         else:
             blocks.append(Heading("What the data say"))
             blocks.append(Paragraph("No run has completed yet: there is nothing to conclude from."))
@@ -240,23 +312,26 @@ class _Report:
         blocks += self._reproduce()
         return self._lead(), blocks
 
-    def _per_condition(self, section: Callable[[_Condition], list[Block]]) -> list[Block]:
-        """A section for every condition, each under its name if there are several."""
+    def _per_condition(
+        self, section: Callable[[_Condition], list[Block]], tables: str = ""
+    ) -> list[Block]:
+        """A section for every condition, each under its name if there are several.
+
+        Of more than MOST_CONDITIONS only the verdicts are told; where the rest is, `tables` names.
+        """
         blocks: list[Block] = []
         for condition in self.conditions[:MOST_CONDITIONS]:
             inside = section(condition)
             if inside and len(self.conditions) > 1:
                 blocks.append(Heading(f"On {condition.name}", level=3))
             blocks += inside
-        for condition in self.conditions[MOST_CONDITIONS:]:
-            section_blocks = section(condition) if section == self._verdicts else []
-            if section_blocks:
-                blocks.append(Folded(f"On {condition.name}", section_blocks))
+        others = self.conditions[MOST_CONDITIONS:]
+        if others and not tables:
+            blocks += [Folded(f"On {c.name}", section(c)) for c in others]
+        elif others and blocks:
+            names = listed([c.name for c in others], 6)
+            blocks.append(_left_to(tables, len(others), "conditions", names))
         return blocks
-
-    def _section(self, title: str, section: Callable[[_Condition], list[Block]]) -> list[Block]:
-        inside = self._per_condition(section)
-        return [Heading(title), *inside] if inside else []
 
     def _lead(self) -> str:
         runs = self.results.runs
@@ -275,19 +350,22 @@ class _Report:
 
     def _verdicts(self, condition: _Condition) -> list[Block]:
         runs, margins = condition.runs, self.margins
-        found = study.hypotheses(runs, condition.curves, margins)
+        found = self.findings[condition.number].hypotheses
         blocks: list[Block] = []
         cards: list[Block] = []
-        if not study.has_seeds(runs):
-            errors = study.binomial_errors(runs)
+        single = study.single_seeds(runs)
+        if len(single):
             told = [
                 f"{model_name(row.model)}: {row.accuracy_percent:.2f} % of {row.tokens:,} tokens, "
                 f"±{row.error_points:.2f} points"
-                for row in errors.itertuples()
+                for row in study.binomial_errors(single).itertuples()
             ]
+            arms = zip(single["variant"], single["model"].map(model_name), strict=True)
+            names = listed([f"{variant} ({model})" for variant, model in arms], 6)
+            of = f"One seed of {names}" if study.has_seeds(runs) else "One seed"
             blocks.append(
                 Paragraph(
-                    "One seed: nothing can be concluded. How much a figure would change with "
+                    f"{of}: nothing can be concluded. How much a figure would change with "
                     "another seed is not known; the size of the validation set alone leaves the "
                     "accuracy unsure by its binomial standard error"
                     + (f" ({'; '.join(told)})." if told else ".")
@@ -301,11 +379,10 @@ class _Report:
             ]  # fmt: skip
             if not findings:
                 told = f"nothing to compare: it takes {hypothesis.missing}, with the same seeds"
-                findings = [(hypothesis.outcome, "no such runs", told)]
+                findings = [(hypothesis.outcome, "no completed runs of both", told)]
             cards.append(
                 Verdict(hypothesis.outcome, hypothesis.title, hypothesis.measured_by, findings)
             )
-            self.keep("hypotheses", condition, hypothesis.rows)
         compared = sum(len(hypothesis.rows) for hypothesis in found)
         if not compared:
             title = "The founding experiment's claims: undecided, and what it takes to judge them"
@@ -328,19 +405,15 @@ class _Report:
 
     def _founding(self, condition: _Condition) -> list[Block]:
         runs = condition.runs
-        original = runs[runs["experiment"] == study.ORIGINAL]
-        plain = original[original["base"]]
         alike = [
             v
             for v, own in runs.groupby("variant", sort=False)
             if not study.differs_from_original(own)
         ]
-        if len(original):
-            main = (plain if len(plain) else original)["variant"].iloc[0]
-        else:
-            main = alike[0] if alike else runs["variant"].iloc[0]
+        original = study.plain_variant(runs, study.ORIGINAL)
+        main = original or (alike[0] if alike else runs["variant"].iloc[0])
         blocks: list[Block] = []
-        published = bool(len(original) or alike)
+        published = bool(original or alike)
         if published:
             own = runs[runs["variant"] == main]
             here = listed(unique(own["vocab_size"]), 3)
@@ -372,7 +445,12 @@ class _Report:
         blocks: list[Block] = []
         for model in dict.fromkeys(runs["model"]):
             own = runs[runs["model"] == model]
-            tables = [phase_table(f"{variant}, {model_name(model)}", own, self.results.phases)]
+            asked = condition.asked
+            asked = asked[(asked["variant"] == variant) & (asked["model"] == model)]
+            lacking = Counter(asked["lacks"].dropna())
+            left_out = ", ".join(f"{count} {status}" for status, count in sorted(lacking.items()))
+            title = f"{variant}, {model_name(model)}"
+            tables = [phase_table(title, own, self.results.phases, left_out)]
             if published and model in study.PUBLISHED:
                 tables.append(published_table(model))
             blocks.append(Beside(tables))
@@ -386,8 +464,8 @@ class _Report:
     # --- changes ----------------------------------------------------------------------------------
 
     def _changes(self, condition: _Condition) -> list[Block]:
-        changes = study.changes(condition.runs)
-        self.keep("changes", condition, changes)
+        found = self.findings[condition.number]
+        changes = found.changes
         if changes.empty:
             return []
         blocks: list[Block] = [Paragraph("Plus is an improvement, in every figure.", quiet=True)]
@@ -402,14 +480,11 @@ class _Report:
                 pictures.append(forest(self.gallery, name, title, rows, margin, figure.unit))
             blocks.append(Pictures(pictures))
         blocks.append(changes_table(changes, shown))
-        if len(condition.variants) > MOST_VARIANTS:
-            more = len(condition.variants) - MOST_VARIANTS
-            blocks.append(_left_to("changes.csv", more, "variants"))
+        blocks += _cut(condition, "changes.csv and deep_minus_standard.csv")
         for figure in FIGURES:
-            told = study.deep_minus_standard(condition.runs, figure, self.margins)
+            told = found.deep_minus_standard[figure.name]
             if told.empty:
                 continue
-            self.keep("deep_minus_standard", condition, told.assign(figure=figure.name))
             table = comparisons_table(
                 f"Change in {figure.name}, deep supervision − Standard, paired by seed, in "
                 f"{figure.unit}",
@@ -425,38 +500,45 @@ class _Report:
         return blocks
 
     def _against(self, condition: _Condition) -> list[Block]:
-        """Each variant against the original and against the controls."""
-        runs = condition.runs
+        """Each variant against the original, and against the controls of its size."""
+        against = self.findings[condition.number].against
         blocks: list[Block] = []
-        asked = (
-            (study.ORIGINAL, "the original", None),
-            (study.KEEP_TRAINING, "training on without growth", "grows"),
-            (study.FROM_SCRATCH, "from scratch", "grows"),
-        )
-        for experiment, words, only in asked:
-            held = runs[(runs["experiment"] == experiment)]
-            held = held[held["base"]] if held["base"].any() else held
-            if held.empty:
+        shown = condition.variants[:MOST_VARIANTS]
+        growing = condition.runs.loc[condition.runs["grows"], "variant"].unique().tolist()
+        for experiment, words, size in REFERENCES:
+            if experiment not in against:
                 continue
-            reference = str(held["variant"].iloc[0])
-            rows = runs if only is None else runs[runs[only] | (runs["variant"] == reference)]
-            told = study.against(rows, reference, self.margins)
-            if told.empty:
-                continue
-            self.keep("against", condition, told)
-            table = comparisons_table(
-                f"Final accuracy, variant − {reference}, paired by seed, in points",
-                told,
-                study.ACCURACY,
-                {"a": "Variant", "model": "Model"},
-                condition.variants[: MOST_VARIANTS + 1],
-            )
-            blocks += [Heading(f"Against {words}", level=3), table]
-            differs = dict(zip(told["a"], told["differs"], strict=True))
-            told_of = [f"{name}: {settings}" for name, settings in differs.items() if settings]
-            title = f"The settings in which each differs from {reference}"
-            blocks.append(Folded(title, [Bullets(told_of[:MOST_VARIANTS])]))
-        return blocks
+            found = against[experiment]
+            blocks.append(Heading(f"Against {words}", level=3))
+            first = next(iter(found.values()))
+            alone = first["b"].nunique() == 1
+            reference = first["b"].iloc[0] if alone else "its control"
+            labels = {"a": "Variant", "model": "Model"} | ({} if alone else {"b": "Control"})
+            for figure in FIGURES:
+                title = (
+                    f"Final {figure.name}, variant − {reference}, paired by seed, in "
+                    f"{figure.unit}; plus: the variant is better"
+                )
+                table = comparisons_table(title, found[figure.name], figure, labels, shown)
+                if figure is study.ACCURACY:
+                    blocks.append(table)
+                else:
+                    blocks.append(Folded(f"The same for {figure.name}", [table]))
+            alone_standing = [v for v in growing if v not in set(first["a"])]
+            if size and alone_standing:
+                blocks.append(
+                    Paragraph(
+                        f"No such control of their depth and width was run for "
+                        f"{listed(alone_standing, 6)}: it takes experiment={experiment} with their "
+                        f"{size}.",
+                        quiet=True,
+                    )
+                )
+            told = first[first["a"].isin(shown) & (first["differs"] != "")].drop_duplicates("a")
+            items = [f"{row.a}, {row.b}: {row.differs}" for row in told.itertuples()]
+            if items:
+                blocks.append(Folded("The settings in which the two differ", [Bullets(items)]))
+        return blocks + (_cut(condition, "against.csv") if blocks else [])
 
     # --- courses ----------------------------------------------------------------------------------
 
@@ -483,10 +565,12 @@ class _Report:
         if courses:
             blocks.append(Heading("Validation curves across phases", level=3))
             if study.has_seeds(condition.runs):
+                most = condition.runs.groupby(["variant", "model"]).size().max()
+                first = f"the first {MOST_LINES} " if most > MOST_LINES else ""
                 blocks.append(
                     Paragraph(
-                        "Thin lines are seeds; the thick line with marks is the mean of all of "
-                        "them, as far as all of them trained.",
+                        f"Thin lines are {first}seeds; the thick line with marks is the mean of "
+                        "all of them, as far as all of them trained.",
                         quiet=True,
                     )
                 )
@@ -501,10 +585,7 @@ class _Report:
                 )
             )
             blocks.append(Pictures(by_exits))
-        if len(condition.variants) > len(shown):
-            more = len(condition.variants) - len(shown)
-            blocks.append(_left_to("epochs.csv and exits.csv", more, "variants"))
-        return blocks
+        return blocks + _cut(condition, "epochs.csv and exits.csv")
 
     def _free(self, name: str) -> str:
         """A file name that no picture has yet."""
@@ -517,32 +598,24 @@ class _Report:
     # --- compute ----------------------------------------------------------------------------------
 
     def _ledger(self, condition: _Condition) -> list[Block]:
-        runs, curves = condition.runs, condition.curves
-        spent = ledger.spent(self.results, runs)
-        self.keep("ledger", condition, spent)
+        runs, found = condition.runs, self.findings[condition.number]
         shown = condition.variants[:MOST_VARIANTS]
         blocks: list[Block] = [
             Paragraph(
                 "Of training, in all phases and all their epochs, as if every phase had been "
                 "trained for this run alone; operations are the matrix products (a multiply-add "
-                "is two). Means over seeds.",
+                "is two). Means over the seeds that completed.",
                 quiet=True,
             ),
-            spent_table(spent[spent["variant"].isin(shown)]),
+            spent_table(found.spent[found.spent["variant"].isin(shown)]),
         ]
-        scratch = runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"]
-        original = runs.loc[runs["experiment"] == study.ORIGINAL, "variant"]
-        reference = next((str(v.iloc[0]) for v in (scratch, original) if len(v)), shown[0])
         if len(condition.variants) > 1:
-            targets = ledger.default_targets(runs, curves, reference)
-            reached = ledger.to_target(runs, curves, targets)
-            self.keep("to_target", condition, reached)
-            blocks.append(target_table(reached[reached["variant"].isin(shown)], reference))
-        if len(scratch):
-            gains = ledger.speed_up(runs, curves, str(scratch.iloc[0]))
-            self.keep("speed_up", condition, gains)
-            if len(gains):
-                blocks.append(speed_up_table(gains[gains["variant"].isin(shown)]))
+            reached = found.reached[found.reached["variant"].isin(shown)]
+            blocks.append(target_table(reached, found.reference))
+        if len(found.speed_up):
+            gains = found.speed_up[found.speed_up["variant"].isin(shown)]
+            blocks.append(speed_up_table(gains))
+        blocks += _cut(condition, "ledger.csv, to_target.csv and speed_up.csv")
         blocks.append(Heading("Loss against compute", level=3))
         if study.has_seeds(runs):
             blocks.append(
@@ -553,6 +626,9 @@ class _Report:
                 )
             )
         blocks.append(self._against_compute(condition, ledger.FLOPS))
+        if undrawn := condition.models[MOST_MODELS:]:
+            names = listed([model_name(model) for model in undrawn], 6)
+            blocks.append(_left_to("epochs.csv", len(undrawn), "models", names))
         if len(condition.variants) > 1:
             others = (ledger.BODY, ledger.TOKENS, ledger.SECONDS)
             inside = [self._against_compute(condition, measure) for measure in others]
@@ -714,18 +790,6 @@ def _sweep_command(folder: str) -> str | None:
         return None
 
 
-def _to_csv(frame: Frame, path: Path) -> None:
-    """As `Results.to_csv`: text that a spreadsheet would run is shown to it as text."""
-    shown = frame.copy()
-    for column in frame.columns:
-        if not pd.api.types.is_numeric_dtype(frame[column].dtype):
-            shown[column] = [
-                spreadsheet_safe(value) if isinstance(value, str) else value
-                for value in frame[column]
-            ]
-    shown.to_csv(path, index=False, lineterminator="\r\n")
-
-
 # --- words ----------------------------------------------------------------------------------------
 
 
@@ -733,8 +797,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _left_to(name: str, number: int, noun: str) -> Paragraph:
-    return Paragraph(f"{number:,} more {noun} are in tables/{name}.", quiet=True)
+def _left_to(tables: str, number: int, noun: str, names: str = "") -> Paragraph:
+    """What is not shown: how many, perhaps which, and in what tables they are."""
+    are = f"{noun} are" if number != 1 else f"{noun.removesuffix('s')} is"
+    which = f" ({names})" if names else ""
+    return Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", quiet=True)
+
+
+def _cut(condition: _Condition, tables: str) -> list[Block]:
+    """That a section does not show all variants, if it does not."""
+    more = len(condition.variants) - MOST_VARIANTS
+    return [_left_to(tables, more, "variants")] if more > 0 else []
 
 
 def _slug(text: str) -> str:

@@ -270,19 +270,11 @@ class Results:
     def to_csv(self, folder: str | Path) -> None:
         """Write each frame as `<name>.csv` into `folder`.
 
-        Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does
-        text that begins with one: take one leading apostrophe off any text to have the original
-        back. Numbers are as they are. Parquet needs no such care.
+        As `write_csv` does it. Parquet needs no such care.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, frame in self._frames().items():
-            shown = frame.copy(deep=False)
-            for column in frame.columns:
-                if isinstance(frame[column].dtype, pd.StringDtype):
-                    shown[column] = frame[column].map(spreadsheet_safe, na_action="ignore")
-            shown.columns = [spreadsheet_safe(column) for column in frame.columns]
-            # With this line end, text that holds either character is put in quotes.
-            shown.to_csv(Path(folder) / f"{name}.csv", index=False, lineterminator="\r\n")
+            write_csv(frame, Path(folder) / f"{name}.csv")
 
     def to_parquet(self, folder: str | Path) -> None:
         """Write each frame as `<name>.parquet` into `folder`, with its types."""
@@ -1133,7 +1125,8 @@ def _add_signs_of_life(runs: pd.DataFrame, found: Sequence[_Found]) -> None:
                 told["status"][place] = PENDING
             elif sign.get("sign") == Sign.lost:
                 told["status"][place] = LOST
-                told["reason"][place] = "its scheduler ended it, and it left no record"
+                given = _text(sign.get("reason"))
+                told["reason"][place] = given or "it was ended from outside and left no record"
             elif since := _lost_since(item):
                 told["status"][place] = LOST
                 where = f" (it ran on {host})" if host else ""
@@ -1221,6 +1214,26 @@ FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\
 def spreadsheet_safe(text: str) -> str:
     """Text that a spreadsheet shows as it is, with an apostrophe in front where it would not."""
     return "'" + text if text.startswith(FORMULA_STARTS) else text
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a frame for spreadsheets and for programs.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does text
+    that begins with one, in names of columns, too: take one leading apostrophe off any text to have
+    the original back. Numbers are as they are.
+    """
+    shown = frame.copy(deep=False)
+    for column in frame.columns:
+        dtype = frame[column].dtype
+        if isinstance(dtype, pd.StringDtype) or pd.api.types.is_object_dtype(dtype):
+            shown[column] = [
+                spreadsheet_safe(value) if isinstance(value, str) else value
+                for value in frame[column]
+            ]
+    shown.columns = [spreadsheet_safe(column) for column in frame.columns]
+    # With this line end, text that holds either character is put in quotes.
+    shown.to_csv(path, index=False, lineterminator="\r\n")
 
 
 if __name__ == "__main__":

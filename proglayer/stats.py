@@ -9,7 +9,8 @@ Three conventions hold throughout:
   loss before - after. A comparison of a with b is a - b, so plus means that a did better.
 - Runs are **paired by seed**. Two arms that share a seed share their initial phase and their batch
   order; the difference within a seed is much less noisy than the two values.
-- Values that are not finite (a failed or diverged run) are left out and **counted** in `dropped`.
+- Values that are not finite (a failed or diverged run) are left out and **counted** in `dropped`;
+  a comparison also says why, for what is true of the seeds that came through need not be of all.
 
 With the small numbers of seeds that a study can afford, the paired t-test is the test that decides;
 the exact sign-flip test, which assumes only symmetry, stands beside it. Where every difference is
@@ -22,8 +23,9 @@ where they are used.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -105,12 +107,6 @@ class Summary:
     sd: float  # sample standard deviation (n - 1); nan below two values
     low: float  # t-interval of the mean; nan below two values
     high: float
-    confidence: float  # of the interval, 0 to 1
-
-    @property
-    def note(self) -> str:
-        """What keeps these numbers from meaning anything; empty if nothing does."""
-        return _too_few(self.n)
 
 
 def summary(values: Any, confidence: float = 0.95) -> Summary:
@@ -134,7 +130,7 @@ def summary(values: Any, confidence: float = 0.95) -> Summary:
         sd = float(np.std(finite, ddof=1))
         scale = sd / math.sqrt(n)
         low, high = map(float, sps.t.interval(confidence, n - 1, loc=mean, scale=scale))
-    return Summary(n, array.size - n, mean, sd, low, high, confidence)
+    return Summary(n, array.size - n, mean, sd, low, high)
 
 
 def _too_few(seeds: int) -> str:
@@ -157,6 +153,7 @@ class Comparison:
 
     n: int  # seeds with a finite value in both arms
     dropped: int  # seeds of either arm without such a partner
+    left_out: str  # why those were dropped, each reason with the number of seeds; empty if none was
     mean: float  # mean difference; nan without a pair
     sd: float  # of the differences; nan below two pairs; exactly 0 if they are all the same
     low: float  # interval of the mean difference at confidence 1 - alpha; nan below two pairs
@@ -169,7 +166,6 @@ class Comparison:
     margin: float  # differences within +-margin count as none
     alpha: float  # level of the intervals and of the figures of planning below
     power: float  # of those figures
-    differences: tuple[float, ...] = field(repr=False)  # in the order of a's seeds
 
     @property
     def constant(self) -> bool:
@@ -231,12 +227,14 @@ def paired(
     margin: float = 0.1,
     alpha: float = 0.05,
     power: float = 0.8,
+    reasons: Mapping[Any, str] | None = None,
 ) -> Comparison:
     """Compare two arms by their differences a - b within seeds.
 
     Args:
         a_by_seed, b_by_seed: one value per seed, indexed by seed. Seeds that only one arm has, or
             that lack a finite value, are counted in `dropped`.
+        reasons: seed -> why one of its arms has no finite value, for `left_out`.
         margin: a true difference within +-margin counts as none; in the unit of the values.
         alpha: significance level; intervals have confidence 1 - alpha.
         power: of the smallest difference and the numbers of seeds.
@@ -267,6 +265,12 @@ def paired(
 
     arms = pd.concat([a_by_seed, b_by_seed], axis=1, keys=["a", "b"]).astype(float)
     pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)]
+    dropped = arms.index.difference(pairs.index, sort=False)
+    in_both = a_by_seed.index.intersection(b_by_seed.index)
+    why = Counter(
+        (reasons or {}).get(seed, "no finite value" if seed in in_both else "not in both arms")
+        for seed in dropped
+    )
     a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
     differences = a - b
     n = len(differences)
@@ -298,7 +302,8 @@ def paired(
                 effect_size = _hedges_factor(n - 1) * mean / sd
     return Comparison(
         n=n,
-        dropped=len(arms) - n,
+        dropped=len(dropped),
+        left_out=", ".join(f"{count} {reason}" for reason, count in sorted(why.items())),
         mean=mean,
         sd=sd,
         low=over_seeds.low,
@@ -311,7 +316,6 @@ def paired(
         margin=margin,
         alpha=alpha,
         power=power,
-        differences=tuple(map(float, differences)),
     )
 
 
@@ -338,7 +342,8 @@ def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
     sampled = sps.monte_carlo_test(
         np.ones(len(ordered)),
         lambda size: 2.0 * draw.integers(0, 2, size, dtype=np.int8) - 1.0,
-        lambda signs, axis: signs @ ordered,
+        # Not by `@`: BLAS would wake threads for so little, which on a busy machine takes longest.
+        lambda signs, axis: np.einsum("...j,j->...", signs, ordered),
         vectorized=True,
         n_resamples=SIGN_FLIP_RESAMPLES,
         batch=1_000,
@@ -507,6 +512,7 @@ class Verdict:
     outcome: Outcome
     sentence: str  # one line of plain text
     seeds_needed: float  # to decide; the seeds at hand if decided; inf, or nan if unknown
+    could_show: float  # the smallest difference at the level of the family; nan if unknown
 
 
 def verdict(
@@ -515,64 +521,74 @@ def verdict(
     p_adjusted: float | None = None,
     equivalence_p_adjusted: float | None = None,
     family: int = 1,
-    expected_sign: int = 1,
     unit: str = "",
 ) -> Verdict:
-    """Judge the hypothesis that a - b has the expected sign, at the comparison's alpha.
+    """Judge the hypothesis that a is above b, at the comparison's alpha.
 
     In this order:
 
     1. fewer than two pairs: *undecided*, nothing can be concluded;
     2. the equivalence test passes: *equivalent within the margin*, also if the difference is
        significant, for then it is real but too small to matter;
-    3. the difference is significant: *supported* if it has the expected sign, else *refuted*;
+    3. the difference is significant: *supported* if it is a plus, else *refuted*;
     4. *undecided*. That is no finding of "no difference".
 
     Args:
         p_adjusted, equivalence_p_adjusted: the p-values corrected for the family of comparisons;
             without them the comparison's own count.
-        family: how many comparisons the correction runs over. The seeds needed are for the level
-            alpha / family, the strictest of Holm's steps, and thus enough for any of them.
-        expected_sign: +1 if the hypothesis says that a is above b, -1 if below.
+        family: how many comparisons the correction runs over. The seeds needed and the difference
+            that could be shown are for the level alpha / family, the strictest of Holm's steps, and
+            thus enough for any of them.
         unit: of the values, for the sentence ("points").
 
     The seeds needed to decide are the fewer of those that would show the difference and those that
     would show equivalence, were the observed mean and sd the true ones.
     """
-    if expected_sign not in (1, -1):
-        raise ValueError(f"expected_sign={expected_sign} must be 1 or -1")
     if family < 1:
         raise ValueError(f"family={family} must be at least 1")
     if comparison.n < 2:
-        return Verdict(Outcome.undecided, _sentence(comparison, None, None, unit), math.nan)
+        sentence = _sentence(comparison, None, None, unit)
+        return Verdict(Outcome.undecided, sentence, math.nan, math.nan)
 
     p = comparison.p if p_adjusted is None else p_adjusted
     equivalence_p = (
         comparison.equivalence_p if equivalence_p_adjusted is None else equivalence_p_adjusted
     )
-    sentence = _sentence(comparison, p_adjusted, equivalence_p_adjusted, unit)
+    level = comparison.alpha / family
+    mean, sd, n, power = comparison.mean, comparison.sd, comparison.n, comparison.power
+    could_show = smallest_difference(sd, n, alpha=level, power=power)
+    at_level = f", at the level {level:.2g} of its family of {family}" if family > 1 else ""
+    parts = [_sentence(comparison, p_adjusted, equivalence_p_adjusted, unit)]
+    if comparison.note:
+        parts.append(comparison.note)
+    if math.isfinite(could_show):
+        parts.append(
+            f"{could_show:.3g}{f' {unit}' if unit else ''} was the smallest difference that"
+            f" {n} seeds could show with power {power:g}{at_level}"
+        )
+    needed = float(n)
     if equivalence_p <= comparison.alpha:
         outcome = Outcome.equivalent
         if p <= comparison.alpha:
-            sentence += "; a real difference, but a negligible one"
+            parts.append("a real difference, but a negligible one")
     elif p <= comparison.alpha:
-        right = comparison.mean * expected_sign > 0
-        outcome = Outcome.supported if right else Outcome.refuted
+        outcome = Outcome.supported if mean > 0 else Outcome.refuted
     else:
-        level = comparison.alpha / family
-        mean, sd, power = comparison.mean, comparison.sd, comparison.power
+        outcome = Outcome.undecided
         needed = min(
             seeds_for_difference(mean, sd, alpha=level, power=power),
             seeds_for_equivalence(sd, comparison.margin, difference=mean, alpha=level, power=power),
         )
         # More seeds than were not enough.
-        needed = max(needed, comparison.n + 1)
+        needed = float(max(needed, n + 1))
         if math.isinf(needed):
-            sentence += f"; not even {MOST_SEEDS:,} seeds would decide"
+            parts.append(f"not even {MOST_SEEDS:,} seeds would decide")
         else:
-            sentence += f"; were these the true values, about {needed:,.0f} seeds would decide"
-        return Verdict(Outcome.undecided, sentence, float(needed))
-    return Verdict(outcome, sentence, float(comparison.n))
+            parts.append(
+                f"were these the true values, about {needed:,.0f} seeds would decide"
+                + (", at that level" if at_level and math.isfinite(could_show) else at_level)
+            )
+    return Verdict(outcome, "; ".join(parts), needed, could_show)
 
 
 def _sentence(
@@ -581,16 +597,21 @@ def _sentence(
     equivalence_p_adjusted: float | None,
     unit: str,
 ) -> str:
-    """The numbers that a verdict rests on, in one line of plain text."""
+    """The numbers of the tests that a verdict rests on, in one line of plain text."""
     unit = f" {unit}" if unit else ""
+    seeds = f"{comparison.n} seeds"
+    left_out = ""
+    if comparison.dropped:
+        seeds = f"{comparison.n} of {comparison.n + comparison.dropped} seeds"
+        left_out = f" (left out: {comparison.left_out})"
     if comparison.n == 0:
-        return comparison.note
+        return comparison.note + left_out
     if comparison.n == 1:
-        return f"difference {comparison.mean:+.3g}{unit}; {comparison.note}"
+        return f"difference {comparison.mean:+.3g}{unit}; {comparison.note}{left_out}"
     test = "sign-flip" if comparison.constant else "paired t"
     parts = [
         f"difference {comparison.mean:+.3g}{unit}, {1 - comparison.alpha:.0%} interval"
-        f" {comparison.low:+.3g} to {comparison.high:+.3g}, {comparison.n} seeds",
+        f" {comparison.low:+.3g} to {comparison.high:+.3g}, {seeds}{left_out}",
         f"{test} {_p(comparison.p)}"
         + (f", {_p(p_adjusted)} adjusted" if p_adjusted is not None else "")
         + (f", sign-flip {_p(comparison.sign_flip_p)}" if not comparison.constant else ""),
@@ -599,11 +620,6 @@ def _sentence(
             f", {_p(equivalence_p_adjusted)} adjusted" if equivalence_p_adjusted is not None else ""
         ),
     ]
-    if comparison.sd > 0:
-        parts.append(
-            f"{comparison.smallest_difference:.3g}{unit} was the smallest difference that"
-            f" {comparison.n} seeds could show with power {comparison.power:g}"
-        )
     return "; ".join(parts)
 
 
@@ -622,6 +638,7 @@ def compare(
     margin: float = 0.1,
     alpha: float = 0.05,
     power: float = 0.8,
+    reason: str | None = None,
 ) -> dict[tuple[Any, Any, Any], Comparison]:
     """Pair the runs of two variants by seed, for every pair of variants asked for.
 
@@ -633,6 +650,7 @@ def compare(
             no runs gives a comparison of no seeds.
         within: pairs are made within each value of this column, as `model`.
         seed: the column that pairs runs. Rows without a seed are ignored.
+        reason: a column that says why a run has no finite value, if it does.
 
     Returns:
         (value of `within`, a, b) -> Comparison; the first is None without `within`.
@@ -643,12 +661,13 @@ def compare(
             else, and picking one would be arbitrary.
     """
     keys = ([] if within is None else [within]) + [variant, seed]
-    missing = [column for column in [value, *keys] if column not in runs.columns]
+    told = [value, *([] if reason is None else [reason])]
+    missing = [column for column in [*told, *keys] if column not in runs.columns]
     if missing:
         raise ValueError(f"the runs have no column {_listed(missing)}")
     pairs = list(pairs)
     arms = {arm for pair in pairs for arm in pair}
-    used = runs.loc[runs[variant].isin(list(arms)) & runs[seed].notna(), [*keys, value]]
+    used = runs.loc[runs[variant].isin(list(arms)) & runs[seed].notna(), [*keys, *told]]
     is_finite = np.isfinite(used[value].to_numpy(dtype=float, na_value=math.nan))
     finite = used.loc[is_finite]
     repeated = finite.loc[finite.duplicated(subset=keys)].drop_duplicates(subset=keys)
@@ -666,12 +685,19 @@ def compare(
         groups = list(used.groupby(within, sort=False, dropna=False, observed=True))
     result = {}
     for group, rows in groups:
-        by_arm = {
-            arm: rows.loc[rows[variant] == arm].set_index(seed)[value].astype(float) for arm in arms
-        }
+        of_arm = {arm: rows.loc[rows[variant] == arm].set_index(seed) for arm in arms}
+        values = {arm: own[value].astype(float) for arm, own in of_arm.items()}
+        reasons: dict[Any, dict[Any, str]] = {arm: {} for arm in arms}
+        if reason is not None:
+            reasons = {arm: own[reason].dropna().to_dict() for arm, own in of_arm.items()}
         for a, b in pairs:
             result[group, a, b] = paired(
-                by_arm[a], by_arm[b], margin=margin, alpha=alpha, power=power
+                values[a],
+                values[b],
+                margin=margin,
+                alpha=alpha,
+                power=power,
+                reasons=reasons[b] | reasons[a],
             )
     return result
 
@@ -680,6 +706,7 @@ def compare(
 FIGURES = (
     "n",
     "dropped",
+    "left_out",
     "mean",
     "sd",
     "low",
@@ -699,11 +726,11 @@ FIGURES = (
 )
 
 
+FOR_THE_FAMILY = ("verdict", "sentence", "seeds_needed", "could_show")
+
+
 def judge(
-    comparisons: Mapping[Any, Comparison] | Sequence[Comparison],
-    *,
-    expected_sign: int = 1,
-    unit: str = "",
+    comparisons: Mapping[Any, Comparison] | Sequence[Comparison], *, unit: str = ""
 ) -> pd.DataFrame:
     """Judge comparisons as one family, with Holm's correction over all of them.
 
@@ -718,8 +745,8 @@ def judge(
     Returns:
         one row per comparison. Columns: `within`, `a`, `b` (if the labels are such triples, else
         `label`); FIGURES, which are attributes of Comparison and hold for that comparison alone;
-        `p_adjusted` and `equivalence_p_adjusted`; `verdict`, `sentence` and `seeds_needed`, which
-        hold for the family.
+        `p_adjusted` and `equivalence_p_adjusted`; `verdict`, `sentence`, `seeds_needed` and
+        `could_show`, which hold for the family.
     """
     if not isinstance(comparisons, Mapping):
         comparisons = dict(enumerate(comparisons))
@@ -738,7 +765,6 @@ def judge(
             p_adjusted=float(p),
             equivalence_p_adjusted=float(equivalence_p),
             family=family,
-            expected_sign=expected_sign,
             unit=unit,
         )
         rows.append(
@@ -750,74 +776,13 @@ def judge(
                 str(found.outcome),
                 found.sentence,
                 found.seeds_needed,
+                found.could_show,
             ]
         )
     columns = [*label_columns, *FIGURES, "p_adjusted", "equivalence_p_adjusted"]
-    return pd.DataFrame(rows, columns=[*columns, "verdict", "sentence", "seeds_needed"])
+    return pd.DataFrame(rows, columns=[*columns, *FOR_THE_FAMILY])
 
 
-def compare_all(
-    runs: pd.DataFrame, *, expected_sign: int = 1, unit: str = "", **pairing: Any
-) -> pd.DataFrame:
+def compare_all(runs: pd.DataFrame, *, unit: str = "", **pairing: Any) -> pd.DataFrame:
     """`compare` (which takes `pairing`) and `judge` in one: the pairs asked for are the family."""
-    return judge(compare(runs, **pairing), expected_sign=expected_sign, unit=unit)
-
-
-# --- compute to a target --------------------------------------------------------------------------
-
-
-def to_target(loss_by_compute: pd.DataFrame, target: float) -> float | None:
-    """The compute at which the loss first comes down to the target.
-
-    Args:
-        loss_by_compute: columns `compute` (cumulative, over all phases: tokens, floating-point
-            operations or seconds) and `loss` (nats per token), in any order of rows. Rows that are
-            not finite are ignored.
-        target: loss in nats per token.
-
-    Returns:
-        compute in its own unit, linearly interpolated between the two measurements around the
-        first crossing; the first measurement's if that is already there, for what came before it
-        is not known; None if the target is never reached.
-    """
-    curve = loss_by_compute[["compute", "loss"]].astype(float)
-    curve = curve.loc[np.isfinite(curve.to_numpy()).all(axis=1)]
-    curve = curve.sort_values(by="compute", kind="stable")
-    compute, loss = curve["compute"].to_numpy(), curve["loss"].to_numpy()
-    reached = np.flatnonzero(loss <= target)
-    if not len(reached):
-        return None
-    at = reached[0]
-    if at == 0:
-        return float(compute[0])
-    share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
-    return float(compute[at - 1] + share * (compute[at] - compute[at - 1]))
-
-
-def speed_up(
-    baseline: pd.DataFrame, grown: pd.DataFrame, target: float | None = None
-) -> float | None:
-    """Speed-up of growing: compute of the baseline / compute of the grown model to one loss, - 1.
-
-    As defined by Du et al. (2024), "Stacking Your Transformers": FLOPs_scratch / FLOPs_grown - 1 at
-    equal loss, following the comparison of cost at equal quality of Gong et al. (2019), "Efficient
-    Training of BERT by Progressively Stacking". 0.5 means that the baseline takes half as much
-    again; below 0, growing was slower. The grown model's compute counts all its phases.
-
-    Args:
-        baseline, grown: curves as for `to_target`.
-        target: loss in nats per token; by default the lowest that the baseline reached.
-
-    Returns:
-        the share; None if one of the two never reaches the target.
-    """
-    if target is None:
-        losses = baseline["loss"].to_numpy(dtype=float)
-        losses = losses[np.isfinite(losses)]
-        if not len(losses):
-            return None
-        target = float(losses.min())
-    base, own = to_target(baseline, target), to_target(grown, target)
-    if base is None or own is None or own == 0:
-        return None
-    return base / own - 1
+    return judge(compare(runs, **pairing), unit=unit)

@@ -2,10 +2,11 @@
 
 An **arm** is what is repeated over seeds: a *variant* (an experiment, and what else was set)
 trained as a *model* (a loss at the last layer, or at every layer) under a *condition* (the corpus,
-and any setting that was swept across the experiments alike). Only completed runs count, each
-experiment and seed once. Accuracies are in percent of tokens and their differences in points,
-perplexities compare in percent, losses in nats per token; in every change and difference a plus is
-an improvement.
+and any setting that was swept across the experiments alike). Only completed runs give figures, each
+experiment and seed once; those that did not complete are known to their arms, so that a comparison
+can tell how many seeds it lacks and why. Accuracies are in percent of tokens and their differences
+in points, perplexities compare in percent, losses in nats per token; in every change and difference
+a plus is an improvement.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.util import hash_pandas_object
 
 from proglayer import stats
 from proglayer.display import one_line
@@ -31,6 +33,8 @@ from proglayer.results import (
     keys_and_values,
 )
 
+# Its own types lack it.
+_hashed: Any = hash_pandas_object
 # A pandas frame or series. Its own types cannot follow a selection, which may be either.
 Frame = Any
 
@@ -171,27 +175,38 @@ _NO_VARIATION = {"seed", "model", "experiment", "data"}
 
 @dataclass(frozen=True, eq=False)
 class Arms:
-    """Completed runs, each with its arm.
+    """Completed runs, each with its arm; and the others of these arms' seeds.
 
     `runs` has one row a run, in the order of conditions, variants, models and seeds: `run`,
     `condition` (a number), `variant`, `experiment` (of runs that name none, the original's if that
     is what all of them are), `base` (the experiment as it is, nothing else set), `model`, `seed`,
     `grows`, the changes of FIGURES (nan for a run of one phase), and the columns of
-    `Results.runs`. `conditions` names each condition.
+    `Results.runs`. `conditions` names each condition. `lacking` has the same columns for the runs
+    of these arms that did not complete, of seeds without a completed run: their figures are nan,
+    and `lacks` is their status (it is missing in `runs`).
     """
 
     runs: Frame
     conditions: tuple[str, ...]
+    lacking: Frame
 
     def of(self, condition: int) -> Frame:
-        """The runs of one condition."""
+        """The completed runs of one condition."""
         return self.runs[self.runs["condition"] == condition]
+
+    def asked(self, condition: int) -> Frame:
+        """The runs of one condition, and after them those that did not complete."""
+        lacking = self.lacking[self.lacking["condition"] == condition]
+        own = self.of(condition)
+        return pd.concat([own, lacking], ignore_index=True) if len(lacking) else own
 
 
 def arms(results: Results) -> Arms:
     """Sort completed runs into arms."""
-    runs: Frame = results.distinct().runs
-    runs = runs[(runs["status"] == COMPLETED) & runs["seed"].notna()].reset_index(drop=True)
+    every: Frame = results.distinct().runs
+    every = every[every["seed"].notna()]
+    runs = every[every["status"] == COMPLETED].reset_index(drop=True)
+    runs["lacks"] = None
     runs["experiment"] = runs["experiment"].astype(object).where(runs["experiment"].notna(), "")
     runs["model"] = runs["model"].astype(object).where(runs["model"].notna(), "unknown model")
     for name in ("experiment", "model"):
@@ -223,7 +238,50 @@ def arms(results: Results) -> Arms:
         }
     )
     order = order.sort_values(list(order.columns), kind="stable").index
-    return Arms(runs.loc[order].reset_index(drop=True), names)
+    runs = runs.loc[order].reset_index(drop=True)
+    return Arms(runs, names, _lacking(runs, every[every["status"] != COMPLETED]))
+
+
+# What a run's place in the study is told by, its seed apart.
+_ARM = ["condition", "variant", "model"]
+
+
+def _lacking(runs: Frame, others: Frame) -> Frame:
+    """Those of `others`, which did not complete, that belong to the arms of `runs`.
+
+    A run belongs to an arm that was told the same: by its configuration, or, where the run never
+    began, by its overrides.
+    """
+    settings = [c for c in runs.columns if c.startswith("config.")]
+    columns = [c for c in settings if c not in _ASIDE]
+    configured = others["config.seed"].notna()
+    arms: Frame = runs.drop_duplicates(_ARM)
+    # What a run of an arm is told by before it ends; it has no figures.
+    known = [*_ARM, "experiment", "base", "grows", "phases", "first_layers", "last_layers"]
+    known += ["corpus_fingerprint", *settings]
+    keys: tuple[tuple[Frame, Callable[[Frame], Frame]], ...] = (
+        (others[configured], lambda frame: _hashed(frame[columns], index=False)),
+        (others[~configured], lambda frame: frame["overrides"].map(_without_seed)),
+    )
+    found = []
+    for part, key in keys:
+        own: Frame = part[["run", "seed", "status", "corpus_fingerprint"]].assign(key=key(part))
+        own = own.merge(arms[known].assign(key=key(arms)), on="key", suffixes=("_own", ""))
+        text = own.pop("corpus_fingerprint_own")
+        found.append(own[(text.isna() | (text == own["corpus_fingerprint"])).fillna(False)])
+    lacking: Frame = pd.concat(found)
+    lacking = lacking.drop_duplicates("run").drop_duplicates([*_ARM, "seed"], keep="last")
+    lacking = lacking.assign(seed=lacking["seed"].astype("int64"), lacks=lacking["status"])
+    there = pd.MultiIndex.from_frame(runs[[*_ARM, "seed"]])
+    lacking = lacking[~pd.MultiIndex.from_frame(lacking[[*_ARM, "seed"]]).isin(there)]
+    return lacking.reindex(columns=runs.columns).reset_index(drop=True)
+
+
+def _without_seed(overrides: Any) -> str:
+    """What a run was told, whatever its seed, and where and how it was to run."""
+    given = [] if pd.isna(overrides) else shlex.split(overrides)
+    aside = {"seed", *NOT_THE_EXPERIMENT}
+    return shlex.join(sorted(f"{k}={v}" for k, v in keys_and_values(given) if k not in aside))
 
 
 def differs_from_original(runs: Frame) -> list[str]:
@@ -324,11 +382,8 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
 
 def _own_overrides(text: str) -> int:
     """How many overrides say something else than which seed, model, experiment and text."""
-    try:
-        given = shlex.split(text)
-    except ValueError:
-        return 0
-    return sum(key.split(".")[0] not in _NO_VARIATION for key, _ in keys_and_values(given))
+    given = keys_and_values(shlex.split(text))
+    return sum(key.split(".")[0] not in _NO_VARIATION for key, _ in given)
 
 
 def _parts(
@@ -377,7 +432,7 @@ def changes(runs: Frame) -> Frame:
     """Each arm's change in each figure over its seeds.
 
     Args:
-        runs: of `Arms`, of one condition.
+        runs: of `Arms`, of one condition; those that did not complete count as dropped.
 
     Returns:
         one row per arm and figure: `variant`, `model`, `figure`, `unit`, and the fields of
@@ -404,49 +459,120 @@ def deep_minus_standard(runs: Frame, figure: Figure, margins: Margins) -> Frame:
 
     One family: see `stats.judge` for the columns; `variant` takes the place of `within`.
     """
+    told = stats.judge(_deep_minus_standard(runs, figure, margins), unit=figure.unit)
+    return told.rename(columns={"within": "variant"})
+
+
+def _deep_minus_standard(
+    runs: Frame, figure: Figure, margins: Margins
+) -> dict[tuple[Any, Any, Any], stats.Comparison]:
+    """In every variant with phases that has both models."""
     stepped = runs[runs["phases"].fillna(0) > 1]
     both = [
         variant
         for variant, rows in stepped.groupby("variant", sort=False)
         if {STANDARD, DEEP} <= set(rows["model"])
     ]
-    told = stats.compare_all(
+    return stats.compare(
         stepped[stepped["variant"].isin(both)],
         value=figure.change,
         variant="model",
         pairs=[(DEEP, STANDARD)],
         within="variant",
         margin=figure.margin(margins),
-        unit=figure.unit,
+        reason="lacks",
     )
-    return told.rename(columns={"within": "variant"})
 
 
-def against(runs: Frame, reference: str, margins: Margins) -> Frame:
-    """The final accuracy of every other variant less that of `reference`, paired by seed.
+def against(runs: Frame, references: Mapping[str, str], figure: Figure, margins: Margins) -> Frame:
+    """A figure of the end: each variant's less that of its reference, paired by seed.
 
-    One family over variants and models. Columns as `stats.judge`, with `model` for `within` and
-    `differs` (the settings in which the two differ).
+    A plus is an improvement in every figure; perplexities compare within seeds, in percent of the
+    reference's.
+
+    Args:
+        references: variant -> the variant that it is set against.
+
+    Returns:
+        one family over variants and models. Columns as `stats.judge`, with `model` for `within`
+        and `differs` (the settings in which the two differ).
     """
-    variants = [v for v in runs["variant"].unique() if v != reference]
-    held = set(map(tuple, runs[["model", "variant"]].drop_duplicates().to_numpy().tolist()))
-    comparisons = stats.compare(
-        runs,
-        value="last_accuracy_percent",
-        variant="variant",
-        pairs=[(variant, reference) for variant in variants],
-        within="model",
-        margin=ACCURACY.margin(margins),
-    )
-    comparisons = {
-        (model, a, b): comparison
-        for (model, a, b), comparison in comparisons.items()
-        if (model, a) in held and (model, b) in held
-    }
-    told = stats.judge(comparisons, unit=ACCURACY.unit).rename(columns={"within": "model"})
-    differs = differing(runs, reference)
-    told["differs"] = [differs[a] for a in told["a"]]
+    family: dict[tuple[Any, Any, Any], stats.Comparison] = {}
+    for variant, reference in references.items():
+        family |= _between(runs, figure, variant, reference, margins)
+    told = stats.judge(family, unit=figure.unit)
+    if not family:
+        told = told.assign(within=[], a=[], b=[])
+    told = told.rename(columns={"within": "model"})
+    differs = {reference: differing(runs, reference) for reference in set(references.values())}
+    told["differs"] = [differs[b][a] for a, b in zip(told["a"], told["b"], strict=True)]
     return told
+
+
+def _between(
+    runs: Frame, figure: Figure, a: str, b: str, margins: Margins
+) -> dict[tuple[Any, Any, Any], stats.Comparison]:
+    """(model, a, b) -> the comparison of a figure of the end, for each model that has both."""
+    own = runs[runs["variant"].isin([a, b])]
+    models = [model for model, rows in own.groupby("model", sort=False) if
+              {a, b} <= set(rows["variant"])]  # fmt: skip
+    own = own[own["model"].isin(models)]
+    if own.empty:
+        return {}
+    pairs: list[tuple[Hashable, Hashable]] = [(a, b)]
+    return stats.compare(
+        own.assign(value=_worth(own, figure, b)),
+        value="value",
+        variant="variant",
+        pairs=pairs,
+        within="model",
+        margin=figure.margin(margins),
+        reason="lacks",
+    )
+
+
+def _worth(runs: Frame, figure: Figure, reference: str) -> Frame:
+    """What each run is worth in a figure of its end, so that differences have its unit."""
+    if figure is ACCURACY:
+        return runs["last_accuracy_percent"].astype(float)
+    loss = runs["last_loss"].astype(float)
+    if figure is LOSS:
+        return -loss
+    rows = runs["variant"] == reference
+    base = runs.loc[rows, ["model", "seed"]].assign(perplexity=runs["last_perplexity"])
+    before = runs[["model", "seed"]].merge(base, how="left")["perplexity"].to_numpy(dtype=float)
+    after = runs["last_perplexity"].astype(float)
+    return stats.perplexity_change_percent(before, after)
+
+
+def plain_variant(runs: Frame, experiment: str) -> str | None:
+    """The variant that is this experiment and nothing else; else its first one; None without."""
+    rows = runs[runs["experiment"] == experiment]
+    plain = rows[rows["base"]]
+    rows = plain if len(plain) else rows
+    return None if rows.empty else str(rows["variant"].iloc[0])
+
+
+def controls(runs: Frame, experiment: str) -> dict[str, str]:
+    """Growing variant -> the variant of this control that is of its size.
+
+    Training from scratch is a control of the depth and width that growing ends with, training on
+    of those that it begins with. Variants of which no such control was run are left out.
+    """
+    end = "first_layers" if experiment == KEEP_TRAINING else "last_layers"
+
+    def size(rows: Frame) -> tuple[int, int]:
+        return int(rows[end].iloc[0]), int(rows["config.model.dim"].iloc[0])
+
+    runs = runs.dropna(subset=[end, "config.model.dim"])
+    held = runs[runs["experiment"] == experiment]
+    held = pd.concat([held[held["base"]], held[~held["base"]]])
+    by_size: dict[tuple[int, int], str] = {}
+    for variant, rows in held.groupby("variant", sort=False):
+        by_size.setdefault(size(rows), str(variant))
+    growing = runs[runs["grows"]].groupby("variant", sort=False)
+    sizes = {str(variant): size(rows) for variant, rows in growing}
+    return {variant: by_size[own] for variant, own in sizes.items() if own in by_size}
 
 
 def differing(runs: Frame, reference: str) -> dict[str, str]:
@@ -492,26 +618,16 @@ def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]
     """Judge what the founding experiment claimed, by the final or the changed accuracy.
 
     Args:
-        runs: of `Arms`, of one condition.
+        runs: of `Arms`, of one condition, also those that did not complete.
         curves: of `ledger.curves`, of these runs.
         margins: of equivalence.
     """
-    original = _named(runs, ORIGINAL)
+    original = plain_variant(runs, ORIGINAL)
     growing = list(runs.loc[runs["grows"], "variant"].unique())
     judged_in = [original] if original in growing else growing
     asked: list[tuple[str, str, str, Mapping[Any, stats.Comparison]]] = []
-    settings: dict[str, Any] = {"margin": ACCURACY.margin(margins)}
 
-    stepped = runs[runs["variant"].isin(judged_in)]
-    found = stats.compare(
-        stepped,
-        value=ACCURACY.change,
-        variant="model",
-        pairs=[(DEEP, STANDARD)],
-        within="variant",
-        **settings,
-    )
-    deeper = {(f"{v}: deep supervision − Standard", ""): c for (v, _, _), c in found.items()}
+    found = _deep_minus_standard(runs[runs["variant"].isin(judged_in)], ACCURACY, margins)
     asked.append(
         (
             "Deep supervision helps when layers are added",
@@ -519,33 +635,43 @@ def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]
             "paired by seed",
             "both models of one experiment that adds layers: experiment=original "
             "model=standard,deep_supervision",
-            deeper if {STANDARD, DEEP} <= set(stepped["model"]) else {},
+            {(f"{v}: deep supervision − Standard", ""): c for (v, _, _), c in found.items()},
         )
     )
 
-    unfrozen = _named(runs, UNFROZEN)
+    unfrozen = plain_variant(runs, UNFROZEN)
+    stable: dict[Any, stats.Comparison] = {}
+    if original is not None and unfrozen is not None:
+        found = _between(runs, ACCURACY, original, unfrozen, margins)
+        stable = {(f"{a} − {b}", str(model)): c for (model, a, b), c in found.items()}
     asked.append(
         (
             "Existing layers must be stable",
             "the final accuracy with the existing layers frozen − with nothing frozen, paired by "
             "seed",
             "experiment=original,control_unfrozen",
-            _between(runs, "last_accuracy_percent", original, unfrozen, settings),
+            stable,
         )
     )
 
-    scratch = _named(runs, FROM_SCRATCH)
+    scratch = None if original is None else controls(runs, FROM_SCRATCH).get(original)
     both: dict[Any, stats.Comparison] = {}
     for measure, words in (("tokens", "tokens"), ("flops", "compute")):
         if original is None or scratch is None:
             continue
         fair = at_equal(runs, curves, original, scratch, measure)
         shares = fair[fair["variant"] == scratch].groupby("model")["share"].median()
-        compared = _between(fair, "accuracy_percent", original, scratch, settings)
-        for (what, model), comparison in compared.items():
+        found = _between(
+            fair.assign(last_accuracy_percent=fair["accuracy_percent"]),
+            ACCURACY,
+            original,
+            scratch,
+            margins,
+        )
+        for (model, a, b), comparison in found.items():
             share = shares.get(model, math.nan)
             ended = f" (from scratch ended at {share:.0%})" if share < NEARLY_EQUAL else ""
-            both[f"{what}, at equal {words}{ended}", model] = comparison
+            both[f"{a} − {b}, at equal {words}{ended}", str(model)] = comparison
     asked.append(
         (
             "Stepwise training works",
@@ -572,36 +698,6 @@ def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]
     ]
 
 
-def _named(runs: Frame, experiment: str) -> str | None:
-    """The variant that is this experiment and nothing else; else its first one."""
-    rows = runs[runs["experiment"] == experiment]
-    plain = rows[rows["base"]]
-    rows = plain if len(plain) else rows
-    return None if rows.empty else str(rows["variant"].iloc[0])
-
-
-def _between(
-    runs: Frame,
-    value: str,
-    a: str | None,
-    b: str | None,
-    settings: Mapping[str, Any],
-) -> dict[tuple[str, str], stats.Comparison]:
-    """(what is compared, model) -> the comparison, for each model that has both variants."""
-    if a is None or b is None:
-        return {}
-    pairs: list[tuple[Hashable, Hashable]] = [(a, b)]
-    found = stats.compare(
-        runs, value=value, variant="variant", pairs=pairs, within="model", **settings
-    )
-    return {
-        (f"{a} − {b}", str(model)): comparison
-        for (model, _, _), comparison in found.items()
-        if comparison.n + comparison.dropped
-        and {a, b} <= set(runs.loc[runs["model"] == model, "variant"])
-    }
-
-
 def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str) -> Frame:
     """What each run of two variants is worth when from-scratch may spend what growing did.
 
@@ -613,12 +709,13 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
         measure: a column of `curves`: tokens or flops.
 
     Returns:
-        one row per run that has a partner: `variant`, `model`, `seed`, `accuracy_percent`, `loss`
-        (nan for a run whose first epoch costs more than growing did), `share` of what growing spent
-        that this run was trained for, whether it counts or not.
+        one row per run: `variant`, `model`, `seed`, `accuracy_percent`, `loss` (nan for a run from
+        scratch without a partner, or whose first epoch costs more than growing did), `share` of
+        what growing spent that this run was trained for, whether it counts or not, and `lacks`, why
+        it does not.
     """
-    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "share"]
-    own = runs.loc[runs["variant"] == grown, ["model", "seed", measure]]
+    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "share", "lacks"]
+    own = runs.loc[runs["variant"] == grown, ["model", "seed", measure, "lacks"]]
     own = own.assign(
         variant=grown,
         accuracy_percent=runs["last_accuracy_percent"].astype(float),
@@ -626,9 +723,9 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
         share=1.0,
     )
     budget = own.set_index(["model", "seed"])[measure].astype(float)
-    other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed"]]
+    other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed", "lacks"]]
     keys = pd.MultiIndex.from_frame(other[["model", "seed"]])
-    other = other.assign(budget=budget.reindex(keys).to_numpy()).dropna(subset="budget")
+    other = other.assign(budget=budget.reindex(keys).to_numpy())
     epochs = curves.merge(other, on="run")
     # The two sums were added up in different orders.
     within = epochs[epochs[measure] <= epochs["budget"] * (1 + 1e-9)]
@@ -640,12 +737,19 @@ def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str)
         loss=other["run"].map(best["loss"]).astype(float),
         share=spent / other["budget"].to_numpy(dtype=float),
     )
+    over = told["lacks"].isna() & told["accuracy_percent"].isna() & told["budget"].notna()
+    told["lacks"] = told["lacks"].mask(over, "over the budget in its first epoch")
     return pd.concat([own[columns], told[columns]], ignore_index=True)
 
 
 def has_seeds(runs: Frame) -> bool:
     """Whether any arm was run with more than one seed."""
     return bool(len(runs)) and bool(runs.groupby(["variant", "model"]).size().max() > 1)
+
+
+def single_seeds(runs: Frame) -> Frame:
+    """The completed runs whose arm has no other."""
+    return runs[~runs.duplicated(["variant", "model"], keep=False)]
 
 
 def binomial_errors(runs: Frame) -> Frame:

@@ -40,6 +40,7 @@ from proglayer.results import (
     load,
     plain_values,
 )
+from proglayer.words import duration, number_text, pair
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,15 +151,15 @@ def _summary_columns(results: Results, shown: Sequence[int]) -> list[_Shown]:
         if any(cells):
             columns.append(_Shown(title, cells, goes, right=True))
 
-    figures("layers", 5, lambda row: _pair(row, "layers", "d"))
-    figures("perplexity", 2, lambda r: progress.get(r["run"]) or _pair(r, "perplexity", ",.2f"))
-    figures("accuracy %", 3, lambda row: _pair(row, "accuracy_percent", ".2f"))
-    figures("± points", 6, lambda row: _figure(row["accuracy_points"], "+.2f"))
-    figures("± ppl %", 7, lambda row: _figure(row["perplexity_percent"], "+.2f"))
-    figures("epochs", 8, lambda row: _figure(row["epochs"], "d"))
-    figures("reused", 10, lambda row: _figure(row["epochs_reused"] or pd.NA, "d"))
-    figures("time", 4, lambda row: _duration(row["seconds"]))
-    figures("saved", 9, lambda row: _duration(row["seconds_saved"] or pd.NA))
+    figures("layers", 5, lambda row: pair(row, "layers", "d"))
+    figures("perplexity", 2, lambda r: progress.get(r["run"]) or pair(r, "perplexity", ",.2f"))
+    figures("accuracy %", 3, lambda row: pair(row, "accuracy_percent", ".2f"))
+    figures("± points", 6, lambda row: number_text(row["accuracy_points"], "+.2f"))
+    figures("± ppl %", 7, lambda row: number_text(row["perplexity_percent"], "+.2f"))
+    figures("epochs", 8, lambda row: number_text(row["epochs"], "d"))
+    figures("reused", 10, lambda row: number_text(row["epochs_reused"] or pd.NA, "d"))
+    figures("time", 4, lambda row: duration(row["seconds"]))
+    figures("saved", 9, lambda row: duration(row["seconds_saved"] or pd.NA))
     return columns
 
 
@@ -269,27 +270,6 @@ def _held(runs: pd.DataFrame) -> str:
     return f"{len(held)} in the hands of a scheduler{when}"
 
 
-def _pair(row: dict[str, Any], name: str, form: str) -> str:
-    first, last = _figure(row[f"first_{name}"], form), _figure(row[f"last_{name}"], form)
-    return f"{first} → {last}" if first else ""
-
-
-def _figure(value: Any, form: str) -> str:
-    return "" if pd.isna(value) else format(value, form)
-
-
-def _duration(seconds: Any) -> str:
-    """Seconds for people: 8.4 s, 12 min 30 s, 3 h 5 min."""
-    if pd.isna(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds) // 60
-    if minutes < 100:
-        return f"{minutes} min {round(seconds) % 60} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
-
-
 def _cut(text: str) -> Text:
     return Text(one_line(text), no_wrap=True, overflow="ellipsis")
 
@@ -349,7 +329,7 @@ def _moving(results: Results) -> RenderableType:
         Text.assemble(
             (one_line(run), STYLE[RUNNING]),
             f"  {progress.get(run, 'no epoch yet')}",
-            f"  last sign of life {_duration(_age(sign))} ago" if sign else "",
+            f"  last sign of life {duration(_age(sign))} ago" if sign else "",
             f"  {told}",
         )
         for status, run, sign, told in zip(*columns, strict=True)
@@ -377,7 +357,7 @@ def _best_so_far(runs: pd.DataFrame) -> str:
         if figures[0] is not None and (corpus not in best or figures[0] < best[corpus][0]):
             best[corpus] = tuple(figures)
     return "; ".join(
-        f"best so far {perplexity:,.2f} ({_figure(accuracy, '.2f')} %): "
+        f"best so far {perplexity:,.2f} ({number_text(accuracy, '.2f')} %): "
         + " ".join((one_line(run), told)).rstrip()
         for perplexity, accuracy, run, told in best.values()
     )
@@ -395,19 +375,26 @@ def _time_left(runs: pd.DataFrame) -> str:
     statuses = runs["status"].tolist()
     waiting = sum(status in TO_COME for status in statuses)
     running = statuses.count(RUNNING)
-    columns = [plain_values(runs[name]) for name in ("wall_seconds", "started")]
-    rows = list(zip(statuses, *columns, strict=True))
-    took = [seconds for status, seconds, _ in rows if status == COMPLETED and seconds is not None]
+    names = ("wall_seconds", "started", "epochs", "epochs_reused", "seconds_saved")
+    columns = [plain_values(runs[name]) for name in names]
+    took, begun = [], []
+    for status, seconds, started, epochs, reused, saved in zip(statuses, *columns, strict=True):
+        if status == COMPLETED and seconds is not None:
+            # One read whole from the store took no time, and says nothing of those to come.
+            if not (reused and reused == epochs and seconds < (saved or 0)):
+                took.append(seconds)
+        elif status == RUNNING and started:
+            begun.append(_age(started))
     if not running:
         return "nothing is running" if waiting else ""
     if not took:
-        return "time left not known until a run has completed"
+        trained = "that trains " if COMPLETED in statuses else ""
+        return f"time left not known until a run {trained}has completed"
     mean = sum(took) / len(took)
-    begun = [_age(started) for status, _, started in rows if status == RUNNING and started]
     left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
     return (
-        f"about {_duration(left)} left if the others take what the {len(took)} completed took "
-        f"({_duration(mean)} each), {running} at a time"
+        f"about {duration(left)} left if the others take what the {len(took)} completed took "
+        f"({duration(mean)} each), {running} at a time"
     )
 
 

@@ -15,6 +15,9 @@ from proglayer.figures import engineering, model_name
 from proglayer.page import Cell, Column, Table
 from proglayer.results import plain_values
 from proglayer.study import DEEP, FIGURES, STANDARD, Frame
+from proglayer.words import duration, listed, number_text, pair, ranges, text_of
+
+ALPHA = 0.05
 
 # --- the founding experiment's --------------------------------------------------------------------
 
@@ -28,8 +31,12 @@ PHASE_COLUMNS = (
 )
 
 
-def phase_table(title: str, runs: Frame, phases: Frame) -> Table:
-    """`Phase | Layers | Best Acc | Best PPL | Time | Best Epoch` of an arm, and the change row."""
+def phase_table(title: str, runs: Frame, phases: Frame, left_out: str = "") -> Table:
+    """`Phase | Layers | Best Acc | Best PPL | Time | Best Epoch` of an arm, and the change row.
+
+    Args:
+        left_out: what became of the seeds of this arm that did not complete.
+    """
     own: Frame = phases[phases["run"].isin(runs["run"])]
     rows = []
     for _, part in own.groupby("phase", sort=True):
@@ -59,6 +66,8 @@ def phase_table(title: str, runs: Frame, phases: Frame) -> Table:
         )
     count = len(runs)
     note = "" if count == 1 else f"Mean ± standard deviation over {count} seeds."
+    if left_out:
+        note = f"{note or 'One seed.'} Left out: {left_out}."
     return Table(title, PHASE_COLUMNS, rows, note, strong=strong)
 
 
@@ -146,12 +155,16 @@ def changes_table(changes: Frame, shown: Sequence[str]) -> Table:
         if variant in shown:
             by_figure = arm.set_index("figure")
             cells: list[Cell | str] = [str(variant), model_name(str(model))]
-            cells.append(str(int(arm["n"].max())))
+            most = arm.loc[arm["n"].idxmax()]
+            cells.append(_of_all(int(most["n"]), int(most["dropped"])))
             for figure in FIGURES:
                 told = by_figure.loc[figure.name]
                 cells.append(Cell(_interval(told, figure.decimals), _sort(told["mean"])))
             rows.append(cells)
-    note = "Mean ± standard deviation over seeds, and the 95 % interval of the mean."
+    note = (
+        "Mean ± standard deviation over the seeds that completed, and the 95 % interval of the "
+        "mean."
+    )
     return Table("Change from the first phase to the last", columns, rows, note, sortable=True)
 
 
@@ -162,15 +175,17 @@ def comparisons_table(
     labels: dict[str, str],
     shown: Iterable[str],
 ) -> Table:
-    """Judged comparisons of the variants `shown`; none that has no pair of seeds."""
-    family = int(told["p_adjusted"].notna().sum())
-    told = told[(told["n"] > 0) & told[next(iter(labels))].isin(list(shown))]
+    """Judged comparisons of the variants `shown`."""
+    family = max(1, int(told["p_adjusted"].notna().sum()))
+    told = told[told[next(iter(labels))].isin(list(shown))]
+    some_left_out = bool((told["dropped"] > 0).any())
     columns = [Column(name, "name") for name in labels.values()]
     columns += [
         Column("Difference"),
         Column("95 % interval"),
         Column("Verdict", "name"),
         Column("Seeds"),
+        *([Column("Left out", "name")] if some_left_out else []),
         Column("p, Holm"),
         Column("Sign-flip p", hidden_on_paper=True),
         Column("Equivalence p, Holm", hidden_on_paper=True),
@@ -190,27 +205,32 @@ def comparisons_table(
             else ""
         )
         cells += [
-            Cell(_number(row["mean"], f"+.{digits}f"), _sort(row["mean"])),
+            Cell(number_text(row["mean"], f"+.{digits}f"), _sort(row["mean"])),
             Cell(interval, _sort(row["low"])),
             # The margin is told below.
             row["verdict"].split()[0],
-            str(row["n"]),
+            _of_all(row["n"], row["dropped"]),
+            *([row["left_out"]] if some_left_out else []),
             _p(row["p_adjusted"]),
             _p(row["sign_flip_p"]),
             _p(row["equivalence_p_adjusted"]),
-            _number(row["effect_size"], "+.2f"),
-            _number(row["smallest_difference"], f".{digits}f"),
+            number_text(row["effect_size"], "+.2f"),
+            number_text(row["could_show"], f".{digits}f"),
             _seeds_needed(row),
         ]
         rows.append(cells)
     margin = told["margin"].iloc[0] if len(told) else math.nan
     note = (
         f"One family of {family}. Equivalent: within the margin of ±{margin:.3g} {figure.unit}. "
-        "Could show: the smallest true difference that this many seeds find with a power of 80 %, "
-        "for one comparison alone. Seeds to decide: were the observed mean and spread the true "
-        "ones."
+        "Could show: the smallest true difference that this many seeds find with a power of 80 %. "
+        "Seeds to decide: were the observed mean and spread the true ones. Both are at the level "
+        f"{ALPHA:g} / {family}, the strictest of Holm's steps."
     )
     return Table(title, columns, rows, note, sortable=True)
+
+
+def _of_all(seeds: int, left_out: int) -> Cell:
+    return Cell(f"{seeds} of {seeds + left_out}" if left_out else str(seeds), seeds)
 
 
 def _seeds_needed(row: dict[str, Any]) -> Cell:
@@ -244,14 +264,14 @@ def spent_table(spent: Frame) -> Table:
             row["variant"],
             model_name(row["model"]),
             str(row["seeds"]),
-            Cell(_number(row["epochs"], ".3g"), _sort(row["epochs"])),
+            Cell(number_text(row["epochs"], ".3g"), _sort(row["epochs"])),
             _large(row["tokens"]),
             _large(row["flops"]),
             _large(row["flops_without_head"]),
             Cell(duration(row["train_seconds"]), _sort(row["train_seconds"])),
             Cell(duration(row["evaluation_seconds"]), _sort(row["evaluation_seconds"])),
             Cell(duration(row["seconds_saved"]), _sort(row["seconds_saved"])),
-            _number(row["loss"], ".4f"),
+            number_text(row["loss"], ".4f"),
         ]
         for row in spent.to_dict("records")
     ]
@@ -330,8 +350,8 @@ def parameters_table(trained: Frame) -> Table:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def runs_table(runs: Frame, number: int, variants: Mapping[str, str]) -> Table:
-    """A row for each of `runs`, the first of `number`; `variants` names the arms of some."""
+def runs_table(runs: Frame, of: int, variants: Mapping[str, str]) -> Table:
+    """A row for each of `runs`, the first of so many; `variants` names the arms of some."""
     rows = []
     runs = runs.assign(phases=runs["phases"].astype("float64"))
     for row in runs.to_dict("records"):
@@ -341,14 +361,14 @@ def runs_table(runs: Frame, number: int, variants: Mapping[str, str]) -> Table:
                 row["run"],
                 name,
                 model_name(text_of(row["model"])),
-                _number(row["seed"], "d"),
+                number_text(row["seed"], "d"),
                 row["status"] + (" (repeated)" if pd.notna(row["duplicate_of"]) else ""),
-                _pair(row, "layers", "d"),
-                _number(row["last_accuracy_percent"], ".2f"),
-                _number(row["accuracy_points"] if row["phases"] > 1 else math.nan, "+.2f"),
-                _number(row["last_perplexity"], ",.2f"),
-                _number(row["perplexity_percent"] if row["phases"] > 1 else math.nan, "+.2f"),
-                _number(row["epochs"], "d"),
+                pair(row, "layers", "d"),
+                number_text(row["last_accuracy_percent"], ".2f"),
+                number_text(row["accuracy_points"] if row["phases"] > 1 else math.nan, "+.2f"),
+                number_text(row["last_perplexity"], ",.2f"),
+                number_text(row["perplexity_percent"] if row["phases"] > 1 else math.nan, "+.2f"),
+                number_text(row["epochs"], "d"),
                 Cell(duration(row["seconds"]), _sort(row["seconds"])),
             ]
         )
@@ -367,8 +387,8 @@ def runs_table(runs: Frame, number: int, variants: Mapping[str, str]) -> Table:
         Column("Time"),
     ]
     note = "All settings and figures are in tables/runs.csv, every epoch in tables/epochs.csv."
-    if number > len(rows):
-        note = f"The first {len(rows):,} of {number:,} runs. {note}"
+    if of > len(rows):
+        note = f"The first {len(rows):,} of {of:,} runs. {note}"
     return Table("Every run (click a head to sort)", columns, rows, note, sortable=True)
 
 
@@ -399,18 +419,6 @@ def versions_table(runs: Frame) -> Table:
 
 
 # --- words ----------------------------------------------------------------------------------------
-
-
-def duration(seconds: Any) -> str:
-    """Seconds for people: 8.4 s, 12 min 30 s, 3 h 5 min; nothing for what is not known."""
-    if pd.isna(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 100:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def _mean(values: Any, form: str, unit: str = "") -> str:
@@ -445,52 +453,22 @@ def _interval(told: Any, decimals: int, scale: float = 1, unit: str = "") -> str
     return f"{mean:+.{decimals}f} ± {sd:.{decimals}f} {interval}"
 
 
-def _number(value: Any, form: str) -> str:
-    return "" if pd.isna(value) or value != value else format(value, form)
-
-
 def _large(value: Any) -> Cell:
     return Cell("" if pd.isna(value) else engineering(value), _sort(value))
 
 
 def _p(value: float) -> Cell:
-    return Cell("< 0.001" if value < 0.001 else _number(value, ".3f"), _sort(value))
-
-
-def _pair(row: dict[str, Any], name: str, form: str) -> str:
-    first, last = _number(row[f"first_{name}"], form), _number(row[f"last_{name}"], form)
-    return first if last in ("", first) else f"{first} → {last}"
+    return Cell("< 0.001" if value < 0.001 else number_text(value, ".3f"), _sort(value))
 
 
 def _sort(value: Any) -> float | str:
     return "" if pd.isna(value) else float(value)
 
 
-def text_of(value: Any) -> str:
-    return "" if pd.isna(value) else str(value)
-
-
 def unique(values: Frame) -> list[str]:
-    known = [value for value in plain_values(values.drop_duplicates()) if value is not None]
-    words = {True: "yes", False: "no"}
-    return [
-        words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, Integral) else str(v)
-        for v in known
-    ]
+    def told(value: Any) -> str:
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        return f"{value:,}" if isinstance(value, Integral) else str(value)
 
-
-def listed(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def ranges(numbers: Iterable[Any]) -> str:
-    """Whole numbers for people: 1-5, 8."""
-    parts: list[list[int]] = []
-    for number in sorted({int(n) for n in numbers if not pd.isna(n)}):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    told = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in parts]
-    return listed(told, 12)
+    return [told(v) for v in plain_values(values.drop_duplicates()) if v is not None]

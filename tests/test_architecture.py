@@ -40,14 +40,15 @@ MAY_IMPORT = {
     # people
     "display": {"plan", "trainer"},
     "results": {"config", "display", "record"},
-    "summary": {"display", "record", "results"},
+    "words": set(),
+    "summary": {"display", "record", "results", "words"},
     "stats": set(),
     "study": {"display", "results", "stats"},
     "ledger": {"results", "stats", "study"},
     "page": set(),
     "figures": {"page", "study"},
-    "tables": {"figures", "ledger", "page", "results", "stats", "study"},
-    "report": {"figures", "ledger", "page", "results", "study", "tables"},
+    "tables": {"figures", "ledger", "page", "results", "stats", "study", "words"},
+    "report": {"figures", "ledger", "page", "results", "study", "tables", "words"},
     # jobs
     "experiment": {
         "config",

@@ -22,9 +22,10 @@ import pytest
 import yaml
 
 from proglayer import entrance, figures, ledger, page, stats, study
+from proglayer import report as reporting
 from proglayer.config import to_plain
 from proglayer.report import main, write_report
-from proglayer.results import NOT_THE_EXPERIMENT, _flat, load
+from proglayer.results import NOT_THE_EXPERIMENT, _flat, load, write_csv
 from proglayer.study import DEEP, STANDARD, Margins
 
 from . import made_up
@@ -232,6 +233,27 @@ def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path
         np.testing.assert_allclose(last[column], expected, rtol=1e-9)
 
 
+def to_target(curve: pd.DataFrame, target: float) -> float | None:
+    """The slow twin: the compute at which one run's loss first comes down to the target."""
+    curve = curve[np.isfinite(curve["loss"])]
+    there = np.flatnonzero(curve["loss"] <= target)
+    if not len(there):
+        return None
+    at = int(there[0])
+    compute, loss = curve["compute"].to_list(), curve["loss"].to_list()
+    if at == 0:
+        return compute[0]
+    share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
+    return compute[at - 1] + share * (compute[at] - compute[at - 1])
+
+
+def speed_up(baseline: pd.DataFrame, grown: pd.DataFrame) -> float | None:
+    """The slow twin: compute of the baseline / compute of the grown model to one loss, - 1."""
+    target = float(baseline["loss"].min())
+    base, own = to_target(baseline, target), to_target(grown, target)
+    return None if base is None or own is None else base / own - 1
+
+
 def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> None:
     results = load(sweep)
     runs = study.arms(results).of(0)
@@ -243,11 +265,11 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
 
     targets = ledger.default_targets(runs, curves, "original")
     told = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
-    gains = ledger.speed_up(runs, curves, study.FROM_SCRATCH)
+    gains = ledger.speed_up(runs, curves, {"original": study.FROM_SCRATCH})
     gains = gains.set_index(["variant", "model", "measure"])
     for measure in (m.column for m in ledger.MEASURES):
         for (variant, model), arm in runs.groupby(["variant", "model"]):
-            slow = [stats.to_target(curve(r, measure), targets[model]) for r in arm["run"]]
+            slow = [to_target(curve(r, measure), targets[model]) for r in arm["run"]]
             found = [value for value in slow if value is not None]
             row = told.loc[(variant, model)]
             assert row["reached"] == len(found)
@@ -259,7 +281,7 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
             scratch = runs[(runs["variant"] == study.FROM_SCRATCH) & (runs["model"] == model)]
             base = scratch.set_index("seed")["run"]
             each = [
-                stats.speed_up(curve(base[seed], measure), curve(run, measure))
+                speed_up(curve(base[seed], measure), curve(run, measure))
                 for run, seed in zip(arm["run"], arm["seed"], strict=True)
             ]
             known = [value for value in each if value is not None]
@@ -267,6 +289,58 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
             assert (row["n"], row["seeds"]) == (len(known), len(arm))
             if known:
                 assert row["mean"] == pytest.approx(np.mean(known))
+
+
+def one_arm(variant: str, *points: tuple[float, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A run of one arm, and its course of (compute, loss)."""
+    run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1}])
+    course = pd.DataFrame(points, columns=["compute", "loss"])
+    measures = {m.column: course["compute"] for m in ledger.MEASURES}
+    return run, course.assign(run=variant, **measures)
+
+
+def reached(target: float, *points: tuple[float, float]) -> float | None:
+    told = ledger.to_target(*one_arm("arm", *points), {STANDARD: target}).iloc[0]
+    return None if not told["reached"] else told["flops"]
+
+
+def test_a_target_is_reached_between_two_measurements() -> None:
+    falling = ((10, 8.0), (20, 7.0), (40, 6.0))
+    assert reached(7.0, *falling) == 20
+    assert reached(6.25, *falling) == 35
+    assert reached(8.5, *falling) == 10  # already there when first measured
+    assert reached(5.9, *falling) is None
+
+
+def test_the_first_crossing_counts_though_a_growth_throws_the_loss_back() -> None:
+    assert reached(6.5, (1, 7.0), (2, 6.0), (3, 6.8), (4, 5.0)) == 1.5
+
+
+def test_measurements_that_are_not_finite_are_passed_over() -> None:
+    assert reached(7.0, (1, 8.0), (2, np.nan), (3, 6.0)) == 2
+    assert reached(7.0, (1, np.nan)) is None
+
+
+def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
+    arms = [one_arm("scratch", *scratch), one_arm("grown", *grown)]
+    runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
+    told = ledger.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
+    return told["mean"] if told["n"] else None
+
+
+def test_the_speed_up_is_that_of_the_stacking_literature() -> None:
+    # Du et al. 2024: the loss of 300 B tokens from scratch is reached with 194 B: 54.6 % faster.
+    from_scratch = ((100, 3.0), (200, 2.5), (300, 2.25))
+    grown = ((100, 2.75), (194, 2.25), (300, 2.0))
+    found = gain(from_scratch, grown)
+    assert found == pytest.approx(0.546, abs=0.0005)
+    assert gain(grown[:2], from_scratch) == pytest.approx(194 / 300 - 1)
+    assert gain(from_scratch, from_scratch) == 0
+
+
+def test_a_target_that_one_arm_never_reaches_has_no_speed_up() -> None:
+    assert gain(((1, 3.0), (2, 2.0)), ((1, 3.0), (2, 2.5))) is None
+    assert gain(((1, np.nan),), ((1, 3.0), (2, 2.5))) is None
 
 
 def test_a_margin_is_the_readers(sweep: Path) -> None:
@@ -374,6 +448,148 @@ def test_a_sweep_without_an_experiment_is_told_by_what_it_varies(tmp_path: Path)
     assert "added_layers=3, Standard" in page.text
 
 
+# --- seeds that did not complete, controls of another size ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original in six seeds and both models; of deep supervision seed 1 failed, 2 was killed
+    before its record was written, 3 never began and 4 was not asked for.
+    """
+    folder = tmp_path_factory.mktemp("broken") / "sweep"
+    made_up.sweep(folder, ["original"], seeds=range(1, 7))
+    for number, status in ((6, "failed"), (7, "running"), (8, ""), (9, "")):
+        shutil.rmtree(folder / f"{number}_aaaaaa")
+        if status:
+            made_up.run(folder / f"{number}_aaaaaa", "original", DEEP, number - 5, status=status)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    (folder / "jobs.json").write_text(json.dumps([j for j in jobs if "9_aa" not in j["folder"]]))
+    return folder
+
+
+def test_a_verdict_tells_which_seeds_it_lacks_and_why(broken: Path, tmp_path: Path) -> None:
+    out = write_report([broken], tmp_path, png=False).parent
+    told = "2 of 6 seeds (left out: 1 failed, 1 not in both arms, 1 running, 1 waiting)"
+    page = page_of(out)
+    assert told in page.text
+    deeper = next(t for t in page.tables if t[0][0] == "Variant" and "Left out" in t[0])
+    row = dict(zip(*deeper, strict=True))
+    assert row["Seeds"] == "2 of 6"
+    assert row["Left out"] == "1 failed, 1 not in both arms, 1 running, 1 waiting"
+    # the arm's own table and its changes say so, too; seed 4 is nobody's loss there
+    assert "over 2 seeds. Left out: 1 failed, 1 running, 1 waiting." in page.text
+    changes = page.table("Variant", "Model", "Seeds", "Accuracy, points")
+    assert [row["Seeds"] for row in changes] == ["6", "2 of 5"]
+    judged = pd.read_csv(out / "tables" / "hypotheses.csv").iloc[0]
+    assert (judged["n"], judged["dropped"]) == (2, 4)
+
+
+def test_a_failed_seed_that_was_run_again_is_not_lacked(tmp_path: Path) -> None:
+    sweep = made_up.sweep(tmp_path / "s", ["original"], seeds=(1, 2))
+    # Without a corpus its record does not tell that it is the same experiment.
+    made_up.run(tmp_path / "again", "original", DEEP, 1, status="failed", corpus=None)
+    made_up.run(tmp_path / "other", "wider", DEEP, 3, status="failed")
+    arms = study.arms(load(sweep, tmp_path / "again", tmp_path / "other"))
+    assert arms.lacking.empty
+    assert len(arms.asked(0)) == 4
+
+
+def test_from_scratch_at_an_equal_budget_tells_which_seeds_failed(tmp_path: Path) -> None:
+    sweep = made_up.sweep(tmp_path / "s", ["original", "control_from_scratch"], [STANDARD], (1, 2))
+    made_up.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
+    made_up.run(tmp_path / "x", "control_from_scratch", STANDARD, 3, status="failed")
+    results = load(sweep, tmp_path / "x")
+    arms = study.arms(results)
+    curves = ledger.curves(results, arms.runs)
+    claims = study.hypotheses(arms.asked(0), curves, Margins())
+    told = claims[-1].rows
+    assert told["n"].tolist() == [1, 1]
+    assert told["left_out"].tolist() == ["2 failed", "2 failed"]
+
+
+def test_below_six_seeds_the_page_says_what_sign_flips_cannot(report: Path) -> None:
+    assert "with 3 seeds the sign-flip test cannot go below p = 0.25" in page_of(report).text
+
+
+def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> None:
+    names = ["original", "more_layers", "wider", "control_from_scratch", "control_keep_training"]
+    sweep = made_up.sweep(tmp_path / "s", names, [STANDARD], (1, 2))
+    page = page_of(write_report([sweep], tmp_path / "a", png=False).parent)
+    assert "depth and width was run for more_layers, wider: it takes experiment=control_from" in (
+        page.text
+    )
+    assert "depth and width was run for wider: it takes experiment=control_keep" in page.text
+    told = pd.read_csv(tmp_path / "a" / "tables" / "against.csv")
+    pairs = set(zip(told["a"], told["b"], strict=True))
+    assert ("original", "control_from_scratch") in pairs
+    assert not pairs & {(name, "control_from_scratch") for name in ("more_layers", "wider")}
+    # more layers grow from what keeps training, wider does not
+    assert ("more_layers", "control_keep_training") in pairs
+    assert ("wider", "control_keep_training") not in pairs
+    speed_up = pd.read_csv(tmp_path / "a" / "tables" / "speed_up.csv")
+    assert set(speed_up["variant"]) == {"original"}
+
+    for seed in (1, 2):
+        six = "added_layers=3"
+        made_up.run(tmp_path / "six" / str(seed), "control_from_scratch", STANDARD, seed, six)
+    write_report([sweep, tmp_path / "six"], tmp_path / "b", png=False)
+    told = pd.read_csv(tmp_path / "b" / "tables" / "against.csv")
+    found = dict(zip(told["a"], told["b"], strict=True))
+    assert found["more_layers"] == "control_from_scratch added_layers=3"
+    speed_up = pd.read_csv(tmp_path / "b" / "tables" / "speed_up.csv")
+    assert set(speed_up["variant"]) == {"original", "more_layers"}
+
+
+def test_variants_are_set_against_each_other_in_every_figure(sweep: Path) -> None:
+    runs = study.arms(load(sweep)).of(0)
+    by_seed = runs[runs["model"] == DEEP].set_index(["variant", "seed"])
+    own, other = by_seed.loc["control_from_scratch"], by_seed.loc["original"]
+    loss = other["last_loss"] - own["last_loss"]
+    before = other["last_perplexity"]
+    for figure, expected in (
+        (study.ACCURACY, own["last_accuracy_percent"] - other["last_accuracy_percent"]),
+        (study.PERPLEXITY, (before - own["last_perplexity"]) / before * 100),
+        (study.LOSS, loss),
+    ):
+        told = study.against(runs, {"control_from_scratch": "original"}, figure, Margins())
+        told = told[told["model"] == DEEP].iloc[0]
+        assert told["mean"] == pytest.approx(expected.astype(float).mean())
+        assert told["sd"] == pytest.approx(expected.astype(float).std())
+        assert told["margin"] == figure.margin(Margins())
+
+
+def test_a_variant_with_one_model_is_no_finding_about_models(tmp_path: Path) -> None:
+    for model, names in ((STANDARD, ["split_lr", "more_layers"]), (DEEP, ["split_lr"])):
+        made_up.sweep(tmp_path / model, names, [model], (1, 2))
+    results = load(tmp_path)
+    arms = study.arms(results)
+    claims = study.hypotheses(arms.asked(0), ledger.curves(results, arms.runs), Margins())
+    assert claims[0].rows["what"].tolist() == ["split_lr: deep supervision − Standard"]
+
+
+def test_more_conditions_than_are_drawn_are_in_the_tables_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "MOST_CONDITIONS", 1)
+    monkeypatch.setattr(reporting, "MOST_MODELS", 1)
+    for rate in ("0.001", "0.003"):
+        made_up.sweep(tmp_path / rate, ["original", "control_from_scratch"], (STANDARD, DEEP),
+                      (1, 2), f"lr.base={rate}")  # fmt: skip
+    out = write_report([tmp_path / "0.001", tmp_path / "0.003"], tmp_path / "out", png=False).parent
+    for name in ("hypotheses", "changes", "deep_minus_standard", "against", "ledger", "to_target",
+                 "speed_up"):  # fmt: skip
+        assert pd.read_csv(out / "tables" / f"{name}.csv")["condition"].nunique() == 2, name
+    text = page_of(out).text
+    assert "1 more condition is in tables/: changes.csv (pydocs lr.base=0.003)." in text
+    assert "1 more model is in tables/: epochs.csv (Deep supervision)." in text
+
+
+def test_names_of_columns_are_no_formulas_either(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"=1+1": ["@x", None], "plain": [-1.5, 2.0]})
+    write_csv(frame, tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_bytes() == b"'=1+1,plain\r\n'@x,-1.5\r\n,2.0\r\n"
+
+
 # --- one seed, one run, nothing -------------------------------------------------------------------
 
 
@@ -390,6 +606,16 @@ def test_one_seed_concludes_nothing_and_tells_the_binomial_error(tmp_path: Path)
     assert set(judged["verdict"]) == {"undecided"}
 
 
+def test_an_arm_of_one_seed_tells_its_error_also_where_others_have_more(tmp_path: Path) -> None:
+    made_up.sweep(tmp_path / "s", ["original"], [STANDARD], (1, 2, 3))
+    made_up.run(tmp_path / "one", "split_lr", STANDARD, 1)
+    text = page_of(write_report([tmp_path], tmp_path / "out", png=False).parent).text
+    runs = load(tmp_path / "one").runs
+    error = stats.binomial_error(runs["last_accuracy_percent"].iloc[0] / 100, 16_000)
+    assert "One seed of split_lr (Standard): nothing can be concluded." in text
+    assert f"of 16,000 tokens, ±{error:.2f} points" in text
+
+
 def test_a_single_run_has_a_report(tmp_path: Path) -> None:
     run = made_up.run(tmp_path / "run", "original", STANDARD, 42)
     out = write_report([run], run / "report").parent
@@ -397,6 +623,8 @@ def test_a_single_run_has_a_report(tmp_path: Path) -> None:
     assert "nothing can be concluded" in page.text
     assert page.table("Phase")[0]["Phase"] == "initial"
     assert "python train.py experiment=original model=standard seed=42" in page.text
+    ran = {row["What"]: row["Values in these runs"] for row in page.table("What")}
+    assert (ran["Working tree changed"], ran["Vocabulary"]) == ("no", "8,192")
     assert {path.suffix for path in (out / "figures").iterdir()} == {".svg", ".png"}
     # and it is neither a run of its own nor something that could not be read
     again = load(run)
@@ -635,8 +863,23 @@ def test_the_page_asks_for_nothing(report: Path) -> None:
     assert "Content-Security-Policy" in text
 
 
-def test_no_name_is_given_twice_and_every_reference_leads_somewhere(report: Path) -> None:
+@pytest.fixture(scope="module")
+def two_conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the original and a variant, on two rates."""
+    folder = tmp_path_factory.mktemp("two")
+    for rate in ("0.001", "0.003"):
+        made_up.sweep(folder / rate, ["original", "split_lr"], [STANDARD], (1, 2),
+                      f"lr.base={rate}")  # fmt: skip
+    return write_report([folder], folder / "out", png=False).parent
+
+
+@pytest.mark.parametrize("which", ["report", "two_conditions"])
+def test_no_name_is_given_twice_and_every_reference_leads_somewhere(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    report: Path = request.getfixturevalue(which)
     page = page_of(report)
+    assert page.text.count("Validation curves across phases") == (2 if "two" in which else 1)
     names = [a["id"] for _, a in page.elements if "id" in a]
     assert len(names) == len(set(names))
     text = (report / "index.html").read_text()

@@ -495,6 +495,11 @@ def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) ->
     assert ends(results) == {"queued": "lost", "stopped": "preempted"}
     assert results.failures == 1
     assert row(results, "queued")["host"] == socket.gethostname()
+    # whoever ended it may have said why; if not, nobody is accused
+    assert row(results, "queued")["reason"] == "it was ended from outside and left no record"
+    sign = json.loads((queued / "heartbeat.json").read_text())
+    (queued / "heartbeat.json").write_text(json.dumps(sign | {"reason": "its time was up"}))
+    assert row(load(tmp_path), "queued")["reason"] == "its time was up"
     write_sign(queued, Sign.pending)
     assert ends(load(tmp_path))["queued"] == "pending"
 
@@ -1029,6 +1034,19 @@ def test_no_time_left_is_made_up(tmp_path: Path) -> None:
     assert summary._time_left(load(sweep).runs) == ""
     list_jobs(sweep, "0_abc", "1_abc")
     assert summary._time_left(load(sweep).runs) == "nothing is running"
+
+
+def test_runs_that_were_in_the_store_do_not_shorten_the_time_left(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seconds=90.0)
+    for number in range(1, 4):
+        made_up(sweep / f"{number}_abc", seed=number, reused=3, seconds=0.1)
+    made_up(sweep / "4_abc", seed=4, status="running")
+    list_jobs(sweep, *(f"{number}_abc" for number in range(6)))
+    told = summary._time_left(load(sweep).runs)
+    assert "what the 1 completed took (90.0 s each)" in told
+    shutil.rmtree(sweep / "0_abc")
+    assert "not known" in summary._time_left(load(sweep).runs)
 
 
 def test_control_c_ends_watching_without_a_word(
