@@ -14,7 +14,7 @@ import importlib.util
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from enum import Enum
 from types import NoneType, UnionType
@@ -362,9 +362,9 @@ def setting_names(schema: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
-def nearest_setting(name: str, others: Iterable[str] = ()) -> str | None:
-    """The known setting (or one of `others`) that a misspelt `name` most likely meant."""
-    known = [*setting_names(), *others]
+def nearest_setting(name: str) -> str | None:
+    """The setting that a misspelt `name` most likely meant."""
+    known = setting_names()
     by_leaf = {known_name.rsplit(".", 1)[-1]: known_name for known_name in reversed(known)}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:

@@ -14,6 +14,7 @@ nothing to change, and opening a stored corpus imports neither `datasets` nor py
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -392,10 +393,12 @@ def _remap(path: Path, words: int, new_ids: np.ndarray) -> str:
 
 
 def _header(words: int) -> bytes:
-    """The header of a .npy file of that many int32, of the same size however many there are."""
-    text = f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({words},), }}"
-    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
-    return start + f"{text:{HEADER_BYTES - 11}}\n".encode()
+    """The header of a .npy file of that many int32. NumPy leaves room in it for any length."""
+    header = io.BytesIO()
+    about = {"descr": "<i4", "fortran_order": False, "shape": (words,)}
+    np.lib.format.write_array_header_1_0(header, about)
+    assert len(header.getvalue()) == HEADER_BYTES
+    return header.getvalue()
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -28,6 +28,7 @@ from proglayer.config import (
     ConfigError,
     OnError,
     first_line,
+    from_plain,
     nearest_setting,
     to_config,
     with_type,
@@ -267,7 +268,13 @@ def _as_submitted(settings: DictConfig, folder: Path) -> Config:
         return to_config(settings)
     from proglayer import machine
 
-    config = to_config(DictConfig(submission["config"]))
+    try:
+        config = from_plain(submission["config"])
+    except KeyError as error:
+        raise ConfigError(
+            f"{folder.name} was submitted without the setting {error}, by another version of the "
+            "code: submit it again"
+        ) from None
     if _composed(settings) != config:
         log.warning("conf/ was changed since this job was submitted: it runs as submitted")
     before, now = submission["git"], machine.git_state()

@@ -79,7 +79,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
 
     reported: list[str] = []
     monkeypatch.setattr(
-        searching, "leave_report", lambda folder, *before: reported.append(str(folder))
+        searching, "leave_report", lambda folder, *before: reported.append(folder.name)
     )
     search = (
         *SEARCH, "phase.max_epochs=8", "phase.patience=8", "model=deep_supervision",
