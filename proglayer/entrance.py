@@ -288,8 +288,15 @@ def _as_submitted(settings: DictConfig, folder: Path) -> Config:
 
 
 def _tell_changes() -> None:
-    """Say in the log of a job that runs from a copy what became of the files that were copied."""
+    """Say in the log of a job what became of the files that it has as copies: the code and the
+    settings, or, in a worker of this machine, the settings alone.
+    """
     changed = snapshot.changes()
+    if not changed:
+        sources = HydraConfig.get().runtime.config_sources
+        folders = {Path(each.path).parent for each in sources if each.schema == "file"}
+        copies = [folder / snapshot.PACKAGE.name for folder in sorted(folders)]
+        changed = [name for copy in copies for name in snapshot.changes(copy, code=False)]
     if changed:
         more = f" and {len(changed) - MOST_NAMED} more files" if len(changed) > MOST_NAMED else ""
         log.warning(

@@ -25,6 +25,7 @@ ORIGIN = "origin.json"
 PACKAGE = Path(__file__).resolve().parent
 # What Hydra reads in a folder of settings; anything else there may be large.
 SETTINGS = (".yaml", ".yml")
+PLUGINS = "hydra_plugins"
 
 
 def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: dict[str, Any] | None) -> Path:
@@ -76,14 +77,15 @@ def origin(package: Path = PACKAGE) -> dict[str, Any] | None:
         return None
 
 
-def changes(package: Path = PACKAGE) -> list[str]:
-    """The files that are no longer what the copy that runs was made from, by name.
-
-    Empty where it is no copy.
+def changes(package: Path = PACKAGE, code: bool = True) -> list[str]:
+    """The files that are no longer what a copy was made from, by name; of settings alone unless
+    `code`. Empty where it is no copy.
     """
     made_from = origin(package)
     changed = []
     for name, source in (made_from or {"folders": {}})["folders"].items():
+        if not code and name in (PACKAGE.name, PLUGINS):
+            continue
         folder, copy = Path(source), package.parent / name
         now, then = set(_files(name, folder)), set(_files(name, copy))
         changed += [
@@ -102,7 +104,7 @@ def _equal(one: Path, other: Path) -> bool:
 
 def _files(name: str, folder: Path) -> Iterator[str]:
     """What of a folder is copied, as paths in it."""
-    if name == "hydra_plugins":
+    if name == PLUGINS:
         # Installed packages have their plugins in folders beside our files.
         yield from (path.name for path in folder.glob("*.py"))
         return

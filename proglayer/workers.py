@@ -1,8 +1,10 @@
 """Jobs of a sweep in joblib's workers, which store the state of their jobs on Ctrl-C.
 
-What is ours of it: joblib kills its workers at once when the process that started them is
-interrupted. So that process holds SIGINT back until they are done, and sees that each gets one: a
-terminal sends it to all, but `kill` to a single process. A second Ctrl-C ends everything at once.
+What is ours of it: workers compose their jobs' settings from a copy, as an edit of conf/ meanwhile
+would change them or, half done, end the sweep. And joblib kills its workers at once when the
+process that started them is interrupted. So that process holds SIGINT back until they are done, and
+sees that each gets one: a terminal sends it to all, but `kill` to a single process. A second Ctrl-C
+ends everything at once.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from proglayer.config import ConfigError
-from proglayer.record import HEARTBEAT, RESULT, mark_lost
+from proglayer.launchers import freeze
+from proglayer.record import HEARTBEAT, RESULT, SUBMITTED, mark_lost
+from proglayer.stages import StoreError
 
 if TYPE_CHECKING:
     from hydra_plugins.proglayer_engines import ProglayerJoblibLauncher
@@ -86,10 +90,12 @@ def launch(
     process_joblib_cfg(settings)
     for number, overrides in enumerate(job_overrides, first_number):
         log.info("#%d: %s", number, " ".join(filter_overrides(overrides)))
-    task = Task(
-        launcher.config, launcher.hydra_context, launcher.task_function, Singleton.get_state(),
-        os.getpid(),
-    )  # fmt: skip
+    sweep = Path(launcher.config.hydra.sweep.dir)
+    try:
+        config, context, _ = freeze(launcher, (sweep / SUBMITTED).absolute())
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    task = Task(config, context, launcher.task_function, Singleton.get_state(), os.getpid())
     try:
         with _held_back() as stops:
             returns = joblib.Parallel(**settings)(
@@ -100,7 +106,7 @@ def launch(
     except BrokenExecutor as error:
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
-        for sign in Path(launcher.config.hydra.sweep.dir).glob(f"*/{HEARTBEAT}"):
+        for sign in sweep.glob(f"*/{HEARTBEAT}"):
             if not (sign.parent / RESULT).exists():
                 mark_lost(sign.parent)
         raise ConfigError(

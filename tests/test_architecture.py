@@ -119,7 +119,7 @@ MAY_IMPORT = {
         "stages",
         "versions",
     },
-    "workers": {"config", "record"},
+    "workers": {"config", "launchers", "record", "stages"},
     "ray": {"config", "launchers", "record", "stages"},
     "slurm": {"config", "display", "launchers", "record", "stages"},
 }

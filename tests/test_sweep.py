@@ -78,18 +78,28 @@ def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def working(sweep: Path) -> list[Path]:
+    """The metrics of jobs that are between their first epoch and their end."""
+    return [
+        metrics
+        for metrics in sweep.glob("*/metrics.csv")
+        if metrics.with_name("heartbeat.json").exists()
+        and not metrics.with_name("result.json").exists()
+    ]
+
+
 def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
     train: Command,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("joblib")
     jobs = (
-        *SHORT, "phase=from_scratch", "phase.max_epochs=12", "phase.patience=12", "seed=1,2,3",
+        *SHORT, "phase=from_scratch", "phase.max_epochs=40", "phase.patience=40", "seed=1,2,3",
         "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
     process = command(tmp_path, *jobs)
     deadline = time.monotonic() + 100
-    while len(at_work := list((tmp_path / "s").glob("*/metrics.csv"))) < 2:
+    while len(at_work := working(tmp_path / "s")) < 2:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -112,6 +122,33 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
     # Threads that the launcher shared out are no other setting.
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
+
+
+def test_settings_edited_while_jobs_of_joblib_wait_change_none_and_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    rates = tmp_path / "mine/lr/mine.yaml"
+    rates.parent.mkdir(parents=True)
+    rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
+    process = command(
+        tmp_path, "--config-dir", str(tmp_path / "mine"), "lr=mine", *QUICK, "seed=range(1,5)",
+        "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "s").glob("*/metrics.csv")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # Half done: no job could be composed from this.
+    rates.write_text(rates.read_text().replace("factor:", "factors:"))
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    assert [r["config"]["lr"]["base"] for r in results(tmp_path / "s")] == [1e-3] * 4
+    logs = [log.read_text() for log in (tmp_path / "s").glob("*/train.log")]
+    assert any(
+        "changed since this job was submitted, which runs as it was submitted: mine/lr/mine.yaml"
+        in log
+        for log in logs
+    )
 
 
 def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
