@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from proglayer.config import GrowthInit
 from proglayer.growth import build, grow
-from proglayer.model import Transformer, rotary_tables, rotate
+from proglayer.model import Transformer, restored, rotary_tables, rotate
 from proglayer.plan import Phase, parameter_counts, placements, plan
 
 from .helpers import TINY, config, experiments
@@ -35,6 +35,19 @@ def test_the_counted_parameters_are_the_models(experiment: str) -> None:
         counts = parameter_counts(phase)
         assert sum(p.numel() for p in model.parameters()) == counts.total
         assert sum(p.numel() for p in trainable.values()) == counts.trainable
+
+
+def test_a_model_of_stored_tensors_is_those_tensors_and_draws_nothing() -> None:
+    phase = planned()[0]
+    stored = build(phase).state_dict()
+    before = torch.get_rng_state()
+    model = restored(phase.layers, asdict(phase.architecture), stored)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == {
+        name: tensor.data_ptr() for name, tensor in stored.items()
+    }
+    with pytest.raises(RuntimeError, match="layers.3"):
+        restored(4, asdict(phase.architecture), stored)
 
 
 def test_a_word_is_never_predicted_from_what_follows_it() -> None:

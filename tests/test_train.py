@@ -267,6 +267,16 @@ def test_a_fault_before_the_first_phase_is_in_the_record_of_a_job(
     assert list(load(tmp_path / "s").runs["status"]) == ["failed", "failed"]
 
 
+def test_a_record_that_goes_away_while_it_is_looked_at_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next try takes it away, whenever that comes."""
+    from proglayer.record import read_result
+
+    monkeypatch.setattr(Path, "exists", lambda *_: True)
+    assert read_result(tmp_path) is None
+
+
 def test_a_figure_that_is_missing_at_the_end_fails_no_run(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
