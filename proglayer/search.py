@@ -27,7 +27,7 @@ from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
 from proglayer.launchers import threads_per_job
 from proglayer.record import JOBS, Heartbeat, Status, read_result
-from proglayer.stages import write_atomically
+from proglayer.stages import StoreError, write_atomically
 from proglayer.sweep import (
     Checks,
     Job,
@@ -156,7 +156,11 @@ class Trials:
         self._folder = Path(sweeper.config.hydra.sweep.dir)
         self._sweeper = sweeper
         self._checks = Checks(sweeper)
-        self._listed: dict[str, Sequence[str]] = {}
+        # Of an earlier command with the same folder too: of a trial that failed before it began,
+        # nothing else says what it was.
+        self._listed: dict[str, Sequence[str]] = {
+            job["folder"]: job["overrides"] for job in listed_and_begun(self._folder)
+        }
         console().print(
             f"study {name} in {sweeper.storage or 'memory'}: {self._ended} of {self._most} trials "
             f"ended before{f', {len(self._stopped)} to go on with' if self._stopped else ''}",
@@ -278,12 +282,18 @@ class Trials:
 
 def list_what_began(sweep: Path) -> None:
     """Take from the list of a sweep's jobs those that have not begun, if it can be written."""
+    if (sweep / JOBS).exists():
+        text = json.dumps(listed_and_begun(sweep), indent=1)
+        with contextlib.suppress(OSError, StoreError):
+            write_atomically(sweep / JOBS, text.encode(), "hydra.sweep.dir")
+
+
+def listed_and_begun(sweep: Path) -> list[dict[str, Any]]:
+    """`folder` and `overrides` of the jobs in a sweep's list that have begun."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         listed = json.loads((sweep / JOBS).read_text(encoding="utf-8"))
-        begun = [job for job in listed if (sweep / job["folder"]).is_dir()]
-        if begun != listed:
-            text = json.dumps(begun, indent=1)
-            write_atomically(sweep / JOBS, text.encode(), "hydra.sweep.dir")
+        return [job for job in listed if (sweep / job["folder"]).is_dir()]
+    return []
 
 
 def _objective(folder: Path) -> float | None:

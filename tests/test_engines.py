@@ -200,6 +200,21 @@ def _studies() -> list[list]:
     return [optuna.load_study(study_name=name, storage=storage).trials for name in names]
 
 
+def test_a_search_gone_on_with_keeps_what_its_earlier_trials_were(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("optuna")
+    for trials in (1, 2):
+        train(
+            *SEARCH, "model.num_heads=choice(3,5)", f"hydra.sweeper.n_trials={trials}",
+            "hydra.sweep.dir=a",
+        )  # fmt: skip
+    listed = json.loads((tmp_path / "a/jobs.json").read_text())
+    assert len(listed) == 2
+    assert all("model.num_heads=" in " ".join(job["overrides"]) for job in listed)
+
+
 def test_a_study_is_free_again_as_soon_as_its_search_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
