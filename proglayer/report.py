@@ -24,6 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from proglayer import ledger, study
+from proglayer.columns import COMPLETED, RUNNING, WAITING
 from proglayer.figures import (
     MOST_LINES,
     Gallery,
@@ -50,15 +51,7 @@ from proglayer.page import (
     to_html,
     to_markdown,
 )
-from proglayer.results import (
-    COMPLETED,
-    RUNNING,
-    WAITING,
-    Results,
-    load,
-    plain_values,
-    write_csv,
-)
+from proglayer.results import Results, load, plain_values, write_csv
 from proglayer.study import DEEP, FIGURES, STANDARD, Frame, Margins
 from proglayer.tables import (
     changes_table,

@@ -23,15 +23,10 @@ import pandas as pd
 from pandas.util import hash_pandas_object
 
 from proglayer import stats
+from proglayer.columns import COMPLETED, GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT
 from proglayer.display import one_line
-from proglayer.results import (
-    COMPLETED,
-    GROUPS,
-    NOT_THE_EXPERIMENT,
-    PLACE_OF_TEXT,
-    Results,
-    keys_and_values,
-)
+from proglayer.reading import keys_and_values
+from proglayer.results import Results
 
 # Its own types lack it.
 _hashed: Any = hash_pandas_object

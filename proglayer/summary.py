@@ -25,21 +25,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from proglayer.columns import COMPLETED, GROUPS, LOST, NOT_STARTED, PENDING, RUNNING, WAITING
 from proglayer.display import console, one_line
+from proglayer.reading import keys_and_values
 from proglayer.record import Status
-from proglayer.results import (
-    COMPLETED,
-    GROUPS,
-    LOST,
-    NOT_STARTED,
-    PENDING,
-    RUNNING,
-    WAITING,
-    Results,
-    keys_and_values,
-    load,
-    plain_values,
-)
+from proglayer.results import Results, load, plain_values
 from proglayer.words import duration, number_text, pair
 
 if TYPE_CHECKING:

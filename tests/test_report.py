@@ -23,9 +23,11 @@ import yaml
 
 from proglayer import entrance, figures, ledger, page, stats, study
 from proglayer import report as reporting
+from proglayer.columns import NOT_THE_EXPERIMENT
 from proglayer.config import to_plain
+from proglayer.reading import flat_settings
 from proglayer.report import main, write_report
-from proglayer.results import NOT_THE_EXPERIMENT, _flat, load, write_csv
+from proglayer.results import load, write_csv
 from proglayer.study import DEEP, STANDARD, Margins
 
 from . import made_up
@@ -392,7 +394,7 @@ def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
     apart = (*NOT_THE_EXPERIMENT, "seed", "model.exit_weights", "model.vocab_size")
     set_there = {
         name: value if isinstance(value, (int, float, str, NoneType)) else json.dumps(value)
-        for name, value in _flat(of_file)
+        for name, value in flat_settings(of_file)
         if name not in apart and not name.startswith("data.")
     }
     assert {n: v for n, v in told.items() if n != "freeze.steps"} == {

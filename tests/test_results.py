@@ -25,8 +25,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from proglayer import cache as cache_module
 from proglayer import experiment, record, summary
+from proglayer import reading as reading_module
 from proglayer import results as results_module
+from proglayer.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
 from proglayer.config import ConfigError, to_plain
 from proglayer.corpus import Corpus
 from proglayer.record import (
@@ -205,7 +208,7 @@ def test_settings_that_vary_stand_before_the_figures_and_constant_ones_at_the_en
     columns = results.runs.columns.tolist()
     assert columns.index("config.lr.base") < columns.index("accuracy_points")
     assert columns.index("config.model.dim") > columns.index("folder")
-    assert {f"config.{name}" for name in results_module.SETTINGS} <= set(columns)
+    assert {f"config.{name}" for name in SETTINGS} <= set(columns)
 
 
 def test_no_rows_have_the_types_of_many(tmp_path: Path) -> None:
@@ -615,11 +618,11 @@ def test_of_runs_with_the_same_settings_the_newest_completed_one_counts(tmp_path
     assert len(results.runs) == 5
 
 
-@pytest.mark.parametrize("name", sorted(results_module.SETTINGS))
+@pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) -> None:
     plain = settings()
     value = functools.reduce(lambda part, key: part[key], name.split("."), plain)
-    kind = results_module.SETTINGS[name]
+    kind = SETTINGS[name]
     if kind == "flag":
         value = not value
     elif kind == "text":
@@ -627,15 +630,15 @@ def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) 
     else:
         value = (value or 0) + 1
     other = with_setting(plain, name, value)
-    aside = (*results_module.NOT_THE_EXPERIMENT, *results_module.PLACE_OF_TEXT)
-    key = functools.partial(results_module._experiment_key, fingerprint="f")
+    aside = (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT)
+    key = functools.partial(reading_module._experiment_key, fingerprint="f")
     assert (key(plain) == key(other)) == (name in aside)
 
 
 def test_text_from_another_place_counts_as_the_same_only_by_its_fingerprint() -> None:
     plain = settings()
     other = with_setting(plain, "data.path", "/elsewhere")
-    key = results_module._experiment_key
+    key = reading_module._experiment_key
     assert key(plain, "f") == key(other, "f")
     assert key(plain, "f") != key(other, "g")
     assert key(plain, None) != key(other, None)
@@ -701,7 +704,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         reads.append(folder.name)
         return record.read_result(folder)
 
-    monkeypatch.setattr(results_module, "read_result", reading)
+    monkeypatch.setattr(reading_module, "read_result", reading)
     return reads
 
 
@@ -718,7 +721,7 @@ def test_what_did_not_change_is_not_read_again(pile: Path, monkeypatch: pytest.M
     third = load(pile)
     assert sorted(reads) == ["2_abc", "8_abc", "cut_short"]
     assert row(third, "sweep/2_abc")["last_perplexity"] == 900.0
-    (pile / results_module.CACHE).unlink()
+    (pile / cache_module.CACHE).unlink()
     same(third, load(pile))
 
 
@@ -762,7 +765,7 @@ def test_whether_a_run_lives_is_never_taken_from_the_cache(pile: Path) -> None:
 
 def test_a_damaged_cache_is_ignored(pile: Path) -> None:
     expected = load(pile)
-    cache = pile / results_module.CACHE
+    cache = pile / cache_module.CACHE
     sound = cache.read_bytes()
     step = len(sound) // 10
     for number in range(0, len(sound), step):
@@ -778,7 +781,7 @@ def test_a_damaged_cache_is_ignored(pile: Path) -> None:
 
 def test_a_cache_of_another_version_is_ignored(pile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(pile)
-    monkeypatch.setattr(results_module, "CACHE_FORMAT", results_module.CACHE_FORMAT + 1)
+    monkeypatch.setattr(cache_module, "CACHE_FORMAT", cache_module.CACHE_FORMAT + 1)
     reads = counted_reads(monkeypatch)
     load(pile)
     assert len(reads) == 9
@@ -786,17 +789,17 @@ def test_a_cache_of_another_version_is_ignored(pile: Path, monkeypatch: pytest.M
 
 def test_many_can_read_one_pile_at_once(pile: Path) -> None:
     expected = load(pile)
-    (pile / results_module.CACHE).unlink()
+    (pile / cache_module.CACHE).unlink()
 
     def churn(number: int) -> Results:
         if number % 3 == 0:
-            (pile / results_module.CACHE).unlink(missing_ok=True)
+            (pile / cache_module.CACHE).unlink(missing_ok=True)
         return load(pile)
 
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(churn, range(12)):
             same(expected, results)
-    assert [path.name for path in pile.glob(".*")] == [results_module.CACHE]
+    assert [path.name for path in pile.glob(".*")] == [cache_module.CACHE]
 
 
 def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> None:
