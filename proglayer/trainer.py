@@ -23,9 +23,10 @@ from proglayer.optim import build_optimizer, set_rates
 from proglayer.plan import Phase, Precision, StoppingRule
 from proglayer.streams import stream
 
-# Progress is reported, and the loss looked at, at least this far apart: on a GPU each look waits
-# for the device.
+# The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
+# that are on their way there, so within a short epoch there is none.
 LOOK_EVERY_S = 1.0
+LOOK_EVERY_ON_DEVICE_S = 60.0
 
 
 class Diverged(RuntimeError):
@@ -103,7 +104,8 @@ class Training:
         """Train to the end of the epoch under way.
 
         `after_step` is called when the state is whole; it may raise to stop here. Raises Diverged
-        when the loss is no longer finite, looked at every second and at the end.
+        when the loss is no longer finite, looked at every second (elsewhere than on the CPU every
+        minute, as a look waits for the device) and at the end.
         """
         phase, model = self.phase, self.model
         model.train()
@@ -111,6 +113,7 @@ class Training:
             len(self.windows), generator=stream(phase.seed, "order", phase.index, self.epoch + 1)
         )
         looked = time.perf_counter()
+        look_every_s = LOOK_EVERY_S if self.device.type == "cpu" else LOOK_EVERY_ON_DEVICE_S
         started, seconds_before, first_step = looked, self.seconds, self.step
         while self.step < self.steps_per_epoch:
             batch = order[self.step * phase.batch_size : (self.step + 1) * phase.batch_size]
@@ -129,11 +132,12 @@ class Training:
             self.loss_sum += loss.detach() * target_nt.numel()
             self.step += 1
             now = time.perf_counter()
-            self.seconds = seconds_before + now - started
             mean = None
-            if now - looked > LOOK_EVERY_S or self.step == self.steps_per_epoch:
-                looked = now
+            if now - looked > look_every_s or self.step == self.steps_per_epoch:
                 mean = self.check_finite()
+                # Elsewhere than on the CPU that took as long as the steps on their way there.
+                looked = now = time.perf_counter()
+            self.seconds = seconds_before + now - started
             if after_step is not None:
                 speed = (self.step - first_step) * phase.batch_size * self.windows.seq_len
                 after_step(

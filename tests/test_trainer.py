@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -224,6 +225,22 @@ def test_training_repeats_bit_for_bit_whatever_the_global_generators_do() -> Non
             training.finish_epoch()
         runs.append(training.model.state_dict())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_time_of_an_epoch_includes_the_wait_for_the_device_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phase = planned()[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    check_finite = training.check_finite
+
+    def waiting() -> float:
+        time.sleep(0.2)  # as where steps are under way on a GPU
+        return check_finite()
+
+    monkeypatch.setattr(training, "check_finite", waiting)
+    training.train_epoch()
+    assert training.seconds > 0.2
 
 
 def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
