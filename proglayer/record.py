@@ -206,9 +206,10 @@ def _own_sign(sign: Sign) -> dict[str, Any]:
     return {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
 
 
-def mark_lost(folder: Path) -> None:
-    """Tell of a run without a record that nobody is at work on it, nor will be."""
-    content = {"host": None, "process": None} | read_sign(folder) | {"sign": Sign.lost.value}
+def mark_lost(folder: Path, reason: str) -> None:
+    """Tell of a run without a record that nobody is at work on it, nor will be, and why."""
+    lost = {"sign": Sign.lost.value, "reason": reason}
+    content = {"host": None, "process": None} | read_sign(folder) | lost
     with contextlib.suppress(OSError):
         (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
 

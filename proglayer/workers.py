@@ -108,7 +108,7 @@ def launch(
             raise KeyboardInterrupt from error
         for sign in sweep.glob(f"*/{HEARTBEAT}"):
             if not (sign.parent / RESULT).exists():
-                mark_lost(sign.parent)
+                mark_lost(sign.parent, "its process was killed")
         raise ConfigError(
             "a worker of joblib was killed, and the others with it (by the system, for want of "
             "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"
