@@ -26,7 +26,7 @@ from proglayer.config import ConfigError, OnError, first_line, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
 from proglayer.launchers import threads_per_job
-from proglayer.record import JOBS, Heartbeat, Status, read_result
+from proglayer.record import JOBS, Heartbeat, Sign, Status, read_result, read_sign
 from proglayer.stages import StoreError, write_atomically
 from proglayer.sweep import (
     Checks,
@@ -197,8 +197,9 @@ class Trials:
     def run(self, count: int) -> None:
         """Run `count` trials at once and tell the study how each ended.
 
-        Raises ConfigError where too many failed or none can be composed. What ends this from
-        outside leaves them running in the study: the next command takes them up.
+        Raises ConfigError where too many failed, none can be composed, or the launcher gave up.
+        What ends this from outside leaves those that did not end running in the study: the next
+        command takes them up.
         """
         import optuna
 
@@ -210,22 +211,34 @@ class Trials:
             for trial in asked:
                 self._study.tell(trial, state=fail)
             raise
-        for ended in launch(self._sweeper, [job for job in jobs if job], first=asked[0].number):
-            _ = ended.return_value  # raises what a job could not record
-        failed = 0
-        for trial, job in zip(asked, jobs, strict=True):
-            value = _objective(self._folder / job.folder) if job else None
-            if value is None:
-                failed += 1
-                self._study.tell(trial, state=fail)
-            else:
-                self._study.tell(trial, value)
+        try:
+            for ended in launch(self._sweeper, [job for job in jobs if job], first=asked[0].number):
+                _ = ended.return_value  # raises what a job could not record
+        except ConfigError:
+            # A trial whose process was killed would be killed again by the next command, for ever.
+            # Those that did not come to an end go on then.
+            for trial, job in zip(asked, jobs, strict=True):
+                if job is None or _has_ended(self._folder / job.folder):
+                    self._tell(trial, job)
+            raise
+        failed = sum(self._tell(trial, job) is None for trial, job in zip(asked, jobs, strict=True))
         rate = self._sweeper.max_failure_rate
         if failed / count > rate:
             allowed = f"hydra.sweeper.max_failure_rate={rate}"
             raise ConfigError(f"{failed} of {count} trials failed, more than {allowed} lets pass")
         if failed and self._master.on_error is OnError.stop:
             raise ConfigError("a trial failed, and on_error=stop: the same command goes on")
+
+    def _tell(self, trial: optuna.trial.Trial, job: Job | None) -> float | None:
+        """Tell the study what a trial came to, and give it; None for a failed one."""
+        import optuna
+
+        value = _objective(self._folder / job.folder) if job else None
+        if value is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, value)
+        return value
 
     def _next(self) -> optuna.trial.Trial:
         """A trial that was stopped, with the values that it has, or else a new one."""
@@ -303,6 +316,15 @@ def _objective(folder: Path) -> float | None:
         if result is not None and result["status"] == Status.completed:
             return result["objective"]
     return None
+
+
+def _has_ended(folder: Path) -> bool:
+    """Whether a trial completed, failed or was lost: not one that was stopped or not begun."""
+    with contextlib.suppress(ValueError):
+        result = read_result(folder)
+        if result is not None:
+            return result["status"] in (Status.completed, Status.failed)
+    return read_sign(folder).get("sign") == Sign.lost
 
 
 @contextlib.contextmanager

@@ -251,3 +251,35 @@ def test_an_objective_that_is_no_number_is_told_before_anything_trains(
         assert "validation_accuracy_percent" in line
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.usefixtures("own_workers")
+def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("optuna")
+    search = (
+        *GRID, "seed=choice(1,2)", "phase.max_epochs=400", "phase.patience=400", "threads=1",
+        "report=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "hydra.sweeper.n_jobs=2", "hydra.sweep.dir=a",
+    )  # fmt: skip
+
+    def kill_the_first() -> None:
+        while not (begun := list(tmp_path.glob("a/*/metrics.csv"))):
+            time.sleep(0.01)
+        sign = json.loads(begun[0].with_name("heartbeat.json").read_text())
+        assert sign["process"] != os.getpid()
+        os.kill(sign["process"], signal.SIGKILL)
+
+    threading.Thread(target=kill_the_first, daemon=True).start()
+    done = train(*search)
+    assert done.status == 1
+    assert done.err.splitlines()[-1].startswith("error: a worker of joblib was killed"), done.err
+    runs = load(tmp_path / "a").runs
+    lost = runs[runs["status"] == "lost"]
+    assert len(lost) >= 1
+    assert set(lost["reason"]) == {"its process was killed"}
+    (study,) = _studies()
+    # joblib kills the worker of the other trial too, if that one has begun.
+    assert [t.state.name for t in study].count("FAIL") == len(lost)
