@@ -142,7 +142,7 @@ def run(
             except Deferred as reason:
                 display.note(f"{reason}: this one comes back later")
                 loggers.end(result | {"status": Status.interrupted.value})
-                write_sign(folder, Sign.pending)
+                write_sign(folder, Sign.deferred)
                 raise
             except Interrupted as stop:
                 status, result["reason"] = Status.interrupted, str(stop)

@@ -63,11 +63,13 @@ class Sign(StrEnum):
     """What a run without a record says of itself in `heartbeat.json`.
 
     A running one touches the file again and again; a pending one is held by a scheduler, and
-    nothing touches its file until it starts. A lost one is no longer held, as somebody found out.
+    nothing touches its file until it starts; a deferred one is held in the same way by its sweep,
+    as long as that lives. A lost one is no longer held, as somebody found out.
     """
 
     running = "running"
     pending = "pending"
+    deferred = "deferred"
     lost = "lost"
 
 
