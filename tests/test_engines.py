@@ -280,6 +280,29 @@ def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
     lost = runs[runs["status"] == "lost"]
     assert len(lost) >= 1
     assert set(lost["reason"]) == {"its process was killed"}
+    assert (tmp_path / "a/report/index.html").exists()
     (study,) = _studies()
     # joblib kills the worker of the other trial too, if that one has begun.
     assert [t.state.name for t in study].count("FAIL") == len(lost)
+
+
+def test_the_command_of_the_best_names_what_the_sweeper_was_told_to_keep(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("optuna")
+    kept = "hydra.sweeper.params={freeze:none,phase.batch_size:8}"
+    done = train(*GRID, "seed=choice(3)", kept, "hydra.sweep.dir=a")
+    assert done.status == 0, done.err
+    command = shlex.split(done.out.splitlines()[-1])[2:]
+    assert "freeze=none" in command
+    # What the command line says of a setting goes before.
+    assert [given for given in command if "batch_size" in given] == ["phase.batch_size=16"]
+    (trial,) = results(tmp_path / "a")
+    assert train(*command, "hydra.run.dir=best").status == 0
+    (best,) = results(tmp_path / "best")
+    assert best["config"]["freeze"] == trial["config"]["freeze"]
+    assert [p["stage"] for p in best["phases"]] == [p["stage"] for p in trial["phases"]]
+    # Other settings are another search.
+    train(*GRID, "seed=choice(3)", "hydra.sweeper.params={freeze:existing}", "hydra.sweep.dir=b")
+    assert len(_studies()) == 2
