@@ -44,6 +44,12 @@ def console() -> Console:
     )
 
 
+def tell(text: str) -> None:
+    """One line on the console and in the log."""
+    log.info("%s", text)
+    console().print(text, markup=False)
+
+
 def one_line(text: str) -> str:
     """Text without line breaks or anything that a terminal would act on."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

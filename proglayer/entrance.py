@@ -153,10 +153,10 @@ def leave_report(folder: Path, *before: Path) -> None:
 def print_plan(config: Config) -> None:
     """Print a run's phases and what they cost."""
     from proglayer.corpus import open_corpus
-    from proglayer.display import console, plan_table
+    from proglayer.display import console, plan_table, tell
     from proglayer.plan import plan
 
-    corpus = open_corpus(config.data)
+    corpus = open_corpus(config.data, tell)
     windows = len(corpus.train), len(corpus.validation)
     phases = plan(config, corpus.vocab_size)
     console().print(plan_table(phases, config.data.seq_len, *windows, "plan"))

@@ -23,7 +23,7 @@ import torch
 from proglayer import machine, slots
 from proglayer.config import Config, ConfigError, stages_dir, to_plain
 from proglayer.corpus import Corpus, open_corpus
-from proglayer.display import RunDisplay, console
+from proglayer.display import RunDisplay, tell
 from proglayer.growth import build, grow
 from proglayer.loggers import Loggers
 from proglayer.model import Transformer, restored
@@ -142,7 +142,7 @@ def run(
             except Deferred as reason:
                 display.note(f"{reason}: this one comes back later")
                 loggers.end(result | {"status": Status.interrupted.value})
-                write_sign(folder, Sign.pending)
+                write_sign(folder, Sign.deferred)
                 raise
             except Interrupted as stop:
                 status, result["reason"] = Status.interrupted, str(stop)
@@ -184,7 +184,7 @@ def prepare(config: Config, result: dict[str, Any]) -> Ready:
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
     device = machine.pick_device(config.device, config.precision)
-    corpus = open_corpus(config.data, _say)
+    corpus = open_corpus(config.data, tell)
     phases = plan(config, corpus.vocab_size)
     for phase in phases:
         phase.windows(len(corpus.train))
@@ -421,12 +421,6 @@ def _tell_fault(result: dict[str, Any], error: Exception) -> None:
     result["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
     result["traceback"] = traceback.format_exc()
     log.exception("the run failed")
-
-
-def _say(text: str) -> None:
-    """One line on the console and in the log."""
-    log.info("%s", text)
-    console().print(text, markup=False)
 
 
 def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Transformer:

@@ -63,11 +63,13 @@ class Sign(StrEnum):
     """What a run without a record says of itself in `heartbeat.json`.
 
     A running one touches the file again and again; a pending one is held by a scheduler, and
-    nothing touches its file until it starts. A lost one is no longer held, as somebody found out.
+    nothing touches its file until it starts; a deferred one is held in the same way by its sweep,
+    as long as that lives. A lost one is no longer held, as somebody found out.
     """
 
     running = "running"
     pending = "pending"
+    deferred = "deferred"
     lost = "lost"
 
 
@@ -206,9 +208,10 @@ def _own_sign(sign: Sign) -> dict[str, Any]:
     return {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
 
 
-def mark_lost(folder: Path) -> None:
-    """Tell of a run without a record that nobody is at work on it, nor will be."""
-    content = {"host": None, "process": None} | read_sign(folder) | {"sign": Sign.lost.value}
+def mark_lost(folder: Path, reason: str) -> None:
+    """Tell of a run without a record that nobody is at work on it, nor will be, and why."""
+    lost = {"sign": Sign.lost.value, "reason": reason}
+    content = {"host": None, "process": None} | read_sign(folder) | lost
     with contextlib.suppress(OSError):
         (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
 

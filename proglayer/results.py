@@ -246,19 +246,24 @@ def _add_signs_of_life(runs: pd.DataFrame, found: Sequence[Found]) -> None:
     told = {name: plain_values(runs[name]) for name in ("status", "reason", "host")}
     for place, item in enumerate(found):
         status = told["status"][place]
-        if status == WAITING and (since := _lost_since(item)):
+        if status == WAITING and (since := _lost_since(item.last_sign)):
             told["status"][place] = NOT_STARTED
             told["reason"][place] = f"its sweep shows no sign of life since {since}"
         elif status == RUNNING:
             sign = read_sign(Path(item.path))
             host = told["host"][place] = as_text(sign.get("host"))
-            if sign.get("sign") == PENDING:
+            if sign.get("sign") == Sign.deferred and (since := _lost_since(item.sweep_sign)):
+                told["status"][place] = LOST
+                told["reason"][place] = (
+                    f"put off, and its sweep shows no sign of life since {since}"
+                )
+            elif sign.get("sign") in (Sign.pending, Sign.deferred):
                 told["status"][place] = PENDING
             elif sign.get("sign") == Sign.lost:
                 told["status"][place] = LOST
                 given = as_text(sign.get("reason"))
                 told["reason"][place] = given or "it was ended from outside and left no record"
-            elif since := _lost_since(item):
+            elif since := _lost_since(item.last_sign):
                 told["status"][place] = LOST
                 where = f" (it ran on {host})" if host else ""
                 told["reason"][place] = f"no sign of life since {since}{where}"
@@ -266,9 +271,11 @@ def _add_signs_of_life(runs: pd.DataFrame, found: Sequence[Found]) -> None:
         runs[name] = _texts(values)
 
 
-def _lost_since(item: Found) -> str | None:
-    """When a run without a record, or its sweep, last showed life, if that is too long ago."""
-    sign = item.last_sign  # None: its record was taken away just now, for it begins anew
+def _lost_since(sign: datetime | None) -> str | None:
+    """When a run without a record, or its sweep, last showed life, if that is too long ago.
+
+    None also where that is not known: a record was taken away just now, for its run begins anew.
+    """
     if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
         return None
     return f"{sign:%Y-%m-%d %H:%M} UTC"

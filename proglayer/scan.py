@@ -56,7 +56,8 @@ SEEN = tuple(
 class Found(NamedTuple):
     """A run's folder. `code` is its rows' name in Arrow tables.
 
-    `last_sign` is when a run without a record showed life last, or its sweep before it begins.
+    `last_sign` is when a run without a record showed life last, or its sweep before it begins;
+    `sweep_sign` is when its sweep did, which the run's own signs are among.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Found(NamedTuple):
     overrides: tuple[str, ...] | None
     begun: bool = True
     code: int = -1
+    sweep_sign: datetime | None = None
 
 
 def roots_of(folders: Sequence[str | Path]) -> list[str]:
@@ -151,9 +153,10 @@ def scan(root: str) -> tuple[list[Found], Rows]:
         if item.sweep in sweep_signs:
             sign = item.last_sign or when(item.seen.result.changed_ns)
             sweep_signs[item.sweep] = max(sign, sweep_signs[item.sweep])
-    found = [
-        item if item.begun else item._replace(last_sign=sweep_signs[item.sweep]) for item in found
-    ]
+    for place, item in enumerate(found):
+        sign = sweep_signs.get(item.sweep)
+        last_sign = item.last_sign if item.begun else sign
+        found[place] = item._replace(last_sign=last_sign, sweep_sign=sign)
     for item in found:
         above: str | None = item.name
         while above is not None and above not in accounted_for:

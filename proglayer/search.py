@@ -26,7 +26,7 @@ from proglayer.config import ConfigError, OnError, first_line, short_hash
 from proglayer.display import console
 from proglayer.entrance import in_one_line, leave_report, record_unstarted
 from proglayer.launchers import threads_per_job
-from proglayer.record import JOBS, Heartbeat, Status, read_result
+from proglayer.record import JOBS, Heartbeat, Sign, Status, read_result, read_sign
 from proglayer.stages import StoreError, write_atomically
 from proglayer.sweep import (
     Checks,
@@ -61,30 +61,34 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
     assert master is not None
     if master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")
-    name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(arguments)))}"
+    # hydra.sweeper.params first: what the command line says of the same setting holds.
+    given = [*sweeper._parse_sweeper_params_config(), *arguments]
+    name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(given)))}"
     storage = str(sweeper.storage or "")
     with _alone(storage, name) as alone:
-        trials = Trials(sweeper, arguments, name, alone)
+        trials = Trials(sweeper, given, name, alone)
         folders = trials.folders()
-        done = False
+        stopped = False
         try:
             if trials.to_go > 0:
                 with Heartbeat(folders[-1]):
                     while trials.to_go > 0:
                         trials.run(min(trials.to_go, sweeper.n_jobs))
-            done = True
+        except KeyboardInterrupt:
+            stopped = True
+            raise
         finally:
             for folder in folders:
                 list_what_began(folder)
             if folders:
                 summarize(*folders)
-            if folders and done and master.report:
+            if folders and master.report and not stopped:
                 leave_report(folders[-1], *folders[:-1])
             best = trials.best
             if best is not None:
                 threads = threads_per_job(master.hydra.launcher)
                 print(f"best of the study, {best.value:.6g} in trial {best.number}:")
-                print(best_command(arguments, best.params, threads))
+                print(best_command(given, best.params, threads))
     if best is None:
         raise ConfigError("every trial failed, for the reasons above")
     if folders:
@@ -95,12 +99,13 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
 class Trials:
     """The trials of a study: those that there are, and those that are still to be run.
 
+    given: the overrides of the search; what is said last of a setting holds.
     alone: whether no other command can be at work on it, so that a trial that has not ended is one
         that was stopped.
     """
 
     def __init__(
-        self, sweeper: OptunaSweeperImpl, arguments: Sequence[str], name: str, alone: bool
+        self, sweeper: OptunaSweeperImpl, given: Sequence[str], name: str, alone: bool
     ) -> None:
         import optuna
         from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
@@ -109,7 +114,7 @@ class Trials:
         sweeper._process_searchspace_config()
         self._searched = dict(sweeper.search_space_distributions or {})
         self._fixed: dict[str, Any] = {}
-        for override in [*sweeper._parse_sweeper_params_config(), *arguments]:
+        for override in given:
             # One at a time, since what is said last of a setting holds.
             for key, values in (parsed := create_params_from_overrides([override]))[0].items():
                 self._fixed.pop(key, None)
@@ -197,8 +202,9 @@ class Trials:
     def run(self, count: int) -> None:
         """Run `count` trials at once and tell the study how each ended.
 
-        Raises ConfigError where too many failed or none can be composed. What ends this from
-        outside leaves them running in the study: the next command takes them up.
+        Raises ConfigError where too many failed, none can be composed, or the launcher gave up.
+        What ends this from outside leaves those that did not end running in the study: the next
+        command takes them up.
         """
         import optuna
 
@@ -210,22 +216,34 @@ class Trials:
             for trial in asked:
                 self._study.tell(trial, state=fail)
             raise
-        for ended in launch(self._sweeper, [job for job in jobs if job], first=asked[0].number):
-            _ = ended.return_value  # raises what a job could not record
-        failed = 0
-        for trial, job in zip(asked, jobs, strict=True):
-            value = _objective(self._folder / job.folder) if job else None
-            if value is None:
-                failed += 1
-                self._study.tell(trial, state=fail)
-            else:
-                self._study.tell(trial, value)
+        try:
+            for ended in launch(self._sweeper, [job for job in jobs if job], first=asked[0].number):
+                _ = ended.return_value  # raises what a job could not record
+        except ConfigError:
+            # A trial whose process was killed would be killed again by the next command, for ever.
+            # Those that did not come to an end go on then.
+            for trial, job in zip(asked, jobs, strict=True):
+                if job is None or _has_ended(self._folder / job.folder):
+                    self._tell(trial, job)
+            raise
+        failed = sum(self._tell(trial, job) is None for trial, job in zip(asked, jobs, strict=True))
         rate = self._sweeper.max_failure_rate
         if failed / count > rate:
             allowed = f"hydra.sweeper.max_failure_rate={rate}"
             raise ConfigError(f"{failed} of {count} trials failed, more than {allowed} lets pass")
         if failed and self._master.on_error is OnError.stop:
             raise ConfigError("a trial failed, and on_error=stop: the same command goes on")
+
+    def _tell(self, trial: optuna.trial.Trial, job: Job | None) -> float | None:
+        """Tell the study what a trial came to, and give it; None for a failed one."""
+        import optuna
+
+        value = _objective(self._folder / job.folder) if job else None
+        if value is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, value)
+        return value
 
     def _next(self) -> optuna.trial.Trial:
         """A trial that was stopped, with the values that it has, or else a new one."""
@@ -305,6 +323,15 @@ def _objective(folder: Path) -> float | None:
     return None
 
 
+def _has_ended(folder: Path) -> bool:
+    """Whether a trial completed, failed or was lost: not one that was stopped or not begun."""
+    with contextlib.suppress(ValueError):
+        result = read_result(folder)
+        if result is not None:
+            return result["status"] in (Status.completed, Status.failed)
+    return read_sign(folder).get("sign") == Sign.lost
+
+
 @contextlib.contextmanager
 def _alone(storage: str, study: str) -> Iterator[bool]:
     """Keep other commands off a study that is in a file; whether that can be had.
@@ -334,19 +361,20 @@ def _alone(storage: str, study: str) -> Iterator[bool]:
         lock.release()
 
 
-def best_command(
-    arguments: Sequence[str], best: Mapping[str, Any], threads: int | None = None
-) -> str:
+def best_command(given: Sequence[str], best: Mapping[str, Any], threads: int | None = None) -> str:
     """The command line of one run with the values that a search found best.
 
-    `arguments` are those of the search: what it searched gives way, what it was told stays. So do
-    the `threads` that its launcher gave each trial, as other ones give other bits.
+    `given` are the overrides of the search: what it searched gives way, what it was told stays, of
+    a setting that was told twice the last. So do the `threads` that its launcher gave each trial,
+    as other ones give other bits.
     """
-    fixed = []
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
+    told: dict[str, str] = {}
+    for override in OverridesParser.create().parse_overrides(list(given)):
         key = override.get_key_element()
+        told.pop(key, None)
         if not override.is_sweep_override() and not key.startswith("hydra") and key not in best:
-            fixed.append(override.input_line or "")
+            told[key] = override.input_line or ""
+    fixed = [*told.values()]
     found = [f"{key}={value}" for key, value in best.items()]
     if threads is not None and not any(given.startswith("threads=") for given in fixed + found):
         found.append(f"threads={threads}")

@@ -324,7 +324,7 @@ def _ended(folder: Path, number: str, until: float) -> JobReturn:
     while (result := _record(folder)) is None and time.monotonic() < until:
         time.sleep(0.5)
     if result is None:
-        mark_lost(folder)
+        mark_lost(folder, "Slurm ended it without a record")
         log.error("job %s of Slurm ended without a record: see %s", number, folder / "slurm.err")
         return job
     _amend(folder, Status.preempted, Status.interrupted, "Slurm no longer holds it")

@@ -154,13 +154,19 @@ def sweep(sweeper: ProglayerSweeper, arguments: list[str]) -> list[Any]:
     if ahead:
         say(ahead, markup=False)
     returns = []
+    stopped = False
     try:
         with Heartbeat(folder):
             returns = launch(sweeper, waiting, sweeper.max_batch_size)
+    except KeyboardInterrupt:
+        stopped = True
+        raise
     finally:
         failed = summarize(folder)
-    if jobs[0].config.report:
-        leave_report(folder)
+        # Also where a launcher failed. After Ctrl-C the table is enough, as in a search: the same
+        # command goes on, and reports at its end.
+        if jobs[0].config.report and not stopped:
+            leave_report(folder)
     for job_return in returns:
         _ = job_return.return_value  # raises what a job could not record
     if failed:
@@ -272,6 +278,7 @@ class Checks:
         composed = self._loader.load_sweep_config(self._master, launched)
         config = to_config(composed)
         if config.data not in self._corpora:
+            # In a sweep Hydra has the log on the console, too.
             self._corpora[config.data] = open_corpus(config.data, log.info)
         corpus = self._corpora[config.data]
         phases = plan(config, corpus.vocab_size)

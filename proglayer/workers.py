@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 from proglayer.config import ConfigError
 from proglayer.launchers import freeze
-from proglayer.record import HEARTBEAT, RESULT, SUBMITTED, mark_lost
+from proglayer.record import HEARTBEAT, RESULT, SUBMITTED, Sign, mark_lost, read_sign
 from proglayer.stages import StoreError
 
 if TYPE_CHECKING:
@@ -107,8 +107,9 @@ def launch(
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
         for sign in sweep.glob(f"*/{HEARTBEAT}"):
-            if not (sign.parent / RESULT).exists():
-                mark_lost(sign.parent)
+            deferred = read_sign(sign.parent).get("sign") == Sign.deferred
+            if not deferred and not (sign.parent / RESULT).exists():
+                mark_lost(sign.parent, "its process was killed")
         raise ConfigError(
             "a worker of joblib was killed, and the others with it (by the system, for want of "
             "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"

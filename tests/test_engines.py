@@ -251,3 +251,58 @@ def test_an_objective_that_is_no_number_is_told_before_anything_trains(
         assert "validation_accuracy_percent" in line
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.usefixtures("own_workers")
+def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("optuna")
+    search = (
+        *GRID, "seed=choice(1,2)", "phase.max_epochs=400", "phase.patience=400", "threads=1",
+        "report=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "hydra.sweeper.n_jobs=2", "hydra.sweep.dir=a",
+    )  # fmt: skip
+
+    def kill_the_first() -> None:
+        while not (begun := list(tmp_path.glob("a/*/metrics.csv"))):
+            time.sleep(0.01)
+        sign = json.loads(begun[0].with_name("heartbeat.json").read_text())
+        assert sign["process"] != os.getpid()
+        os.kill(sign["process"], signal.SIGKILL)
+
+    threading.Thread(target=kill_the_first, daemon=True).start()
+    done = train(*search)
+    assert done.status == 1
+    assert done.err.splitlines()[-1].startswith("error: a worker of joblib was killed"), done.err
+    runs = load(tmp_path / "a").runs
+    lost = runs[runs["status"] == "lost"]
+    assert len(lost) >= 1
+    assert set(lost["reason"]) == {"its process was killed"}
+    assert (tmp_path / "a/report/index.html").exists()
+    (study,) = _studies()
+    # joblib kills the worker of the other trial too, if that one has begun.
+    assert [t.state.name for t in study].count("FAIL") == len(lost)
+
+
+def test_the_command_of_the_best_names_what_the_sweeper_was_told_to_keep(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("optuna")
+    kept = "hydra.sweeper.params={freeze:none,phase.batch_size:8}"
+    done = train(*GRID, "seed=choice(3)", kept, "hydra.sweep.dir=a")
+    assert done.status == 0, done.err
+    command = shlex.split(done.out.splitlines()[-1])[2:]
+    assert "freeze=none" in command
+    # What the command line says of a setting goes before.
+    assert [given for given in command if "batch_size" in given] == ["phase.batch_size=16"]
+    (trial,) = results(tmp_path / "a")
+    assert train(*command, "hydra.run.dir=best").status == 0
+    (best,) = results(tmp_path / "best")
+    assert best["config"]["freeze"] == trial["config"]["freeze"]
+    assert [p["stage"] for p in best["phases"]] == [p["stage"] for p in trial["phases"]]
+    # Other settings are another search.
+    train(*GRID, "seed=choice(3)", "hydra.sweeper.params={freeze:existing}", "hydra.sweep.dir=b")
+    assert len(_studies()) == 2

@@ -179,7 +179,7 @@ def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) ->
     with pytest.raises(experiment.Deferred):
         experiment.run(settings, tmp_path / "run", may_wait=False)
     assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["KILLED"]
-    assert read_sign(tmp_path / "run")["sign"] == "pending"
+    assert read_sign(tmp_path / "run")["sign"] == "deferred"
     assert read_result(tmp_path / "run") is None
     stage.unlock()
     experiment.run(settings, tmp_path / "run", may_wait=False)

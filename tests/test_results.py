@@ -493,16 +493,18 @@ def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) ->
     assert summary._ended(results.runs) == 0
     assert "2 runs: 1 preempted, 1 pending" in printed(results, 80)
     # somebody asked the scheduler
-    mark_lost(queued)
+    mark_lost(queued, "its time was up")
     results = load(tmp_path)
     assert ends(results) == {"queued": "lost", "stopped": "preempted"}
     assert results.failures == 1
     assert row(results, "queued")["host"] == socket.gethostname()
-    # whoever ended it may have said why; if not, nobody is accused
-    assert row(results, "queued")["reason"] == "it was ended from outside and left no record"
+    assert row(results, "queued")["reason"] == "its time was up"
+    # a sign of an earlier version does not say why: nobody is accused
     sign = json.loads((queued / "heartbeat.json").read_text())
-    (queued / "heartbeat.json").write_text(json.dumps(sign | {"reason": "its time was up"}))
-    assert row(load(tmp_path), "queued")["reason"] == "its time was up"
+    del sign["reason"]
+    (queued / "heartbeat.json").write_text(json.dumps(sign))
+    neutral = "it was ended from outside and left no record"
+    assert row(load(tmp_path), "queued")["reason"] == neutral
     write_sign(queued, Sign.pending)
     assert ends(load(tmp_path))["queued"] == "pending"
 
@@ -521,6 +523,23 @@ def test_jobs_wait_only_while_their_sweep_lives(tmp_path: Path) -> None:
         aged(sweep, 600)
         alive.touch()
         assert row(load(sweep), "2_abc")["status"] == "waiting", alive
+
+
+def test_a_job_put_off_is_lost_with_its_sweep_and_one_that_a_scheduler_holds_is_not(
+    tmp_path: Path,
+) -> None:
+    sweep = tmp_path / "sweep"
+    jobs = [made_up(sweep / f"{n}_abc", seed=n, status="running") for n in (0, 1)]
+    list_jobs(sweep, "0_abc", "1_abc")
+    write_sign(jobs[0], Sign.deferred)
+    write_sign(jobs[1], Sign.pending)
+    write_sign(sweep, Sign.running)
+    aged(sweep, 600)
+    dead = load(sweep)
+    assert ends(dead) == {"0_abc": "lost", "1_abc": "pending"}
+    assert row(dead, "0_abc")["reason"].startswith("put off, and its sweep shows no sign of life")
+    (sweep / "heartbeat.json").touch()
+    assert ends(load(sweep)) == {"0_abc": "pending", "1_abc": "pending"}
 
 
 def test_a_killed_process_leaves_its_sign_and_one_that_ends_takes_it_away(tmp_path: Path) -> None:

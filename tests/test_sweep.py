@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
+from proglayer.config import ConfigError, DataConfig
+from proglayer.corpus import Corpus, Notify, open_corpus
 from proglayer.display import LogFile
 from proglayer.entrance import explain_errors
 
@@ -312,3 +315,47 @@ def test_a_warm_up_longer_than_a_phase_is_warned_of(
         "what was asked for\n"
     )
     assert not train(*QUICK, "phase=from_scratch", "lr.warmup_steps=4", "hydra.run.dir=r").err
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "reported"),
+    [(ConfigError("the launcher gave up"), 1, True), (KeyboardInterrupt(), 130, False)],
+)
+def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: BaseException,
+    status: int,
+    reported: bool,
+) -> None:
+    from proglayer import sweep
+
+    launch = sweep.launch
+
+    def launch_one(sweeper: Sweeper, jobs: list[sweep.Job], at_once: int | None) -> None:
+        launch(sweeper, jobs[:1], at_once)
+        raise end
+
+    monkeypatch.setattr(sweep, "launch", launch_one)
+    done = train("-m", *QUICK, "report=true", "seed=1,2", "hydra.sweep.dir=s")
+    assert done.status == status
+    assert "1 completed, 1 waiting" in done.out
+    assert (tmp_path / "s/report/index.html").exists() == reported
+
+
+def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
+    train: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slowly(data: DataConfig, notify: Notify) -> Corpus:
+        notify("counting words")
+        return open_corpus(data)
+
+    monkeypatch.setattr("proglayer.corpus.open_corpus", slowly)
+    monkeypatch.setattr("proglayer.sweep.open_corpus", slowly)
+    for given in (["seed=1"], ["-m", "seed=1,2"]):
+        told, planned = train(*given, *QUICK, "plan=true").out.split("\n", 1)
+        assert told.endswith("counting words")
+        # Of two jobs with one corpus, once.
+        assert "counting words" not in planned
