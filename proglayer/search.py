@@ -61,8 +61,7 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
     assert master is not None
     if master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")
-    # hydra.sweeper.params first: what the command line says of the same setting holds.
-    given = [*sweeper._parse_sweeper_params_config(), *arguments]
+    given = _with_params(sweeper._parse_sweeper_params_config(), arguments)
     name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(given)))}"
     storage = str(sweeper.storage or "")
     with _alone(storage, name) as alone:
@@ -94,6 +93,17 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
     if folders:
         found = {"name": "optuna", "best_params": best.params, "best_value": best.value}
         OmegaConf.save(OmegaConf.create(found), folders[-1] / "optimization_results.yaml")
+
+
+def _with_params(params: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The overrides in hydra.sweeper.params that the command line does not replace, then its own.
+
+    A choice that is named twice would be refused in the command of the best trial.
+    """
+    parse = OverridesParser.create().parse_overrides
+    named = {override.get_key_element() for override in parse(list(arguments))}
+    kept = [o.input_line or "" for o in parse(list(params)) if o.get_key_element() not in named]
+    return [*kept, *arguments]
 
 
 class Trials:
@@ -364,17 +374,14 @@ def _alone(storage: str, study: str) -> Iterator[bool]:
 def best_command(given: Sequence[str], best: Mapping[str, Any], threads: int | None = None) -> str:
     """The command line of one run with the values that a search found best.
 
-    `given` are the overrides of the search: what it searched gives way, what it was told stays, of
-    a setting that was told twice the last. So do the `threads` that its launcher gave each trial,
-    as other ones give other bits.
+    `given` are the overrides of the search: what it searched gives way, what it was told stays. So
+    do the `threads` that its launcher gave each trial, as other ones give other bits.
     """
-    told: dict[str, str] = {}
+    fixed = []
     for override in OverridesParser.create().parse_overrides(list(given)):
         key = override.get_key_element()
-        told.pop(key, None)
         if not override.is_sweep_override() and not key.startswith("hydra") and key not in best:
-            told[key] = override.input_line or ""
-    fixed = [*told.values()]
+            fixed.append(override.input_line or "")
     found = [f"{key}={value}" for key, value in best.items()]
     if threads is not None and not any(given.startswith("threads=") for given in fixed + found):
         found.append(f"threads={threads}")

@@ -291,7 +291,7 @@ def test_the_command_of_the_best_names_what_the_sweeper_was_told_to_keep(
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")
-    kept = "hydra.sweeper.params={freeze:none,phase.batch_size:8}"
+    kept = "hydra.sweeper.params={freeze:none,growth:random,phase.batch_size:8}"
     done = train(*GRID, "seed=choice(3)", kept, "hydra.sweep.dir=a")
     assert done.status == 0, done.err
     command = shlex.split(done.out.splitlines()[-1])[2:]
