@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -287,9 +286,15 @@ class Checks:
         there = Path(self._master.hydra.sweep.dir) / folder
         threads = config.threads or threads_per_job(self._master.hydra.launcher)
         completed = _completed(there, replace(config, threads=threads))
-        if isinstance(self._launcher, BasicLauncher) and not completed:
+        if in_this_process(self._master.hydra.launcher) and not completed:
             self._loader.keep(launched, composed)
         return Job(folder, overrides, tuple(launched), config, corpus, phases, completed)
+
+
+def in_this_process(launcher: DictConfig) -> bool:
+    """Whether a launcher with these settings runs its jobs in the process of the command."""
+    # Not by its class: Hydra loads the modules of its own plugins a second time.
+    return str(launcher.get("_target_")).endswith(".BasicLauncher")
 
 
 def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:

@@ -160,6 +160,9 @@ def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # loads the launcher's module a second time
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
     submitted: list[list[str]] = []
