@@ -193,14 +193,18 @@ def chunk_rows(rows: int, vocab: int, keep: bool, dtype: torch.dtype, device_typ
     return min(rows, -(-rows // chunks // 16) * 16)
 
 
-def block_words(rows: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
+def block_words(
+    rows: int, vocab: int, dtype: torch.dtype, device_type: str, to_hidden: bool
+) -> int:
     """Words per block, so that a block of `rows` rows stays in the second-level caches in use.
 
-    A multiple of the number of threads: a block is cut into as many parts.
+    Twice as many where no product for the hidden states' gradient (`to_hidden`) reads a block's
+    exponentials: fewer operations then outweigh what does not fit. A multiple of the number of
+    threads: a block is cut into as many parts.
     """
     if device_type != "cpu":
         return vocab
-    words = cache_bytes() // (rows * dtype.itemsize)
+    words = cache_bytes() // (rows * dtype.itemsize) * (1 if to_hidden else 2)
     return min(vocab, max(256, words // 256 * 256) * torch.get_num_threads())
 
 
@@ -432,7 +436,7 @@ class _Rows:
             rows = slice(first, min(first + size, total))
             hidden, target, scale = hidden_md[rows], target_m[rows], scale_m[rows]
             if not blocks or blocks[0].powers_vm.shape[1] != len(target):
-                blocks = self.blocks(len(target), to_head)
+                blocks = self.blocks(len(target), to_hidden, to_head)
             # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
             # round once more, so there the logits are scaled.
             hidden_dm = hidden * LOG2_E if self.dtype == self.sum_dtype else hidden
@@ -459,10 +463,12 @@ class _Rows:
         back[order] = torch.arange(total, device=self.device)
         return nll_m[back], correct_m[back], None if grad_md is None else grad_md[back]
 
-    def blocks(self, rows: int, keep: bool) -> list[_Block]:
+    def blocks(self, rows: int, to_hidden: bool, keep: bool) -> list[_Block]:
         """The blocks for chunks of `rows` rows; each has room of its own if they are to be kept."""
         vocab = len(self.head)
-        words = self.job.block or block_words(rows, vocab, self.sum_dtype, self.device.type)
+        words = self.job.block or block_words(
+            rows, vocab, self.sum_dtype, self.device.type, to_hidden
+        )
         buffer = self.job.workspace.buffer(vocab if keep else words, rows, self.empty(0))
         blocks = []
         for v in range(0, vocab, words):
