@@ -316,11 +316,10 @@ def in_chunks(training: Training) -> dict[str, Callable[[], object]]:
 
     # Exits of equal needs share their chunks; the most rows are those of the largest such group.
     groups = Counter(hidden_nd.requires_grad for hidden_nd in hidden_end)
-    ((to_hidden, exits),) = groups.most_common(1)
-    total = exits * target_nt.numel()
+    total = max(groups.values()) * target_nt.numel()
     vocab, device_type = len(head_vd), training.device.type
     rows = chunk_rows(total, vocab, phase.rates.head is not None, torch.float32, device_type)
-    words = block_words(rows, vocab, torch.float32, device_type, to_hidden)
+    words = block_words(rows, vocab, torch.float32, device_type)
     tried = [(rows, words), (rows // 2, words), (2 * rows, words), (rows, words // 2)]
     tried.append((rows, 2 * words))
     return {

@@ -9,8 +9,8 @@ linear cross-entropy of Liger-Kernel).
 What makes it fast on a CPU, beside the chunks themselves:
 
 - A chunk is (words, rows), not (rows, words): all three products then read and write long rows.
-- Within a chunk the words go in blocks that stay in the second-level cache from the product that
-  makes the logits to the one that reads their exponentials. A block is cut into as many parts as
+- Within a chunk the words go in blocks that stay in the nearer caches from the product that makes
+  the logits to the one that reads their exponentials. A block is cut into as many parts as
   there are threads and its products are batched over them, so that each core goes on with the
   words that it has in its cache.
 - Exponentials are of base 2 (the hidden state is scaled by log2 e beforehand), which PyTorch
@@ -193,18 +193,15 @@ def chunk_rows(rows: int, vocab: int, keep: bool, dtype: torch.dtype, device_typ
     return min(rows, -(-rows // chunks // 16) * 16)
 
 
-def block_words(
-    rows: int, vocab: int, dtype: torch.dtype, device_type: str, to_hidden: bool
-) -> int:
-    """Words per block, so that a block of `rows` rows stays in the second-level caches in use.
+def block_words(rows: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
+    """Words per block, so that a block of `rows` rows takes twice the second-level caches in use.
 
-    Twice as many where no product for the hidden states' gradient (`to_hidden`) reads a block's
-    exponentials: fewer operations then outweigh what does not fit. A multiple of the number of
-    threads: a block is cut into as many parts.
+    Half as many would fit, but take twice the operations, which costs more. A multiple of the
+    number of threads: a block is cut into as many parts.
     """
     if device_type != "cpu":
         return vocab
-    words = cache_bytes() // (rows * dtype.itemsize) * (1 if to_hidden else 2)
+    words = 2 * cache_bytes() // (rows * dtype.itemsize)
     return min(vocab, max(256, words // 256 * 256) * torch.get_num_threads())
 
 
@@ -436,7 +433,7 @@ class _Rows:
             rows = slice(first, min(first + size, total))
             hidden, target, scale = hidden_md[rows], target_m[rows], scale_m[rows]
             if not blocks or blocks[0].powers_vm.shape[1] != len(target):
-                blocks = self.blocks(len(target), to_hidden, to_head)
+                blocks = self.blocks(len(target), to_head)
             # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
             # round once more, so there the logits are scaled.
             hidden_dm = hidden * LOG2_E if self.dtype == self.sum_dtype else hidden
@@ -463,12 +460,10 @@ class _Rows:
         back[order] = torch.arange(total, device=self.device)
         return nll_m[back], correct_m[back], None if grad_md is None else grad_md[back]
 
-    def blocks(self, rows: int, to_hidden: bool, keep: bool) -> list[_Block]:
+    def blocks(self, rows: int, keep: bool) -> list[_Block]:
         """The blocks for chunks of `rows` rows; each has room of its own if they are to be kept."""
         vocab = len(self.head)
-        words = self.job.block or block_words(
-            rows, vocab, self.sum_dtype, self.device.type, to_hidden
-        )
+        words = self.job.block or block_words(rows, vocab, self.sum_dtype, self.device.type)
         buffer = self.job.workspace.buffer(vocab if keep else words, rows, self.empty(0))
         blocks = []
         for v in range(0, vocab, words):

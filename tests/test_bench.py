@@ -93,8 +93,8 @@ def test_the_rules_chunks_are_those_that_training_uses(monkeypatch: pytest.Monke
     blocks_of_a_chunk = _Rows.blocks
     used: set[str] = set()
 
-    def blocks(self: _Rows, rows: int, to_hidden: bool, keep: bool) -> list[_Block]:
-        found = blocks_of_a_chunk(self, rows, to_hidden, keep)
+    def blocks(self: _Rows, rows: int, keep: bool) -> list[_Block]:
+        found = blocks_of_a_chunk(self, rows, keep)
         used.add(f"{found[0].last} x {rows}")
         return found
 
