@@ -320,8 +320,8 @@ def in_chunks(training: Training) -> dict[str, Callable[[], object]]:
     vocab, device_type = len(head_vd), training.device.type
     rows = chunk_rows(total, vocab, phase.rates.head is not None, torch.float32, device_type)
     words = block_words(rows, vocab, torch.float32, device_type)
-    tried = [(rows, words), (rows // 2, words), (2 * rows, words), (rows, words // 2)]
-    tried.append((rows, 2 * words))
+    factors = (1, 1), (0.5, 1), (2, 1), (1, 0.5), (1, 2)
+    tried = [(int(rows * more), int(words * wider)) for more, wider in factors]
     return {
         f"{w} x {r}": functools.partial(loss, r, w)
         for r, w in tried

@@ -135,9 +135,8 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
     tf32_before = matmul.allow_tf32
     strict_before = torch.are_deterministic_algorithms_enabled()
     lenient_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling: Any = (
-        torch.utils.deterministic
-    )  # a module with a property, which no type checker knows
+    # A module with a property, which no type checker knows.
+    filling: Any = torch.utils.deterministic
     filled_before = filling.fill_uninitialized_memory
     try:
         if threads is not None:

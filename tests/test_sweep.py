@@ -81,14 +81,21 @@ def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def working(sweep: Path) -> list[Path]:
-    """The metrics of jobs that are between their first epoch and their end."""
-    return [
-        metrics
-        for metrics in sweep.glob("*/metrics.csv")
-        if metrics.with_name("heartbeat.json").exists()
-        and not metrics.with_name("result.json").exists()
-    ]
+def at_work(process: subprocess.Popen[str], sweep: Path, jobs: int) -> list[Path]:
+    """Wait for so many jobs to be between their first epoch and their end; gives their folders."""
+    deadline = time.monotonic() + 100
+    while True:
+        found = [
+            metrics.parent
+            for metrics in sweep.glob("*/metrics.csv")
+            if metrics.with_name("heartbeat.json").exists()
+            and not metrics.with_name("result.json").exists()
+        ]
+        if len(found) >= jobs:
+            return found
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
@@ -101,14 +108,10 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
         "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
     process = command(tmp_path, *jobs)
-    deadline = time.monotonic() + 100
-    while len(at_work := working(tmp_path / "s")) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    first, *_ = at_work(process, tmp_path / "s", 2)
     # A terminal tells every process of the command, `kill` only the first: so one worker is told by
     # both, the other by the first process alone.
-    worker = json.loads(at_work[0].with_name("heartbeat.json").read_text())["process"]
+    worker = json.loads((first / "heartbeat.json").read_text())["process"]
     assert worker != process.pid
     os.kill(worker, signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -136,11 +139,7 @@ def test_settings_edited_while_jobs_of_joblib_wait_change_none_and_are_told(tmp_
         tmp_path, "--config-dir", str(tmp_path / "mine"), "lr=mine", *QUICK, "seed=range(1,5)",
         "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
-    deadline = time.monotonic() + 100
-    while not list((tmp_path / "s").glob("*/metrics.csv")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    at_work(process, tmp_path / "s", 1)
     # Half done: no job could be composed from this.
     rates.write_text(rates.read_text().replace("factor:", "factors:"))
     out, _ = process.communicate(timeout=100)
