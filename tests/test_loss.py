@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proglayer.loss import (
+    HUGE_PAGE_BYTES,
     KEPT_BYTES,
     KEPT_BYTES_ON_DEVICE,
     Workspace,
@@ -453,6 +455,22 @@ def test_a_workspace_made_under_inference_mode_serves_training() -> None:
         evaluate_exits(hidden_end, head_vd, target_n, workspace=workspace)
         linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], workspace=workspace)
     linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], workspace=workspace)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_buffer_is_as_asked_and_outlives_its_workspace(dtype: torch.dtype) -> None:
+    rows, columns = 3_001, 2_003
+    workspace = Workspace()
+    buffer = workspace.buffer(rows, columns, torch.empty(0, dtype=dtype))
+    assert buffer.shape == (rows, columns)
+    assert buffer.dtype == dtype
+    assert buffer.is_contiguous()
+    if sys.platform == "linux":
+        assert buffer.data_ptr() % HUGE_PAGE_BYTES == 0
+    again = workspace.buffer(2_000, 3_000, torch.empty(0, dtype=dtype))
+    assert again.data_ptr() == buffer.data_ptr()
+    del workspace, again
+    assert torch.equal(buffer.fill_(2).sum(), torch.tensor(2.0 * rows * columns, dtype=dtype))
 
 
 @pytest.mark.parametrize("how", ["autocast", "hidden in bfloat16", "all in bfloat16"])
