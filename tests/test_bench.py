@@ -11,25 +11,22 @@ import pytest
 import torch
 
 from proglayer import bench
-from proglayer.bench import (
-    Blocking,
-    BodyProducts,
+from proglayer.bench import outside_bounds, study_jobs
+from proglayer.config import ConfigError
+from proglayer.estimate import distinct_phases, estimate
+from proglayer.floor import Blocking, BodyProducts, HeadProducts, Need, blockings, step_needs
+from proglayer.loss import _Block, _Rows
+from proglayer.measure import (
+    PARTS,
+    Case,
     DenseTraining,
-    HeadProducts,
-    Need,
-    blockings,
-    distinct_phases,
-    estimate,
+    in_chunks,
     made_up_corpus,
     new_training,
-    outside_bounds,
-    step_needs,
-    study_jobs,
     train,
     train_by_part,
 )
-from proglayer.config import ConfigError
-from proglayer.loss import _Block, _Rows
+from proglayer.overhead import ALONE, measure_sweep
 from proglayer.plan import Phase, plan, training_flops
 from proglayer.trainer import Training
 
@@ -103,7 +100,7 @@ def test_the_rules_chunks_are_those_that_training_uses(monkeypatch: pytest.Monke
         training = new_training(Training, phase, SEQ_LEN, 1, CPU)
         used.clear()
         train(training)
-        rule, *_ = tasks = bench.in_chunks(training)
+        rule, *_ = tasks = in_chunks(training)
         assert rule in used
         gradients = []
         for loss in tasks.values():
@@ -154,7 +151,7 @@ def test_a_step_by_part_is_the_trainers_step_bit_for_bit(model: str) -> None:
             train(whole)
             seconds = train_by_part(parted)
             parted.epoch += 1
-        assert tuple(seconds) == bench.PARTS
+        assert tuple(seconds) == PARTS
         for a, b in zip(whole.trainable, parted.trainable, strict=True):
             assert torch.equal(a, b)
 
@@ -231,7 +228,7 @@ def test_the_short_form_measures_everything_and_judges_it(
 
 
 def test_the_bounds_look_at_each_ratio() -> None:
-    good = bench.Case(
+    good = Case(
         model="standard", phase="initial", layers=3, exits=1, square=[1.0], square_flops=1,
         head=[0.9], head_flops=1, body=[0.1], blocking="", step=[1.2], dense=[4.0], parts={},
         chunks={"rule": [1.0], "other": [0.9]},
@@ -258,8 +255,8 @@ def test_a_misspelt_setting_is_told_in_a_line(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 def test_what_a_sweep_costs_is_told_for_each_command(tmp_path: Path) -> None:
-    spent, left = bench.measure_sweep(4, tmp_path, ["data.samples=32"])
-    assert [row.command for row in spent] == list(bench.ALONE)
+    spent, left = measure_sweep(4, tmp_path, ["data.samples=32"])
+    assert [row.command for row in spent] == list(ALONE)
     assert all(0 < row.cpu_seconds < 100 and 50 < row.peak_mb < 5000 for row in spent)
     assert left.files == sum(path.is_file() for path in (tmp_path / "first").rglob("*"))
     # Four experiments share their initial phase.
@@ -268,4 +265,4 @@ def test_what_a_sweep_costs_is_told_for_each_command(tmp_path: Path) -> None:
     rows = list(bench.spent_table([*spent, *more]).columns[4].cells)
     assert rows == ["", "250"] * len(spent)
     with pytest.raises(ConfigError, match="--sweep: the sweep: error: there is no setting modle"):
-        bench.measure_sweep(4, tmp_path, ["modle.dim=8"])
+        measure_sweep(4, tmp_path, ["modle.dim=8"])
