@@ -517,24 +517,25 @@ class _Rows:
         `target` is sorted.
         """
         rows = len(target)
-        target_logit = self.empty(rows)
         # The last block may have fewer parts than the others.
         sums_bpm = self.empty(len(blocks), self.parts, rows).zero_()
         best_bpm = self.empty(len(blocks), self.parts, rows).fill_(-math.inf)
         weighted_pdm = self.empty(self.parts, len(hidden_dm), rows).zero_() if to_hidden else None
-        edges = torch.tensor([block.last for block in blocks])
-        ends = torch.searchsorted(target, edges).tolist()
-        row = torch.arange(rows)
-        for block, end, start, sum_pm, best_pm in zip(
-            blocks, ends, [0, *ends], sums_bpm.unbind(), best_bpm.unbind(), strict=False
+        # Of each block, where in its memory the targets lie.
+        words = blocks[0].last
+        counts = torch.bincount(target // words, minlength=len(blocks)).tolist()
+        places = (target % words * rows + torch.arange(rows)).split(counts)
+        target_logits = []
+        for block, place, sum_pm, best_pm in zip(
+            blocks, places, sums_bpm.unbind(), best_bpm.unbind(), strict=True
         ):
             self.logits(block, hidden_dm)
             parts = len(block.powers)
-            if end > start:
+            if len(place):
                 # The target is left out of everything here, and put in below.
-                place = target[start:end] - block.first, row[start:end]
-                target_logit[start:end] = block.powers_vm[place]
-                block.powers_vm[place] = -math.inf
+                flat = block.powers_vm.view(-1)
+                target_logits.append(flat[place])
+                flat.index_fill_(0, place, -math.inf)
             if self.job.count:
                 torch.amax(block.powers, 1, out=best_pm[:parts])
             block.powers.exp2_()
@@ -542,6 +543,7 @@ class _Rows:
             if weighted_pdm is not None:
                 self.accumulate(weighted_pdm[:parts], block.head.transpose(1, 2), block.powers)
 
+        target_logit = torch.cat(target_logits)
         rest, target_power = sums_bpm.sum((0, 1)), target_logit.exp2()
         total = rest + target_power
         # A NaN fails this too.
