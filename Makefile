@@ -19,8 +19,8 @@ help: ## print this list
 run: $(STAMP) ## the original experiment for both models on the embedded corpus (ARGS="seed=42,43")
 	$(BIN)/python train.py -m experiment=original model=standard,deep_supervision $(ARGS)
 
-test: $(STAMP) ## all tests (ARGS="-k growth")
-	$(BIN)/python -m pytest -m "cluster or not cluster" $(ARGS)
+test: $(STAMP) ## all tests, files in parallel (ARGS="-k growth"; ARGS="-n 0 --pdb")
+	$(BIN)/python -m pytest -m "cluster or not cluster" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(STAMP) ## how near a training step is to what this machine can do (ARGS="--short")
 	$(BIN)/python -m proglayer.bench $(ARGS)
