@@ -158,7 +158,11 @@ def run(
                 log.error("%s", error)
             except Exception as error:
                 status = Status.failed
-                _tell_fault(result, error)
+                if (reason := machine.out_of_memory(error)) is not None:
+                    result["reason"] = reason
+                    log.error("%s", reason)
+                else:
+                    _tell_fault(result, error)
         outcome = ended(status, objective)
         loggers.end(result)
         if not config.reuse and status is Status.completed:

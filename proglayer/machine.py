@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
 import platform
+import re
 import resource
 import signal
 import socket
@@ -219,6 +221,22 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         memory["device"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
     return memory
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to tell a user whose settings need more memory than there is; None for other errors."""
+    text = str(error)
+    on_cpu = isinstance(error, RuntimeError) and re.search(
+        "can't allocate memory|not enough memory", text
+    )
+    no_room = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (on_cpu or no_room or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    return (
+        f"not enough memory{f' for {asked[1]} more' if asked else ''}: lower phase.batch_size, "
+        "model.dim or data.max_vocab, or run fewer jobs at once"
+    )
 
 
 def _processor() -> str:

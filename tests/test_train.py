@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -246,6 +247,36 @@ def test_a_fault_of_ours_is_recorded_with_its_traceback(
     assert "in broken" in record["traceback"]
     assert "in broken" in (tmp_path / "run/train.log").read_text()
     assert len(record["phases"]) == 1
+
+
+def test_a_model_that_memory_cannot_hold_is_told_in_one_line(
+    train: Command, tmp_path: Path
+) -> None:
+    done = train("-m", *SHORT, "model.dim=16777216,8", "hydra.sweep.dir=sizes")
+    assert done.status == 1
+    large, small = results(tmp_path / "sizes")
+    assert large["status"] == "failed"
+    assert large["reason"].startswith("not enough memory for ")
+    assert "lower phase.batch_size, model.dim" in large["reason"]
+    assert "traceback" not in large
+    assert small["status"] == "completed"
+    assert large["reason"] in done.out
+    assert "Traceback" not in done.out + done.err
+
+
+def test_memory_that_runs_out_is_told_however_it_is_reported() -> None:
+    from proglayer.machine import out_of_memory
+
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a")
+    told = out_of_memory(cuda)
+    assert told is not None
+    assert told.startswith("not enough memory for 20.00 GiB more: lower phase.batch_size")
+    for error in MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"):
+        told = out_of_memory(error)
+        assert told is not None
+        assert told.startswith("not enough memory: lower phase.batch_size")
+    for error in RuntimeError("shapes"), OSError(errno.ENOSPC, "No space left on device"):
+        assert out_of_memory(error) is None
 
 
 @pytest.mark.parametrize("error", [MemoryError("corpus"), RuntimeError("CUDA start-up\nfailed")])
