@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +43,6 @@ from proglayer.measure import (
     SHORT,
     Case,
     measure,
-    peak_memory_mb,
     run_for_memory,
 )
 from proglayer.overhead import EXPERIMENTS, Left, Spent, measure_sweep
@@ -370,7 +370,7 @@ def _bench(options: argparse.Namespace) -> int:
                 if not options.no_memory and (last or not options.short):
                     flags = ["--short"] if options.short else []
                     own = [o for o in options.overrides if not o.startswith("model=")]
-                    memory = peak_memory_mb(model, phase, own, flags)
+                    memory = _peak_memory_mb(model, phase, own, flags)
                     case = replace(case, memory_mb=memory)
                 cases.append(case)
     for table in (step_table, parts_table, chunks_table, evaluation_table):
@@ -381,6 +381,22 @@ def _bench(options: argparse.Namespace) -> int:
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _peak_memory_mb(
+    model: str, phase: Phase, overrides: Sequence[str], options: Sequence[str]
+) -> dict[str, float]:
+    """Peak memory of a few steps, ours and dense, each in a process of its own."""
+    found = {}
+    for kind in ("ours", "dense"):
+        command = [sys.executable, "-m", "proglayer.bench", "--memory-of", kind]
+        command += ["--phase", str(phase.index), *options, *overrides, f"model={model}"]
+        # The package is found where this one was, installed or not.
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=CONF.parent)
+        if done.returncode:
+            raise ConfigError(f"measuring the memory of {kind} failed: {done.stderr.strip()}")
+        found[kind] = float(done.stdout)
+    return found
 
 
 def _phases(config: Config) -> tuple[Phase, ...]:

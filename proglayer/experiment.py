@@ -55,7 +55,8 @@ from proglayer.trajectory import ABOUT, Interrupted, Machine, Trajectory, Watch,
 
 log = logging.getLogger(__name__)
 
-# What a user can cure is told in one line; anything else is a fault of ours, with its traceback.
+# What a user can cure, too little memory included, is told in one line; anything else is a fault of
+# ours, with its traceback.
 EXPECTED = (ConfigError, StoreError, Diverged, NotCompiled)
 
 
@@ -153,16 +154,15 @@ def run(
                         "it goes on when its scheduler starts it again",
                     )
                 display.note(f"{stop}; {again}")
-            except EXPECTED as error:
-                status, result["reason"] = Status.failed, str(error)
-                log.error("%s", error)
             except Exception as error:
                 status = Status.failed
-                if (reason := machine.out_of_memory(error)) is not None:
-                    result["reason"] = reason
-                    log.error("%s", reason)
-                else:
+                expected = isinstance(error, EXPECTED)
+                curable = str(error) if expected else machine.out_of_memory(error)
+                if curable is None:
                     _tell_fault(result, error)
+                else:
+                    result["reason"] = curable
+                    log.error("%s", curable)
         outcome = ended(status, objective)
         loggers.end(result)
         if not config.reuse and status is Status.completed:

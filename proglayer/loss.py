@@ -612,7 +612,7 @@ class _Rows:
         target: Tensor,
         sums: _Sums,
     ) -> None:
-        """Make a chunk's part of the head's gradient due, of the exponentials kept in `blocks`."""
+        """Make due a chunk's part of the head's gradient, from what is kept in `blocks`."""
         if sums.shift is not None and len(blocks) > 1:
             # Earlier blocks were shifted by a lower maximum: form them again.
             for block in blocks:

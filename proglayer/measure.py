@@ -11,8 +11,6 @@ Shapes in names: as in `loss`.
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proglayer import machine
-from proglayer.config import ConfigError, Precision
+from proglayer.config import Precision
 from proglayer.corpus import Corpus
 from proglayer.floor import (
     Blocking,
@@ -43,7 +41,6 @@ from proglayer.optim import set_rates
 from proglayer.plan import Phase, training_flops
 from proglayer.trainer import Training, autocast, evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("data", "body forward", "head and loss", "body backward", "clipping", "optimizer")
 
 
@@ -384,22 +381,6 @@ def measure(model: str, phase: Phase, seq_len: int, effort: Effort, device: torc
         windows=effort.windows,
         memory_mb={},
     )
-
-
-def peak_memory_mb(
-    model: str, phase: Phase, overrides: Sequence[str], options: Sequence[str]
-) -> dict[str, float]:
-    """Peak memory of a few steps, ours and dense, each in a process of its own."""
-    found = {}
-    for kind in ("ours", "dense"):
-        command = [sys.executable, "-m", "proglayer.bench", "--memory-of", kind]
-        command += ["--phase", str(phase.index), *options, *overrides, f"model={model}"]
-        # The package is found where this one was, installed or not.
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        if done.returncode:
-            raise ConfigError(f"measuring the memory of {kind} failed: {done.stderr.strip()}")
-        found[kind] = float(done.stdout)
-    return found
 
 
 def run_for_memory(
