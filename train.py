@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from proglayer.config import register
-from proglayer.entrance import explain_errors
+from proglayer.launch.job import explain_errors
 
 register()
 
@@ -15,7 +15,7 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(settings: DictConfig) -> float | str | None:
     """One job. Gives the validation loss of the last phase, for sweepers that optimise."""
-    from proglayer.entrance import run_job
+    from proglayer.launch.job import run_job
 
     return run_job(settings)
 

@@ -110,7 +110,7 @@ class ProglayerJoblibLauncher(_KnownVersions, JoblibLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from proglayer.workers import launch
+        from proglayer.launch.joblib import launch
 
         return launch(self, job_overrides, initial_job_idx)
 
@@ -141,7 +141,7 @@ class ProglayerRayLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from proglayer.ray import launch
+        from proglayer.launch.ray import launch
 
         return launch(self, job_overrides, initial_job_idx)
 
@@ -156,14 +156,14 @@ class ProglayerSlurmLauncher(_KnownVersions, SlurmLauncher):
 
     def in_queue(self) -> dict[str, str]:
         """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds."""
-        from proglayer.slurm import in_queue
+        from proglayer.launch.slurm import in_queue
 
         return in_queue(self)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from proglayer.slurm import launch
+        from proglayer.launch.slurm import launch
 
         return launch(self, job_overrides, initial_job_idx)
 
@@ -174,6 +174,6 @@ class ProglayerOptunaSweeper(_KnownVersions, OptunaSweeper):
     extra = "optuna"
 
     def sweep(self, arguments: list[str]) -> Any:
-        from proglayer.search import search
+        from proglayer.launch.search import search
 
         return search(self.sweeper, arguments)

@@ -1,4 +1,4 @@
-"""Where Hydra looks for plugins: its name for the sweeper, which lives in `proglayer.sweep`.
+"""Where Hydra looks for plugins: its name for the sweeper, which lives in `proglayer.launch.sweep`.
 
 Hydra imports this module at every start, so nothing heavy is imported at its top.
 """
@@ -33,7 +33,7 @@ class ProglayerSweeper(BasicSweeper):
         self.pairs = [list(group) for group in pairs or []]
 
     def sweep(self, arguments: list[str]) -> Any:
-        from proglayer.sweep import sweep
+        from proglayer.launch.sweep import sweep
 
         return sweep(self, arguments)
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from proglayer.config import Config, register, to_config
-from proglayer.corpus import Corpus
+from proglayer.data.corpus import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 

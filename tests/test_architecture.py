@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,217 +14,132 @@ from .helpers import ROOT
 
 PACKAGE = ROOT / "proglayer"
 
-# module -> what it may import of the package, at the top of the file or inside a function.
-MAY_IMPORT = {
-    "__init__": {"experiment"},
-    # plain data and disk
-    "config": {"versions"},
-    "plan": {"config"},
-    "stages": set(),
-    "record": {"stages"},
-    "snapshot": {"stages"},
-    "launchers": {"machine", "snapshot"},
-    "versions": set(),
-    "corpus": {"config", "sources"},
-    "sources": {"config"},
-    # tensors
-    "streams": set(),
-    "model": set(),
-    "loss": set(),
-    "growth": {"model", "plan", "streams"},
-    "optim": {"model", "plan"},
-    "trainer": {"corpus", "loss", "model", "optim", "plan", "streams"},
-    "loggers": {"config", "record"},
-    "trajectory": {"corpus", "model", "optim", "plan", "stages", "trainer"},
-    "machine": {"config", "snapshot", "trajectory", "__init__"},
-    "slots": {"config", "trajectory"},
-    # people
-    "display": {"plan", "trainer"},
-    "columns": {"config", "record"},
-    "scan": {"columns", "display", "record"},
-    "reading": {"columns", "record", "scan"},
-    "cache": {"columns", "record", "scan"},
-    "results": {"cache", "columns", "reading", "record", "scan"},
-    "words": set(),
-    "summary": {"columns", "display", "reading", "record", "results", "words"},
-    "stats": set(),
-    "study": {"columns", "display", "reading", "results", "stats"},
-    "ledger": {"results", "stats", "study"},
-    "page": set(),
-    "figures": {"page", "study"},
-    "tables": {"figures", "ledger", "page", "results", "stats", "study", "words"},
-    "report": {"columns", "figures", "ledger", "page", "results", "study", "tables", "words"},
-    # jobs
-    "experiment": {
-        "config",
-        "corpus",
-        "display",
-        "growth",
-        "loggers",
-        "machine",
-        "model",
-        "plan",
-        "record",
-        "slots",
-        "stages",
-        "trainer",
-        "trajectory",
-    },
-    "floor": {"loss", "plan"},
-    "measure": {
-        "__init__",
-        "config",
-        "corpus",
-        "floor",
-        "growth",
-        "loss",
-        "machine",
-        "optim",
-        "plan",
-        "trainer",
-    },
-    "estimate": {"measure", "plan", "sweep", "trainer"},
-    "overhead": {"config"},
-    "bench": {
-        "__init__",
-        "config",
-        "display",
-        "entrance",
-        "estimate",
-        "machine",
-        "measure",
-        "overhead",
-        "plan",
-        "sweep",
-    },
-    "sweep": {
-        "__init__",
-        "config",
-        "corpus",
-        "display",
-        "entrance",
-        "launchers",
-        "machine",
-        "plan",
-        "record",
-        "stages",
-        "summary",
-        "trajectory",
-        "versions",
-    },
-    "search": {
-        "config",
-        "display",
-        "entrance",
-        "launchers",
-        "record",
-        "stages",
-        "sweep",
-        "versions",
-    },
-    "entrance": {
-        "config",
-        "corpus",
-        "display",
-        "experiment",
-        "launchers",
-        "machine",
-        "plan",
-        "record",
-        "report",
-        "snapshot",
-        "sources",
-        "stages",
-        "versions",
-    },
-    "workers": {"config", "launchers", "record", "stages"},
-    "ray": {"config", "launchers", "record", "stages"},
-    "slurm": {"config", "display", "launchers", "record", "stages"},
-}
+# Each may import from itself and from those before it.
+LAYERS = (
+    "ground",
+    "data",
+    "training",
+    "store",
+    "run",
+    "results",
+    "report",
+    "launch",
+    "bench",
+    "hydra_plugins",
+)
+# The files beside the wings. Commands and the package's own face are no ground: they only hand on.
+GROUND = {"config", "console", "errors", "files", "versions"}
+FACES = {"proglayer", "proglayer.stages"}
+
 WITHOUT_TORCH = (
     "config",
-    "plan",
-    "stages",
-    "record",
-    "corpus",
-    "display",
+    "console",
+    "data.corpus",
+    "training.plan",
+    "store.stages",
+    "store.record",
+    "run.progress",
     "results",
-    "stats",
-    "summary",
-    "launchers",
-    "slurm",
-    "snapshot",
-    "sweep",
-    "search",
-    "entrance",
+    "results.summary",
+    "report.stats",
+    "launch.common",
+    "launch.slurm",
+    "launch.snapshot",
+    "launch.sweep",
+    "launch.search",
+    "launch.job",
 )
 
 
-def imports(path: Path) -> set[str]:
-    """The modules of the package that a file imports anywhere.
+def _modules() -> dict[str, Path]:
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "hydra_plugins").glob("*.py")]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
 
-    Types apart, and what it takes to be run as a command: nobody who imports it pays for that.
-    """
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in (
-            "TYPE_CHECKING",
-            "__name__ == '__main__'",
-        ):
-            node.body = []
+
+MODULES = _modules()
+
+
+def layer_of(module: str) -> str:
+    """The wing of a module; `ground` for one beside the wings."""
+    parts = module.split(".")
+    if parts[0] == "hydra_plugins":
+        return "hydra_plugins"
+    return "ground" if parts[1] in GROUND else parts[1]
+
+
+def imports_of(source: str, known: set[str]) -> set[str]:
+    """The modules of ours that a source imports anywhere, for types as well."""
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "proglayer":
-            parts = (node.module or "").split(".")
-            names = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-            found |= {name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("proglayer.")}
-    return found
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {node.module or "", *names}
+    return found & known
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_are_the_ones_agreed(path: Path) -> None:
-    assert imports(path) <= MAY_IMPORT[path.stem]
+IMPORTS = {
+    name: imports_of(path.read_text(), set(MODULES)) - {name, "proglayer"}
+    for name, path in MODULES.items()
+}
+
+
+def wrong_way(module: str, imports: set[str]) -> set[str]:
+    """Those of `imports` that stand in a later layer than the module."""
+    own = LAYERS.index(layer_of(module))
+    return {other for other in imports if LAYERS.index(layer_of(other)) > own}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - FACES))
+def test_a_wing_imports_only_from_those_before_it(module: str) -> None:
+    assert not wrong_way(module, IMPORTS[module])
+
+
+def test_an_import_against_the_line_is_seen() -> None:
+    source = "if TYPE_CHECKING:\n    from proglayer.run import experiment\n"
+    assert wrong_way("proglayer.store.stages", imports_of(source, set(MODULES))) == {
+        "proglayer.run",
+        "proglayer.run.experiment",
+    }
 
 
 def test_there_are_no_circles() -> None:
-    done: set[str] = set()
-    left = {
-        name: allowed - {"__init__"} for name, allowed in MAY_IMPORT.items() if name != "__init__"
+    # A module of a wing may be imported by the wing's own face.
+    arrows = {
+        name: {other for other in imports if not name.startswith(f"{other}.")}
+        for name, imports in IMPORTS.items()
     }
-    while left:
-        ready = {name for name, needs in left.items() if needs <= done}
-        assert ready, f"a circle among {sorted(left)}"
-        done |= ready
-        left = {name: needs for name, needs in left.items() if name not in ready}
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
+
+
+def test_few_files_stand_beside_the_wings() -> None:
+    beside = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert len(beside) <= 6
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(
+        LAYERS[1:-1]
+    )
 
 
 def test_omegaconf_is_seen_at_the_entrance_only() -> None:
     seers = {
-        path.stem
-        for path in PACKAGE.glob("*.py")
+        name
+        for name, path in MODULES.items()
         if "omegaconf" in path.read_text() or "from hydra" in path.read_text()
     }
-    assert seers <= {
-        "bench",
-        "config",
-        "entrance",
-        "launchers",
-        "ray",
-        "search",
-        "slurm",
-        "sweep",
-        "workers",
-    }
+    inside = {name for name in seers if layer_of(name) not in ("launch", "bench", "hydra_plugins")}
+    assert inside <= {"proglayer.config"}
 
 
 def test_what_a_user_waits_for_does_not_load_torch() -> None:
     code = (
         "import sys, "
         + ", ".join(f"proglayer.{name}" for name in WITHOUT_TORCH)
-        + "; heavy = {'torch', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules); "
-        "print(sorted(heavy - {'scipy'}))"
+        + "; heavy = {'torch', 'datasets', 'matplotlib'} & set(sys.modules); print(sorted(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision, setting_names
-from proglayer.corpus import open_corpus
-from proglayer.machine import pick_device, switches
-from proglayer.plan import plan
-from proglayer.trajectory import Machine, describe
+from proglayer.data.corpus import open_corpus
+from proglayer.run.machine import pick_device, switches
+from proglayer.store.trajectory import Machine, describe
+from proglayer.training.plan import plan
 
 from .helpers import config
 

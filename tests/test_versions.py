@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from proglayer.versions import unknown
 
 from .helpers import ROOT
-from .test_train import SHORT, Command, train  # noqa: F401 (a fixture)
+from .run.test_train import SHORT, Command, train  # noqa: F401 (a fixture)
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -1,0 +1,58 @@
+"""What is printed: the console, lines for it and the log, and text that is safe to print."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+from rich.console import Console
+
+log = logging.getLogger(__name__)
+
+# Without a terminal there is no width to keep to; this one fits every table here.
+PLAIN_WIDTH = 160
+
+
+def console() -> Console:
+    """The console that everything is printed to; wide where no terminal sets the width."""
+    file = sys.stdout
+    if isinstance(file, io.TextIOWrapper):
+        # A terminal that knows no box characters gets question marks, not an error.
+        file.reconfigure(errors="replace")
+    return Console(
+        file=file,
+        width=None if file.isatty() else PLAIN_WIDTH,
+        highlight=False,
+        soft_wrap=not file.isatty(),
+    )
+
+
+def tell(text: str) -> None:
+    """One line on the console and in the log."""
+    log.info("%s", text)
+    console().print(text, markup=False)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks or anything that a terminal would act on."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+class LogFile(logging.FileHandler):
+    """The log of a run, which a full disk does not end: told once, in a line."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging, in the handling of what went wrong."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(
+                f"warning: {self.baseFilename} cannot be written ({error.strerror}): lines of the "
+                "log are lost",
+                file=sys.stderr,
+            )

@@ -1,0 +1,329 @@
+"""Between Hydra and a run: what train.py does with a job, and with errors on the way to one."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from proglayer.config import (
+    Config,
+    ConfigError,
+    OnError,
+    first_line,
+    from_plain,
+    nearest_setting,
+    to_config,
+    with_type,
+)
+from proglayer.data.sources import DISK_FULL
+from proglayer.launch import snapshot
+from proglayer.launch.common import threads_per_job
+from proglayer.run.code import PACKAGE, git_state
+from proglayer.store.record import (
+    RECORD_FORMAT,
+    Status,
+    failed_job,
+    note_failed_job,
+    read_submission,
+    write_result,
+)
+from proglayer.store.stages import StoreError
+
+log = logging.getLogger(__name__)
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+# What a job of a sweep gives back that did no more than find another job at its next phase, and the
+# variable that lets it.
+DEFERRED = "deferred"
+MAY_DEFER = "PROGLAYER_MAY_DEFER"
+# Of files that changed while a job was waiting, so many are named.
+MOST_NAMED = 8
+# What was not there before the run that starts, of what Hydra makes for it.
+_made: set[Path] = set()
+
+
+class Beforehand(Callback):
+    """Looks at what is there before Hydra makes anything for a run."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Called by Hydra."""
+        HydraConfig.instance().set_config(config)  # the folder's name may ask for parts of it
+        folder = Path(config.hydra.run.dir).absolute()
+        names = f"{config.hydra.job.name}.log", config.hydra.output_subdir
+        paths = [folder, *(folder / name for name in names if name)]
+        _made.clear()
+        _made.update(path for path in paths if not path.exists())
+
+
+def run_job(settings: DictConfig) -> float | str | None:
+    """Run or plan one job of Hydra's. Gives its objective, None where there is none, or DEFERRED.
+
+    A single run that fails ends the process with status 1, an interrupted one with 130. In a
+    sweep a failed job is in its record, and the sweep goes on.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    single = hydra.mode is not RunMode.MULTIRUN
+    if single:
+        from proglayer.versions import warn_of_unknown
+
+        warn_of_unknown()
+    try:
+        config = to_config(settings) if single else _as_submitted(settings, folder)
+        _tell_changes()
+        if config.plan:
+            print_plan(config)
+            _leave_nothing(folder)
+            return None
+        if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
+            record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
+            return None
+        from proglayer.run.experiment import Deferred, run
+
+        threads = config.threads or (None if single else threads_per_job(hydra.launcher))
+        config = replace(config, threads=threads)
+        choices = {
+            group: str(choice)
+            for group, choice in hydra.runtime.choices.items()
+            if choice is not None and not group.startswith(("hydra", "local", "logger"))
+        }
+        overrides = list(hydra.overrides.task)
+        may_wait = os.environ.get(MAY_DEFER) != "yes"
+        try:
+            outcome = run(config, folder, overrides, choices, may_wait=may_wait)
+        except Deferred:
+            return DEFERRED
+    except (ConfigError, StoreError) as error:
+        # A store that could not be written comes after the start: what the run left stays.
+        if single and isinstance(error, ConfigError):
+            _leave_nothing(folder)
+        if single:
+            fail(str(error).splitlines())
+        with contextlib.suppress(StoreError):
+            record_unstarted(folder, Status.failed, str(error))
+        note_failed_job(folder)
+        return None
+    if outcome.status is Status.interrupted:
+        raise KeyboardInterrupt
+    if single and config.report:
+        leave_report(folder)
+    if outcome.status is Status.failed and single:
+        sys.exit(FAILED)
+    if outcome.status is Status.failed:
+        note_failed_job(folder)
+    return outcome.objective
+
+
+def leave_report(folder: Path, *before: Path) -> None:
+    """Write the report of a run or a sweep into its folder, and say where it is.
+
+    `before` are folders of what belongs to it. Whatever goes wrong with the report is told in a
+    line of the log: it changes nothing about the runs.
+    """
+    try:
+        from proglayer.console import console
+        from proglayer.report.write import write_report
+
+        folders = [*before, folder]
+        page = write_report(folders, folder / "report", png=False, anew=False)
+        console().print(f"report: {page}", markup=False)
+    except Exception as error:
+        log.warning("no report could be written (%s)", with_type(error))
+
+
+def print_plan(config: Config) -> None:
+    """Print a run's phases and what they cost."""
+    from proglayer.console import console, tell
+    from proglayer.data.corpus import open_corpus
+    from proglayer.run.progress import plan_table
+    from proglayer.training.plan import plan
+
+    corpus = open_corpus(config.data, tell)
+    windows = len(corpus.train), len(corpus.validation)
+    phases = plan(config, corpus.vocab_size)
+    console().print(plan_table(phases, config.data.seq_len, *windows, "plan"))
+
+
+@contextlib.contextmanager
+def explain_errors() -> Iterator[None]:
+    """Turn errors that a user can cure into plain lines on stderr and an exit status of 1.
+
+    With HYDRA_FULL_ERROR=1 in the environment everything is raised as it is.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        yield
+        return
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Hydra prints errors its own way unless it is asked to raise them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error).splitlines())
+    except (HydraException, OmegaConfBaseException) as error:
+        fail([in_one_line(error)])
+    except OSError as error:
+        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
+        if error.errno in DISK_FULL:
+            where = error.filename or "the folder of results"
+            fail([f"no space left to write {where}: make room, or {place}"])
+        if error.filename is None:
+            raise
+        fail(
+            [
+                f"cannot read or write {error.filename} ({error.strerror}): if results go there, "
+                f"{place}"
+            ]
+        )
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def fail(lines: list[str]) -> NoReturn:
+    """Print each line as an error and end the process."""
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(FAILED)
+
+
+def in_one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf said, with the nearest setting where a name is unknown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    whole = f"{error}\n{error.__cause__ or ''}"
+    first = " ".join(first_line(error).split())
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"{error.override}: Hydra cannot read this value; as a text it is given as {quoted}"
+    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
+    unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
+    if unknown:
+        name = unknown.group(2)
+        near = nearest_setting(name)
+        return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
+    if missing and "Available options in" in whole:
+        group, choice = missing.groups()
+        listed = whole.split("Available options in")[1].split("Config search path")[0]
+        options = listed.splitlines()[1:]
+        options = [option.strip() for option in options if option.strip()]
+        close = difflib.get_close_matches(choice, options, n=1)
+        near = f"; did you mean {group}={close[0]}?" if close else ""
+        return f"{group} has no choice {choice}{near} (choices: {', '.join(options)})"
+    if first.startswith("Ambiguous value"):
+        return f"{first}: to sweep over several values, add -m"
+    if error.__cause__ is not None:
+        return f"{first}: {first_line(error.__cause__)}"
+    return first
+
+
+def record_unstarted(folder: Path, status: Status, reason: str) -> None:
+    """Leave the record of a job that ended before its first phase, or that never told how."""
+    log.error("%s", reason)
+    write_result(
+        folder,
+        {
+            "format": RECORD_FORMAT,
+            "status": status.value,
+            "reason": reason,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "phases": [],
+        },
+    )
+
+
+def _as_submitted(settings: DictConfig, folder: Path) -> Config:
+    """The settings of a sweep's job: those that it was submitted with, where they were kept."""
+    try:
+        submission = read_submission(folder)
+    except ValueError as error:
+        raise ConfigError(f"what was submitted for {folder.name} cannot be read: {error}") from None
+    if submission is None:
+        return to_config(settings)
+    try:
+        config = from_plain(submission["config"])
+    except KeyError as error:
+        raise ConfigError(
+            f"{folder.name} was submitted without the setting {error}, by another version of the "
+            "code: submit it again"
+        ) from None
+    if _composed(settings) != config:
+        log.warning("conf/ was changed since this job was submitted: it runs as submitted")
+    before, now = submission["git"], git_state()
+    if before and now and before != now:
+        log.warning(
+            "the code was changed since this job was submitted: %s then, %s now",
+            _code(before),
+            _code(now),
+        )
+    return config
+
+
+def _tell_changes() -> None:
+    """Say in the log of a job what became of the files that it has as copies: the code and the
+    settings, or, in a worker of this machine, the settings alone.
+    """
+    changed = snapshot.changes()
+    if not changed:
+        sources = HydraConfig.get().runtime.config_sources
+        folders = {Path(each.path).parent for each in sources if each.schema == "file"}
+        copies = [folder / PACKAGE.name for folder in sorted(folders)]
+        changed = [name for copy in copies for name in snapshot.changes(copy, code=False)]
+    if changed:
+        more = f" and {len(changed) - MOST_NAMED} more files" if len(changed) > MOST_NAMED else ""
+        log.warning(
+            "changed since this job was submitted, which runs as it was submitted: %s%s",
+            ", ".join(changed[:MOST_NAMED]),
+            more,
+        )
+
+
+def _composed(settings: DictConfig) -> Config | None:
+    with contextlib.suppress(ConfigError):
+        return to_config(settings)
+    return None
+
+
+def _code(git: dict[str, Any]) -> str:
+    return git["commit"][:12] + (f" with changes {git['difference']}" if git["changed"] else "")
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take away what Hydra made for a run that was not started. What was there before stays."""
+    for path in _made - {folder}:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    if folder in _made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing else is in it

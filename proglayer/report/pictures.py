@@ -1,0 +1,586 @@
+"""The report's pictures, drawn with matplotlib: SVG for a page, and SVG and PNG files.
+
+Each panel is a picture of its own, narrow enough to be read on a phone; a page sets as many beside
+each other as fit. Colours are those of Okabe and Ito (2008), told apart by colour-blind readers as
+well, and everything that a colour says a marker or a dash says too. In a page the colours are its
+style's variables, so that one picture serves light and dark; files have a white ground. Equal
+input gives equal bytes. Matplotlib takes half a second to import and is, where something is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from proglayer.report.page import Picture
+from proglayer.report.study import DEEP, MODEL_NAMES, STANDARD, Frame
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure as Canvas
+
+WIDTH_IN = 4.6
+PNG_DPI = 144
+# Room beside a panel for figures of up to eight characters and for what the axes are called.
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.1, 0.08, 0.46
+# More seeds than these would blacken a picture; the mean is over all of them.
+MOST_LINES = 12
+
+# Name in the page's style -> colour on white.
+COLOURS = {
+    "--c-blue": "#0072b2",
+    "--c-vermillion": "#d55e00",
+    "--c-green": "#009e73",
+    "--c-purple": "#cc79a7",
+    "--c-orange": "#e69f00",
+    "--c-sky": "#56b4e9",
+    "--c-faint": "#d8dce2",
+    "--fg": "#1b1e23",
+    "--muted": "#5c636d",
+    "--bg": "#fefefe",
+}
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, FAINT, INK, MUTED, GROUND = COLOURS.values()
+VARIABLES = {colour: f"var({name})" for name, colour in COLOURS.items()}
+
+RC: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "proglayer",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    # A label from a configuration is text, whatever it holds.
+    "text.parse_math": False,
+    "text.usetex": False,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn."""
+
+    colour: str
+    marker: str
+    dashes: str
+
+
+MODEL_LOOKS = {STANDARD: Look(BLUE, "o", "-"), DEEP: Look(VERMILLION, "D", "-")}
+# Seven colours, then again with dashes and other markers.
+LOOKS = tuple(
+    Look(colour, marker, dashes)
+    for markers, dashes in (("oDs^vPX", "-"), ("s^vPXoD", "--"), ("vPXoDs^", ":"))
+    for colour, marker in zip(
+        (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK), markers, strict=True
+    )
+)
+
+
+def model_name(model: str) -> str:
+    """A model for people."""
+    return MODEL_NAMES.get(model, model)
+
+
+def _look_of_model(models: Sequence[str], model: str) -> Look:
+    others = [name for name in models if name not in MODEL_LOOKS]
+    return MODEL_LOOKS.get(model) or LOOKS[2 + others.index(model) % (len(LOOKS) - 2)]
+
+
+class Gallery:
+    """Draws pictures and keeps their files in `folder`, made when the first is drawn.
+
+    With `png` each is drawn a second time.
+    """
+
+    def __init__(self, folder: Path, png: bool = True) -> None:
+        self.folder = folder
+        self.png = png
+        self.names: list[str] = []
+
+    def draw(
+        self,
+        name: str,
+        title: str,
+        alt: str,
+        height_in: float,
+        paint: Callable[[Axes], None],
+        row_labels: bool = False,
+    ) -> Picture:
+        """Draw one panel with `paint`, write `<name>.svg` and `<name>.png`, give it for a page.
+
+        The panel stands where figures beside it have room; with `row_labels`, where the names at
+        its left end. To measure those takes as long as to draw.
+        """
+        import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure as Canvas
+
+        with mpl.rc_context(RC), warnings.catch_warnings():
+            # A glyph that the font lacks is a box in the PNG, and right in a browser.
+            warnings.simplefilter("ignore")
+            layout = "constrained" if row_labels else None
+            canvas = Canvas(figsize=(WIDTH_IN, height_in), layout=layout)
+            paint(canvas.add_subplot())
+            if not row_labels:
+                _set_margins(canvas)
+            svg = io.StringIO()
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            FigureCanvasSVG(canvas).print_svg(svg, metadata=nothing)
+            png = self._png(canvas) if self.png else None
+        whole = svg.getvalue()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{name}.svg").write_text(_on_white(whole), encoding="utf-8")
+        if png is None:
+            # That of an earlier report would show something else.
+            (self.folder / f"{name}.png").unlink(missing_ok=True)
+        else:
+            (self.folder / f"{name}.png").write_bytes(png)
+        self.names.append(name)
+        return Picture(name, title, alt, _for_page(whole, name))
+
+    def _png(self, canvas: Canvas) -> bytes:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        # The layout stands; to find it again would cost as much as to draw.
+        canvas.set_layout_engine("none")
+        canvas.set_facecolor("white")
+        canvas.set_dpi(PNG_DPI)
+        png = io.BytesIO()
+        FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+        return png.getvalue()
+
+
+def _set_margins(canvas: Canvas) -> None:
+    """Put the panel where its labels and the legend below it have room."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    width, height = canvas.get_size_inches()
+    legend = canvas.legends[0].get_window_extent(FigureCanvasAgg(canvas).get_renderer())
+    canvas.subplots_adjust(
+        left=LEFT_IN / width,
+        right=1 - RIGHT_IN / width,
+        top=1 - TOP_IN / height,
+        bottom=(BOTTOM_IN + legend.height / canvas.dpi) / height,
+    )
+
+
+def _on_white(svg: str) -> str:
+    """An SVG file with a ground of its own, right on any."""
+    return re.sub(
+        r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1
+    )
+
+
+def _for_page(svg: str, name: str) -> str:
+    """The `<svg>` alone, in the page's colours, font and its own space of names."""
+    svg = svg[svg.index("<svg ") :].rstrip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|href="#)', rf"\1{name}-", svg).replace("url(#", f"url(#{name}-")
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r"(?:fill|stroke): ?(#[0-9a-f]{6})\b", _in_variables, svg)
+    svg = svg.replace("'DejaVu Sans'", "inherit").replace("<svg ", '<svg aria-hidden="true" ', 1)
+    return re.sub(r"(font: [^;\"]*?) inherit\b", r"\1 system-ui, sans-serif", svg)
+
+
+def _in_variables(found: re.Match[str]) -> str:
+    return found[0].replace(found[1], VARIABLES.get(found[1], found[1]))
+
+
+# --- changes and differences ----------------------------------------------------------------------
+
+
+def forest(
+    gallery: Gallery, name: str, title: str, table: Frame, margin: float, unit: str
+) -> Picture:
+    """Means with their intervals, a row for each variant and a mark for each model.
+
+    Args:
+        table: `variant`, `model`, `n`, `mean`, `low`, `high`.
+        margin: differences within it are shaded, for they count as none.
+    """
+    variants = list(dict.fromkeys(table["variant"]))
+    models = list(dict.fromkeys(table["model"]))
+    spread = 0.0 if len(models) == 1 else 0.36
+
+    def paint(axes: Axes) -> None:
+        axes.axvspan(-margin, margin, color=FAINT, alpha=0.6, linewidth=0)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        for number, model in enumerate(models):
+            look = _look_of_model(models, model)
+            rows = table[(table["model"] == model) & np.isfinite(table["mean"])]
+            offset = spread * (number / max(1, len(models) - 1) - 0.5)
+            heights = np.array([variants.index(v) for v in rows["variant"]]) + offset
+            low, high = rows["low"].to_numpy(float), rows["high"].to_numpy(float)
+            axes.hlines(heights, low, high, color=look.colour, linewidth=2)
+            axes.plot(
+                rows["mean"].to_numpy(float),
+                heights,
+                linestyle="none",
+                marker=look.marker,
+                markersize=5.5,
+                color=look.colour,
+                label=model_name(model),
+            )
+        axes.set_yticks(range(len(variants)), [_wrapped(v) for v in variants])
+        axes.set_ylim(len(variants) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        _tick(axes.xaxis, 5)
+        axes.set_xlabel(f"{unit} (plus: better); shaded: within ±{margin:.3g}")
+        _legend(axes, len(models))
+
+    told = "; ".join(
+        f"{row.variant}, {model_name(row.model)}: {row.mean:+.3g}"
+        + (f" ({row.low:+.3g} to {row.high:+.3g})" if row.n > 1 else "")
+        for row in table.itertuples()
+        if np.isfinite(row.mean)
+    )
+    height = (
+        1.0
+        + len(variants) * (0.28 + 0.08 * len(models))
+        + 0.12 * sum(_wrapped(v).count("\n") for v in variants)
+    )
+    alt = f"{title}, in {unit}: {told}"
+    return gallery.draw(name, title, alt, height, paint, row_labels=True)
+
+
+def _wrapped(label: str, width: int = 22) -> str:
+    """A label in lines that leave the figures their room."""
+    lines = [""]
+    for word in re.split(r"(?<=[_ ,=])", label):
+        while len(word) > width:
+            lines.append(word[:width])
+            word = word[width:]
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _legend(axes: Axes, columns: int, handles: list[Any] | None = None) -> None:
+    """Below the panel, where it covers nothing."""
+    figure: Any = axes.get_figure()
+    measured = figure.get_layout_engine() is not None
+    settings: dict[str, Any] = {
+        "loc": "outside lower center" if measured else "lower center",
+        "ncols": max(1, columns),
+    }
+    figure.legend(handles=handles or axes.get_legend_handles_labels()[0], **settings)
+
+
+# --- courses of training --------------------------------------------------------------------------
+
+
+def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
+    """Validation loss through the phases of one variant, growth and unfreezing marked.
+
+    A phase begins, for every seed, where the longest of the phase before ended, so that growth
+    stands at one place. Thin lines are seeds; the thick one is their mean as far as all of them
+    train: those that go on are not those that stopped, and a mean over fewer would jump to them.
+
+    Args:
+        curves: of `ledger.curves`, with `model`, `seed` and `phase_name` (as recorded).
+    """
+    from matplotlib.collections import LineCollection
+
+    models = list(dict.fromkeys(curves["model"]))
+    lengths = curves.groupby("phase")["epoch"].max()
+    starts = lengths.cumsum().shift(fill_value=0)
+    curves = curves.assign(at=curves["epoch"] + curves["phase"].map(starts))
+    ends = curves.sort_values("phase").drop_duplicates("phase")
+    marks = {row.phase: (row.phase_name, row.layers) for row in ends.itertuples()}
+
+    def paint(axes: Axes) -> None:
+        for model in models:
+            look = _look_of_model(models, model)
+            own = curves[curves["model"] == model]
+            seeds = own["seed"].nunique()
+            shown = own[own["seed"].isin(sorted(own["seed"].unique())[:MOST_LINES])]
+            if seeds > 1:
+                lines = [
+                    part[["at", "loss"]].to_numpy(float)
+                    for _, part in shown.groupby(["seed", "phase"], sort=True)
+                ]
+                axes.add_collection(
+                    LineCollection(lines, colors=look.colour, linewidths=0.8, alpha=0.55)
+                )
+            for phase, part in own.groupby("phase"):
+                at = part.groupby("at")["loss"].agg(["mean", "size"])
+                whole = at[at["size"] == part["seed"].nunique()]
+                axes.plot(
+                    whole.index.to_numpy(float),
+                    whole["mean"].to_numpy(float),
+                    color=look.colour,
+                    marker=look.marker,
+                    markersize=3.2 if len(whole) < 30 else 0,
+                    label=model_name(model) if phase == own["phase"].min() else None,
+                )
+        axes.autoscale_view()
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.16 * (high - low))
+        for phase, (what, layers) in marks.items():
+            at = float(starts[phase]) + 0.5
+            if phase > 1:
+                axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+            axes.annotate(
+                _mark(str(what), int(layers)),
+                (at, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, -1),
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+                color=INK,
+                rotation=90 if len(marks) > 3 else 0,
+            )
+        axes.set_xlim(0.5, float(lengths.sum()) + 0.5)
+        _tick(axes.xaxis, 6, whole=True)
+        axes.set_xlabel("epochs, phase after phase")
+        _tick(axes.yaxis, 5)
+        axes.set_ylabel("validation loss (nats)")
+        _legend(axes, len(models))
+
+    last = curves.sort_values(["phase", "epoch"]).groupby(["model", "phase"])["loss"].min()
+    told = "; ".join(
+        f"{model_name(str(model))}, phase {phase}: lowest {value:.3f}"
+        for (model, phase), value in last.items()  # type: ignore[misc]
+    )
+    return gallery.draw(name, title, f"Validation loss of {title}: {told}", 3.1, paint)
+
+
+def _mark(phase_name: str, layers: int) -> str:
+    """What happened at the start of a phase."""
+    return {
+        "initial": f"{layers} layers",
+        "grown": f"grown: {layers} layers",
+        "unfreezing": "unfrozen",
+        "continued": "continued",
+    }.get(phase_name, phase_name)
+
+
+def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
+    """Accuracy at every exit, after the first phase (hollow, dashed) and after the last (filled).
+
+    Args:
+        exits: `model`, `seed`, `layer`, `accuracy_percent`, `when` (first or last).
+    """
+    models = list(dict.fromkeys(exits["model"]))
+    told: list[str] = []
+    steps = list(dict.fromkeys(exits["when"]))
+
+    def paint(axes: Axes) -> None:
+        for model in models:
+            look = _look_of_model(models, model)
+            for when in steps:
+                own = exits[(exits["model"] == model) & (exits["when"] == when)]
+                at = own.groupby("layer")["accuracy_percent"].agg(["mean", "min", "max"])
+                hollow = when == "first" and len(steps) > 1
+                label = (
+                    f"{model_name(model)}, {when} phase" if len(steps) > 1 else model_name(model)
+                )
+                x = at.index.to_numpy(float)
+                axes.vlines(x, at["min"], at["max"], color=look.colour, linewidth=1, alpha=0.6)
+                axes.plot(
+                    x,
+                    at["mean"].to_numpy(float),
+                    color=look.colour,
+                    linestyle="--" if hollow else "-",
+                    marker=look.marker,
+                    markersize=5,
+                    markerfacecolor="none" if hollow else look.colour,
+                    label=label,
+                )
+                means = ", ".join(f"{value:.2f}" for value in at["mean"])
+                told.append(f"{label}: {means} %")
+        _tick(axes.xaxis, 10, whole=True)
+        axes.set_xlabel("exit after layer")
+        _tick(axes.yaxis, 5)
+        axes.set_ylabel("validation accuracy (%)")
+        _legend(axes, min(2, len(steps) * len(models)))
+
+    picture = gallery.draw(name, title, "", 3.1, paint)
+    alt = f"Accuracy by exit of {title}, bottom layer first: {'; '.join(told)}"
+    return Picture(picture.name, picture.title, alt, picture.svg)
+
+
+def against_compute(
+    gallery: Gallery,
+    name: str,
+    title: str,
+    curves: Frame,
+    column: str,
+    unit: str,
+    order: Sequence[str],
+) -> Picture:
+    """The lowest validation loss so far against the compute spent, a line for each variant.
+
+    Lines are means over all seeds, epoch by epoch. A seed that has stopped counts with what it
+    spent and reached, so that a line ends at the means of its arm and is of the same seeds
+    throughout.
+
+    Args:
+        curves: of one model, with `variant`.
+        column: of `ledger.MEASURES`.
+        order: variants in the order that gives them their looks.
+    """
+    curves = curves.dropna(subset=[column])
+    so_far = curves.groupby("run", sort=False)["loss"].cummin()
+    by_step = curves.assign(so_far=so_far).pivot(
+        index=["variant", "run"], columns="step", values=[column, "so_far"]
+    )
+    means = {
+        name: by_step[source].ffill(axis="columns").groupby("variant", sort=False).mean().stack()
+        for name, source in (("compute", column), ("loss", "so_far"))
+    }
+    longest = curves.groupby("variant")["step"].max()
+    steps: Frame = pd.DataFrame(means).reset_index()
+    steps = steps[steps["step"] <= steps["variant"].map(longest)]
+    shown = [variant for variant in order if variant in set(steps["variant"])]
+
+    def paint(axes: Axes) -> None:
+        for variant in shown:
+            look = LOOKS[list(order).index(variant) % len(LOOKS)]
+            own = steps[steps["variant"] == variant]
+            axes.plot(
+                own["compute"].to_numpy(float),
+                own["loss"].to_numpy(float),
+                color=look.colour,
+                linestyle=look.dashes,
+                marker=look.marker,
+                markersize=4,
+                linewidth=1.3,
+                label=_wrapped(variant, 26),
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        _tick_few(axes)
+        # Where the variants part matters, not where they all come from.
+        ends = steps.groupby("variant")["loss"].min()
+        low, high = float(ends.min()), float(steps["loss"].max())
+        top = low + max(4 * float(ends.max() - low), 0.25 * (high - low))
+        if high > low:
+            axes.set_ylim(low - 0.06 * (top - low), min(high, top) + 0.03 * (top - low))
+        axes.set_xlabel(f"{unit}, all phases so far")
+        _tick(axes.yaxis, 5)
+        axes.set_ylabel("lowest validation loss so far")
+        _legend(axes, 2)
+
+    told = "; ".join(
+        f"{variant}: {own['loss'].iloc[-1]:.3f} after {engineering(own['compute'].iloc[-1])}"
+        for variant, own in ((v, steps[steps["variant"] == v]) for v in shown)
+    )
+    height = 3.0 + 0.17 * (sum(1 + _wrapped(v, 26).count("\n") for v in shown) / 2)
+    return gallery.draw(name, title, f"{title}: {told}", height, paint)
+
+
+def _tick(axis: Axis, most: int, whole: bool = False) -> None:
+    """At most so many steps along an axis, of round numbers. Ticks are half of what is drawn."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole))
+
+
+def _tick_few(axes: Axes) -> None:
+    """Round ticks on a logarithmic axis that may span less than a decade."""
+    low, high = axes.get_xlim()
+    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
+        if len(ticks) >= 3:
+            break
+    axes.set_xticks(ticks[:: -(-len(ticks) // 6)])
+    axes.set_xticks([], minor=True)
+
+
+def engineering(value: float) -> str:
+    """A large number for people: 1.5 T, 320 M."""
+    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+PARTS = {"layers": (BLUE, ""), "embedding": (GREEN, "..."), "head": (ORANGE, "//")}
+
+
+def parameters(gallery: Gallery, name: str, title: str, table: Frame) -> Picture:
+    """What trains in each phase: layers, embedding and head, and what is frozen.
+
+    Args:
+        table: `label`, the numbers of trained parameters `layers`, `embedding`, `head`, and
+            `total`; a row a phase.
+    """
+
+    from matplotlib.patches import Patch
+
+    def paint(axes: Axes) -> None:
+        rows = range(len(table))
+        axes.barh(rows, table["total"], color=FAINT, height=0.62, label="frozen")
+        left = np.zeros(len(table))
+        for part, (colour, hatch) in PARTS.items():
+            widths = table[part].to_numpy(float)
+            axes.barh(
+                rows,
+                widths,
+                left=left,
+                height=0.62,
+                color=colour,
+                hatch=hatch,
+                edgecolor=GROUND,
+                linewidth=0,
+                label=part,
+            )
+            left = left + widths
+        axes.set_yticks(rows, [_wrapped(label, 26) for label in table["label"]])
+        axes.set_ylim(len(table) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False, axis="y")
+        _tick(axes.xaxis, 4)
+        axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
+        axes.set_xlabel("parameters")
+        handles = [
+            Patch(facecolor=colour, hatch=hatch, edgecolor=GROUND, linewidth=0, label=part)
+            for part, (colour, hatch) in PARTS.items()
+        ]
+        _legend(axes, 4, [*handles, Patch(facecolor=FAINT, label="frozen")])
+
+    told = "; ".join(
+        f"{row.label}: {int(row.layers + row.embedding + row.head):,} of {int(row.total):,}"
+        for row in table.itertuples()
+    )
+    lines = sum(1 + _wrapped(label, 26).count("\n") for label in table["label"])
+    height = 1.05 + 0.2 * lines + 0.06 * len(table)
+    return gallery.draw(name, title, f"{title}: {told}", height, paint, row_labels=True)

@@ -1,0 +1,764 @@
+"""What many runs say together: arms, changes, comparisons, and verdicts on the founding claims.
+
+An **arm** is what is repeated over seeds: a *variant* (an experiment, and what else was set)
+trained as a *model* (a loss at the last layer, or at every layer) under a *condition* (the corpus,
+and any setting that was swept across the experiments alike). Only completed runs give figures, each
+experiment and seed once; those that did not complete are known to their arms, so that a comparison
+can tell how many seeds it lacks and why. Accuracies are in percent of tokens and their differences
+in points, perplexities compare in percent, losses in nats per token; in every change and difference
+a plus is an improvement.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.util import hash_pandas_object
+
+from proglayer.report import stats
+from proglayer.results.columns import COMPLETED, GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT
+from proglayer.console import one_line
+from proglayer.results.reader import keys_and_values
+from proglayer.results.frames import Results
+
+# Its own types lack it.
+_hashed: Any = hash_pandas_object
+# A pandas frame or series. Its own types cannot follow a selection, which may be either.
+Frame = Any
+
+ORIGINAL = "original"
+FROM_SCRATCH = "control_from_scratch"
+KEEP_TRAINING = "control_keep_training"
+UNFROZEN = "control_unfrozen"
+# The order in which variants are told; others follow in the order of their runs.
+ORDER = (
+    ORIGINAL,
+    "more_layers",
+    "wider",
+    "gradual_unfreezing",
+    "longer_training",
+    "split_lr",
+    FROM_SCRATCH,
+    KEEP_TRAINING,
+    "control_head_only",
+    UNFROZEN,
+)
+STANDARD = "standard"
+DEEP = "deep_supervision"
+MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
+
+# A label longer than this is cut: it has to fit beside a figure.
+LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Differences within these count as none. Perplexity's follows from the loss's."""
+
+    points: float = 0.1
+    nats: float = 0.01
+
+    @property
+    def percent(self) -> float:
+        """The fall in perplexity, in percent, that a fall of `nats` in the loss is."""
+        return 100 * -math.expm1(-self.nats)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that arms are judged by: its column of change, of the end, unit and decimals."""
+
+    name: str
+    change: str
+    unit: str
+    decimals: int
+
+    def margin(self, margins: Margins) -> float:
+        """The margin of this figure, in its unit."""
+        return {"points": margins.points, "%": margins.percent, "nats": margins.nats}[self.unit]
+
+
+ACCURACY = Figure("accuracy", "accuracy_change_points", "points", 3)
+PERPLEXITY = Figure("perplexity", "perplexity_change_percent", "%", 2)
+LOSS = Figure("loss", "loss_change_nats", "nats", 4)
+FIGURES = (ACCURACY, PERPLEXITY, LOSS)
+
+
+@dataclass(frozen=True)
+class PublishedPhase:
+    """A phase of the founding run."""
+
+    name: str
+    layers: int
+    accuracy_percent: float
+    perplexity: float
+    seconds: float
+    best_epoch: int
+
+
+# The founding experiment's published run: WikiText-2 raw (Salesforce/wikitext,
+# wikitext-2-raw-v1, whole release), vocabulary 69,830, dim 64, one seed (42), an NVIDIA L4.
+PUBLISHED = {
+    STANDARD: (
+        PublishedPhase("initial", 3, 16.35, 978.89, 23.69, 3),
+        PublishedPhase("grown", 4, 16.20, 975.51, 27.44, 2),
+    ),
+    DEEP: (
+        PublishedPhase("initial", 3, 16.45, 950.45, 53.06, 3),
+        PublishedPhase("grown", 4, 16.26, 968.60, 92.11, 3),
+    ),
+}
+# As published: points of accuracy, percent of perplexity, seconds in all. The phases themselves
+# give 0.35 % for Standard and 145.17 s for deep supervision.
+PUBLISHED_CHANGES = {STANDARD: (-0.15, 0.34, 51.13), DEEP: (-0.19, -1.91, 145.16)}
+PUBLISHED_SOURCE = (
+    "the founding experiment's published run: WikiText-2 raw, vocabulary 69,830, one seed (42), "
+    "NVIDIA L4"
+)
+# What the original is, whatever the text, the model's loss and the seed: a run that was not told
+# `experiment=original` is it all the same when it has these settings.
+ORIGINAL_SETTINGS: dict[str, Any] = {
+    "initial_layers": 3,
+    "added_layers": 1,
+    "model.dim": 64,
+    "model.num_heads": 4,
+    "model.ffn_multiple": 4,
+    "model.rotary_base": 10000,
+    "model.norm_eps": 1e-6,
+    "phase.schedule": "grow_once",
+    "phase.batch_size": 64,
+    "phase.max_epochs": 50,
+    "phase.patience": 1,
+    "phase.min_delta": 0.0,
+    "phase.samples": None,
+    **{
+        f"phase.{part}.{name}": None
+        for part in ("initial", "grown")
+        for name in ("batch_size", "max_epochs", "patience", "min_delta", "samples")
+    },
+    "growth.init": "random",
+    "growth.position": "top",
+    "freeze.steps": '[{"embedding": false, "existing": 0, "head": true}]',
+    "lr.base": 1e-3,
+    **{f"lr.factor.{role}": 0.1 for role in ("new", "existing", "embedding", "head")},
+    "lr.schedule": "constant",
+    "lr.warmup_steps": 0,
+    "lr.final_factor": 0.0,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 1.0,
+    "precision": "float32",
+}
+
+
+# --- arms -----------------------------------------------------------------------------------------
+
+# What an arm is not told apart by: where and how it runs, its seed, and what its corpus's
+# fingerprint covers.
+_ASIDE = {f"config.{name}" for name in (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT, "seed")}
+_NO_VARIATION = {"seed", "model", "experiment", "data"}
+
+
+@dataclass(frozen=True, eq=False)
+class Arms:
+    """Completed runs, each with its arm; and the others of these arms' seeds.
+
+    `runs` has one row a run, in the order of conditions, variants, models and seeds: `run`,
+    `condition` (a number), `variant`, `experiment` (of runs that name none, the original's if that
+    is what all of them are), `base` (the experiment as it is, nothing else set), `model`, `seed`,
+    `grows`, the changes of FIGURES (nan for a run of one phase), and the columns of
+    `Results.runs`. `conditions` names each condition. `lacking` has the same columns for the runs
+    of these arms that did not complete, of seeds without a completed run: their figures are nan,
+    and `lacks` is their status (it is missing in `runs`).
+    """
+
+    runs: Frame
+    conditions: tuple[str, ...]
+    lacking: Frame
+
+    def of(self, condition: int) -> Frame:
+        """The completed runs of one condition."""
+        return self.runs[self.runs["condition"] == condition]
+
+    def asked(self, condition: int) -> Frame:
+        """The runs of one condition, and after them those that did not complete."""
+        lacking = self.lacking[self.lacking["condition"] == condition]
+        own = self.of(condition)
+        return pd.concat([own, lacking], ignore_index=True) if len(lacking) else own
+
+
+def arms(results: Results) -> Arms:
+    """Sort completed runs into arms."""
+    every: Frame = results.distinct().runs
+    every = every[every["seed"].notna()]
+    runs = every[every["status"] == COMPLETED].reset_index(drop=True)
+    runs["lacks"] = None
+    runs["experiment"] = runs["experiment"].astype(object).where(runs["experiment"].notna(), "")
+    runs["model"] = runs["model"].astype(object).where(runs["model"].notna(), "unknown model")
+    for name in ("experiment", "model"):
+        runs[name] = runs[name].map(_label)
+    runs["seed"] = runs["seed"].astype("int64")
+    unnamed = runs["experiment"] == ""
+    if unnamed.any() and not differs_from_original(runs[unnamed]):
+        runs.loc[unnamed, "experiment"] = ORIGINAL
+    swept = _swept(runs)
+    conditions = [column for column in swept if _is_condition(runs, column)]
+    runs["condition"], names = _conditions(runs, conditions)
+    runs["variant"], runs["base"] = _variants(runs, [c for c in swept if c not in conditions])
+    phases: Frame = results.phases
+    grown = set(phases.loc[phases["new_layers"] != "[]", "run"].dropna())
+    runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
+    _add_changes(runs)
+    rank: dict[Any, int] = {name: number for number, name in enumerate(ORDER)}
+    # Duplicates were taken out by their settings; nothing may pair two runs of one arm and seed.
+    runs = runs.drop_duplicates(["condition", "variant", "model", "seed"], keep="last")
+    order = pd.DataFrame(
+        {
+            "condition": runs["condition"],
+            "experiment": runs["experiment"].map(lambda name: rank.get(name, len(rank))),
+            "base": ~runs["base"],
+            "variant": pd.factorize(runs["variant"])[0],
+            "model": runs["model"].map(lambda name: (STANDARD, DEEP, name).index(name)),
+            "name": runs["model"],
+            "seed": runs["seed"],
+        }
+    )
+    order = order.sort_values(list(order.columns), kind="stable").index
+    runs = runs.loc[order].reset_index(drop=True)
+    return Arms(runs, names, _lacking(runs, every[every["status"] != COMPLETED]))
+
+
+# What a run's place in the study is told by, its seed apart.
+_ARM = ["condition", "variant", "model"]
+
+
+def _lacking(runs: Frame, others: Frame) -> Frame:
+    """Those of `others`, which did not complete, that belong to the arms of `runs`.
+
+    A run belongs to an arm that was told the same: by its configuration, or, where the run never
+    began, by its overrides.
+    """
+    settings = [c for c in runs.columns if c.startswith("config.")]
+    columns = [c for c in settings if c not in _ASIDE]
+    configured = others["config.seed"].notna()
+    arms: Frame = runs.drop_duplicates(_ARM)
+    # What a run of an arm is told by before it ends; it has no figures.
+    known = [*_ARM, "experiment", "base", "grows", "phases", "first_layers", "last_layers"]
+    known += ["corpus_fingerprint", *settings]
+    keys: tuple[tuple[Frame, Callable[[Frame], Frame]], ...] = (
+        (others[configured], lambda frame: _hashed(frame[columns], index=False)),
+        (others[~configured], lambda frame: frame["overrides"].map(_without_seed)),
+    )
+    found = []
+    for part, key in keys:
+        own: Frame = part[["run", "seed", "status", "corpus_fingerprint"]].assign(key=key(part))
+        own = own.merge(arms[known].assign(key=key(arms)), on="key", suffixes=("_own", ""))
+        text = own.pop("corpus_fingerprint_own")
+        found.append(own[(text.isna() | (text == own["corpus_fingerprint"])).fillna(False)])
+    lacking: Frame = pd.concat(found)
+    lacking = lacking.drop_duplicates("run").drop_duplicates([*_ARM, "seed"], keep="last")
+    lacking = lacking.assign(seed=lacking["seed"].astype("int64"), lacks=lacking["status"])
+    there = pd.MultiIndex.from_frame(runs[[*_ARM, "seed"]])
+    lacking = lacking[~pd.MultiIndex.from_frame(lacking[[*_ARM, "seed"]]).isin(there)]
+    return lacking.reindex(columns=runs.columns).reset_index(drop=True)
+
+
+def _without_seed(overrides: Any) -> str:
+    """What a run was told, whatever its seed, and where and how it was to run."""
+    given = [] if pd.isna(overrides) else shlex.split(overrides)
+    aside = {"seed", *NOT_THE_EXPERIMENT}
+    return shlex.join(sorted(f"{k}={v}" for k, v in keys_and_values(given) if k not in aside))
+
+
+def differs_from_original(runs: Frame) -> list[str]:
+    """The settings, those of the text apart, in which any of these runs is not the original."""
+    differing = []
+    for name, value in ORIGINAL_SETTINGS.items():
+        if any(_value(own) != _value(value) for own in runs[f"config.{name}"].unique()):
+            differing.append(name)
+    weights = zip(runs["model"], runs["config.model.exit_weights"], strict=True)
+    if set(weights) - {(STANDARD, "last"), (DEEP, "uniform")}:
+        differing.append("model.exit_weights")
+    return differing
+
+
+def _label(text: Any) -> str:
+    """Text of a configuration as a name: one printable line, not too long."""
+    line = one_line(str(text))
+    return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
+
+
+def _swept(runs: Frame) -> list[str]:
+    return [
+        column
+        for column in runs.columns
+        if column.startswith("config.")
+        and column not in _ASIDE
+        and not column.startswith("config.data.")
+        and runs[column].nunique(dropna=False) > 1
+    ]
+
+
+def _is_condition(runs: Frame, column: str) -> bool:
+    """Whether a setting varies inside most of the experiments: then it divides them all alike.
+
+    What varies inside one experiment only makes variants of that one.
+    """
+    kinds = runs.groupby(["corpus_fingerprint", "experiment", "model"], dropna=False)
+    varies = kinds[column].nunique(dropna=False) > 1
+    inside = set(varies[varies].index.get_level_values("experiment"))
+    experiments = runs["experiment"].nunique()
+    return experiments > 1 and 2 * len(inside) > experiments
+
+
+def _conditions(runs: Frame, columns: Sequence[str]) -> tuple[Frame, tuple[str, ...]]:
+    """A number for each run's condition, in the order of their first runs, and their names."""
+    keys = ["corpus_fingerprint", *columns]
+    numbers = runs.groupby(keys, dropna=False, sort=False).ngroup()
+    data = [c for c in runs.columns if c.startswith("config.data.") and c not in _ASIDE]
+    data = [column for column in data if runs[column].nunique(dropna=False) > 1]
+    shown = [column for column in data if column != "config.data.source"]
+    names: list[str] = []
+    for _, row in runs.loc[~numbers.duplicated()].iterrows():
+        corpus = row["corpus"] if pd.notna(row["corpus"]) else "unknown corpus"
+        names.append(_label(" ".join([str(corpus), *_values(row, [*columns, *shown])])))
+    for number, name in enumerate(names):
+        if names.count(name) > 1:
+            names[number] = f"{name} ({number + 1})"
+    return numbers, tuple(names)
+
+
+def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool]]:
+    """Each run's variant: its experiment, and the settings that set it apart within that.
+
+    The arm of an experiment with the fewest overrides carries its plain name.
+    """
+    labels = [""] * len(runs)
+    base = [False] * len(runs)
+    own = [_own_overrides(text) for text in runs["overrides"].fillna("")]
+    group: Frame
+    for (_, experiment, _), group in runs.groupby(["condition", "experiment", "model"], sort=False):
+        varying = [c for c in columns if group[c].nunique(dropna=False) > 1]
+        choices = [
+            g for g in GROUPS if g not in _NO_VARIATION and group[g].nunique(dropna=False) > 1
+        ]
+        arm: Frame = group.groupby(varying or ["experiment"], dropna=False, sort=False).ngroup()
+        first: dict[int, Frame] = {
+            number: group.loc[index] for index, number in arm.drop_duplicates().items()
+        }
+        fewest = dict.fromkeys(first, sys.maxsize)
+        for index, number in arm.items():
+            fewest[number] = min(fewest[number], own[index])
+        plain = [number for number in first if fewest[number] == min(fewest.values())]
+        plain_arm = plain[0] if len(plain) == 1 else None
+        told: dict[int, str] = {}
+        base_row = None if plain_arm is None else first[plain_arm]
+        for number, row in first.items():
+            if number == plain_arm:
+                label = str(experiment) or ("as configured" if len(first) == 1 else "base")
+            else:
+                parts = _parts(row, base_row, choices, varying)
+                label = _label(" ".join([*([str(experiment)] if experiment else []), *parts]))
+            told[number] = f"{label} ({number + 1})" if label in told.values() else label
+        for index, number in arm.items():
+            labels[index] = told[number]
+            base[index] = number == plain_arm
+    return labels, base
+
+
+def _own_overrides(text: str) -> int:
+    """How many overrides say something else than which seed, model, experiment and text."""
+    given = keys_and_values(shlex.split(text))
+    return sum(key.split(".")[0] not in _NO_VARIATION for key, _ in given)
+
+
+def _parts(
+    row: Frame, base: Frame | None, choices: Sequence[str], settings: Sequence[str]
+) -> list[str]:
+    """What sets an arm apart, by its groups' choices first, then by settings."""
+
+    def differs(column: str) -> bool:
+        return base is None or _value(row[column]) != _value(base[column])
+
+    groups = [group for group in choices if differs(group)]
+    told = [f"{group}={_value(row[group])}" for group in groups]
+    rest = [c for c in settings if c.split(".")[1] not in groups and differs(c)]
+    return told + _values(row, rest)
+
+
+def _values(row: Frame, columns: Iterable[str]) -> list[str]:
+    return [f"{c.removeprefix('config.')}={_value(row[c])}" for c in columns]
+
+
+def _value(value: Any) -> str:
+    if pd.isna(value):
+        return "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _add_changes(runs: Frame) -> None:
+    """The changes from the first phase to the last; none for a run of one phase."""
+    steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
+
+    def ends(name: str) -> tuple[Frame, pd.Series]:
+        return tuple(  # type: ignore[return-value]
+            runs[f"{which}_{name}"].astype("float64").where(steps) for which in ("first", "last")
+        )
+
+    before, after = ends("accuracy_percent")
+    runs[ACCURACY.change] = stats.accuracy_change_points(before / 100, after / 100)
+    runs[PERPLEXITY.change] = stats.perplexity_change_percent(*ends("perplexity"))
+    runs[LOSS.change] = stats.loss_change_nats(*ends("loss"))
+
+
+# --- changes and differences ----------------------------------------------------------------------
+
+
+def changes(runs: Frame) -> Frame:
+    """Each arm's change in each figure over its seeds.
+
+    Args:
+        runs: of `Arms`, of one condition; those that did not complete count as dropped.
+
+    Returns:
+        one row per arm and figure: `variant`, `model`, `figure`, `unit`, and the fields of
+        `stats.Summary`. Arms of one phase have none.
+    """
+    rows = []
+    grown = runs[runs["phases"].fillna(0) > 1]
+    for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
+        for figure in FIGURES:
+            told = stats.summary(arm[figure.change].to_numpy(dtype=float))
+            rows.append([variant, model, figure.name, figure.unit, *_fields(told)])
+    return pd.DataFrame(rows, columns=["variant", "model", "figure", "unit", *SUMMARY_FIELDS])
+
+
+SUMMARY_FIELDS = ("n", "dropped", "mean", "sd", "low", "high")
+
+
+def _fields(summary: stats.Summary) -> list[Any]:
+    return [getattr(summary, name) for name in SUMMARY_FIELDS]
+
+
+def deep_minus_standard(runs: Frame, figure: Figure, margins: Margins) -> Frame:
+    """Deep supervision's change less Standard's, paired by seed, in every variant with phases.
+
+    One family: see `stats.judge` for the columns; `variant` takes the place of `within`.
+    """
+    told = stats.judge(_deep_minus_standard(runs, figure, margins), unit=figure.unit)
+    return told.rename(columns={"within": "variant"})
+
+
+def _deep_minus_standard(
+    runs: Frame, figure: Figure, margins: Margins
+) -> dict[tuple[Any, Any, Any], stats.Comparison]:
+    """In every variant with phases that has both models."""
+    stepped = runs[runs["phases"].fillna(0) > 1]
+    both = [
+        variant
+        for variant, rows in stepped.groupby("variant", sort=False)
+        if {STANDARD, DEEP} <= set(rows["model"])
+    ]
+    return stats.compare(
+        stepped[stepped["variant"].isin(both)],
+        value=figure.change,
+        variant="model",
+        pairs=[(DEEP, STANDARD)],
+        within="variant",
+        margin=figure.margin(margins),
+        reason="lacks",
+    )
+
+
+def against(runs: Frame, references: Mapping[str, str], figure: Figure, margins: Margins) -> Frame:
+    """A figure of the end: each variant's less that of its reference, paired by seed.
+
+    A plus is an improvement in every figure; perplexities compare within seeds, in percent of the
+    reference's.
+
+    Args:
+        references: variant -> the variant that it is set against.
+
+    Returns:
+        one family over variants and models. Columns as `stats.judge`, with `model` for `within`
+        and `differs` (the settings in which the two differ).
+    """
+    family: dict[tuple[Any, Any, Any], stats.Comparison] = {}
+    for variant, reference in references.items():
+        family |= _between(runs, figure, variant, reference, margins)
+    told = stats.judge(family, unit=figure.unit)
+    if not family:
+        told = told.assign(within=[], a=[], b=[])
+    told = told.rename(columns={"within": "model"})
+    differs = {reference: differing(runs, reference) for reference in set(references.values())}
+    told["differs"] = [differs[b][a] for a, b in zip(told["a"], told["b"], strict=True)]
+    return told
+
+
+def _between(
+    runs: Frame, figure: Figure, a: str, b: str, margins: Margins
+) -> dict[tuple[Any, Any, Any], stats.Comparison]:
+    """(model, a, b) -> the comparison of a figure of the end, for each model that has both."""
+    own = runs[runs["variant"].isin([a, b])]
+    models = [model for model, rows in own.groupby("model", sort=False) if
+              {a, b} <= set(rows["variant"])]  # fmt: skip
+    own = own[own["model"].isin(models)]
+    if own.empty:
+        return {}
+    pairs: list[tuple[Hashable, Hashable]] = [(a, b)]
+    return stats.compare(
+        own.assign(value=_worth(own, figure, b)),
+        value="value",
+        variant="variant",
+        pairs=pairs,
+        within="model",
+        margin=figure.margin(margins),
+        reason="lacks",
+    )
+
+
+def _worth(runs: Frame, figure: Figure, reference: str) -> Frame:
+    """What each run is worth in a figure of its end, so that differences have its unit."""
+    if figure is ACCURACY:
+        return runs["last_accuracy_percent"].astype(float)
+    loss = runs["last_loss"].astype(float)
+    if figure is LOSS:
+        return -loss
+    rows = runs["variant"] == reference
+    base = runs.loc[rows, ["model", "seed"]].assign(perplexity=runs["last_perplexity"])
+    before = runs[["model", "seed"]].merge(base, how="left")["perplexity"].to_numpy(dtype=float)
+    after = runs["last_perplexity"].astype(float)
+    return stats.perplexity_change_percent(before, after)
+
+
+def plain_variant(runs: Frame, experiment: str) -> str | None:
+    """The variant that is this experiment and nothing else; else its first one; None without."""
+    rows = runs[runs["experiment"] == experiment]
+    plain = rows[rows["base"]]
+    rows = plain if len(plain) else rows
+    return None if rows.empty else str(rows["variant"].iloc[0])
+
+
+def controls(runs: Frame, experiment: str) -> dict[str, str]:
+    """Growing variant -> the variant of this control that is of its size.
+
+    Training from scratch is a control of the depth and width that growing ends with, training on
+    of those that it begins with. Variants of which no such control was run are left out.
+    """
+    end = "first_layers" if experiment == KEEP_TRAINING else "last_layers"
+
+    def size(rows: Frame) -> tuple[int, int]:
+        return int(rows[end].iloc[0]), int(rows["config.model.dim"].iloc[0])
+
+    runs = runs.dropna(subset=[end, "config.model.dim"])
+    held = runs[runs["experiment"] == experiment]
+    held = pd.concat([held[held["base"]], held[~held["base"]]])
+    by_size: dict[tuple[int, int], str] = {}
+    for variant, rows in held.groupby("variant", sort=False):
+        by_size.setdefault(size(rows), str(variant))
+    growing = runs[runs["grows"]].groupby("variant", sort=False)
+    sizes = {str(variant): size(rows) for variant, rows in growing}
+    return {variant: by_size[own] for variant, own in sizes.items() if own in by_size}
+
+
+def differing(runs: Frame, reference: str) -> dict[str, str]:
+    """Variant -> the settings in which it differs from `reference`, whatever the model."""
+    swept = [column for column in _swept(runs) if column != "config.model.exit_weights"]
+    first = runs.drop_duplicates("variant").set_index("variant")[swept].map(_value)
+    differs = (first != first.loc[reference]).to_dict("index")
+    return {
+        variant: ", ".join(name.removeprefix("config.") for name, other in own.items() if other)
+        for variant, own in differs.items()
+    }
+
+
+# --- the founding experiment's claims -------------------------------------------------------------
+
+# From this share on, a budget counts as spent: training ends with an epoch.
+NEARLY_EQUAL = 0.9
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A claim of the founding experiment, and the comparisons that it rests on.
+
+    `rows` are those of `stats.judge` with `what` and `model`; all hypotheses of a condition are
+    judged as one family. `missing` says what runs it would take where there is nothing to compare.
+    """
+
+    title: str
+    measured_by: str
+    rows: Frame
+    missing: str
+
+    @property
+    def outcome(self) -> str:
+        """The verdict that all comparisons share; else that they do not."""
+        outcomes = set(self.rows["verdict"])
+        if len(outcomes) > 1:
+            return "no single answer"
+        return outcomes.pop() if outcomes else str(stats.Outcome.undecided)
+
+
+def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]:
+    """Judge what the founding experiment claimed, by the final or the changed accuracy.
+
+    Args:
+        runs: of `Arms`, of one condition, also those that did not complete.
+        curves: of `ledger.curves`, of these runs.
+        margins: of equivalence.
+    """
+    original = plain_variant(runs, ORIGINAL)
+    growing = list(runs.loc[runs["grows"], "variant"].unique())
+    judged_in = [original] if original in growing else growing
+    asked: list[tuple[str, str, str, Mapping[Any, stats.Comparison]]] = []
+
+    found = _deep_minus_standard(runs[runs["variant"].isin(judged_in)], ACCURACY, margins)
+    asked.append(
+        (
+            "Deep supervision helps when layers are added",
+            "the change in accuracy from the first phase to the last, deep supervision − Standard, "
+            "paired by seed",
+            "both models of one experiment that adds layers: experiment=original "
+            "model=standard,deep_supervision",
+            {(f"{v}: deep supervision − Standard", ""): c for (v, _, _), c in found.items()},
+        )
+    )
+
+    unfrozen = plain_variant(runs, UNFROZEN)
+    stable: dict[Any, stats.Comparison] = {}
+    if original is not None and unfrozen is not None:
+        found = _between(runs, ACCURACY, original, unfrozen, margins)
+        stable = {(f"{a} − {b}", str(model)): c for (model, a, b), c in found.items()}
+    asked.append(
+        (
+            "Existing layers must be stable",
+            "the final accuracy with the existing layers frozen − with nothing frozen, paired by "
+            "seed",
+            "experiment=original,control_unfrozen",
+            stable,
+        )
+    )
+
+    scratch = None if original is None else controls(runs, FROM_SCRATCH).get(original)
+    both: dict[Any, stats.Comparison] = {}
+    for measure, words in (("tokens", "tokens"), ("flops", "compute")):
+        if original is None or scratch is None:
+            continue
+        fair = at_equal(runs, curves, original, scratch, measure)
+        shares = fair[fair["variant"] == scratch].groupby("model")["share"].median()
+        found = _between(
+            fair.assign(last_accuracy_percent=fair["accuracy_percent"]),
+            ACCURACY,
+            original,
+            scratch,
+            margins,
+        )
+        for (model, a, b), comparison in found.items():
+            share = shares.get(model, math.nan)
+            ended = f" (from scratch ended at {share:.0%})" if share < NEARLY_EQUAL else ""
+            both[f"{a} − {b}, at equal {words}{ended}", str(model)] = comparison
+    asked.append(
+        (
+            "Stepwise training works",
+            "the final accuracy of the grown model − that of the same depth trained from scratch, "
+            "at its best epoch within the training tokens (or operations, head included) that "
+            "growing took in all its phases, paired by seed",
+            "experiment=original,control_from_scratch",
+            both,
+        )
+    )
+
+    family = {
+        (title, what, model): comparison
+        for title, _, _, comparisons in asked
+        for (what, model), comparison in comparisons.items()
+    }
+    judged = stats.judge(family, unit=ACCURACY.unit)
+    if not family:
+        judged = judged.assign(within=[], a=[], b=[])
+    judged = judged.rename(columns={"within": "hypothesis", "a": "what", "b": "model"})
+    return [
+        Hypothesis(title, measured, judged[judged["hypothesis"] == title], missing)
+        for title, measured, missing, _ in asked
+    ]
+
+
+def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str) -> Frame:
+    """What each run of two variants is worth when from-scratch may spend what growing did.
+
+    The grown model counts at its end. The one from scratch counts at its epoch of lowest
+    validation loss among those that ended within the compute of the grown run of its model and
+    seed; if it stopped by its own rule before, that is its end.
+
+    Args:
+        measure: a column of `curves`: tokens or flops.
+
+    Returns:
+        one row per run: `variant`, `model`, `seed`, `accuracy_percent`, `loss` (nan for a run from
+        scratch without a partner, or whose first epoch costs more than growing did), `share` of
+        what growing spent that this run was trained for, whether it counts or not, and `lacks`, why
+        it does not.
+    """
+    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "share", "lacks"]
+    own = runs.loc[runs["variant"] == grown, ["model", "seed", measure, "lacks"]]
+    own = own.assign(
+        variant=grown,
+        accuracy_percent=runs["last_accuracy_percent"].astype(float),
+        loss=runs["last_loss"].astype(float),
+        share=1.0,
+    )
+    budget = own.set_index(["model", "seed"])[measure].astype(float)
+    other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed", "lacks"]]
+    keys = pd.MultiIndex.from_frame(other[["model", "seed"]])
+    other = other.assign(budget=budget.reindex(keys).to_numpy())
+    epochs = curves.merge(other, on="run")
+    # The two sums were added up in different orders.
+    within = epochs[epochs[measure] <= epochs["budget"] * (1 + 1e-9)]
+    best = within.loc[within.groupby("run")["loss"].idxmin()].set_index("run")
+    spent = other["run"].map(epochs.groupby("run")[measure].max()).to_numpy(dtype=float)
+    told = other.assign(
+        variant=scratch,
+        accuracy_percent=other["run"].map(best["accuracy_percent"]).astype(float),
+        loss=other["run"].map(best["loss"]).astype(float),
+        share=spent / other["budget"].to_numpy(dtype=float),
+    )
+    over = told["lacks"].isna() & told["accuracy_percent"].isna() & told["budget"].notna()
+    told["lacks"] = told["lacks"].mask(over, "over the budget in its first epoch")
+    return pd.concat([own[columns], told[columns]], ignore_index=True)
+
+
+def has_seeds(runs: Frame) -> bool:
+    """Whether any arm was run with more than one seed."""
+    return bool(len(runs)) and bool(runs.groupby(["variant", "model"]).size().max() > 1)
+
+
+def single_seeds(runs: Frame) -> Frame:
+    """The completed runs whose arm has no other."""
+    return runs[~runs.duplicated(["variant", "model"], keep=False)]
+
+
+def binomial_errors(runs: Frame) -> Frame:
+    """What the size of the validation set alone leaves unsure of each model's accuracy.
+
+    Returns:
+        one row per model: `model`, `accuracy_percent` (mean), `tokens`, `error_points`.
+    """
+    rows = []
+    for model, group in runs.groupby("model", sort=False):
+        accuracy = float(np.nanmean(group["last_accuracy_percent"].astype(float)))
+        tokens = group["validation_tokens"].dropna()
+        if len(tokens) and math.isfinite(accuracy):
+            count = int(tokens.min())
+            error = stats.binomial_error(accuracy / 100, count)
+            rows.append([model, accuracy, count, error])
+    return pd.DataFrame(rows, columns=["model", "accuracy_percent", "tokens", "error_points"])

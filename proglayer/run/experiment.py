@@ -1,0 +1,455 @@
+"""A run, from its settings to its record: the only module that knows all the others."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from proglayer.config import Config, ConfigError, stages_dir, to_plain
+from proglayer.console import tell
+from proglayer.data.corpus import Corpus, open_corpus
+from proglayer.run import gpu_slots as slots
+from proglayer.run import machine
+from proglayer.run.code import git_state
+from proglayer.run.loggers import Loggers
+from proglayer.run.progress import RunDisplay
+from proglayer.store.record import (
+    RECORD_FORMAT,
+    WEIGHTS,
+    Heartbeat,
+    Sign,
+    Status,
+    changes,
+    figure,
+    remove_result,
+    write_metrics,
+    write_result,
+    write_sign,
+)
+from proglayer.store.stages import StoreError
+from proglayer.store.trajectory import ABOUT, Interrupted, Machine, Trajectory, Watch, Work
+from proglayer.training.growth import build, grow
+from proglayer.training.model import Transformer, restored
+from proglayer.training.plan import Flops, Phase, parameter_counts, plan, training_flops
+from proglayer.training.trainer import (
+    Diverged,
+    EpochMetrics,
+    ExitMetrics,
+    NotCompiled,
+    Stopped,
+    follow,
+    perplexity,
+)
+
+log = logging.getLogger(__name__)
+
+# What a user can cure, too little memory included, is told in one line; anything else is a fault of
+# ours, with its traceback.
+EXPECTED = (ConfigError, StoreError, Diverged, NotCompiled)
+
+
+class Deferred(Exception):
+    """The run needs a phase that another job is training, and was told not to wait for it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its record, and the number in it that the setting `objective` names."""
+
+    status: Status
+    result: dict[str, Any]
+    objective: float | None
+
+
+def run(
+    config: Config,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    choices: dict[str, str] | None = None,
+    may_wait: bool = True,
+) -> Outcome:
+    """Walk the plan of `config`, phase by phase, and leave its record in `folder`.
+
+    `overrides` and `choices` (the group options) are recorded as given. What goes wrong is in the
+    record, not raised, but for a ConfigError or StoreError before the first phase: then nothing is
+    written. Unless it `may_wait`, Deferred is raised where another job is training what this one
+    needs next; there is no record then, and the same call goes on from there.
+    """
+    started = time.perf_counter()
+    result: dict[str, Any] = {
+        "format": RECORD_FORMAT,
+        "status": None,
+        "reason": None,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "choices": choices or {},
+        "seed": config.seed,
+        "config": to_plain(config),
+        "environment": machine.environment(),
+        "machine": None,
+        "gpu": None,
+        "git": git_state(),
+        "corpus": None,
+        "phases": [],
+    }
+
+    def ended(status: Status, objective: float | None = None) -> Outcome:
+        result["status"] = status.value
+        result["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        result["seconds"] = time.perf_counter() - started
+        result["objective"] = objective
+        write_result(folder, result)
+        return Outcome(status, result, objective)
+
+    with Heartbeat(folder), machine.switches(config.threads, config.precision):
+        try:
+            ready = prepare(config, result)
+        except (ConfigError, StoreError):
+            raise
+        except Exception as error:
+            remove_result(folder)
+            _tell_fault(result, error)
+            return ended(Status.failed)
+        remove_result(folder)
+        loggers = Loggers(config.logger, folder, result["config"], result["choices"])
+        store = Path(stages_dir(config)) if config.reuse else folder / "stages"
+        status, objective = Status.completed, None
+        with (
+            machine.StopSignals() as signals,
+            RunDisplay(len(ready.phases)) as display,
+            contextlib.ExitStack() as held,
+        ):
+            try:
+                gpu = held.enter_context(
+                    slots.hold(ready.device, config.jobs_per_gpu, signals.received, display.note)
+                )
+                result["gpu"] = asdict(gpu) if gpu else None
+                walk = Walk(config, ready, store, folder, signals, display, loggers, may_wait)
+                walk.through(result["phases"])
+                result["changes"] = changes(result["phases"])
+                objective = _objective(result, config.objective)
+            except Deferred as reason:
+                display.note(f"{reason}: this one comes back later")
+                loggers.end(result | {"status": Status.interrupted.value})
+                write_sign(folder, Sign.deferred)
+                raise
+            except Interrupted as stop:
+                status, result["reason"] = Status.interrupted, str(stop)
+                again = "the same command goes on from here"
+                if signals.scheduler is not None:
+                    status, again = (
+                        Status.preempted,
+                        "it goes on when its scheduler starts it again",
+                    )
+                display.note(f"{stop}; {again}")
+            except Exception as error:
+                status = Status.failed
+                expected = isinstance(error, EXPECTED)
+                curable = str(error) if expected else machine.out_of_memory(error)
+                if curable is None:
+                    _tell_fault(result, error)
+                else:
+                    result["reason"] = curable
+                    log.error("%s", curable)
+        outcome = ended(status, objective)
+        loggers.end(result)
+        if not config.reuse and status is Status.completed:
+            shutil.rmtree(store, ignore_errors=True)
+    if signals.scheduler is not None:
+        signals.scheduler()
+    return outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What a run needs besides its settings."""
+
+    device: torch.device
+    here: Machine
+    corpus: Corpus
+    phases: tuple[Phase, ...]
+
+
+def prepare(config: Config, result: dict[str, Any]) -> Ready:
+    """Open the corpus, plan, and look at the machine; adds to `result` what that gives.
+
+    Raises ConfigError where settings, corpus and machine do not fit together.
+    """
+    device = machine.pick_device(config.device, config.precision)
+    corpus = open_corpus(config.data, tell)
+    phases = plan(config, corpus.vocab_size)
+    for phase in phases:
+        phase.windows(len(corpus.train))
+    here = machine.describe_machine(device)
+    result["machine"] = asdict(here)
+    result["corpus"] = {
+        "name": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "vocab_size": corpus.vocab_size,
+        "seq_len": config.data.seq_len,
+        "train_windows": len(corpus.train),
+        "validation_windows": len(corpus.validation),
+    }
+    _check_objective(config, result, phases, device)
+    return Ready(device, here, corpus, phases)
+
+
+class Walk:
+    """One walk through a plan: each phase starts from the selected epoch of the one before."""
+
+    def __init__(
+        self,
+        config: Config,
+        ready: Ready,
+        store: Path,
+        folder: Path,
+        signals: machine.StopSignals,
+        display: RunDisplay,
+        loggers: Loggers,
+        may_wait: bool,
+    ) -> None:
+        self.config = config
+        self.ready = ready
+        self.store = store
+        self.folder = folder
+        self.display = display
+        self.loggers = loggers
+        self.may_wait = may_wait
+        self.watch = Watch(signals.received, display.step, self._wait)
+        self.metrics_rows: list[dict[str, Any]] = []
+
+    def through(self, records: list[dict[str, Any]]) -> None:
+        """Train or read every phase, adding to `records`."""
+        previous: tuple[Trajectory, int] | None = None
+        for phase in self.ready.phases:
+            trajectory = Trajectory(
+                store=self.store,
+                parent=(previous[0].key, previous[1]) if previous else None,
+                start=functools.partial(starting_model, phase, previous),
+                phase=phase,
+                corpus=self.ready.corpus,
+                device=self.ready.device,
+                machine=self.ready.here,
+                checkpoint_every_s=self.config.checkpoint_every_s,
+                watch=self.watch,
+            )
+            machine.reset_peak_memory(self.ready.device)
+            self.display.phase(phase)
+            with trajectory:
+                trajectory.stage.mark_used(self.folder)
+                try:
+                    stopped = follow(
+                        phase.stop,
+                        trajectory.epochs(),
+                        functools.partial(self._show, phase, trajectory),
+                    )
+                    assert stopped is not None, "a trajectory has no end of its own"
+                    exits = trajectory.finish(stopped.best.epoch)
+                except Diverged:
+                    self._keep_last_good(trajectory, previous)
+                    raise
+                memory = machine.peak_memory_mb(self.ready.device)
+                flops = training_flops(
+                    phase, self.config.data.seq_len, len(self.ready.corpus.train)
+                )
+                records.append(
+                    _phase_record(
+                        phase, flops, trajectory.key, trajectory.work, stopped, exits, memory
+                    )
+                )
+            previous = (trajectory, stopped.best.epoch)
+        assert previous is not None
+        self._keep_weights(*previous)
+
+    def _wait(self, reason: str) -> None:
+        if not self.may_wait:
+            raise Deferred(reason)
+        self.display.note(reason)
+
+    def _show(
+        self, phase: Phase, trajectory: Trajectory, metrics: EpochMetrics, best: EpochMetrics
+    ) -> None:
+        reused = metrics.epoch not in trajectory.work.trained
+        self.display.epoch(metrics, best, reused)
+        if best.epoch == metrics.epoch:
+            for row in self.metrics_rows:
+                row["best"] = row["best"] and row["phase"] != phase.index + 1
+        self.metrics_rows.append(
+            {
+                "phase": phase.index + 1,
+                "layers": phase.layers,
+                "epoch": metrics.epoch,
+                "train_loss": metrics.train_loss,
+                "validation_loss": metrics.validation_loss,
+                "validation_perplexity": metrics.validation_perplexity,
+                "validation_accuracy_percent": 100 * metrics.validation_accuracy,
+                "train_tokens": metrics.train_tokens,
+                "train_seconds": round(metrics.train_seconds, 3),
+                "evaluation_seconds": round(metrics.evaluation_seconds, 3),
+                "best": best.epoch == metrics.epoch,
+                "reused": reused,
+            }
+        )
+        write_metrics(self.folder, self.metrics_rows)
+        self.loggers.epoch(self.metrics_rows[-1])
+
+    def _keep_weights(self, trajectory: Trajectory, epoch: int) -> None:
+        """Put the model after `epoch` into the run's folder: a hard link where that can be had."""
+        with trajectory:
+            stored = trajectory.weights_file(epoch)
+        final = self.folder / WEIGHTS
+        final.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.link(stored, final)
+            return
+        try:
+            shutil.copyfile(stored, final)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {final} ({error.strerror}): make room, or set hydra.run.dir"
+            ) from error
+
+    def _keep_last_good(
+        self, trajectory: Trajectory, previous: tuple[Trajectory, int] | None
+    ) -> None:
+        """After a divergence: the best epoch so far of this phase, else what it started from."""
+        best = trajectory.best_recorded()
+        if best is not None:
+            self._keep_weights(trajectory, best)
+        elif previous is not None:
+            self._keep_weights(*previous)
+
+
+def _phase_record(
+    phase: Phase,
+    flops: Flops,
+    stage: str,
+    work: Work,
+    stopped: Stopped,
+    exits: list[ExitMetrics],
+    peak_memory_mb: dict[str, float],
+) -> dict[str, Any]:
+    """What `result.json` tells of a phase; `flops` are those of an epoch."""
+    counts = parameter_counts(phase)
+    train_seconds = sum(epoch.train_seconds for epoch in stopped.epochs)
+    evaluation_seconds = sum(epoch.evaluation_seconds for epoch in stopped.epochs)
+    tokens = sum(epoch.train_tokens for epoch in stopped.epochs)
+    reused = [epoch for epoch in stopped.epochs if epoch.epoch not in work.trained]
+    return {
+        "index": phase.index,
+        "name": phase.name,
+        "layers": phase.layers,
+        "new_layers": list(phase.new_layers) if phase.index else [],
+        "parameters_total": counts.total,
+        "parameters_trainable": counts.trainable,
+        "frozen": list(phase.frozen),
+        "rates": asdict(phase.rates),
+        "exit_weights": list(phase.exit_weights),
+        "stage": stage,
+        "epochs": len(stopped.epochs),
+        "best_epoch": stopped.best.epoch,
+        "stopped": stopped.reason,
+        "best": {
+            "train_loss": stopped.best.train_loss,
+            "validation_loss": stopped.best.validation_loss,
+            "validation_perplexity": stopped.best.validation_perplexity,
+            "validation_accuracy_percent": 100 * stopped.best.validation_accuracy,
+        },
+        "exits": [
+            {
+                "layer": exit.exit + 1,
+                "validation_loss": exit.loss,
+                "validation_perplexity": perplexity(exit.loss),
+                "validation_accuracy_percent": 100 * exit.accuracy,
+            }
+            for exit in exits
+        ],
+        "train_tokens": tokens,
+        "train_flops_head": flops.head * len(stopped.epochs),
+        "train_flops_body": flops.body * len(stopped.epochs),
+        "train_seconds": train_seconds,
+        "evaluation_seconds": evaluation_seconds,
+        "tokens_per_second": tokens / train_seconds if train_seconds else None,
+        "work": {
+            "epochs_trained": len(work.trained),
+            "epochs_replayed": work.epochs_replayed,
+            "epochs_reused": len(reused),
+            "seconds_saved": sum(e.train_seconds + e.evaluation_seconds for e in reused),
+            "seconds_waited": work.waited_seconds,
+            "peak_memory_mb": peak_memory_mb,
+        },
+    }
+
+
+def _check_objective(
+    config: Config, result: dict[str, Any], phases: tuple[Phase, ...], device: torch.device
+) -> None:
+    """Look the objective up in a record with made-up figures. Raises ConfigError."""
+    epoch = EpochMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1.0)
+    stopped = Stopped(epoch, (epoch,), "")
+    memory = machine.peak_memory_mb(device)
+    records = []
+    for phase in phases:
+        exits = [ExitMetrics(exit, 1.0, 1.0) for exit in range(phase.layers)]
+        flops = training_flops(phase, config.data.seq_len, result["corpus"]["train_windows"])
+        records.append(_phase_record(phase, flops, "", Work(), stopped, exits, memory))
+    try:
+        figure(result | {"phases": records, "changes": changes(records)}, config.objective)
+    except ValueError as error:
+        raise ConfigError(f"objective={config.objective}: {error}") from error
+
+
+def _objective(result: dict[str, Any], place: str) -> float | None:
+    """The figure that a search goes by; a run whose work is done does not fail for want of it."""
+    try:
+        return figure(result, place)
+    except ValueError as error:
+        log.warning("objective=%s: %s; the run is complete without it", place, error)
+        return None
+
+
+def _tell_fault(result: dict[str, Any], error: Exception) -> None:
+    """Put an error that is a fault of ours into the record, and into the log."""
+    result["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    result["traceback"] = traceback.format_exc()
+    log.exception("the run failed")
+
+
+def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Transformer:
+    """The model that `phase` begins with: untrained, or the last one's selected epoch, grown."""
+    if previous is None:
+        return build(phase)
+    trajectory, epoch = previous
+    before = trajectory.phase
+    with trajectory:
+        weights = trajectory.weights(epoch)
+    return grow(restored(before.layers, asdict(before.architecture), weights), phase)
+
+
+def load_run(folder: str | Path) -> Transformer:
+    """The model that a run left in its folder, on the CPU, ready to evaluate.
+
+    Raises FileNotFoundError where the run left none.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: did the run complete?")
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[ABOUT])
+    weights = safetensors.torch.load_file(path)
+    return restored(about["layers"], about["architecture"], weights).eval()

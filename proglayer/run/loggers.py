@@ -1,0 +1,211 @@
+"""Others that are told of a run's figures as they come: TensorBoard and MLflow.
+
+Each epoch is told as the row that `metrics.csv` gets (without `best`, which a later epoch may still
+change), at a step that counts the epochs of all phases together from 1. At the end come the best
+epoch of each phase, as `best/...` at the phase's number, and what changed from the first phase to
+the last, as `changes/...`. Stored epochs are told like those that were trained.
+
+The record in the run's folder never depends on any of this: a logger that fails is dropped, with
+one line of warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from proglayer.config import LoggerConfig
+from proglayer.store.record import Status
+
+log = logging.getLogger(__name__)
+
+# One figure: its name, its value, its step.
+Figure = tuple[str, float, int]
+
+EVENTS = "events.out.tfevents."
+MLFLOW_STORE = "multirun/.mlruns"
+MLFLOW_EXPERIMENT = "proglayer"
+
+
+class Loggers:
+    """The loggers that `config` asks for, as one that never fails."""
+
+    def __init__(
+        self, config: LoggerConfig, folder: Path, settings: dict[str, Any], choices: dict[str, str]
+    ) -> None:
+        self._epochs = 0
+        self._loggers: dict[str, TensorBoard | MLflow] = {}
+        openers: dict[str, Callable[[], TensorBoard | MLflow]] = {
+            "tensorboard": lambda: TensorBoard(folder),
+            "mlflow": lambda: MLflow(folder, settings, choices),
+        }
+        for name, opened in openers.items():
+            if getattr(config, name):
+                with self._may_fail(name):
+                    self._loggers[name] = opened()
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """An epoch is done: `row` is what `metrics.csv` gets of it."""
+        self._epochs += 1
+        figures = {name: value for name, value in row.items() if name != "best"}
+        self._tell([(name, float(value), self._epochs) for name, value in figures.items()])
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """The run ended with this record."""
+        phases = result["phases"]
+        figures: list[Figure] = [
+            (f"best/{name}", value, number)
+            for number, phase in enumerate(phases, start=1)
+            for name, value in phase["best"].items()
+        ]
+        figures += [
+            (f"changes/{name}", value, len(phases))
+            for name, value in result.get("changes", {}).items()
+        ]
+        self._tell(figures)
+        for name, logger in list(self._loggers.items()):
+            with self._may_fail(name):
+                logger.end(Status(result["status"]))
+        self._loggers = {}
+
+    def _tell(self, figures: list[Figure]) -> None:
+        for name, logger in list(self._loggers.items()):
+            with self._may_fail(name):
+                logger.figures(figures)
+
+    @contextlib.contextmanager
+    def _may_fail(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning("logger=%s is told no more of this run (%s)", name, what)
+            self._loggers.pop(name, None)
+
+
+class TensorBoard:
+    """An event file in the run's folder; an earlier try's is taken away.
+
+    It is written here and now, not by a thread as TensorBoard's own writer does, so that a full
+    disk shows where it can be handled.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        # Their classes are made when they are imported: no type checker knows them.
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
+        for earlier in folder.glob(f"{EVENTS}*"):
+            earlier.unlink()
+        name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / name
+        self._write([self._event.Event(wall_time=time.time(), file_version="brain.Event:2")])
+
+    def figures(self, figures: list[Figure]) -> None:
+        now = time.time()
+        self._write(self._scalar(name, value, step, now) for name, value, step in figures)
+
+    def end(self, status: Status) -> None:
+        """An event file has no end."""
+
+    def _scalar(self, name: str, value: float, step: int, now: float) -> Any:
+        figure = self._summary.Summary.Value(tag=name, simple_value=value)
+        summary = self._summary.Summary(value=[figure])
+        return self._event.Event(wall_time=now, step=step, summary=summary)
+
+    def _write(self, events: Iterable[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with open(self._path, "ab") as file:
+            writer = RecordWriter(file)
+            for event in events:
+                writer.write(event.SerializeToString())
+
+
+class MLflow:
+    """A run of MLflow, in the store that MLFLOW_TRACKING_URI names, else a folder of files.
+
+    Its parameters are the settings, its tags the choices of the groups and the run's folder.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], choices: dict[str, str]) -> None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or Path(MLFLOW_STORE).resolve().as_uri()
+        self._environment = {
+            # Unasked, MLflow tells its makers of its use, and waits for minutes for a server.
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        }
+        store: Path | None = None
+        if uri != "databricks" and urlsplit(uri).scheme in ("", "file"):
+            # MLflow wants to be told that a store of files is meant.
+            self._environment["MLFLOW_ALLOW_FILE_STORE"] = "true"
+            store = Path(unquote(urlsplit(uri).path))
+            store.parent.mkdir(parents=True, exist_ok=True)
+        with self._set():
+            from filelock import FileLock
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+
+            self._metric = Metric
+            self._client = MlflowClient(uri)
+            with FileLock(f"{store}.lock") if store else contextlib.nullcontext():
+                experiment = self._experiment()
+            tags = {"proglayer.folder": str(folder.resolve()), **choices}
+            run = self._client.create_run(experiment, run_name=folder.name, tags=tags)
+            self._run = run.info.run_id
+            params = [Param(name, str(value)) for name, value in _flat(settings)]
+            for start in range(0, len(params), 100):  # as many as MLflow takes at once
+                self._client.log_batch(self._run, params=params[start : start + 100])
+
+    def figures(self, figures: list[Figure]) -> None:
+        now = int(1000 * time.time())
+        with self._set():
+            metrics = [self._metric(name, value, now, step) for name, value, step in figures]
+            self._client.log_batch(self._run, metrics=metrics)
+
+    def end(self, status: Status) -> None:
+        ends = {Status.completed: "FINISHED", Status.failed: "FAILED"}
+        with self._set():
+            self._client.set_terminated(self._run, ends.get(status, "KILLED"))
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or MLFLOW_EXPERIMENT
+        if found := self._client.get_experiment_by_name(name):
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name)
+        except MlflowException:
+            # On a server, another job may have been faster.
+            if found := self._client.get_experiment_by_name(name):
+                return found.experiment_id
+            raise
+
+    @contextlib.contextmanager
+    def _set(self) -> Iterator[None]:
+        """MLflow's own settings, for as long as it works, where the user has not made them."""
+        ours = {n: value for n, value in self._environment.items() if n not in os.environ}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

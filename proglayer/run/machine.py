@@ -1,0 +1,212 @@
+"""The machine a run is on: which device, what it is called, and switches that end with the run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proglayer.config import ConfigError, Device, Precision
+from proglayer.store.trajectory import Machine
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+
+def pick_device(wanted: Device, precision: Precision) -> torch.device:
+    """The device that the setting means here.
+
+    Raises ConfigError for one that is not there, or that has no products of this precision.
+    """
+    available = {
+        Device.cuda: torch.cuda.is_available(),
+        Device.mps: torch.backends.mps.is_available(),
+        Device.cpu: True,
+    }
+    if wanted is Device.auto:
+        wanted = next(device for device, there in available.items() if there)
+    if not available[wanted]:
+        there = ", ".join(device.name for device, is_there in available.items() if is_there)
+        raise ConfigError(f"device={wanted.name} is not available here: take auto or {there}")
+    # An older GPU would compute in float32 and say nothing; 8 is Ampere.
+    if precision is Precision.tf32 and (
+        wanted is not Device.cuda or torch.cuda.get_device_capability()[0] < 8
+    ):
+        raise ConfigError(
+            f"precision=tf32 needs an NVIDIA GPU from Ampere on, and this run is on {wanted.name}: "
+            "take precision=float32, or bfloat16"
+        )
+    return torch.device(wanted.name)
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """What results depend on here, bit for bit; read it inside `switches`."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    return Machine(device.type, name, torch.get_num_threads(), torch.__version__)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and place, for the record."""
+    from proglayer import __version__
+
+    return {
+        "proglayer": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cores": os.cpu_count(),
+        "scheduler": _scheduler(),
+    }
+
+
+def _scheduler() -> dict[str, str] | None:
+    """Who started this job and on which of its nodes: several may have the name of one host."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+        node = os.environ.get("SLURMD_NODENAME", "")
+        return {"name": "slurm", "job": f"{array}_{task}" if array else job, "node": node}
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        context = ray.get_runtime_context()
+        # Outside a task it is the process of the command, which runs no jobs.
+        if task := context.get_task_id():
+            return {"name": "ray", "job": task, "node": context.get_node_id()}
+    return None
+
+
+@contextlib.contextmanager
+def switches(threads: int | None, precision: Precision) -> Iterator[None]:
+    """Set what PyTorch holds process-wide for one run, then put it back: jobs share a process.
+
+    On a GPU sums are formed in the same order every time, as they are on a CPU without being asked.
+    """
+    threads_before = torch.get_num_threads()
+    matmul = torch.backends.cuda.matmul
+    # Not `fp32_precision`: setting that alone makes every reader of this older switch fail, the
+    # compiler among them (torch 2.11-2.13).
+    tf32_before = matmul.allow_tf32
+    strict_before = torch.are_deterministic_algorithms_enabled()
+    lenient_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    # A module with a property, which no type checker knows.
+    filling: Any = torch.utils.deterministic
+    filled_before = filling.fill_uninitialized_memory
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if torch.cuda.is_available():
+            # Attention's backward pass and the compiler would add up in any order there. cuBLAS
+            # reads its variable when it starts, and without it may choose another way each time.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            filling.fill_uninitialized_memory = False
+        matmul.allow_tf32 = precision is Precision.tf32
+        yield
+    finally:
+        filling.fill_uninitialized_memory = filled_before
+        torch.use_deterministic_algorithms(strict_before, warn_only=lenient_before)
+        matmul.allow_tf32 = tf32_before
+        torch.set_num_threads(threads_before)
+
+
+class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
+    """Notes the first of SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of ending at once.
+
+    A second one acts as it would have without this. Outside the main thread nothing is noted.
+
+    scheduler: what a user's signal would have done without this, if somebody asked for it: the way
+        in which a scheduler's agent learns that its job is to be put back into the queue. To be
+        called once the state is stored; it may end the process.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._before: dict[int, Any] = {}
+        self.scheduler: Callable[[], object] | None = None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in STOP_SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def received(self) -> str | None:
+        """The name of the signal that asked to stop, if one did."""
+        return self._received
+
+    def _note(self, number: int, frame: object) -> None:
+        self._received = signal.Signals(number).name
+        before = self._before[number]
+        if callable(before) and self._received.startswith("SIGUSR"):
+            self.scheduler = functools.partial(before, number, frame)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start counting peak memory anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float]:
+    """Peak resident memory of the process in MB (10^6 bytes), and of the GPU where there is one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bytes_each = 1 if sys.platform == "darwin" else 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak, bytes_each = int(line.split()[1]), 1024
+    memory = {"process": round(peak * bytes_each / 1e6, 1)}
+    if device.type == "cuda":
+        memory["device"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    return memory
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to tell a user whose settings need more memory than there is; None for other errors."""
+    text = str(error)
+    on_cpu = isinstance(error, RuntimeError) and re.search(
+        "can't allocate memory|not enough memory", text
+    )
+    no_room = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (on_cpu or no_room or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    return (
+        f"not enough memory{f' for {asked[1]} more' if asked else ''}: lower phase.batch_size, "
+        "model.dim or data.max_vocab, or run fewer jobs at once"
+    )
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

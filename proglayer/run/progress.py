@@ -1,0 +1,190 @@
+"""Progress of a run, and its plan as a table.
+
+On a terminal, bars that move; elsewhere, plain lines, one an epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from proglayer.console import console
+from proglayer.training.plan import Phase, evaluation_flops, parameter_counts, training_flops
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from proglayer.training.trainer import EpochMetrics, Progress
+
+log = logging.getLogger(__name__)
+
+PLAIN_STEP_EVERY_S = 30.0
+
+
+class RunDisplay(AbstractContextManager["RunDisplay"]):
+    """Progress of one run: bars for phases, epochs and steps, or plain lines."""
+
+    def __init__(self, phases: int) -> None:
+        self._console = console()
+        self._phases = phases
+        self._bars: Bars | None = None
+        self._tasks: dict[str, Any] = {}
+        self._phase: Phase | None = None
+        self._said = time.monotonic()
+        self._warmup_checked = False
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+            )
+
+            self._bars = Progress(
+                TextColumn("{task.description:<8}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._tasks["phases"] = self._bars.add_task("phases", total=self._phases, note="")
+            self._tasks["epochs"] = self._bars.add_task("epochs", total=None, note="")
+            self._tasks["steps"] = self._bars.add_task("steps", total=None, note="")
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """One line that stays, here and in the log."""
+        log.info("%s", text)
+        (self._bars.console if self._bars else self._console).print(text, markup=False)
+
+    def phase(self, phase: Phase) -> None:
+        """A phase begins."""
+        self._phase = phase
+        self._warmup_checked = False
+        counts = parameter_counts(phase)
+        self.note(
+            f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.layers} layers, "
+            f"{counts.trainable:,} of {counts.total:,} parameters train"
+        )
+        if self._bars:
+            self._bars.update(self._tasks["phases"], completed=phase.index, note=phase.name)
+            self._bars.reset(self._tasks["epochs"], total=phase.stop.max_epochs, note="")
+
+    def step(self, progress: Progress) -> None:
+        """An optimizer step is done."""
+        self._check_warmup(progress)
+        if progress.loss is None:
+            if self._bars:
+                self._bars.update(
+                    self._tasks["steps"], completed=progress.step, total=progress.steps
+                )
+            return
+        text = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+        if self._bars:
+            self._bars.update(
+                self._tasks["steps"], completed=progress.step, total=progress.steps, note=text
+            )
+        elif time.monotonic() - self._said > PLAIN_STEP_EVERY_S:
+            self._said = time.monotonic()
+            self.note(f"  epoch {progress.epoch} step {progress.step}/{progress.steps}  {text}")
+
+    def _check_warmup(self, progress: Progress) -> None:
+        """Warn, once in a phase, of a warm-up that does not end within it."""
+        if self._warmup_checked or self._phase is None:
+            return
+        self._warmup_checked = True
+        warmup = self._phase.schedule.warmup_steps
+        steps = self._phase.stop.max_epochs * progress.steps
+        if warmup > steps:
+            log.warning(
+                "lr.warmup_steps=%d is more than the %d steps of phase %d: its rate gets to %.2g "
+                "of what was asked for",
+                warmup,
+                steps,
+                self._phase.index + 1,
+                steps / warmup,
+            )
+
+    def epoch(self, metrics: EpochMetrics, best: EpochMetrics, reused: bool) -> None:
+        """An epoch is done or was read from the store."""
+        self._said = time.monotonic()
+        source = (
+            "stored" if reused else f"{metrics.train_seconds + metrics.evaluation_seconds:.1f} s"
+        )
+        star = " *" if best.epoch == metrics.epoch else ""
+        self.note(
+            f"  epoch {metrics.epoch:>2}  train loss {metrics.train_loss:.4f}  "
+            f"validation loss {metrics.validation_loss:.4f}  "
+            f"perplexity {metrics.validation_perplexity:.2f}  "
+            f"accuracy {100 * metrics.validation_accuracy:.2f} %  ({source}){star}"
+        )
+        if self._bars:
+            note = f"best {best.validation_perplexity:.2f} in epoch {best.epoch}"
+            self._bars.update(self._tasks["epochs"], completed=metrics.epoch, note=note)
+
+
+def plan_table(
+    phases: Sequence[Phase], seq_len: int, train_windows: int, validation_windows: int, title: str
+) -> Table:
+    """A run's phases before anything is trained: what each trains and what it costs."""
+    table = Table(title=title, title_justify="left")
+    for name in ("phase", "layers", "frozen"):
+        table.add_column(name, overflow="fold")
+    table.add_column("trainable / total parameters", no_wrap=True)
+    table.add_column("rate: new, existing, embedding, head", overflow="fold")
+    for name in ("batches", "head GFLOP", "body GFLOP", "evaluation GFLOP"):
+        table.add_column(name, justify="right")
+    for phase in phases:
+        counts = parameter_counts(phase)
+        train = training_flops(phase, seq_len, train_windows)
+        evaluation = evaluation_flops(phase, seq_len, validation_windows)
+        rates = phase.rates
+        table.add_row(
+            f"{phase.index + 1} {phase.name}",
+            str(phase.layers),
+            ", ".join(frozen_ranges(phase)) or "nothing",
+            f"{counts.trainable:,} / {counts.total:,} ({counts.trainable / counts.total:.1%})",
+            ", ".join(
+                "-" if rate is None else f"{rate:g}"
+                for rate in (rates.new, rates.existing, rates.embedding, rates.head)
+            )
+            if phase.index
+            else f"{rates.new:g}",
+            str(phase.steps_per_epoch(train_windows)),
+            f"{train.head / 1e9:,.1f}",
+            f"{train.body / 1e9:,.1f}",
+            f"{(evaluation.head + evaluation.body) / 1e9:,.1f}",
+        )
+    return table
+
+
+def frozen_ranges(phase: Phase) -> list[str]:
+    """The frozen parts for people: layers counted from 1, neighbours joined (`layers 1-3`)."""
+    words = []
+    layers = [layer for layer in range(phase.layers) if layer not in phase.trained_layers]
+    if phase.rates.embedding is None:
+        words.append("embedding")
+    start = 0
+    for i, layer in enumerate(layers):
+        if i + 1 == len(layers) or layers[i + 1] != layer + 1:
+            first, last = layers[start] + 1, layer + 1
+            words.append(f"layer {last}" if first == last else f"layers {first}-{last}")
+            start = i + 1
+    if phase.rates.head is None:
+        words.append("head")
+    return words

@@ -1,0 +1,98 @@
+"""A phase's roles made real: what trains, in which parameter group, at which rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from proglayer.training.model import Transformer
+from proglayer.training.plan import Phase, Role
+
+
+def role_of(name: str, phase: Phase) -> Role:
+    """The role of the parameter called `name`. Raises ValueError for one that has none."""
+    part, _, rest = name.partition(".")
+    if part == "embedding":
+        return Role.embedding
+    if part == "head":
+        return Role.head
+    if part == "layers":
+        return Role.new if int(rest.split(".")[0]) in phase.new_layers else Role.existing
+    raise ValueError(f"parameter {name} has no role")
+
+
+def trains(name: str, phase: Phase) -> bool:
+    """Whether the parameter called `name` trains in `phase`."""
+    role = role_of(name, phase)
+    if role in (Role.new, Role.existing):
+        return int(name.split(".")[1]) in phase.trained_layers
+    return getattr(phase.rates, role) is not None
+
+
+def set_trainable(model: Transformer, phase: Phase) -> dict[str, Tensor]:
+    """Mark what trains in `phase`, drop left-over gradients; gives the trainable set by name."""
+    trainable = {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(trains(name, phase))
+        if parameter.requires_grad:
+            trainable[name] = parameter
+    return trainable
+
+
+def build_optimizer(model: Transformer, phase: Phase) -> torch.optim.AdamW:
+    """A fresh AdamW over exactly the trainable set, one group for each role that trains.
+
+    Each group carries `role`, `base_lr` (the rate before the schedule) and `names`, in the order
+    of its parameters.
+    """
+    trainable = set_trainable(model, phase)
+    groups = []
+    for role in Role:
+        names = [name for name in trainable if role_of(name, phase) is role]
+        if names:
+            rate = getattr(phase.rates, role)
+            parameters = [trainable[name] for name in names]
+            groups.append(
+                {"params": parameters, "lr": rate, "base_lr": rate, "role": role, "names": names}
+            )
+    settings = phase.optimizer
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    owned = {name for group in optimizer.param_groups for name in group["names"]}
+    assert owned == set(trainable), "the optimizer's set is not the trainable set"
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Apply the schedule: every group's rate becomes its base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named `<parameter>/<entry>`, sharing storage with it."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for entry, value in optimizer.state[parameter].items():
+                tensors[f"{name}/{entry}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, by name. Raises KeyError if a name is missing."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        states.setdefault(name, {})[entry] = value
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            optimizer.state[parameter] = {
+                entry: value.clone().to(parameter.device) for entry, value in states[name].items()
+            }

@@ -1,0 +1,322 @@
+"""One phase's training: an epoch, an evaluation, the stopping rule.
+
+It sees a Phase, a model and a corpus, and never the settings they came from.
+Shapes in names: n windows, t positions, d model dimension, e exits, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proglayer.data.corpus import Corpus
+from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
+from proglayer.training.model import Transformer
+from proglayer.training.optim import build_optimizer, set_rates
+from proglayer.training.plan import Phase, Precision, StoppingRule
+from proglayer.training.streams import stream
+
+# The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
+# that are on their way there, so within a short epoch there is none.
+LOOK_EVERY_S = 1.0
+LOOK_EVERY_ON_DEVICE_S = 60.0
+
+
+class Diverged(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+class NotCompiled(RuntimeError):
+    """The model's body cannot be compiled on this machine."""
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch of training gave. Losses in nats per token, shares from 0 to 1."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    train_tokens: int
+    train_seconds: float
+    evaluation_seconds: float
+
+    @property
+    def validation_perplexity(self) -> float:
+        return perplexity(self.validation_loss)
+
+
+@dataclass(frozen=True)
+class ExitMetrics:
+    """Validation loss (nats per token) and accuracy (0 to 1) read at one exit, 0 = bottom."""
+
+    exit: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands, for showing it. `loss` is the epoch's mean so far, if looked at."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float
+
+
+class Training:
+    """A model in training through one phase; its whole state is in plain attributes.
+
+    `epoch` counts finished epochs, `step` the optimizer steps of the one under way, and `loss_sum`
+    its summed loss (tokens x nats). `seconds` is its training time so far.
+    """
+
+    def __init__(
+        self, model: Transformer, phase: Phase, corpus: Corpus, device: torch.device
+    ) -> None:
+        self.phase = phase
+        self.device = device
+        self.model = model.to(device)
+        self.optimizer = build_optimizer(self.model, phase)
+        self.body = compiled(self.model) if phase.compile else self.model
+        self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
+        self.workspace = Workspace()
+        self.steps_per_epoch = phase.steps_per_epoch(len(corpus.train))
+        # Exits that carry no weight in the loss are not read in training.
+        self.read_exits = [e for e, weight in enumerate(phase.exit_weights) if weight > 0]
+        self.epoch = 0
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=device)
+        self.seconds = 0.0
+
+    def train_epoch(self, after_step: Callable[[Progress], None] | None = None) -> None:
+        """Train to the end of the epoch under way.
+
+        `after_step` is called when the state is whole; it may raise to stop here. Raises Diverged
+        when the loss is no longer finite, looked at every second (elsewhere than on the CPU every
+        minute, as a look waits for the device) and at the end.
+        """
+        phase, model = self.phase, self.model
+        model.train()
+        order = torch.randperm(
+            len(self.windows), generator=stream(phase.seed, "order", phase.index, self.epoch + 1)
+        )
+        looked = time.perf_counter()
+        look_every_s = LOOK_EVERY_S if self.device.type == "cpu" else LOOK_EVERY_ON_DEVICE_S
+        started, seconds_before, first_step = looked, self.seconds, self.step
+        while self.step < self.steps_per_epoch:
+            batch = order[self.step * phase.batch_size : (self.step + 1) * phase.batch_size]
+            input_nt, target_nt = self.windows.batch(batch)
+            done = self.epoch * self.steps_per_epoch + self.step
+            set_rates(self.optimizer, phase.schedule.factor(done, self.steps_per_epoch))
+
+            for parameter in self.trainable:
+                parameter.grad = None
+            loss = self.loss(input_nt, target_nt)
+            loss.backward()
+            if phase.optimizer.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.trainable, phase.optimizer.clip_norm)
+            self.optimizer.step()
+
+            self.loss_sum += loss.detach() * target_nt.numel()
+            self.step += 1
+            now = time.perf_counter()
+            mean = None
+            if now - looked > look_every_s or self.step == self.steps_per_epoch:
+                mean = self.check_finite()
+                # Elsewhere than on the CPU that took as long as the steps on their way there.
+                looked = now = time.perf_counter()
+            self.seconds = seconds_before + now - started
+            if after_step is not None:
+                speed = (self.step - first_step) * phase.batch_size * self.windows.seq_len
+                after_step(
+                    Progress(
+                        self.epoch + 1,
+                        self.step,
+                        self.steps_per_epoch,
+                        mean,
+                        speed / max(now - started, 1e-9),
+                    )
+                )
+
+    def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
+        """The phase's loss of one batch: cross-entropy at the exits that carry weight."""
+        with autocast(self.phase, self.device):
+            hidden_entd = self.body(input_nt)
+            return linear_cross_entropy(
+                [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
+                self.model.head.weight,
+                target_nt.reshape(-1),
+                [self.phase.exit_weights[e] for e in self.read_exits],
+                count=False,
+                workspace=self.workspace,
+            ).loss
+
+    def finish_epoch(self) -> tuple[float, float]:
+        """Close the epoch under way; gives its mean training loss and its seconds."""
+        result = self.check_finite(), self.seconds
+        self.epoch += 1
+        self.step = 0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.seconds = 0.0
+        return result
+
+    def mean_loss(self) -> float:
+        """The mean loss of the epoch under way, 0 before its first step."""
+        if self.step == 0:
+            return 0.0
+        tokens = min(self.step * self.phase.batch_size, len(self.windows)) * self.windows.seq_len
+        return float(self.loss_sum) / tokens
+
+    def check_finite(self) -> float:
+        """The mean loss of the epoch under way. Raises Diverged where it is not finite."""
+        mean = self.mean_loss()
+        if not math.isfinite(mean):
+            raise Diverged(
+                f"the training loss became {mean} in phase {self.phase.index + 1}, epoch "
+                f"{self.epoch + 1}, step {self.step}: lower lr.base, or add lr.warmup_steps"
+            )
+        return mean
+
+
+def evaluate(
+    model: Transformer,
+    phase: Phase,
+    corpus: Corpus,
+    device: torch.device,
+    exits: Iterable[int],
+    between_batches: Callable[[], None] | None = None,
+) -> list[ExitMetrics]:
+    """Validation loss and accuracy at each of `exits`, over all validation windows, in one pass."""
+    exits = list(exits)
+    windows = Windows(corpus.validation, device)
+    workspace = Workspace()
+    model.eval()
+    nll_e: Tensor | None = None
+    correct_e: Tensor | None = None
+    with torch.inference_mode():
+        for batch in torch.arange(len(windows)).split(phase.batch_size):
+            input_nt, target_nt = windows.batch(batch)
+            with autocast(phase, device):
+                hidden_entd = model(input_nt)
+                result = evaluate_exits(
+                    [hidden_entd[e].flatten(0, 1) for e in exits],
+                    model.head.weight,
+                    target_nt.reshape(-1),
+                    workspace=workspace,
+                )
+            nll_e = result.nll_e if nll_e is None else nll_e + result.nll_e
+            correct_e = result.correct_e if correct_e is None else correct_e + result.correct_e
+            if between_batches is not None:
+                between_batches()
+    assert nll_e is not None
+    assert correct_e is not None
+    tokens = len(windows) * windows.seq_len
+    return [
+        ExitMetrics(e, nll / tokens, correct / tokens)
+        for e, nll, correct in zip(exits, nll_e.tolist(), correct_e.tolist(), strict=True)
+    ]
+
+
+class Windows:
+    """Token windows (n, t + 1) to be batched: memory-mapped on the CPU, else on the device."""
+
+    def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
+        self.seq_len = tokens.shape[1] - 1
+        self.device = device
+        self._mapped = tokens
+        self._resident: Tensor | None = None
+        if device.type != "cpu":
+            self._resident = torch.from_numpy(np.array(tokens)).to(device)
+
+    def __len__(self) -> int:
+        return len(self._mapped)
+
+    def batch(self, rows_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (n, t), int64, of the windows numbered `rows_n` (on the CPU)."""
+        if self._resident is not None:
+            tokens = self._resident[rows_n.to(self.device, non_blocking=True)].long()
+        else:
+            tokens = torch.from_numpy(self._mapped[rows_n.numpy()]).long()
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a stopping rule ended: the epoch it selects, the epochs it read, and why it stopped."""
+
+    best: EpochMetrics
+    epochs: tuple[EpochMetrics, ...]
+    reason: str
+
+
+def follow(
+    rule: StoppingRule,
+    epochs: Iterator[EpochMetrics],
+    on_epoch: Callable[[EpochMetrics, EpochMetrics], None] | None = None,
+) -> Stopped | None:
+    """Read epochs until the rule says stop; select the last improvement.
+
+    An epoch is an improvement when its validation loss is lower than the best so far minus
+    `min_delta`; `patience` epochs in a row without one stop it. The first epoch always counts as
+    one. `on_epoch` is told of each epoch and the best so far. Gives None if the epochs end first.
+    """
+    best: EpochMetrics | None = None
+    read: list[EpochMetrics] = []
+    for metrics in epochs:
+        read.append(metrics)
+        if best is None or rule.improves(metrics.validation_loss, best.validation_loss):
+            best = metrics
+        if on_epoch is not None:
+            on_epoch(metrics, best)
+        waited = metrics.epoch - best.epoch
+        if waited >= rule.patience:
+            word = "epoch" if waited == 1 else "epochs"
+            return Stopped(best, tuple(read), f"{waited} {word} without improvement")
+        if metrics.epoch >= rule.max_epochs:
+            return Stopped(best, tuple(read), f"max_epochs={rule.max_epochs} reached")
+    return None
+
+
+def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for body and head, where the phase asks for it."""
+    if phase.precision is Precision.bfloat16:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def compiled(model: Transformer) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The model's forward pass by `torch.compile`, made anew.
+
+    The first call with tokens of a new shape compiles; it raises NotCompiled where that fails.
+    """
+    # What was compiled while other layers trained might be run in its place (PyTorch #139476).
+    torch.compiler.reset()
+    forward = torch.compile(model, dynamic=False)
+
+    def body(tokens_nt: Tensor) -> tuple[Tensor, ...]:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return forward(tokens_nt)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise NotCompiled(f"compile=true fails here ({reason}): set compile=false") from error
+
+    return body
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

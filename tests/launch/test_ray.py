@@ -1,0 +1,255 @@
+"""Sweeps on Ray: on a real cluster of two nodes on this machine, and on one that a sweep starts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..helpers import ROOT, experiments
+from ..run.test_train import SHORT, assert_same_bits, epochs_trained, results
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+]
+
+# Long enough to be caught at work.
+ALL = (
+    *SHORT, "threads=1", "phase.max_epochs=4", "phase.patience=4",
+    "experiment=glob(*)", "model=standard,deep_supervision",
+)  # fmt: skip
+RAY = "hydra/launcher=ray"
+
+
+# Of every process here: one thread, the code that is tested, nobody told of it, and a cluster that
+# runs code for those alone who know a word.
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+}
+
+
+def sweep(folder: Path, *arguments: str, stages: str) -> subprocess.Popen[str]:
+    """The command, started in `folder` with a store of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *arguments]
+    variables = {**ENVIRONMENT, "PROGLAYER_STAGES": str(folder / stages)}
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str], status: int = 0) -> str:
+    """What a command printed, which must have ended with this status."""
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == status, out
+    return out
+
+
+def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """What `there` gives once it gives something, while the command goes on."""
+    deadline = time.monotonic() + 100
+    while not (found := there()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def worker_of(job: Path) -> int | None:
+    """The process that is at work on a job and has recorded an epoch."""
+    with contextlib.suppress(OSError, ValueError):
+        if (job / "metrics.csv").exists() and not (job / "result.json").exists():
+            return json.loads((job / "heartbeat.json").read_text())["process"]
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# A cluster
+
+
+class Cluster:
+    """Nodes of one core each, all of them on this machine, found under one address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.groups: list[int] = []
+        self.address = f"127.0.0.1:{free_port()}"
+
+    def start_node(self) -> None:
+        """Start the head, or one more node, and wait until it is there."""
+        of_head = (
+            "--head", f"--port={self.address.split(':')[1]}", "--include-dashboard=false",
+            f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}",
+        )  # fmt: skip
+        of_node = of_head if not self.groups else (f"--address={self.address}",)
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", *of_node, "--num-cpus=1",
+            "--num-gpus=0", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000",
+            "--dashboard-agent-listen-port=0", "--disable-usage-stats",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.groups.append(process.pid)
+        # The node's processes keep the pipe, so its end never comes.
+        status = process.wait(timeout=60)
+        assert status == 0, os.read(process.stdout.fileno(), 100_000)  # pyright: ignore
+
+    def workers(self, number: int) -> list[int]:
+        """The processes that a node has started beside its own group's, which run tasks."""
+        group = self.groups[number]
+        own = [pid for pid, _, its_group in processes() if its_group == group]
+        return [pid for pid, parent, its in processes() if parent in own and its != group]
+
+    def kill_node(self, number: int) -> None:
+        """End all of a node's processes at once, as when its machine dies."""
+        workers = self.workers(number)
+        os.killpg(self.groups[number], signal.SIGKILL)
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+    def stop(self) -> None:
+        for number in range(len(self.groups)):
+            with contextlib.suppress(ProcessLookupError):
+                self.kill_node(number)
+
+
+def processes() -> list[tuple[int, int, int]]:
+    """Number, parent and group of every process."""
+    command = ["ps", "-eo", "pid=,ppid=,pgid="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [(int(pid), int(parent), int(group)) for pid, parent, group in map(str.split, lines)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # The names of sockets below it must stay under 108 characters.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    nodes = Cluster(folder)
+    try:
+        nodes.start_node()
+        nodes.start_node()
+        yield nodes
+    finally:
+        nodes.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
+    ended(sweep(tmp_path, *ALL, "hydra.sweep.dir=basic", stages="basic-stages"))
+    alone = results(tmp_path / "basic")
+    assert len(alone) == 2 * len(experiments())
+    assert [r["environment"]["scheduler"] for r in alone] == [None] * len(alone)
+
+    # Folders count from where the command is started, and the store is named in its environment;
+    # Ray's workers are elsewhere and have another.
+    on_ray = (*ALL, RAY, f"hydra.launcher.ray.init.address={cluster.address}")
+    ended(sweep(tmp_path, *on_ray, "hydra.sweep.dir=ray", stages="ray-stages"))
+    records = results(tmp_path / "ray")
+    assert_same_bits(records, alone)
+    assert epochs_trained(records) == epochs_trained(alone)
+    places = [record["environment"]["scheduler"] for record in records]
+    assert {place["name"] for place in places} == {"ray"}
+    assert len({place["node"] for place in places}) == 2
+    assert len({place["job"] for place in places}) == len(places)
+
+    # Once more, and a node dies in the middle of a phase.
+    died = tmp_path / "died"
+    process = sweep(tmp_path, *on_ray, "hydra.sweep.dir=died", stages="again")
+
+    def at_work_on_second() -> list[Path]:
+        jobs = [(job, worker) for job in died.glob("[0-9]*") if (worker := worker_of(job))]
+        workers = cluster.workers(1) if jobs else []
+        return [job for job, worker in jobs if worker in workers]
+
+    (job,) = until(at_work_on_second, process)
+    cluster.kill_node(1)
+    assert not (job / "result.json").exists()
+    ended(process)
+    records = results(died)
+    assert_same_bits(records, alone)
+    # Some epochs of the job that died are read, none is trained by two jobs.
+    trained, whole = epochs_trained(records), epochs_trained(alone)
+    assert all(trained[stage] <= epochs for stage, epochs in whole.items())
+    assert sum(trained.values()) < sum(whole.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Here
+
+
+def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
+    jobs = ("seed=1,2", "lr.base=0.001,1e30", "optimizer.clip_norm=null", "hydra.sweep.dir=s")
+    task = ("hydra.launcher.ray.remote.max_retries=0", "hydra.launcher.ray.remote.num_cpus=2")
+    local = (RAY, *task, "hydra.launcher.ray.init.num_cpus=4")
+    process = sweep(tmp_path, *SHORT, *jobs, *local, stages="stages")
+
+    def worker() -> int | None:
+        found = [worker_of(job) for job in tmp_path.glob("s/0_*")]
+        return found[0] if found else None
+
+    os.kill(until(worker, process), signal.SIGKILL)
+    out = ended(process, status=1)
+    diverged, well, also_diverged = results(tmp_path / "s")
+    assert [r["status"] for r in (diverged, well, also_diverged)] == [
+        "failed",
+        "completed",
+        "failed",
+    ]
+    assert "lower lr.base" in diverged["reason"]
+    # A job has as many threads as its task has cores.
+    assert well["machine"]["threads"] == 2
+    assert "was lost by Ray: The worker died" in out
+    assert "4 runs: 1 completed, 2 failed, 1 lost" in out
+    assert "Traceback" not in out
+
+
+def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    jobs = (*SHORT, "seed=1,2,3", "hydra.sweep.dir=s", RAY)
+    jobs += ("phase.max_epochs=60", "phase.patience=60", "hydra.launcher.ray.init.num_cpus=2")
+    process = sweep(tmp_path, *jobs, stages="stages")
+    until(lambda: sum(map(bool, map(worker_of, tmp_path.glob("s/*")))) == 2, process)
+    process.send_signal(signal.SIGINT)
+    ended(process, status=130)
+    stopped = results(tmp_path / "s")
+    assert [r["reason"] for r in stopped] == ["stopped by SIGINT"] * 2
+    assert list((tmp_path / "stages").glob("*/state-*"))
+    ended(sweep(tmp_path, *jobs, stages="stages"))
+    records = results(tmp_path / "s")
+    assert [r["status"] for r in records] == ["completed"] * 3
+    reused = [p["work"]["epochs_reused"] for r in records[:2] for p in r["phases"]]
+    assert all(reused[::2])
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    given = f"hydra.launcher.ray.init.address=127.0.0.1:{free_port()}"
+    out = ended(sweep(tmp_path, *SHORT, "seed=1,2", RAY, given, stages="stages"), status=1)
+    assert out.splitlines()[-1].startswith(f"error: {given}: no cluster to work with (")
+    assert "Traceback" not in out

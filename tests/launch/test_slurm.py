@@ -1,0 +1,520 @@
+"""A sweep through a real Slurm: two nodes on this machine, started for these tests alone."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..helpers import ROOT, experiments
+from ..run.test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+NODES = ("n1", "n2")
+ON_SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null")
+# Some seconds of training, long enough to come in between.
+LONG = (
+    *SHORT,
+    "threads=1",
+    "seed=7",
+    "phase.max_epochs=60",
+    "phase.patience=60",
+    "checkpoint_every_s=1",
+)
+
+
+def need_slurm() -> None:
+    """Skip where there is no Slurm and none can be installed."""
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    if shutil.which("slurmctld", path=SBIN) and shutil.which("munged", path=SBIN):
+        return
+    if os.environ.get("PROGLAYER_TEST_INSTALL") != "yes":
+        pytest.skip("no Slurm here; PROGLAYER_TEST_INSTALL=yes would have it installed")
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip("no Slurm here: to install it takes root and apt-get")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    patience = ("-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=15")
+    for command in ("update",), ("install", "-y", "--no-install-recommends", "slurm-wlm", "munge"):
+        try:
+            done = subprocess.run(
+                ["apt-get", "-q", *patience, *command],
+                env=environment, capture_output=True, text=True, timeout=180,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"no Slurm here: apt-get {command[0]} took more than 180 s")
+        if done.returncode and command[0] == "install":
+            told = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            pytest.skip(f"no Slurm here, and it cannot be installed: {told[-1]}")
+
+
+SBIN = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@dataclass
+class Cluster:
+    """A controller and two nodes. `environment` leads Slurm's commands to it."""
+
+    folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    commands: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SBIN}
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a daemon. Its output, and its own log, are in the cluster's folder."""
+        with open(self.folder / f"{name}.out", "ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=out, cwd=self.folder
+            )
+
+    def start_node(self, name: str) -> None:
+        self.start(name, "slurmd", "-D", "-N", name)
+
+    def configure(self) -> None:
+        ports = [free_port() for _ in range(3)]
+        host = socket.gethostname().split(".")[0]
+        (self.folder / "munge.key").write_bytes(os.urandom(1024))
+        (self.folder / "munge.key").chmod(0o400)
+        version = self.ask("slurmd", "-V")
+        if int(re.findall(r"\d+", version)[0]) >= 23:
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1"
+            for name, port in zip(NODES, ports[1:], strict=True)
+        )
+        # A job that was put back waits for the credential of its last start to run out. The
+        # second partition takes the nodes away from jobs of the first.
+        (self.folder / "slurm.conf").write_text(f"""\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={getpass.getuser()}
+SlurmdUser={getpass.getuser()}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={self.folder}/munge.sock,cred_expire=5
+StateSaveLocation={self.folder}/state
+SlurmdSpoolDir={self.folder}/spool_%n
+SlurmctldPidFile={self.folder}/controller.pid
+SlurmdPidFile={self.folder}/%n.pid
+SlurmctldLogFile={self.folder}/controller.log
+SlurmdLogFile={self.folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+ReturnToService=2
+SlurmdTimeout=5
+KillWait=10
+MinJobAge=600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+{nodes}
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=9
+""")
+        (self.folder / "state").mkdir()
+
+    def up(self) -> None:
+        """Start everything; back when both nodes take jobs."""
+        self.configure()
+        files = ("key-file", "socket", "log-file", "pid-file", "seed-file")
+        endings = ("key", "sock", "log", "pid", "seed")
+        places = [
+            f"--{name}={self.folder}/munge.{end}" for name, end in zip(files, endings, strict=True)
+        ]
+        self.start("munge", "munged", "--foreground", "--force", *places)
+        self.until(lambda: (self.folder / "munge.sock").exists(), 10)
+        self.start("controller", "slurmctld", "-D")
+        for name in NODES:
+            (self.folder / f"spool_{name}").mkdir()
+            self.start_node(name)
+        self.until(lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle"), 30, "idle")
+
+    def down(self) -> None:
+        """End everything, also what a test left behind that failed."""
+        for command in self.commands:
+            command.kill()
+            command.wait()
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            self.ask("scancel", "--me")
+            end = time.monotonic() + 20
+            while self.ask("squeue", "-h") and time.monotonic() < end:
+                time.sleep(0.2)
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+        for daemon in self.daemons.values():
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def ask(self, *command: str) -> str:
+        """What a command of Slurm's prints; empty where the controller does not answer yet."""
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60
+        )
+        return done.stdout
+
+    def state(self, number: str) -> dict[str, str]:
+        """What Slurm says of a job, such as its JobState."""
+        told = self.ask("scontrol", "show", "job", "--oneliner", number)
+        return dict(re.findall(r"(\w+)=(\S*)", told))
+
+    def until(self, seen: Callable[[], Any], seconds: float, *lines: str) -> None:
+        """Wait until `seen` gives something; with `lines`, one on every line for each node."""
+        end = time.monotonic() + seconds
+        while True:
+            found = seen()
+            if lines:
+                found = len([row for row in found.splitlines() if lines[0] in row]) == len(NODES)
+            if found:
+                return
+            dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
+            if dead or time.monotonic() > end:
+                logs = [
+                    path.read_text(errors="replace")[-1500:]
+                    for path in sorted(self.folder.glob("*.out"))
+                ]
+                pytest.fail(f"not within {seconds} s (ended: {dead})\n" + "\n".join(logs))
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    need_slurm()
+    there = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        there.up()
+        yield there
+    finally:
+        there.down()
+
+
+@dataclass
+class Sweep:
+    """A sweep's command in a process of its own, and its folder."""
+
+    cluster: Cluster
+    folder: Path
+    arguments: tuple[str, ...]
+    code: Path = ROOT
+    process: subprocess.Popen[str] | None = None
+
+    def start(self) -> Sweep:
+        environment = {
+            **self.cluster.environment,
+            "PYTHONPATH": str(self.code),
+            "PROGLAYER_STAGES": str(self.folder.parent / "stages"),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(self.code / "train.py"), "-m", *ON_SLURM, *self.arguments,
+             f"hydra.sweep.dir={self.folder.name}"],
+            cwd=self.folder.parent, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.cluster.commands.append(self.process)
+        return self
+
+    def finish(self, seconds: float = 280) -> tuple[int, str]:
+        """The command's exit status and output."""
+        assert self.process is not None
+        try:
+            out, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, _ = self.process.communicate()
+            pytest.fail(f"the command does not end:\n{out}")
+        return self.process.returncode, out
+
+    @property
+    def numbers(self) -> list[str]:
+        """The jobs' numbers in Slurm, in the order of the jobs."""
+        path = self.folder / ".submitted/slurm.json"
+        if not path.exists():
+            return []
+        ids = json.loads(path.read_text())
+        return [ids[name] for name in sorted(ids, key=lambda name: int(name.split("_")[0]))]
+
+    def epochs(self, job: str) -> int:
+        """How many epochs the job of this number in the sweep shows."""
+        metrics = list(self.folder.glob(f"{job}_*/metrics.csv"))
+        return len(metrics[0].read_text().splitlines()) - 1 if metrics else 0
+
+    def statuses(self) -> list[str]:
+        from proglayer.results.frames import load
+
+        return load(self.folder).runs["status"].tolist()
+
+    def record(self, job: str) -> dict[str, Any]:
+        """The record of a job; empty while there is none."""
+        for path in self.folder.glob(f"{job}_*/result.json"):
+            with contextlib.suppress(OSError):
+                return json.loads(path.read_text())
+        return {}
+
+
+def figures(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What must be the same wherever and however often interrupted a run was."""
+    assert record["status"] == "completed", record["reason"]
+    return [
+        (p["stage"], p["epochs"], p["best_epoch"], p["best"], p["exits"]) for p in record["phases"]
+    ]
+
+
+def weights(sweep: Path) -> dict[str, bytes]:
+    """Each job's number in the sweep -> its weights."""
+    paths = sweep.glob("*/weights.safetensors")
+    return {path.parent.name.split("_")[0]: path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], bytes]:
+    """Figures and weights of a run of LONG that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *LONG, "stages.dir=stages", "hydra.run.dir=run"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
+    )  # fmt: skip
+    record = json.loads((folder / "run/result.json").read_text())
+    return figures(record), (folder / "run/weights.safetensors").read_bytes()
+
+
+def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit(
+    cluster: Cluster,
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    jobs = (*SHORT, "threads=1", "experiment=glob(*)", "model=standard,deep_supervision")
+    sweep = Sweep(cluster, tmp_path / "there", jobs)
+    status, out = sweep.start().finish()
+    assert status == 0, out
+    assert train("-m", *jobs, "hydra.sweep.dir=here", "stages.dir=others").status == 0
+
+    there, here = results(tmp_path / "there"), results(tmp_path / "here")
+    assert len(there) == 2 * len(experiments()) == 20
+    assert [figures(record) for record in there] == [figures(record) for record in here]
+    assert weights(tmp_path / "there") == weights(tmp_path / "here")
+    trained: dict[str, int] = {}
+    for phase in (phase for record in there for phase in record["phases"]):
+        epochs = phase["work"]["epochs_trained"]
+        trained[phase["stage"]] = trained.get(phase["stage"], 0) + epochs
+    stored = {
+        stage: len(list((tmp_path / "stages" / stage).glob("epoch-*.json"))) for stage in trained
+    }
+    assert trained == stored
+    used = [cluster.state(number)["NodeList"] for number in sweep.numbers]
+    assert set(used) == set(NODES)
+
+
+def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
+    cluster: Cluster, undisturbed: tuple[list[Any], bytes], tmp_path: Path
+) -> None:
+    """By `scontrol requeue`, by one with precedence, and by the end of its time."""
+    # Slurm looks after limits twice a minute: the signal comes 20 to 50 s after a job's start.
+    limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
+    sweep = Sweep(cluster, tmp_path / "s", (*LONG, *limit, "stages.dir=a,b")).start()
+    cluster.until(lambda: sweep.epochs("0") > 2, 60)
+    first, second = sweep.numbers
+    cluster.ask("scontrol", "requeue", first)
+    cluster.until(lambda: sweep.record("0").get("status") == "preempted", 20)
+    assert sweep.record("0")["reason"] == "stopped by SIGTERM; Slurm starts it again"
+    assert sweep.statuses()[0] == "preempted"
+    before = sweep.epochs("0")
+    # Meanwhile the other waits for the end of its time, at no cost: the signal goes with SIGCONT.
+    cluster.until(lambda: sweep.epochs("1") > 2, 60)
+    process = int(json.loads(next(sweep.folder.glob("1_*/heartbeat.json")).read_text())["process"])
+    os.kill(process, signal.SIGSTOP)
+
+    cluster.until(lambda: not sweep.record("0") and sweep.epochs("0") > before, 60)
+    node = cluster.state(first)["NodeList"]
+    cluster.ask("sbatch", "-p", "urgent", "-w", node, "-o", "/dev/null", "--wrap", "sleep 1")
+    cluster.until(lambda: sweep.record("0").get("status") == "preempted", 20)
+
+    status, out = sweep.finish()
+    assert status == 0, out
+    assert int(cluster.state(first)["Restarts"]) >= 2
+    assert int(cluster.state(second)["Restarts"]) >= 1
+    told = next(sweep.folder.glob("1_*/train.log")).read_text()
+    assert "stopped by SIGUSR2; it goes on when its scheduler starts it again" in told
+    for job in ("0", "1"):
+        assert figures(sweep.record(job)) == undisturbed[0]
+        trained = sum(p["work"]["epochs_trained"] for p in sweep.record(job)["phases"])
+        assert trained < sum(p["epochs"] for p in sweep.record(job)["phases"])
+    assert set(weights(sweep.folder).values()) == {undisturbed[1]}
+
+
+@pytest.fixture(scope="module")
+def edited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two jobs, one of which will fail, in the queue while their command and all else changes."""
+    if not shutil.which("git"):
+        pytest.skip("git is not there")
+    folder = tmp_path_factory.mktemp("edited")
+    code = folder / "checkout"
+    for name in ("proglayer", "hydra_plugins", "conf"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", code)
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        command = ["git", "-C", str(code), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q", "-b", "submitted")
+    git("add", "-A")
+    git("commit", "-qm", "as submitted")
+    commit = git("rev-parse", "HEAD")
+    git("checkout", "-qb", "later")
+    rates = code / "conf/lr/reduced.yaml"
+    rates.write_text(rates.read_text().replace("factor:", "factors:"))
+    (code / "conf/growth/random.yaml").unlink()
+    (code / "proglayer/training/trainer.py").write_text(
+        "raise RuntimeError('the code of another branch')"
+    )
+    git("commit", "-qam", "another branch")
+    git("checkout", "-q", "submitted")
+
+    rates_of_jobs = ("lr.base=0.001,1e30", "optimizer.clip_norm=null", "seed=7")
+    held = "+hydra.launcher.additional_parameters.hold=true"
+    sweep = Sweep(cluster, folder / "s", (*SHORT, "threads=1", *rates_of_jobs, held), code)
+    sweep.start()
+    cluster.until(lambda: len(sweep.numbers) == 2, 60)
+    found: dict[str, Any] = {"sweep": sweep, "commit": commit, "statuses": sweep.statuses()}
+    found["numbers"] = sweep.numbers
+    assert sweep.process is not None
+    sweep.process.kill()
+    sweep.finish()
+
+    settings = code / "conf/config.yaml"
+    settings.write_text(settings.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
+    found["with other settings"] = sweep.start().finish()
+    git("checkout", "-q", "--", "conf")
+    sweep.start()
+    assert sweep.process is not None
+    assert sweep.process.stdout is not None
+    for line in sweep.process.stdout:
+        if "Slurm" in line:
+            found["again"] = line.strip()
+            break
+    git("checkout", "-q", "later")
+    for number in found["numbers"]:
+        cluster.ask("scontrol", "release", number)
+    found["status"], found["out"] = sweep.finish()
+    return found
+
+
+def test_what_is_edited_while_jobs_queue_has_no_effect_and_is_told(
+    cluster: Cluster, edited: dict[str, Any]
+) -> None:
+    sweep = edited["sweep"]
+    assert edited["statuses"] == ["pending", "pending"]
+    record = sweep.record("0")
+    assert record["status"] == "completed", record["reason"]
+    assert record["git"]["commit"] == edited["commit"]
+    log = next(sweep.folder.glob("0_*/train.log")).read_text()
+    (told,) = [line for line in log.splitlines() if "changed since this job was submitted" in line]
+    for name in (
+        "proglayer/training/trainer.py",
+        "conf/lr/reduced.yaml",
+        "conf/growth/random.yaml",
+    ):
+        assert name in told
+
+
+def test_the_command_again_waits_for_the_jobs_that_slurm_holds(
+    cluster: Cluster, edited: dict[str, Any]
+) -> None:
+    status, out = edited["with other settings"]
+    assert status == 1
+    assert "is in the queue with other settings" in out
+    assert edited["again"] == "in Slurm's queue already: 2 jobs"
+    assert edited["sweep"].numbers == edited["numbers"]
+
+
+def test_a_failed_job_is_failed_for_slurm_and_in_the_table(
+    cluster: Cluster, edited: dict[str, Any]
+) -> None:
+    good, bad = (cluster.state(number) for number in edited["numbers"])
+    assert (good["JobState"], bad["JobState"]) == ("COMPLETED", "FAILED")
+    assert edited["status"] == 1
+    assert "2 runs: 1 completed, 1 failed" in edited["out"]
+    folder = next(edited["sweep"].folder.glob("1_*"))
+    assert (
+        "lower lr.base" in (folder / "slurm.err").read_text() + (folder / "slurm.out").read_text()
+    )
+
+
+def test_a_job_whose_node_died_is_lost_and_the_same_command_resumes_it(
+    cluster: Cluster, undisturbed: tuple[list[Any], bytes], tmp_path: Path
+) -> None:
+    # Slurm would start it again itself.
+    jobs = (*LONG, "~hydra.launcher.additional_parameters.requeue",
+            "+hydra.launcher.additional_parameters.no-requeue=true")  # fmt: skip
+    sweep = Sweep(cluster, tmp_path / "s", jobs).start()
+    cluster.until(lambda: sweep.epochs("0") > 5, 60)
+    (number,) = sweep.numbers
+    node = cluster.state(number)["NodeList"]
+    cluster.daemons[node].kill()
+    cluster.daemons.pop(node).wait()
+    kill_all_of(number)
+    # Nobody has told the table: the job's last sign of life grows old.
+    long_ago = time.time() - 300
+    (folder,) = sweep.folder.glob("0_*")
+    for path in folder.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    assert sweep.statuses() == ["lost"]
+
+    status, out = sweep.finish()
+    assert status == 1
+    assert "ended without a record" in out
+    assert "1 run: 1 lost" in out
+    cluster.start_node(node)
+    status, out = sweep.start().finish()
+    assert status == 0, out
+    record = sweep.record("0")
+    assert figures(record) == undisturbed[0]
+    assert weights(sweep.folder) == {"0": undisturbed[1]}
+    assert record["phases"][0]["work"]["epochs_reused"] >= 5
+
+
+def kill_all_of(number: str) -> None:
+    """End everything that belongs to a job of Slurm, and what watches over it, without a word."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        mine = f"SLURM_JOB_ID={number}\0".encode() in environment
+        if mine or title.startswith(f"slurmstepd: [{number}.".encode()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)

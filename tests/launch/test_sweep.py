@@ -1,0 +1,363 @@
+"""What a start leaves behind, and what a sweep says and does before and after its jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig
+
+from proglayer.config import ConfigError, DataConfig
+from proglayer.console import LogFile
+from proglayer.data.corpus import Corpus, Notify, open_corpus
+from proglayer.launch.job import explain_errors
+
+from ..helpers import ROOT, config
+from ..run.test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
+
+# One epoch of a run that takes a moment.
+QUICK = (*SHORT, "phase.max_epochs=1")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("given", ["plan=true", "model.num_heads=3", "data.samples=1000000"])
+def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    given: str,
+) -> None:
+    (tmp_path / "other.log").write_text("a user's own")
+    train(*QUICK[1:], given, "hydra.run.dir=.")
+    assert list(contents(tmp_path)) == ["other.log"]
+    # Nor does it take a folder that was there and empty.
+    (tmp_path / "empty").mkdir()
+    train(*QUICK[1:], given, "hydra.run.dir=empty")
+    train(*QUICK[1:], given, "hydra.run.dir=new")
+    assert (tmp_path / "empty").is_dir()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_mistake_leaves_a_finished_run_in_the_same_folder(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    assert train(*QUICK, "hydra.run.dir=run").status == 0
+    before = contents(tmp_path / "run")
+    assert train(*QUICK, "model.num_heads=3", "hydra.run.dir=run").status == 1
+    after = contents(tmp_path / "run")
+    assert after.keys() == before.keys()
+    assert after["train.log"] == before["train.log"]
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A sweep in a process of its own, which has `folder` for its results and its store."""
+    variables = {
+        **os.environ,
+        "PROGLAYER_STAGES": str(folder / "stages"),
+        "PYTHONPATH": str(ROOT),  # workers import the package by name, wherever they start
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "-m", *arguments],
+        cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def at_work(process: subprocess.Popen[str], sweep: Path, jobs: int) -> list[Path]:
+    """Wait for so many jobs to be between their first epoch and their end; gives their folders."""
+    deadline = time.monotonic() + 100
+    while True:
+        found = [
+            metrics.parent
+            for metrics in sweep.glob("*/metrics.csv")
+            if metrics.with_name("heartbeat.json").exists()
+            and not metrics.with_name("result.json").exists()
+        ]
+        if len(found) >= jobs:
+            return found
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("joblib")
+    jobs = (
+        *SHORT, "phase=from_scratch", "phase.max_epochs=40", "phase.patience=40", "seed=1,2,3",
+        "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+    )  # fmt: skip
+    process = command(tmp_path, *jobs)
+    first, *_ = at_work(process, tmp_path / "s", 2)
+    # A terminal tells every process of the command, `kill` only the first: so one worker is told by
+    # both, the other by the first process alone.
+    worker = json.loads((first / "heartbeat.json").read_text())["process"]
+    assert worker != process.pid
+    os.kill(worker, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out
+    assert [r["reason"] for r in results(tmp_path / "s")] == ["stopped by SIGINT"] * 2
+    assert "2 interrupted, 1 waiting" in out
+    process = command(tmp_path, *jobs)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    records = results(tmp_path / "s")
+    assert [r["status"] for r in records] == ["completed"] * 3
+    assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
+    # Threads that the launcher shared out are no other setting.
+    assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
+
+
+def test_settings_edited_while_jobs_of_joblib_wait_change_none_and_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    rates = tmp_path / "mine/lr/mine.yaml"
+    rates.parent.mkdir(parents=True)
+    rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
+    process = command(
+        tmp_path, "--config-dir", str(tmp_path / "mine"), "lr=mine", *QUICK, "seed=range(1,5)",
+        "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+    )  # fmt: skip
+    at_work(process, tmp_path / "s", 1)
+    # Half done: no job could be composed from this.
+    rates.write_text(rates.read_text().replace("factor:", "factors:"))
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    assert [r["config"]["lr"]["base"] for r in results(tmp_path / "s")] == [1e-3] * 4
+    logs = [log.read_text() for log in (tmp_path / "s").glob("*/train.log")]
+    assert any(
+        "changed since this job was submitted, which runs as it was submitted: mine/lr/mine.yaml"
+        in log
+        for log in logs
+    )
+
+
+def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # loads the launcher's module a second time
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    submitted: list[list[str]] = []
+
+    def submit(_: object, job_overrides: list[list[str]], initial_job_idx: int) -> list[JobReturn]:
+        submitted.extend(job_overrides)
+        return [JobReturn(status=JobStatus.COMPLETED) for _ in job_overrides]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(BasicLauncher, "launch", submit)
+    jobs = ("-m", *QUICK, "seed=1,2", "device=cuda", "hydra.sweep.dir=s")
+    here = train(*jobs)
+    assert here.err.startswith("error: device=cuda is not available here")
+    assert not submitted
+    assert not (tmp_path / "s").exists()
+    monkeypatch.setattr(BasicLauncher, "jobs_run_elsewhere", True, raising=False)
+    assert "what is stored for the machines that run them is not known here" in train(*jobs).out
+    assert len(submitted) == 2
+
+
+@pytest.mark.parametrize(("reuse", "distinct"), [("true", 3), ("false", 4)])
+def test_a_sweep_counts_as_shared_what_is_trained_once(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    reuse: str,
+    distinct: int,
+) -> None:
+    done = train("-m", *QUICK, "freeze=existing,none", f"reuse={reuse}", "hydra.sweep.dir=s")
+    assert f"4 phases planned: {distinct} distinct phases, 0 of them stored" in done.out
+    work = [phase["work"] for record in results(tmp_path / "s") for phase in record["phases"]]
+    assert sum(bool(w["epochs_trained"]) for w in work) == distinct
+
+
+def test_a_job_is_composed_once_and_kept_only_until_it_is_launched(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    from proglayer.launch.sweep import ComposedOnce
+
+    composed: list[list[str]] = []
+    loaders: list[ComposedOnce] = []
+    load, make = ConfigLoaderImpl.load_sweep_config, ComposedOnce.__init__
+
+    def count(self: ConfigLoaderImpl, master: DictConfig, overrides: list[str]) -> DictConfig:
+        composed.append(overrides)
+        return load(self, master, overrides)
+
+    def note(self: ComposedOnce, loader: ConfigLoaderImpl) -> None:
+        make(self, loader)
+        loaders.append(self)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", count)
+    monkeypatch.setattr(ComposedOnce, "__init__", note)
+    assert train("-m", *QUICK, "seed=1", "hydra.sweep.dir=s").status == 0
+    composed.clear()
+    # Of two jobs one is complete, so that only one is launched.
+    assert "1 finished before" in train("-m", *QUICK, "seed=1,2", "hydra.sweep.dir=s").out
+    assert len(composed) == 2
+    assert [loader._kept for loader in loaders] == [{}, {}]
+
+
+def test_a_key_in_two_groups_of_pairs_is_refused(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pairs = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
+    given = ("seed=1,2", "initial_layers=2,3", "added_layers=1,2", "hydra.sweep.dir=s")
+    done = train("-m", *QUICK, *given, pairs)
+    assert done.status == 1
+    assert (
+        done.err
+        == "error: hydra.sweeper.pairs names initial_layers twice: put what moves\
+ together into one group\n"
+    )
+
+
+def test_problems_of_every_kind_in_every_job_are_told_at_once(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    done = train(
+        "-m", *QUICK, "seed=soon,1", "growth=random,clone", "lr.base=1e-3,-1", "hydra.sweep.dir=s"
+    )
+    assert done.status == 1
+    lines = done.err.splitlines()
+    for told in (
+        "Value 'soon' of type 'str' could not be converted to Integer",
+        "growth has no choice clone",
+        "lr.base=-1.0 must be more than 0",
+    ):
+        assert sum(told in line for line in lines) == 1, done.err
+    assert all(line.startswith("error: ") for line in lines)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("data.path=~/x", """data.path=~/x: Hydra cannot read this value; as a text it is given as \
+'data.path="~/x"'"""),
+        ("freeze.steps=[{existing: 1}]", "freeze.steps[0].embedding has no value: give it one"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_cut_short_or_wants_quotes_is_told_as_such(
+    train: Command,  # noqa: F811
+    given: str,
+    told: str,
+) -> None:
+    assert train(given).err == f"error: {told}\n"
+
+
+def test_the_value_with_quotes_is_read() -> None:
+    assert config('data.path="~/x"').data.path == "~/x"
+
+
+def test_a_file_that_cannot_be_read_is_not_called_unwritable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit), explain_errors():
+        Path("nowhere/at-all").read_text()
+    assert capsys.readouterr().err.startswith(
+        "error: cannot read or write nowhere/at-all (No such file or directory): if results go"
+    )
+    with pytest.raises(SystemExit), explain_errors(), open("/dev/full", "w") as full:
+        full.write("a line")
+        full.flush()
+    assert capsys.readouterr().err.startswith("error: no space left to write the folder of results")
+
+
+def test_a_full_disk_costs_the_log_one_line_on_the_screen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    handler = LogFile("/dev/full")
+    for number in range(3):
+        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    with contextlib.suppress(OSError):
+        handler.close()
+    assert capsys.readouterr().err == (
+        "warning: /dev/full cannot be written (No space left on device): "
+        "lines of the log are lost\n"
+    )
+
+
+def test_a_warm_up_longer_than_a_phase_is_warned_of(
+    train: Command,  # noqa: F811
+) -> None:
+    done = train(*QUICK, "phase=from_scratch", "lr.warmup_steps=16", "hydra.run.dir=run")
+    assert done.err == (
+        "WARNING: lr.warmup_steps=16 is more than the 4 steps of phase 1: its rate gets to 0.25 of "
+        "what was asked for\n"
+    )
+    assert not train(*QUICK, "phase=from_scratch", "lr.warmup_steps=4", "hydra.run.dir=r").err
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "reported"),
+    [(ConfigError("the launcher gave up"), 1, True), (KeyboardInterrupt(), 130, False)],
+)
+def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
+    train: Command,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: BaseException,
+    status: int,
+    reported: bool,
+) -> None:
+    from proglayer.launch import sweep
+
+    launch = sweep.launch
+
+    def launch_one(sweeper: Sweeper, jobs: list[sweep.Job], at_once: int | None) -> None:
+        launch(sweeper, jobs[:1], at_once)
+        raise end
+
+    monkeypatch.setattr(sweep, "launch", launch_one)
+    done = train("-m", *QUICK, "report=true", "seed=1,2", "hydra.sweep.dir=s")
+    assert done.status == status
+    assert "1 completed, 1 waiting" in done.out
+    assert (tmp_path / "s/report/index.html").exists() == reported
+
+
+def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
+    train: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slowly(data: DataConfig, notify: Notify) -> Corpus:
+        notify("counting words")
+        return open_corpus(data)
+
+    monkeypatch.setattr("proglayer.data.corpus.open_corpus", slowly)
+    monkeypatch.setattr("proglayer.launch.sweep.open_corpus", slowly)
+    for given in (["seed=1"], ["-m", "seed=1,2"]):
+        told, planned = train(*given, *QUICK, "plan=true").out.split("\n", 1)
+        assert told.endswith("counting words")
+        # Of two jobs with one corpus, once.
+        assert "counting words" not in planned

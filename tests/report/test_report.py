@@ -1,0 +1,1026 @@
+"""The report: its figures are those of the frames, its text is text, and no pile breaks it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from proglayer.launch import job as entrance
+from proglayer.report import pictures as figures
+from proglayer.report import ledger
+from proglayer.report import page
+from proglayer.report import stats
+from proglayer.report import study
+from proglayer.report import write as reporting
+from proglayer.results.columns import NOT_THE_EXPERIMENT
+from proglayer.config import to_plain
+from proglayer.results.reader import flat_settings
+from proglayer.report.write import main, write_report
+from proglayer.results.frames import load, write_csv
+from proglayer.report.study import DEEP, STANDARD, Margins
+
+from .. import synthetic
+from ..helpers import ROOT, config
+
+# Text that would be an element, a formula, a cell, a heading or mathematics if it were let.
+EVIL = '<script>alert("1")</script>'
+FORMULA = "=1+1"
+NASTY = f"{FORMULA} {EVIL} | `x` **b** $\\frac{{1}}$ [a](javascript:1)\n# head\x07 & é"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fsync() -> Any:
+    """Made-up records by the dozen need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original and a control, both models, three seeds."""
+    folder = tmp_path_factory.mktemp("study") / "sweep"
+    experiments = ("original", "control_from_scratch")
+    return synthetic.sweep(folder, experiments, seeds=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def report(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its report."""
+    out = tmp_path_factory.mktemp("report")
+    return write_report([sweep], out).parent
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, tables and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._in: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._in:
+            while self._in.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self._in:
+            self.scripts.append(data)
+        elif "style" not in self._in:
+            self.text += data
+            if "td" in self._in or "th" in self._in:
+                self.tables[-1][-1][-1] += data
+
+    def table(self, *heads: str) -> list[dict[str, str]]:
+        """The rows of the first table whose heads begin with these."""
+        for head, *rows in self.tables:
+            if head[: len(heads)] == list(heads):
+                return [dict(zip(head, row, strict=True)) for row in rows]
+        raise AssertionError(f"no table {heads} among {[t[0] for t in self.tables]}")
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_the_founding_tables_are_those_of_the_frames(sweep: Path, report: Path) -> None:
+    results = load(sweep)
+    runs = results.runs[(results.runs["experiment"] == "original")]
+    runs = runs[runs["model"] == STANDARD]
+    own = results.phases[results.phases["run"].isin(runs["run"])]
+    rows = page_of(report).table("Phase", "Layers", "Best Acc", "Best PPL", "Time", "Best Epoch")
+    assert [row["Phase"] for row in rows] == ["initial", "grown", "Change"]
+    for number, row in enumerate(rows[:2], start=1):
+        phase = own[own["phase"] == number]
+        perplexity = phase["validation_perplexity"]
+        accuracy = phase["validation_accuracy_percent"]
+        seconds = phase["train_seconds"] + phase["evaluation_seconds"]
+        assert row["Layers"] == str(phase["layers"].iloc[0])
+        assert row["Best PPL"] == f"{perplexity.mean():,.2f} ± {perplexity.std():,.2f}"
+        assert row["Best Acc"] == f"{accuracy.mean():.2f} ± {accuracy.std():.2f} %"
+        assert row["Time"] == f"{seconds.mean():.1f} ± {seconds.std():.1f} s"
+    points, percent = runs["accuracy_points"], runs["perplexity_percent"]
+    assert rows[2]["Best Acc"] == f"{points.mean():+.2f} ± {points.std():.2f} points"
+    assert rows[2]["Best PPL"] == f"{percent.mean():+.2f} ± {percent.std():.2f} %"
+
+
+def test_the_published_numbers_stand_beside_them(report: Path) -> None:
+    text = page_of(report).text
+    for number in ("978.89", "975.51", "950.45", "968.60", "16.35 %", "16.26 %", "-0.15 points",
+                   "+0.34 %", "-0.19 points", "-1.91 %", "51.13 s", "145.16 s"):  # fmt: skip
+        assert number in text, number
+
+
+def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report: Path) -> None:
+    runs = load(sweep).runs
+    original = runs[runs["experiment"] == "original"]
+    by_model = {
+        model: group.set_index("seed")["accuracy_points"]
+        for model, group in original.groupby("model")
+    }
+    changes = pd.read_csv(report / "tables" / "changes.csv")
+    told = changes[(changes["variant"] == "original") & (changes["figure"] == "accuracy")]
+    for row in told.to_dict("records"):
+        expected = stats.summary(by_model[row["model"]].to_numpy(dtype=float))
+        assert row["mean"] == pytest.approx(expected.mean)
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    judged = pd.read_csv(report / "tables" / "hypotheses.csv")
+    deeper = judged[judged["hypothesis"].str.startswith("Deep supervision")].iloc[0]
+    expected = stats.paired(by_model[DEEP], by_model[STANDARD], margin=0.1)
+    assert deeper["mean"] == pytest.approx(expected.mean)
+    assert deeper["t_p"] == pytest.approx(expected.t_p)
+    # All comparisons that a verdict rests on are one family: 1 + 2 models x 2 measures.
+    assert len(judged) == 5
+    assert judged["p_adjusted"].tolist() == pytest.approx(stats.holm(judged["p"]).tolist())
+    text = page_of(report).text
+    assert all(sentence in text for sentence in judged["sentence"])
+
+
+def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path) -> None:
+    results = load(sweep)
+    arms = study.arms(results)
+    runs = arms.of(0)
+    curves = ledger.curves(results, runs)
+    fair = study.at_equal(runs, curves, "original", study.FROM_SCRATCH, "tokens")
+    for row in fair[fair["variant"] == study.FROM_SCRATCH].to_dict("records"):
+        same = runs[(runs["model"] == row["model"]) & (runs["seed"] == row["seed"])]
+        budget = float(same.loc[same["variant"] == "original", "tokens"].iloc[0])
+        run = same.loc[same["variant"] == study.FROM_SCRATCH, "run"].iloc[0]
+        epochs = results.epochs[results.epochs["run"] == run]
+        within = epochs[epochs["train_tokens"].cumsum() <= budget]
+        best = within.loc[within["validation_loss"].idxmin()]
+        assert row["accuracy_percent"] == best["validation_accuracy_percent"]
+        assert row["share"] == epochs["train_tokens"].sum() / budget
+        assert (row["share"] > 1) == (len(within) < len(epochs))
+    # the grown arm counts at its end
+    ends = runs[runs["variant"] == "original"].set_index(["model", "seed"])
+    own = fair[fair["variant"] == "original"].set_index(["model", "seed"])
+    assert own["accuracy_percent"].to_dict() == ends["last_accuracy_percent"].to_dict()
+
+
+def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
+    synthetic.run(tmp_path / "a", "original", STANDARD, 1)
+    synthetic.run(tmp_path / "b", "control_from_scratch", STANDARD, 1, "phase.patience=30")
+    results = load(tmp_path)
+    runs = study.arms(results).of(0)
+    curves = ledger.curves(results, runs)
+    scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
+    fair = study.at_equal(runs, curves, "original", scratch, "flops")
+    (share,) = fair.loc[fair["variant"] == scratch, "share"]
+    assert share > 1
+
+
+def test_from_scratch_that_ended_before_growing_did_is_told_as_that(tmp_path: Path) -> None:
+    for seed in range(3):
+        synthetic.run(tmp_path / f"a{seed}", "original", STANDARD, seed)
+        scratch = tmp_path / f"b{seed}"
+        synthetic.run(scratch, "control_from_scratch", STANDARD, seed, "phase.max_epochs=1")
+    results = load(tmp_path)
+    runs = study.arms(results).of(0)
+    asked = study.hypotheses(runs, ledger.curves(results, runs), study.Margins())
+    told = [what for claim in asked for what in claim.rows["what"]]
+    assert len(told) == 2
+    assert all("(from scratch ended at" in what for what in told)
+
+
+def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
+    results = load(sweep)
+    runs = results.runs
+    told = pd.read_csv(report / "tables" / "ledger.csv").set_index(["variant", "model"])
+    for (experiment, model), arm in runs.groupby(["experiment", "model"]):
+        row = told.loc[(experiment, model)]
+        phases = results.phases[results.phases["run"].isin(arm["run"])]
+        seeds = len(arm)
+        assert row["tokens"] == phases["train_tokens"].sum() / seeds
+        both = phases["train_flops_head"] + phases["train_flops_body"]
+        assert row["flops"] == pytest.approx(both.sum() / seeds)
+        assert row["flops_without_head"] == pytest.approx(phases["train_flops_body"].sum() / seeds)
+        assert row["train_seconds"] == pytest.approx(phases["train_seconds"].sum() / seeds)
+    # and the courses end where the ledger does
+    arms = study.arms(results)
+    curves = ledger.curves(results, arms.runs)
+    last = curves.groupby("run")[["tokens", "flops", "flops_without_head", "seconds"]].max()
+    ends = arms.runs.set_index("run")
+    for column in last.columns:
+        expected = ends[column].astype(float).reindex(last.index)
+        np.testing.assert_allclose(last[column], expected, rtol=1e-9)
+
+
+def to_target(curve: pd.DataFrame, target: float) -> float | None:
+    """The slow twin: the compute at which one run's loss first comes down to the target."""
+    curve = curve[np.isfinite(curve["loss"])]
+    there = np.flatnonzero(curve["loss"] <= target)
+    if not len(there):
+        return None
+    at = int(there[0])
+    compute, loss = curve["compute"].to_list(), curve["loss"].to_list()
+    if at == 0:
+        return compute[0]
+    share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
+    return compute[at - 1] + share * (compute[at] - compute[at - 1])
+
+
+def speed_up(baseline: pd.DataFrame, grown: pd.DataFrame) -> float | None:
+    """The slow twin: compute of the baseline / compute of the grown model to one loss, - 1."""
+    target = float(baseline["loss"].min())
+    base, own = to_target(baseline, target), to_target(grown, target)
+    return None if base is None or own is None else base / own - 1
+
+
+def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> None:
+    results = load(sweep)
+    runs = study.arms(results).of(0)
+    curves = ledger.curves(results, runs)
+
+    def curve(run: str, measure: str) -> pd.DataFrame:
+        own = curves[curves["run"] == run]
+        return pd.DataFrame({"compute": own[measure], "loss": own["loss"]})
+
+    targets = ledger.default_targets(runs, curves, "original")
+    told = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
+    gains = ledger.speed_up(runs, curves, {"original": study.FROM_SCRATCH})
+    gains = gains.set_index(["variant", "model", "measure"])
+    for measure in (m.column for m in ledger.MEASURES):
+        for (variant, model), arm in runs.groupby(["variant", "model"]):
+            slow = [to_target(curve(r, measure), targets[model]) for r in arm["run"]]
+            found = [value for value in slow if value is not None]
+            row = told.loc[(variant, model)]
+            assert row["reached"] == len(found)
+            assert (
+                row[measure] == pytest.approx(np.mean(found)) if found else np.isnan(row[measure])
+            )
+            if not arm["grows"].all():
+                continue
+            scratch = runs[(runs["variant"] == study.FROM_SCRATCH) & (runs["model"] == model)]
+            base = scratch.set_index("seed")["run"]
+            each = [
+                speed_up(curve(base[seed], measure), curve(run, measure))
+                for run, seed in zip(arm["run"], arm["seed"], strict=True)
+            ]
+            known = [value for value in each if value is not None]
+            row = gains.loc[(variant, model, measure)]
+            assert (row["n"], row["seeds"]) == (len(known), len(arm))
+            if known:
+                assert row["mean"] == pytest.approx(np.mean(known))
+
+
+def one_arm(variant: str, *points: tuple[float, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A run of one arm, and its course of (compute, loss)."""
+    run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1}])
+    course = pd.DataFrame(points, columns=["compute", "loss"])
+    measures = {m.column: course["compute"] for m in ledger.MEASURES}
+    return run, course.assign(run=variant, **measures)
+
+
+def reached(target: float, *points: tuple[float, float]) -> float | None:
+    told = ledger.to_target(*one_arm("arm", *points), {STANDARD: target}).iloc[0]
+    return None if not told["reached"] else told["flops"]
+
+
+def test_a_target_is_reached_between_two_measurements() -> None:
+    falling = ((10, 8.0), (20, 7.0), (40, 6.0))
+    assert reached(7.0, *falling) == 20
+    assert reached(6.25, *falling) == 35
+    assert reached(8.5, *falling) == 10  # already there when first measured
+    assert reached(5.9, *falling) is None
+
+
+def test_the_first_crossing_counts_though_a_growth_throws_the_loss_back() -> None:
+    assert reached(6.5, (1, 7.0), (2, 6.0), (3, 6.8), (4, 5.0)) == 1.5
+
+
+def test_measurements_that_are_not_finite_are_passed_over() -> None:
+    assert reached(7.0, (1, 8.0), (2, np.nan), (3, 6.0)) == 2
+    assert reached(7.0, (1, np.nan)) is None
+
+
+def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
+    arms = [one_arm("scratch", *scratch), one_arm("grown", *grown)]
+    runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
+    told = ledger.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
+    return told["mean"] if told["n"] else None
+
+
+def test_the_speed_up_is_that_of_the_stacking_literature() -> None:
+    # Du et al. 2024: the loss of 300 B tokens from scratch is reached with 194 B: 54.6 % faster.
+    from_scratch = ((100, 3.0), (200, 2.5), (300, 2.25))
+    grown = ((100, 2.75), (194, 2.25), (300, 2.0))
+    found = gain(from_scratch, grown)
+    assert found == pytest.approx(0.546, abs=0.0005)
+    assert gain(grown[:2], from_scratch) == pytest.approx(194 / 300 - 1)
+    assert gain(from_scratch, from_scratch) == 0
+
+
+def test_a_target_that_one_arm_never_reaches_has_no_speed_up() -> None:
+    assert gain(((1, 3.0), (2, 2.0)), ((1, 3.0), (2, 2.5))) is None
+    assert gain(((1, np.nan),), ((1, 3.0), (2, 2.5))) is None
+
+
+def test_a_margin_is_the_readers(sweep: Path) -> None:
+    results = load(sweep)
+    runs = study.arms(results).of(0)
+    curves = ledger.curves(results, runs)
+    margins = Margins(points=3.0, nats=0.02)
+    for hypothesis in study.hypotheses(runs, curves, margins):
+        assert set(hypothesis.rows["margin"]) <= {3.0}
+        assert set(hypothesis.rows["verdict"]) <= {"equivalent within the margin"}
+    told = {f.name: study.deep_minus_standard(runs, f, margins)["margin"] for f in study.FIGURES}
+    assert told["loss"].tolist() == [0.02]
+    # 0.02 nats less are 1.98 % less perplexity.
+    assert told["perplexity"].tolist() == pytest.approx([100 * (1 - np.exp(-0.02))])
+
+
+# --- arms -----------------------------------------------------------------------------------------
+
+
+def test_what_was_swept_across_experiments_is_a_condition_and_the_rest_a_variant(
+    tmp_path: Path,
+) -> None:
+    for rate in ("0.001", "0.003"):
+        for experiment in ("original", "split_lr"):
+            for seed in (1, 2):
+                synthetic.run(tmp_path / f"{rate}{experiment}{seed}", experiment, STANDARD, seed,
+                            f"lr.base={rate}")  # fmt: skip
+    for seed in (1, 2):
+        synthetic.run(tmp_path / f"free{seed}", "split_lr", STANDARD, seed, "lr.base=0.001",
+                    "freeze=none", choices={"experiment": "split_lr", "model": STANDARD,
+                                            "freeze": "none"})  # fmt: skip
+    arms = study.arms(load(tmp_path))
+    assert arms.conditions == ("pydocs lr.base=0.001", "pydocs lr.base=0.003")
+    first = arms.of(0)
+    assert list(first.groupby("variant", sort=False).size().items()) == [
+        ("original", 2),
+        ("split_lr", 2),
+        ("split_lr freeze=none", 2),
+    ]
+    assert list(arms.of(1)["variant"].unique()) == ["original", "split_lr"]
+    differs = study.differing(first, "split_lr")
+    assert (differs["split_lr"], differs["split_lr freeze=none"]) == ("", "freeze.steps")
+
+
+def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
+    """And what this module takes for its settings is what `experiment=original` sets."""
+    told = study.ORIGINAL_SETTINGS
+    of_file = to_plain(config("experiment=original"))
+    apart = (*NOT_THE_EXPERIMENT, "seed", "model.exit_weights", "model.vocab_size")
+    set_there = {
+        name: value if isinstance(value, (int, float, str, NoneType)) else json.dumps(value)
+        for name, value in flat_settings(of_file)
+        if name not in apart and not name.startswith("data.")
+    }
+    assert {n: v for n, v in told.items() if n != "freeze.steps"} == {
+        n: v for n, v in set_there.items() if n != "freeze.steps"
+    }
+    assert json.loads(told["freeze.steps"]) == json.loads(set_there["freeze.steps"])
+
+
+def test_a_plain_run_is_the_original_and_stands_beside_the_published_one(tmp_path: Path) -> None:
+    unnamed = {"choices": {"model": STANDARD, "data": "pydocs", "experiment": None}}
+    synthetic.run(tmp_path / "plain", "original", STANDARD, 42, overrides=[], **unnamed)
+    page = page_of(write_report([tmp_path / "plain"], tmp_path / "a").parent)
+    assert "original, Standard" in page.text
+    assert "Published, Standard" in page.text
+    assert "with its own" not in page.text
+
+    other = synthetic.run(tmp_path / "other", "original", STANDARD, 42, "phase.patience=2",
+                        overrides=["phase.patience=2"], **unnamed)  # fmt: skip
+    page = page_of(write_report([other], tmp_path / "b").parent)
+    assert "as configured, Standard" in page.text
+    assert "Published" not in page.text
+
+    named = synthetic.run(tmp_path / "named", "original", STANDARD, 42, "phase.patience=2")
+    page = page_of(write_report([named], tmp_path / "c").parent)
+    assert "Published, Standard" in page.text
+    assert "with its own phase.patience." in page.text
+
+
+def test_runs_on_other_texts_do_not_compare(tmp_path: Path) -> None:
+    synthetic.run(tmp_path / "a", "original", STANDARD, 1)
+    synthetic.run(tmp_path / "b", "original", DEEP, 1)
+    folder = synthetic.run(tmp_path / "c", "original", DEEP, 2)
+    result = json.loads((folder / "result.json").read_text())
+    result["corpus"] |= {"fingerprint": "e" * 64, "name": "wikitext2"}
+    (folder / "result.json").write_text(json.dumps(result))
+    arms = study.arms(load(tmp_path))
+    assert arms.conditions == ("pydocs", "wikitext2")
+    assert [len(arms.of(number)) for number in (0, 1)] == [2, 1]
+
+
+def test_a_sweep_without_an_experiment_is_told_by_what_it_varies(tmp_path: Path) -> None:
+    for added in (1, 3):
+        for seed in (1, 2):
+            told = {
+                "choices": {"model": STANDARD, "data": "pydocs", "experiment": None},
+                "overrides": [f"added_layers={added}", f"seed={seed}"],
+            }
+            synthetic.run(tmp_path / f"{added}{seed}", "original", STANDARD, seed,
+                        f"added_layers={added}", **told)  # fmt: skip
+    runs = study.arms(load(tmp_path)).runs
+    assert list(runs["variant"].unique()) == ["added_layers=1", "added_layers=3"]
+    page = page_of(write_report([tmp_path], tmp_path / "report").parent)
+    assert "added_layers=3, Standard" in page.text
+
+
+# --- seeds that did not complete, controls of another size ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original in six seeds and both models; of deep supervision seed 1 failed, 2 was killed
+    before its record was written, 3 never began and 4 was not asked for.
+    """
+    folder = tmp_path_factory.mktemp("broken") / "sweep"
+    synthetic.sweep(folder, ["original"], seeds=range(1, 7))
+    for number, status in ((6, "failed"), (7, "running"), (8, ""), (9, "")):
+        shutil.rmtree(folder / f"{number}_aaaaaa")
+        if status:
+            synthetic.run(folder / f"{number}_aaaaaa", "original", DEEP, number - 5, status=status)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    (folder / "jobs.json").write_text(json.dumps([j for j in jobs if "9_aa" not in j["folder"]]))
+    return folder
+
+
+def test_a_verdict_tells_which_seeds_it_lacks_and_why(broken: Path, tmp_path: Path) -> None:
+    out = write_report([broken], tmp_path, png=False).parent
+    told = "2 of 6 seeds (left out: 1 failed, 1 not in both arms, 1 running, 1 waiting)"
+    page = page_of(out)
+    assert told in page.text
+    deeper = next(t for t in page.tables if t[0][0] == "Variant" and "Left out" in t[0])
+    row = dict(zip(*deeper, strict=True))
+    assert row["Seeds"] == "2 of 6"
+    assert row["Left out"] == "1 failed, 1 not in both arms, 1 running, 1 waiting"
+    # the arm's own table and its changes say so, too; seed 4 is nobody's loss there
+    assert "over 2 seeds. Left out: 1 failed, 1 running, 1 waiting." in page.text
+    changes = page.table("Variant", "Model", "Seeds", "Accuracy, points")
+    assert [row["Seeds"] for row in changes] == ["6", "2 of 5"]
+    judged = pd.read_csv(out / "tables" / "hypotheses.csv").iloc[0]
+    assert (judged["n"], judged["dropped"]) == (2, 4)
+
+
+def test_a_failed_seed_that_was_run_again_is_not_lacked(tmp_path: Path) -> None:
+    sweep = synthetic.sweep(tmp_path / "s", ["original"], seeds=(1, 2))
+    # Without a corpus its record does not tell that it is the same experiment.
+    synthetic.run(tmp_path / "again", "original", DEEP, 1, status="failed", corpus=None)
+    synthetic.run(tmp_path / "other", "wider", DEEP, 3, status="failed")
+    arms = study.arms(load(sweep, tmp_path / "again", tmp_path / "other"))
+    assert arms.lacking.empty
+    assert len(arms.asked(0)) == 4
+
+
+def test_from_scratch_at_an_equal_budget_tells_which_seeds_failed(tmp_path: Path) -> None:
+    sweep = synthetic.sweep(tmp_path / "s", ["original", "control_from_scratch"], [STANDARD], (1, 2))
+    synthetic.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
+    synthetic.run(tmp_path / "x", "control_from_scratch", STANDARD, 3, status="failed")
+    results = load(sweep, tmp_path / "x")
+    arms = study.arms(results)
+    curves = ledger.curves(results, arms.runs)
+    claims = study.hypotheses(arms.asked(0), curves, Margins())
+    told = claims[-1].rows
+    assert told["n"].tolist() == [1, 1]
+    assert told["left_out"].tolist() == ["2 failed", "2 failed"]
+
+
+def test_below_six_seeds_the_page_says_what_sign_flips_cannot(report: Path) -> None:
+    assert "with 3 seeds the sign-flip test cannot go below p = 0.25" in page_of(report).text
+
+
+def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> None:
+    names = ["original", "more_layers", "wider", "control_from_scratch", "control_keep_training"]
+    sweep = synthetic.sweep(tmp_path / "s", names, [STANDARD], (1, 2))
+    page = page_of(write_report([sweep], tmp_path / "a", png=False).parent)
+    assert "depth and width was run for more_layers, wider: it takes experiment=control_from" in (
+        page.text
+    )
+    assert "depth and width was run for wider: it takes experiment=control_keep" in page.text
+    told = pd.read_csv(tmp_path / "a" / "tables" / "against.csv")
+    pairs = set(zip(told["a"], told["b"], strict=True))
+    assert ("original", "control_from_scratch") in pairs
+    assert not pairs & {(name, "control_from_scratch") for name in ("more_layers", "wider")}
+    # more layers grow from what keeps training, wider does not
+    assert ("more_layers", "control_keep_training") in pairs
+    assert ("wider", "control_keep_training") not in pairs
+    speed_up = pd.read_csv(tmp_path / "a" / "tables" / "speed_up.csv")
+    assert set(speed_up["variant"]) == {"original"}
+
+    for seed in (1, 2):
+        six = "added_layers=3"
+        synthetic.run(tmp_path / "six" / str(seed), "control_from_scratch", STANDARD, seed, six)
+    write_report([sweep, tmp_path / "six"], tmp_path / "b", png=False)
+    told = pd.read_csv(tmp_path / "b" / "tables" / "against.csv")
+    found = dict(zip(told["a"], told["b"], strict=True))
+    assert found["more_layers"] == "control_from_scratch added_layers=3"
+    speed_up = pd.read_csv(tmp_path / "b" / "tables" / "speed_up.csv")
+    assert set(speed_up["variant"]) == {"original", "more_layers"}
+
+
+def test_variants_are_set_against_each_other_in_every_figure(sweep: Path) -> None:
+    runs = study.arms(load(sweep)).of(0)
+    by_seed = runs[runs["model"] == DEEP].set_index(["variant", "seed"])
+    own, other = by_seed.loc["control_from_scratch"], by_seed.loc["original"]
+    loss = other["last_loss"] - own["last_loss"]
+    before = other["last_perplexity"]
+    for figure, expected in (
+        (study.ACCURACY, own["last_accuracy_percent"] - other["last_accuracy_percent"]),
+        (study.PERPLEXITY, (before - own["last_perplexity"]) / before * 100),
+        (study.LOSS, loss),
+    ):
+        told = study.against(runs, {"control_from_scratch": "original"}, figure, Margins())
+        told = told[told["model"] == DEEP].iloc[0]
+        assert told["mean"] == pytest.approx(expected.astype(float).mean())
+        assert told["sd"] == pytest.approx(expected.astype(float).std())
+        assert told["margin"] == figure.margin(Margins())
+
+
+def test_a_variant_with_one_model_is_no_finding_about_models(tmp_path: Path) -> None:
+    for model, names in ((STANDARD, ["split_lr", "more_layers"]), (DEEP, ["split_lr"])):
+        synthetic.sweep(tmp_path / model, names, [model], (1, 2))
+    results = load(tmp_path)
+    arms = study.arms(results)
+    claims = study.hypotheses(arms.asked(0), ledger.curves(results, arms.runs), Margins())
+    assert claims[0].rows["what"].tolist() == ["split_lr: deep supervision − Standard"]
+
+
+def test_more_conditions_than_are_drawn_are_in_the_tables_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "MOST_CONDITIONS", 1)
+    monkeypatch.setattr(reporting, "MOST_MODELS", 1)
+    for rate in ("0.001", "0.003"):
+        synthetic.sweep(tmp_path / rate, ["original", "control_from_scratch"], (STANDARD, DEEP),
+                      (1, 2), f"lr.base={rate}")  # fmt: skip
+    out = write_report([tmp_path / "0.001", tmp_path / "0.003"], tmp_path / "out", png=False).parent
+    for name in ("hypotheses", "changes", "deep_minus_standard", "against", "ledger", "to_target",
+                 "speed_up"):  # fmt: skip
+        assert pd.read_csv(out / "tables" / f"{name}.csv")["condition"].nunique() == 2, name
+    text = page_of(out).text
+    assert "1 more condition is in tables/: changes.csv (pydocs lr.base=0.003)." in text
+    assert "1 more model is in tables/: epochs.csv (Deep supervision)." in text
+
+
+def test_names_of_columns_are_no_formulas_either(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"=1+1": ["@x", None], "plain": [-1.5, 2.0]})
+    write_csv(frame, tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_bytes() == b"'=1+1,plain\r\n'@x,-1.5\r\n,2.0\r\n"
+
+
+# --- one seed, one run, nothing -------------------------------------------------------------------
+
+
+def test_one_seed_concludes_nothing_and_tells_the_binomial_error(tmp_path: Path) -> None:
+    sweep = synthetic.sweep(tmp_path / "s", ["original"], seeds=[42])
+    text = page_of(write_report([sweep], tmp_path / "out").parent).text
+    runs = load(sweep).runs
+    arm = runs[runs["model"] == STANDARD]
+    accuracy = arm["last_accuracy_percent"].mean()
+    error = stats.binomial_error(accuracy / 100, 16_000)
+    assert "One seed: nothing can be concluded." in text
+    assert f"Standard: {accuracy:.2f} % of 16,000 tokens, ±{error:.2f} points" in text
+    judged = pd.read_csv(tmp_path / "out" / "tables" / "hypotheses.csv")
+    assert set(judged["verdict"]) == {"undecided"}
+
+
+def test_an_arm_of_one_seed_tells_its_error_also_where_others_have_more(tmp_path: Path) -> None:
+    synthetic.sweep(tmp_path / "s", ["original"], [STANDARD], (1, 2, 3))
+    synthetic.run(tmp_path / "one", "split_lr", STANDARD, 1)
+    text = page_of(write_report([tmp_path], tmp_path / "out", png=False).parent).text
+    runs = load(tmp_path / "one").runs
+    error = stats.binomial_error(runs["last_accuracy_percent"].iloc[0] / 100, 16_000)
+    assert "One seed of split_lr (Standard): nothing can be concluded." in text
+    assert f"of 16,000 tokens, ±{error:.2f} points" in text
+
+
+def test_a_single_run_has_a_report(tmp_path: Path) -> None:
+    run = synthetic.run(tmp_path / "run", "original", STANDARD, 42)
+    out = write_report([run], run / "report").parent
+    page = page_of(out)
+    assert "nothing can be concluded" in page.text
+    assert page.table("Phase")[0]["Phase"] == "initial"
+    assert "python train.py experiment=original model=standard seed=42" in page.text
+    ran = {row["What"]: row["Values in these runs"] for row in page.table("What")}
+    assert (ran["Working tree changed"], ran["Vocabulary"]) == ("no", "8,192")
+    assert {path.suffix for path in (out / "figures").iterdir()} == {".svg", ".png"}
+    # and it is neither a run of its own nor something that could not be read
+    again = load(run)
+    assert len(again.runs) == 1
+    assert again.left_out.empty
+
+
+def test_folders_without_a_run_are_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Path, sweep: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'none'}\n"
+    assert main([str(sweep), "-o", str(tmp_path / "file")]) == 2
+    assert "file: File exists" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as end:
+        main([str(sweep), "--margin", "0"])
+    assert end.value.code == 2
+
+
+# --- piles of all sorts ---------------------------------------------------------------------------
+
+
+def test_a_mixed_pile_is_told_and_never_raises(tmp_path: Path) -> None:
+    pile = tmp_path / "pile"
+    sweep = synthetic.sweep(pile / "sweep", ["original", "control_unfrozen"], seeds=(1, 2))
+    for number, status in ((0, "failed"), (3, "interrupted"), (5, "running")):
+        shutil.rmtree(sweep / f"{number}_aaaaaa")
+        traceback = {"traceback": "Traceback\nValueError: no"} if status == "failed" else {}
+        synthetic.run(
+            sweep / f"{number}_aaaaaa", "original", STANDARD, 9 + number, status=status, **traceback
+        )
+    shutil.rmtree(sweep / "6_aaaaaa")
+    (sweep / "7_aaaaaa" / "result.json").write_text('{"format"')
+    newer = synthetic.run(pile / "newer", "original", STANDARD, 1)
+    record = json.loads((newer / "result.json").read_text())
+    (newer / "result.json").write_text(json.dumps(record | {"format": 99}))
+    synthetic.run(pile / "other", "wider", DEEP, 3, "phase.batch_size=32")
+    (pile / "photos").mkdir()
+    synthetic.run(pile / "nothing", "original", STANDARD, 4, phases=[], changes=None)
+    page = page_of(write_report([pile], tmp_path / "out").parent)
+    status = {row["Run"]: row["Status"] for row in page.table("Run", "Variant")}
+    assert status["sweep/0_aaaaaa"] == "failed"
+    assert status["sweep/6_aaaaaa"] == "waiting"
+    reasons = {row["Run"]: row["Reason"] for row in page.table("Run", "Status", "Overrides")}
+    assert reasons["sweep/0_aaaaaa"] == "the loss became NaN"
+    assert "ValueError: no" in page.text
+    left_out = {row["Folder"]: row["Kind"] for row in page.table("Folder", "Kind")}
+    assert left_out == {"sweep/7_aaaaaa": "damaged", "newer": "newer", "photos": "foreign"}
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
+def test_a_pile_of_which_nothing_completed(tmp_path: Path, status: str) -> None:
+    synthetic.run(tmp_path / "run", "original", STANDARD, 1, status=status)
+    text = page_of(write_report([tmp_path], tmp_path / "out").parent).text
+    assert "No run has completed yet" in text
+
+
+# --- text is text ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of runs whose names, settings, reasons and tracebacks mean harm."""
+    pile = tmp_path_factory.mktemp("nasty")
+    choices = {"model": f"m{EVIL}", "experiment": NASTY, "data": "pydocs"}
+    for seed in (1, 2):
+        synthetic.run(pile / f"{FORMULA}{seed}<b>", "original", STANDARD, seed, choices=choices,
+                    overrides=[f"seed={seed}", f"data.files=[{NASTY}]"])  # fmt: skip
+    synthetic.run(pile / "bad", "original", STANDARD, 3, status="failed", choices=choices,
+                reason=NASTY, traceback=NASTY, overrides=[FORMULA, EVIL])  # fmt: skip
+    return write_report([pile], pile / "report").parent
+
+
+def test_text_from_settings_and_logs_is_text_in_the_page(nasty: Path) -> None:
+    text = (nasty / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    known = Page((nasty / "index.html").read_text(encoding="utf-8"))
+    assert text.count("<script") == 1
+    assert len(known.scripts) == 1
+    assert "alert" not in known.scripts[0]
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not any("javascript" in (a.get("href") or "") for _, a in page.elements)
+    # nothing was lost on the way either
+    assert NASTY.replace("\x07", " ") in page.text
+    assert "\x07" not in text
+
+
+def test_text_from_settings_and_logs_is_text_in_markdown(nasty: Path) -> None:
+    text = (nasty / "report.md").read_text(encoding="utf-8")
+    outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", text)
+    assert "<script" not in outside
+    assert not re.search(r"(?<!\\)\]\(javascript", outside)
+    # Every heading is one of ours, and no row has more cells than its head.
+    ours = re.findall(r"(?m)^#+ (.*)$", outside)
+    assert not any(heading.startswith("head") for heading in ours)
+    rows = [line for line in outside.splitlines() if line.startswith("|")]
+    widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    heads = [w for w, after in zip(widths, rows[1:], strict=False) if after.startswith("| ---")]
+    assert set(widths) <= set(heads)
+
+
+def test_no_cell_of_a_table_is_a_formula(nasty: Path) -> None:
+    import csv
+
+    for path in (nasty / "tables").iterdir():
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.reader(file):
+                for cell in row:
+                    harmless = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|-?inf", cell)
+                    assert harmless or not cell.startswith(("=", "+", "-", "@")), (path.name, cell)
+
+
+def test_pictures_show_text_as_it_is(nasty: Path) -> None:
+    for path in (nasty / "figures").glob("*.svg"):
+        root = ET.parse(path).getroot()
+        assert not [e for e in root.iter() if e.tag.endswith("script")]
+    words = "".join(path.read_text() for path in (nasty / "figures").glob("loss-*.svg"))
+    assert html.escape(FORMULA) in words
+
+
+# --- pictures of several seeds --------------------------------------------------------------------
+
+
+def drawn(paint: Callable[[figures.Gallery], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The panel that `paint` would draw into a gallery."""
+    from matplotlib.figure import Figure
+
+    panels = []
+
+    def draw(*arguments: Any, **_: Any) -> None:
+        axes = Figure().add_subplot()
+        next(a for a in arguments if callable(a) and not isinstance(a, str))(axes)
+        panels.append(axes)
+
+    gallery = figures.Gallery(Path())
+    monkeypatch.setattr(gallery, "draw", draw)
+    paint(gallery)
+    return panels[0]
+
+
+@pytest.fixture
+def uneven() -> pd.DataFrame:
+    """Two seeds of one phase: one stops after two epochs, a worse one goes on for four."""
+    loss = [7.0, 6.0, 9.0, 8.5, 8.0, 8.2]
+    return pd.DataFrame(
+        {
+            "run": list("aabbbb"),
+            "seed": [1, 1, 2, 2, 2, 2],
+            "variant": "original",
+            "model": STANDARD,
+            "phase": 1,
+            "phase_name": "initial",
+            "layers": 3,
+            "epoch": [1, 2, 1, 2, 3, 4],
+            "step": [1, 2, 1, 2, 3, 4],
+            "loss": loss,
+            "tokens": [10.0, 20.0, 10.0, 20.0, 30.0, 40.0],
+        }
+    )
+
+
+def test_a_mean_course_ends_where_the_first_seed_stops(
+    uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = drawn(lambda gallery: figures.course(gallery, "c", "original", uneven), monkeypatch)
+    [mean] = axes.lines
+    assert mean.get_xydata().tolist() == [[1, 8.0], [2, 7.25]]
+    assert [len(line) for line in axes.collections[0].get_segments()] == [2, 4]
+
+
+def test_a_mean_against_compute_ends_at_what_all_seeds_spent_and_reached(
+    uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = drawn(
+        lambda gallery: figures.against_compute(
+            gallery, "c", "t", uneven, "tokens", "tokens", ["original"]
+        ),
+        monkeypatch,
+    )
+    [mean] = axes.lines
+    assert mean.get_xydata().tolist() == [[10, 8.0], [20, 7.25], [25, 7.0], [30, 7.0]]
+
+
+# --- the page itself ------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
+    run = synthetic.run(tmp_path / "run", "original", STANDARD, 1)
+    one, other = (write_report([run], tmp_path / name).parent for name in ("one", "other"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_an_up_to_date_report_is_left_as_it_is_where_that_is_asked_for(tmp_path: Path) -> None:
+    sweep = synthetic.sweep(tmp_path / "sweep", ["original"], [STANDARD], [1, 2])
+    out = tmp_path / "out"
+
+    def made(**how: Any) -> bool:
+        for path in out.rglob("*"):
+            os.utime(path, (0, 0))
+        return write_report([sweep], out, **how).stat().st_mtime > 0
+
+    assert made(png=False)
+    assert not list(out.rglob("*.png"))
+    assert not made(png=False, anew=False)
+    assert made()
+    assert list(out.rglob("*.png"))
+    assert not made(png=False, anew=False)
+    assert made(margins=Margins(points=0.2), anew=False)
+    synthetic.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
+    assert made(png=False, anew=False)
+    # pictures of an earlier report would show something else
+    assert not list(out.rglob("*.png"))
+    given = yaml.safe_load((sweep / "multirun.yaml").read_text())
+    given["hydra"]["overrides"]["task"].append("lr.base=0.001")
+    (sweep / "multirun.yaml").write_text(yaml.safe_dump(given))
+    assert made(anew=False)
+    page = out / "index.html"
+    page.write_text(page.read_text()[:-3])
+    assert made(anew=False)
+
+
+def test_the_page_asks_for_nothing(report: Path) -> None:
+    page = page_of(report)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:")), (tag, target)
+    text = (report / "index.html").read_text()
+    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text
+    assert "Content-Security-Policy" in text
+
+
+@pytest.fixture(scope="module")
+def two_conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the original and a variant, on two rates."""
+    folder = tmp_path_factory.mktemp("two")
+    for rate in ("0.001", "0.003"):
+        synthetic.sweep(folder / rate, ["original", "split_lr"], [STANDARD], (1, 2),
+                      f"lr.base={rate}")  # fmt: skip
+    return write_report([folder], folder / "out", png=False).parent
+
+
+@pytest.mark.parametrize("which", ["report", "two_conditions"])
+def test_no_name_is_given_twice_and_every_reference_leads_somewhere(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    report: Path = request.getfixturevalue(which)
+    page = page_of(report)
+    assert page.text.count("Validation curves across phases") == (2 if "two" in which else 1)
+    names = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(names) == len(set(names))
+    text = (report / "index.html").read_text()
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    assert {a or b for a, b in used} <= set(names)
+
+
+def test_every_picture_is_in_both_documents_and_says_what_it_shows(report: Path) -> None:
+    page = page_of(report)
+    figures = [a for tag, a in page.elements if tag == "figure"]
+    drawn = {path.stem for path in (report / "figures").glob("*.svg")}
+    assert {a["id"] for a in figures} == {f"figure-{name}" for name in drawn}
+    assert all(len(a["aria-label"] or "") > 40 for a in figures)
+    markdown = (report / "report.md").read_text()
+    assert set(re.findall(r"\]\(figures/([^)]+)\.svg\)", markdown)) == drawn
+
+
+def test_markdown_and_page_hold_the_same_tables(report: Path) -> None:
+    markdown = (report / "report.md").read_text()
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", markdown)
+    plain = [
+        [
+            [html.unescape(re.sub(r"\\(.)|\*\*|<!-- -->", r"\1", cell)).strip()
+             for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in table.splitlines()
+            if not line.startswith("| ---")
+        ]
+        for table in tables
+    ]  # fmt: skip
+    assert plain == page_of(report).tables
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a | b", "# x", "- x", "1. x", "1.66", "-0.5", "*b*", "_u_", "`c`", "<i>", "&amp;", "[a](b)"],
+)
+def test_marks_of_markdown_are_taken_off(text: str) -> None:
+    marked = page._marked(text)
+    back = html.unescape(re.sub(r"\\([\\`*_\[\]|~$#+\-=.)])", r"\1", marked))
+    assert back == text
+    assert not re.search(r"(?<!\\)[|*_`\[<]", marked)
+    assert marked == text if text in ("1.66", "-0.5") else True
+
+
+# --- by itself ------------------------------------------------------------------------------------
+
+TINY = (
+    "data.samples=64", "data.validation_samples=32", "data.max_vocab=200", "model.dim=8",
+    "model.num_heads=2", "phase.max_epochs=2", "phase.batch_size=16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """`python train.py ...` in this process: its status, and what it printed."""
+    import runpy
+
+    from hydra.core.global_hydra import GlobalHydra
+
+    def command(*arguments: str) -> tuple[int, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0), capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    return command
+
+
+def test_a_sweep_with_a_failure_leaves_its_report(
+    train: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    # the second job's loss cannot but become NaN
+    status, out = train("-m", "lr.base=0.001,1e38", "hydra.sweep.dir=sweep")
+    assert status == 1
+    assert "report: sweep/report/index.html" in out
+    page = page_of(tmp_path / "sweep" / "report")
+    assert [row["Status"] for row in page.table("Run", "Status")] == ["failed"]
+    assert "python train.py -m" in page.text
+
+
+def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
+    train: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out = train("hydra.run.dir=a")
+    assert (status, "a/report/index.html" in out) == (0, True)
+    assert train("hydra.run.dir=b", "report=false")[0] == 0
+    assert not (tmp_path / "b" / "report").exists()
+    import proglayer.report.write
+
+    def broken(*_: object, **__: object) -> Path:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(proglayer.report.write, "write_report", broken)
+    status, out = train("hydra.run.dir=c")
+    assert (status, "report:" in out) == (0, False)
+    assert (
+        "no report could be written (RuntimeError: no ink)"
+        in (tmp_path / "c" / "train.log").read_text()
+    )
+
+
+def test_the_entrance_does_not_pay_for_the_report() -> None:
+    code = (
+        "import sys, proglayer.entrance, proglayer.sweep, proglayer.report; "
+        "print({'matplotlib', 'statsmodels', 'scipy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+    assert entrance.leave_report.__doc__
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:
+    assert CHROMIUM
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900",
+         "--enable-logging=stderr", "--v=0", "--dump-dom", (report / "index.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert "<figure" in done.stdout

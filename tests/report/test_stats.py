@@ -1,0 +1,741 @@
+"""The statistics against SciPy, statsmodels, closed forms and simulated studies of known truth."""
+
+import gc
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate
+from scipy import stats as sps
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
+
+from proglayer.report.stats import (
+    EXACT_SIGN_FLIP_SEEDS,
+    FIGURES,
+    Outcome,
+    accuracy_change_points,
+    binomial_error,
+    compare,
+    compare_all,
+    holm,
+    judge,
+    loss_change_nats,
+    paired,
+    perplexity_change_percent,
+    seeds_for_difference,
+    seeds_for_equivalence,
+    smallest_difference,
+    summary,
+    verdict,
+)
+
+STUDIES = 2_000
+
+# On a busy machine an example may take longer than Hypothesis would wait.
+unhurried = settings(deadline=None, max_examples=40)
+
+# Values with three decimals: as fine as an accuracy is reported, and apart by more than rounding.
+values = st.integers(-50_000, 50_000).map(lambda thousandths: thousandths / 1000)
+pairs_of_values = st.lists(st.tuples(values, values), min_size=2, max_size=8)
+
+
+def by_seed(numbers, first_seed=42):
+    return pd.Series(list(numbers), index=range(first_seed, first_seed + len(numbers)), dtype=float)
+
+
+def differing(differences, **settings_of_test):
+    """A comparison whose differences are these."""
+    differences = np.asarray(differences, dtype=float)
+    return paired(by_seed(differences), by_seed(np.zeros(len(differences))), **settings_of_test)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    # multipletests collects garbage on every call, 70 ms with all that a test session has loaded.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+# --- changes of a run -----------------------------------------------------------------------------
+
+
+def test_the_changes_of_the_founding_run_have_its_signs():
+    assert accuracy_change_points(0.1635, 0.1620) == pytest.approx(-0.15)
+    assert accuracy_change_points(0.1645, 0.1626) == pytest.approx(-0.19)
+    assert perplexity_change_percent(978.89, 975.51) == pytest.approx(0.34, abs=0.01)
+    assert perplexity_change_percent(950.45, 968.60) == pytest.approx(-1.91, abs=0.01)
+
+
+def test_a_fall_in_loss_and_the_fall_in_its_perplexity_have_one_sign():
+    before, after = np.array([6.9, 6.5]), np.array([6.7, 6.6])
+    assert loss_change_nats(before, after) == pytest.approx([0.2, -0.1])
+    percent = perplexity_change_percent(np.exp(before), np.exp(after))
+    assert percent == pytest.approx([100 * (1 - math.exp(-0.2)), 100 * (1 - math.exp(0.1))])
+
+
+def test_changes_of_columns_are_columns():
+    runs = pd.DataFrame({"before": [0.10, 0.20], "after": [0.15, 0.10]}, index=[7, 9])
+    change = accuracy_change_points(runs["before"], runs["after"])
+    assert list(change.index) == [7, 9]
+    assert change.tolist() == pytest.approx([5.0, -10.0])
+
+
+def test_an_accuracy_in_percent_is_refused_where_a_share_is_due():
+    with pytest.raises(ValueError, match=r"before=16.35 is not a share"):
+        accuracy_change_points(16.35, 16.20)
+    with pytest.raises(ValueError, match=r"accuracy=16.35 is not a share"):
+        binomial_error(16.35, 64_000)
+    with pytest.raises(ValueError, match="tokens=0"):
+        binomial_error(0.16, 0)
+
+
+def test_the_binomial_error_of_the_founding_accuracy_is_as_large_as_its_changes():
+    assert binomial_error(0.1635, 64_000) == pytest.approx(
+        100 * math.sqrt(0.1635 * (1 - 0.1635) / 64_000)
+    )
+    assert binomial_error(0.1635, 64_000) == pytest.approx(0.15, abs=0.005)
+    assert binomial_error(0.0, 100) == 0
+
+
+# --- one arm --------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_statsmodels():
+    numbers = [-0.15, 0.21, -0.02, 0.08, 0.11]
+    found = summary(numbers, confidence=0.9)
+    assert (found.n, found.dropped) == (5, 0)
+    assert found.mean == pytest.approx(0.046)
+    assert found.sd == pytest.approx(pd.Series(numbers).std())
+    assert (found.low, found.high) == pytest.approx(DescrStatsW(numbers).tconfint_mean(0.1))
+
+
+def test_two_values_have_the_interval_of_the_cauchy_distribution():
+    # Student's t with one degree of freedom has the quantile tan(pi (p - 1/2)).
+    found = summary([1.0, 3.0])
+    half_width = math.tan(math.pi * 0.475) * math.sqrt(2) / math.sqrt(2)
+    assert (found.low, found.high) == pytest.approx((2 - half_width, 2 + half_width))
+
+
+def test_one_seed_concludes_nothing():
+    found = summary([0.3])
+    assert (found.n, found.mean) == (1, 0.3)
+    assert all(math.isnan(number) for number in (found.sd, found.low, found.high))
+
+
+def test_values_that_are_not_finite_are_left_out_and_counted():
+    found = summary([1.0, math.nan, 3.0, math.inf])
+    assert (found.n, found.dropped, found.mean) == (2, 2, 2.0)
+    empty = summary([math.nan, math.nan])
+    assert (empty.n, empty.dropped, math.isnan(empty.mean)) == (0, 2, True)
+
+
+def test_identical_values_have_no_spread_at_all():
+    # Summed up, three times 0.1 is not 0.3, and a naive sd is 1e-17.
+    found = summary([0.1, 0.1, 0.1])
+    assert (found.mean, found.sd, found.low, found.high) == (0.1, 0, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_intervals_cover_the_truth_in_95_percent_of_studies(seeds):
+    studies = np.random.default_rng(seeds).normal(0.07, 0.2, size=(STUDIES, seeds))
+    intervals = [summary(study) for study in studies]
+    covered = np.mean([found.low <= 0.07 <= found.high for found in intervals])
+    assert covered == pytest.approx(0.95, abs=0.015)
+
+
+# --- two arms, paired by seed ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arms():
+    draw = np.random.default_rng(5)
+    shared = draw.normal(16, 0.2, size=9)
+    return by_seed(shared + draw.normal(0.1, 0.1, 9)), by_seed(shared + draw.normal(0, 0.1, 9))
+
+
+def test_a_comparison_agrees_with_scipy_and_statsmodels(arms):
+    a, b = arms
+    found = paired(a, b, margin=0.15)
+    assert found.n == 9
+    assert found.mean == pytest.approx((a - b).mean())
+    assert found.sd == pytest.approx((a - b).std())
+    assert found.t_p == found.p == pytest.approx(sps.ttest_rel(a, b).pvalue)
+    interval = sps.ttest_rel(a, b).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.equivalence_p == pytest.approx(ttost_paired(a, b, -0.15, 0.15)[0])
+    swapped = sps.permutation_test(
+        (a, b), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf
+    )
+    assert found.sign_flip_exact
+    assert found.sign_flip_p == pytest.approx(swapped.pvalue)
+    assert found.smallest_difference == pytest.approx(
+        TTestPower().solve_power(nobs=9, alpha=0.05, power=0.8) * found.sd, rel=1e-5
+    )
+
+
+def test_the_sign_flip_test_counts_all_sign_patterns():
+    differences = np.array([0.4, 0.1, -0.2, 0.5, 0.3, 0.25, 0.0])
+    means = [np.mean(differences * signs) for signs in itertools.product([1, -1], repeat=7)]
+    as_large = np.mean(np.abs(means) >= abs(np.mean(differences)) - 1e-12)
+    assert differing(differences).sign_flip_p == pytest.approx(as_large)
+
+
+def test_above_the_exact_limit_sign_patterns_are_drawn_and_the_draw_repeats():
+    differences = np.random.default_rng(1).normal(0.1, 0.2, EXACT_SIGN_FLIP_SEEDS + 1)
+    found = differing(differences)
+    assert not found.sign_flip_exact
+    assert found.sign_flip_p == differing(differences).sign_flip_p
+    exact = sps.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    # four standard errors of the sample
+    assert found.sign_flip_p == pytest.approx(exact.pvalue, abs=4 * math.sqrt(exact.pvalue / 9_999))
+    assert found.sign_flip_p == differing(differences[::-1]).sign_flip_p
+
+
+def test_below_six_seeds_the_sign_flip_test_cannot_reach_significance_and_says_so():
+    five = differing([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert five.sign_flip_p == five.sign_flip_floor == 0.0625
+    assert five.t_p < 0.01
+    assert "with 5 seeds the sign-flip test cannot go below p = 0.0625; 6 are" in five.note
+    six = differing([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert six.sign_flip_p == six.sign_flip_floor == 0.03125
+    assert six.note == ""
+
+
+def test_the_effect_size_has_hedges_correction():
+    # For four degrees of freedom the factor is Gamma(2) / (sqrt(2) Gamma(3/2)) = sqrt(2 / pi).
+    differences = np.array([0.1, 0.3, 0.2, 0.5, -0.1])
+    dz = differences.mean() / differences.std(ddof=1)
+    assert differing(differences).effect_size == pytest.approx(dz * math.sqrt(2 / math.pi))
+    # It makes the effect size unbiased: on average the true 0.5, where dz alone gives 0.63.
+    studies = np.random.default_rng(3).normal(0.5, 1, size=(200_000, 5))
+    raw = studies.mean(axis=1) / studies.std(axis=1, ddof=1)
+    assert raw.mean() * math.sqrt(2 / math.pi) == pytest.approx(0.5, abs=0.01)
+
+
+def test_seeds_are_paired_by_name_and_those_without_a_partner_are_counted():
+    a = pd.Series({42: 1.0, 43: 2.0, 44: 4.0, 45: math.nan, 47: 9.0})
+    b = pd.Series({44: 1.0, 43: 1.0, 42: 1.0, 45: 3.0, 46: 8.0})
+    found = paired(a, b)
+    assert (found.n, found.dropped) == (3, 3)
+    assert (found.mean, found.sd) == pytest.approx((4 / 3, math.sqrt(7 / 3)))
+    # 45 has no figure in one arm, 46 and 47 were never run in the other
+    assert found.left_out == "1 no finite value, 2 not in both arms"
+    told = paired(a, b, reasons={45: "failed", 43: "no matter"})
+    assert told.left_out == "1 failed, 2 not in both arms"
+    sentence = verdict(told).sentence
+    assert "3 of 6 seeds (left out: 1 failed, 2 not in both arms)" in sentence
+    alone = paired(pd.Series({42: 1.0, 43: math.nan}), pd.Series({42: 1.0, 43: 2.0}))
+    assert "nothing can be concluded (left out: 1 no finite value)" in verdict(alone).sentence
+
+
+def test_a_seed_that_occurs_twice_is_refused_by_name():
+    with pytest.raises(ValueError, match="b_by_seed has more than one value for seed 43"):
+        paired(pd.Series({43: 1.0}), pd.Series([1.0, 2.0, 3.0], index=[42, 43, 43]))
+    with pytest.raises(ValueError, match="margin=0 must be positive"):
+        differing([1.0, 2.0], margin=0)
+    with pytest.raises(ValueError, match="alpha=5 must lie"):
+        differing([1.0, 2.0], alpha=5)
+
+
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_without_two_pairs_there_is_no_test(seeds):
+    found = differing([0.4] * seeds)
+    assert found.n == seeds
+    numbers = [found.sd, found.low, found.p, found.equivalence_p, found.effect_size]
+    numbers += [found.smallest_difference, found.seeds_for_difference, found.seeds_for_equivalence]
+    assert all(math.isnan(number) for number in numbers)
+    assert "nothing can be concluded" in found.note
+    judged = verdict(found)
+    assert judged.outcome is Outcome.undecided
+    assert "nothing can be concluded" in judged.sentence
+    assert math.isnan(judged.seeds_needed)
+
+
+def test_two_seeds_are_tested_but_show_only_the_enormous():
+    a, b = by_seed([16.4, 16.7]), by_seed([16.3, 16.5])
+    found = paired(a, b)
+    assert found.t_p == pytest.approx(sps.ttest_rel(a, b).pvalue)
+    assert found.smallest_difference > 11 * found.sd
+    assert found.sign_flip_p == 0.5
+    assert math.isnan(found.effect_size)  # Hedges' factor is 0 there
+    assert verdict(found).outcome is Outcome.undecided
+
+
+def test_a_constant_difference_is_judged_by_sign_tests():
+    # 16.35 - 16.2 and its like differ in the last bits; the t-test would give p = 1e-60.
+    b = by_seed([16.2, 15.9, 16.4, 16.0, 16.11, 15.3])
+    found = paired(b + 0.15, b)
+    assert found.constant
+    assert found.sd == 0
+    assert found.mean == found.low == found.high == pytest.approx(0.15)
+    assert math.isnan(found.t_p)
+    assert math.isnan(found.effect_size)
+    assert found.p == found.sign_flip_p == 2 / 2**6
+    assert found.equivalence_p == 1
+    assert verdict(found).outcome is Outcome.supported
+    assert "sign tests decide" in found.note
+    assert paired(b + 0.15, b, margin=0.2).equivalence_p == 1 / 2**6
+
+    four = paired(b[:4] + 0.15, b[:4])
+    assert verdict(four).outcome is Outcome.undecided
+    assert verdict(four).seeds_needed == 6
+
+    many = by_seed(np.linspace(15, 16, 40))
+    assert paired(many + 0.15, many).p == paired(many, many + 0.15).p == 2 / 2**40
+
+
+def test_arms_that_do_the_same_are_equivalent_from_five_seeds_on():
+    arm = by_seed([16.2, 15.9, 16.4, 16.0, 16.1])
+    found = paired(arm, arm.copy())
+    assert (found.mean, found.p, found.equivalence_p) == (0, 1, 1 / 2**5)
+    assert found.seeds_for_difference == math.inf
+    assert verdict(found).outcome is Outcome.equivalent
+    four = verdict(paired(arm[:4], arm[:4]))
+    assert (four.outcome, four.seeds_needed) == (Outcome.undecided, 5)
+
+
+@pytest.mark.parametrize("level", [15.9, 16.2])
+def test_a_constant_difference_of_just_the_margin_is_not_within_it(level):
+    # 16.0 - 15.9 is rounded to below 0.1, 16.3 - 16.2 to above.
+    arm = by_seed([level] * 5)
+    assert paired(arm + 0.1, arm, margin=0.1).equivalence_p == 1
+    assert paired(arm + 0.1, arm, margin=0.101).equivalence_p == 1 / 2**5
+
+
+@unhurried
+@given(pairs_of_values, st.integers(-1000, 1000))
+def test_a_shift_of_both_arms_changes_nothing(rows, shift):
+    a, b = (by_seed(arm) for arm in zip(*rows, strict=True))
+    was, now = paired(a, b), paired(a + shift, b + shift)
+    assert now.mean == pytest.approx(was.mean, abs=1e-9)
+    assert now.sd == pytest.approx(was.sd, abs=1e-9)
+    assert now.p == pytest.approx(was.p, abs=1e-6)
+    assert now.equivalence_p == pytest.approx(was.equivalence_p, abs=1e-6)
+
+
+@unhurried
+@given(pairs_of_values)
+def test_the_comparison_of_b_with_a_is_the_mirror_image(rows):
+    a, b = (by_seed(arm) for arm in zip(*rows, strict=True))
+    there, back = paired(a, b), paired(b, a)
+    assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low))
+    for name in ("p", "sign_flip_p", "equivalence_p", "sd", "seeds_for_difference"):
+        assert getattr(back, name) == pytest.approx(getattr(there, name))
+    if there.n >= 3 and not there.constant:
+        assert back.effect_size == pytest.approx(-there.effect_size)
+    mirrored = {Outcome.supported: Outcome.refuted, Outcome.refuted: Outcome.supported}
+    was = verdict(there).outcome
+    assert verdict(back).outcome is mirrored.get(was, was)
+
+
+@unhurried
+@given(pairs_of_values, st.sampled_from([0.01, 0.125, 3.0, 100.0]))
+def test_a_change_of_unit_scales_differences_and_leaves_the_tests_alone(rows, factor):
+    a, b = (by_seed(arm) for arm in zip(*rows, strict=True))
+    was = paired(a, b, margin=0.1)
+    now = paired(a * factor, b * factor, margin=0.1 * factor)
+    for name in ("mean", "sd", "low", "high", "smallest_difference"):
+        expected = getattr(was, name) * factor
+        assert getattr(now, name) == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True)
+    for name in ("p", "sign_flip_p", "equivalence_p", "effect_size"):
+        assert getattr(now, name) == pytest.approx(getattr(was, name), abs=1e-6, nan_ok=True)
+
+
+@unhurried
+@given(pairs_of_values)
+def test_tests_and_intervals_say_the_same(rows):
+    a, b = (by_seed(arm) for arm in zip(*rows, strict=True))
+    found = paired(a, b, margin=5)
+    if not found.constant:
+        assert (found.t_p <= 0.05) == (not found.low < 0 < found.high)
+        narrower = summary((a - b).to_numpy(), confidence=0.9)
+        inside = narrower.low > -5 and narrower.high < 5
+        assert (found.equivalence_p <= 0.05) == inside
+
+
+# --- how many seeds, how small a difference -------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 8, 16])
+def test_the_smallest_difference_is_found_in_80_percent_of_studies(seeds):
+    true = smallest_difference(0.2, seeds)
+    studies = np.random.default_rng(seeds).normal(true, 0.2, size=(STUDIES, seeds))
+    found = sps.ttest_1samp(studies, 0, axis=1)
+    assert np.mean(found.pvalue <= 0.05) == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_difference_of_three_quarters_of_the_spread_needs_16_seeds():
+    assert seeds_for_difference(0.15, 0.2) == 16
+    assert seeds_for_difference(-0.15, 0.2) == 16
+    assert smallest_difference(0.2, 16) < 0.15 < smallest_difference(0.2, 15)
+
+
+def exact_power(seeds, passes):
+    """Chance of passing, given the sample's sd, integrated over that sd; the true one is 1."""
+    spread = sps.chi(seeds - 1, scale=1 / math.sqrt(seeds - 1))
+    steps = np.linspace(spread.ppf(1e-9), spread.isf(1e-9), 20_001)
+    return integrate.simpson(np.maximum(0, passes(steps)) * spread.pdf(steps), x=steps)
+
+
+def difference_power(seeds, difference, alpha):
+    critical, shift = sps.t.isf(alpha / 2, seeds - 1), difference * math.sqrt(seeds)
+    return exact_power(seeds, lambda sd: sps.norm.sf(critical * sd - shift))
+
+
+def equivalence_power(seeds, difference, margin, alpha):
+    critical, root = sps.t.isf(alpha, seeds - 1), math.sqrt(seeds)
+    return exact_power(
+        seeds,
+        lambda sd: (
+            sps.norm.cdf((margin - difference) * root - critical * sd)
+            - sps.norm.cdf((-margin - difference) * root + critical * sd)
+        ),
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.005, 0.0005])
+@pytest.mark.parametrize("effect_size", [0.01, 0.1, 0.5, 1, 2, 5, 12, 20, 1000])
+def test_the_fewest_seeds_for_a_difference_are_the_fewest(effect_size, alpha):
+    # Where statsmodels' own solver fails, for large effects, this must not.
+    seeds = int(seeds_for_difference(effect_size, 1, alpha=alpha))
+    assert difference_power(seeds, effect_size, alpha) >= 0.8 - 1e-6
+    if seeds > 2:
+        assert difference_power(seeds - 1, effect_size, alpha) < 0.8 + 1e-6
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.005])
+@pytest.mark.parametrize("share_of_margin", [0, 0.3, 0.7, 0.97])
+@pytest.mark.parametrize("margin", [0.3, 0.8, 1.85, 3.0, 6.7, 30.0])
+def test_the_seeds_for_equivalence_are_enough_and_at_most_one_too_many(
+    margin, share_of_margin, alpha
+):
+    difference = margin * share_of_margin
+    seeds = int(seeds_for_equivalence(1, margin, difference=difference, alpha=alpha))
+    assert equivalence_power(seeds, difference, margin, alpha) >= 0.8 - 1e-6
+    if seeds > 3:
+        assert equivalence_power(seeds - 2, difference, margin, alpha) < 0.8
+
+
+def test_a_true_difference_near_a_wide_margin_can_still_be_planned_for():
+    # The far test, 10 standard deviations off with 16 seeds, is where SciPy's noncentral t is nan.
+    seeds = int(seeds_for_equivalence(1, 5.375, difference=4.625))
+    assert equivalence_power(seeds, 4.625, 5.375, 0.05) >= 0.8
+    assert equivalence_power(seeds - 1, 4.625, 5.375, 0.05) < 0.8
+
+
+def test_equivalence_is_found_as_often_as_planned_and_not_where_it_is_false():
+    seeds = int(seeds_for_equivalence(0.2, 0.1, difference=0.02))
+    draw = np.random.default_rng(0)
+
+    def share_found(true):
+        studies = draw.normal(true, 0.2, size=(STUDIES, seeds))
+        above = sps.ttest_1samp(studies, -0.1, axis=1, alternative="greater").pvalue
+        below = sps.ttest_1samp(studies, 0.1, axis=1, alternative="less").pvalue
+        p = np.maximum(above, below)
+        # The vectorised twin is the test itself.
+        assert p[0] == pytest.approx(differing(studies[0], margin=0.1).equivalence_p)
+        return np.mean(p <= 0.05)
+
+    assert share_found(0.02) == pytest.approx(0.8, abs=0.03)
+    assert share_found(0.1) == pytest.approx(0.05, abs=0.015)
+
+
+def test_what_no_number_of_seeds_can_show_is_infinite():
+    assert seeds_for_difference(0.0, 0.2) == math.inf
+    assert seeds_for_difference(1e-6, 1) == math.inf
+    assert seeds_for_equivalence(0.2, 0.1, difference=0.1) == math.inf
+    assert math.isnan(seeds_for_difference(0.1, math.nan))
+    assert math.isnan(smallest_difference(0.0, 5))
+
+
+# --- families of comparisons ----------------------------------------------------------------------
+
+
+def test_holm_is_statsmodels_and_nan_is_no_member_of_the_family():
+    raw = [0.01, math.nan, 0.04, 0.03, math.nan]
+    expected = multipletests([0.01, 0.04, 0.03], method="holm")[1]
+    assert holm(raw) == pytest.approx([expected[0], math.nan, *expected[1:], math.nan], nan_ok=True)
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert np.isnan(holm([math.nan, math.nan])).all()
+    assert holm([]).shape == (0,)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.1, 1.2])
+
+
+@unhurried
+@given(st.lists(st.floats(0, 1) | st.just(math.nan), max_size=12), st.randoms())
+def test_holm_raises_p_values_and_keeps_their_order(raw, shuffler):
+    adjusted = holm(raw)
+    tested = [(p, q) for p, q in zip(raw, adjusted, strict=True) if not math.isnan(p)]
+    assert all(p <= q <= 1 for p, q in tested)
+    ordered = [q for _, q in sorted(tested)]
+    assert ordered == sorted(ordered)
+    order = list(range(len(raw)))
+    shuffler.shuffle(order)
+    assert holm([raw[i] for i in order]) == pytest.approx(adjusted[order], nan_ok=True)
+
+
+VARIANTS = [f"variant_{number}" for number in range(10)]
+
+
+def frame_of(study):
+    """A study (arms, seeds), the baseline first, as a frame of runs."""
+    names = ["original", *VARIANTS]
+    return pd.DataFrame(
+        [
+            {"experiment": name, "seed": seed, "change": value}
+            for name, row in zip(names, study, strict=True)
+            for seed, value in enumerate(row)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("true_differences", "studies_simulated"),
+    [(0, 5 * STUDIES), (4, STUDIES)],
+    ids=["none is real", "some are real"],
+)
+def test_a_family_claims_a_false_difference_in_at_most_5_percent_of_studies(
+    true_differences, studies_simulated
+):
+    """Ten variants against one shared baseline, so that the comparisons are correlated.
+
+    The true share is 4.5 % where none is real, so close to 5 % that 2,000 studies, with a standard
+    error of 0.5 %, would be too few to tell; where some are real it is about 3.4 %.
+    """
+    studies = np.random.default_rng(11).normal(0, 0.2, size=(studies_simulated, 11, 6))
+    studies[:, 1 : 1 + true_differences] += 0.4
+    p = sps.ttest_rel(studies[:, 1:], studies[:, :1], axis=2).pvalue
+    adjusted = np.array([holm(family) for family in p])
+    none_real = slice(true_differences, None)
+    uncorrected_claims = (p[:, none_real] <= 0.05).any(axis=1)
+    claims = (adjusted[:, none_real] <= 0.05).any(axis=1)
+    assert uncorrected_claims.mean() > 0.15
+    assert claims.mean() <= 0.05
+
+    # The vectorised families are those that compare_all judges.
+    for study, expected in zip(studies[:5], adjusted, strict=False):
+        judged = compare_all(
+            frame_of(study),
+            value="change",
+            variant="experiment",
+            pairs=[(name, "original") for name in VARIANTS],
+        )
+        assert judged["p_adjusted"].to_numpy() == pytest.approx(expected)
+        claimed = judged["verdict"].isin(["supported", "refuted"])
+        assert (judged["p_adjusted"][claimed] <= 0.05).all()
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+CLEARLY_UP = [0.31, 0.28, 0.35, 0.30, 0.26, 0.33]
+NEGLIGIBLE = [0.021, 0.019, 0.022, 0.018, 0.020, 0.021]
+AROUND_NOTHING = [0.02, -0.03, 0.01, -0.01, 0.03, -0.02]
+NOISE = [0.3, -0.2, 0.1, 0.4, -0.3, 0.2]
+
+
+def test_a_significant_difference_supports_or_refutes_by_its_sign():
+    up, down = differing(CLEARLY_UP), differing(-np.array(CLEARLY_UP))
+    assert verdict(up).outcome is Outcome.supported
+    assert verdict(down).outcome is Outcome.refuted
+
+
+def test_no_difference_is_a_finding_only_if_equivalence_was_shown():
+    assert verdict(differing(AROUND_NOTHING)).outcome is Outcome.equivalent
+    noisy = verdict(differing(NOISE))
+    assert noisy.outcome is Outcome.undecided
+    assert noisy.seeds_needed > 6
+    assert f"about {noisy.seeds_needed:.0f} seeds would decide" in noisy.sentence
+
+
+def test_a_real_but_negligible_difference_is_equivalent():
+    found = differing(NEGLIGIBLE, margin=0.1)
+    assert found.p < 0.001
+    assert verdict(found).outcome is Outcome.equivalent
+    assert "real difference, but a negligible one" in verdict(found).sentence
+    assert verdict(differing(NEGLIGIBLE, margin=0.01)).outcome is Outcome.supported
+
+
+def test_the_adjusted_p_value_is_the_one_that_counts():
+    found = differing(CLEARLY_UP)
+    assert verdict(found, p_adjusted=0.2).outcome is Outcome.undecided
+    calm = differing(AROUND_NOTHING)
+    assert verdict(calm, equivalence_p_adjusted=0.2).outcome is Outcome.undecided
+
+
+def test_a_larger_family_needs_more_seeds():
+    found = differing(NOISE)
+    assert verdict(found, family=20).seeds_needed > verdict(found).seeds_needed
+    assert verdict(found).seeds_needed == min(
+        found.seeds_for_difference, found.seeds_for_equivalence
+    )
+
+
+def test_the_sentence_names_the_numbers():
+    found = differing([0.10, 0.30, 0.20, 0.25, 0.15])
+    assert verdict(found, p_adjusted=0.01, unit="points").sentence == (
+        "difference +0.2 points, 95% interval +0.102 to +0.298, 5 seeds;"
+        " paired t p = 0.005, p = 0.010 adjusted, sign-flip p = 0.062;"
+        " equivalence within 0.1 points p = 0.976;"
+        " with 5 seeds the sign-flip test cannot go below p = 0.0625; 6 are the fewest that reach"
+        " 0.05; 0.133 points was the smallest difference that 5 seeds could show with power 0.8"
+    )
+
+
+@unhurried
+@given(pairs_of_values, st.integers(1, 20))
+def test_an_undecided_comparison_always_asks_for_more_seeds_than_it_had(rows, family):
+    a, b = (by_seed(arm) for arm in zip(*rows, strict=True))
+    found = paired(a, b)
+    judged = verdict(
+        found,
+        p_adjusted=min(1.0, family * found.p),
+        equivalence_p_adjusted=min(1.0, family * found.equivalence_p),
+        family=family,
+    )
+    if judged.outcome is Outcome.undecided:
+        assert judged.seeds_needed > found.n
+    else:
+        assert judged.seeds_needed == found.n
+
+
+# --- piles of runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs():
+    """Deep supervision does 0.2 better than Standard, with `wider` as with `original`."""
+    draw = np.random.default_rng(2)
+    rows = []
+    for seed in range(42, 48):
+        shared = draw.normal(0, 0.3)
+        for experiment, model in itertools.product(
+            ["original", "wider"], ["standard", "deep_supervision"]
+        ):
+            change = shared + draw.normal(0, 0.02) + 0.2 * (model == "deep_supervision")
+            rows.append((experiment, model, seed, change))
+    return pd.DataFrame(rows, columns=["experiment", "model", "seed", "change"])
+
+
+MODELS = {"value": "change", "variant": "model", "pairs": [("deep_supervision", "standard")]}
+
+
+def test_models_are_compared_within_each_experiment(runs):
+    judged = compare_all(runs, within="experiment", unit="points", **MODELS)
+    assert judged[["within", "a", "b"]].to_numpy().tolist() == [
+        ["original", "deep_supervision", "standard"],
+        ["wider", "deep_supervision", "standard"],
+    ]
+    assert (judged["n"] == 6).all()
+    assert judged["mean"].to_numpy() == pytest.approx([0.2, 0.2], abs=0.03)
+    assert (judged["verdict"] == "supported").all()
+    raw = []
+    for experiment in ("original", "wider"):
+        table = runs[runs["experiment"] == experiment].pivot(
+            index="seed", columns="model", values="change"
+        )
+        raw.append(sps.ttest_rel(table["deep_supervision"], table["standard"]).pvalue)
+    assert judged["p"].to_numpy() == pytest.approx(raw)
+    assert judged["p_adjusted"].to_numpy() == pytest.approx(multipletests(raw, method="holm")[1])
+
+
+def test_without_pairing_by_seed_that_difference_would_be_lost(runs):
+    original = runs[runs["experiment"] == "original"]
+    arms = [rows["change"] for _, rows in original.groupby("model")]
+    assert sps.ttest_ind(*arms).pvalue > 0.05
+
+
+def test_comparisons_of_several_kinds_make_one_family(runs):
+    within_experiments = compare(runs, within="experiment", **MODELS)
+    variants = compare(
+        runs, value="change", variant="experiment", pairs=[("wider", "original")], within="model"
+    )
+    judged = judge({**within_experiments, **variants})
+    assert len(judged) == 4
+    assert judged["p_adjusted"].to_numpy() == pytest.approx(holm(judged["p"]))
+    assert judged["equivalence_p_adjusted"].to_numpy() == pytest.approx(
+        holm(judged["equivalence_p"])
+    )
+
+
+def test_the_seeds_needed_are_for_the_whole_family():
+    alone, family = judge([differing(NOISE)]), judge([differing(NOISE)] * 10)
+    assert family["label"].tolist() == list(range(10))
+    assert alone["seeds_needed"].tolist() == [verdict(differing(NOISE)).seeds_needed]
+    assert (family["seeds_needed"] == verdict(differing(NOISE), family=10).seeds_needed).all()
+    assert (family["seeds_needed"] > alone["seeds_needed"][0]).all()
+    assert (family["seeds_for_difference"] == alone["seeds_for_difference"][0]).all()
+
+
+def test_what_the_seeds_could_show_is_told_for_the_whole_family():
+    found = differing(NOISE)
+    in_ten = judge([found] * 10).iloc[0]
+    assert in_ten["could_show"] == smallest_difference(found.sd, 6, alpha=0.005)
+    assert in_ten["could_show"] > 1.3 * in_ten["smallest_difference"]
+    told = f"{in_ten['could_show']:.3g} was the smallest difference that 6 seeds could show"
+    assert f"{told} with power 0.8, at the level 0.005 of its family of 10;" in in_ten["sentence"]
+    needed = f"about {in_ten['seeds_needed']:.0f} seeds would decide, at that level"
+    assert needed in in_ten["sentence"]
+    assert "level" not in judge([found])["sentence"].iloc[0]
+
+
+def test_a_second_run_of_one_seed_is_refused_by_name(runs):
+    twice = pd.concat([runs, runs[(runs["seed"] == 44) & (runs["experiment"] == "wider")]])
+    message = "experiment=wider model=standard seed=44, experiment=wider model=deep_supervision"
+    with pytest.raises(ValueError, match=message):
+        compare_all(twice, within="experiment", **MODELS)
+    with pytest.raises(ValueError, match="more than one run for model=standard seed=42"):
+        compare_all(runs, **MODELS)
+    with pytest.raises(ValueError, match="no column accuracy"):
+        compare_all(runs, **{**MODELS, "value": "accuracy"})
+
+
+def test_failed_and_missing_runs_are_counted_not_compared(runs):
+    is_deep = runs["model"] == "deep_supervision"
+    runs.loc[is_deep & (runs["seed"] == 42), "change"] = math.nan
+    runs = runs[~(is_deep & (runs["seed"] == 43))]
+    judged = compare_all(runs, within="experiment", **MODELS)
+    assert judged["n"].tolist() == [4, 4]
+    assert judged["dropped"].tolist() == [2, 2]
+    assert judged["left_out"].tolist() == ["1 no finite value, 1 not in both arms"] * 2
+    lacks = runs.assign(lacks=["failed" if math.isnan(change) else None for change in runs.change])
+    judged = compare_all(lacks, within="experiment", reason="lacks", **MODELS)
+    assert judged["left_out"].tolist() == ["1 failed, 1 not in both arms"] * 2
+    # A failed run that was repeated with success is no second run.
+    again = runs[(runs["seed"] == 44)].assign(change=math.nan)
+    assert compare_all(pd.concat([again, runs]), within="experiment", **MODELS)["n"].tolist() == [
+        4,
+        4,
+    ]
+
+
+def test_a_pile_without_a_single_finished_run_is_undecided(runs):
+    judged = compare_all(runs.assign(change=math.nan), within="experiment", **MODELS)
+    assert judged["n"].tolist() == [0, 0]
+    assert judged["p_adjusted"].isna().all()
+    assert (judged["verdict"] == "undecided").all()
+    absent = compare_all(
+        runs, value="change", variant="experiment", pairs=[("split_lr", "original")], within="model"
+    )
+    assert absent["n"].tolist() == [0, 0]
+    assert absent["dropped"].tolist() == [6, 6]
+    nothing = compare_all(runs[:0], within="experiment", **MODELS)
+    assert len(nothing) == 0
+    assert {"verdict", "sentence", "p_adjusted", *FIGURES} <= set(nothing.columns)
+
+
+def test_categorical_columns_compare_as_plain_ones_do(runs):
+    categorical = runs.astype({"model": "category", "experiment": "category"})
+    plain = compare_all(runs, within="experiment", **MODELS)
+    same = compare_all(categorical, within="experiment", **MODELS)
+    assert same["p"].to_numpy() == pytest.approx(plain["p"].to_numpy())

@@ -1,0 +1,1146 @@
+"""Results: from piles of made-up records to tables."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import errno
+import functools
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from proglayer.config import ConfigError, to_plain
+from proglayer.data.corpus import Corpus
+from proglayer.results import cache as cache_module
+from proglayer.results import load as results_module
+from proglayer.results import reader as reading_module
+from proglayer.results import summary
+from proglayer.results.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
+from proglayer.results.frames import Results, load
+from proglayer.results.summary import main, print_summary, summary_table
+from proglayer.run import experiment
+from proglayer.store import record
+from proglayer.store.record import (
+    RECORD_FORMAT,
+    Sign,
+    mark_lost,
+    write_result,
+    write_sign,
+)
+
+from ..helpers import ROOT, TINY, config, tiny_corpus
+from ..synthetic import STARTED, Cost, figures, leave, metrics_row, phase_record
+
+
+@functools.cache
+def settings(*overrides: str) -> dict[str, Any]:
+    return to_plain(config(*overrides))
+
+
+def with_setting(plain: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A copy of the settings with one changed, as the command line would."""
+    plain = copy.deepcopy(plain)
+    *sections, last = name.split(".")
+    part = plain
+    for section in sections:
+        part = part[section]
+    part[last] = value
+    return plain
+
+
+COST = Cost(320_000, 3e12, 1e12, 10.0, 1.0)
+
+
+def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> dict[str, Any]:
+    """A phase of the original: its last epoch but one was the best."""
+    layers = 3 + (number > 0)
+    loss = 6.0 + perplexity / 1e4
+    told = figures(loss, 16.0 + number / 10, perplexity)
+    return phase_record(
+        number,
+        COST,
+        {"train_loss": loss + 0.5, **told},
+        epochs=epochs,
+        best_epoch=max(1, epochs - 1),
+        reused=reused,
+        memory_mb=700.0 + number,
+        name="grown" if number else "initial",
+        layers=layers,
+        new_layers=[3] if number else [],
+        parameters_total=9_135_232 + 65_664 * (number > 0),
+        parameters_trainable=4_534_784,
+        frozen=["embedding", "layers.0"] if number else [],
+        rates={"new": 1e-3, "existing": None, "embedding": None, "head": 1e-4},
+        exit_weights=[0.0] * (layers - 1) + [1.0],
+        exits=[{"layer": layer + 1, **told} for layer in range(layers)],
+    )
+
+
+def made_up(
+    folder: Path,
+    seed: int = 1,
+    model: str = "standard",
+    *,
+    plain: dict[str, Any] | None = None,
+    overrides: list[str] | None = None,
+    perplexities: tuple[float, ...] = (980.0, 970.0),
+    epochs: int = 3,
+    reused: int = 0,
+    **extra: Any,
+) -> Path:
+    """A run's folder as the tool leaves it; with `status="running"` without its record."""
+    phases = [phase_of(i, epochs, p, reused) for i, p in enumerate(perplexities)]
+    rows = [
+        metrics_row(phase, epoch, COST, phase["best"])
+        for phase in phases
+        for epoch in range(1, phase["epochs"] + 1)
+    ]
+    return leave(
+        folder,
+        (plain or settings(f"model={model}")) | {"seed": seed},
+        phases,
+        rows,
+        overrides=overrides or [f"seed={seed}", f"model={model}"],
+        choices={"model": model, "data": "pydocs", "experiment": "original"},
+        windows=(10_000, 2_000),
+        **extra,
+    )
+
+
+def ends(results: Results) -> dict[str, str]:
+    return dict(zip(results.runs["run"], results.runs["status"], strict=True))
+
+
+def left_out(results: Results) -> dict[str, str]:
+    return dict(zip(results.left_out["folder"], results.left_out["kind"], strict=True))
+
+
+def row(results: Results, run: str) -> dict[str, Any]:
+    return results.runs.set_index("run").loc[run].to_dict()
+
+
+def same(one: Results, other: Results) -> None:
+    for name in ("runs", "phases", "epochs", "exits", "left_out"):
+        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name))
+
+
+def list_jobs(sweep: Path, *folders: str) -> None:
+    jobs = [
+        {"folder": name, "overrides": [f"seed={name[0]}", "model=standard"]} for name in folders
+    ]
+    (sweep / "jobs.json").write_text(json.dumps(jobs))
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up records by the hundred need not outlive a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
+    made_up(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
+    (tmp_path / "sweep" / "multirun.yaml").touch()
+    run = row(load(tmp_path), "sweep/0_abc")
+    assert run["sweep"] == "sweep"
+    assert (run["status"], run["model"], run["experiment"]) == (
+        "completed",
+        "deep_supervision",
+        "original",
+    )
+    assert (run["seed"], run["first_layers"], run["last_layers"]) == (7, 3, 4)
+    assert (run["first_perplexity"], run["last_perplexity"]) == (980.0, 970.0)
+    assert run["perplexity_percent"] == pytest.approx(10 / 980 * 100)
+    assert run["accuracy_points"] == pytest.approx(0.1)
+    assert run["loss_nats"] == pytest.approx(-0.001)
+    # two phases of three epochs of 10 + 1 seconds; two of each phase's were read from the store
+    assert (run["seconds"], run["seconds_saved"]) == (66.0, 44.0)
+    assert (run["epochs"], run["epochs_reused"], run["tokens"]) == (6, 4, 1_920_000)
+    assert (run["flops"], run["flops_without_head"]) == (24e12, 6e12)
+    assert (run["peak_memory_mb"], run["validation_tokens"]) == (701.0, 64_000)
+    assert run["config.lr.base"] == 0.001
+    assert run["config.model.exit_weights"] == "uniform"
+    assert run["started"] == pd.Timestamp(STARTED)
+    assert Path(run["folder"]) == tmp_path / "sweep" / "0_abc"
+
+
+def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
+    made_up(tmp_path / "a", seed=1)
+    made_up(tmp_path / "b", seed=2, perplexities=(900.0,))
+    results = load(tmp_path)
+    assert results.phases[["run", "phase", "layers"]].to_numpy().tolist() == [
+        ["a", 1, 3],
+        ["a", 2, 4],
+        ["b", 1, 3],
+    ]
+    assert results.phases["rate_existing"].isna().all()
+    assert results.phases["frozen"].tolist() == ["[]", '["embedding", "layers.0"]', "[]"]
+    assert len(results.epochs) == 9
+    kept = results.epochs[results.epochs["best"]]
+    assert kept["validation_perplexity"].tolist() == [980.0, 970.0, 900.0]
+    assert results.exits.groupby(["run", "phase"]).size().tolist() == [3, 4, 3]
+
+
+def test_settings_that_vary_stand_before_the_figures_and_constant_ones_at_the_end(
+    tmp_path: Path,
+) -> None:
+    base = settings()
+    made_up(tmp_path / "a", seed=1, plain=base)
+    made_up(tmp_path / "b", seed=1, plain=with_setting(base, "lr.base", 0.01))
+    results = load(tmp_path)
+    assert results.varied == ["config.lr.base"]
+    columns = results.runs.columns.tolist()
+    assert columns.index("config.lr.base") < columns.index("accuracy_points")
+    assert columns.index("config.model.dim") > columns.index("folder")
+    assert {f"config.{name}" for name in SETTINGS} <= set(columns)
+
+
+def test_no_rows_have_the_types_of_many(tmp_path: Path) -> None:
+    full, none = tmp_path / "full", tmp_path / "none"
+    none.mkdir()
+    made_up(full / "a", seed=1)
+    made_up(full / "b", seed=2, status="failed")
+    made_up(full / "c", seed=3, status="running")
+    for name in ("runs", "phases", "epochs", "exits", "left_out"):
+        many, nothing = getattr(load(full), name), getattr(load(none), name)
+        shared = [column for column in many if not column.startswith("choice.")]
+        assert many[shared].dtypes.to_dict() == nothing[shared].dtypes.to_dict(), name
+    runs = load(none).runs
+    assert str(runs["seed"].dtype) == "Int64"
+    assert runs["seconds"].dtype == "float64"
+    assert str(runs["started"].dtype) == "datetime64[us, UTC]"
+
+
+def test_runs_are_in_the_order_of_their_numbers(tmp_path: Path, no_fsync: None) -> None:
+    for number in (10, 2, 1):
+        made_up(tmp_path / f"{number}_abc", seed=number)
+    results = load(tmp_path)
+    assert results.runs["seed"].tolist() == [1, 2, 10]
+    assert results.epochs["run"].unique().tolist() == ["1_abc", "2_abc", "10_abc"]
+
+
+def test_folders_that_overlap_are_read_once_and_several_are_told_apart(tmp_path: Path) -> None:
+    made_up(tmp_path / "x" / "0_abc", seed=1)
+    made_up(tmp_path / "y" / "0_abc", seed=2)
+    x, y = tmp_path / "x", tmp_path / "y"
+    assert ends(load(x)).keys() == {"0_abc"}
+    assert ends(load(x / "0_abc")).keys() == {"0_abc"}
+    assert ends(load(x, y)).keys() == {"x/0_abc", "y/0_abc"}
+    assert ends(load(tmp_path, x, x / "0_abc")).keys() == {"x/0_abc", "y/0_abc"}
+    assert load().runs.empty
+
+
+def test_stages_and_hidden_folders_are_not_entered(tmp_path: Path) -> None:
+    made_up(tmp_path / "run")
+    made_up(tmp_path / ".stages" / "x")
+    made_up(tmp_path / "run" / "stages" / "x")
+    results = load(tmp_path)
+    assert ends(results).keys() == {"run"}
+    assert results.left_out.empty
+
+
+# --- piles of all sorts ---------------------------------------------------------------------------
+
+
+def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seed=0)
+    made_up(sweep / "1_abc", seed=1, status="failed")
+    made_up(sweep / "2_abc", seed=2, status="interrupted")
+    made_up(sweep / "3_abc", seed=3, status="running", reused=0)
+    (sweep / "4_abc").mkdir()
+    list_jobs(sweep, "0_abc", "1_abc", "2_abc", "3_abc", "4_abc", "5_abc")
+    other = with_setting(settings(), "model.dim", 128)
+    other["new_idea"] = {"strength": 3}
+    made_up(tmp_path / "single", seed=9, plain=other)
+    results = load(tmp_path)
+    assert ends(results) == {
+        "single": "completed",
+        "sweep/0_abc": "completed",
+        "sweep/1_abc": "failed",
+        "sweep/2_abc": "interrupted",
+        "sweep/3_abc": "running",
+        "sweep/4_abc": "running",
+        "sweep/5_abc": "waiting",
+    }
+    assert results.left_out.empty
+    assert row(results, "sweep/1_abc")["reason"] == "the loss became NaN"
+    # failed in its second phase: the first one's figures, the epochs of both, no change
+    failed = row(results, "sweep/1_abc")
+    assert (failed["first_perplexity"], failed["epochs"], failed["seconds"]) == (980.0, 6, 66.0)
+    assert pd.isna(failed["last_perplexity"])
+    assert pd.isna(failed["accuracy_points"])
+    # what is still running is known from what Hydra wrote, what waits from the sweep's list
+    running = row(results, "sweep/3_abc")
+    assert (running["seed"], running["model"], running["config.model.dim"]) == (3, "standard", 64)
+    assert (running["experiment"], running["epochs"]) == ("original", 6)
+    assert running["last_sign"] > pd.Timestamp(STARTED)
+    waiting = row(results, "sweep/5_abc")
+    assert (waiting["seed"], waiting["model"], waiting["sweep"]) == (5, "standard", "sweep")
+    assert pd.isna(waiting["epochs"])
+    assert row(results, "single")["config.new_idea.strength"] == "3"
+    assert results.varied == ["config.seed", "config.model.dim", "config.new_idea.strength"]
+
+
+def test_a_job_that_failed_before_its_first_phase_still_tells_its_settings(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "run", seed=4, overrides=["seed=4", "model.dim=63"])
+    (folder / "metrics.csv").unlink()
+    write_result(
+        folder,
+        {
+            "format": RECORD_FORMAT,
+            "status": "failed",
+            "reason": "model.num_heads=4 does not divide model.dim=63",
+            "ended": "2026-03-01T12:00:00+00:00",
+            "phases": [],
+        },
+    )
+    run = row(load(tmp_path), "run")
+    assert (run["status"], run["seed"], run["overrides"]) == ("failed", 4, "seed=4 model.dim=63")
+    assert run["model"] == "standard"
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    made_up(tmp_path / "pile" / "good")
+    pile = tmp_path / "pile"
+    (pile / "photos" / "2024").mkdir(parents=True)
+    (pile / "photos" / "2024" / "a.jpg").touch()
+    other = pile / "other_tool"
+    other.mkdir()
+    (other / "result.json").write_text('{"accuracy": 1.0}')
+    hydra = pile / "other_hydra" / ".hydra"
+    hydra.mkdir(parents=True)
+    (hydra / "config.yaml").write_text("db: mysql\n")
+    numbers = pile / "numbers"
+    numbers.mkdir()
+    (numbers / "result.json").write_text("[1, 2]")
+    (pile / "link").symlink_to(pile / "good")
+    (pile / "jobs.json").write_text("[1]")
+    (pile / "report").mkdir()
+    future = made_up(pile / "future", seed=2)
+    edit(future, format=RECORD_FORMAT + 1)
+    no_end = made_up(pile / "no_end", seed=3)
+    edit(no_end, status="exploded")
+    bad_phase = made_up(pile / "bad_phase", seed=4)
+    edit(bad_phase, phases=["one"])
+    os.mkdir(os.fsencode(pile) + b"/caf\xe9")
+    results = load(pile)
+    assert ends(results) == {"good": "completed"}
+    assert left_out(results) == {
+        "photos": "foreign",
+        "other_tool": "foreign",
+        "other_hydra": "foreign",
+        "numbers": "foreign",
+        "link": "foreign",
+        "jobs.json": "foreign",
+        "future": "newer",
+        "no_end": "damaged",
+        "bad_phase": "damaged",
+        "caf\\udce9": "foreign",
+    }
+    reasons = dict(zip(results.left_out["folder"], results.left_out["reason"], strict=True))
+    assert "format 2, newer than 1" in reasons["future"]
+    assert results.failures == 2
+
+
+def edit(folder: Path, **changed: Any) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | changed))
+
+
+def test_a_record_cut_short_anywhere_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "pile" / "run")
+    whole = (folder / "result.json").read_bytes().rstrip()
+    for length in [0, 1, 2, len(whole) - 1, *range(10, len(whole) - 1, 397)]:
+        (folder / "result.json").write_bytes(whole[:length])
+        results = load(tmp_path / "pile")
+        assert results.runs.empty
+        assert results.epochs.empty
+        assert left_out(results) == {"run": "damaged"}
+        assert results.failures == 1
+    for junk in (b"\xff\xfe{}", b"[" * 100_000, b'{"format": 1e999}', b"null", b"NaN"):
+        (folder / "result.json").write_bytes(junk)
+        results = load(tmp_path / "pile")
+        assert results.runs.empty
+        assert len(results.left_out) == 1
+
+
+def test_a_record_with_anything_in_any_place_is_read_or_named(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "run")
+    result = json.loads((folder / "result.json").read_text())
+
+    def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        below = [
+            place
+            for name, item in items
+            if isinstance(item, (dict, list))
+            for place in places(item, (*here, name))
+        ]
+        names = value.keys() if isinstance(value, dict) else range(len(value))
+        return below + [(*here, name) for name in names]
+
+    junk = [None, "text", "\ud800", -1, 10**400, True, [], {}, [[1]], {"a": {"b": 1}}]
+    spots = places(result)
+    for number, place in enumerate(spots):
+        broken = copy.deepcopy(result)
+        part = broken
+        for name in place[:-1]:
+            part = part[name]
+        part[place[-1]] = junk[number % len(junk)]
+        folder = tmp_path / "pile" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(broken))
+    results = load(tmp_path / "pile")
+    assert len(results.runs) + len(results.left_out) == len(spots) > 200
+    assert printed(results, 100)
+    results.to_csv(tmp_path / "csv")
+    results.to_parquet(tmp_path / "parquet")
+
+
+def test_damaged_metrics_cost_their_own_epochs_only(tmp_path: Path) -> None:
+    made_up(tmp_path / "a", seed=1)
+    made_up(tmp_path / "c", seed=3)
+    header, *rows = (tmp_path / "a" / "metrics.csv").read_text().splitlines()
+    for content in (
+        "",
+        header,
+        f"{header}\n1,3",
+        f"{header}\n{rows[0]}\n\n",
+        f'{header}\n"{rows[0]}\n',
+        f"{header}\n{rows[0].replace('1,3', 'one,3')}\n",
+        "step,loss\n1,2\n",
+        "\0\xff",
+    ):
+        folder = made_up(tmp_path / "b", seed=2)
+        (folder / "metrics.csv").write_text(content, encoding="latin-1")
+        results = load(tmp_path)
+        assert set(results.epochs["run"]) == {"a", "c"}
+        assert len(results.epochs) == 12
+        assert set(results.runs["run"]) == {"a", "b", "c"}
+        assert left_out(results) == ({} if content == header else {"b": "damaged"}), content
+
+
+# --- alive or not ---------------------------------------------------------------------------------
+
+
+def aged(folder: Path, seconds: float) -> None:
+    """Make a folder and all that lies in it as old as that."""
+    then = time.time() - seconds
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (then, then))
+
+
+def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "pile" / "run", status="running")
+    aged(folder, 600)
+    write_sign(folder, Sign.running)
+    # a long epoch, but somebody is at work
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+    aged(folder, record.LOST_AFTER_S - 10)
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+    aged(folder, record.LOST_AFTER_S + 1)
+    results = load(tmp_path / "pile")
+    lost = row(results, "run")
+    assert (lost["status"], lost["host"]) == ("lost", socket.gethostname())
+    assert re.fullmatch(
+        rf"no sign of life since \d{{4}}(-\d\d){{2}} \d\d:\d\d UTC \(it ran on {lost['host']}\)",
+        lost["reason"],
+    )
+    # what it trained before it was lost is told, and that it did not end well
+    assert lost["epochs"] == 6
+    assert results.failures == 1
+    (folder / "metrics.csv").touch()
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+
+
+def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "pile" / "run", status="running")
+    for content in (b"", b"{", b"[1]", b"\xff", b'{"sign": 3, "host": {"a": 1}}', b"[" * 100_000):
+        aged(folder, 600)
+        (folder / "heartbeat.json").write_bytes(content)
+        assert ends(load(tmp_path / "pile")) == {"run": "running"}
+        aged(folder, 600)
+        assert ends(load(tmp_path / "pile")) == {"run": "lost"}
+
+
+def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) -> None:
+    queued = made_up(tmp_path / "queued", seed=1, status="running")
+    (queued / "metrics.csv").unlink()
+    write_sign(queued, Sign.pending)
+    aged(queued, 1e6)
+    stopped = made_up(tmp_path / "stopped", seed=2, status="preempted", reason="stopped by SIGTERM")
+    aged(stopped, 1e6)
+    results = load(tmp_path)
+    assert ends(results) == {"queued": "pending", "stopped": "preempted"}
+    assert results.failures == 0
+    assert summary._ended(results.runs) == 0
+    assert "2 runs: 1 preempted, 1 pending" in printed(results, 80)
+    # somebody asked the scheduler
+    mark_lost(queued, "its time was up")
+    results = load(tmp_path)
+    assert ends(results) == {"queued": "lost", "stopped": "preempted"}
+    assert results.failures == 1
+    assert row(results, "queued")["host"] == socket.gethostname()
+    assert row(results, "queued")["reason"] == "its time was up"
+    # a sign of an earlier version does not say why: nobody is accused
+    sign = json.loads((queued / "heartbeat.json").read_text())
+    del sign["reason"]
+    (queued / "heartbeat.json").write_text(json.dumps(sign))
+    neutral = "it was ended from outside and left no record"
+    assert row(load(tmp_path), "queued")["reason"] == neutral
+    write_sign(queued, Sign.pending)
+    assert ends(load(tmp_path))["queued"] == "pending"
+
+
+def test_jobs_wait_only_while_their_sweep_lives(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seed=0)
+    job = made_up(sweep / "1_abc", seed=1, status="running")
+    list_jobs(sweep, "0_abc", "1_abc", "2_abc")
+    aged(sweep, 600)
+    dead = load(sweep)
+    assert list(ends(dead).values()) == ["completed", "lost", "not started"]
+    assert row(dead, "2_abc")["reason"].startswith("its sweep shows no sign of life since ")
+    # a job that works, one that ended just now, or the sweep's own process: each is a sign
+    for alive in (job / "metrics.csv", sweep / "0_abc" / "result.json", sweep / "heartbeat.json"):
+        aged(sweep, 600)
+        alive.touch()
+        assert row(load(sweep), "2_abc")["status"] == "waiting", alive
+
+
+def test_a_job_put_off_is_lost_with_its_sweep_and_one_that_a_scheduler_holds_is_not(
+    tmp_path: Path,
+) -> None:
+    sweep = tmp_path / "sweep"
+    jobs = [made_up(sweep / f"{n}_abc", seed=n, status="running") for n in (0, 1)]
+    list_jobs(sweep, "0_abc", "1_abc")
+    write_sign(jobs[0], Sign.deferred)
+    write_sign(jobs[1], Sign.pending)
+    write_sign(sweep, Sign.running)
+    aged(sweep, 600)
+    dead = load(sweep)
+    assert ends(dead) == {"0_abc": "lost", "1_abc": "pending"}
+    assert row(dead, "0_abc")["reason"].startswith("put off, and its sweep shows no sign of life")
+    (sweep / "heartbeat.json").touch()
+    assert ends(load(sweep)) == {"0_abc": "pending", "1_abc": "pending"}
+
+
+def test_a_killed_process_leaves_its_sign_and_one_that_ends_takes_it_away(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from proglayer.store.record import Heartbeat\n"
+        "with Heartbeat(Path(sys.argv[1])): print(flush=True); time.sleep(float(sys.argv[2]))"
+    )
+    for name, seconds in (("killed", 60), ("ended", 0)):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(seconds)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if name == "killed":
+                process.kill()
+    assert record.read_sign(tmp_path / "killed")["host"] == socket.gethostname()
+    assert not list((tmp_path / "ended").iterdir())
+
+
+def test_a_sign_is_renewed_while_the_run_lasts(tmp_path: Path) -> None:
+    sign = tmp_path / "heartbeat.json"
+
+    def until(done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    with record.Heartbeat(tmp_path, every_s=0.01):
+        for _ in range(3):
+            aged(tmp_path, 600)
+            until(lambda: time.time() - sign.stat().st_mtime < 60)
+        # taken away by somebody, as when an earlier try's folder is cleared
+        sign.unlink()
+        until(sign.exists)
+    assert not sign.exists()
+
+
+def test_no_room_for_a_sign_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        tried.append(path.name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with record.Heartbeat(tmp_path, every_s=0.01):
+        while len(tried) < 3:
+            time.sleep(0.005)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_shows_life_from_before_its_corpus_to_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[str | None] = []
+
+    def opening(*_: object) -> Corpus:
+        signs.append(record.read_sign(tmp_path).get("sign"))
+        return tiny_corpus()
+
+    def writing(folder: Path, result: dict[str, Any]) -> None:
+        signs.append(record.read_sign(tmp_path).get("sign"))
+        write_result(folder, result)
+
+    monkeypatch.setattr(experiment, "open_corpus", opening)
+    monkeypatch.setattr(experiment, "write_result", writing)
+    # a mistake that shows only with the corpus leaves nothing behind
+    with pytest.raises(ConfigError):
+        experiment.run(config(*TINY, "model.vocab_size=3"), tmp_path)
+    assert not list(tmp_path.iterdir())
+    experiment.run(config(*TINY, "phase.max_epochs=1"), tmp_path)
+    assert signs == ["running"] * 3
+    assert not (tmp_path / "heartbeat.json").exists()
+
+
+# --- the same run twice ---------------------------------------------------------------------------
+
+
+def test_of_runs_with_the_same_settings_the_newest_completed_one_counts(tmp_path: Path) -> None:
+    base = settings()
+    elsewhere = with_setting(base, "stages.dir", "elsewhere")
+    elsewhere = with_setting(with_setting(elsewhere, "threads", 4), "checkpoint_every_s", 5)
+    made_up(tmp_path / "a", seed=1, plain=base, ended="2026-03-01T10:00:00+00:00")
+    made_up(tmp_path / "b", seed=1, plain=elsewhere, ended="2026-03-02T10:00:00+00:00")
+    made_up(tmp_path / "c", seed=1, status="failed", ended="2026-03-03T10:00:00+00:00")
+    made_up(tmp_path / "d", seed=2, plain=base)
+    made_up(tmp_path / "e", seed=1, plain=with_setting(base, "phase.patience", 5))
+    results = load(tmp_path)
+    counts = dict(zip(results.runs["run"], results.runs["duplicate_of"].fillna("-"), strict=True))
+    assert counts == {"a": "b", "b": "-", "c": "b", "d": "-", "e": "-"}
+    distinct = results.distinct()
+    for frame in (distinct.runs, distinct.phases, distinct.epochs, distinct.exits):
+        assert set(frame["run"]) == {"b", "d", "e"}
+    assert len(results.runs) == 5
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) -> None:
+    plain = settings()
+    value = functools.reduce(lambda part, key: part[key], name.split("."), plain)
+    kind = SETTINGS[name]
+    if kind == "flag":
+        value = not value
+    elif kind == "text":
+        value = f"{value}1"
+    else:
+        value = (value or 0) + 1
+    other = with_setting(plain, name, value)
+    aside = (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT)
+    key = functools.partial(reading_module._experiment_key, fingerprint="f")
+    assert (key(plain) == key(other)) == (name in aside)
+
+
+def test_text_from_another_place_counts_as_the_same_only_by_its_fingerprint() -> None:
+    plain = settings()
+    other = with_setting(plain, "data.path", "/elsewhere")
+    key = reading_module._experiment_key
+    assert key(plain, "f") == key(other, "f")
+    assert key(plain, "f") != key(other, "g")
+    assert key(plain, None) != key(other, None)
+
+
+# --- to files -------------------------------------------------------------------------------------
+
+FORMULA = '=HYPERLINK("http://example.org";"1")'
+SCRIPT = "<script>alert(1)</script>"
+
+
+def test_a_formula_and_a_script_are_text_in_csv(tmp_path: Path) -> None:
+    texts = [FORMULA, "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "'quoted", SCRIPT, "plain"]
+    for number, text in enumerate(texts):
+        plain = with_setting(settings(), "data.text_column", text)
+        made_up(tmp_path / "pile" / f"{number}", number, plain=plain, overrides=[text])
+    load(tmp_path / "pile").to_csv(tmp_path / "csv")
+    with open(tmp_path / "csv" / "runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for written, text in zip(rows, texts, strict=True):
+        cells = written["config.data.text_column"], written["overrides"]
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells)
+        # the way back that `to_csv` documents
+        back = [cell.removeprefix("'") for cell in cells]
+        assert back == [text, shlex.quote(text)]
+        # numbers are not text: a fall stays a number that can be summed
+        assert float(written["loss_nats"]) == pytest.approx(-0.001)
+    assert rows[-1]["config.data.text_column"] == "plain"
+    assert SCRIPT in rows[-2]["overrides"]
+
+
+def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
+    made_up(tmp_path / "pile" / "a", seed=1, overrides=[FORMULA])
+    made_up(tmp_path / "pile" / "b", seed=2, status="failed")
+    (tmp_path / "pile" / "empty").mkdir()
+    results = load(tmp_path / "pile")
+    results.to_parquet(tmp_path / "parquet")
+    for name in ("runs", "phases", "epochs", "exits", "left_out"):
+        back = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        pd.testing.assert_frame_equal(back, getattr(results, name), check_dtype=False)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pile(tmp_path: Path, no_fsync: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight runs that are cached at once, as if they had ended long ago."""
+    monkeypatch.setattr(results_module, "CACHE_FROM_RUNS", 1)
+    monkeypatch.setattr(results_module, "SETTLED_NS", 0)
+    pile = tmp_path / "pile"
+    for number in range(8):
+        status = "failed" if number == 3 else "completed"
+        made_up(pile / "sweep" / f"{number}_abc", seed=number, status=status)
+    made_up(pile / "cut_short", seed=9).joinpath("result.json").write_text("{")
+    return pile
+
+
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    reads: list[str] = []
+
+    def reading(folder: Path) -> Any:
+        reads.append(folder.name)
+        return record.read_result(folder)
+
+    monkeypatch.setattr(reading_module, "read_result", reading)
+    return reads
+
+
+def test_what_did_not_change_is_not_read_again(pile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(pile)
+    reads = counted_reads(monkeypatch)
+    second = load(pile)
+    # what could not be read is tried each time
+    assert reads == ["cut_short"]
+    same(first, second)
+    made_up(pile / "sweep" / "2_abc", seed=2, perplexities=(980.0, 900.0))
+    made_up(pile / "sweep" / "8_abc", seed=8)
+    reads.clear()
+    third = load(pile)
+    assert sorted(reads) == ["2_abc", "8_abc", "cut_short"]
+    assert row(third, "sweep/2_abc")["last_perplexity"] == 900.0
+    (pile / cache_module.CACHE).unlink()
+    same(third, load(pile))
+
+
+def test_a_run_that_goes_on_or_is_gone_is_never_stale(pile: Path) -> None:
+    folder = pile / "sweep" / "0_abc"
+    load(pile)
+    (folder / "result.json").unlink()
+    assert ends(load(pile))["sweep/0_abc"] == "running"
+    metrics = folder / "metrics.csv"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:3]) + "\n")
+    assert row(load(pile), "sweep/0_abc")["epochs"] == 2
+    shutil.rmtree(folder)
+    assert "sweep/0_abc" not in ends(load(pile))
+
+
+def test_what_changed_a_moment_ago_is_not_cached(
+    pile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_module, "SETTLED_NS", 3_600_000_000_000)
+    load(pile)
+    reads = counted_reads(monkeypatch)
+    load(pile)
+    assert len(reads) == 9
+
+
+def test_whether_a_run_lives_is_never_taken_from_the_cache(pile: Path) -> None:
+    folder = pile / "sweep" / "0_abc"
+    (folder / "result.json").unlink()
+    aged(folder, 10)
+    load(pile)
+    assert ends(load(pile))["sweep/0_abc"] == "running"
+    write_sign(folder, Sign.pending)
+    assert ends(load(pile))["sweep/0_abc"] == "pending"
+    (folder / "heartbeat.json").unlink()
+    aged(folder, 600)
+    load(pile)
+    assert ends(load(pile))["sweep/0_abc"] == "lost"
+    write_sign(folder, Sign.running)
+    assert ends(load(pile))["sweep/0_abc"] == "running"
+
+
+def test_a_damaged_cache_is_ignored(pile: Path) -> None:
+    expected = load(pile)
+    cache = pile / cache_module.CACHE
+    sound = cache.read_bytes()
+    step = len(sound) // 10
+    for number in range(0, len(sound), step):
+        flipped = bytearray(sound)
+        flipped[number] ^= 1 << number % 8
+        for content in (bytes(flipped), sound[:number]):
+            cache.write_bytes(content)
+            same(expected, load(pile))
+    cache.unlink()
+    cache.mkdir()
+    same(expected, load(pile))
+
+
+def test_a_cache_of_another_version_is_ignored(pile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(pile)
+    monkeypatch.setattr(cache_module, "CACHE_FORMAT", cache_module.CACHE_FORMAT + 1)
+    reads = counted_reads(monkeypatch)
+    load(pile)
+    assert len(reads) == 9
+
+
+def test_many_can_read_one_pile_at_once(pile: Path) -> None:
+    expected = load(pile)
+    (pile / cache_module.CACHE).unlink()
+
+    def churn(number: int) -> Results:
+        if number % 3 == 0:
+            (pile / cache_module.CACHE).unlink(missing_ok=True)
+        return load(pile)
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(churn, range(12)):
+            same(expected, results)
+    assert [path.name for path in pile.glob(".*")] == [cache_module.CACHE]
+
+
+def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> None:
+    base = made_up(tmp_path / "0", epochs=20, perplexities=(980.0, 975.0, 970.0, 965.0))
+    result = json.loads((base / "result.json").read_text())
+    metrics = (base / "metrics.csv").read_bytes()
+    for number in range(300):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        result["seed"] = result["config"]["seed"] = number
+        (folder / "result.json").write_text(json.dumps(result, indent=2))
+        (folder / "metrics.csv").write_bytes(metrics)
+    load()
+    began = time.perf_counter()
+    first = load(tmp_path)
+    took = time.perf_counter() - began
+    assert len(first.epochs) == 24_000
+    assert first.runs["duplicate_of"].isna().all()
+    # about 0.3 s on one core; 10,000 runs may take 20 s, which is 0.6 s for these
+    assert took < 3.0
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def printed(results: Results, width: int) -> str:
+    out = Console(file=io.StringIO(), width=width)
+    summary._print_results(results, out)
+    return out.file.getvalue()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    sweep = tmp_path / "sweep"
+    reason = "the loss became NaN " * 20
+    made_up(sweep / "0_abcdef", seed=0, reused=3)
+    made_up(sweep / "1_abcdef", seed=1, model="deep_supervision", status="failed", reason=reason)
+    made_up(sweep / "2_abcdef", seed=2, status="interrupted", reason="SIGTERM\n\x1b[31mred\x07")
+    made_up(sweep / "3_abcdef", seed=3, status="running", perplexities=(980.0, 950.0))
+    list_jobs(sweep, "0_abcdef", "1_abcdef", "2_abcdef", "3_abcdef", "4_abcdef")
+    return sweep
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_the_table_fits_and_no_status_is_cut(mixed: Path, width: int) -> None:
+    text = printed(load(mixed), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    for status in ("completed", "failed", "interrupted", "running", "waiting"):
+        assert f" {status} " in text
+    # why a run failed takes one line, however long the reason is
+    assert sum("NaN" in line for line in lines) == 1
+    assert "\x1b" not in text
+    assert "\x07" not in text
+
+
+def test_the_table_tells_what_varied_and_how_it_went(mixed: Path) -> None:
+    text = printed(load(mixed), 160)
+    assert "980.00 → 970.00" in text
+    assert "16.00 → 16.10" in text
+    assert "950.00 (phase 2, epoch 3)" in text
+    assert "deep_supervision" in text
+    assert "interrupted 2_abcdef: SIGTERM  [31mred" in text
+    assert "5 runs: 1 completed, 1 failed, 1 interrupted, 1 running, 1 waiting" in text
+    for title in ("model", "seed", "layers", "± points", "reused", "time", "saved"):
+        assert title in text
+
+
+def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
+    base = ["data.samples=300", "optimizer.beta1=0.8", "lr.factor.new=2"]
+    made_up(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
+    made_up(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
+    made_up(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
+    assert summary._what_varied(load(tmp_path).runs) == {
+        "head": ["1", "2", "2"],
+        "freeze": ["none", "", ""],
+    }
+
+
+def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:
+    made_up(tmp_path / "0", overrides=["data.path=[red]a path[/red]"])
+    made_up(tmp_path / "1", overrides=[f"data.path={SCRIPT}"])
+    text = printed(load(tmp_path), 160)
+    assert "[red]a path[/red]" in text
+    assert SCRIPT in text
+
+
+def test_jobs_of_several_sweeps_are_told_by_the_sweeps_tokens(tmp_path: Path) -> None:
+    for sweep in ("2026-01-31_12-00-00_1f3a9c", "2026-01-31_12-00-00_0b77e1", "by_hand"):
+        made_up(tmp_path / sweep / "0_5d41ab")
+    lines = printed(load(tmp_path), 80).splitlines()
+    names = [line.split()[1] for line in lines if "0_5d41ab" in line]
+    assert names == ["0b77e1/0_5d41ab", "1f3a9c/0_5d41ab", "by_hand/0_5d41ab"]
+
+
+def test_a_table_of_nothing_has_no_rows(tmp_path: Path) -> None:
+    assert "0 runs" in printed(load(tmp_path), 80)
+    summary_table(tmp_path)
+
+
+def test_of_many_jobs_the_first_and_the_last_are_shown_unless_all_are_asked_for(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "MOST_ROWS", 2)
+    monkeypatch.setattr(summary, "MOST_REASONS", 1)
+    results = load(mixed)
+
+    def jobs(text: str) -> list[str]:
+        return re.findall(r"(?m)^│ (\d)_abcdef", text)
+
+    few = printed(results, 160)
+    assert jobs(few) == ["0", "4"]
+    assert "not shown: 3 jobs in the middle; --all shows all jobs" in few
+    assert "failed 1_abcdef" in few
+    assert "interrupted 2_abcdef" not in few
+    assert "1 more did not complete" in few
+    out = Console(file=io.StringIO(), width=160)
+    summary._print_results(results, out, whole=True)
+    assert jobs(out.file.getvalue()) == ["0", "1", "2", "3", "4"]
+    assert "interrupted 2_abcdef" in out.file.getvalue()
+    assert "in the middle" not in out.file.getvalue()
+
+
+def test_print_summary_tells_whether_any_failed(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert print_summary(mixed)
+    made_up(tmp_path / "good" / "0")
+    assert not print_summary(tmp_path / "good")
+    assert "completed" in capsys.readouterr().out
+
+
+# --- following a sweep ----------------------------------------------------------------------------
+
+
+def test_watching_ends_with_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seed=0, status="running", epochs=2)
+    list_jobs(sweep, "0_abc", "1_abc")
+    # what happens between two looks
+    later = [
+        lambda: None,
+        lambda: made_up(sweep / "0_abc", seed=0, status="running"),
+        lambda: (
+            made_up(sweep / "0_abc", seed=0),
+            made_up(sweep / "1_abc", seed=1, status="running"),
+        ),
+        lambda: made_up(sweep / "1_abc", seed=1, status="failed"),
+    ]
+    monkeypatch.setattr(summary.time, "sleep", lambda _: later.pop(0)())
+    assert main([str(sweep), "--watch"]) == 1
+    assert not later
+    lines = capsys.readouterr().out.splitlines()
+    best = "best so far 970.00 (16.10 %): 0_abc seed=0"
+    unknown = "time left not known until a run has completed"
+    said = [line[9:] for line in lines if line[2:3] == ":"]
+    # the other one began a moment ago, and the completed one took 90 s
+    left = re.search("; about ([0-9.]+) s left if the others take what the 1 completed", said[2])
+    assert left
+    assert 60 < float(left[1]) <= 90
+    said[2] = said[2][: left.start()]
+    assert said == [
+        f"2 runs: 1 running, 1 waiting; 0_abc: 970.00 (phase 2, epoch 2); {unknown}",
+        f"2 runs: 1 running, 1 waiting; 0_abc: 970.00 (phase 2, epoch 3); {unknown}",
+        f"2 runs: 1 completed, 1 running; {best}; 1_abc: 970.00 (phase 2, epoch 3)",
+        "failed 1_abc: the loss became NaN",
+        f"2 runs: 1 completed, 1 failed; {best}",
+    ]
+
+
+def test_watching_a_killed_sweep_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seed=0)
+    write_sign(made_up(sweep / "1_abc", seed=1, status="running"), Sign.running)
+    list_jobs(sweep, "0_abc", "1_abc", "2_abc")
+    monkeypatch.setattr(summary.time, "sleep", lambda _: aged(sweep, 600))
+    assert main([str(sweep), "--watch"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("3 runs: 1 completed, 1 running, 1 waiting" in line for line in lines)
+    assert lines[-1] == "3 runs: 1 completed, 1 lost, 1 not started"
+    host = socket.gethostname()
+    assert any(re.search(rf"lost 1_abc: no sign of life .*ran on {host}", line) for line in lines)
+
+
+def test_watching_waits_for_a_scheduler_and_tells_since_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    write_sign(made_up(sweep / "0_abc", seed=0, status="running"), Sign.pending)
+    stopped = "2026-03-01T12:01:30+00:00"
+    made_up(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
+    aged(sweep, 40 * 24 * 3600)
+    made_up(sweep / "2_abc", seed=2)
+    looks = []
+
+    def look(_: float) -> None:
+        looks.append(len(looks))
+        if len(looks) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary.time, "sleep", look)
+    assert main([str(sweep), "--watch"]) == 130
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if "3 runs: 1 completed, 1 preempted, 1 pending" in line]
+    # once, for nothing changes
+    assert len(told) == 1
+    since = load(sweep).runs["last_sign"].min()
+    assert f"2 in the hands of a scheduler since {since:%Y-%m-%d %H:%M} UTC" in told[0]
+    assert "in the hands of a scheduler" in printed(load(sweep), 160)
+
+
+def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
+    out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    out.print(summary._moving(load(mixed)))
+    text = out.file.getvalue()
+    assert "1 running, 1 waiting" in text
+    assert "best so far 970.00 (16.10 %): 0_abcdef" in text
+    assert "3_abcdef" in text
+    assert "last sign of life" in text
+    # the running one began just now, one is to come, and the completed one took 90 s
+    assert re.search("about (3 min 0|2 min [0-9]+) s left", text)
+    assert "failed 1_abcdef" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_no_time_left_is_made_up(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", status="running")
+    assert "not known" in summary._time_left(load(sweep).runs)
+    made_up(sweep / "0_abc")
+    assert summary._time_left(load(sweep).runs) == ""
+    list_jobs(sweep, "0_abc", "1_abc")
+    assert summary._time_left(load(sweep).runs) == "nothing is running"
+
+
+def test_runs_that_were_in_the_store_do_not_shorten_the_time_left(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    made_up(sweep / "0_abc", seconds=90.0)
+    for number in range(1, 4):
+        made_up(sweep / f"{number}_abc", seed=number, reused=3, seconds=0.1)
+    made_up(sweep / "4_abc", seed=4, status="running")
+    list_jobs(sweep, *(f"{number}_abc" for number in range(6)))
+    told = summary._time_left(load(sweep).runs)
+    assert "what the 1 completed took (90.0 s each)" in told
+    shutil.rmtree(sweep / "0_abc")
+    assert "not known" in summary._time_left(load(sweep).runs)
+
+
+def test_control_c_ends_watching_without_a_word(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary.time, "sleep", interrupted)
+    assert main([str(mixed), "--watch"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_what_happened(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(tmp_path / "good" / "0")
+    assert main([str(tmp_path / "good")]) == 0
+    assert main([str(mixed)]) == 1
+    capsys.readouterr()
+    assert main([str(tmp_path / "nowhere")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: there is no folder {tmp_path / 'nowhere'}\n"
+    assert shown.out == ""
+    file = tmp_path / "file"
+    file.touch()
+    assert main([str(file)]) == 2
+    assert main([str(mixed), "--csv", str(file)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_pile_of_everything_is_told_by_the_command(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed sweep with failures, other settings, no run, a cut record, one of the future."""
+    aged(mixed, 600)
+    made_up(tmp_path / "other", plain=with_setting(settings(), "model.dim", 128))
+    made_up(tmp_path / "cut").joinpath("result.json").write_text('{"format": 1, "sta')
+    edit(made_up(tmp_path / "future"), format=RECORD_FORMAT + 1)
+    (tmp_path / "photos").mkdir()
+    csv_folder = tmp_path / "report"
+    assert main([str(tmp_path), "--csv", str(csv_folder)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    last = shown.out.splitlines()[-1]
+    assert last == "6 runs: 2 completed, 1 failed, 1 lost, 1 interrupted, 1 not started"
+    with open(csv_folder / "left_out.csv", newline="") as file:
+        told = {row["folder"]: row["kind"] for row in csv.DictReader(file)}
+    assert told == {"cut": "damaged", "future": "newer", "photos": "foreign"}
+    for folder in told:
+        assert f"left out: {folder}: " in shown.out
+
+
+def test_the_command_writes_both_kinds_of_table(mixed: Path, tmp_path: Path) -> None:
+    names = {"runs", "phases", "epochs", "exits", "left_out"}
+    main([str(mixed), "--csv", str(tmp_path / "csv"), "--parquet", str(tmp_path / "parquet")])
+    assert {path.name for path in (tmp_path / "csv").iterdir()} == {f"{n}.csv" for n in names}
+    assert {p.name for p in (tmp_path / "parquet").iterdir()} == {f"{n}.parquet" for n in names}
+
+
+def test_a_terminal_that_knows_only_ascii_gets_a_table_too(mixed: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "proglayer.results", str(mixed)],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        cwd=ROOT,
+    )
+    assert shown.returncode == 1
+    assert b"980.00 ? 970.00" in shown.stdout
+    assert shown.stderr == b""

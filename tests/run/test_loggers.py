@@ -1,0 +1,266 @@
+"""TensorBoard and MLflow are told what the record says, and can do a run no harm."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from proglayer import load_run
+from proglayer.config import ConfigError, to_config
+from proglayer.run import experiment, loggers
+from proglayer.store.record import read_result, read_sign
+from proglayer.store.stages import Stage
+
+from ..helpers import TINY, composed, config, tiny_corpus
+
+BOTH = ("tensorboard", "mlflow")
+Run = Callable[..., Path]
+
+for_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="needs the extra tensorboard"
+)
+for_mlflow = pytest.mark.skipif(
+    importlib.util.find_spec("mlflow") is None, reason="needs the extra mlflow"
+)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """A run on a tiny corpus in a folder of that name, told to those of BOTH that are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(experiment, "open_corpus", lambda *_: tiny_corpus())
+
+    def go(name: str, *overrides: str, told: tuple[str, ...] = BOTH) -> Path:
+        told = tuple(module for module in told if importlib.util.find_spec(module))
+        choice = f"logger=[{','.join(told)}]"
+        (tmp_path / name).mkdir(exist_ok=True)
+        settings = config(*TINY, "model.exit_weights=uniform", choice, *overrides)
+        experiment.run(settings, tmp_path / name, choices={"model": "deep_supervision"})
+        return tmp_path / name
+
+    return go
+
+
+def recorded(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What the record of a run says: name -> (step, value), as a logger is to be told."""
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    flags = {"True": 1.0, "False": 0.0}
+    figures = {
+        name: [
+            (step, flags[row[name]] if name == "reused" else float(row[name]))
+            for step, row in enumerate(rows, start=1)
+        ]
+        for name in rows[0]
+        if name != "best"
+    }
+    result = json.loads((folder / "result.json").read_text())
+    for number, phase in enumerate(result["phases"], start=1):
+        for name, value in phase["best"].items():
+            figures.setdefault(f"best/{name}", []).append((number, value))
+    for name, value in result.get("changes", {}).items():
+        figures[f"changes/{name}"] = [(len(result["phases"]), value)]
+    return figures
+
+
+def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def mlflow_runs(folder: Path) -> list[Any]:
+    """The runs that MLflow knows of this folder, the newest first."""
+    client = mlflow_client(folder)
+    (ours,) = [e for e in client.search_experiments() if e.name == "proglayer"]
+    filtered = f"tags.`proglayer.folder` = '{folder}'"
+    return list(client.search_runs([ours.experiment_id], filtered))
+
+
+def mlflow_client(folder: Path) -> Any:
+    from mlflow import MlflowClient
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        client = MlflowClient((folder.parent / "multirun" / ".mlruns").as_uri())
+        client.search_experiments()
+        return client
+
+
+def in_mlflow(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    client = mlflow_client(folder)
+    (told,) = mlflow_runs(folder)
+    return {
+        name: [(m.step, m.value) for m in client.get_metric_history(told.info.run_id, name)]
+        for name in told.data.metrics
+    }
+
+
+def as_float32(figures: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {
+        name: [(step, float(np.float32(value))) for step, value in values]
+        for name, values in figures.items()
+    }
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+@for_tensorboard
+def test_tensorboard_reads_what_the_record_says(run: Run) -> None:
+    folder = run("run", told=("tensorboard",))
+    figures = recorded(folder)
+    assert [step for step, _ in figures["phase"]] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in figures["phase"]] == [1, 1, 1, 2, 2, 2]
+    # its format holds four bytes of a number
+    assert in_tensorboard(folder) == as_float32(figures)
+
+
+@for_mlflow
+def test_mlflow_reads_what_the_record_says(run: Run) -> None:
+    folder = run("run", told=("mlflow",))
+    assert in_mlflow(folder) == recorded(folder)
+    (told,) = mlflow_runs(folder)
+    assert (told.info.run_name, told.info.status) == ("run", "FINISHED")
+    assert told.data.tags["model"] == "deep_supervision"
+    assert told.data.params["model.dim"] == "8"
+    assert told.data.params["lr.factor.head"] == "0.1"
+
+
+@for_tensorboard
+@for_mlflow
+def test_stored_epochs_are_told_like_trained_ones(run: Run) -> None:
+    first, second = run("first"), run("second")
+    trained, stored = recorded(first), recorded(second)
+    assert [value for _, value in trained.pop("reused")] == [0.0] * 6
+    assert [value for _, value in stored.pop("reused")] == [1.0] * 6
+    assert trained == stored
+    assert in_tensorboard(second) == as_float32(recorded(second))
+    assert in_mlflow(second) == recorded(second)
+    # in the same folder, the new event file takes the place of the old one
+    run("second", "phase.max_epochs=2")
+    assert in_tensorboard(second) == as_float32(recorded(second))
+    assert len(in_tensorboard(second)["epoch"]) == 4
+    assert len(mlflow_runs(second)) == 2
+
+
+@for_mlflow
+def test_a_failed_run_is_failed_there_too(run: Run) -> None:
+    folder = run("run", "lr.base=1e30", "optimizer.clip_norm=null", told=("mlflow",))
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    assert mlflow_runs(folder)[0].info.status == "FAILED"
+
+
+@for_mlflow
+def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) -> None:
+    whole = json.loads((run("whole", told=()) / "result.json").read_text())
+    stage = Stage(tmp_path / "stages-2", whole["phases"][0]["stage"])
+    assert stage.lock(0)
+    settings = config(
+        *TINY, "model.exit_weights=uniform", "logger=[mlflow]", f"stages.dir={stage.store}"
+    )
+    (tmp_path / "run").mkdir()
+    with pytest.raises(experiment.Deferred):
+        experiment.run(settings, tmp_path / "run", may_wait=False)
+    assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["KILLED"]
+    assert read_sign(tmp_path / "run")["sign"] == "deferred"
+    assert read_result(tmp_path / "run") is None
+    stage.unlock()
+    experiment.run(settings, tmp_path / "run", may_wait=False)
+    assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["FINISHED", "KILLED"]
+    assert read_sign(tmp_path / "run") == {}
+
+
+# --- no harm --------------------------------------------------------------------------------------
+
+
+def test_loggers_change_no_bit(run: Run) -> None:
+    told, alone = run("told", "reuse=false"), run("alone", "reuse=false", told=())
+    results = [json.loads((folder / "result.json").read_text()) for folder in (told, alone)]
+    assert [p["exits"] for p in results[0]["phases"]] == [p["exits"] for p in results[1]["phases"]]
+    ours, theirs = (load_run(folder).state_dict() for folder in (told, alone))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list(alone.glob("events*"))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_logger_that_is_not_installed_is_told_before_anything_trains(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError) as error:
+        to_config(composed(f"logger={name}"))
+    assert str(error.value).startswith(f"logger.{name}=true needs the extra {name}: pip install ")
+    assert "\n" not in str(error.value)
+    assert to_config(composed())
+
+
+@for_tensorboard
+@for_mlflow
+def test_a_logger_that_fails_is_dropped_with_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = loggers.TensorBoard.figures
+
+    def full(logger: loggers.TensorBoard, figures: list[loggers.Figure]) -> None:
+        if figures[0][2] == 3:
+            raise OSError(errno.ENOSPC, "No space\nleft on device")
+        written(logger, figures)
+
+    monkeypatch.setattr(loggers.TensorBoard, "figures", full)
+    folder = run("run")
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    why = "OSError: [Errno 28] No space left on device"
+    assert warning == f"logger=tensorboard is told no more of this run ({why})"
+    assert len(in_tensorboard(folder)["epoch"]) == 2
+    assert in_mlflow(folder) == recorded(folder)
+
+
+@for_mlflow
+def test_a_store_that_cannot_be_written_ends_no_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "file" / "store").as_uri())
+    folder = run("run", told=("mlflow",))
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith("logger=mlflow is told no more of this run (")
+
+
+@for_mlflow
+def test_mlflows_settings_are_the_users_and_the_process_keeps_none_of_ours(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "own store"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    before = dict(os.environ)
+    run("run", told=("mlflow",))
+    assert dict(os.environ) == before
+    metas = [path.read_text() for path in (tmp_path / "own store").glob("*/meta.yaml")]
+    assert any("name: mine" in meta for meta in metas)
+    assert not (tmp_path / "multirun").exists()
+    # who forbids a store of files gets none
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "another"))
+    run("run", told=("mlflow",))
+    assert not (tmp_path / "another").exists()
+    assert "logger=mlflow is told no more" in caplog.text

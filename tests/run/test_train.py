@@ -1,0 +1,690 @@
+"""The command line, end to end: runs, sweeps, records, and what a mistake is told."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proglayer.store.stages import Stage
+
+from ..helpers import ROOT, experiments
+
+# A run on the embedded corpus that takes a moment.
+SHORT = (
+    "data.samples=64",
+    "data.validation_samples=32",
+    "data.max_vocab=200",
+    "model.dim=8",
+    "model.num_heads=2",
+    "phase.max_epochs=2",
+    "phase.batch_size=16",
+    "report=false",
+)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """`python train.py ...` in this process, with the output under `tmp_path`."""
+    import runpy
+
+    from hydra.core.global_hydra import GlobalHydra
+
+    def command(*arguments: str) -> Done:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
+
+    return command
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The records below `folder`, jobs in their order."""
+    paths = list(folder.rglob("result.json"))
+    ordered = sorted(paths, key=lambda p: int(p.parent.name.split("_")[0])) if paths[1:] else paths
+    return [json.loads(path.read_text()) for path in ordered]
+
+
+def assert_same_bits(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """All of ours completed, with the figures of theirs."""
+    assert [r["status"] for r in ours] == ["completed"] * len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        for p, q in zip(mine["phases"], other["phases"], strict=True):
+            assert (p["stage"], p["best"], p["exits"]) == (q["stage"], q["best"], q["exits"])
+
+
+def epochs_trained(records: list[dict[str, Any]]) -> dict[str, int]:
+    """How many epochs of each stage these runs trained, all together."""
+    trained: Counter[str] = Counter()
+    for record in records:
+        for phase in record["phases"]:
+            trained[phase["stage"]] += phase["work"]["epochs_trained"]
+    return dict(trained)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from proglayer import load_run
+
+    return load_run(folder).state_dict()
+
+
+def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
+    done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "completed"
+    assert record["machine"]["torch"] == torch.__version__
+    assert [p["layers"] for p in record["phases"]] == [3, 4]
+    assert [len(p["exits"]) for p in record["phases"]] == [3, 4]
+    for phase in record["phases"]:
+        best = phase["best"]
+        assert best["validation_perplexity"] == pytest.approx(math.exp(best["validation_loss"]))
+        # The last exit is what selection read.
+        assert phase["exits"][-1]["validation_loss"] == pytest.approx(best["validation_loss"])
+        assert phase["tokens_per_second"] > 0
+        assert phase["work"]["peak_memory_mb"]["process"] > 0
+    before, after = (p["best"]["validation_perplexity"] for p in record["phases"])
+    changes = record["changes"]
+    assert changes["perplexity_percent"] == pytest.approx((before - after) / before * 100)
+    log = (tmp_path / "run/train.log").read_text()
+    assert "phase 2/2 grown" in log
+    assert log.count("validation loss") == sum(p["epochs"] for p in record["phases"])
+    with open(tmp_path / "run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["phase"] for row in rows].count("1") == record["phases"][0]["epochs"]
+    best_rows = [row for row in rows if row["best"] == "True"]
+    assert [int(row["epoch"]) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
+
+
+def test_the_model_comes_back_and_scores_what_the_record_says(
+    train: Command, tmp_path: Path
+) -> None:
+    from proglayer import load_run
+    from proglayer.config import from_plain
+    from proglayer.data.corpus import open_corpus
+    from proglayer.training.plan import plan
+    from proglayer.training.trainer import evaluate
+
+    assert train(*SHORT, "hydra.run.dir=run").status == 0
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    model = load_run(tmp_path / "run")
+    assert model.logits(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 200)
+    settings = from_plain(record["config"])
+    corpus = open_corpus(settings.data)
+    phase = plan(settings, corpus.vocab_size)[-1]
+    (last,) = evaluate(model, phase, corpus, torch.device("cpu"), [3])
+    assert last.loss == record["phases"][-1]["best"]["validation_loss"]
+
+
+def test_a_sweep_shares_its_first_phase_and_changes_no_bit(train: Command, tmp_path: Path) -> None:
+    assert train("-m", *SHORT, "added_layers=1,3", "hydra.sweep.dir=sweep").status == 0
+    one, three = results(tmp_path / "sweep")
+    assert [p["layers"] for p in one["phases"]] == [3, 4]
+    assert [p["layers"] for p in three["phases"]] == [3, 6]
+    assert one["phases"][0]["stage"] == three["phases"][0]["stage"]
+    trained = [[p["work"]["epochs_trained"] for p in r["phases"]] for r in (one, three)]
+    assert trained[0][0] == 2
+    assert trained[1][0] == 0
+    # Alone, in a store of its own, the second job comes to the same bits.
+    assert train(*SHORT, "added_layers=3", "hydra.run.dir=alone", "reuse=false").status == 0
+    alone = json.loads((tmp_path / "alone/result.json").read_text())
+    assert alone["phases"][0]["work"]["epochs_trained"] == 2
+    assert [p["best"] for p in alone["phases"]] == [p["best"] for p in three["phases"]]
+    job = next((tmp_path / "sweep").glob("1_*"))
+    ours, theirs = weights(job), weights(tmp_path / "alone")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not (tmp_path / "alone/stages").exists()
+
+
+def test_the_same_command_again_trains_nothing(train: Command, tmp_path: Path) -> None:
+    command = ("-m", *SHORT, "model=standard,deep_supervision")
+    assert train(*command, "hydra.sweep.dir=a").status == 0
+    assert train(*command, "hydra.sweep.dir=b").status == 0
+    for first, second in zip(results(tmp_path / "a"), results(tmp_path / "b"), strict=True):
+        assert [p["best"] for p in first["phases"]] == [p["best"] for p in second["phases"]]
+        assert [p["exits"] for p in first["phases"]] == [p["exits"] for p in second["phases"]]
+        assert sum(p["work"]["epochs_trained"] for p in second["phases"]) == 0
+        assert second["phases"][0]["train_seconds"] == first["phases"][0]["train_seconds"]
+        assert second["phases"][0]["work"]["seconds_saved"] > 0
+    # In the same folder, finished jobs are not even started.
+    before = (tmp_path / "b").stat().st_mtime_ns, results(tmp_path / "b")
+    again = train(*command, "hydra.sweep.dir=b")
+    assert again.status == 0
+    assert "2 finished before" in again.out
+    assert results(tmp_path / "b") == before[1]
+
+
+def test_every_experiment_completes(train: Command, tmp_path: Path) -> None:
+    done = train(
+        "-m", *SHORT, "phase.max_epochs=1", "experiment=glob(*)",
+        "model=standard,deep_supervision", "hydra.sweep.dir=all",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    records = results(tmp_path / "all")
+    assert [r["status"] for r in records] == ["completed"] * 2 * len(experiments())
+    epochs = sum(p["epochs"] for r in records for p in r["phases"])
+    trained = sum(p["work"]["epochs_trained"] for r in records for p in r["phases"])
+    assert trained <= epochs * 2 / 3
+
+
+def test_a_failing_job_does_not_stop_the_others(train: Command, tmp_path: Path) -> None:
+    rates = "lr.base=0.001,1e30,0.002,0.003"
+    done = train("-m", *SHORT, rates, "optimizer.clip_norm=null", "hydra.sweep.dir=mixed")
+    assert done.status == 1
+    records = results(tmp_path / "mixed")
+    assert [r["status"] for r in records] == ["completed", "failed", "completed", "completed"]
+    assert "lower lr.base" in records[1]["reason"]
+    assert "failed" in done.out
+    assert "lower lr.base" in done.out
+    log = next((tmp_path / "mixed").glob("1_*/train.log")).read_text()
+    assert "lower lr.base" in log
+    assert "Traceback" not in done.err
+
+
+def test_a_sweep_can_stop_at_the_first_failure(train: Command, tmp_path: Path) -> None:
+    rates = "lr.base=0.001,1e30,0.002"
+    done = train(
+        "-m", *SHORT, rates, "optimizer.clip_norm=null", "on_error=stop", "hydra.sweep.dir=s"
+    )
+    assert done.status == 1
+    records = results(tmp_path / "s")
+    assert [r["status"] for r in records] == ["completed", "failed", "interrupted"]
+    assert records[2]["reason"].startswith("not started: job 1_")
+
+
+def test_a_fault_of_ours_is_recorded_with_its_traceback(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import proglayer.run.experiment
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(proglayer.run.experiment, "grow", broken)
+    done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "failed"
+    assert record["reason"] == "RuntimeError: a fault"
+    assert "in broken" in record["traceback"]
+    assert "in broken" in (tmp_path / "run/train.log").read_text()
+    assert len(record["phases"]) == 1
+
+
+def test_a_model_that_memory_cannot_hold_is_told_in_one_line(
+    train: Command, tmp_path: Path
+) -> None:
+    done = train("-m", *SHORT, "model.dim=16777216,8", "hydra.sweep.dir=sizes")
+    assert done.status == 1
+    large, small = results(tmp_path / "sizes")
+    assert large["status"] == "failed"
+    assert large["reason"].startswith("not enough memory for ")
+    assert "lower phase.batch_size, model.dim" in large["reason"]
+    assert "traceback" not in large
+    assert small["status"] == "completed"
+    assert large["reason"] in done.out
+    assert "Traceback" not in done.out + done.err
+
+
+def test_memory_that_runs_out_is_told_however_it_is_reported() -> None:
+    from proglayer.run.machine import out_of_memory
+
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a")
+    told = out_of_memory(cuda)
+    assert told is not None
+    assert told.startswith("not enough memory for 20.00 GiB more: lower phase.batch_size")
+    for error in MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"):
+        told = out_of_memory(error)
+        assert told is not None
+        assert told.startswith("not enough memory: lower phase.batch_size")
+    for error in RuntimeError("shapes"), OSError(errno.ENOSPC, "No space left on device"):
+        assert out_of_memory(error) is None
+
+
+@pytest.mark.parametrize("error", [MemoryError("corpus"), RuntimeError("CUDA start-up\nfailed")])
+def test_a_fault_before_the_first_phase_is_in_the_record_of_a_job(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import proglayer.run.experiment
+    from proglayer.results.frames import load
+
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(proglayer.run.experiment, "open_corpus", broken)
+    assert train("-m", *SHORT, "seed=1,2", "hydra.sweep.dir=s").status == 1
+    records = results(tmp_path / "s")
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    assert [(r["status"], r["reason"]) for r in records] == [("failed", reason)] * 2
+    assert all("in broken" in r["traceback"] for r in records)
+    assert list(load(tmp_path / "s").runs["status"]) == ["failed", "failed"]
+
+
+def test_a_record_that_goes_away_while_it_is_looked_at_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next try takes it away, whenever that comes."""
+    from proglayer.store.record import read_result
+
+    monkeypatch.setattr(Path, "exists", lambda *_: True)
+    assert read_result(tmp_path) is None
+
+
+def test_a_figure_that_is_missing_at_the_end_fails_no_run(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.run import machine
+
+    memory = [{"process": 1.0}]
+    monkeypatch.setattr(machine, "peak_memory_mb", lambda _: memory.pop() if memory else {})
+    place = "phases.0.work.peak_memory_mb.process"
+    assert train(*SHORT, f"objective={place}", "hydra.run.dir=run").status == 0
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert (record["status"], record["objective"]) == ("completed", None)
+    assert f"objective={place}: " in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import proglayer.run.experiment
+
+    def preparing(_: object, say: Callable[[str], None]) -> None:
+        say("preparing the [corpus]")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+        pytest.fail("the signal was swallowed")
+
+    monkeypatch.setattr(proglayer.run.experiment, "open_corpus", preparing)
+    done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 130
+    assert "preparing the [corpus]\n" in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_failed_try_leaves_nothing_of_the_one_before(train: Command, tmp_path: Path) -> None:
+    """A reader would take the old weights and figures for those of the failed run."""
+    assert train(*SHORT, "hydra.run.dir=run").status == 0
+    assert train(*SHORT, "hydra.run.dir=run", "stages.dir=/dev/null/no").status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "failed"
+    assert not (tmp_path / "run/weights.safetensors").exists()
+    assert not (tmp_path / "run/metrics.csv").exists()
+
+
+def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Path) -> None:
+    done = train(
+        *SHORT, "hydra.run.dir=run", "lr.factor.new=1e32", "lr.factor.head=1e32",
+        "optimizer.clip_norm=null",
+    )  # fmt: skip
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert "phase 2, epoch 1" in record["reason"]
+    assert len(weights(tmp_path / "run")) == 2 + 3 * 9
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
+def test_a_run_that_diverges_later_keeps_the_epoch_before(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.training.trainer import Training
+
+    one = (*SHORT, "phase=from_scratch", "phase.max_epochs=1")
+    assert train(*one, "hydra.run.dir=one", "reuse=false").status == 0
+    loss = Training.loss
+
+    def in_epoch_2(training: Training, *batch: torch.Tensor) -> torch.Tensor:
+        return loss(training, *batch) * (float("nan") if training.epoch == 1 else 1.0)
+
+    monkeypatch.setattr(Training, "loss", in_epoch_2)
+    done = train(*one, "phase.max_epochs=3", "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert "the training loss became nan in phase 1, epoch 2" in record["reason"]
+    kept, expected = weights(tmp_path / "run"), weights(tmp_path / "one")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    # No state that holds numbers which are none.
+    assert not list((tmp_path / "stages").glob("*/state-0001-0000[1-9]*"))
+
+
+def test_a_flipped_bit_in_stored_weights_reaches_no_run(train: Command, tmp_path: Path) -> None:
+    assert train(*SHORT, "hydra.run.dir=a").status == 0
+    last = json.loads((tmp_path / "a/result.json").read_text())["phases"][-1]
+    (stored,) = (tmp_path / "stages" / last["stage"]).glob("weights-*")
+    whole = stored.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    stored.unlink()  # or else it would change in the first run's folder
+    stored.write_bytes(flipped)
+    assert train(*SHORT, "hydra.run.dir=b").status == 0
+    assert (tmp_path / "b/weights.safetensors").read_bytes() == whole
+    assert (tmp_path / "a/weights.safetensors").read_bytes() == whole
+    assert stored.read_bytes() == whole
+    assert len(list((tmp_path / "stages/.damaged").rglob("weights-*"))) == 1
+
+
+def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Path) -> None:
+    done = train("plan=true", "experiment=gradual_unfreezing", "data.max_vocab=500")
+    assert done.status == 0, done.err
+    for text in ("4 unfreezing", "embedding, layers 1-2", "GFLOP", "(100.0%)"):
+        assert text in done.out
+    swept = train("-m", "plan=true", "added_layers=1,3", "data.max_vocab=500")
+    assert swept.status == 0
+    assert swept.out.count("│ 1 initial") == 2
+    assert not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_the_published_counts_are_printed(train: Command, tmp_path: Path) -> None:
+    done = train("plan=true", "model.vocab_size=69830")
+    assert "9,135,232 / 9,135,232 (100.0%)" in done.out.replace("\n", " ")
+    assert "4,534,784 / 9,200,896 (49.3%)" in done.out.replace("\n", " ")
+
+
+MISTAKES = {
+    ("sed=1",): "there is no setting sed; did you mean seed?",
+    ("phase.patince=1",): "there is no setting phase.patince; did you mean phase.patience?",
+    ("model=standrd",): "did you mean model=standard?",
+    ("experiment=orignal",): "did you mean experiment=original?",
+    ("modle=standard",): "there is no setting modle; did you mean model?",
+    ("seed=soon",): "seed",
+    ("growth.init=clone",): "growth.init",
+    ("model.num_heads=3",): "model.num_heads=3 does not divide model.dim=64",
+    ("added_layers=-1",): "added_layers=-1 must not be negative",
+    ("freeze=gradual", "initial_layers=1"): "initial_layers=2 or more",
+    (
+        "phase=keep_training",
+        "freeze.steps=[{existing: 0, embedding: false, head: false}]",
+    ): "freezes everything",
+    ("data=text", "data.files=[missing.txt]"): "missing.txt",
+    ("data=wikitext2", "data.path=nowhere"): "data.path",
+    ("data.samples=1000000",): "data.samples=1000000",
+    ("data.samples=64", "phase.samples=65"): "phase.samples=65",
+    ("model.vocab_size=100",): "model.vocab_size=100 is smaller than the corpus's vocabulary",
+    ("device=cuda",): "device=cuda is not available here",
+    ("seed=1,2",): "-m",
+    ("seed=",): "seed",
+    ("model.exit_weights=[1,2]",): "has 2 weights for 3 layers",
+}
+
+
+@pytest.mark.parametrize(("overrides", "told"), MISTAKES.items(), ids=lambda v: str(v)[:40])
+def test_a_mistake_gets_a_line_and_leaves_nothing(
+    train: Command, tmp_path: Path, overrides: tuple[str, ...], told: str
+) -> None:
+    if torch.cuda.is_available() and "device=cuda" in overrides:
+        pytest.skip("there is a GPU here")
+    done = train(*overrides)
+    assert done.status in (1, 2)
+    assert "Traceback" not in done.err
+    lines = [line for line in done.err.splitlines() if line.strip()]
+    assert len(lines) == 1, done.err
+    assert lines[0].startswith("error: ")
+    assert told in lines[0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_all_jobs_are_checked_before_the_first_starts(train: Command, tmp_path: Path) -> None:
+    done = train("-m", *SHORT, "model.num_heads=2,3", "initial_layers=0,2", "hydra.sweep.dir=s")
+    assert done.status == 1
+    lines = done.err.strip().splitlines()
+    assert any("model.num_heads=3 does not divide model.dim=8" in line for line in lines)
+    assert any("initial_layers=0 must be at least 1" in line for line in lines)
+    assert all(line.startswith("error: ") for line in lines)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_job_keeps_its_folders_name_whatever_its_hash(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digits around an underscore are one number to Hydra's grammar, unless they are quoted."""
+    import proglayer.launch.sweep
+
+    monkeypatch.setattr(proglayer.launch.sweep, "short_hash", lambda _: "693136")
+    done = train("-m", *SHORT, "seed=1,2", "phase.max_epochs=1", "hydra.sweep.dir=s")
+    assert done.status == 0, done.err
+    assert sorted(p.parent.name for p in (tmp_path / "s").glob("*/result.json")) == [
+        "0_693136",
+        "1_693136",
+    ]
+    assert "waiting" not in done.out
+
+
+def test_paired_values(train: Command, tmp_path: Path) -> None:
+    pairs = "hydra.sweeper.pairs=[[seed,initial_layers]]"
+    done = train("-m", "plan=true", *SHORT, "seed=1,2", "initial_layers=2,4", pairs)
+    assert done.status == 0, done.err
+    assert done.out.count("│ 1 initial") == 2
+    done = train("-m", "plan=true", *SHORT, "seed=1,2,3", "initial_layers=2,4", pairs)
+    assert done.status == 1
+    assert "seed has 3, initial_layers has 2" in done.err
+
+
+def test_jobs_of_one_process_leave_threads_as_they_were(train: Command, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    assert train("-m", *SHORT, "threads=1,2", "hydra.sweep.dir=t").status == 0
+    assert torch.get_num_threads() == before
+    assert [r["machine"]["threads"] for r in results(tmp_path / "t")] == [1, 2]
+
+
+def test_an_output_folder_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = train(*SHORT, "hydra.run.dir=file/run")
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert "hydra.run.dir" in done.err
+    done = train("-m", *SHORT, "hydra.sweep.dir=file/sweep")
+    assert done.status == 1
+    assert "hydra.sweep.dir" in done.err
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import proglayer.run.experiment
+    from proglayer.store.stages import StoreError
+
+    def full(*_: object) -> None:
+        raise StoreError("cannot write to run (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proglayer.run.experiment, "write_result", full)
+        done = train(*SHORT, "hydra.run.dir=run")
+    assert done.status == 1
+    assert done.err == "error: cannot write to run (No space left on device)\n"
+    assert (tmp_path / "run/metrics.csv").exists()
+    assert "phase 2/2" in (tmp_path / "run/train.log").read_text()
+    assert train(*SHORT, "hydra.run.dir=run").status == 0
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert sum(p["work"]["epochs_trained"] for p in record["phases"]) == 0
+
+
+def test_a_store_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = train(*SHORT, "stages.dir=file/stages", "hydra.run.dir=run")
+    assert done.status == 1
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["status"] == "failed"
+    assert "stages.dir" in record["reason"]
+    assert "traceback" not in record
+
+
+def test_two_workers_train_nothing_twice_and_change_no_bit(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = ("-m", *SHORT, "threads=1", "experiment=glob(*)", "model=standard,deep_supervision")
+    workers = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    # Workers import the package by name, wherever they are started.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = train(*jobs, *workers, "hydra.sweep.dir=two", "stages.dir=a")
+    assert done.status == 0, done.err
+    assert train(*jobs, "hydra.sweep.dir=one", "stages.dir=b").status == 0
+    two, one = results(tmp_path / "two"), results(tmp_path / "one")
+    assert len(two) == 2 * len(experiments())
+    assert_same_bits(two, one)
+    assert epochs_trained(two) == epochs_trained(one)
+    states = [{p.name for p in (tmp_path / s).glob("*/weights-*")} for s in "ab"]
+    assert states[0] == states[1]
+
+
+def test_a_sweeps_jobs_land_in_its_own_folder(train: Command, tmp_path: Path) -> None:
+    assert train("-m", *SHORT, "seed=1,2").status == 0
+    (sweep,) = (tmp_path / "multirun").glob("[!.]*")
+    assert len(json.loads((sweep / "jobs.json").read_text())) == len(results(sweep)) == 2
+
+
+def test_a_sweep_keeps_no_settings_of_jobs_that_ended(
+    train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.launch import sweep
+
+    returned = []
+    launch = sweep.launch
+    monkeypatch.setattr(sweep, "launch", lambda *given: returned.extend(launch(*given)) or returned)
+    assert train("-m", *SHORT, "phase.max_epochs=1", "seed=1,2").status == 0
+    # Nearly half a megabyte each, with the thousand jobs of a large sweep in mind.
+    assert [(job.cfg, job.hydra_cfg) for job in returned] == [(None, None)] * 2
+    assert all(isinstance(job.return_value, float) for job in returned)
+
+
+def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
+    train: Command, tmp_path: Path
+) -> None:
+    jobs = ("-m", *SHORT, "seed=1,2")
+    assert train(*jobs, "hydra.sweep.dir=a", "stages.dir=a-stages").status == 0
+    alone = results(tmp_path / "a")
+    # Somebody else is at the first job's first phase, until the second job is done.
+    stage = Stage(tmp_path / "b-stages", alone[0]["phases"][0]["stage"])
+    assert stage.lock(0)
+
+    def free_it_after_the_second() -> None:
+        while not list((tmp_path / "b").glob("1_*/result.json")):
+            time.sleep(0.02)
+        stage.unlock()
+
+    other = threading.Thread(target=free_it_after_the_second, daemon=True)
+    other.start()
+    done = train(*jobs, "hydra.sweep.dir=b", "stages.dir=b-stages")
+    other.join(timeout=60)
+    assert done.status == 0, done.err
+    assert "phase 1 is being trained by another job: this one comes back later" in done.out
+    for ours, theirs in zip(results(tmp_path / "b"), alone, strict=True):
+        assert [p["best"] for p in ours["phases"]] == [p["best"] for p in theirs["phases"]]
+
+
+def test_what_is_edited_while_jobs_wait_changes_none_of_them(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.launch import sweep
+    from proglayer.run import machine
+
+    rates = tmp_path / "mine/lr/mine.yaml"
+    rates.parent.mkdir(parents=True)
+    rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
+    announce = sweep.announce
+
+    def edit_after(*arguments: Any) -> None:
+        announce(*arguments)
+        rates.write_text(rates.read_text().replace("base: 1.0e-3", "base: 5.0e-3"))
+        other = {"commit": "0123456789abcdef", "changed": True, "difference": "fedcba"}
+        monkeypatch.setattr(machine, "git_state", lambda: other)
+
+    monkeypatch.setattr(sweep, "announce", edit_after)
+    # As in a launcher of another process, which composes each job when it starts.
+    monkeypatch.delattr(sweep.ComposedOnce, "load_sweep_config")
+    mine = ("--config-dir", str(tmp_path / "mine"))
+    jobs = (*mine, "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
+    assert train(*jobs).status == 0
+    (record,) = results(tmp_path / "s")
+    assert record["config"]["lr"]["base"] == 1e-3
+    (log,) = (tmp_path / "s").glob("*/train.log")
+    assert "conf/ was changed since this job was submitted" in log.read_text()
+    assert "0123456789ab with changes fedcba now" in log.read_text()
+    # Submitted again, the edited settings count: it is another job in the same place.
+    assert train(*jobs).status == 0
+    (record,) = results(tmp_path / "s")
+    assert record["config"]["lr"]["base"] == 5e-3
+
+
+def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: Path) -> None:
+    jobs = ("-m", *SHORT, "experiment=original,gradual_unfreezing,control_from_scratch")
+    first = train(*jobs, "hydra.sweep.dir=a")
+    assert "5 distinct phases, 0 of them stored" in first.out
+    again = train(*jobs, "hydra.sweep.dir=b")
+    assert "5 distinct phases, 5 of them stored: nothing to train" in again.out
+    more = train(*jobs, "added_layers=2", "hydra.sweep.dir=c")
+    # Shared with the others: the initial phase alone.
+    assert "5 distinct phases, 1 of them stored; about" in more.out
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
+    train: Command, tmp_path: Path, name: str
+) -> None:
+    command = [
+        sys.executable, str(ROOT / "train.py"), *SHORT, "phase=from_scratch",
+        "phase.max_epochs=12", "phase.patience=12", "hydra.run.dir=run",
+    ]  # fmt: skip
+    environment = {**os.environ, "PROGLAYER_STAGES": str(tmp_path / "stages")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "run/metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    record = json.loads((tmp_path / "run/result.json").read_text())
+    assert (record["status"], record["reason"]) == ("interrupted", f"stopped by {name}")
+    assert list((tmp_path / "stages").rglob("state-*"))
+    # The same command goes on, and comes to the bits of a run that nobody stopped.
+    arguments = command[2:]
+    assert train(*arguments).status == 0
+    (on,) = results(tmp_path / "run")
+    assert sum(p["work"]["epochs_reused"] for p in on["phases"]) > 0
+    assert train(*arguments, "hydra.run.dir=whole", "stages.dir=other").status == 0
+    (whole,) = results(tmp_path / "whole")
+    assert sum(p["work"]["epochs_reused"] for p in whole["phases"]) == 0
+    assert_same_bits([on], [whole])
+    files = [tmp_path / run / "weights.safetensors" for run in ("run", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -1,0 +1,389 @@
+"""Stored trajectories: reused, resumed, continued or damaged, the bits stay the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import weakref
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from proglayer.store.stages import Stage, StoreError, verify
+from proglayer.store.trajectory import Interrupted, Machine, Trajectory, Watch, describe
+from proglayer.training.growth import build
+from proglayer.training.plan import Phase, StoppingRule, plan
+from proglayer.training.trainer import EpochMetrics, Progress, Stopped, follow
+
+from ..helpers import TINY, config, tiny_corpus
+
+CORPUS = tiny_corpus()
+HERE = Machine("cpu", "a processor", torch.get_num_threads(), torch.__version__)
+
+
+def planned(*overrides: str) -> Phase:
+    return plan(config(*TINY, *overrides), CORPUS.vocab_size)[0]
+
+
+class StopAt:
+    """Asks to stop at the n-th look, as a signal would."""
+
+    def __init__(self, look: int | None) -> None:
+        self.left = look
+
+    def __call__(self) -> str | None:
+        if self.left is None:
+            return None
+        self.left -= 1
+        return "SIGTERM" if self.left < 0 else None
+
+
+def trajectory(
+    store: Path, phase: Phase, stop_at: int | None = None, checkpoint_every_s: float = 1e9
+) -> Trajectory:
+    watch = Watch(StopAt(stop_at), lambda progress: None, lambda text: None)
+    return Trajectory(
+        store, None, lambda: build(phase), phase, CORPUS, torch.device("cpu"), HERE,
+        checkpoint_every_s, watch,
+    )  # fmt: skip
+
+
+def followed(
+    store: Path, phase: Phase, **settings: float | None
+) -> tuple[Stopped, dict[str, torch.Tensor], Trajectory]:
+    with trajectory(store, phase, **settings) as steps:  # type: ignore[arg-type]
+        stopped = follow(phase.stop, steps.epochs())
+        exits = steps.finish(stopped.best.epoch)
+        assert [e.exit for e in exits] == list(range(phase.layers))
+        return stopped, steps.weights(stopped.best.epoch), steps
+
+
+def without_times(epochs: tuple[EpochMetrics, ...]) -> list[EpochMetrics]:
+    return [replace(epoch, train_seconds=0, evaluation_seconds=0) for epoch in epochs]
+
+
+def assert_same(
+    one: tuple[Stopped, dict[str, torch.Tensor], Trajectory],
+    two: tuple[Stopped, dict[str, torch.Tensor], Trajectory],
+) -> None:
+    assert without_times(one[0].epochs) == without_times(two[0].epochs)
+    assert one[0].best.epoch == two[0].best.epoch
+    assert one[1].keys() == two[1].keys()
+    assert all(torch.equal(one[1][name], two[1][name]) for name in one[1])
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def test_a_second_reader_trains_nothing_and_changes_no_file(tmp_path: Path) -> None:
+    first = followed(tmp_path, planned())
+    before = files(tmp_path)
+    second = followed(tmp_path, planned())
+    assert_same(first, second)
+    assert len(first[2].work.trained) == 3
+    assert not second[2].work.trained
+    assert files(tmp_path) == before
+
+
+def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    for model in ("standard", "deep_supervision"):
+        phase = planned(f"model={model}", "phase.max_epochs=2")
+        whole = followed(tmp_path / model / "whole", phase)
+        # 2 epochs of 3 steps and 3 evaluation batches each, then the exits' evaluation.
+        for look in range(14):
+            store = tmp_path / model / str(look)
+            with trajectory(store, phase, stop_at=look) as steps, pytest.raises(Interrupted):
+                stopped = follow(phase.stop, steps.epochs())
+                steps.finish(stopped.best.epoch)
+            assert_same(whole, followed(store, phase))
+
+
+def test_stopped_again_and_again_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    store = tmp_path / "pieces"
+    for _ in range(100):
+        try:
+            result = followed(store, phase, stop_at=4)
+            break
+        except Interrupted:
+            continue
+    else:
+        pytest.fail("no progress between interruptions")
+    assert_same(whole, result)
+
+
+def test_a_longer_patience_continues_and_a_shorter_one_reads(tmp_path: Path) -> None:
+    base = planned("phase.max_epochs=50", "lr.base=0.1")
+    patient = replace(base, stop=StoppingRule(50, 5, 0.0))
+    alone = followed(tmp_path / "alone", patient)
+    assert len(alone[0].epochs) > 3
+    shared = tmp_path / "shared"
+    short = followed(shared, base)
+    assert len(short[0].epochs) < len(alone[0].epochs)
+    long = followed(shared, patient)
+    assert_same(alone, long)
+    assert len(long[2].work.trained) == len(alone[0].epochs) - len(short[0].epochs)
+    again = followed(shared, base)
+    assert_same(short, again)
+    assert not again[2].work.trained
+
+
+def test_weights_that_no_one_kept_are_trained_again(tmp_path: Path) -> None:
+    phase = planned()
+    with trajectory(tmp_path / "a", phase) as steps:
+        for metrics in steps.epochs():
+            if metrics.epoch == 1:
+                kept = steps.weights(1)
+            if metrics.epoch == 3:
+                break
+    with trajectory(tmp_path / "a", phase) as steps:
+        assert steps.weights_path(1) is None
+        again = steps.weights(1)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def damaged(content: bytes, cut: bool, rng: random.Random) -> bytes:
+    """Cut short, or with one bit flipped."""
+    if cut:
+        return content[: rng.randrange(len(content))]
+    flipped = bytearray(content)
+    flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+def test_damage_is_set_aside_and_trained_again(tmp_path: Path) -> None:
+    phase = planned("phase.max_epochs=3")
+    whole = followed(tmp_path / "whole", phase)
+    rng = random.Random(0)
+    names = list(files(tmp_path / "whole"))
+    assert {Path(name).name.split("-")[0].split(".")[0] for name in names} == {
+        "stage", "epoch", "exits", "weights", "state",
+    }  # fmt: skip
+    for name in names:
+        for attempt in range(int(os.environ.get("PROGLAYER_TEST_DAMAGE", "4"))):
+            store = tmp_path / f"{attempt}"
+            shutil.copytree(tmp_path / "whole", store)
+            (store / name).write_bytes(damaged((store / name).read_bytes(), attempt % 2 == 0, rng))
+            assert_same(whole, followed(store, phase))
+            if not name.split("/")[1].startswith(("state", "stage")):
+                assert list((store / ".damaged").rglob("*.*.*")), name
+            shutil.rmtree(store)
+
+
+def changed(store: Path, before: dict[str, bytes], name: str, content: bytes) -> None:
+    """A store with `before` in it, but `content` in the one file."""
+    shutil.rmtree(store, ignore_errors=True)
+    for each, bytes_ in {**before, name: content}.items():
+        (store / each).parent.mkdir(parents=True, exist_ok=True)
+        (store / each).write_bytes(bytes_)
+
+
+def test_files_of_other_stages_and_versions_are_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole files, with the hashes that they were written under: same shapes, other numbers."""
+    phase, other = planned(), planned("seed=7")
+    whole = followed(tmp_path / "whole", phase)
+    ours = files(tmp_path / "whole")
+    followed(tmp_path / "other", other)
+    theirs = {name.split("/")[1]: content for name, content in files(tmp_path / "other").items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("proglayer.store.stages.FORMAT", 1)
+        old = tmp_path / "old"
+        for name, content in ours.items():
+            key, file = name.split("/")
+            Stage(old, key).write(file.split(".")[0], file.split(".")[2], content)
+    older = {name.split("/")[1]: content for name, content in files(old).items()}
+    store = tmp_path / "store"
+    for foreign in (theirs, older):
+        for name, content in foreign.items():
+            kind = name.split(".")[0]
+            if kind == "stage" or kind.startswith("state"):
+                continue
+            (own,) = (n for n in ours if n.split("/")[1].startswith(kind + "."))
+            without = {n: c for n, c in ours.items() if n != own}
+            changed(store, without, f"{own.split('/')[0]}/{name}", content)
+            assert_same(whole, followed(store, phase))
+            assert list((store / ".damaged").rglob(f"{name}.*")), name
+
+
+def test_files_of_another_form_are_set_aside(tmp_path: Path) -> None:
+    """Such as a version would write whose FORMAT nobody raised."""
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    shutil.copytree(tmp_path / "whole", tmp_path / "odd")
+    stage = Stage(tmp_path / "odd", whole[2].key)
+    (state,) = stage.names("state-")
+    weights = stage.path(f"weights-{whole[0].best.epoch:04d}")
+    assert weights is not None
+    model = weights.read_bytes()
+    of_training = {weights.name.split(".")[0]: b"{}", state: model}
+    of_epochs = {"epoch-0001": b'{"loss": 1}', "epoch-0002": b"[1]", "epoch-0003": b"no JSON"}
+    for odd in (of_training, of_epochs | {f"exits-{whole[0].best.epoch:04d}": b"{}"}):
+        for name, content in odd.items():
+            stage.remove(name)
+            stage.write(name, "x", content)
+        assert_same(whole, followed(tmp_path / "odd", phase))
+    assert len(list((tmp_path / "odd" / ".damaged").rglob("*.x.*"))) == 6
+
+
+@pytest.mark.parametrize("kind", ["epoch-0001", "exits", "weights", "state"])
+def test_what_cannot_be_read_is_made_anew(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    shutil.copytree(tmp_path / "whole", tmp_path / "bad")
+    (bad,) = (tmp_path / "bad").rglob(f"{kind}*")
+    real = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        again = followed(tmp_path / "bad", phase)
+        # Reading all files from the start, as verifying does, ends too.
+        verify(Stage(tmp_path / "bad", whole[2].key))
+        assert_same(whole, again)
+    assert caplog.text.count(f"{bad.name}: it cannot be read (Input/output error)") <= 2
+    assert_same(whole, followed(tmp_path / "bad", phase))
+
+
+def test_damage_in_a_store_that_takes_no_change_is_told_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(tmp_path, "a" * 32)
+    path = stage.write("epoch-0001", "json", b"{}")
+    path.write_bytes(b"[]")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refused)
+    assert stage.read("epoch-0001") is None
+    assert stage.path("epoch-0001") is None
+    assert "cannot be set aside (Read-only file system)" in caplog.text
+
+
+def test_states_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    steps = trajectory(tmp_path, planned())
+    for name in ("state-0000-1000000", "state-0000-999999", "state-10000-000001", "state-old-x"):
+        steps.stage.write(name, "safetensors", b"")
+    assert steps._states() == [(0, 999_999), (0, 1_000_000), (10_000, 1)]
+
+
+def test_a_phase_that_ended_holds_no_weights_in_memory(tmp_path: Path) -> None:
+    """Every later phase refers to it, for as long as the run lasts."""
+    phase = planned()
+    with trajectory(tmp_path, phase) as steps:
+        stopped = follow(phase.stop, steps.epochs())
+        assert steps._best is not None
+        held = [weakref.ref(tensor) for tensor in steps._best[1].values()]
+        steps.finish(stopped.best.epoch)
+    assert [ref() for ref in held] == [None] * len(held)
+
+
+def test_an_improvement_below_min_delta_keeps_both_epochs(tmp_path: Path) -> None:
+    """The rule selects an epoch that is not the lowest: it is there, and the last state stays."""
+    patient = replace(planned("phase.max_epochs=6"), stop=StoppingRule(6, 5, 10.0))
+    short = replace(patient, stop=StoppingRule(6, 2, 10.0))
+    alone = followed(tmp_path / "alone", patient)
+    losses = [epoch.validation_loss for epoch in alone[0].epochs]
+    assert losses[2] < losses[1] < losses[0]
+    first = followed(tmp_path / "shared", short)
+    assert (first[0].best.epoch, len(first[0].epochs)) == (1, 3)
+    assert first[2].work.epochs_replayed == 0
+    on = followed(tmp_path / "shared", patient)
+    assert_same(alone, on)
+    assert on[2].work.trained == {4, 5, 6}
+    assert on[2].work.epochs_replayed == 0
+    # Who goes by the lowest loss finds its weights too.
+    lowest = followed(tmp_path / "shared", replace(patient, stop=StoppingRule(6, 1, 0.0)))
+    assert not lowest[2].work.trained
+    assert lowest[2].work.epochs_replayed == 0
+
+
+def test_a_removed_file_is_made_again(tmp_path: Path) -> None:
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    for name in files(tmp_path / "whole"):
+        store = tmp_path / "holed"
+        shutil.copytree(tmp_path / "whole", store)
+        (store / name).unlink()
+        assert_same(whole, followed(store, phase))
+        shutil.rmtree(store)
+
+
+def test_a_full_disk_is_told_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = planned()
+    whole = followed(tmp_path / "whole", phase)
+    real = os.fsync
+    for good_writes in range(6):
+        left = [2 * good_writes]
+
+        def full(file: int, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(file)
+
+        store = tmp_path / str(good_writes)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(StoreError, match=r"No space left .* stages.dir"):
+                followed(store, phase)
+        assert not list(store.rglob(".tmp-*"))
+        assert_same(whole, followed(store, phase))
+
+
+def test_checkpoints_on_the_way_change_nothing(tmp_path: Path) -> None:
+    phase = planned()
+    assert_same(
+        followed(tmp_path / "a", phase), followed(tmp_path / "b", phase, checkpoint_every_s=0.0)
+    )
+    (stage,) = (path for path in (tmp_path / "b").iterdir() if path.is_dir())
+    assert len(list(stage.glob("state-*"))) == 1
+
+
+def test_the_key_covers_all_but_the_stopping_rule() -> None:
+    phase = planned()
+    key = describe(None, phase, CORPUS.fingerprint, HERE)
+    assert (
+        describe(None, replace(phase, stop=StoppingRule(9, 9, 0.9)), CORPUS.fingerprint, HERE)
+        == key
+    )
+    other = planned("seed=1")
+    for field in asdict(phase):
+        if field != "stop":
+            assert field in key["phase"]
+    assert describe(None, other, CORPUS.fingerprint, HERE) != key
+    assert describe(("abc", 2), phase, CORPUS.fingerprint, HERE) != key
+    assert describe(None, phase, "other text", HERE) != key
+    for field, value in asdict(HERE).items():
+        different = value + 1 if isinstance(value, int) else value + "x"
+        assert describe(None, phase, CORPUS.fingerprint, replace(HERE, **{field: different})) != key
+
+
+def test_progress_is_shown(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    phase = planned()
+    steps = trajectory(tmp_path, phase)
+    steps._watch.on_step = seen.append
+    with steps:
+        next(steps.epochs())
+    assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]

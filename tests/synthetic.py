@@ -1,0 +1,263 @@
+"""Made-up runs and studies: records as the tool leaves them, with a known truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from proglayer.config import to_plain
+from proglayer.store.record import RECORD_FORMAT, changes, write_metrics, write_result
+from proglayer.training.plan import parameter_counts, plan, training_flops
+
+from .helpers import config
+
+VOCABULARY = 8192
+WINDOWS = (3_000, 500)
+STARTED = "2026-03-01T12:00:00+00:00"
+# What deep supervision gains in every phase, and what a phase after the first gains, in nats.
+DEEP_GAIN = 0.02
+STEP_GAIN = 0.01
+
+
+class Cost(NamedTuple):
+    """What an epoch takes."""
+
+    tokens: int
+    flops_head: float
+    flops_body: float
+    train_seconds: float
+    evaluation_seconds: float
+
+
+def figures(
+    loss: float, accuracy_percent: float, perplexity: float | None = None
+) -> dict[str, Any]:
+    """What an evaluation gives; perplexity is the loss's unless another is named."""
+    return {
+        "validation_loss": loss,
+        "validation_perplexity": math.exp(loss) if perplexity is None else perplexity,
+        "validation_accuracy_percent": accuracy_percent,
+    }
+
+
+def phase_record(
+    index: int,
+    cost: Cost,
+    best: dict[str, Any],
+    *,
+    epochs: int,
+    best_epoch: int,
+    reused: int = 0,
+    memory_mb: float = 700.0,
+    **own: Any,
+) -> dict[str, Any]:
+    """A phase as `experiment.py` records it; `own` is what its plan says of it, and its exits."""
+    return {
+        "index": index,
+        **own,
+        "stage": f"{index:032x}",
+        "epochs": epochs,
+        "best_epoch": best_epoch,
+        "stopped": "no improvement in 1 epoch",
+        "best": best,
+        "train_tokens": cost.tokens * epochs,
+        "train_flops_head": cost.flops_head * epochs,
+        "train_flops_body": cost.flops_body * epochs,
+        "train_seconds": cost.train_seconds * epochs,
+        "evaluation_seconds": cost.evaluation_seconds * epochs,
+        "tokens_per_second": cost.tokens / cost.train_seconds,
+        "work": {
+            "epochs_trained": epochs - reused,
+            "epochs_replayed": 0,
+            "epochs_reused": reused,
+            "seconds_saved": (cost.train_seconds + cost.evaluation_seconds) * reused,
+            "seconds_waited": 0.0,
+            "peak_memory_mb": {"process": memory_mb},
+        },
+    }
+
+
+def metrics_row(phase: dict[str, Any], epoch: int, cost: Cost, own: dict[str, Any]) -> Any:
+    """A row of `metrics.csv`; `own` are the figures of the epoch."""
+    return {
+        "phase": phase["index"] + 1,
+        "layers": phase["layers"],
+        "epoch": epoch,
+        **own,
+        "train_tokens": cost.tokens,
+        "train_seconds": cost.train_seconds,
+        "evaluation_seconds": cost.evaluation_seconds,
+        "best": epoch == phase["best_epoch"],
+        "reused": False,
+    }
+
+
+def leave(
+    folder: Path,
+    plain: dict[str, Any],
+    phases: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    /,
+    *,
+    overrides: list[str],
+    choices: dict[str, Any],
+    status: str = "completed",
+    windows: tuple[int, int] = WINDOWS,
+    **extra: Any,
+) -> Path:
+    """A run's folder as the tool leaves it; with `status="running"` without its record.
+
+    A run that did not complete has no record of its last phase. `extra` goes over the rest.
+    """
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    hydra = {
+        "runtime": {"choices": choices | {"hydra/launcher": "basic"}},
+        "job": {"name": "train"},
+    }
+    for name, content in (
+        ("config", plain),
+        ("overrides", overrides),
+        ("hydra", {"hydra": hydra}),
+    ):
+        (folder / ".hydra" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (folder / "train.log").write_text("began\n")
+    write_metrics(folder, rows)
+    if status == "running":
+        return folder
+    recorded = phases if status == "completed" else phases[:-1]
+    result = {
+        "format": RECORD_FORMAT,
+        "status": status,
+        "reason": None if status == "completed" else "the loss became NaN",
+        "started": STARTED,
+        "overrides": overrides,
+        "choices": choices,
+        "seed": plain["seed"],
+        "config": plain,
+        "environment": {"proglayer": "0.1.0", "python": "3.11.7", "platform": "x", "host": "h"},
+        "machine": {"device": "cpu", "device_name": "a cpu", "threads": 2, "torch": "2.13.0"},
+        "git": {"commit": "c" * 40, "changed": False},
+        "corpus": {
+            "name": "pydocs",
+            "fingerprint": "f" * 64,
+            "vocab_size": VOCABULARY,
+            "seq_len": 32,
+            "train_windows": windows[0],
+            "validation_windows": windows[1],
+        },
+        "phases": recorded,
+        **({"changes": changes(recorded)} if status == "completed" else {}),
+        "ended": "2026-03-01T12:01:30+00:00",
+        "seconds": 90.0,
+        "objective": None,
+        **extra,
+    }
+    write_result(folder, result)
+    return folder
+
+
+def run(
+    folder: Path,
+    experiment: str,
+    model: str,
+    seed: int,
+    *overrides: str,
+    status: str = "completed",
+    **extra: Any,
+) -> Path:
+    """One run of `experiment` as it might have gone; its phases are those that it plans."""
+    own = [f"experiment={experiment}", f"model={model}", f"seed={seed}", *overrides]
+    settings = config(*own[:2], *overrides)
+    draw = np.random.default_rng([seed, len(experiment), *experiment.encode()[:4], len(model)])
+    shared = np.random.default_rng(seed)
+    floor = 6.85 - DEEP_GAIN * (model == "deep_supervision") + shared.normal(0, 0.01)
+    phases, rows = [], []
+    for phase in plan(settings, VOCABULARY):
+        if phase.index:
+            floor -= STEP_GAIN + draw.normal(0, 0.006)
+        best = int(draw.integers(2, 5))
+        count = best + phase.stop.patience
+        noise = draw.normal(0, 0.002, count)
+        away = np.abs(np.arange(1, count + 1) - best)
+        losses = (
+            floor + (0.03 if phase.index else 0.08) * away + np.abs(noise) * (away > 0)
+        ).tolist()
+        accuracies = [100 * (0.16 + (6.9 - loss) / 20) for loss in losses]
+        flops = training_flops(phase, 32, WINDOWS[0])
+        counts = parameter_counts(phase)
+        seconds = (flops.head + flops.body) / 4e10
+        cost = Cost(
+            WINDOWS[0] * 32, flops.head, flops.body, round(seconds, 3), round(seconds / 20, 3)
+        )
+        reach = 0.3 if model == "deep_supervision" else 3.0
+        loss, accuracy = losses[best - 1], accuracies[best - 1]
+        recorded = phase_record(
+            phase.index,
+            cost,
+            {"train_loss": loss - 0.3, **figures(loss, accuracy)},
+            epochs=count,
+            best_epoch=best,
+            name=phase.name,
+            layers=phase.layers,
+            new_layers=list(phase.new_layers) if phase.index else [],
+            parameters_total=counts.total,
+            parameters_trainable=counts.trainable,
+            frozen=list(phase.frozen),
+            rates=dataclasses.asdict(phase.rates),
+            exit_weights=list(phase.exit_weights),
+            exits=[
+                {"layer": phase.layers - gap, **figures(loss + 0.3 * gap, accuracy - reach * gap)}
+                for gap in reversed(range(phase.layers))
+            ],
+        )
+        phases.append(recorded)
+        rows += [
+            metrics_row(
+                recorded, epoch, cost, {"train_loss": loss - 0.3, **figures(loss, accuracy)}
+            )
+            for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1)
+        ]
+    told: dict[str, Any] = {
+        "overrides": own,
+        "choices": {"model": model, "data": "pydocs", "experiment": experiment or None},
+    }
+    plain = to_plain(settings) | {"seed": seed}
+    return leave(folder, plain, phases, rows, status=status, **(told | extra))
+
+
+def sweep(
+    folder: Path,
+    experiments: Iterable[str],
+    models: Iterable[str] = ("standard", "deep_supervision"),
+    seeds: Iterable[int] = (1, 2, 3, 4, 5),
+    *overrides: str,
+) -> Path:
+    """A completed sweep over all of them."""
+    experiments, models, seeds = list(experiments), list(models), list(seeds)
+    jobs = [(e, m, s) for e in experiments for m in models for s in seeds]
+    for number, (experiment, model, seed) in enumerate(jobs):
+        run(folder / f"{number}_aaaaaa", experiment, model, seed, *overrides)
+    task = [
+        f"experiment={','.join(experiments)}",
+        f"model={','.join(models)}",
+        f"seed={','.join(map(str, seeds))}",
+        *overrides,
+    ]
+    given = {"hydra": {"overrides": {"task": task}}}
+    (folder / "multirun.yaml").write_text(yaml.safe_dump(given))
+    listed = [
+        {
+            "folder": f"{number}_aaaaaa",
+            "overrides": [f"experiment={e}", f"model={m}", f"seed={s}", *overrides],
+        }
+        for number, (e, m, s) in enumerate(jobs)
+    ]
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    return folder

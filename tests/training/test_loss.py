@@ -1,0 +1,551 @@
+"""The chunked cross-entropy equals its dense twin, and holds no more than it says."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from proglayer.training.loss import (
+    HUGE_PAGE_BYTES,
+    KEPT_BYTES,
+    KEPT_BYTES_ON_DEVICE,
+    Workspace,
+    block_words,
+    cache_bytes,
+    chunk_rows,
+    evaluate_exits,
+    linear_cross_entropy,
+)
+
+# Largest difference allowed, relative to the largest value: of the same sums in another order.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Problems this small are slower on several threads, much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def dense(
+    hidden_end: Sequence[Tensor], head_vd: Tensor, target_n: Tensor, weight_e: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The obvious twin: all logits, PyTorch's cross-entropy, autograd."""
+    logits_env = [hidden_nd @ head_vd.T for hidden_nd in hidden_end]
+    nll_e = torch.stack([F.cross_entropy(x, target_n, reduction="sum") for x in logits_env])
+    correct_e = torch.stack([(x.argmax(1) == target_n).sum() for x in logits_env])
+    weights = torch.tensor(weight_e, dtype=nll_e.dtype)
+    return (weights * nll_e).sum() / len(target_n), nll_e.detach(), correct_e
+
+
+def problem(
+    tokens: int = 37,
+    dim: int = 8,
+    vocab: int = 101,
+    exits: int = 3,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Hidden states and head, both to be trained, and targets of which some are easily guessed."""
+    rng = torch.Generator().manual_seed(seed)
+    hidden_end = [
+        (scale * torch.randn(tokens, dim, generator=rng, dtype=dtype)).requires_grad_()
+        for _ in range(exits)
+    ]
+    head_vd = (torch.randn(vocab, dim, generator=rng, dtype=dtype) * dim**-0.5).requires_grad_()
+    target_n = torch.randint(0, vocab, (tokens,), generator=rng)
+    target_n[::3] = (hidden_end[-1][::3] @ head_vd.T).argmax(1)
+    return hidden_end, head_vd, target_n
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert ours.dtype == theirs.dtype or theirs.dtype == torch.float64 == ours.dtype
+    assert ours.shape == theirs.shape
+    bound = tolerance * max(1.0, theirs.abs().max().item())
+    assert (ours - theirs).abs().max().item() <= bound
+
+
+def assert_equal_to_dense(
+    hidden_end: list[Tensor],
+    head_vd: Tensor,
+    target_n: Tensor,
+    weight_e: Sequence[float],
+    *,
+    upstream: float = 1.0,
+    tolerance: float,
+    **options: Any,
+) -> None:
+    """Value, sums, counts and all gradients; also of the evaluation."""
+    trained = [t for t in {id(t): t for t in (head_vd, *hidden_end)}.values() if t.requires_grad]
+    loss, nll_e, correct_e = dense(hidden_end, head_vd, target_n, weight_e)
+    ours = linear_cross_entropy(hidden_end, head_vd, target_n, weight_e, **options)
+    assert_near(ours.loss.detach(), loss.detach(), tolerance)
+    assert_near(ours.nll_e, nll_e.double(), tolerance)
+    assert torch.equal(ours.correct_e, correct_e)
+    assert not ours.nll_e.requires_grad
+    if trained:
+        expected = torch.autograd.grad(upstream * loss, trained)
+        for mine, theirs in zip(
+            torch.autograd.grad(upstream * ours.loss, trained), expected, strict=True
+        ):
+            assert_near(mine, theirs, tolerance)
+
+    scores = evaluate_exits(hidden_end, head_vd, target_n, **options)
+    assert_near(scores.nll_e, nll_e.double(), tolerance)
+    assert torch.equal(scores.correct_e, correct_e)
+
+
+# Rows and words per chunk: by rule, odd last ones, one row at a time, everything at once.
+CHUNKS = [{}, {"rows": 8, "block": 30}, {"rows": 1, "block": 101}, {"rows": 1000, "block": 7}]
+
+
+@DTYPES
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_equals_dense_in_value_counts_and_gradients(dtype: torch.dtype, chunks: dict) -> None:
+    assert_equal_to_dense(
+        *problem(dtype=dtype),
+        [0.2, 0.5, 0.3],
+        upstream=3.7,
+        tolerance=TOLERANCE[dtype],
+        **chunks,
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["", "shifted"])
+@pytest.mark.parametrize("vocab", [100, 101])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_equals_dense_when_blocks_are_cut_for_threads(
+    threads: int, vocab: int, scale: float
+) -> None:
+    torch.set_num_threads(threads)
+    hidden_end, head_vd, target_n = problem(vocab=vocab, scale=scale)
+    # Blocks that can be cut, a last one that cannot, and none that can.
+    for block in 28, 101, 33:
+        assert_equal_to_dense(
+            hidden_end, head_vd, target_n, [0.2, 0.5, 0.3], tolerance=1e-10, rows=16, block=block
+        )
+
+
+@pytest.mark.parametrize("head_trains", [True, False], ids=["head", "frozen head"])
+@pytest.mark.parametrize("hidden_train", [(1, 1, 1), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("weight_e", [(0.2, 0.3, 0.5), (0.0, 1.0, 2.0), (0.4, 0.0, 0.0)], ids=str)
+def test_equals_dense_with_frozen_parts_and_any_weights(
+    head_trains: bool, hidden_train: tuple[int, ...], weight_e: tuple[float, ...]
+) -> None:
+    hidden_end, head_vd, target_n = problem()
+    head_vd.requires_grad_(head_trains)
+    for hidden_nd, trains in zip(hidden_end, hidden_train, strict=True):
+        hidden_nd.requires_grad_(bool(trains))
+    assert_equal_to_dense(
+        hidden_end, head_vd, target_n, weight_e, tolerance=1e-10, rows=16, block=40
+    )
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    hidden_end, head_vd, target_n = problem()
+    hidden_end[0].requires_grad_(False)
+    linear_cross_entropy(hidden_end, head_vd.detach(), target_n, [1, 1, 1]).loss.backward()
+    assert hidden_end[0].grad is None
+    assert hidden_end[1].grad is not None
+    assert head_vd.grad is None
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0, 1e3, 1e5])
+def test_tiny_and_huge_logits_neither_overflow_nor_lose_the_loss(
+    dtype: torch.dtype, scale: float
+) -> None:
+    hidden_end, head_vd, target_n = problem(dtype=dtype, scale=scale)
+    # The logits themselves round to a part in 10^7 in float32, which the exponential magnifies.
+    tolerance = TOLERANCE[dtype] * max(1.0, scale)
+    for chunks in CHUNKS[:2]:
+        ours = linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], **chunks)
+        assert math.isfinite(ours.loss.item())
+        assert_equal_to_dense(
+            hidden_end, head_vd, target_n, [1, 1, 1], tolerance=tolerance, **chunks
+        )
+
+
+@DTYPES
+def test_confident_predictions_keep_the_precision_of_a_small_loss(dtype: torch.dtype) -> None:
+    head_vd = 20 * torch.eye(8, dtype=dtype)
+    hidden_nd = torch.eye(8, dtype=dtype)
+    loss = linear_cross_entropy([hidden_nd], head_vd, torch.arange(8), [1.0]).loss
+    assert loss.item() == pytest.approx(math.log1p(7 * math.exp(-20)), rel=1e-6, abs=2e-8)
+
+
+@DTYPES
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_of_equally_likely_words_the_first_counts(
+    dtype: torch.dtype, chunks: dict, scale: float
+) -> None:
+    # Words 3, 50 and 100 have the same weights, and are the likeliest everywhere.
+    # One factor of each product is not zero: no order of summation makes their logits differ.
+    hidden_nd = torch.zeros(6, 8, dtype=dtype)
+    hidden_nd[:, 2] = scale
+    head_vd = torch.zeros(101, 8, dtype=dtype)
+    head_vd[[3, 50, 100], 2] = 1.0
+    target_n = torch.tensor([3, 50, 100, 3, 7, 50])
+    ours = linear_cross_entropy([hidden_nd], head_vd.requires_grad_(), target_n, [1.0], **chunks)
+    assert ours.correct_e.tolist() == [2]
+    assert evaluate_exits([hidden_nd], head_vd, target_n, **chunks).correct_e.tolist() == [2]
+    # Where all logits are equal, the first of all words is it.
+    assert evaluate_exits(
+        [hidden_nd], torch.zeros(101, 8, dtype=dtype), torch.tensor([0, 1, 0, 2, 100, 5]), **chunks
+    ).correct_e.tolist() == [2]
+
+
+def test_one_tensor_given_at_two_exits_gets_both_gradients() -> None:
+    hidden_end, head_vd, target_n = problem(exits=1)
+    assert_equal_to_dense(hidden_end * 2, head_vd, target_n, [0.3, 0.7], tolerance=1e-10)
+
+
+def test_hidden_states_need_not_be_contiguous() -> None:
+    hidden_end, head_vd, target_n = problem(tokens=8, dim=8)
+    turned = [hidden_nd.detach().T.requires_grad_() for hidden_nd in hidden_end]
+    assert_equal_to_dense(turned, head_vd, target_n, [0.2, 0.3, 0.5], tolerance=1e-10)
+    sliced = torch.randn(4, 9, 8, dtype=torch.float64)[:, 1:].flatten(0, 1)
+    every_other = torch.randn(64, 8, dtype=torch.float64)[::2]
+    targets = torch.arange(32)
+    assert_equal_to_dense([sliced, every_other], head_vd, targets, [1, 1], tolerance=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    vocab=st.integers(1, 40),
+    dim=st.integers(1, 9),
+    rows=st.integers(1, 25),
+    block=st.integers(1, 45),
+    exits=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.25, 1.0, 2.5]), st.booleans()), min_size=1, max_size=4
+    ),
+    head_trains=st.booleans(),
+    scale=st.sampled_from([0.1, 1.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_dense_for_any_small_shape(
+    tokens: int,
+    vocab: int,
+    dim: int,
+    rows: int,
+    block: int,
+    exits: list[tuple[float, bool]],
+    head_trains: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    hidden_end, head_vd, target_n = problem(tokens, dim, vocab, len(exits), scale=scale, seed=seed)
+    head_vd.requires_grad_(head_trains)
+    for hidden_nd, (_, trains) in zip(hidden_end, exits, strict=True):
+        hidden_nd.requires_grad_(trains)
+    assert_equal_to_dense(
+        hidden_end,
+        head_vd,
+        target_n,
+        [weight for weight, _ in exits],
+        tolerance=1e-10 * max(1.0, scale),
+        rows=rows,
+        block=block,
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_gradients_are_those_of_finite_differences(scale: float) -> None:
+    hidden_end, head_vd, target_n = problem(tokens=5, dim=3, vocab=11, exits=2, scale=scale)
+    inputs = [head_vd, *hidden_end]
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return linear_cross_entropy(inputs[1:], inputs[0], target_n, [0.3, 0.7], rows=4).loss
+
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
+    step = 1e-6
+    for which, gradient in enumerate(gradients):
+        for place in range(gradient.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.detach().clone() for x in inputs]
+                moved[which].view(-1)[place] += sign * step
+                ends.append(loss(*moved).item())
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert gradient.reshape(-1)[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["hidden", "head"])
+def test_a_number_that_is_none_shows_in_the_loss(bad: float, where: str) -> None:
+    hidden_end, head_vd, target_n = problem(dtype=torch.float32)
+    with torch.no_grad():
+        (hidden_end[1] if where == "hidden" else head_vd)[5, 2] = bad
+    ours = linear_cross_entropy(hidden_end, head_vd, target_n, [0.2, 0.3, 0.5], rows=8, block=30)
+    assert math.isnan(ours.loss.item())
+    assert math.isnan(ours.nll_e[1].item())
+    assert math.isnan(evaluate_exits(hidden_end, head_vd, target_n).nll_e[1].item())
+    if where == "hidden":
+        # Only that exit's.
+        assert math.isfinite(ours.nll_e[0].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_repeat_has_the_same_bits(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Many tokens share a target, so that a scatter in no fixed order would show.
+    hidden_end, head_vd, target_n = problem(tokens=600, dim=16, vocab=999, dtype=dtype)
+    target_n %= 5
+    workspace = Workspace()
+
+    def bits() -> list[Tensor]:
+        ours = linear_cross_entropy(
+            hidden_end, head_vd, target_n, [0.2, 0.3, 0.5], workspace=workspace
+        )
+        return [ours.loss, ours.nll_e, *torch.autograd.grad(ours.loss, [head_vd, *hidden_end])]
+
+    first = bits()
+    # Other uses of the buffer in between leave no trace.
+    linear_cross_entropy(hidden_end[:1], head_vd, target_n, [9.0], rows=77, workspace=workspace)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
+
+
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes or writes, and the products formed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+        name = func.overloadpacket.__name__
+        if name in ("bmm", "baddbmm_"):
+            left, right = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.multiplications += left.numel() * right.shape[2]
+        return out
+
+
+def test_no_tensor_of_all_logits_is_made() -> None:
+    tokens, vocab, dim, rows = 512, 2000, 4, 64
+    hidden_end, head_vd, target_n = problem(tokens, dim, vocab, dtype=torch.float32)
+    with Watch() as seen:
+        linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], rows=rows).loss.backward()
+    assert seen.elements == rows * vocab
+
+    # Where nothing is read twice, not even the logits of one chunk.
+    for needs_hidden in (False, True):
+        with Watch() as seen:
+            linear_cross_entropy(
+                [h.detach().requires_grad_(needs_hidden) for h in hidden_end],
+                head_vd.detach(),
+                target_n,
+                [1, 1, 1],
+                rows=rows,
+                block=200,
+            )
+        assert seen.elements <= max(rows * 200, 3 * tokens * dim, vocab * dim, 3 * tokens * 2)
+    with Watch() as seen:
+        dense(hidden_end, head_vd, target_n, [1, 1, 1])
+    assert seen.elements == tokens * vocab
+
+
+@pytest.mark.parametrize(
+    ("hidden_train", "head_trains", "weight_e", "products"),
+    [
+        ((1, 1, 1), True, (1, 1, 1), 3 + 3 + 3),
+        ((1, 1, 1), False, (1, 1, 1), 2 + 2 + 2),
+        # Exits below a new layer train the head only.
+        ((0, 0, 1), True, (1, 1, 1), 2 + 2 + 3),
+        ((0, 0, 0), True, (1, 1, 1), 2 + 2 + 2),
+        ((0, 0, 0), False, (1, 1, 1), 1 + 1 + 1),
+        # An exit without weight is only looked at.
+        ((1, 1, 1), True, (0, 0, 1), 1 + 1 + 3),
+    ],
+    ids=str,
+)
+def test_only_the_products_that_are_needed_are_formed(
+    hidden_train: tuple[int, ...], head_trains: bool, weight_e: tuple[int, ...], products: int
+) -> None:
+    hidden_end, head_vd, target_n = problem(dtype=torch.float32)
+    head_vd.requires_grad_(head_trains)
+    for hidden_nd, trains in zip(hidden_end, hidden_train, strict=True):
+        hidden_nd.requires_grad_(bool(trains))
+    with Watch() as seen:
+        ours = linear_cross_entropy(hidden_end, head_vd, target_n, weight_e, rows=16, block=30)
+        if ours.loss.requires_grad:
+            ours.loss.backward()
+    assert seen.multiplications == products * len(target_n) * head_vd.numel()
+    with Watch() as seen:
+        evaluate_exits(hidden_end, head_vd, target_n)
+    assert seen.multiplications == 3 * len(target_n) * head_vd.numel()
+
+
+def test_off_the_cpu_no_value_is_waited_for() -> None:
+    # Tensors on this device have no values, so that looking at one fails.
+    hidden_end, head_vd, target_n = problem(tokens=700, vocab=2000, dtype=torch.float32)
+    hidden_end = [hidden_nd.detach().to("meta").requires_grad_() for hidden_nd in hidden_end]
+    hidden_end[0].requires_grad_(False)
+    head_vd = head_vd.detach().to("meta").requires_grad_()
+    target_n = target_n.to("meta")
+    ours = linear_cross_entropy(hidden_end, head_vd, target_n, [0.2, 0.0, 0.8])
+    for tensor, shape in (ours.loss, ()), (ours.nll_e, (3,)), (ours.correct_e, (3,)):
+        assert (tensor.device.type, tensor.shape) == ("meta", shape)
+    (3.7 * ours.loss).backward()
+    assert head_vd.grad is not None
+    assert head_vd.grad.shape == head_vd.shape
+    assert evaluate_exits(hidden_end, head_vd, target_n).nll_e.shape == (3,)
+
+
+def test_the_rule_for_chunks_bounds_memory_and_keeps_blocks_in_cache() -> None:
+    for device_type, bound in ("cpu", KEPT_BYTES), ("cuda", KEPT_BYTES_ON_DEVICE):
+        for total in (1, 17, 500, 2048, 6144, 2049, 100_000):
+            for vocab in (1, 10, 8192, 69_830, 250_000):
+                for keep in (True, False):
+                    rows = chunk_rows(total, vocab, keep, torch.float32, device_type)
+                    assert 1 <= rows <= total
+                    assert rows * vocab * 4 <= bound or not keep
+                    words = block_words(rows, vocab, torch.float32, device_type)
+                    assert 1 <= words <= vocab
+                    if device_type == "cpu" and words > 256:
+                        assert rows * words * 4 <= 2 * cache_bytes() * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_frozen_hidden_states_may_come_from_inference_mode(mode: type) -> None:
+    hidden_end, head_vd, target_n = problem()
+    with mode():
+        frozen = [(2 * hidden_nd).view(-1, 8) for hidden_nd in hidden_end[:2]]
+    mixed = [*frozen, hidden_end[2]]
+    ours = linear_cross_entropy(mixed, head_vd, target_n, [1, 1, 1])
+    ours.loss.backward()
+    copies = [*(hidden_nd.clone() for hidden_nd in frozen), hidden_end[2]]
+    expected = torch.autograd.grad(
+        dense(copies, head_vd, target_n, [1, 1, 1])[0], [head_vd, hidden_end[2]]
+    )
+    assert head_vd.grad is not None
+    assert hidden_end[2].grad is not None
+    assert_near(head_vd.grad, expected[0], 1e-10)
+    assert_near(hidden_end[2].grad, expected[1], 1e-10)
+
+
+def test_a_workspace_made_under_inference_mode_serves_training() -> None:
+    hidden_end, head_vd, target_n = problem()
+    workspace = Workspace()
+    with torch.inference_mode():
+        evaluate_exits(hidden_end, head_vd, target_n, workspace=workspace)
+        linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], workspace=workspace)
+    linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], workspace=workspace)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_buffer_is_as_asked_and_outlives_its_workspace(dtype: torch.dtype) -> None:
+    rows, columns = 3_001, 2_003
+    workspace = Workspace()
+    buffer = workspace.buffer(rows, columns, torch.empty(0, dtype=dtype))
+    assert buffer.shape == (rows, columns)
+    assert buffer.dtype == dtype
+    assert buffer.is_contiguous()
+    if sys.platform == "linux":
+        assert buffer.data_ptr() % HUGE_PAGE_BYTES == 0
+    again = workspace.buffer(2_000, 3_000, torch.empty(0, dtype=dtype))
+    assert again.data_ptr() == buffer.data_ptr()
+    del workspace, again
+    assert torch.equal(buffer.fill_(2).sum(), torch.tensor(2.0 * rows * columns, dtype=dtype))
+
+
+@pytest.mark.parametrize("how", ["autocast", "hidden in bfloat16", "all in bfloat16"])
+def test_bfloat16_products_with_float32_sums(how: str) -> None:
+    hidden_end, head_vd, target_n = problem(tokens=300, dim=32, vocab=500, dtype=torch.float32)
+    if how != "autocast":
+        hidden_end = [h.detach().bfloat16().requires_grad_() for h in hidden_end]
+    if how == "all in bfloat16":
+        head_vd = head_vd.detach().bfloat16().requires_grad_()
+    inputs = [head_vd, *hidden_end]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        ours = linear_cross_entropy(hidden_end, head_vd, target_n, [0.2, 0.3, 0.5], rows=128)
+    assert ours.loss.dtype == torch.float32
+    gradients = torch.autograd.grad(ours.loss, inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    loss, nll_e, _ = dense(exact[1:], exact[0], target_n, [0.2, 0.3, 0.5])
+    assert_near(ours.nll_e, nll_e, 2e-3)
+    for mine, tensor, theirs in zip(
+        gradients, inputs, torch.autograd.grad(loss, exact), strict=True
+    ):
+        assert mine.dtype == tensor.dtype
+        # bfloat16 has 8 bits.
+        assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_uncounted_losses_are_the_same_losses() -> None:
+    hidden_end, head_vd, target_n = problem(dtype=torch.float32)
+    counted = linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1])
+    uncounted = linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], count=False)
+    assert counted.correct_e.sum() > 0
+    assert uncounted.correct_e.tolist() == [0, 0, 0]
+    assert torch.equal(counted.loss, uncounted.loss)
+
+
+def test_the_head_takes_its_gradient_over_without_a_copy() -> None:
+    hidden_end, head_vd, target_n = problem()
+    loss = linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1]).loss
+    made = loss.grad_fn.gradients[0]  # type: ignore[union-attr]
+    address = made.data_ptr()
+    del made
+    loss.backward()
+    assert head_vd.grad is not None
+    assert head_vd.grad.data_ptr() == address
+
+
+def test_gradients_accumulate_over_batches_and_are_handed_over_once() -> None:
+    hidden_end, head_vd, target_n = problem()
+    for _ in range(2):
+        loss = linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1]).loss
+        loss.backward(retain_graph=True)
+    expected = torch.autograd.grad(2 * dense(hidden_end, head_vd, target_n, [1, 1, 1])[0], head_vd)
+    assert head_vd.grad is not None
+    assert_near(head_vd.grad, expected[0], 1e-10)
+    with pytest.raises(RuntimeError, match="already handed over"):
+        loss.backward()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    hidden_end, head_vd, target_n = problem()
+    for bad in (-1, 101):
+        target_n[7] = bad
+        with pytest.raises(ValueError, match=f"{bad}.* vocabulary of 101"):
+            linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1])
+        with pytest.raises(ValueError, match="vocabulary of 101"):
+            evaluate_exits(hidden_end, head_vd, target_n)
+    target_n[7] = 0
+    with pytest.raises(ValueError, match="2 weights for 3 exits"):
+        linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1])
+    with pytest.raises(ValueError, match="no exit"):
+        evaluate_exits([], head_vd, target_n)
+    with pytest.raises(ValueError, match="36 targets"):
+        evaluate_exits(hidden_end, head_vd, target_n[1:])
+    with pytest.raises(ValueError, match="int64"):
+        evaluate_exits(hidden_end, head_vd, target_n.int())
+    with pytest.raises(ValueError, match="at least one token"):
+        evaluate_exits([h[:0] for h in hidden_end], head_vd, target_n[:0])
+    with pytest.raises(ValueError, match="float16"):
+        evaluate_exits([h.half() for h in hidden_end], head_vd, target_n)

@@ -1,0 +1,212 @@
+"""The transformer and its growth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from proglayer.config import GrowthInit
+from proglayer.training.growth import build, grow
+from proglayer.training.model import Transformer, restored, rotary_tables, rotate
+from proglayer.training.plan import Phase, parameter_counts, placements, plan
+
+from ..helpers import TINY, config, experiments
+
+
+def planned(*overrides: str, vocab_size: int = 30) -> tuple[Phase, ...]:
+    return plan(config(*TINY, *overrides), vocab_size)
+
+
+def tokens(windows: int = 3, length: int = 8, vocab_size: int = 30) -> torch.Tensor:
+    return torch.randint(vocab_size, (windows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_the_counted_parameters_are_the_models(experiment: str) -> None:
+    from proglayer.training.optim import set_trainable
+
+    for phase in plan(config(f"experiment={experiment}"), 100):
+        with torch.device("meta"):
+            model = Transformer(layers=phase.layers, **asdict(phase.architecture))
+        trainable = set_trainable(model, phase)
+        counts = parameter_counts(phase)
+        assert sum(p.numel() for p in model.parameters()) == counts.total
+        assert sum(p.numel() for p in trainable.values()) == counts.trainable
+
+
+def test_a_model_of_stored_tensors_is_those_tensors_and_draws_nothing() -> None:
+    phase = planned()[0]
+    stored = build(phase).state_dict()
+    before = torch.get_rng_state()
+    model = restored(phase.layers, asdict(phase.architecture), stored)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == {
+        name: tensor.data_ptr() for name, tensor in stored.items()
+    }
+    with pytest.raises(RuntimeError, match="layers.3"):
+        restored(4, asdict(phase.architecture), stored)
+
+
+def test_a_word_is_never_predicted_from_what_follows_it() -> None:
+    model = build(planned()[0])
+    before = tokens()
+    after = before.clone()
+    after[:, 5:] = (after[:, 5:] + 1) % 30
+    for old, new in zip(model(before), model(after), strict=True):
+        assert torch.equal(old[:, :5], new[:, :5])
+        assert not torch.equal(old[:, 5:], new[:, 5:])
+
+
+def test_windows_do_not_see_each_other() -> None:
+    model = build(planned()[0])
+    together, alone = model(tokens()), model(tokens()[1:2])
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[1:2], b)
+
+
+def test_attention_is_the_textbook_one() -> None:
+    """Scaled dot products under a causal mask, rotated queries and keys, in the plainest form."""
+    model = build(planned()[0]).double()
+    attention = model.layers[0].attention
+    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cos, sin = (t.double() for t in rotary_tables(5, 4, 10_000.0, x.device))
+    out = torch.zeros_like(x)
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        q = (x @ attention.q.weight.T)[..., part]
+        k = (x @ attention.k.weight.T)[..., part]
+        v = (x @ attention.v.weight.T)[..., part]
+        turned_q, turned_k = torch.zeros_like(q), torch.zeros_like(k)
+        for t in range(5):
+            for i in range(2):
+                angle = torch.tensor(t * 10_000.0 ** (-2 * i / 4), dtype=torch.float64)
+                c, s = angle.cos(), angle.sin()
+                for turned, y in ((turned_q, q), (turned_k, k)):
+                    turned[:, t, i] = y[:, t, i] * c - y[:, t, i + 2] * s
+                    turned[:, t, i + 2] = y[:, t, i + 2] * c + y[:, t, i] * s
+        scores = turned_q @ turned_k.transpose(1, 2) * 4**-0.5
+        mask = torch.ones(5, 5).tril().bool()
+        out[..., part] = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    expected = out @ attention.o.weight.T
+    # The tables are float32, as in training: hence the tolerance.
+    torch.testing.assert_close(attention(x, cos, sin), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rotation_depends_only_on_distance() -> None:
+    cos, sin = rotary_tables(12, 4, 10_000.0, torch.device("cpu"))
+    q, k = torch.randn(4), torch.randn(4)
+    at = [rotate(q, cos[t], sin[t]) @ rotate(k, cos[t - 3], sin[t - 3]) for t in (3, 7, 11)]
+    torch.testing.assert_close(at[0], at[1])
+    torch.testing.assert_close(at[0], at[2])
+
+
+def test_a_layer_is_post_norm() -> None:
+    model = build(planned()[0])
+    layer = model.layers[0]
+    x = torch.randn(2, 5, 8)
+    cos, sin = rotary_tables(5, 4, 10_000.0, x.device)
+    y = F.rms_norm(x + layer.attention(x, cos, sin), (8,), layer.norm1.weight, 1e-6)
+    gated = layer.ffn.w2(F.silu(layer.ffn.w1(y)) * layer.ffn.w3(y))
+    torch.testing.assert_close(
+        layer(x, cos, sin), F.rms_norm(y + gated, (8,), layer.norm2.weight, 1e-6)
+    )
+
+
+def test_weights_start_as_described() -> None:
+    phase = plan(config("model.dim=64"), 5000)[0]
+    model = build(phase)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    for name in ("head.weight", "layers.1.attention.q.weight", "layers.2.ffn.w2.weight"):
+        assert model.get_parameter(name).std().item() == pytest.approx(64**-0.5, rel=0.05), name
+    assert torch.equal(model.layers[0].norm1.weight, torch.ones(64))
+
+
+def test_models_of_different_depth_share_what_they_have_in_common() -> None:
+    shallow = build(planned("phase=from_scratch", "added_layers=0")[0]).state_dict()
+    deep = build(planned("phase=from_scratch", "added_layers=2")[0]).state_dict()
+    assert all(torch.equal(shallow[name], deep[name]) for name in shallow)
+    assert not torch.equal(deep["layers.3.attention.q.weight"], deep["layers.4.attention.q.weight"])
+
+
+def test_seeds_differ_and_repeat() -> None:
+    one, again, other = (build(planned(f"seed={seed}")[0]) for seed in (1, 1, 2))
+    assert torch.equal(one.head.weight, again.head.weight)
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+GROWTHS = [
+    (init, position, added)
+    for init in ("random", "copy")
+    for position in ("top", "bottom", "interleave")
+    for added in (1, 2, 4)
+]
+
+
+@pytest.mark.parametrize(("init", "position", "added"), GROWTHS)
+def test_growing_keeps_the_old_layers_in_order(init: str, position: str, added: int) -> None:
+    first, second, *_ = planned(
+        f"growth.init={init}", f"growth.position={position}", f"added_layers={added}"
+    )
+    old = build(first)
+    new = grow(old, second)
+    assert second.growth is not None
+    places = placements(3, second.growth)
+    kept = [layer for i, layer in enumerate(new.layers) if i not in places]
+    assert len(new.layers) == 3 + added
+    for a, b in zip(old.layers, kept, strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(x, y)
+    assert torch.equal(old.embedding.weight, new.embedding.weight)
+    assert torch.equal(old.head.weight, new.head.weight)
+    # The exits below the lowest new layer compute what they did.
+    x = tokens()
+    for before, after in zip(old(x)[: places[0]], new(x)[: places[0]], strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("init", "position", "added"), GROWTHS)
+def test_no_two_tensors_share_storage(init: str, position: str, added: int) -> None:
+    first, second, *_ = planned(
+        f"growth.init={init}", f"growth.position={position}", f"added_layers={added}"
+    )
+    old = build(first)
+    new = grow(old, second)
+    pointers = [p.data_ptr() for model in (old, new) for p in model.parameters()]
+    assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.parametrize(("position", "source"), [("top", 2), ("bottom", 0), ("interleave", 1)])
+def test_copies_are_of_the_layer_below(position: str, source: int) -> None:
+    first, second = planned("growth.init=copy", f"growth.position={position}")
+    assert second.growth is not None
+    assert second.growth.init is GrowthInit.copy
+    old = build(first)
+    copied = grow(old, second).layers[second.new_layers[0]]
+    for x, y in zip(old.layers[source].parameters(), copied.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_random_layers_are_drawn_afresh_and_from_the_seed() -> None:
+    first, second = planned("added_layers=2")
+    one, again = grow(build(first), second), grow(build(first), second)
+    a, b = (one.layers[i].attention.q.weight for i in (3, 4))
+    assert not torch.equal(a, b)
+    assert torch.equal(a, again.layers[3].attention.q.weight)
+
+
+def test_a_zeroed_layer_is_no_identity_in_a_post_norm_model() -> None:
+    """Why there is no growth that keeps the function: the norm follows the residual sum."""
+    model = build(planned()[0])
+    layer = model.layers[0]
+    with torch.no_grad():
+        layer.attention.o.weight.zero_()
+        layer.ffn.w2.weight.zero_()
+    x = 3 * torch.randn(1, 4, 8)
+    cos, sin = rotary_tables(4, 4, 10_000.0, x.device)
+    assert not torch.allclose(layer(x, cos, sin), x)
+    torch.testing.assert_close(
+        layer(x, cos, sin), F.rms_norm(x, (8,), eps=1e-6), rtol=1e-4, atol=1e-5
+    )

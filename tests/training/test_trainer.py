@@ -1,0 +1,353 @@
+"""Training: what moves, what must not, when it stops, and that it repeats bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from proglayer.training.growth import build, grow
+from proglayer.training.optim import build_optimizer, role_of, set_trainable
+from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
+from proglayer.training.trainer import (
+    Diverged,
+    EpochMetrics,
+    NotCompiled,
+    Training,
+    evaluate,
+    follow,
+)
+
+from ..helpers import TINY, config, experiments, tiny_corpus
+
+CPU = torch.device("cpu")
+CORPUS = tiny_corpus()
+
+
+def planned(*overrides: str) -> tuple[Phase, ...]:
+    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+
+
+def epochs_with(perplexities: list[float]) -> Iterator[EpochMetrics]:
+    for number, value in enumerate(perplexities, start=1):
+        loss = torch.tensor(value, dtype=torch.float64).log().item()
+        yield EpochMetrics(number, 0.0, loss, 0.0, 0, 0.0, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stopping
+
+
+@pytest.mark.parametrize(
+    ("series", "stops_after", "best"),
+    [([1003.76, 975.51, 983.27], 3, 2), ([1035.27, 977.14, 968.60, 974.80], 4, 3)],
+)
+def test_patience_one_on_the_published_series(
+    series: list[float], stops_after: int, best: int
+) -> None:
+    stopped = follow(StoppingRule(50, 1, 0.0), epochs_with([*series, 1.0, 1.0]))
+    assert len(stopped.epochs) == stops_after
+    assert stopped.best.epoch == best
+    assert stopped.reason == "1 epoch without improvement"
+
+
+def test_patience_counts_epochs_in_a_row_since_the_best() -> None:
+    series = [9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 5.0]
+    assert follow(StoppingRule(50, 3, 0.0), epochs_with(series)).best.epoch == 4
+    assert len(follow(StoppingRule(50, 3, 0.0), epochs_with(series)).epochs) == 7
+    assert follow(StoppingRule(50, 4, 0.0), epochs_with([*series, 6, 6, 6, 6])).best.epoch == 8
+
+
+def test_an_improvement_must_beat_min_delta_and_equal_is_none() -> None:
+    assert follow(StoppingRule(50, 1, 0.0), epochs_with([3.0, 3.0, 1.0])).best.epoch == 1
+    stopped = follow(StoppingRule(50, 2, 0.5), epochs_with([8.0, 7.0, 6.0, 3.0, 3.0, 3.0]))
+    # log 8 - log 7 and log 8 - log 6 are below a half; the third drop is not seen any more.
+    assert (stopped.best.epoch, len(stopped.epochs)) == (1, 3)
+
+
+def test_max_epochs_ends_a_phase_that_still_improves() -> None:
+    stopped = follow(StoppingRule(2, 1, 0.0), epochs_with([3.0, 2.0, 1.0]))
+    assert (stopped.best.epoch, len(stopped.epochs)) == (2, 2)
+    assert stopped.reason == "max_epochs=2 reached"
+
+
+# ---------------------------------------------------------------------------------------------
+# What trains
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_the_trainable_set_is_the_optimizers_in_every_phase(experiment: str) -> None:
+    for phase in plan(config(f"experiment={experiment}", "model.dim=16"), 50):
+        model = _empty(phase)
+        optimizer = build_optimizer(model, phase)
+        in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trainable = {id(p) for p in model.parameters() if p.requires_grad}
+        assert in_optimizer == trainable
+        frozen = {
+            name.rsplit(".", 1)[0] if name.count(".") == 1 else ".".join(name.split(".")[:2])
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+        assert frozen == set(phase.frozen)
+        for group in optimizer.param_groups:
+            assert group["lr"] == getattr(phase.rates, group["role"])
+            assert all(role_of(name, phase) is group["role"] for name in group["names"])
+
+
+def test_a_parameter_without_a_role_is_refused() -> None:
+    with pytest.raises(ValueError, match="extra.weight has no role"):
+        role_of("extra.weight", planned()[0])
+
+
+def test_frozen_tensors_do_not_move_by_a_bit_and_trained_ones_all_do() -> None:
+    """Weight decay, momentum and left-over gradients are what moves frozen weights elsewhere."""
+    overrides = ("freeze=gradual", "optimizer.weight_decay=0.5")
+    model = build(planned(*overrides)[0])
+    for phase in planned(*overrides):
+        model = grow(model, phase)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        training = Training(model, phase, CORPUS, CPU)
+        training.train_epoch()
+        training.finish_epoch()
+        trainable = set(set_trainable(model, phase))
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == trainable
+        # As if a step had left gradients behind on everything:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+
+def test_a_compiled_body_trains_as_the_plain_one_in_every_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where other layers train than in the phase that was compiled before it."""
+    # All of the compiler but its last stage, which takes half a minute for each phase.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    models = [build(planned()[0]) for _ in range(2)]
+    compiled_phases = planned("freeze=gradual", "compile=true")
+    for phases in zip(planned("freeze=gradual"), compiled_phases, strict=True):
+        models = [grow(model, phase) for model, phase in zip(models, phases, strict=True)]
+        for model, phase in zip(models, phases, strict=True):
+            training = Training(model, phase, CORPUS, CPU)
+            training.train_epoch()
+            training.finish_epoch()
+        for plain, compiled in zip(*(model.parameters() for model in models), strict=True):
+            assert plain.requires_grad == compiled.requires_grad
+            torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_body_that_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nfor this")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
+    phase = planned("compile=true")[0]
+    told = r"^compile=true fails here \(.*no compiler for this\): set compile=false$"
+    with pytest.raises(NotCompiled, match=told):
+        Training(build(phase), phase, CORPUS, CPU).train_epoch()
+
+
+def test_clipping_sees_only_what_trains() -> None:
+    phase = planned()[1]
+    model = grow(build(planned()[0]), phase)
+    training = Training(model, phase, CORPUS, CPU)
+    training.train_epoch()
+    assert {id(p) for p in training.trainable} == {
+        id(p) for p in model.parameters() if p.grad is not None
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+@pytest.mark.parametrize("model_name", ["standard", "deep_supervision"])
+def test_training_is_the_plain_loop(model_name: str) -> None:
+    """The slow, obvious twin: all logits, PyTorch's own loss, the same order of windows."""
+    from proglayer.training.streams import stream
+
+    phase = planned(f"model={model_name}", "phase.batch_size=7")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    training.train_epoch()
+    mean_loss, _ = training.finish_epoch()
+
+    model = build(phase)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
+    order = torch.randperm(len(CORPUS.train), generator=stream(phase.seed, "order", 0, 1))
+    total, tokens = 0.0, 0
+    for rows in order.split(7):
+        windows = torch.from_numpy(CORPUS.train[rows.numpy()]).long()
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for weight, hidden in zip(phase.exit_weights, model(windows[:, :-1]), strict=True):
+            logits = model.head(hidden)
+            loss = loss + weight * F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.item() * windows[:, 1:].numel()
+        tokens += windows[:, 1:].numel()
+    assert mean_loss == pytest.approx(total / tokens, rel=1e-5)
+    for (name, ours), plain in zip(
+        training.model.named_parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_evaluation_is_the_mean_over_all_tokens() -> None:
+    phase = planned("phase.batch_size=7")[0]
+    model = build(phase)
+    results = evaluate(model, phase, CORPUS, CPU, range(3))
+    windows = torch.from_numpy(CORPUS.validation.copy()).long()
+    for result, hidden in zip(results, model(windows[:, :-1]), strict=True):
+        logits, target = model.head(hidden).flatten(0, 1), windows[:, 1:].flatten()
+        assert result.loss == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+        assert result.accuracy == pytest.approx((logits.argmax(-1) == target).double().mean())
+    # The batch plays no part beyond rounding.
+    (alone,) = evaluate(model, planned("phase.batch_size=40")[0], CORPUS, CPU, [2])
+    assert alone.loss == pytest.approx(results[2].loss, rel=1e-6)
+    assert alone.accuracy == results[2].accuracy
+
+
+def test_training_repeats_bit_for_bit_whatever_the_global_generators_do() -> None:
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        phase = planned()[0]
+        training = Training(build(phase), phase, CORPUS, CPU)
+        for _ in range(2):
+            training.train_epoch()
+            training.finish_epoch()
+        runs.append(training.model.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_time_of_an_epoch_includes_the_wait_for_the_device_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phase = planned()[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    check_finite = training.check_finite
+
+    def waiting() -> float:
+        time.sleep(0.2)  # as where steps are under way on a GPU
+        return check_finite()
+
+    monkeypatch.setattr(training, "check_finite", waiting)
+    training.train_epoch()
+    assert training.seconds > 0.2
+
+
+def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
+    phase = planned()[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    seen: list[list[int]] = []
+    batch = training.windows.batch
+
+    def spy(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen[-1] += rows.tolist()
+        return batch(rows)
+
+    training.windows.batch = spy  # type: ignore[method-assign]
+    for _ in range(2):
+        seen.append([])
+        training.train_epoch()
+        training.finish_epoch()
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(len(CORPUS.train)))
+    assert seen[0] != seen[1]
+
+
+def test_what_is_frozen_and_has_nothing_that_trains_below_records_no_gradients() -> None:
+    for phase in planned("model=deep_supervision", "freeze=gradual"):
+        training = Training(_empty(phase), phase, CORPUS, CPU)
+        hidden_entd = training.model(torch.zeros(2, 8, dtype=torch.long))
+        lowest = 0 if phase.rates.embedding is not None else min(phase.trained_layers)
+        assert [hidden.requires_grad for hidden in hidden_entd] == [
+            layer >= lowest for layer in range(phase.layers)
+        ]
+        # All that the top exit keeps for its gradient leads to what trains.
+        kept, seen = [hidden_entd[-1].grad_fn], set()
+        while kept:
+            node = kept.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                kept += [below for below, _ in node.next_functions]
+        leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
+        names = {name for name, p in training.model.named_parameters() if id(p) in leaves}
+        assert names == {
+            name
+            for name, p in training.model.named_parameters()
+            if p.requires_grad and name != "head.weight"
+        }
+
+
+def test_the_schedule_reaches_the_optimizer() -> None:
+    phase = planned("lr.schedule=linear", "lr.warmup_steps=2", "phase.max_epochs=2")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    rates = []
+    training.train_epoch(lambda _: rates.append(training.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights() -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        phase = planned(f"precision={precision}", "model=deep_supervision")[0]
+        training = Training(build(phase), phase, CORPUS, CPU)
+        training.train_epoch()
+        losses[precision], _ = training.finish_epoch()
+        assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+        (last,) = evaluate(training.model, phase, CORPUS, CPU, [2])
+        assert last.loss < 4
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
+def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None:
+    phase = planned("optimizer.clip_norm=null", "lr.base=1e30")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    with pytest.raises(Diverged, match=r"phase 1, epoch \d.*lower lr.base"):
+        for _ in range(5):
+            training.train_epoch()
+            training.finish_epoch()
+
+
+def _empty(phase: Phase) -> torch.nn.Module:
+    from dataclasses import asdict
+
+    from proglayer.training.model import Transformer
+
+    return Transformer(layers=phase.layers, **asdict(phase.architecture))
+
+
+# ---------------------------------------------------------------------------------------------
+# What it costs
+
+
+@pytest.mark.parametrize("model", ["standard", "deep_supervision"])
+@pytest.mark.parametrize("experiment", ["original", "gradual_unfreezing", "control_head_only"])
+def test_the_plan_counts_the_products_of_the_body_that_a_step_forms(
+    experiment: str, model: str
+) -> None:
+    network = None
+    for phase in planned(f"experiment={experiment}", f"model={model}"):
+        network = build(phase) if network is None else grow(network, phase)
+        training = Training(network, phase, CORPUS, CPU)
+        rows = torch.arange(phase.batch_size)
+        with FlopCounterMode(display=False) as counter:
+            training.loss(*training.windows.batch(rows)).backward()
+        formed = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        # Attention is no plain product: forward in every layer, twice that backward.
+        seq_len = training.windows.seq_len
+        scores = 4 * len(rows) * seq_len * seq_len * phase.architecture.dim
+        layers = range(max(e for e, weight in enumerate(phase.exit_weights) if weight) + 1)
+        backward = [layer for layer in layers if layer >= min(phase.trained_layers, default=99)]
+        if phase.rates.embedding is not None:
+            backward = list(layers)
+        counted = training_flops(phase, seq_len, len(rows)).body
+        assert formed == counted - scores * (len(layers) + 2 * len(backward))
