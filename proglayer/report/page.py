@@ -158,7 +158,7 @@ def to_html(title: str, lead: str, blocks: Sequence[Block], end: str = "") -> st
 
 
 def _asset(name: str) -> str:
-    return resources.files("proglayer").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("proglayer.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _escape(text: str) -> str:
