@@ -2,10 +2,13 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from .helpers import ROOT, Command, Done
 
 # The hub libraries read this when they are imported, so it is set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +39,32 @@ def wikitext2_folder() -> Path:
     if not named:
         pytest.skip("PROGLAYER_TEST_WIKITEXT2 names no folder with the WikiText-2 raw files")
     return Path(named)
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """`python train.py ...` in this process, with the output under `tmp_path`."""
+    import runpy
+
+    from hydra.core.global_hydra import GlobalHydra
+
+    def command(*arguments: str) -> Done:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
+
+    return command
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

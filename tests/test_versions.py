@@ -13,14 +13,13 @@ from packaging.requirements import Requirement
 
 from proglayer.versions import unknown
 
-from .helpers import ROOT
-from .run.test_train import SHORT, Command, train  # noqa: F401 (a fixture)
+from .helpers import ROOT, SHORT, Command
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_a_version_out_of_its_range_is_told_with_what_installs_another(
-    train: Command,  # noqa: F811
+    train: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     needs = ["hydra-core<1.1,>=1.0", 'joblib<1,>=0.1; extra == "joblib"', "nowhere-to-be-found>1"]

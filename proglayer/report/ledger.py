@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import stats
-from proglayer.results.frames import Results
 from proglayer.report.study import Frame
+from proglayer.results.frames import Results
 
 
 @dataclass(frozen=True)

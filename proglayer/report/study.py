@@ -22,11 +22,11 @@ import numpy as np
 import pandas as pd
 from pandas.util import hash_pandas_object
 
+from proglayer.console import one_line
 from proglayer.report import stats
 from proglayer.results.columns import COMPLETED, GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT
-from proglayer.console import one_line
-from proglayer.results.reader import keys_and_values
 from proglayer.results.frames import Results
+from proglayer.results.reader import keys_and_values
 
 # Its own types lack it.
 _hashed: Any = hash_pandas_object

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from proglayer.report import ledger
-from proglayer.report import stats
-from proglayer.report import study
-from proglayer.report.pictures import engineering, model_name
+from proglayer.report import ledger, stats, study
 from proglayer.report.page import Cell, Column, Table
-from proglayer.results.frames import plain_values
+from proglayer.report.pictures import engineering, model_name
 from proglayer.report.study import DEEP, FIGURES, STANDARD, Frame
 from proglayer.results.formatting import duration, listed, number_text, pair, ranges, text_of
+from proglayer.results.frames import plain_values
 
 ALPHA = 0.05
 

@@ -23,19 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from proglayer.report import ledger
-from proglayer.report import study
-from proglayer.results.columns import COMPLETED, RUNNING, WAITING
-from proglayer.report.pictures import (
-    MOST_LINES,
-    Gallery,
-    against_compute,
-    by_exit,
-    course,
-    forest,
-    model_name,
-    parameters,
-)
+from proglayer.report import ledger, study
 from proglayer.report.page import (
     Beside,
     Block,
@@ -52,7 +40,16 @@ from proglayer.report.page import (
     to_html,
     to_markdown,
 )
-from proglayer.results.frames import Results, load, plain_values, write_csv
+from proglayer.report.pictures import (
+    MOST_LINES,
+    Gallery,
+    against_compute,
+    by_exit,
+    course,
+    forest,
+    model_name,
+    parameters,
+)
 from proglayer.report.study import DEEP, FIGURES, STANDARD, Frame, Margins
 from proglayer.report.tables import (
     changes_table,
@@ -69,7 +66,9 @@ from proglayer.report.tables import (
     unique,
     versions_table,
 )
+from proglayer.results.columns import COMPLETED, RUNNING, WAITING
 from proglayer.results.formatting import listed, ranges, text_of
+from proglayer.results.frames import Results, load, plain_values, write_csv
 
 PAGE = "index.html"
 MARKDOWN = "report.md"
@@ -143,7 +142,9 @@ def _all_it_depends_on(results: Results, margins: Margins) -> str:
     digest = hashlib.sha256(f"{margins} {results.fingerprint()}".encode())
     in_sweeps = results.runs.loc[results.runs["sweep"].notna(), "folder"]
     started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps.tolist()}
-    code = [p for p in Path(__file__).parent.parent.rglob("*") if p.suffix in (".py", ".css", ".js")]
+    code = [
+        p for p in Path(__file__).parent.parent.rglob("*") if p.suffix in (".py", ".css", ".js")
+    ]
     for path in (*sorted(started), *sorted(code)):
         digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
     return digest.hexdigest()
@@ -855,4 +856,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(page)
     return 0
-

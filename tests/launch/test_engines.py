@@ -18,11 +18,11 @@ from filelock import FileLock
 from proglayer.config import ConfigError
 from proglayer.results.frames import load
 
-from ..run.test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
+from ..helpers import SHORT, Command, results
 
 
 def test_an_engine_that_is_missing_says_what_to_install(
-    train: Command,  # noqa: F811
+    train: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -38,7 +38,7 @@ GRID = (*SEARCH, "hydra/sweeper/sampler=grid")
 
 
 def test_a_search_takes_a_failed_job_for_a_failed_trial(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")
@@ -70,7 +70,7 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -133,7 +133,7 @@ def own_workers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_workers")
 def test_trials_at_once_share_phases_and_are_all_told(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")
@@ -167,7 +167,7 @@ def test_trials_at_once_share_phases_and_are_all_told(
     ],
 )
 def test_a_search_that_cannot_work_says_why_and_runs_nothing(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     given: list[str],
     told: str,
@@ -180,7 +180,7 @@ def test_a_search_that_cannot_work_says_why_and_runs_nothing(
 
 
 def test_a_grid_whose_trials_all_fail_says_so(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")
@@ -201,7 +201,7 @@ def _studies() -> list[list]:
 
 
 def test_a_search_gone_on_with_keeps_what_its_earlier_trials_were(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")
@@ -239,7 +239,7 @@ def test_a_study_is_free_again_as_soon_as_its_search_ends(
 
 @pytest.mark.parametrize("place", ["phases.-1.best.accuracy", "phases.7", "status", "phases"])
 def test_an_objective_that_is_no_number_is_told_before_anything_trains(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     place: str,
 ) -> None:
@@ -255,7 +255,7 @@ def test_an_objective_that_is_no_number_is_told_before_anything_trains(
 
 @pytest.mark.usefixtures("own_workers")
 def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")
@@ -287,7 +287,7 @@ def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
 
 
 def test_the_command_of_the_best_names_what_the_sweeper_was_told_to_keep(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("optuna")

@@ -19,8 +19,7 @@ from typing import Any
 
 import pytest
 
-from ..helpers import ROOT, experiments
-from ..run.test_train import SHORT, assert_same_bits, epochs_trained, results
+from ..helpers import ROOT, SHORT, assert_same_bits, epochs_trained, experiments, results
 
 pytestmark = [
     pytest.mark.cluster,

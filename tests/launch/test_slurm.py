@@ -20,8 +20,7 @@ from typing import Any
 
 import pytest
 
-from ..helpers import ROOT, experiments
-from ..run.test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
+from ..helpers import ROOT, SHORT, Command, experiments, results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -311,7 +310,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], by
 
 def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit(
     cluster: Cluster,
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     jobs = (*SHORT, "threads=1", "experiment=glob(*)", "model=standard,deep_supervision")

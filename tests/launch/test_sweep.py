@@ -22,8 +22,7 @@ from proglayer.console import LogFile
 from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.launch.job import explain_errors
 
-from ..helpers import ROOT, config
-from ..run.test_train import SHORT, Command, results, train  # noqa: F401 (a fixture)
+from ..helpers import ROOT, SHORT, Command, config, results
 
 # One epoch of a run that takes a moment.
 QUICK = (*SHORT, "phase.max_epochs=1")
@@ -40,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("given", ["plan=true", "model.num_heads=3", "data.samples=1000000"])
 def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     given: str,
 ) -> None:
@@ -56,7 +55,7 @@ def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
 
 
 def test_a_mistake_leaves_a_finished_run_in_the_same_folder(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     assert train(*QUICK, "hydra.run.dir=run").status == 0
@@ -99,7 +98,7 @@ def at_work(process: subprocess.Popen[str], sweep: Path, jobs: int) -> list[Path
 
 
 def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("joblib")
@@ -154,7 +153,7 @@ def test_settings_edited_while_jobs_of_joblib_wait_change_none_and_are_told(tmp_
 
 
 def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -184,7 +183,7 @@ def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
 
 @pytest.mark.parametrize(("reuse", "distinct"), [("true", 3), ("false", 4)])
 def test_a_sweep_counts_as_shared_what_is_trained_once(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     reuse: str,
     distinct: int,
@@ -196,7 +195,7 @@ def test_a_sweep_counts_as_shared_what_is_trained_once(
 
 
 def test_a_job_is_composed_once_and_kept_only_until_it_is_launched(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -227,7 +226,7 @@ def test_a_job_is_composed_once_and_kept_only_until_it_is_launched(
 
 
 def test_a_key_in_two_groups_of_pairs_is_refused(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     pairs = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
@@ -242,7 +241,7 @@ def test_a_key_in_two_groups_of_pairs_is_refused(
 
 
 def test_problems_of_every_kind_in_every_job_are_told_at_once(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
 ) -> None:
     done = train(
@@ -269,7 +268,7 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
     ],
 )  # fmt: skip
 def test_a_value_that_is_cut_short_or_wants_quotes_is_told_as_such(
-    train: Command,  # noqa: F811
+    train: Command,
     given: str,
     told: str,
 ) -> None:
@@ -309,7 +308,7 @@ def test_a_full_disk_costs_the_log_one_line_on_the_screen(
 
 
 def test_a_warm_up_longer_than_a_phase_is_warned_of(
-    train: Command,  # noqa: F811
+    train: Command,
 ) -> None:
     done = train(*QUICK, "phase=from_scratch", "lr.warmup_steps=16", "hydra.run.dir=run")
     assert done.err == (
@@ -324,7 +323,7 @@ def test_a_warm_up_longer_than_a_phase_is_warned_of(
     [(ConfigError("the launcher gave up"), 1, True), (KeyboardInterrupt(), 130, False)],
 )
 def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
-    train: Command,  # noqa: F811
+    train: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     end: BaseException,
@@ -347,7 +346,7 @@ def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
 
 
 def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
-    train: Command,  # noqa: F811
+    train: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def slowly(data: DataConfig, notify: Notify) -> Corpus:

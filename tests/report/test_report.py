@@ -21,19 +21,16 @@ import pandas as pd
 import pytest
 import yaml
 
-from proglayer.launch import job as entrance
-from proglayer.report import pictures as figures
-from proglayer.report import ledger
-from proglayer.report import page
-from proglayer.report import stats
-from proglayer.report import study
-from proglayer.report import write as reporting
-from proglayer.results.columns import NOT_THE_EXPERIMENT
 from proglayer.config import to_plain
-from proglayer.results.reader import flat_settings
-from proglayer.report.write import main, write_report
-from proglayer.results.frames import load, write_csv
+from proglayer.launch import job as entrance
+from proglayer.report import ledger, page, stats, study
+from proglayer.report import pictures as figures
+from proglayer.report import write as reporting
 from proglayer.report.study import DEEP, STANDARD, Margins
+from proglayer.report.write import main, write_report
+from proglayer.results.columns import NOT_THE_EXPERIMENT
+from proglayer.results.frames import load, write_csv
+from proglayer.results.reader import flat_settings
 
 from .. import synthetic
 from ..helpers import ROOT, config
@@ -502,7 +499,9 @@ def test_a_failed_seed_that_was_run_again_is_not_lacked(tmp_path: Path) -> None:
 
 
 def test_from_scratch_at_an_equal_budget_tells_which_seeds_failed(tmp_path: Path) -> None:
-    sweep = synthetic.sweep(tmp_path / "s", ["original", "control_from_scratch"], [STANDARD], (1, 2))
+    sweep = synthetic.sweep(
+        tmp_path / "s", ["original", "control_from_scratch"], [STANDARD], (1, 2)
+    )
     synthetic.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
     synthetic.run(tmp_path / "x", "control_from_scratch", STANDARD, 3, status="failed")
     results = load(sweep, tmp_path / "x")

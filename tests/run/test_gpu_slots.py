@@ -19,8 +19,7 @@ from proglayer.run.experiment import run
 from proglayer.store.record import Status, read_result
 from proglayer.store.trajectory import Interrupted
 
-from ..helpers import ROOT, config
-from ..run.test_train import SHORT
+from ..helpers import ROOT, SHORT, config
 
 GPU = torch.device("cuda")
 
@@ -31,7 +30,7 @@ from pathlib import Path
 from proglayer.run import gpu_slots as slots
 from proglayer.run.experiment import run
 from tests.helpers import config
-from tests.run.test_train import SHORT
+from tests.helpers import SHORT
 
 folder = Path(sys.argv[1])
 told = os.open(folder / "told", os.O_WRONLY | os.O_APPEND | os.O_CREAT)

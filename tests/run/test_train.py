@@ -12,9 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +21,7 @@ import torch
 
 from proglayer.store.stages import Stage
 
-from ..helpers import ROOT, experiments
-
-# A run on the embedded corpus that takes a moment.
-SHORT = (
-    "data.samples=64",
-    "data.validation_samples=32",
-    "data.max_vocab=200",
-    "model.dim=8",
-    "model.num_heads=2",
-    "phase.max_epochs=2",
-    "phase.batch_size=16",
-    "report=false",
-)
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def train(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Command:
-    """`python train.py ...` in this process, with the output under `tmp_path`."""
-    import runpy
-
-    from hydra.core.global_hydra import GlobalHydra
-
-    def command(*arguments: str) -> Done:
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return command
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    """The records below `folder`, jobs in their order."""
-    paths = list(folder.rglob("result.json"))
-    ordered = sorted(paths, key=lambda p: int(p.parent.name.split("_")[0])) if paths[1:] else paths
-    return [json.loads(path.read_text()) for path in ordered]
-
-
-def assert_same_bits(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """All of ours completed, with the figures of theirs."""
-    assert [r["status"] for r in ours] == ["completed"] * len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        for p, q in zip(mine["phases"], other["phases"], strict=True):
-            assert (p["stage"], p["best"], p["exits"]) == (q["stage"], q["best"], q["exits"])
-
-
-def epochs_trained(records: list[dict[str, Any]]) -> dict[str, int]:
-    """How many epochs of each stage these runs trained, all together."""
-    trained: Counter[str] = Counter()
-    for record in records:
-        for phase in record["phases"]:
-            trained[phase["stage"]] += phase["work"]["epochs_trained"]
-    return dict(trained)
+from ..helpers import ROOT, SHORT, Command, assert_same_bits, epochs_trained, experiments, results
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
