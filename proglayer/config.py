@@ -13,17 +13,24 @@ import hashlib
 import importlib.util
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from enum import Enum
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from proglayer.versions import install_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+# A whole number that a tensor's size, an epoch's number or a token's index may be.
+INT32 = 2**31 - 1
+# Far from what float32 can no longer hold, also as the product of a rate and its factors.
+LARGE = 1e15
 
 
 class ConfigError(ValueError):
@@ -38,6 +45,43 @@ def first_line(error: BaseException) -> str:
 def with_type(error: BaseException) -> str:
     """An error that nobody foresaw, in one line: its type and all that it says."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number must keep to: from `least` to `most`, or strictly `above` and `below`.
+
+    `hint` follows the line of an error.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    hint: str = ""
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` keeps to them; nan never does."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and value == value
+        )
+
+    def __str__(self) -> str:
+        parts = (
+            (self.least, "from {}"),
+            (self.above, "above {}"),
+            (self.most, "to {}" if self.least is not None else "up to {}"),
+            (self.below, "below {}"),
+        )
+        return " ".join(word.format(_digits(end)) for end, word in parts if end is not None)
+
+
+def _digits(end: float) -> str:
+    return f"{end:,}" if isinstance(end, int) and end < 10**12 else f"{end:g}"
 
 
 class DataSource(Enum):
@@ -120,12 +164,12 @@ class OnError(Enum):
 class ModelConfig:
     """The transformer. `exit_weights` is a name of `ExitWeights` or a list, bottom layer first."""
 
-    dim: int
-    num_heads: int
-    ffn_multiple: int
-    rotary_base: float
-    norm_eps: float
-    vocab_size: int | None
+    dim: Annotated[int, Bounds(least=1, most=65_536)]
+    num_heads: Annotated[int, Bounds(least=1, most=65_536)]
+    ffn_multiple: Annotated[int, Bounds(least=1, most=1_024)]
+    rotary_base: Annotated[float, Bounds(above=0, most=LARGE)]
+    norm_eps: Annotated[float, Bounds(above=0, most=1)]
+    vocab_size: Annotated[int | None, Bounds(least=3, most=INT32)]
     exit_weights: Any
 
 
@@ -134,15 +178,15 @@ class DataConfig:
     """The corpus: its source, how it is cut into words and windows, and how much is used."""
 
     source: DataSource
-    seq_len: int
-    samples: int | None
-    validation_samples: int | None
+    seq_len: Annotated[int, Bounds(least=1, most=2**20)]
+    samples: Annotated[int | None, Bounds(least=1, most=INT32)]
+    validation_samples: Annotated[int | None, Bounds(least=1, most=INT32)]
     lowercase: bool
-    min_count: int
-    max_vocab: int | None
+    min_count: Annotated[int, Bounds(least=1, most=INT32)]
+    max_vocab: Annotated[int | None, Bounds(least=3, most=INT32)]
     path: str | None
     files: list[str]
-    held_out: float
+    held_out: Annotated[float, Bounds(above=0, below=1)]
     repository: str | None
     configuration: str | None
     revision: str | None
@@ -156,11 +200,11 @@ class DataConfig:
 class BudgetOverrides:
     """A phase's own budget; null keeps what the phase group says for all."""
 
-    batch_size: int | None
-    max_epochs: int | None
-    patience: int | None
-    min_delta: float | None
-    samples: int | None
+    batch_size: Annotated[int | None, Bounds(least=1, most=INT32)]
+    max_epochs: Annotated[int | None, Bounds(least=1, most=INT32)]
+    patience: Annotated[int | None, Bounds(least=1, most=INT32)]
+    min_delta: Annotated[float | None, Bounds(least=0, most=LARGE)]
+    samples: Annotated[int | None, Bounds(least=1, most=INT32)]
 
 
 @dataclass(frozen=True)
@@ -168,11 +212,11 @@ class PhaseConfig:
     """Which phases there are, and what each may spend."""
 
     schedule: PhaseSchedule
-    batch_size: int
-    max_epochs: int
-    patience: int
-    min_delta: float
-    samples: int | None
+    batch_size: Annotated[int, Bounds(least=1, most=INT32)]
+    max_epochs: Annotated[int, Bounds(least=1, most=INT32)]
+    patience: Annotated[int, Bounds(least=1, most=INT32)]
+    min_delta: Annotated[float, Bounds(least=0, most=LARGE)]
+    samples: Annotated[int | None, Bounds(least=1, most=INT32)]
     initial: BudgetOverrides
     grown: BudgetOverrides
 
@@ -205,32 +249,32 @@ class FreezeConfig:
 class RoleFactors:
     """What the base rate is multiplied by after the initial phase, per role."""
 
-    new: float
-    existing: float
-    embedding: float
-    head: float
+    new: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
+    existing: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
+    embedding: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
+    head: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
 
 
 @dataclass(frozen=True)
 class LrConfig:
     """Learning rates. Warm-up in optimizer steps; `final_factor` is where a decay ends."""
 
-    base: float
+    base: Annotated[float, Bounds(above=0, most=LARGE)]
     factor: RoleFactors
     schedule: ScheduleShape
-    warmup_steps: int
-    final_factor: float
+    warmup_steps: Annotated[int, Bounds(least=0, most=INT32)]
+    final_factor: Annotated[float, Bounds(least=0, most=1)]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, and the norm that gradients are clipped to (null: not clipped)."""
 
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float | None
+    beta1: Annotated[float, Bounds(least=0, below=1)]
+    beta2: Annotated[float, Bounds(least=0, below=1)]
+    eps: Annotated[float, Bounds(above=0, most=1)]
+    weight_decay: Annotated[float, Bounds(least=0, most=LARGE)]
+    clip_norm: Annotated[float | None, Bounds(above=0, most=math.inf)]
 
 
 @dataclass(frozen=True)
@@ -252,9 +296,9 @@ class StagesConfig:
 class Config:
     """Every setting of one run."""
 
-    seed: int
-    initial_layers: int
-    added_layers: int
+    seed: Annotated[int, Bounds(least=0, most=2**63 - 1)]
+    initial_layers: Annotated[int, Bounds(least=1, most=4_096)]
+    added_layers: Annotated[int, Bounds(least=0, most=4_096)]
     model: ModelConfig
     data: DataConfig
     phase: PhaseConfig
@@ -265,14 +309,14 @@ class Config:
     device: Device
     precision: Precision
     compile: bool
-    threads: int | None
-    jobs_per_gpu: int
+    threads: Annotated[int | None, Bounds(least=1, most=1_024)]
+    jobs_per_gpu: Annotated[int, Bounds(least=1, most=1_024)]
     plan: bool
     on_error: OnError
     objective: str
     reuse: bool
     report: bool
-    checkpoint_every_s: float
+    checkpoint_every_s: Annotated[float, Bounds(above=0, most=LARGE)]
     logger: LoggerConfig
     stages: StagesConfig
 
@@ -320,13 +364,21 @@ def to_config(settings: DictConfig) -> Config:
     own = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     try:
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+        # What an interpolation gave, such as an environment variable's text, has the type of its
+        # setting only once the schema has seen it.
+        typed = OmegaConf.merge(OmegaConf.structured(_SCHEMA), plain)
+        plain = OmegaConf.to_container(typed)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         if isinstance(error, MissingMandatoryValue) and key:
             raise ConfigError(f"{key} has no value: give it one") from error
-        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
+        said = value_problem(error) or (f"{key}: {first_line(error)}" if key else first_line(error))
+        raise ConfigError(said) from error
     assert isinstance(plain, dict)
     config = _frozen(Config, plain)
+    if config.optimizer.clip_norm == math.inf:
+        # PyTorch's "no clipping", which has a value of its own here; JSON has none for infinity.
+        config = replace(config, optimizer=replace(config.optimizer, clip_norm=None))
     problems = list(_problems(config))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -371,6 +423,61 @@ def nearest_setting(name: str) -> str | None:
         return close[0]
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)
     return by_leaf[close[0]] if close else None
+
+
+def value_problem(error: BaseException) -> str | None:
+    """Say what a setting takes that was given something of another type.
+
+    Returns None where `error` is about something else.
+    """
+    from omegaconf.errors import MissingMandatoryValue, ValidationError
+
+    # An OverflowError has the name in its text alone.
+    said = re.search(r"full_key: (\S+)", str(error))
+    key = getattr(error, "full_key", None) or (said[1] if said else "")
+    name = re.sub(r"\[(\d+)\]", r".\1", key)
+    wrong_type = isinstance(error, (ValidationError, OverflowError))
+    if not wrong_type or isinstance(error, MissingMandatoryValue):
+        return None
+    found = re.search(
+        r"alue '(.*?)'( of type|, expected| is not| is incompat)|value: (.*)", str(error)
+    )
+    given = (found[1] or found[3]) if found else None
+    schema: Any = Config
+    bounds = None
+    for part in name.split("."):
+        options = [kind for kind in get_args(schema) if kind is not NoneType]
+        if get_origin(schema) is list and part.isdigit():
+            schema = options[0]
+            continue
+        hints = get_type_hints(schema, include_extras=True) if is_dataclass(schema) else {}
+        if part not in hints:
+            return None
+        schema = hints[part]
+        bounds = _bounds_of(schema)
+        if bounds is not None:
+            schema = get_args(schema)[0]
+    setting = name if given is None else f"{name}={_shortened(given)}"
+    return f"{setting} does not fit: it takes {_expected(name, schema, bounds)}"
+
+
+def _expected(name: str, kind: Any, bounds: Bounds | None) -> str:
+    """What a setting of this type takes, with an example."""
+    options = [option for option in get_args(kind) if option is not NoneType]
+    if get_origin(kind) in (Union, UnionType):
+        null = ", or null" if NoneType in get_args(kind) else ""
+        return " or ".join(_expected(name, option, bounds) for option in options) + null
+    if is_dataclass(kind):
+        return "settings of its own: " + ", ".join(f"{name}.{f.name}" for f in fields(kind))
+    if get_origin(kind) is list and options[0] is str:
+        return f"a list of texts, as in '{name}=[one,two]'"
+    if get_origin(kind) is list:
+        members = ", ".join(f"{f.name}: ..." for f in fields(options[0]))
+        return f"a list, as in '{name}=[{{{members}}}]'"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(kind.__members__)
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return plain.get(kind, "another value") + (f" {bounds}" if bounds else "")
 
 
 def stages_dir(config: Config) -> str:
@@ -425,35 +532,49 @@ def _frozen(kind: Any, value: Any) -> Any:
 
 def _problems(config: Config) -> Iterator[str]:
     """One line for each setting that cannot work, named as on the command line."""
-    yield from _layer_problems(config)
-    yield from _model_problems(config.model)
+    beyond = list(_bound_problems(config))
+    yield from beyond
+    # Rules that weigh numbers against each other make no sense of one beyond its bounds.
+    if not any("layers" in line for line in beyond):
+        yield from _layer_problems(config)
+    if not any(line.startswith("model.") for line in beyond):
+        yield from _model_problems(config.model)
     yield from _data_problems(config.data)
-    yield from _budget_problems(config)
-    yield from _rate_problems(config)
+    yield from _rate_problems(config.lr)
     yield from _logger_problems(config.logger)
-    if config.threads is not None and config.threads < 1:
-        yield f"threads={config.threads} must be at least 1, or null for all cores"
-    if config.jobs_per_gpu < 1:
-        yield f"jobs_per_gpu={config.jobs_per_gpu} must be at least 1"
-    if not config.checkpoint_every_s > 0:
-        yield f"checkpoint_every_s={config.checkpoint_every_s} must be more than 0 seconds"
-    if not 0 <= config.seed < 2**63:
-        yield f"seed={config.seed} must be between 0 and 2^63 - 1"
+
+
+def _bound_problems(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The numbers that do not keep to the bounds of the schema."""
+    for part, kind in get_type_hints(type(settings), include_extras=True).items():
+        name, value, bounds = prefix + part, getattr(settings, part), _bounds_of(kind)
+        if is_dataclass(value):
+            yield from _bound_problems(value, f"{name}.")
+        elif bounds is not None and value is not None and not bounds.hold(value):
+            null = ", or null" if NoneType in get_args(get_args(kind)[0]) else ""
+            hint = f" ({bounds.hint})" if bounds.hint else ""
+            yield f"{name}={_shortened(value)} must be {bounds}{null}{hint}"
+
+
+def _bounds_of(kind: Any) -> Bounds | None:
+    """The bounds with which a type is annotated, if it is."""
+    return next((each for each in get_args(kind) if isinstance(each, Bounds)), None)
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def _layer_problems(config: Config) -> Iterator[str]:
     schedule = config.phase.schedule
-    if config.initial_layers < 1:
-        yield f"initial_layers={config.initial_layers} must be at least 1"
-    if config.added_layers < 0:
-        yield f"added_layers={config.added_layers} must not be negative"
     grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if grows and config.added_layers == 0:
         yield (
             f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1 "
             "(or phase=keep_training)"
         )
-    if schedule is PhaseSchedule.from_scratch or config.initial_layers < 1:
+    if schedule is PhaseSchedule.from_scratch:
         return
     if not config.freeze.steps:
         yield "freeze.steps=[] leaves no phase after a growth: give at least one step"
@@ -473,100 +594,43 @@ def _layer_problems(config: Config) -> Iterator[str]:
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
-    for name in ("dim", "num_heads", "ffn_multiple"):
-        if getattr(model, name) < 1:
-            yield f"model.{name}={getattr(model, name)} must be at least 1"
-    if model.num_heads >= 1 and model.dim >= 1:
-        if model.dim % model.num_heads:
-            yield f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}"
-        elif (model.dim // model.num_heads) % 2:
-            yield (
-                f"model.dim={model.dim} over model.num_heads={model.num_heads} gives heads of "
-                f"{model.dim // model.num_heads}: rotary embedding needs an even number"
-            )
-    if not model.rotary_base > 0:
-        yield f"model.rotary_base={model.rotary_base} must be more than 0"
-    if not model.norm_eps > 0:
-        yield f"model.norm_eps={model.norm_eps} must be more than 0"
-    if model.vocab_size is not None and model.vocab_size < 3:
-        yield f"model.vocab_size={model.vocab_size} must be at least 3, or null: the corpus's own"
+    if model.dim % model.num_heads:
+        yield f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}"
+    elif (model.dim // model.num_heads) % 2:
+        yield (
+            f"model.dim={model.dim} over model.num_heads={model.num_heads} gives heads of "
+            f"{model.dim // model.num_heads}: rotary embedding needs an even number"
+        )
     weights = model.exit_weights
     if isinstance(weights, (list, tuple)):
         numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
         if len(numbers) != len(weights) or not weights:
-            yield f"model.exit_weights={list(weights)} must be numbers, one for each layer"
-        elif not all(map(math.isfinite, numbers)):
-            yield f"model.exit_weights={list(weights)} must be finite numbers"
-        elif any(w < 0 for w in numbers):
-            yield f"model.exit_weights={list(weights)} must not be negative"
+            yield f"model.exit_weights={_shortened(weights)} must be numbers, one for each layer"
+        elif not all(0 <= w <= LARGE for w in numbers):
+            yield f"model.exit_weights={_shortened(weights)} must be numbers from 0 to {LARGE:g}"
     elif not (isinstance(weights, str) and weights in ExitWeights.__members__):
         names = ", ".join(ExitWeights.__members__)
-        yield f"model.exit_weights={weights} is none of {names}, nor a list of numbers"
+        yield f"model.exit_weights={_shortened(weights)} is none of {names}, nor a list of numbers"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
-    for name in ("seq_len", "min_count"):
-        if getattr(data, name) < 1:
-            yield f"data.{name}={getattr(data, name)} must be at least 1"
-    for name in ("samples", "validation_samples"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            yield f"data.{name}={value} must be at least 1, or null"
-    if data.max_vocab is not None and data.max_vocab < 3:
-        yield f"data.max_vocab={data.max_vocab} must be at least 3, or null for every word"
-    if not 0 < data.held_out < 1:
-        yield f"data.held_out={data.held_out} must be a share between 0 and 1"
     if data.source is DataSource.text and not data.files:
         yield "data.files is empty: name text files, for example 'data.files=[notes/*.txt]'"
     if data.source is DataSource.hub and not data.repository and not data.path:
         yield "data.repository is empty: name a data set, for example data.repository=owner/name"
 
 
-def _budget_problems(config: Config) -> Iterator[str]:
-    for part, budget in (
-        ("phase", config.phase),
-        ("phase.initial", config.phase.initial),
-        ("phase.grown", config.phase.grown),
-    ):
-        for name in ("batch_size", "max_epochs", "patience", "samples"):
-            value = getattr(budget, name)
-            if value is not None and value < 1:
-                yield f"{part}.{name}={value} must be at least 1"
-        if budget.min_delta is not None and not 0 <= budget.min_delta < math.inf:
-            yield f"{part}.min_delta={budget.min_delta} must not be negative"
-
-
-def _rate_problems(config: Config) -> Iterator[str]:
-    lr, optimizer = config.lr, config.optimizer
-    if not 0 < lr.base < math.inf:
-        yield f"lr.base={lr.base} must be more than 0"
-    for role in fields(lr.factor):
-        factor = getattr(lr.factor, role.name)
-        if not 0 < factor < math.inf:
-            yield f"lr.factor.{role.name}={factor} must be above 0 (to hold it still, use freeze)"
-    if lr.warmup_steps < 0:
-        yield f"lr.warmup_steps={lr.warmup_steps} must not be negative"
-    if not 0 <= lr.final_factor <= 1:
-        yield f"lr.final_factor={lr.final_factor} must be between 0 and 1"
-    elif lr.final_factor and lr.schedule is ScheduleShape.constant:
+def _rate_problems(lr: LrConfig) -> Iterator[str]:
+    if 0 < lr.final_factor <= 1 and lr.schedule is ScheduleShape.constant:
         yield (
             f"lr.final_factor={lr.final_factor} changes nothing with lr.schedule=constant: take "
             "lr.schedule=cosine or linear"
         )
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            yield f"optimizer.{name}={getattr(optimizer, name)} must be from 0 to below 1"
-    if not optimizer.eps > 0:
-        yield f"optimizer.eps={optimizer.eps} must be more than 0"
-    if not 0 <= optimizer.weight_decay < math.inf:
-        yield f"optimizer.weight_decay={optimizer.weight_decay} must not be negative"
-    if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
-        yield f"optimizer.clip_norm={optimizer.clip_norm} must be more than 0, or null"
 
 
 def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
     # The extra of each logger has its name, and so has the module that it brings.
-    for name in (field.name for field in fields(logger)):
+    for name in (each.name for each in fields(logger)):
         if getattr(logger, name) and importlib.util.find_spec(name) is None:
             yield f"logger.{name}=true needs the extra {name}: {install_command(name)}"
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import json
+import math
+import os
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -17,9 +21,11 @@ from proglayer.config import (
     nearest_setting,
     setting_names,
     stages_dir,
+    to_config,
     to_plain,
     with_type,
 )
+from proglayer.training.plan import plan
 
 from .helpers import composed, config, experiments
 
@@ -113,16 +119,16 @@ def test_every_setting_has_a_value_in_the_files() -> None:
 
 MISTAKES = {
     "seed=-1": "seed=-1",
-    "initial_layers=0": "initial_layers=0 must be at least 1",
-    "added_layers=-2": "added_layers=-2 must not be negative",
+    "initial_layers=0": "initial_layers=0 must be from 1 to 4,096",
+    "added_layers=-2": "added_layers=-2 must be from 0 to 4,096",
     "added_layers=0": "added_layers=0 adds nothing",
     "model.num_heads=3": "model.num_heads=3 does not divide model.dim=64",
     "model.dim=12": "rotary embedding needs an even number",
     "model.vocab_size=1": "model.vocab_size=1",
     "model.exit_weights=most": "model.exit_weights=most is none of uniform, linear, last",
-    "model.exit_weights=[1,-1]": "must not be negative",
-    "model.exit_weights=[1,nan]": "must be finite numbers",
-    "model.exit_weights=[inf,1]": "must be finite numbers",
+    "model.exit_weights=[1,-1]": "must be numbers from 0",
+    "model.exit_weights=[1,nan]": "must be numbers from 0",
+    "model.exit_weights=[inf,1]": "must be numbers from 0",
     "model.exit_weights=[1,x]": "must be numbers",
     "model.rotary_base=0": "model.rotary_base=0",
     "model.norm_eps=0": "model.norm_eps=0",
@@ -235,3 +241,77 @@ def test_hydra_neither_copies_the_store_of_schemas_nor_shares_what_it_composes()
     assert composed().model.dim == 64
     assert composed("model.dim=32").model.dim == 32
     assert composed().model.dim == 64
+
+
+def leaves(plain: dict, prefix: str = "") -> dict[str, object]:
+    """Every setting that holds no others, with its value."""
+    found: dict[str, object] = {}
+    for name, value in plain.items():
+        found |= (
+            leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
+
+
+def test_what_an_interpolation_gives_has_the_type_of_its_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = leaves(to_plain(config("threads=2", "data.path=a", "stages.dir=b", "phase.samples=9")))
+    overrides = []
+    for name, value in values.items():
+        if value is not None and not isinstance(value, (list, tuple)):
+            monkeypatch.setenv(f"SET_{name}", str(value))
+            overrides.append(f"{name}=${{oc.env:'SET_{name}'}}")
+    assert len(overrides) > 40
+    given = leaves(to_plain(to_config(composed(*overrides))))
+    assert {n: given[n] for n in values if values[n] is not None} == {
+        n: v for n, v in values.items() if v is not None
+    }
+    assert all(type(given[n]) is type(v) for n, v in values.items() if v is not None)
+
+
+@pytest.mark.parametrize(
+    "name", ["threads", "seed", "reuse", "device", "lr.base", "phase.schedule"]
+)
+def test_an_interpolation_that_gives_another_type_is_refused_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIVEN", "some text")
+    with pytest.raises(ConfigError, match=rf"{name}=some text does not fit: it takes "):
+        to_config(composed(f"{name}=${{oc.env:GIVEN}}"))
+
+
+EDGES = ("-inf", "-1", "0", "1e308", "inf", "nan", "null", "''", "[]", "{}", "9" * 400)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
+    """Every third setting; PROGLAYER_TEST_EDGES=all tries each of them."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from proglayer.launch.job import in_one_line
+
+    names = list(leaves(to_plain(config())))
+    if os.environ.get("PROGLAYER_TEST_EDGES") != "all":
+        names = names[EDGES.index(edge) % 3 :: 3]
+    for name in names:
+        refusal = None
+        try:
+            settings = to_config(composed(f"{name}={edge}"))
+        except ConfigError as error:
+            refusal = str(error)
+        except (HydraException, OmegaConfBaseException, OverflowError) as error:
+            refusal = in_one_line(error)
+        if refusal is None:
+            json.dumps(to_plain(settings), allow_nan=False)
+            with contextlib.suppress(ConfigError):
+                plan(settings, 100)
+        else:
+            assert name.split(".")[0] in refusal
+            assert all(len(line) < 300 for line in refusal.splitlines())
+
+
+def test_an_infinite_norm_clips_nothing() -> None:
+    assert config("optimizer.clip_norm=inf") == config("optimizer.clip_norm=null")
+    assert math.isfinite(config().optimizer.clip_norm or 0)

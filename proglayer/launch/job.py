@@ -21,6 +21,7 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from proglayer.config import (
     Config,
@@ -30,6 +31,7 @@ from proglayer.config import (
     from_plain,
     nearest_setting,
     to_config,
+    value_problem,
     with_type,
 )
 from proglayer.data.sources import DISK_FULL
@@ -174,7 +176,6 @@ def explain_errors() -> Iterator[None]:
         yield
         return
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     # Hydra prints errors its own way unless it is asked to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -182,7 +183,7 @@ def explain_errors() -> Iterator[None]:
         yield
     except ConfigError as error:
         fail(str(error).splitlines())
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         fail([in_one_line(error)])
     except OSError as error:
         place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
@@ -216,6 +217,8 @@ def in_one_line(error: Exception) -> str:
     while cause is not None:
         if isinstance(cause, ConfigError):
             return str(cause)
+        if problem := value_problem(cause):
+            return problem
         cause = cause.__cause__ or cause.__context__
     whole = f"{error}\n{error.__cause__ or ''}"
     first = " ".join(first_line(error).split())

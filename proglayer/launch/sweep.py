@@ -334,7 +334,7 @@ def check(sweeper: HydraSweeper, all_overrides: Sequence[tuple[str, ...]]) -> li
     for number, overrides in enumerate(all_overrides):
         try:
             jobs.append(checks.job(number, overrides, len(all_overrides)))
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        except (ConfigError, HydraException, OmegaConfBaseException, OverflowError) as error:
             told = str(error) if isinstance(error, ConfigError) else in_one_line(error)
             for line in told.splitlines():
                 problems.setdefault(line, without_hydra(overrides))
