@@ -103,7 +103,7 @@ class Task:
             _amend(self.folder, Status.preempted, Status.interrupted, NOT_TAKEN_BACK)
         _ = job.return_value  # raises what the run could not record
         result = read_result(self.folder)
-        if result is None or result["status"] != Status.completed:
+        if result is None or result["status"] not in (Status.completed, Status.pruned):
             sys.exit(1)
 
     def checkpoint(self) -> Any:

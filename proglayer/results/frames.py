@@ -299,7 +299,12 @@ def _duplicates(runs: pd.DataFrame) -> list[str | None]:
     Of several runs of one experiment and seed the newest completed one counts; if none completed,
     one that is running, then the newest.
     """
-    unfinished = (Status.interrupted.value, Status.preempted.value, LOST)
+    unfinished = (
+        Status.interrupted.value,
+        Status.preempted.value,
+        Status.pruned.value,
+        LOST,
+    )
     rank = {COMPLETED: 3, RUNNING: 2, **dict.fromkeys(unfinished, 1)}
     columns = [
         plain_values(runs[name]) for name in ("experiment_key", "run", "status", "last_sign")

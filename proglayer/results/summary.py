@@ -123,6 +123,7 @@ STYLE = {
     Status.interrupted.value: "yellow",
     RUNNING: "cyan",
     Status.preempted.value: "yellow",
+    Status.pruned.value: "dim",
     PENDING: "dim",
     WAITING: "dim",
     NOT_STARTED: "dim",

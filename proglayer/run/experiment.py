@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +67,15 @@ class Deferred(Exception):
     """The run needs a phase that another job is training, and was told not to wait for it."""
 
 
+class Pruned(Exception):
+    """The search that the run belongs to gave it up. The message says why."""
+
+
+# Called with each row of `metrics.csv` once it is written. Returns why the run is to end early, or
+# None for it to go on.
+Prune = Callable[[Mapping[str, Any]], str | None]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: its record, and the number in it that the setting `objective` names."""
@@ -82,13 +91,15 @@ def run(
     overrides: Sequence[str] = (),
     choices: dict[str, str] | None = None,
     may_wait: bool = True,
+    prune: Prune | None = None,
 ) -> Outcome:
     """Walk the plan of `config`, phase by phase, and leave its record in `folder`.
 
     `overrides` and `choices` (the group options) are recorded as given. What goes wrong is in the
     record, not raised, but for a ConfigError or StoreError before the first phase: then nothing is
     written. Unless it `may_wait`, Deferred is raised where another job is training what this one
-    needs next; there is no record then, and the same call goes on from there.
+    needs next; there is no record then, and the same call goes on from there. A search ends the
+    run early by `prune`.
     """
     started = time.perf_counter()
     result: dict[str, Any] = {
@@ -139,7 +150,9 @@ def run(
                     slots.hold(ready.device, config.jobs_per_gpu, signals.received, display.note)
                 )
                 result["gpu"] = asdict(gpu) if gpu else None
-                walk = Walk(config, ready, store, folder, signals, display, loggers, may_wait)
+                walk = Walk(
+                    config, ready, store, folder, signals, display, loggers, may_wait, prune
+                )
                 walk.through(result["phases"])
                 result["changes"] = changes(result["phases"])
                 objective = _objective(result, config.objective)
@@ -148,6 +161,9 @@ def run(
                 loggers.end(result | {"status": Status.interrupted.value})
                 write_sign(folder, Sign.deferred)
                 raise
+            except Pruned as reason:
+                status, result["reason"] = Status.pruned, str(reason)
+                display.note(result["reason"])
             except Interrupted as stop:
                 status, result["reason"] = Status.interrupted, str(stop)
                 again = "the same command goes on from here"
@@ -168,7 +184,7 @@ def run(
                     log.error("%s", curable)
         outcome = ended(status, objective)
         loggers.end(result)
-        if not config.reuse and status is Status.completed:
+        if not config.reuse and status in (Status.completed, Status.pruned):
             shutil.rmtree(store, ignore_errors=True)
     if signals.scheduler is not None:
         signals.scheduler()
@@ -205,7 +221,7 @@ def prepare(config: Config, result: dict[str, Any]) -> Ready:
         "train_windows": len(corpus.train),
         "validation_windows": len(corpus.validation),
     }
-    _check_objective(config, result, phases, device)
+    check_objective(config, result, phases, machine.peak_memory_mb(device))
     return Ready(device, here, corpus, phases)
 
 
@@ -222,6 +238,7 @@ class Walk:
         display: RunDisplay,
         loggers: Loggers,
         may_wait: bool,
+        prune: Prune | None = None,
     ) -> None:
         self.config = config
         self.ready = ready
@@ -230,6 +247,7 @@ class Walk:
         self.display = display
         self.loggers = loggers
         self.may_wait = may_wait
+        self.prune = prune
         self.watch = Watch(signals.received, display.step, self._wait)
         self.metrics_rows: list[dict[str, Any]] = []
 
@@ -307,6 +325,8 @@ class Walk:
         )
         write_metrics(self.folder, self.metrics_rows)
         self.loggers.epoch(self.metrics_rows[-1])
+        if self.prune is not None and (reason := self.prune(self.metrics_rows[-1])) is not None:
+            raise Pruned(reason)
 
     def _keep_weights(self, trajectory: Trajectory, epoch: int) -> None:
         """Put the model after `epoch` into the run's folder: a hard link where that can be had."""
@@ -396,20 +416,25 @@ def _phase_record(
     }
 
 
-def _check_objective(
-    config: Config, result: dict[str, Any], phases: tuple[Phase, ...], device: torch.device
+def check_objective(
+    config: Config,
+    result: Mapping[str, Any],
+    phases: Sequence[Phase],
+    peak_memory_mb: dict[str, float],
 ) -> None:
-    """Look the objective up in a record with made-up figures. Raises ConfigError."""
+    """Look the objective up in a record with made-up figures. Raises ConfigError.
+
+    `result` is what of the record is known before the first phase, the corpus at least.
+    """
     epoch = EpochMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1.0)
     stopped = Stopped(epoch, (epoch,), "")
-    memory = machine.peak_memory_mb(device)
     records = []
     for phase in phases:
         exits = [ExitMetrics(exit, 1.0, 1.0) for exit in range(phase.layers)]
         flops = training_flops(phase, config.data.seq_len, result["corpus"]["train_windows"])
-        records.append(_phase_record(phase, flops, "", Work(), stopped, exits, memory))
+        records.append(_phase_record(phase, flops, "", Work(), stopped, exits, peak_memory_mb))
     try:
-        figure(result | {"phases": records, "changes": changes(records)}, config.objective)
+        figure({**result, "phases": records, "changes": changes(records)}, config.objective)
     except ValueError as error:
         raise ConfigError(f"objective={config.objective}: {error}") from error
 

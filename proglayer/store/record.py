@@ -51,12 +51,15 @@ METRICS_COLUMNS: tuple[str, ...] = (
 
 
 class Status(StrEnum):
-    """How a run ended. A preempted one was stopped by its scheduler, which will start it again."""
+    """How a run ended. A preempted one was stopped by its scheduler, which will start it again;
+    a pruned one by its search, as it promised less than other trials.
+    """
 
     completed = "completed"
     failed = "failed"
     interrupted = "interrupted"
     preempted = "preempted"
+    pruned = "pruned"
 
 
 class Sign(StrEnum):

@@ -154,7 +154,7 @@ class Stage:
         sweeps = set()
         for run, age in self.readers():
             status = _status(run)
-            if run.is_dir() and status not in ("completed", "failed"):
+            if run.is_dir() and status not in ("completed", "failed", "pruned"):
                 return True
             if age < FORGET_AFTER_S:
                 if status != "completed":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ import torch
 
 from proglayer.store.stages import Stage
 
-from ..helpers import ROOT, SHORT, Command, assert_same_bits, epochs_trained, experiments, results
+from ..helpers import (
+    ROOT,
+    SHORT,
+    Command,
+    assert_same_bits,
+    config,
+    epochs_trained,
+    experiments,
+    results,
+)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -244,6 +253,34 @@ def test_a_figure_that_is_missing_at_the_end_fails_no_run(
     record = json.loads((tmp_path / "run/result.json").read_text())
     assert (record["status"], record["objective"]) == ("completed", None)
     assert f"objective={place}: " in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proglayer.run.experiment import run
+    from proglayer.store.record import Status
+
+    monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+    seen: list[tuple[int, int]] = []
+
+    def prune(row: Mapping[str, Any]) -> str | None:
+        seen.append((row["phase"], row["epoch"]))
+        return "worse than the others" if row["phase"] == 2 else None
+
+    settings = config(*SHORT)
+    ended = run(settings, tmp_path / "run", prune=prune)
+    assert ended.status is Status.pruned
+    assert ended.objective is None
+    assert seen == [(1, 1), (1, 2), (2, 1)]
+    (record,) = results(tmp_path / "run")
+    assert (record["status"], record["reason"]) == ("pruned", "worse than the others")
+    assert len(record["phases"]) == 1
+    assert not (tmp_path / "run/weights.safetensors").exists()
+    # Whoever wants it whole all the same trains the epochs that are missing.
+    whole = run(settings, tmp_path / "run")
+    assert whole.status is Status.completed
+    assert [p["work"]["epochs_reused"] for p in whole.result["phases"]] == [2, 1]
 
 
 def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
