@@ -14,14 +14,13 @@ nothing to change, and opening a stored corpus imports neither `datasets` nor py
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from proglayer.config import ConfigError, DataConfig
+from proglayer.config import ConfigError, DataConfig, first_line
 from proglayer.data.sources import DISK_FULL, TextSource, open_source
 
 Notify = Callable[[str], None]
 
 UNK = 0
 SPECIAL_WORDS = ("<unk>", "<pad>")
+SPLITS = ("train", "validation")
 
 # Part of every cache key: raise it when the tokenisation or the files of an entry change.
 CACHE_FORMAT = 1
@@ -44,7 +44,6 @@ CACHE_FORMAT = 1
 CHECKED_BYTES = 64 * 2**20
 # Stored tokens are gone through in pieces of this many.
 PIECE_TOKENS = 2**18
-HEADER_BYTES = 128
 SECONDS_BETWEEN_NOTES = 5.0
 
 
@@ -88,14 +87,14 @@ def open_corpus(data: DataConfig, notify: Notify | None = None) -> Corpus:
     folder = cache / "corpora" / _entry_name(source, data)
     with _cache_errors(folder.parent):
         entry = _read_entry(folder, notify) or _prepare_once(folder, source, data, notify)
-    return _cut(entry, source, data)
+    return _take_windows(entry, source, data)
 
 
 # ---------------------------------------------------------------------------------------------
 # Windows
 
 
-def _cut(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus:
+def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus:
     """The windows that the settings ask for, or a ConfigError that says how many there are."""
     length = data.seq_len + 1
     asked = f"data.samples={data.samples}"
@@ -196,42 +195,32 @@ def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
         meta = signed["meta"]
         if signed["sha256"] != _hash_json(meta):
             raise ValueError("meta.json does not match its own hash")
-        streams = {}
-        for split in ("train", "validation"):
-            path, words = folder / f"{split}.npy", meta[split]["words"]
-            with open(path, "rb") as file:
-                # The header is always this one, so nothing has to make sense of another.
-                if file.read(HEADER_BYTES) != _header(words):
-                    raise ValueError(f"{path.name} has the wrong header")
-            if path.stat().st_size != HEADER_BYTES + 4 * words:
-                raise ValueError(f"{path.name} has the wrong size")
-            streams[split] = np.memmap(path, "<i4", "r", offset=HEADER_BYTES, shape=(words,))
-        vocabulary = folder / "vocabulary.txt"
-        if vocabulary.stat().st_size != meta["vocabulary"]["bytes"]:
-            raise ValueError(f"{vocabulary.name} has the wrong size")
-        _check_hashes(folder, meta)
+        streams = {split: _read_stream(folder, split, meta) for split in SPLITS}
+        vocabulary = (folder / "vocabulary.txt").read_bytes()
+        if hashlib.sha256(vocabulary).hexdigest() != meta["vocabulary"]["sha256"]:
+            raise ValueError("vocabulary.txt does not match its hash")
     except PermissionError:
         raise  # nothing wrong with it, but it belongs to someone else
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        notify(f"the cached corpus in {folder} is damaged ({error}) and is prepared anew")
+    except Exception as error:  # the many ways in which NumPy and json object to damage
+        notify(
+            f"the cached corpus in {folder} is damaged ({first_line(error)}): preparing it again"
+        )
         return None
-    return _Entry(folder, meta, streams["train"], streams["validation"])
+    return _Entry(folder, meta, **streams)
 
 
-def _check_hashes(folder: Path, meta: dict[str, Any]) -> None:
-    """Raise ValueError if a file's content changed; large entries are passed unread."""
-    size = 4 * (meta["train"]["words"] + meta["validation"]["words"]) + meta["vocabulary"]["bytes"]
-    if size > CHECKED_BYTES:
-        return
-    for name, key in (
-        ("train.npy", "train"),
-        ("validation.npy", "validation"),
-        ("vocabulary.txt", "vocabulary"),
-    ):
-        with open(folder / name, "rb") as file:
-            file.seek(HEADER_BYTES if name.endswith(".npy") else 0)
-            if hashlib.file_digest(file, "sha256").hexdigest() != meta[key]["sha256"]:
-                raise ValueError(f"{name} does not match its hash")
+def _read_stream(folder: Path, split: str, meta: dict[str, Any]) -> np.ndarray:
+    """The memory-mapped tokens of a split. Raises ValueError where they are not those stored."""
+    path, words = folder / f"{split}.npy", meta[split]["words"]
+    stream: np.memmap = np.load(path, mmap_mode="r", max_header_size=1000)
+    if stream.dtype != np.dtype("<i4") or stream.shape != (words,):
+        raise ValueError(f"{path.name} has the wrong header")
+    if path.stat().st_size != stream.offset + stream.nbytes:
+        raise ValueError(f"{path.name} has the wrong size")
+    checked = stream.nbytes <= CHECKED_BYTES
+    if checked and hashlib.sha256(stream.data).hexdigest() != meta[split]["sha256"]:
+        raise ValueError(f"{path.name} does not match its hash")
+    return stream
 
 
 def _prepare_once(folder: Path, source: TextSource, data: DataConfig, notify: Notify) -> _Entry:
@@ -278,32 +267,37 @@ def _prepare(folder: Path, source: TextSource, data: DataConfig, notify: Notify)
     scratch.mkdir()
     ids = _growing_vocabulary()
     meta: dict[str, Any] = {}
-    for split in ("train", "validation"):
+    for split in SPLITS:
         note = _Notes(notify, f"{source.name}: {split}")
-        with open(folder / f"{split}.npy", "wb") as file:
-            stream = _StreamWriter(file)
+
+        def tokens(split: str = split, note: _Notes = note) -> Iterator[np.ndarray]:
+            total = 0
             for piece in source.pieces(split, scratch):
                 words = (piece.lower() if data.lowercase else piece).split()
-                stream.write(np.fromiter(map(ids.__getitem__, words), "<i4", len(words)))
-                note(f"{stream.words:,} words")
-            stream.finish()
-        if stream.words == 0:
+                yield np.fromiter(map(ids.__getitem__, words), "<i4", len(words))
+                total += len(words)
+                note(f"{total:,} words")
+
+        meta[split] = _write_stream(folder / f"{split}.npy", tokens())
+        if meta[split]["words"] == 0:
             raise ConfigError(f"{source.label} has no words for {split}: {source.more[split]}")
-        meta[split] = {"words": stream.words, "sha256": stream.sha256}
-    shutil.rmtree(scratch)
 
     vocabulary = list(ids)
     if data.min_count > 1 or data.max_vocab is not None:
         counts = np.zeros(len(vocabulary), np.int64)
-        for split in ("train", "validation"):
-            for piece in _stream_pieces(folder / f"{split}.npy", meta[split]["words"]):
+        for split in SPLITS:
+            for piece in _stream_pieces(folder / f"{split}.npy"):
                 counts += np.bincount(piece, minlength=len(vocabulary))
         kept = _kept_words(counts, data.min_count, data.max_vocab)
         new_ids = np.full(len(vocabulary), UNK, "<i4")
         new_ids[kept] = np.arange(len(kept), dtype="<i4")
-        for split in ("train", "validation"):
-            meta[split]["sha256"] = _remap(folder / f"{split}.npy", meta[split]["words"], new_ids)
+        for split in SPLITS:
+            all_words = scratch / f"{split}.npy"
+            (folder / all_words.name).rename(all_words)
+            renumbered = (new_ids[piece] for piece in _stream_pieces(all_words))
+            meta[split] = _write_stream(folder / all_words.name, renumbered)
         vocabulary = [vocabulary[i] for i in kept]
+    shutil.rmtree(scratch)
 
     # A docstring may hold half a surrogate pair, which strict UTF-8 can't express.
     encoded = "\n".join(vocabulary).encode("utf-8", "surrogatepass")
@@ -342,63 +336,35 @@ def _kept_words(counts: np.ndarray, min_count: int, max_vocab: int | None) -> np
     return np.concatenate([np.arange(len(SPECIAL_WORDS)), ids])
 
 
-class _StreamWriter:
-    """Writes a one-dimensional int32 .npy file piece by piece."""
+def _write_stream(path: Path, pieces: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Write a one-dimensional int32 .npy file; gives its words and the hash of its tokens.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.words = 0
-        self._digest = hashlib.sha256()
-        self._file = file
-        self._file.write(_header(0))
+    Written and not memory-mapped: a full disk is then an error and no signal.
+    """
+    words, digest = 0, hashlib.sha256()
 
-    @property
-    def sha256(self) -> str:
-        """Of the tokens, without the header."""
-        return self._digest.hexdigest()
+    def header() -> None:  # NumPy leaves room in it for a length of any size
+        about = {"descr": "<i4", "fortran_order": False, "shape": (words,)}
+        np.lib.format.write_array_header_1_0(file, about)
 
-    def write(self, ids: np.ndarray) -> None:
-        tokens = ids.tobytes()
-        self._file.write(tokens)
-        self._digest.update(tokens)
-        self.words += len(ids)
-
-    def finish(self) -> None:
-        """Now that the length is known, put it in the header."""
-        self._file.seek(0)
-        self._file.write(_header(self.words))
-        _flush(self._file)
-
-
-def _stream_pieces(path: Path, words: int) -> Iterator[np.ndarray]:
-    """The tokens of a stream file, piece by piece."""
-    with open(path, "rb") as file:
-        file.seek(HEADER_BYTES)
-        while words:
-            piece = np.fromfile(file, "<i4", min(words, PIECE_TOKENS))
-            words -= len(piece)
-            yield piece
-
-
-def _remap(path: Path, words: int, new_ids: np.ndarray) -> str:
-    """Replace every token by `new_ids[token]`, in place. Returns the hash of the new tokens."""
-    digest = hashlib.sha256()
-    with open(path, "r+b") as file:
-        file.seek(HEADER_BYTES)
-        for piece in _stream_pieces(path, words):
-            tokens = new_ids[piece].tobytes()
+    with open(path, "wb") as file:
+        header()
+        for piece in pieces:
+            tokens = piece.tobytes()
             file.write(tokens)
             digest.update(tokens)
+            words += len(piece)
+        file.seek(0)
+        header()
         _flush(file)
-    return digest.hexdigest()
+    return {"words": words, "sha256": digest.hexdigest()}
 
 
-def _header(words: int) -> bytes:
-    """The header of a .npy file of that many int32. NumPy leaves room in it for any length."""
-    header = io.BytesIO()
-    about = {"descr": "<i4", "fortran_order": False, "shape": (words,)}
-    np.lib.format.write_array_header_1_0(header, about)
-    assert len(header.getvalue()) == HEADER_BYTES
-    return header.getvalue()
+def _stream_pieces(path: Path) -> Iterator[np.ndarray]:
+    """The tokens of a stream file, piece by piece."""
+    stream = np.load(path, mmap_mode="r")
+    for first in range(0, len(stream), PIECE_TOKENS):
+        yield stream[first : first + PIECE_TOKENS]
 
 
 def _write_file(path: Path, content: bytes) -> None:

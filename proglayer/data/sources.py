@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import ssl
 import sys
 import sysconfig
 import time
@@ -27,7 +26,7 @@ import tokenize
 import warnings
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -52,7 +51,6 @@ KEPT_HASH_BYTES = 32 * 2**20
 # File systems tell times apart no better than this: a file that is as fresh may change once more
 # without its times changing.
 FRESH_SECONDS = 2.0
-SECONDS_FOR_HUB = 5.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -288,44 +286,43 @@ def _file_pieces(path: Path, start: int, end: int, setting: str) -> Iterator[str
 
 
 def _file_sha256(path: Path, setting: str, hashes: Path) -> str:
-    """The hash of a file's content, of a large file from `hashes` while its marks are the same."""
+    """The hash of a file's content. That of a large file is kept in `hashes`.
+
+    Otherwise each job on 10 GB of text would first read all of it.
+    """
     try:
         with open(path, "rb") as file:
-            marks = _marks(file.fileno())
-            if marks["size"] < KEPT_HASH_BYTES:
+            if os.fstat(file.fileno()).st_size < KEPT_HASH_BYTES:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-            kept = hashes / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()}.json"
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                known = json.loads(kept.read_text())
-                if known["marks"] == marks:
-                    return known["sha256"]
-            settled = time.time() - max(marks["modified_ns"], marks["changed_ns"]) / 1e9
+            state = _state(path, file.fileno())
+            kept = hashes / hashlib.sha256(json.dumps(state).encode()).hexdigest()
+            with suppress(OSError, ValueError):
+                known = kept.read_text(encoding="ascii")
+                if re.fullmatch("[0-9a-f]{64}", known):
+                    return known
+            settled = time.time() - max(state["modified_ns"], state["changed_ns"]) / 1e9
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if settled > FRESH_SECONDS and _marks(file.fileno()) == marks:
-                _keep_hash(kept, {"marks": marks, "sha256": digest})
+            if settled > FRESH_SECONDS and _state(path, file.fileno()) == state:
+                with suppress(OSError):  # it is hashed again the next time
+                    hashes.mkdir(parents=True, exist_ok=True)
+                    partial = kept.with_suffix(f".{os.getpid()}")
+                    partial.write_text(digest, encoding="ascii")
+                    partial.replace(kept)
             return digest
     except OSError as error:
         raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
 
 
-def _marks(descriptor: int) -> dict[str, int]:
+def _state(path: Path, descriptor: int) -> dict[str, Any]:
     """What is different about a file once its content is. No program can set back its ctime."""
     stat = os.fstat(descriptor)
     return {
+        "path": os.path.abspath(path),
         "size": stat.st_size,
         "modified_ns": stat.st_mtime_ns,
         "changed_ns": stat.st_ctime_ns,
         "inode": stat.st_ino,
     }
-
-
-def _keep_hash(kept: Path, known: dict[str, Any]) -> None:
-    """Write what is known of a file; where that can't be done, it is hashed again the next time."""
-    partial = kept.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known))
-        partial.replace(kept)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -463,13 +460,12 @@ def _hub(data: DataConfig) -> TextSource:
         )
 
     @cache
-    def splits(scratch: Path) -> dict[str, Any]:
-        loaded = _load_from_hub(data, scratch)
-        return dict(zip(("train", "validation"), loaded, strict=True))
+    def splits() -> dict[str, Any]:
+        return dict(zip(("train", "validation"), _load_from_hub(data), strict=True))
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         with _quiet_datasets():
-            yield from _rows(splits(scratch)[split], data.text_column)
+            yield from _rows(splits()[split], data.text_column)
 
     return TextSource(
         name=_data_set_name(data),
@@ -518,172 +514,38 @@ def _rows(rows: Any, column: str) -> Iterator[str]:
         yield "\n".join(text for text in texts if text is not None) + "\n"
 
 
-def _load_from_hub(data: DataConfig, scratch: Path) -> list[Any]:
-    """The training and the validation split, as two `datasets.Dataset`.
+def _load_from_hub(data: DataConfig) -> list[Any]:
+    """The training and the validation split, as two `datasets.Dataset`, online or from its cache.
 
-    Downloads stay in the hub's cache; the Arrow files made of them go with the scratch folder.
+    Raises:
+        ConfigError: the data set can't be had, read, or is not of the wanted revision.
+        OSError: the disk is full.
     """
     import datasets
 
-    names = [data.train_split, data.validation_split]
     assert data.repository is not None
     try:
         with _quiet_datasets():
-            if _hub_reachable():
-                splits: Any = datasets.load_dataset(
-                    data.repository,
-                    data.configuration,
-                    revision=data.revision,
-                    split=names,
-                    cache_dir=str(scratch),
-                )
-                return splits
-            with _hub_offline():
-                return _load_offline(data, names, scratch)
+            splits: Any = datasets.load_dataset(
+                data.repository,
+                data.configuration,
+                revision=data.revision,
+                split=[data.train_split, data.validation_split],
+            )
     except ConnectionError as error:
         raise ConfigError(_unreachable(data)) from error
     except Exception as error:  # the many ways in which a data set of others can be amiss
         for cause in _causes(error):
-            if isinstance(cause, ConfigError):
-                raise
             if isinstance(cause, OSError) and cause.errno in DISK_FULL:
                 raise cause from error
         raise ConfigError(f"{_hub_label(data)} can't be loaded: {first_line(error)}") from error
-
-
-def _load_offline(data: DataConfig, names: list[str], scratch: Path) -> list[Any]:
-    """The splits from what an earlier download left: the hub's files, else Arrow files of them."""
-    import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    assert data.repository is not None
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            data.repository, repo_type="dataset", revision=data.revision, local_files_only=True
-        )
-    except LocalEntryNotFoundError:
-        pass
-    else:
-        files = _snapshot_files(Path(snapshot), data)
-        if files:
-            splits: Any = datasets.load_dataset(
-                snapshot, data_files=files, split=names, cache_dir=str(scratch)
-            )
-            return splits
-    splits = datasets.load_dataset(data.repository, data.configuration, split=names)
-    # That cache is looked up by name only, but it tells the commit in the path of its files.
-    found = splits[0].cache_files[0]["filename"] if splits[0].cache_files else ""
-    if _is_commit(data.revision) and data.revision not in Path(found).parts:
-        raise ConnectionError(f"{found} is not of the wanted revision")
+    # Without a network `datasets` takes what its cache has under that name, of whatever revision;
+    # the folder of its files is named after the commit.
+    if re.fullmatch("[0-9a-f]{40}", data.revision or ""):
+        files = [Path(file["filename"]) for rows in splits for file in rows.cache_files]
+        if any(data.revision not in file.parts for file in files):
+            raise ConfigError(_unreachable(data))
     return splits
-
-
-def _snapshot_files(snapshot: Path, data: DataConfig) -> dict[str, list[str]] | None:
-    """The files of each split of a data set in the hub's cache, or None if some are missing.
-
-    `datasets` itself would not look there without a network, and a snapshot seldom holds all
-    configurations, which it needs. So this reads the card: its `configs`, each a list of splits.
-    """
-    import huggingface_hub
-
-    card = snapshot / "README.md"
-    if not card.exists():
-        return None
-    configurations = huggingface_hub.DatasetCard.load(card).data.to_dict().get("configs") or []
-    names = [c.get("config_name", "default") for c in configurations]
-    if not configurations or (data.configuration and data.configuration not in names):
-        return None
-    if data.configuration is None:
-        default = [c for c in configurations if c.get("default")] or [
-            c for c in configurations if c.get("config_name", "default") == "default"
-        ]
-        if not default and len(configurations) > 1:
-            raise ConfigError(
-                f"data.configuration: {data.repository} has several: {', '.join(names)}"
-            )
-        chosen = (default or configurations)[0]
-    else:
-        chosen = configurations[names.index(data.configuration)]
-
-    described = chosen.get("data_files")
-    if not isinstance(described, list) or not all(isinstance(d, dict) for d in described):
-        described = [{"split": "train", "path": described}]
-    files: dict[str, list[str]] = {}
-    for part in described:
-        patterns = part["path"] if isinstance(part["path"], list) else [part["path"]]
-        matches = sorted(
-            path.relative_to(snapshot).as_posix()
-            for pattern in patterns
-            if isinstance(pattern, str)
-            for path in snapshot.glob(pattern)
-            if path.is_file()
-        )
-        if matches and not _shards_missing(matches):
-            files[part["split"]] = matches
-    wanted = {
-        name.split("[")[0].strip()
-        for setting in (data.train_split, data.validation_split)
-        for name in setting.split("+")
-    }
-    known = [part["split"] for part in described]
-    for name in sorted(wanted):
-        if name not in known:
-            raise ConfigError(
-                f"data.train_split={data.train_split}, data.validation_split="
-                f"{data.validation_split}: the splits of {data.repository} are {', '.join(known)}"
-            )
-    return files if wanted <= set(files) else None
-
-
-def _shards_missing(names: list[str]) -> bool:
-    """Whether files called `...-00000-of-00003...` are fewer than they say."""
-    shards = [found for name in names if (found := re.search(r"-\d{5}-of-(\d{5})", name))]
-    return bool(shards) and len(shards) < max(int(shard[1]) for shard in shards)
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
-
-
-def _hub_reachable() -> bool:
-    """Whether the hub answers at all, found out in seconds; its client would retry for longer."""
-    import urllib.error
-    import urllib.request
-
-    import datasets.config
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=SECONDS_FOR_HUB).close()
-    except urllib.error.HTTPError:
-        return True  # it answers, if only to say no
-    except urllib.error.URLError as error:
-        # Certificates are the client's own business: it brings its own.
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _hub_offline() -> Iterator[None]:
-    """Tell `datasets` and the hub's client not to try the network.
-
-    They read HF_HUB_OFFLINE when they are imported, which may be long ago.
-    """
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextmanager
@@ -692,27 +554,21 @@ def _quiet_datasets() -> Iterator[None]:
     import datasets
     import huggingface_hub.utils
 
-    verbosity = datasets.logging.get_verbosity()
-    libraries = [
-        library
-        for library in (datasets.utils, huggingface_hub.utils)
-        if not library.are_progress_bars_disabled()
-    ]
-    datasets.logging.set_verbosity_error()
-    for library in libraries:
-        library.disable_progress_bars()
-    try:
+    with ExitStack() as restore:
+        for library in (datasets.utils, huggingface_hub.utils):
+            if not library.are_progress_bars_disabled():
+                library.disable_progress_bars()
+                restore.callback(library.enable_progress_bars)
+        for logging in (datasets.logging, huggingface_hub.utils.logging):
+            restore.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
         yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        for library in libraries:
-            library.enable_progress_bars()
 
 
 def _unreachable(data: DataConfig) -> str:
     return (
-        f"{_hub_label(data)}: the Hugging Face hub can't be reached and its local cache does not "
-        f"hold this; set data.path to {_wanted_folder(data)}, or take another corpus "
+        f"{_hub_label(data)}: the Hugging Face hub can't be reached and the cache of `datasets` "
+        f"does not hold this; set data.path to {_wanted_folder(data)}, or take another corpus "
         "(data=pydocs needs no network)"
     )
 
