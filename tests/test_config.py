@@ -287,10 +287,7 @@ EDGES = ("-inf", "-1", "0", "1e308", "inf", "nan", "null", "''", "[]", "{}", "9"
 @pytest.mark.parametrize("edge", EDGES)
 def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
     """Every third setting; PROGLAYER_TEST_EDGES=all tries each of them."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from proglayer.launch.job import in_one_line
+    from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 
     names = list(leaves(to_plain(config())))
     if os.environ.get("PROGLAYER_TEST_EDGES") != "all":
@@ -301,7 +298,7 @@ def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
             settings = to_config(composed(f"{name}={edge}"))
         except ConfigError as error:
             refusal = str(error)
-        except (HydraException, OmegaConfBaseException, OverflowError) as error:
+        except COMPOSING_ERRORS as error:
             refusal = in_one_line(error)
         if refusal is None:
             json.dumps(to_plain(settings), allow_nan=False)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
-import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,26 +14,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from proglayer.config import (
     Config,
     ConfigError,
     OnError,
-    first_line,
     from_plain,
-    nearest_setting,
     to_config,
-    value_problem,
     with_type,
 )
 from proglayer.data.sources import DISK_FULL
 from proglayer.launch import snapshot
 from proglayer.launch.common import threads_per_job
+from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line
 from proglayer.run.code import PACKAGE, git_state
 from proglayer.store.record import (
     RECORD_FORMAT,
@@ -175,15 +168,15 @@ def explain_errors() -> Iterator[None]:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
         return
-    from hydra.errors import HydraException
-
     # Hydra prints errors its own way unless it is asked to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     except ConfigError as error:
         fail(str(error).splitlines())
-    except (HydraException, OmegaConfBaseException, OverflowError) as error:
+    except COMPOSING_ERRORS as error:
+        if isinstance(error, FILE_ERRORS) and file_problem(error) is None:
+            raise  # no file of settings is to blame: it is a fault of ours
         fail([in_one_line(error)])
     except OSError as error:
         place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
@@ -209,43 +202,6 @@ def fail(lines: list[str]) -> NoReturn:
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     sys.exit(FAILED)
-
-
-def in_one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf said, with the nearest setting where a name is unknown."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return str(cause)
-        if problem := value_problem(cause):
-            return problem
-        cause = cause.__cause__ or cause.__context__
-    whole = f"{error}\n{error.__cause__ or ''}"
-    first = " ".join(first_line(error).split())
-    if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
-        quoted = shlex.quote(f'{key}="{value}"')
-        return f"{error.override}: Hydra cannot read this value; as a text it is given as {quoted}"
-    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
-    unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
-    if unknown:
-        name = unknown.group(2)
-        near = nearest_setting(name)
-        return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
-    if missing and "Available options in" in whole:
-        group, choice = missing.groups()
-        listed = whole.split("Available options in")[1].split("Config search path")[0]
-        options = listed.splitlines()[1:]
-        options = [option.strip() for option in options if option.strip()]
-        close = difflib.get_close_matches(choice, options, n=1)
-        near = f"; did you mean {group}={close[0]}?" if close else ""
-        return f"{group} has no choice {choice}{near} (choices: {', '.join(options)})"
-    if first.startswith("Ambiguous value"):
-        return f"{first}: to sweep over several values, add -m"
-    if error.__cause__ is not None:
-        return f"{first}: {first_line(error.__cause__)}"
-    return first
 
 
 def record_unstarted(folder: Path, status: Status, reason: str) -> None:

@@ -25,7 +25,8 @@ from omegaconf.errors import ValidationError
 from proglayer.config import ConfigError, OnError, first_line, short_hash
 from proglayer.console import console
 from proglayer.launch.common import threads_per_job
-from proglayer.launch.job import in_one_line, leave_report, record_unstarted
+from proglayer.launch.composing import in_one_line
+from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.sweep import (
     Checks,
     Job,

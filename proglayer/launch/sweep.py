@@ -22,12 +22,10 @@ from typing import Any, Protocol, cast
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from proglayer.config import (
     Config,
@@ -41,7 +39,8 @@ from proglayer.config import (
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.launch.common import jobs_at_once, threads_per_job
-from proglayer.launch.job import DEFERRED, MAY_DEFER, in_one_line, leave_report
+from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
+from proglayer.launch.job import DEFERRED, MAY_DEFER, leave_report
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.progress import plan_table
 from proglayer.store.record import (
@@ -334,7 +333,7 @@ def check(sweeper: HydraSweeper, all_overrides: Sequence[tuple[str, ...]]) -> li
     for number, overrides in enumerate(all_overrides):
         try:
             jobs.append(checks.job(number, overrides, len(all_overrides)))
-        except (ConfigError, HydraException, OmegaConfBaseException, OverflowError) as error:
+        except (ConfigError, *COMPOSING_ERRORS) as error:
             told = str(error) if isinstance(error, ConfigError) else in_one_line(error)
             for line in told.splitlines():
                 problems.setdefault(line, without_hydra(overrides))

@@ -389,7 +389,7 @@ MISTAKES = {
     ("seed=soon",): "seed",
     ("growth.init=clone",): "growth.init",
     ("model.num_heads=3",): "model.num_heads=3 does not divide model.dim=64",
-    ("added_layers=-1",): "added_layers=-1 must not be negative",
+    ("added_layers=-1",): "added_layers=-1 must be from 0 to 4,096",
     ("freeze=gradual", "initial_layers=1"): "initial_layers=2 or more",
     (
         "phase=keep_training",

@@ -1,0 +1,160 @@
+"""What went wrong while Hydra composed settings, in one line that names the cause.
+
+Hydra's own errors about files are tracebacks, or name the consequence: a file without its package
+line ends in "Key 'experiment' is not in struct". So the files are looked at once an error is there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+from yaml.parser import ParserError
+
+from proglayer.config import ConfigError, first_line, nearest_setting, value_problem
+
+HEADER = "# @package _global_"
+# Groups whose files set what they like, at the top level.
+GLOBAL_GROUPS = ("experiment", "local")
+FILE_ERRORS = (yaml.YAMLError, UnicodeDecodeError, RecursionError)
+# What composing raises, but for OSError. OverflowError: an integer that no float can hold.
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, OverflowError, *FILE_ERRORS)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What composing raised, with the nearest setting where a name is unknown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        if problem := value_problem(cause):
+            file = re.search(r"In '([^']+)': \w+ raised while composing", str(error))
+            return f"conf/{file[1]}.yaml: {problem}" if file else problem
+        if problem := file_problem(cause):
+            return problem
+        cause = cause.__cause__ or cause.__context__
+    whole = f"{error}\n{error.__cause__ or ''}"
+    first = " ".join(first_line(error).split())
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"{error.override}: Hydra cannot read this value; as a text it is given as {quoted}"
+    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
+    unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
+    if unknown:
+        name = unknown.group(2)
+        near = nearest_setting(name)
+        return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
+    if missing and "Available options in" in whole:
+        group, choice = missing.groups()
+        listed = whole.split("Available options in")[1].split("Config search path")[0]
+        options = listed.splitlines()[1:]
+        options = [option.strip() for option in options if option.strip()]
+        close = difflib.get_close_matches(choice, options, n=1)
+        near = f"; did you mean {group}={close[0]}?" if close else ""
+        return f"{group} has no choice {choice}{near} (choices: {', '.join(options)})"
+    if first.startswith("Ambiguous value"):
+        return f"{first}: to sweep over several values, add -m"
+    absolute = re.search(r"Could not override '[^'/]+/([^'@/]+)@", whole)
+    if absolute:
+        return f"{first} Write it with a slash: override /{absolute[1]}"
+    if error.__cause__ is not None:
+        return f"{first}: {first_line(error.__cause__)}"
+    if first.endswith(":"):  # what was wrong stands in the lines below
+        return " ".join(str(error).split())
+    return first
+
+
+def file_problem(error: BaseException) -> str | None:
+    """Say which file of settings is to blame for an error while composing, and how to mend it.
+
+    Returns None where no file is found to be.
+    """
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {_yaml_problem(error)}"
+    if isinstance(error, UnicodeDecodeError):
+        return next(filter(None, map(_not_utf8, _files())), None)
+    if isinstance(error, RecursionError):
+        return _circle()
+    group = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", str(error))
+    group = group or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: (\S+)", str(error))
+    if group is None or group[2].split(".")[0] not in GLOBAL_GROUPS:
+        return None
+    return next(filter(None, map(_header_problem, _files(group[2].split(".")[0]))), None)
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or "not YAML"
+    if "'\\t'" in problem:
+        return "a tab, which YAML takes for no indentation: use spaces"
+    if duplicate := re.fullmatch(r"found duplicate key (.*)", problem):
+        return f"{duplicate[1]} is given twice: keep one"
+    if isinstance(error, ParserError) and error.context_mark is not None:
+        return f"{problem} ({error.context}, begun in line {error.context_mark.line + 1})"
+    return problem
+
+
+def _files(group: str = "**") -> Iterator[Path]:
+    """The files of settings of a group, or all, beside the script that runs."""
+    yield from sorted((Path(sys.argv[0]).absolute().parent / "conf").glob(f"{group}/*.yaml"))
+
+
+def _not_utf8(path: Path) -> str | None:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        return f"{path}, line {line}: this is not UTF-8: save the file as UTF-8"
+    return None
+
+
+def _header_problem(path: Path) -> str | None:
+    """What keeps a file of a global group from setting anything at the top level."""
+    named = path.parent.name == "local" or any(
+        re.search(rf"\b{re.escape(path.stem)}\b|\*", argument)
+        for argument in sys.argv[1:]
+        if path.parent.name in argument
+    )
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not named or text.startswith(HEADER):
+        return None
+    if text.startswith("\ufeff"):
+        return f"{path} starts with a byte order mark: save it as UTF-8 without one"
+    what = "is empty" if not text.strip() else f"does not begin with {HEADER!r}"
+    return f"{path} {what}: write {HEADER!r} as its first line, and settings below it"
+
+
+def _circle() -> str | None:
+    """The files whose defaults name each other in a circle."""
+    names = {f"{path.parent.name}/{path.stem}": path for path in _files()}
+    arrows: dict[str, set[str]] = {}
+    for name, path in names.items():
+        try:
+            content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        defaults = content.get("defaults") if isinstance(content, dict) else None
+        for entry in defaults if isinstance(defaults, list) else ():
+            if isinstance(entry, str):
+                arrows.setdefault(name, set()).add(f"{path.parent.name}/{entry}")
+            elif isinstance(entry, dict):
+                arrows.setdefault(name, set()).update(
+                    f"{str(group).split('/')[-1]}/{choice}" for group, choice in entry.items()
+                )
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        circle = " -> ".join(error.args[1])
+        return f"{names[error.args[1][0]]} includes itself ({circle}): take it out of its defaults"
+    return None
