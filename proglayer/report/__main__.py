@@ -1,7 +1,62 @@
 """`python -m proglayer.report FOLDER... -o report/`."""
 
+from __future__ import annotations
+
+import argparse
+import io
+import math
 import sys
+from collections.abc import Sequence
 
-from proglayer.report.write import main
+from proglayer.report.study import Margins
+from proglayer.report.write import write_report
 
-sys.exit(main())
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Gives its exit status: 2 for folders that cannot be read or written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proglayer.report",
+        description="Write the report of sweeps and runs, finished or not: a page, the same as "
+        "Markdown, figures and tables.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="report", help="where the report goes (report)"
+    )
+    parser.add_argument(
+        "--margin",
+        metavar="POINTS",
+        type=float,
+        default=Margins().points,
+        help="a difference in accuracy within this many points counts as none (%(default)s)",
+    )
+    parser.add_argument(
+        "--margin-loss",
+        metavar="NATS",
+        type=float,
+        default=Margins().nats,
+        help="the same for the loss, and so for perplexity (%(default)s, 1 %% of perplexity)",
+    )
+    options = parser.parse_args(arguments)
+    for name, value in (("--margin", options.margin), ("--margin-loss", options.margin_loss)):
+        if not (value > 0 and math.isfinite(value)):
+            parser.error(f"{name}={value:g} must be more than 0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        margins = Margins(options.margin, options.margin_loss)
+        page = write_report(options.folders, options.out, margins)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError) as error:
+        strerror = error.strerror if isinstance(error, OSError) else None
+        where = f"{error.filename}: {strerror}" if strerror else str(error)  # type: ignore[attr-defined]
+        print(f"error: {where}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

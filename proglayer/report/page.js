@@ -22,7 +22,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     table.tBodies[0].append(...keyed.map((each) => each.row));
   }));
 }
-// What is folded on the screen is open on paper.
+// What is collapsed on the screen is open on paper.
 addEventListener("beforeprint", () => {
-  for (const folded of document.querySelectorAll("details")) folded.open = true;
+  for (const details of document.querySelectorAll("details")) details.open = true;
 });

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 
 class Cell(NamedTuple):
@@ -21,18 +21,6 @@ class Cell(NamedTuple):
 
     text: str
     sort: float | str | None = None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: figures are set right, names keep together, prose wraps.
-
-    One that is `hidden_on_paper` gives way in print.
-    """
-
-    title: str
-    kind: Literal["figure", "name", "prose"] = "figure"
-    hidden_on_paper: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ class Heading:
 @dataclass(frozen=True)
 class Paragraph:
     text: str
-    quiet: bool = False
+    muted: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +64,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. `strong` names rows (by number) that sum up the others."""
+    """A table. `strong` names rows (by number) that sum up the others.
+
+    A column is its title and its kind: a figure is set right, a name keeps together, prose wraps.
+    With ` screen` after its kind it gives way in print.
+    """
 
     title: str
-    columns: Sequence[Column]
+    columns: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[Cell | str]]
     note: str = ""
     sortable: bool = False
@@ -87,7 +79,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideBySide:
     """Tables that stand beside each other where there is room."""
 
     tables: Sequence[Table]
@@ -109,7 +101,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Folded:
+class Collapsible:
     """Blocks that a reader opens; on paper they are open."""
 
     summary: str
@@ -117,7 +109,16 @@ class Folded:
 
 
 Block = (
-    Heading | Paragraph | Bullets | Code | Verdict | Table | Beside | Picture | Pictures | Folded
+    Heading
+    | Paragraph
+    | Bullets
+    | Code
+    | Verdict
+    | Table
+    | SideBySide
+    | Picture
+    | Pictures
+    | Collapsible
 )
 
 
@@ -180,8 +181,8 @@ def _html(block: Block) -> str:
             # Those of level 3 come again for every condition, and nothing refers to them.
             name = f' id="{_anchor(text)}"' if level == 2 else ""
             return f"<h{level}{name}>{_escape(text)}</h{level}>"
-        case Paragraph(text, quiet):
-            mark = ' class="quiet"' if quiet else ""
+        case Paragraph(text, muted):
+            mark = ' class="muted"' if muted else ""
             return f"<p{mark}>{_escape(text)}</p>"
         case Bullets(items):
             return "<ul>" + "".join(f"<li>{_escape(item)}</li>" for item in items) + "</ul>"
@@ -197,12 +198,12 @@ def _html(block: Block) -> str:
             )
             return (
                 f'<section class="verdict"><h3>{_escape(claim)} {_badge(outcome)}</h3>'
-                f'<p class="quiet">{_escape(measured_by)}</p><ul>{rows}</ul></section>'
+                f'<p class="muted">{_escape(measured_by)}</p><ul>{rows}</ul></section>'
             )
         case Table():
             return _html_table(block)
-        case Beside(tables):
-            return f'<div class="beside">{"".join(map(_html_table, tables))}</div>'
+        case SideBySide(tables):
+            return f'<div class="side-by-side">{"".join(map(_html_table, tables))}</div>'
         case Picture(name, title, alt, svg):
             return (
                 f'<figure id="figure-{_anchor(name)}" role="group" aria-label="{_escape(alt)}">'
@@ -210,7 +211,7 @@ def _html(block: Block) -> str:
             )
         case Pictures(items):
             return f'<div class="pictures">{"".join(map(_html, items))}</div>'
-        case Folded(summary, blocks):
+        case Collapsible(summary, blocks):
             inside = "\n".join(map(_html, blocks))
             return f"<details><summary>{_escape(summary)}</summary>\n{inside}\n</details>"
 
@@ -218,7 +219,7 @@ def _html(block: Block) -> str:
 def _numbers(text: str) -> str:
     """The numbers of a finding: first what was found, then, quieter, what it rests on."""
     found, mark, rest = text.partition("; ")
-    return f'{_escape(found)}{mark}<span class="quiet">{_escape(rest)}</span>'
+    return f'{_escape(found)}{mark}<span class="muted">{_escape(rest)}</span>'
 
 
 def _badge(outcome: str) -> str:
@@ -226,11 +227,10 @@ def _badge(outcome: str) -> str:
 
 
 def _html_table(table: Table) -> str:
-    classes = [column.kind + " screen" * column.hidden_on_paper for column in table.columns]
-    marks = [f' class="{names}"' for names in classes]
+    marks = [f' class="{kind}"' for _, kind in table.columns]
     heads = []
-    for column, mark in zip(table.columns, marks, strict=True):
-        title = _escape(column.title)
+    for (name, _), mark in zip(table.columns, marks, strict=True):
+        title = _escape(name)
         inside = f'<button type="button">{title}</button>' if table.sortable else title
         heads.append(f'<th scope="col"{mark}>{inside}</th>')
     rows = []
@@ -242,7 +242,7 @@ def _html_table(table: Table) -> str:
             cells.append(f"<td{mark}{key}>{_breakable(text)}</td>")
         strong = ' class="strong"' if number in table.strong else ""
         rows.append(f"<tr{strong}>{''.join(cells)}</tr>")
-    note = f'<p class="quiet">{_escape(table.note)}</p>' if table.note else ""
+    note = f'<p class="muted">{_escape(table.note)}</p>' if table.note else ""
     kind = ' class="sortable"' if table.sortable else ""
     body = "\n".join(rows)
     return (
@@ -295,13 +295,13 @@ def _markdown(block: Block) -> str:
             )
         case Table():
             return _markdown_table(block)
-        case Beside(tables):
+        case SideBySide(tables):
             return "\n\n".join(map(_markdown_table, tables))
         case Picture(name, title, alt, _):
             return f"**{_marked(title)}**\n\n![{_marked(alt)}](figures/{name}.svg)"
         case Pictures(items):
             return "\n\n".join(map(_markdown, items))
-        case Folded(summary, blocks):
+        case Collapsible(summary, blocks):
             return "\n\n".join([f"**{_marked(summary)}**", *map(_markdown, blocks)])
 
 
@@ -318,8 +318,8 @@ def _markdown_table(table: Table) -> str:
         f"**{_marked(table.title)}**",
         "\n".join(
             [
-                line([_marked(column.title) for column in table.columns]),
-                line(["---:" if column.kind == "figure" else "---" for column in table.columns]),
+                line([_marked(title) for title, _ in table.columns]),
+                line(["---:" if kind.startswith("figure") else "---" for _, kind in table.columns]),
                 *rows,
             ]
         ),

@@ -11,15 +11,17 @@ a plus is an improvement.
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
-import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from pandas.util import hash_pandas_object
 
 from proglayer.console import one_line
@@ -72,8 +74,8 @@ class Margins:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure that arms are judged by: its column of change, of the end, unit and decimals."""
+class Metric:
+    """A metric that arms are judged by: its column of change, of the end, unit and decimals."""
 
     name: str
     change: str
@@ -85,79 +87,17 @@ class Figure:
         return {"points": margins.points, "%": margins.percent, "nats": margins.nats}[self.unit]
 
 
-ACCURACY = Figure("accuracy", "accuracy_change_points", "points", 3)
-PERPLEXITY = Figure("perplexity", "perplexity_change_percent", "%", 2)
-LOSS = Figure("loss", "loss_change_nats", "nats", 4)
-FIGURES = (ACCURACY, PERPLEXITY, LOSS)
+ACCURACY = Metric("accuracy", "accuracy_change_points", "points", 3)
+PERPLEXITY = Metric("perplexity", "perplexity_change_percent", "%", 2)
+LOSS = Metric("loss", "loss_change_nats", "nats", 4)
+METRICS = (ACCURACY, PERPLEXITY, LOSS)
 
 
-@dataclass(frozen=True)
-class PublishedPhase:
-    """A phase of the founding run."""
-
-    name: str
-    layers: int
-    accuracy_percent: float
-    perplexity: float
-    seconds: float
-    best_epoch: int
-
-
-# The founding experiment's published run: WikiText-2 raw (Salesforce/wikitext,
-# wikitext-2-raw-v1, whole release), vocabulary 69,830, dim 64, one seed (42), an NVIDIA L4.
-PUBLISHED = {
-    STANDARD: (
-        PublishedPhase("initial", 3, 16.35, 978.89, 23.69, 3),
-        PublishedPhase("grown", 4, 16.20, 975.51, 27.44, 2),
-    ),
-    DEEP: (
-        PublishedPhase("initial", 3, 16.45, 950.45, 53.06, 3),
-        PublishedPhase("grown", 4, 16.26, 968.60, 92.11, 3),
-    ),
-}
-# As published: points of accuracy, percent of perplexity, seconds in all. The phases themselves
-# give 0.35 % for Standard and 145.17 s for deep supervision.
-PUBLISHED_CHANGES = {STANDARD: (-0.15, 0.34, 51.13), DEEP: (-0.19, -1.91, 145.16)}
-PUBLISHED_SOURCE = (
-    "the founding experiment's published run: WikiText-2 raw, vocabulary 69,830, one seed (42), "
-    "NVIDIA L4"
-)
-# What the original is, whatever the text, the model's loss and the seed: a run that was not told
-# `experiment=original` is it all the same when it has these settings.
-ORIGINAL_SETTINGS: dict[str, Any] = {
-    "initial_layers": 3,
-    "added_layers": 1,
-    "model.dim": 64,
-    "model.num_heads": 4,
-    "model.ffn_multiple": 4,
-    "model.rotary_base": 10000,
-    "model.norm_eps": 1e-6,
-    "phase.schedule": "grow_once",
-    "phase.batch_size": 64,
-    "phase.max_epochs": 50,
-    "phase.patience": 1,
-    "phase.min_delta": 0.0,
-    "phase.samples": None,
-    **{
-        f"phase.{part}.{name}": None
-        for part in ("initial", "grown")
-        for name in ("batch_size", "max_epochs", "patience", "min_delta", "samples")
-    },
-    "growth.init": "random",
-    "growth.position": "top",
-    "freeze.steps": '[{"embedding": false, "existing": 0, "head": true}]',
-    "lr.base": 1e-3,
-    **{f"lr.factor.{role}": 0.1 for role in ("new", "existing", "embedding", "head")},
-    "lr.schedule": "constant",
-    "lr.warmup_steps": 0,
-    "lr.final_factor": 0.0,
-    "optimizer.beta1": 0.9,
-    "optimizer.beta2": 0.999,
-    "optimizer.eps": 1e-8,
-    "optimizer.weight_decay": 0.01,
-    "optimizer.clip_norm": 1.0,
-    "precision": "float32",
-}
+@functools.cache
+def founding() -> dict[str, Any]:
+    """The founding experiment's published run, and the settings of its repeats."""
+    text = resources.files("proglayer.report").joinpath("founding.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -175,7 +115,7 @@ class Arms:
     `runs` has one row a run, in the order of conditions, variants, models and seeds: `run`,
     `condition` (a number), `variant`, `experiment` (of runs that name none, the original's if that
     is what all of them are), `base` (the experiment as it is, nothing else set), `model`, `seed`,
-    `grows`, the changes of FIGURES (nan for a run of one phase), and the columns of
+    `grows`, the changes of METRICS (nan for a run of one phase), and the columns of
     `Results.runs`. `conditions` names each condition. `lacking` has the same columns for the runs
     of these arms that did not complete, of seeds without a completed run: their figures are nan,
     and `lacks` is their status (it is missing in `runs`).
@@ -282,7 +222,7 @@ def _without_seed(overrides: Any) -> str:
 def differs_from_original(runs: Frame) -> list[str]:
     """The settings, those of the text apart, in which any of these runs is not the original."""
     differing = []
-    for name, value in ORIGINAL_SETTINGS.items():
+    for name, value in founding()["settings"].items():
         if any(_value(own) != _value(value) for own in runs[f"config.{name}"].unique()):
             differing.append(name)
     weights = zip(runs["model"], runs["config.model.exit_weights"], strict=True)
@@ -355,10 +295,8 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
         first: dict[int, Frame] = {
             number: group.loc[index] for index, number in arm.drop_duplicates().items()
         }
-        fewest = dict.fromkeys(first, sys.maxsize)
-        for index, number in arm.items():
-            fewest[number] = min(fewest[number], own[index])
-        plain = [number for number in first if fewest[number] == min(fewest.values())]
+        fewest: Frame = pd.Series([own[index] for index in arm.index]).groupby(arm.to_numpy()).min()
+        plain = [number for number in first if fewest[number] == fewest.min()]
         plain_arm = plain[0] if len(plain) == 1 else None
         told: dict[int, str] = {}
         base_row = None if plain_arm is None else first[plain_arm]
@@ -430,16 +368,16 @@ def changes(runs: Frame) -> Frame:
         runs: of `Arms`, of one condition; those that did not complete count as dropped.
 
     Returns:
-        one row per arm and figure: `variant`, `model`, `figure`, `unit`, and the fields of
+        one row per arm and figure: `variant`, `model`, `metric`, `unit`, and the fields of
         `stats.Summary`. Arms of one phase have none.
     """
     rows = []
     grown = runs[runs["phases"].fillna(0) > 1]
     for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
-        for figure in FIGURES:
-            told = stats.summary(arm[figure.change].to_numpy(dtype=float))
-            rows.append([variant, model, figure.name, figure.unit, *_fields(told)])
-    return pd.DataFrame(rows, columns=["variant", "model", "figure", "unit", *SUMMARY_FIELDS])
+        for metric in METRICS:
+            told = stats.summary(arm[metric.change].to_numpy(dtype=float))
+            rows.append([variant, model, metric.name, metric.unit, *_fields(told)])
+    return pd.DataFrame(rows, columns=["variant", "model", "metric", "unit", *SUMMARY_FIELDS])
 
 
 SUMMARY_FIELDS = ("n", "dropped", "mean", "sd", "low", "high")
@@ -449,17 +387,17 @@ def _fields(summary: stats.Summary) -> list[Any]:
     return [getattr(summary, name) for name in SUMMARY_FIELDS]
 
 
-def deep_minus_standard(runs: Frame, figure: Figure, margins: Margins) -> Frame:
+def deep_minus_standard(runs: Frame, metric: Metric, margins: Margins) -> Frame:
     """Deep supervision's change less Standard's, paired by seed, in every variant with phases.
 
     One family: see `stats.judge` for the columns; `variant` takes the place of `within`.
     """
-    told = stats.judge(_deep_minus_standard(runs, figure, margins), unit=figure.unit)
+    told = stats.judge(_deep_minus_standard(runs, metric, margins), unit=metric.unit)
     return told.rename(columns={"within": "variant"})
 
 
 def _deep_minus_standard(
-    runs: Frame, figure: Figure, margins: Margins
+    runs: Frame, metric: Metric, margins: Margins
 ) -> dict[tuple[Any, Any, Any], stats.Comparison]:
     """In every variant with phases that has both models."""
     stepped = runs[runs["phases"].fillna(0) > 1]
@@ -470,16 +408,16 @@ def _deep_minus_standard(
     ]
     return stats.compare(
         stepped[stepped["variant"].isin(both)],
-        value=figure.change,
+        value=metric.change,
         variant="model",
         pairs=[(DEEP, STANDARD)],
         within="variant",
-        margin=figure.margin(margins),
+        margin=metric.margin(margins),
         reason="lacks",
     )
 
 
-def against(runs: Frame, references: Mapping[str, str], figure: Figure, margins: Margins) -> Frame:
+def against(runs: Frame, references: Mapping[str, str], metric: Metric, margins: Margins) -> Frame:
     """A figure of the end: each variant's less that of its reference, paired by seed.
 
     A plus is an improvement in every figure; perplexities compare within seeds, in percent of the
@@ -494,8 +432,8 @@ def against(runs: Frame, references: Mapping[str, str], figure: Figure, margins:
     """
     family: dict[tuple[Any, Any, Any], stats.Comparison] = {}
     for variant, reference in references.items():
-        family |= _between(runs, figure, variant, reference, margins)
-    told = stats.judge(family, unit=figure.unit)
+        family |= _between(runs, metric, variant, reference, margins)
+    told = stats.judge(family, unit=metric.unit)
     if not family:
         told = told.assign(within=[], a=[], b=[])
     told = told.rename(columns={"within": "model"})
@@ -505,7 +443,7 @@ def against(runs: Frame, references: Mapping[str, str], figure: Figure, margins:
 
 
 def _between(
-    runs: Frame, figure: Figure, a: str, b: str, margins: Margins
+    runs: Frame, metric: Metric, a: str, b: str, margins: Margins
 ) -> dict[tuple[Any, Any, Any], stats.Comparison]:
     """(model, a, b) -> the comparison of a figure of the end, for each model that has both."""
     own = runs[runs["variant"].isin([a, b])]
@@ -516,22 +454,22 @@ def _between(
         return {}
     pairs: list[tuple[Hashable, Hashable]] = [(a, b)]
     return stats.compare(
-        own.assign(value=_worth(own, figure, b)),
+        own.assign(value=_score(own, metric, b)),
         value="value",
         variant="variant",
         pairs=pairs,
         within="model",
-        margin=figure.margin(margins),
+        margin=metric.margin(margins),
         reason="lacks",
     )
 
 
-def _worth(runs: Frame, figure: Figure, reference: str) -> Frame:
+def _score(runs: Frame, metric: Metric, reference: str) -> Frame:
     """What each run is worth in a figure of its end, so that differences have its unit."""
-    if figure is ACCURACY:
+    if metric is ACCURACY:
         return runs["last_accuracy_percent"].astype(float)
     loss = runs["last_loss"].astype(float)
-    if figure is LOSS:
+    if metric is LOSS:
         return -loss
     rows = runs["variant"] == reference
     base = runs.loc[rows, ["model", "seed"]].assign(perplexity=runs["last_perplexity"])

@@ -1,9 +1,9 @@
-"""The report's tables: from the study's frames to what a page shows, with figures in words."""
+"""The report's tables: each is a list of (title, kind, cell), where a cell is made of a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -11,24 +11,64 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import ledger, stats, study
-from proglayer.report.page import Cell, Column, Table
+from proglayer.report.page import Cell, Table
 from proglayer.report.pictures import engineering, model_name
-from proglayer.report.study import DEEP, FIGURES, STANDARD, Frame
+from proglayer.report.study import DEEP, METRICS, STANDARD, Frame
 from proglayer.results.formatting import duration, listed, number_text, pair, ranges, text_of
 from proglayer.results.frames import plain_values
 
 ALPHA = 0.05
+Row = dict[str, Any]
+Columns = Sequence[tuple[str, str, Callable[[Row], Cell | str]]]
+
+
+def _table(title: str, rows: Any, columns: Columns, note: str = "", **how: Any) -> Table:
+    """A table of these rows (a frame, or dictionaries): a line each, a cell for each column."""
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    cells = [[cell(row) for _, _, cell in columns] for row in rows]
+    return Table(title, [(title, kind) for title, kind, _ in columns], cells, note, **how)
+
+
+def _text(name: str) -> Callable[[Row], str]:
+    return lambda row: row[name]
+
+
+def _number(name: str, form: str) -> Callable[[Row], Cell]:
+    return lambda row: Cell(number_text(row[name], form), _sort(row[name]))
+
+
+def _duration(name: str) -> Callable[[Row], Cell]:
+    return lambda row: Cell(duration(row[name]), _sort(row[name]))
+
+
+def _large(name: str) -> Callable[[Row], Cell]:
+    return lambda row: Cell("" if pd.isna(row[name]) else engineering(row[name]), _sort(row[name]))
+
+
+def _model(row: Row) -> str:
+    return model_name(text_of(row["model"]))
+
+
+ARM: Columns = (("Variant", "name", _text("variant")), ("Model", "name", _model))
+COMPUTE: Columns = (
+    ("Tokens", "figure", _large("tokens")),
+    ("FLOP with head", "figure", _large("flops")),
+    ("FLOP without", "figure", _large("flops_without_head")),
+)
 
 # --- the founding experiment's --------------------------------------------------------------------
 
-PHASE_COLUMNS = (
-    Column("Phase", "name"),
-    Column("Layers"),
-    Column("Best Acc"),
-    Column("Best PPL"),
-    Column("Time"),
-    Column("Best Epoch"),
-)
+PHASE_HEADS = ("Phase", "Layers", "Best Acc", "Best PPL", "Time", "Best Epoch")
+MODEL_HEADS = ("Figure", "Standard", "Deep supervision", "Difference")
+
+
+def _founding_table(
+    title: str, heads: Sequence[str], rows: list[list[str]], note: str = ""
+) -> Table:
+    """A table in the form that the founding experiment gave it; its last row may sum up."""
+    columns = [(head, "figure" if number else "name") for number, head in enumerate(heads)]
+    strong = [len(rows) - 1] if rows and rows[-1][0] == "Change" else []
+    return Table(title, columns, rows, note, strong=strong)
 
 
 def phase_table(title: str, runs: Frame, phases: Frame, left_out: str = "") -> Table:
@@ -38,202 +78,174 @@ def phase_table(title: str, runs: Frame, phases: Frame, left_out: str = "") -> T
         left_out: what became of the seeds of this arm that did not complete.
     """
     own: Frame = phases[phases["run"].isin(runs["run"])]
-    rows = []
-    for _, part in own.groupby("phase", sort=True):
-        seconds = part["train_seconds"] + part["evaluation_seconds"]
-        rows.append(
-            [
-                listed(unique(part["name"]), 2),
-                listed(unique(part["layers"]), 3),
-                _mean(part["validation_accuracy_percent"], ".2f", " %"),
-                _mean(part["validation_perplexity"], ",.2f"),
-                _mean_seconds(seconds),
-                ranges(part["best_epoch"]),
-            ]
-        )
-    strong = []
+    rows = [
+        [
+            listed(unique(part["name"]), 2),
+            listed(unique(part["layers"]), 3),
+            _mean(part["validation_accuracy_percent"], ".2f", " %"),
+            _mean(part["validation_perplexity"], ",.2f"),
+            _mean_seconds(part["train_seconds"] + part["evaluation_seconds"]),
+            ranges(part["best_epoch"]),
+        ]
+        for _, part in own.groupby("phase", sort=True)
+    ]
     if len(rows) > 1:
-        strong = [len(rows)]
-        rows.append(
-            [
-                "Change",
-                "",
-                _mean(runs[study.ACCURACY.change], "+.2f", " points"),
-                _mean(runs[study.PERPLEXITY.change], "+.2f", " %"),
-                _mean_seconds(runs["seconds"]),
-                "",
-            ]
-        )
+        points = _mean(runs[study.ACCURACY.change], "+.2f", " points")
+        percent = _mean(runs[study.PERPLEXITY.change], "+.2f", " %")
+        rows.append(["Change", "", points, percent, _mean_seconds(runs["seconds"]), ""])
     count = len(runs)
     note = "" if count == 1 else f"Mean ± standard deviation over {count} seeds."
     if left_out:
         note = f"{note or 'One seed.'} Left out: {left_out}."
-    return Table(title, PHASE_COLUMNS, rows, note, strong=strong)
+    return _founding_table(title, PHASE_HEADS, rows, note)
 
 
 def published_table(model: str) -> Table:
-    first, last = study.PUBLISHED[model]
+    """The published run of this model, in the same form."""
+    published = study.founding()["published"][model]
     rows = [
         [
-            phase.name,
-            str(phase.layers),
-            f"{phase.accuracy_percent:.2f} %",
-            f"{phase.perplexity:,.2f}",
-            f"{phase.seconds:.2f} s",
-            str(phase.best_epoch),
+            phase["name"],
+            str(phase["layers"]),
+            f"{phase['accuracy_percent']:.2f} %",
+            f"{phase['perplexity']:,.2f}",
+            f"{phase['seconds']:.2f} s",
+            str(phase["best_epoch"]),
         ]
-        for phase in (first, last)
+        for phase in published["phases"]
     ]
-    points, percent, seconds = study.PUBLISHED_CHANGES[model]
-    rows.append(
-        ["Change", "", f"{points:+.2f} points", f"{percent:+.2f} %", f"{seconds:.2f} s", ""]
-    )
-    return Table(f"Published, {model_name(model)}", PHASE_COLUMNS, rows, "One seed.", strong=[2])
+    change = published["change"]
+    points, percent = f"{change['points']:+.2f} points", f"{change['percent']:+.2f} %"
+    rows.append(["Change", "", points, percent, f"{change['seconds']:.2f} s", ""])
+    return _founding_table(f"Published, {model_name(model)}", PHASE_HEADS, rows, "One seed.")
 
 
-MODEL_COLUMNS = (
-    Column("Figure", "name"),
-    Column("Standard"),
-    Column("Deep supervision"),
-    Column("Difference"),
+# Title, column of `Arms.runs`, form, unit of the values and of their difference.
+MODEL_ROWS = (
+    ("Final accuracy", "last_accuracy_percent", ".2f", " %", " points"),
+    ("Final perplexity", "last_perplexity", ",.2f", "", ""),
+    ("Change in accuracy", study.ACCURACY.change, "+.2f", " points", " points"),
+    ("Change in perplexity", study.PERPLEXITY.change, "+.2f", " %", " %"),
+    ("Time", "seconds", ",.1f", " s", " s"),
 )
+
+
+def _models_table(title: str, standard: Frame, deep: Frame, note: str) -> Table:
+    rows = []
+    for name, column, form, unit, unit_of_difference in MODEL_ROWS:
+        a, b = (arm[column].astype("float64") for arm in (standard, deep))
+        if a.notna().any() and b.notna().any():
+            signed = form if form.startswith("+") else f"+{form}"
+            difference = _mean((b - a).dropna(), signed, unit_of_difference)
+            rows.append([name, _mean(a, form, unit), _mean(b, form, unit), difference])
+    return _founding_table(title, MODEL_HEADS, rows, note)
 
 
 def model_table(variant: str, runs: Frame) -> Table:
     """The comparison of the models in one variant."""
     standard, deep = (runs[runs["model"] == model].set_index("seed") for model in (STANDARD, DEEP))
-    rows = []
-    for title, column, form, unit in (
-        ("Final accuracy", "last_accuracy_percent", ".2f", "%"),
-        ("Final perplexity", "last_perplexity", ",.2f", ""),
-        ("Change in accuracy", study.ACCURACY.change, "+.2f", "points"),
-        ("Change in perplexity", study.PERPLEXITY.change, "+.2f", "%"),
-        ("Time", "seconds", ",.1f", "s"),
-    ):
-        a, b = (arm[column].astype("float64") for arm in (standard, deep))
-        if a.notna().any() and b.notna().any():
-            unit = f" {unit}" if unit else ""
-            of_difference = " points" if unit == " %" and "acc" in column else unit
-            signed = form if form.startswith("+") else f"+{form}"
-            rows.append(
-                [
-                    title,
-                    _mean(a, form, unit),
-                    _mean(b, form, unit),
-                    _mean((b - a).dropna(), signed, of_difference),
-                ]
-            )
     note = "Difference: deep supervision − Standard, within seeds."
-    return Table(f"{variant}, comparison of models", MODEL_COLUMNS, rows, note)
+    return _models_table(f"{variant}, comparison of models", standard, deep, note)
 
 
 def published_models_table() -> Table:
-    rows = []
-    (_, a), (_, b) = study.PUBLISHED[STANDARD], study.PUBLISHED[DEEP]
-    first, second = study.PUBLISHED_CHANGES[STANDARD], study.PUBLISHED_CHANGES[DEEP]
-    for title, x, y, form, unit, of_difference in (
-        ("Final accuracy", a.accuracy_percent, b.accuracy_percent, ".2f", " %", " points"),
-        ("Final perplexity", a.perplexity, b.perplexity, ",.2f", "", ""),
-        ("Change in accuracy", first[0], second[0], "+.2f", " points", " points"),
-        ("Change in perplexity", first[1], second[1], "+.2f", " %", " %"),
-        ("Time", first[2], second[2], ",.1f", " s", " s"),
-    ):
-        signed = form if form.startswith("+") else f"+{form}"
-        cells = [f"{x:{form}}{unit}", f"{y:{form}}{unit}", f"{y - x:{signed}}{of_difference}"]
-        rows.append([title, *cells])
-    return Table("Published, comparison of models", MODEL_COLUMNS, rows, "One seed.")
+    """The published comparison of the models."""
+    arms = []
+    for model in (STANDARD, DEEP):
+        published = study.founding()["published"][model]
+        last, change = published["phases"][-1], published["change"]
+        values = (last["accuracy_percent"], last["perplexity"], *change.values())
+        columns = [column for _, column, *_ in MODEL_ROWS]
+        arms.append(pd.DataFrame([dict(zip(columns, values, strict=True))]))
+    return _models_table("Published, comparison of models", arms[0], arms[1], "One seed.")
 
 
 # --- changes and differences ----------------------------------------------------------------------
 
 
 def changes_table(changes: Frame, shown: Sequence[str]) -> Table:
-    columns = [Column("Variant", "name"), Column("Model", "name"), Column("Seeds")]
-    columns += [Column(f"{figure.name.capitalize()}, {figure.unit}") for figure in FIGURES]
+    """Each arm's change from the first phase to the last, in every metric."""
     rows = []
     for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
         if variant in shown:
-            by_figure = arm.set_index("figure")
-            cells: list[Cell | str] = [str(variant), model_name(str(model))]
-            most = arm.loc[arm["n"].idxmax()]
-            cells.append(_of_all(int(most["n"]), int(most["dropped"])))
-            for figure in FIGURES:
-                told = by_figure.loc[figure.name]
-                cells.append(Cell(_interval(told, figure.decimals), _sort(told["mean"])))
-            rows.append(cells)
+            most = arm.loc[arm["n"].idxmax(), ["n", "dropped"]]
+            rows.append(
+                {"variant": variant, "model": model, **most}
+                | dict(arm.set_index("metric").iterrows())
+            )
+
+    def cell(metric: study.Metric) -> Callable[[Row], Cell]:
+        return lambda row: Cell(
+            _interval(row[metric.name], metric.decimals), _sort(row[metric.name]["mean"])
+        )
+
+    columns = [
+        *ARM,
+        ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
+        *((f"{m.name.capitalize()}, {m.unit}", "figure", cell(m)) for m in METRICS),
+    ]
     note = (
         "Mean ± standard deviation over the seeds that completed, and the 95 % interval of the "
         "mean."
     )
-    return Table("Change from the first phase to the last", columns, rows, note, sortable=True)
+    return _table("Change from the first phase to the last", rows, columns, note, sortable=True)
 
 
 def comparisons_table(
     title: str,
-    told: Frame,
-    figure: study.Figure,
+    judged: Frame,
+    metric: study.Metric,
     labels: dict[str, str],
     shown: Iterable[str],
 ) -> Table:
     """Judged comparisons of the variants `shown`."""
-    family = max(1, int(told["p_adjusted"].notna().sum()))
-    told = told[told[next(iter(labels))].isin(list(shown))]
-    some_left_out = bool((told["dropped"] > 0).any())
-    columns = [Column(name, "name") for name in labels.values()]
-    columns += [
-        Column("Difference"),
-        Column("95 % interval"),
-        Column("Verdict", "name"),
-        Column("Seeds"),
-        *([Column("Left out", "name")] if some_left_out else []),
-        Column("p, Holm"),
-        Column("Sign-flip p", hidden_on_paper=True),
-        Column("Equivalence p, Holm", hidden_on_paper=True),
-        Column("Effect size", hidden_on_paper=True),
-        Column("Could show"),
-        Column("Seeds to decide"),
-    ]
-    digits = figure.decimals
-    rows = []
-    for row in told.to_dict("records"):
-        cells: list[Cell | str] = [
-            model_name(row[name]) if name == "model" else row[name] for name in labels
-        ]
-        interval = (
-            f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
-            if math.isfinite(row["low"])
-            else ""
+    family = max(1, int(judged["p_adjusted"].notna().sum()))
+    judged = judged[judged[next(iter(labels))].isin(list(shown))]
+    form, signed = f".{metric.decimals}f", f"+.{metric.decimals}f"
+
+    def label(name: str) -> Callable[[Row], str]:
+        return _model if name == "model" else _text(name)
+
+    def interval(row: Row) -> Cell:
+        known = math.isfinite(row["low"])
+        text = f"{row['low']:{signed}} to {row['high']:{signed}}" if known else ""
+        return Cell(text, _sort(row["low"]))
+
+    def p(name: str) -> Callable[[Row], Cell]:
+        return lambda row: Cell(
+            "< 0.001" if row[name] < 0.001 else number_text(row[name], ".3f"), _sort(row[name])
         )
-        cells += [
-            Cell(number_text(row["mean"], f"+.{digits}f"), _sort(row["mean"])),
-            Cell(interval, _sort(row["low"])),
-            # The margin is told below.
-            row["verdict"].split()[0],
-            _of_all(row["n"], row["dropped"]),
-            *([row["left_out"]] if some_left_out else []),
-            _p(row["p_adjusted"]),
-            _p(row["sign_flip_p"]),
-            _p(row["equivalence_p_adjusted"]),
-            number_text(row["effect_size"], "+.2f"),
-            number_text(row["could_show"], f".{digits}f"),
-            _seeds_needed(row),
-        ]
-        rows.append(cells)
-    margin = told["margin"].iloc[0] if len(told) else math.nan
+
+    columns: list[Any] = [(title, "name", label(name)) for name, title in labels.items()]
+    columns += [
+        ("Difference", "figure", _number("mean", signed)),
+        ("95 % interval", "figure", interval),
+        # The margin is told below.
+        ("Verdict", "name", lambda row: row["verdict"].split()[0]),
+        ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
+        *([("Left out", "name", _text("left_out"))] if (judged["dropped"] > 0).any() else []),
+        ("p, Holm", "figure", p("p_adjusted")),
+        ("Sign-flip p", "figure screen", p("sign_flip_p")),
+        ("Equivalence p, Holm", "figure screen", p("equivalence_p_adjusted")),
+        ("Effect size", "figure screen", _number("effect_size", "+.2f")),
+        ("Could show", "figure", _number("could_show", form)),
+        ("Seeds to decide", "figure", _seeds_needed),
+    ]
+    margin = judged["margin"].iloc[0] if len(judged) else math.nan
     note = (
-        f"One family of {family}. Equivalent: within the margin of ±{margin:.3g} {figure.unit}. "
+        f"One family of {family}. Equivalent: within the margin of ±{margin:.3g} {metric.unit}. "
         "Could show: the smallest true difference that this many seeds find with a power of 80 %. "
         "Seeds to decide: were the observed mean and spread the true ones. Both are at the level "
         f"{ALPHA:g} / {family}, the strictest of Holm's steps."
     )
-    return Table(title, columns, rows, note, sortable=True)
+    return _table(title, judged, columns, note, sortable=True)
 
 
 def _of_all(seeds: int, left_out: int) -> Cell:
     return Cell(f"{seeds} of {seeds + left_out}" if left_out else str(seeds), seeds)
 
 
-def _seeds_needed(row: dict[str, Any]) -> Cell:
+def _seeds_needed(row: Row) -> Cell:
     needed = row["seeds_needed"]
     if row["verdict"] != stats.Outcome.undecided:
         return Cell("decided", row["n"])
@@ -246,86 +258,58 @@ def _seeds_needed(row: dict[str, Any]) -> Cell:
 
 
 def spent_table(spent: Frame) -> Table:
+    """What every arm spent, and the loss that it ended with."""
     columns = [
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Seeds"),
-        Column("Epochs"),
-        Column("Tokens"),
-        Column("FLOP with head"),
-        Column("FLOP without"),
-        Column("Training"),
-        Column("Evaluation", hidden_on_paper=True),
-        Column("Saved by reuse", hidden_on_paper=True),
-        Column("Final loss"),
+        *ARM,
+        ("Seeds", "figure", lambda row: str(row["seeds"])),
+        ("Epochs", "figure", _number("epochs", ".3g")),
+        *COMPUTE,
+        ("Training", "figure", _duration("train_seconds")),
+        ("Evaluation", "figure screen", _duration("evaluation_seconds")),
+        ("Saved by reuse", "figure screen", _duration("seconds_saved")),
+        ("Final loss", "figure", _number("loss", ".4f")),
     ]
-    rows = [
-        [
-            row["variant"],
-            model_name(row["model"]),
-            str(row["seeds"]),
-            Cell(number_text(row["epochs"], ".3g"), _sort(row["epochs"])),
-            _large(row["tokens"]),
-            _large(row["flops"]),
-            _large(row["flops_without_head"]),
-            Cell(duration(row["train_seconds"]), _sort(row["train_seconds"])),
-            Cell(duration(row["evaluation_seconds"]), _sort(row["evaluation_seconds"])),
-            Cell(duration(row["seconds_saved"]), _sort(row["seconds_saved"])),
-            number_text(row["loss"], ".4f"),
-        ]
-        for row in spent.to_dict("records")
-    ]
-    return Table("What every arm spent", columns, rows, sortable=True)
+    return _table("What every arm spent", spent, columns, sortable=True)
 
 
 def target_table(reached: Frame, reference: str) -> Table:
+    """The compute at which every arm reached its target loss."""
     columns = [
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Target loss"),
-        Column("Reached by"),
-        Column("Tokens"),
-        Column("FLOP with head"),
-        Column("FLOP without"),
-        Column("Time"),
-    ]
-    rows = [
-        [
-            row["variant"],
-            model_name(row["model"]),
-            f"{row['target']:.4f}",
-            Cell(f"{row['reached']} of {row['seeds']}", row["reached"] / max(1, row["seeds"])),
-            *(_large(row[name]) for name in ("tokens", "flops", "flops_without_head")),
-            Cell(duration(row["seconds"]), _sort(row["seconds"])),
-        ]
-        for row in reached.to_dict("records")
+        *ARM,
+        ("Target loss", "figure", _number("target", ".4f")),
+        ("Reached by", "figure", lambda row: _share(row["reached"], row["seeds"])),
+        *COMPUTE,
+        ("Time", "figure", _duration("seconds")),
     ]
     note = (
         f"The target is a loss that every seed of {reference} reached. Means over the seeds that "
         "reached it, interpolated between epochs."
     )
-    return Table("Compute and time to reach a target loss", columns, rows, note, sortable=True)
+    title = "Compute and time to reach a target loss"
+    return _table(title, reached, columns, note, sortable=True)
 
 
 def speed_up_table(gains: Frame) -> Table:
-    columns = [
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Reached by"),
-        *(
-            Column(title)
-            for title in ("In tokens", "In FLOP with head", "In FLOP without", "In time")
-        ),
+    """The speed-up of growing, in each measure of compute."""
+    rows = [
+        {"variant": variant, "model": model, "n": arm["n"].max(), "seeds": arm["seeds"].max()}
+        | dict(arm.set_index("measure").iterrows())
+        for (variant, model), arm in gains.groupby(["variant", "model"], sort=False)
     ]
-    rows = []
-    for (variant, model), arm in gains.groupby(["variant", "model"], sort=False):
-        by = arm.set_index("measure")
-        n, seeds = int(arm["n"].max()), int(arm["seeds"].max())
-        cells = [Cell(f"{n} of {seeds}", n / max(1, seeds))]
-        for measure in (ledger.TOKENS, ledger.FLOPS, ledger.BODY, ledger.SECONDS):
-            told = by.loc[measure.column]
-            cells.append(Cell(_interval(told, 0, 100, " %"), _sort(told["mean"])))
-        rows.append([variant, model_name(model), *cells])
+
+    def cell(measure: ledger.Measure) -> Callable[[Row], Cell]:
+        return lambda row: Cell(
+            _interval(row[measure.column], 0, 100, " %"), _sort(row[measure.column]["mean"])
+        )
+
+    columns = [
+        *ARM,
+        ("Reached by", "figure", lambda row: _share(row["n"], row["seeds"])),
+        ("In tokens", "figure", cell(ledger.TOKENS)),
+        ("In FLOP with head", "figure", cell(ledger.FLOPS)),
+        ("In FLOP without", "figure", cell(ledger.BODY)),
+        ("In time", "figure", cell(ledger.SECONDS)),
+    ]
     note = (
         "Compute from scratch / compute of growing, all phases, to the lowest loss that the run "
         "from scratch of the same seed reached, − 1 (Du et al. 2024): +50 % means that from "
@@ -333,18 +317,26 @@ def speed_up_table(gains: Frame) -> Table:
         "deviation and 95 % interval over the seeds that reached that loss; where some did not, "
         "the mean flatters."
     )
-    return Table("Speed-up of growing against from scratch", columns, rows, note, sortable=True)
+    return _table("Speed-up of growing against from scratch", rows, columns, note, sortable=True)
+
+
+def _share(part: int, whole: int) -> Cell:
+    return Cell(f"{part} of {whole}", part / max(1, whole))
 
 
 def parameters_table(trained: Frame) -> Table:
-    columns = [Column("Variant and phase", "name")]
-    columns += [Column(t) for t in ("Layers", "Embedding", "Head", "Trained", "Total", "Share")]
-    rows = []
-    for row in trained.itertuples():
-        own = row.layers + row.embedding + row.head
-        numbers = (row.layers, row.embedding, row.head, own, row.total)
-        rows.append([row.label, *(f"{int(n):,}" for n in numbers), f"{own / row.total:.1%}"])
-    return Table("Trained parameters", columns, rows)
+    """What trains in each phase; see `pictures.parameters` for the columns."""
+    own = trained["layers"] + trained["embedding"] + trained["head"]
+    columns = [
+        ("Variant and phase", "name", _text("label")),
+        *(
+            (name.capitalize(), "figure", _number(name, ",.0f"))
+            for name in ("layers", "embedding", "head", "trained", "total")
+        ),
+        ("Share", "figure", _number("share", ".1%")),
+    ]
+    rows = trained.assign(trained=own, share=own / trained["total"])
+    return _table("Trained parameters", rows, columns)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -352,73 +344,62 @@ def parameters_table(trained: Frame) -> Table:
 
 def runs_table(runs: Frame, of: int, variants: Mapping[str, str]) -> Table:
     """A row for each of `runs`, the first of so many; `variants` names the arms of some."""
-    rows = []
-    runs = runs.assign(phases=runs["phases"].astype("float64"))
-    for row in runs.to_dict("records"):
-        name = variants.get(row["run"]) or text_of(row["experiment"])
-        rows.append(
-            [
-                row["run"],
-                name,
-                model_name(text_of(row["model"])),
-                number_text(row["seed"], "d"),
-                row["status"] + (" (repeated)" if pd.notna(row["duplicate_of"]) else ""),
-                pair(row, "layers", "d"),
-                number_text(row["last_accuracy_percent"], ".2f"),
-                number_text(row["accuracy_points"] if row["phases"] > 1 else math.nan, "+.2f"),
-                number_text(row["last_perplexity"], ",.2f"),
-                number_text(row["perplexity_percent"] if row["phases"] > 1 else math.nan, "+.2f"),
-                number_text(row["epochs"], "d"),
-                Cell(duration(row["seconds"]), _sort(row["seconds"])),
-            ]
-        )
+    changed = runs["phases"].astype("float64") > 1
+    runs = runs.assign(
+        variant=[
+            variants.get(run) or text_of(name)
+            for run, name in zip(runs["run"], runs["experiment"], strict=True)
+        ],
+        accuracy_points=runs["accuracy_points"].where(changed),
+        perplexity_percent=runs["perplexity_percent"].where(changed),
+    )
+    repeated = " (repeated)"
     columns = [
-        Column("Run", "name"),
-        Column("Variant", "name"),
-        Column("Model", "name"),
-        Column("Seed"),
-        Column("Status", "name"),
-        Column("Layers"),
-        Column("Accuracy %"),
-        Column("Change, points"),
-        Column("Perplexity"),
-        Column("Change, %"),
-        Column("Epochs"),
-        Column("Time"),
+        ("Run", "name", _text("run")),
+        *ARM,
+        ("Seed", "figure", lambda row: number_text(row["seed"], "d")),
+        (
+            "Status",
+            "name",
+            lambda row: row["status"] + repeated * int(pd.notna(row["duplicate_of"])),
+        ),
+        ("Layers", "figure", lambda row: pair(row, "layers", "d")),
+        ("Accuracy %", "figure", _number("last_accuracy_percent", ".2f")),
+        ("Change, points", "figure", _number("accuracy_points", "+.2f")),
+        ("Perplexity", "figure", _number("last_perplexity", ",.2f")),
+        ("Change, %", "figure", _number("perplexity_percent", "+.2f")),
+        ("Epochs", "figure", lambda row: number_text(row["epochs"], "d")),
+        ("Time", "figure", _duration("seconds")),
     ]
     note = "All settings and figures are in tables/runs.csv, every epoch in tables/epochs.csv."
-    if of > len(rows):
-        note = f"The first {len(rows):,} of {of:,} runs. {note}"
-    return Table("Every run (click a head to sort)", columns, rows, note, sortable=True)
+    if of > len(runs):
+        note = f"The first {len(runs):,} of {of:,} runs. {note}"
+    return _table("Every run (click a head to sort)", runs, columns, note, sortable=True)
 
 
 def versions_table(runs: Frame) -> Table:
     """The versions, machines, texts and seeds of these runs."""
-    rows = []
-    for title, column in (
-        ("proglayer", "proglayer"),
-        ("Python", "python"),
-        ("torch", "torch"),
-        ("Platform", "platform"),
-        ("Device", "device_name"),
-        ("Threads", "threads"),
-        ("Commit", "git_commit"),
-        ("Working tree changed", "git_changed"),
-        ("Corpus", "corpus"),
-        ("Corpus fingerprint", "corpus_fingerprint"),
-        ("Vocabulary", "vocab_size"),
-        ("Validation tokens", "validation_tokens"),
-    ):
-        values = unique(runs[column])
-        if values:
-            rows.append([title, listed(values, 6)])
-    if seeds := ranges(runs["seed"]):
-        rows.append(["Seeds", seeds])
-    columns = [Column("What", "name"), Column("Values in these runs", "prose")]
-    return Table("With what it ran", columns, rows)
+    columns = {
+        "proglayer": "proglayer",
+        "Python": "python",
+        "torch": "torch",
+        "Platform": "platform",
+        "Device": "device_name",
+        "Threads": "threads",
+        "Commit": "git_commit",
+        "Working tree changed": "git_changed",
+        "Corpus": "corpus",
+        "Corpus fingerprint": "corpus_fingerprint",
+        "Vocabulary": "vocab_size",
+        "Validation tokens": "validation_tokens",
+    }
+    rows = [[title, listed(unique(runs[column]), 6)] for title, column in columns.items()]
+    rows.append(["Seeds", ranges(runs["seed"])])
+    heads = [("What", "name"), ("Values in these runs", "prose")]
+    return Table("With what it ran", heads, [row for row in rows if row[1]])
 
 
-# --- words ----------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def _mean(values: Any, form: str, unit: str = "") -> str:
@@ -442,23 +423,15 @@ def _known(values: Any) -> np.ndarray:
     return array[np.isfinite(array)]
 
 
-def _interval(told: Any, decimals: int, scale: float = 1, unit: str = "") -> str:
+def _interval(summary: Any, decimals: int, scale: float = 1, unit: str = "") -> str:
     """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
-    if not math.isfinite(told["mean"]):
+    if not math.isfinite(summary["mean"]):
         return "none"
-    mean, sd, low, high = (scale * told[name] for name in ("mean", "sd", "low", "high"))
+    mean, sd, low, high = (scale * summary[name] for name in ("mean", "sd", "low", "high"))
     if not math.isfinite(sd):
         return f"{mean:+.{decimals}f}{unit}"
     interval = f"({low:+.{decimals}f} to {high:+.{decimals}f}{unit})"
     return f"{mean:+.{decimals}f} ± {sd:.{decimals}f} {interval}"
-
-
-def _large(value: Any) -> Cell:
-    return Cell("" if pd.isna(value) else engineering(value), _sort(value))
-
-
-def _p(value: float) -> Cell:
-    return Cell("< 0.001" if value < 0.001 else number_text(value, ".3f"), _sort(value))
 
 
 def _sort(value: Any) -> float | str:
@@ -466,9 +439,11 @@ def _sort(value: Any) -> float | str:
 
 
 def unique(values: Frame) -> list[str]:
-    def told(value: Any) -> str:
+    """The values that there are, as text."""
+
+    def text(value: Any) -> str:
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
         return f"{value:,}" if isinstance(value, Integral) else str(value)
 
-    return [told(v) for v in plain_values(values.drop_duplicates()) if v is not None]
+    return [text(v) for v in plain_values(values.drop_duplicates()) if v is not None]

@@ -7,15 +7,10 @@ runs give equal files. What the tables show of the study's frames is in `proglay
 
 from __future__ import annotations
 
-import argparse
-import gc
 import hashlib
-import io
-import math
 import os
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,16 +20,15 @@ import pandas as pd
 
 from proglayer.report import ledger, study
 from proglayer.report.page import (
-    Beside,
     Block,
     Bullets,
     Code,
-    Column,
-    Folded,
+    Collapsible,
     Heading,
     Paragraph,
     Picture,
     Pictures,
+    SideBySide,
     Table,
     Verdict,
     to_html,
@@ -50,7 +44,7 @@ from proglayer.report.pictures import (
     model_name,
     parameters,
 )
-from proglayer.report.study import DEEP, FIGURES, STANDARD, Frame, Margins
+from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins
 from proglayer.report.tables import (
     changes_table,
     comparisons_table,
@@ -91,7 +85,7 @@ def write_report(
     margins: Margins | None = None,
     *,
     png: bool = True,
-    anew: bool = True,
+    overwrite: bool = True,
 ) -> Path:
     """Read the runs in `folders` and write their report into the folder `out`.
 
@@ -99,8 +93,8 @@ def write_report(
         folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
         margins: differences within them count as none.
         png: draw each figure as PNG, too. It takes long, and the page has no use of it.
-        anew: without it, a report in `out` that was made from the very same by this very code is
-            left as it is.
+        overwrite: also a report in `out` that was made from the very same runs by this very code;
+            without it such a report is left as it is.
 
     Returns:
         the page's path.
@@ -115,22 +109,13 @@ def write_report(
     out, margins = Path(out), margins or Margins()
     page = out / PAGE
     mark = f"<!-- made from {_all_it_depends_on(results, margins)} -->\n"
-    if not anew and page.is_file() and page.read_bytes().endswith(mark.encode()):
+    if not overwrite and page.is_file() and page.read_bytes().endswith(mark.encode()):
         return page
     out.mkdir(parents=True, exist_ok=True)
     # It is written last, and so it being there means that the rest is, too.
     page.unlink(missing_ok=True)
-    # Drawing makes so many objects that looking for garbage among them takes a sixth of the time,
-    # and statsmodels looks among all there are at every correction: what is there is set aside.
-    often = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(100_000)
-    try:
-        report = _Report(results, Gallery(out / "figures", png), out, margins)
-        lead, blocks = report.document()
-    finally:
-        gc.set_threshold(*often)
-        gc.unfreeze()
+    report = _Report(results, Gallery(out / "figures", png), out, margins)
+    lead, blocks = report.document()
     report.write_tables()
     (out / MARKDOWN).write_text(to_markdown(TITLE, lead, blocks), encoding="utf-8")
     page.write_text(to_html(TITLE, lead, blocks, end=mark), encoding="utf-8")
@@ -233,15 +218,15 @@ class _Report:
                 references = dict.fromkeys(others, original) if original else {}
             if references:
                 against[experiment] = {
-                    figure.name: study.against(asked, references, figure, self.margins)
-                    for figure in FIGURES
+                    metric.name: study.against(asked, references, metric, self.margins)
+                    for metric in METRICS
                 }
         return _Findings(
             hypotheses=study.hypotheses(asked, curves, self.margins),
             changes=study.changes(asked),
             deep_minus_standard={
-                figure.name: study.deep_minus_standard(asked, figure, self.margins)
-                for figure in FIGURES
+                metric.name: study.deep_minus_standard(asked, metric, self.margins)
+                for metric in METRICS
             },
             against=against,
             spent=ledger.spent(self.results, runs),
@@ -269,11 +254,11 @@ class _Report:
             for hypothesis in found.hypotheses:
                 keep("hypotheses", condition, hypothesis.rows)
             keep("changes", condition, found.changes)
-            for figure, table in found.deep_minus_standard.items():
-                keep("deep_minus_standard", condition, table, figure=figure)
+            for metric, table in found.deep_minus_standard.items():
+                keep("deep_minus_standard", condition, table, metric=metric)
             for by_figure in found.against.values():
-                for figure, table in by_figure.items():
-                    keep("against", condition, table, figure=figure)
+                for metric, table in by_figure.items():
+                    keep("against", condition, table, metric=metric)
             keep("ledger", condition, found.spent)
             keep("to_target", condition, found.reached)
             keep("speed_up", condition, found.speed_up)
@@ -322,7 +307,7 @@ class _Report:
             blocks += inside
         others = self.conditions[MOST_CONDITIONS:]
         if others and not tables:
-            blocks += [Folded(f"On {c.name}", section(c)) for c in others]
+            blocks += [Collapsible(f"On {c.name}", section(c)) for c in others]
         elif others and blocks:
             names = listed([c.name for c in others], 6)
             blocks.append(_left_to(tables, len(others), "conditions", names))
@@ -381,7 +366,7 @@ class _Report:
         compared = sum(len(hypothesis.rows) for hypothesis in found)
         if not compared:
             title = "The founding experiment's claims: undecided, and what it takes to judge them"
-            return [*blocks, Folded(title, cards)]
+            return [*blocks, Collapsible(title, cards)]
         blocks += cards
         blocks.append(
             Paragraph(
@@ -391,7 +376,7 @@ class _Report:
                 "within the margin; undecided is neither, and no finding of no difference. All "
                 f"comparisons above ({compared}) are one family, corrected by Holm; intervals are "
                 "of 95 % each, over seeds.",
-                quiet=True,
+                muted=True,
             )
         )
         return blocks
@@ -416,7 +401,7 @@ class _Report:
             others = study.differs_from_original(own)
             blocks.append(
                 Paragraph(
-                    f"Published: {study.PUBLISHED_SOURCE}. Here: {condition.name}, vocabulary "
+                    f"Published: {study.founding()['source']}. Here: {condition.name}, vocabulary "
                     f"{here}"
                     + (f" padded to {padded}" if padded else "")
                     + (f", with its own {listed(others, 6)}" if others else "")
@@ -424,13 +409,15 @@ class _Report:
                     "the published ones; the signs of the changes do. Best epoch, accuracy and "
                     "perplexity are those of the phase's lowest validation loss; time is of "
                     "training and evaluation.",
-                    quiet=True,
+                    muted=True,
                 )
             )
         blocks += self._tables_of(condition, main, published)
         others = [variant for variant in condition.variants if variant != main]
         for variant in others[:MOST_VARIANTS]:
-            blocks.append(Folded(variant, self._tables_of(condition, variant, published=False)))
+            blocks.append(
+                Collapsible(variant, self._tables_of(condition, variant, published=False))
+            )
         if len(others) > MOST_VARIANTS:
             blocks.append(_left_to("phases.csv", len(others) - MOST_VARIANTS, "variants"))
         return blocks
@@ -446,14 +433,14 @@ class _Report:
             left_out = ", ".join(f"{count} {status}" for status, count in sorted(lacking.items()))
             title = f"{variant}, {model_name(model)}"
             tables = [phase_table(title, own, self.results.phases, left_out)]
-            if published and model in study.PUBLISHED:
+            if published and model in study.founding()["published"]:
                 tables.append(published_table(model))
-            blocks.append(Beside(tables))
+            blocks.append(SideBySide(tables))
         if {STANDARD, DEEP} <= set(runs["model"]):
             tables = [model_table(variant, runs)]
             if published:
                 tables.append(published_models_table())
-            blocks.append(Beside(tables))
+            blocks.append(SideBySide(tables))
         return blocks
 
     # --- changes ----------------------------------------------------------------------------------
@@ -463,35 +450,35 @@ class _Report:
         changes = found.changes
         if changes.empty:
             return []
-        blocks: list[Block] = [Paragraph("Plus is an improvement, in every figure.", quiet=True)]
+        blocks: list[Block] = [Paragraph("Plus is an improvement, in every figure.", muted=True)]
         shown = condition.variants[:MOST_VARIANTS]
-        if len(changes) > len(FIGURES):
+        if len(changes) > len(METRICS):
             pictures = []
-            for figure in FIGURES:
-                rows = changes[(changes["figure"] == figure.name) & changes["variant"].isin(shown)]
-                title = f"Change in {figure.name}: mean and 95 % interval"
-                margin = figure.margin(self.margins)
-                name = f"changes-{figure.name}{condition.slug}"
-                pictures.append(forest(self.gallery, name, title, rows, margin, figure.unit))
+            for metric in METRICS:
+                rows = changes[(changes["metric"] == metric.name) & changes["variant"].isin(shown)]
+                title = f"Change in {metric.name}: mean and 95 % interval"
+                margin = metric.margin(self.margins)
+                name = f"changes-{metric.name}{condition.slug}"
+                pictures.append(forest(self.gallery, name, title, rows, margin, metric.unit))
             blocks.append(Pictures(pictures))
         blocks.append(changes_table(changes, shown))
         blocks += _cut(condition, "changes.csv and deep_minus_standard.csv")
-        for figure in FIGURES:
-            told = found.deep_minus_standard[figure.name]
+        for metric in METRICS:
+            told = found.deep_minus_standard[metric.name]
             if told.empty:
                 continue
             table = comparisons_table(
-                f"Change in {figure.name}, deep supervision − Standard, paired by seed, in "
-                f"{figure.unit}",
+                f"Change in {metric.name}, deep supervision − Standard, paired by seed, in "
+                f"{metric.unit}",
                 told,
-                figure,
+                metric,
                 {"variant": "Variant"},
                 shown,
             )
-            if figure is study.ACCURACY:
+            if metric is study.ACCURACY:
                 blocks.append(table)
             else:
-                blocks.append(Folded(f"The same for {figure.name}", [table]))
+                blocks.append(Collapsible(f"The same for {metric.name}", [table]))
         return blocks
 
     def _against(self, condition: _Condition) -> list[Block]:
@@ -509,16 +496,16 @@ class _Report:
             alone = first["b"].nunique() == 1
             reference = first["b"].iloc[0] if alone else "its control"
             labels = {"a": "Variant", "model": "Model"} | ({} if alone else {"b": "Control"})
-            for figure in FIGURES:
+            for metric in METRICS:
                 title = (
-                    f"Final {figure.name}, variant − {reference}, paired by seed, in "
-                    f"{figure.unit}; plus: the variant is better"
+                    f"Final {metric.name}, variant − {reference}, paired by seed, in "
+                    f"{metric.unit}; plus: the variant is better"
                 )
-                table = comparisons_table(title, found[figure.name], figure, labels, shown)
-                if figure is study.ACCURACY:
+                table = comparisons_table(title, found[metric.name], metric, labels, shown)
+                if metric is study.ACCURACY:
                     blocks.append(table)
                 else:
-                    blocks.append(Folded(f"The same for {figure.name}", [table]))
+                    blocks.append(Collapsible(f"The same for {metric.name}", [table]))
             alone_standing = [v for v in growing if v not in set(first["a"])]
             if size and alone_standing:
                 blocks.append(
@@ -526,13 +513,13 @@ class _Report:
                         f"No such control of their depth and width was run for "
                         f"{listed(alone_standing, 6)}: it takes experiment={experiment} with their "
                         f"{size}.",
-                        quiet=True,
+                        muted=True,
                     )
                 )
             told = first[first["a"].isin(shown) & (first["differs"] != "")].drop_duplicates("a")
             items = [f"{row.a}, {row.b}: {row.differs}" for row in told.itertuples()]
             if items:
-                blocks.append(Folded("The settings in which the two differ", [Bullets(items)]))
+                blocks.append(Collapsible("The settings in which the two differ", [Bullets(items)]))
         return blocks + (_cut(condition, "against.csv") if blocks else [])
 
     # --- courses ----------------------------------------------------------------------------------
@@ -566,7 +553,7 @@ class _Report:
                     Paragraph(
                         f"Thin lines are {first}seeds; the thick line with marks is the mean of "
                         "all of them, as far as all of them trained.",
-                        quiet=True,
+                        muted=True,
                     )
                 )
             blocks.append(Pictures(courses))
@@ -576,7 +563,7 @@ class _Report:
                 Paragraph(
                     "What the shared head reads at every depth, at the best epoch of the first "
                     "and the last phase; upright lines span the seeds.",
-                    quiet=True,
+                    muted=True,
                 )
             )
             blocks.append(Pictures(by_exits))
@@ -600,7 +587,7 @@ class _Report:
                 "Of training, in all phases and all their epochs, as if every phase had been "
                 "trained for this run alone; operations are the matrix products (a multiply-add "
                 "is two). Means over the seeds that completed.",
-                quiet=True,
+                muted=True,
             ),
             spent_table(found.spent[found.spent["variant"].isin(shown)]),
         ]
@@ -617,7 +604,7 @@ class _Report:
                 Paragraph(
                     "Means over all seeds, epoch by epoch; a seed that has stopped counts with "
                     "what it spent and reached.",
-                    quiet=True,
+                    muted=True,
                 )
             )
         blocks.append(self._against_compute(condition, ledger.FLOPS))
@@ -628,7 +615,7 @@ class _Report:
             others = (ledger.BODY, ledger.TOKENS, ledger.SECONDS)
             inside = [self._against_compute(condition, measure) for measure in others]
             title = "Against operations without the head, tokens and time"
-            blocks.append(Folded(title, inside))
+            blocks.append(Collapsible(title, inside))
         trained = _trained_parameters(self.results, condition, shown)
         if len(trained):
             title = "Parameters that train, phase by phase"
@@ -675,8 +662,8 @@ class _Report:
                 [row["run"], row["status"], text_of(row["overrides"]), text_of(row["reason"])]
                 for row in told.head(MOST_ENDED).to_dict("records")
             ]
-            columns = [Column("Run", "name"), Column("Status", "name")]
-            columns += [Column("Overrides", "prose"), Column("Reason", "prose")]
+            columns = [("Run", "name"), ("Status", "name")]
+            columns += [("Overrides", "prose"), ("Reason", "prose")]
             title = "Runs that ended otherwise"
             blocks.append(Table(title, columns, rows, sortable=True))
             if len(told) > MOST_ENDED:
@@ -685,11 +672,11 @@ class _Report:
                 text = row["traceback"]
                 if len(text) > LONGEST_TRACEBACK:
                     text = f"...{text[-LONGEST_TRACEBACK:]}"
-                blocks.append(Folded(f"Traceback of {row['run']}", [Code(text)]))
+                blocks.append(Collapsible(f"Traceback of {row['run']}", [Code(text)]))
         left_out = self.results.left_out
         if len(left_out):
             rows = left_out[["folder", "kind", "reason"]].head(MOST_ENDED).to_numpy().tolist()
-            columns = [Column("Folder", "name"), Column("Kind", "name"), Column("Reason", "prose")]
+            columns = [("Folder", "name"), ("Kind", "name"), ("Reason", "prose")]
             blocks.append(Table("Left out, for it cannot be read", columns, rows))
             if len(left_out) > MOST_ENDED:
                 blocks.append(_left_to("left_out.csv", len(left_out) - MOST_ENDED, "folders"))
@@ -796,7 +783,7 @@ def _left_to(tables: str, number: int, noun: str, names: str = "") -> Paragraph:
     """What is not shown: how many, perhaps which, and in what tables they are."""
     are = f"{noun} are" if number != 1 else f"{noun.removesuffix('s')} is"
     which = f" ({names})" if names else ""
-    return Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", quiet=True)
+    return Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", muted=True)
 
 
 def _cut(condition: _Condition, tables: str) -> list[Block]:
@@ -807,52 +794,3 @@ def _cut(condition: _Condition, tables: str) -> list[Block]:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-") or "arm"
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Gives its exit status: 2 for folders that cannot be read or written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proglayer.report",
-        description="Write the report of sweeps and runs, finished or not: a page, the same as "
-        "Markdown, figures and tables.",
-    )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
-    parser.add_argument(
-        "-o", "--out", metavar="DIR", default="report", help="where the report goes (report)"
-    )
-    parser.add_argument(
-        "--margin",
-        metavar="POINTS",
-        type=float,
-        default=Margins().points,
-        help="a difference in accuracy within this many points counts as none (%(default)s)",
-    )
-    parser.add_argument(
-        "--margin-loss",
-        metavar="NATS",
-        type=float,
-        default=Margins().nats,
-        help="the same for the loss, and so for perplexity (%(default)s, 1 %% of perplexity)",
-    )
-    options = parser.parse_args(arguments)
-    for name, value in (("--margin", options.margin), ("--margin-loss", options.margin_loss)):
-        if not (value > 0 and math.isfinite(value)):
-            parser.error(f"{name}={value:g} must be more than 0")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        margins = Margins(options.margin, options.margin_loss)
-        page = write_report(options.folders, options.out, margins)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError) as error:
-        strerror = error.strerror if isinstance(error, OSError) else None
-        where = f"{error.filename}: {strerror}" if strerror else str(error)  # type: ignore[attr-defined]
-        print(f"error: {where}", file=sys.stderr)
-        return 2
-    print(page)
-    return 0

@@ -26,8 +26,9 @@ from proglayer.launch import job as entrance
 from proglayer.report import ledger, page, stats, study
 from proglayer.report import pictures as figures
 from proglayer.report import write as reporting
+from proglayer.report.__main__ import main
 from proglayer.report.study import DEEP, STANDARD, Margins
-from proglayer.report.write import main, write_report
+from proglayer.report.write import write_report
 from proglayer.results.columns import NOT_THE_EXPERIMENT
 from proglayer.results.frames import load, write_csv
 from proglayer.results.reader import flat_settings
@@ -150,7 +151,7 @@ def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report
         for model, group in original.groupby("model")
     }
     changes = pd.read_csv(report / "tables" / "changes.csv")
-    told = changes[(changes["variant"] == "original") & (changes["figure"] == "accuracy")]
+    told = changes[(changes["variant"] == "original") & (changes["metric"] == "accuracy")]
     for row in told.to_dict("records"):
         expected = stats.summary(by_model[row["model"]].to_numpy(dtype=float))
         assert row["mean"] == pytest.approx(expected.mean)
@@ -355,7 +356,7 @@ def test_a_margin_is_the_readers(sweep: Path) -> None:
     for hypothesis in study.hypotheses(runs, curves, margins):
         assert set(hypothesis.rows["margin"]) <= {3.0}
         assert set(hypothesis.rows["verdict"]) <= {"equivalent within the margin"}
-    told = {f.name: study.deep_minus_standard(runs, f, margins)["margin"] for f in study.FIGURES}
+    told = {f.name: study.deep_minus_standard(runs, f, margins)["margin"] for f in study.METRICS}
     assert told["loss"].tolist() == [0.02]
     # 0.02 nats less are 1.98 % less perplexity.
     assert told["perplexity"].tolist() == pytest.approx([100 * (1 - np.exp(-0.02))])
@@ -391,7 +392,7 @@ def test_what_was_swept_across_experiments_is_a_condition_and_the_rest_a_variant
 
 def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
     """And what this module takes for its settings is what `experiment=original` sets."""
-    told = study.ORIGINAL_SETTINGS
+    told = study.founding()["settings"]
     of_file = to_plain(config("experiment=original"))
     apart = (*NOT_THE_EXPERIMENT, "seed", "model.exit_weights", "model.vocab_size")
     set_there = {
@@ -839,22 +840,22 @@ def test_an_up_to_date_report_is_left_as_it_is_where_that_is_asked_for(tmp_path:
 
     assert made(png=False)
     assert not list(out.rglob("*.png"))
-    assert not made(png=False, anew=False)
+    assert not made(png=False, overwrite=False)
     assert made()
     assert list(out.rglob("*.png"))
-    assert not made(png=False, anew=False)
-    assert made(margins=Margins(points=0.2), anew=False)
+    assert not made(png=False, overwrite=False)
+    assert made(margins=Margins(points=0.2), overwrite=False)
     synthetic.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
-    assert made(png=False, anew=False)
+    assert made(png=False, overwrite=False)
     # pictures of an earlier report would show something else
     assert not list(out.rglob("*.png"))
     given = yaml.safe_load((sweep / "multirun.yaml").read_text())
     given["hydra"]["overrides"]["task"].append("lr.base=0.001")
     (sweep / "multirun.yaml").write_text(yaml.safe_dump(given))
-    assert made(anew=False)
+    assert made(overwrite=False)
     page = out / "index.html"
     page.write_text(page.read_text()[:-3])
-    assert made(anew=False)
+    assert made(overwrite=False)
 
 
 def test_the_page_asks_for_nothing(report: Path) -> None:
@@ -996,7 +997,7 @@ def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
 
 def test_the_entrance_does_not_pay_for_the_report() -> None:
     code = (
-        "import sys, proglayer.entrance, proglayer.sweep, proglayer.report; "
+        "import sys, proglayer.launch.job, proglayer.launch.sweep, proglayer.report; "
         "print({'matplotlib', 'statsmodels', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
