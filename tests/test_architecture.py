@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     "console",
     "data.corpus",
     "training.plan",
+    "training.stopping",
     "store.stages",
     "store.record",
     "run.progress",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from proglayer.training.loss import cache_bytes
+from proglayer.training.blocks import cache_bytes
 from proglayer.training.plan import Phase
 
 

@@ -35,8 +35,9 @@ from proglayer.bench.bound import (
 from proglayer.config import Precision
 from proglayer.data.corpus import Corpus
 from proglayer.run import machine
+from proglayer.training.blocks import block_entries, chunk_rows
 from proglayer.training.growth import build
-from proglayer.training.loss import block_words, chunk_rows, linear_cross_entropy
+from proglayer.training.loss import linear_cross_entropy
 from proglayer.training.optim import set_rates
 from proglayer.training.plan import Phase, training_flops
 from proglayer.training.trainer import Training, autocast, evaluate
@@ -264,7 +265,7 @@ def in_chunks(training: Training) -> dict[str, Callable[[], object]]:
     total = max(groups.values()) * target_nt.numel()
     vocab, device_type = len(head_vd), training.device.type
     rows = chunk_rows(total, vocab, phase.rates.head is not None, torch.float32, device_type)
-    words = block_words(rows, vocab, torch.float32, device_type)
+    words = block_entries(rows, vocab, torch.float32, device_type)
     factors = (1, 1), (0.5, 1), (2, 1), (1, 0.5), (1, 2)
     tried = [(int(rows * more), int(words * wider)) for more, wider in factors]
     return {

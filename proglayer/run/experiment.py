@@ -46,15 +46,8 @@ from proglayer.store.trajectory import ABOUT, Interrupted, Machine, Trajectory, 
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Transformer, restored
 from proglayer.training.plan import Flops, Phase, parameter_counts, plan, training_flops
-from proglayer.training.trainer import (
-    Diverged,
-    EpochMetrics,
-    ExitMetrics,
-    NotCompiled,
-    Stopped,
-    follow,
-    perplexity,
-)
+from proglayer.training.stopping import EpochMetrics, Stopped, follow, perplexity
+from proglayer.training.trainer import Diverged, ExitMetrics, NotCompiled
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from proglayer.training.plan import Phase, evaluation_flops, parameter_counts, t
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from proglayer.training.trainer import EpochMetrics, Progress
+    from proglayer.training.stopping import EpochMetrics
+    from proglayer.training.trainer import Progress
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,8 @@ from proglayer.store.stages import FORMAT, Stage, stage_key
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
 from proglayer.training.plan import Phase
-from proglayer.training.trainer import (
-    Diverged,
-    EpochMetrics,
-    ExitMetrics,
-    Progress,
-    Training,
-    evaluate,
-    follow,
-)
+from proglayer.training.stopping import EpochMetrics, best_of, follow
+from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate
 
 # The entry of a file's metadata that holds what is not a tensor.
 ABOUT = "proglayer"
@@ -191,9 +184,9 @@ class Trajectory:
 
     def best_recorded(self) -> int | None:
         """The epoch with the lowest validation loss of those read so far."""
-        if not self._recorded:
-            return None
-        return min(self._recorded, key=lambda n: (self._recorded[n].validation_loss, n))
+        epochs = [self._recorded[number] for number in sorted(self._recorded)]
+        lowest = best_of(epochs, replace(self.phase.stop, min_delta=0.0))
+        return lowest.epoch if lowest else None
 
     def _read_epoch(self, number: int) -> EpochMetrics | None:
         if number not in self._recorded:
@@ -292,13 +285,8 @@ class Trajectory:
         those that the phase's own rule selects.
         """
         epochs = [m for n in range(1, training.epoch + 1) if (m := self._read_epoch(n))]
-        lowest = own = epochs[0]
-        for metrics in epochs:
-            if metrics.validation_loss < lowest.validation_loss:
-                lowest = metrics
-            if self.phase.stop.improves(metrics.validation_loss, own.validation_loss):
-                own = metrics
-        selectable = {lowest.epoch, own.epoch}
+        rules = (replace(self.phase.stop, min_delta=0.0), self.phase.stop)
+        selectable = {best.epoch for rule in rules if (best := best_of(epochs, rule))}
         if self._best is not None and self._best[0] in selectable - {training.epoch}:
             self._store_weights(self._best[0], self.weights(self._best[0]))
         self._best = None

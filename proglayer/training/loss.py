@@ -8,34 +8,32 @@ linear cross-entropy of Liger-Kernel).
 
 What makes it fast on a CPU, beside the chunks themselves:
 
-- A chunk is (words, rows), not (rows, words): all three products then read and write long rows.
-- Within a chunk the words go in blocks that stay in the nearer caches from the product that makes
-  the logits to the one that reads their exponentials. A block is cut into as many parts as
+- A chunk is (vocabulary entries, rows), not (rows, entries): all three products then read and
+  write long rows.
+- Within a chunk the vocabulary goes in blocks that stay in the nearer caches from the product that
+  makes the logits to the one that reads their exponentials. A block is cut into as many parts as
   there are threads and its products are batched over them, so that each core goes on with the
-  words that it has in its cache.
-- The head's gradient needs the sums over all words, so it is due only when a chunk is through. It
-  is formed block by block just before the next chunk's logits take the place of the
-  exponentials: one journey of a block between memory and cache instead of two.
+  entries that it has in its cache.
+- The head's gradient needs the sums over the whole vocabulary, so it waits in a queue until a
+  chunk is through. It is formed block by block just before the next chunk's logits take the place
+  of the exponentials: one journey of a block between memory and cache instead of two.
 - Exponentials are of base 2 (the hidden state is scaled by log2 e beforehand), which PyTorch
   computes three times as fast as `exp`.
-- Nothing is normalised in the large buffer. With E = exp(logit) and Z its sum over words, the
-  gradient of a hidden state is (E @ head) / Z - head[target], and the head's is a product of E with
-  hidden states that were divided by Z before.
+- Nothing is normalised in the large buffer. With E = exp(logit) and Z its sum over the vocabulary,
+  the gradient of a hidden state is (E @ head) / Z - head[target], and the head's is a product of E
+  with hidden states that were divided by Z before.
 - No maximum is subtracted as long as sums stay far from the limits of float32. Whether they did is
   checked after each chunk; if not, the chunk is done again with the maximum subtracted.
 
 Shapes in names: n tokens, e exits, m rows (the tokens of all exits, stacked), d model dimension,
-v vocabulary, b blocks of words, p parts of a block, one a thread. `x_nd` is a tensor of (tokens,
-dim).
+v vocabulary, b blocks of the vocabulary, p parts of a block, one a thread. `x_nd` is a tensor of
+(tokens, dim).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,18 +42,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from proglayer.training.blocks import Workspace, block_entries, chunk_rows
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 # Without a maximum subtracted, a row is exact as long as its target's exponential and the sum of
 # all stay within these: quotients of them and products with hidden states are then normal numbers.
 SAFE_LOW, SAFE_HIGH = 2.0**-60, 2.0**60
-
-# Bounds on a chunk's kept exponentials: a buffer that a laptop can spare, and a GPU.
-KEPT_BYTES = 150_000_000
-KEPT_BYTES_ON_DEVICE = 1_000_000_000
-
-HUGE_PAGE_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,8 @@ class ExitLosses:
         (float64 for float64 hidden states).
     nll_e: (exits,) sum over tokens of the cross-entropy in nats; float64 (float32 on MPS, which has
         no float64), detached, on the device.
-    correct_e: (exits,) int64, tokens whose most likely next word is the target; of equally likely
-        words the first counts. All zero when counting was switched off.
+    correct_e: (exits,) int64, tokens whose most likely next token is the target; of equally likely
+        ones the first counts. All zero when counting was switched off.
     """
 
     loss: Tensor
@@ -81,53 +75,6 @@ class ExitScores:
 
     nll_e: Tensor
     correct_e: Tensor
-
-
-class Workspace:
-    """The large buffer of `linear_cross_entropy`, kept from one call to the next.
-
-    A buffer this large comes from the kernel as untouched pages every time it is allocated; keeping
-    it saves those page faults. It holds nothing between calls that a caller may read. Not to be
-    shared between threads.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def buffer(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised (rows, columns) tensor with the dtype and device of `like`."""
-        kept = self._buffer
-        size = rows * columns
-        if (
-            kept is None
-            or kept.numel() < size
-            or kept.dtype != like.dtype
-            or kept.device != like.device
-        ):
-            self._buffer = None  # free the old one first
-            # Made under inference mode it could not be written to outside of it.
-            with torch.inference_mode(False):
-                kept = self._buffer = _large(size, like)
-        return kept[:size].view(rows, columns)
-
-
-def _large(size: int, like: Tensor) -> Tensor:
-    """An uninitialised (size,) tensor with the dtype and device of `like`.
-
-    On Linux in huge pages, where it fills several and the system grants them: addresses take fewer
-    steps to find, and the processor reads ahead across more than 4 KiB.
-    """
-    room = size * like.dtype.itemsize
-    on_cpu = like.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
-    if not on_cpu or room < 8 * HUGE_PAGE_BYTES:
-        return torch.empty(size, dtype=like.dtype, device=like.device)
-    room += HUGE_PAGE_BYTES  # to begin with a whole one
-    pages = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(pages, dtype=like.dtype)  # holds the pages
-    first = -whole.data_ptr() % HUGE_PAGE_BYTES // like.dtype.itemsize
-    return whole[first : first + size]
 
 
 def linear_cross_entropy(
@@ -150,7 +97,8 @@ def linear_cross_entropy(
     target_n: (tokens,) int64. Checked on the CPU only: elsewhere a check would wait for the device.
     weight_e: the weight of each exit in the loss. An exit of weight 0 sends no gradient.
     count: whether to count correct predictions, which costs one more pass over the logits.
-    rows, block: tokens per chunk and words per block, by `chunk_rows` and `block_words` if None.
+    rows, block: tokens per chunk and vocabulary entries per block, by `chunk_rows` and
+        `block_entries` if None.
     workspace: buffers to reuse from call to call.
 
     Products are formed in the dtype of autocast where it is on, otherwise in that of the hidden
@@ -199,45 +147,6 @@ def evaluate_exits(
     with torch.no_grad():
         result = _run(job, head_vd, hidden_end)
     return ExitScores(result.nll_e, result.correct_e)
-
-
-def chunk_rows(rows: int, vocab: int, keep: bool, dtype: torch.dtype, device_type: str) -> int:
-    """Rows per chunk, of `rows` in all; `keep` if the chunk's exponentials are kept for the head.
-
-    The more rows, the less often the head and its gradient are read and written; what is kept is
-    held under a bound, at the price of a few percent of time for the largest vocabularies.
-    """
-    size = dtype.itemsize
-    if device_type == "cpu":
-        most = min(1024, KEPT_BYTES // (vocab * size)) if keep else 512
-    else:
-        # Products large enough to fill the device, and few launches.
-        most = min(8192, KEPT_BYTES_ON_DEVICE // (vocab * size))
-    most = max(128, most // 128 * 128)
-    chunks = -(-rows // most)
-    # About even, as a short last chunk is slow for its size; 16 keeps rows of the buffer aligned.
-    return min(rows, -(-rows // chunks // 16) * 16)
-
-
-def block_words(rows: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
-    """Words per block, so that a block of `rows` rows takes twice the second-level caches in use.
-
-    Half as many would fit, but take twice the operations, which costs more. A multiple of the
-    number of threads: a block is cut into as many parts.
-    """
-    if device_type != "cpu":
-        return vocab
-    words = 2 * cache_bytes() // (rows * dtype.itemsize)
-    return min(vocab, max(256, words // 256 * 256) * torch.get_num_threads())
-
-
-@functools.cache
-def cache_bytes() -> int:
-    """Second-level cache of one core, bytes; 1 MiB where the system does not tell."""
-    try:
-        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 2**20
-    except (ValueError, OSError, AttributeError):
-        return 2**20
 
 
 @dataclass
@@ -331,34 +240,34 @@ def _run(job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor]) -> _Result:
 
 @dataclass
 class _Block:
-    """A block of words as a chunk sees it.
+    """A block of the vocabulary as a chunk sees it.
 
-    powers_vm: (words, rows), first the logits in base 2, then two to their power.
-    powers: the same memory as (parts, words of a part, rows).
-    head: the block's weights, (parts, words of a part, dim).
+    exponentials_vm: (entries, rows), first the logits in base 2, then two to their power.
+    exponentials: the same memory as (parts, entries of a part, rows).
+    head: the block's weights, (parts, entries of a part, dim).
     head_grad: their gradient, if there is one.
-    due: hidden states (rows, dim) whose product with the powers is yet to be added to `head_grad`,
-        and whether they are the first, by which `head_grad` is then written.
+    queue: hidden states (rows, dim) whose product with the exponentials is yet to be added to
+        `head_grad`, and whether they are the first, by which `head_grad` is then written.
     """
 
     first: int
     last: int
-    powers_vm: Tensor
-    powers: Tensor
+    exponentials_vm: Tensor
+    exponentials: Tensor
     head: Tensor
     head_grad: Tensor | None
-    due: tuple[Tensor, bool] | None = None
+    queue: tuple[Tensor, bool] | None = None
 
 
 @dataclass
 class _Sums:
-    """What one pass over the words finds for each row of a chunk.
+    """What one pass over the vocabulary gives for each row of a chunk.
 
-    rest, target: the sum of the exponentials of all words but the target, and that of the target,
+    rest, target: the sum of the exponentials of all entries but the target, and that of the target,
         with `shift` (the largest logit, or None) subtracted from the logits.
     nll: cross-entropy, nats.
-    weighted_dm: (dim, rows) the sum of exponential x weights, over all words but the target.
-    correct: whether the target is the most likely word, where that is counted.
+    weighted_dm: (dim, rows) the sum of exponential x weights, over all entries but the target.
+    correct: whether the target is the most likely token, where that is counted.
     """
 
     rest: Tensor
@@ -374,7 +283,7 @@ class _Rows:
 
     Stacking reads the head's weights once per chunk, whatever the number of exits. Exits that need
     the same gradients form a group, and their rows are sorted by target: the targets of a chunk
-    then lie in few blocks of words, and the others need not be searched for them.
+    then lie in few blocks of the vocabulary, and the others need not be searched for them.
     """
 
     def __init__(
@@ -383,7 +292,7 @@ class _Rows:
         self.job, self.head_vd, self.hidden_end = job, head_vd, hidden_end
         self.device = head_vd.device
         self.tokens = len(job.target_n)
-        # Of a block's words, and of the products with them.
+        # Of a block's entries, and of the products with them.
         self.parts = torch.get_num_threads() if self.device.type == "cpu" else 1
         # Of products; and of exponentials, sums and gradients under way.
         self.dtype = dtype
@@ -461,8 +370,8 @@ class _Rows:
         for first in range(0, total, size):
             rows = slice(first, min(first + size, total))
             hidden, target, scale = hidden_md[rows], target_m[rows], scale_m[rows]
-            if not blocks or blocks[0].powers_vm.shape[1] != len(target):
-                self.add_due(blocks)
+            if not blocks or blocks[0].exponentials_vm.shape[1] != len(target):
+                self.flush(blocks)
                 blocks = self.blocks(len(target), to_head)
             # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
             # round once more, so there the logits are scaled.
@@ -484,8 +393,8 @@ class _Rows:
                 grad_md[rows].addcmul_(toward, (share * sums.rest).unsqueeze(1), value=-1)
             if to_head:
                 scaled = (hidden * share.unsqueeze(1)).to(self.dtype)
-                self.owe_head_gradient(blocks, hidden_dm, scaled, target, sums)
-        self.add_due(blocks)
+                self.queue_head_gradient(blocks, hidden_dm, scaled, target, sums)
+        self.flush(blocks)
 
         back = torch.empty_like(order)
         back[order] = torch.arange(total, device=self.device)
@@ -494,19 +403,19 @@ class _Rows:
     def blocks(self, rows: int, keep: bool) -> list[_Block]:
         """The blocks for chunks of `rows` rows; each has room of its own if they are to be kept."""
         vocab = len(self.head)
-        words = self.job.block or block_words(rows, vocab, self.sum_dtype, self.device.type)
-        buffer = self.job.workspace.buffer(vocab if keep else words, rows, self.empty(0))
+        entries = self.job.block or block_entries(rows, vocab, self.sum_dtype, self.device.type)
+        buffer = self.job.workspace.buffer(vocab if keep else entries, rows, self.empty(0))
         blocks = []
-        for v in range(0, vocab, words):
-            w = min(v + words, vocab)
+        for v in range(0, vocab, entries):
+            w = min(v + entries, vocab)
             parts = self.parts if (w - v) % self.parts == 0 else 1
-            powers_vm = buffer[v:w] if keep else buffer[: w - v]
-            powers = powers_vm.unflatten(0, (parts, -1))
+            exponentials_vm = buffer[v:w] if keep else buffer[: w - v]
+            exponentials = exponentials_vm.unflatten(0, (parts, -1))
             grad = None
             if self.head_grad_vd is not None:
                 grad = self.head_grad_vd[v:w].unflatten(0, (parts, -1))
             head = self.head[v:w].unflatten(0, (parts, -1))
-            blocks.append(_Block(v, w, powers_vm, powers, head, grad))
+            blocks.append(_Block(v, w, exponentials_vm, exponentials, head, grad))
         return blocks
 
     def sums_unshifted(
@@ -522,32 +431,34 @@ class _Rows:
         best_bpm = self.empty(len(blocks), self.parts, rows).fill_(-math.inf)
         weighted_pdm = self.empty(self.parts, len(hidden_dm), rows).zero_() if to_hidden else None
         # Of each block, where in its memory the targets lie.
-        words = blocks[0].last
-        counts = torch.bincount(target // words, minlength=len(blocks)).tolist()
-        places = (target % words * rows + torch.arange(rows)).split(counts)
+        entries = blocks[0].last
+        counts = torch.bincount(target // entries, minlength=len(blocks)).tolist()
+        places = (target % entries * rows + torch.arange(rows)).split(counts)
         target_logits = []
         for block, place, sum_pm, best_pm in zip(
             blocks, places, sums_bpm.unbind(), best_bpm.unbind(), strict=True
         ):
             self.logits(block, hidden_dm)
-            parts = len(block.powers)
+            parts = len(block.exponentials)
             if len(place):
                 # The target is left out of everything here, and put in below.
-                flat = block.powers_vm.view(-1)
+                flat = block.exponentials_vm.view(-1)
                 target_logits.append(flat[place])
                 flat.index_fill_(0, place, -math.inf)
             if self.job.count:
-                torch.amax(block.powers, 1, out=best_pm[:parts])
-            block.powers.exp2_()
-            torch.sum(block.powers, 1, out=sum_pm[:parts])
+                torch.amax(block.exponentials, 1, out=best_pm[:parts])
+            block.exponentials.exp2_()
+            torch.sum(block.exponentials, 1, out=sum_pm[:parts])
             if weighted_pdm is not None:
-                self.accumulate(weighted_pdm[:parts], block.head.transpose(1, 2), block.powers)
+                self.accumulate(
+                    weighted_pdm[:parts], block.head.transpose(1, 2), block.exponentials
+                )
 
         target_logit = torch.cat(target_logits)
-        rest, target_power = sums_bpm.sum((0, 1)), target_logit.exp2()
-        total = rest + target_power
+        rest, target_exponential = sums_bpm.sum((0, 1)), target_logit.exp2()
+        total = rest + target_exponential
         # A NaN fails this too.
-        if not bool(((target_power >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
+        if not bool(((target_exponential >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
             return None
         correct = None
         if self.job.count:
@@ -555,9 +466,9 @@ class _Rows:
             if bool((target_logit == rival).any()):
                 return None
             correct = target_logit > rival
-        nll = torch.log2(total / target_power) * LN_2
+        nll = torch.log2(total / target_exponential) * LN_2
         weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
-        return _Sums(rest, target_power, nll, weighted_dm, correct, None)
+        return _Sums(rest, target_exponential, nll, weighted_dm, correct, None)
 
     def sums_shifted(
         self, blocks: list[_Block], hidden_dm: Tensor, target: Tensor, to_hidden: bool
@@ -574,12 +485,12 @@ class _Rows:
             weighted_pdm = self.empty(self.parts, len(hidden_dm), len(target)).zero_()
         for block in blocks:
             self.logits(block, hidden_dm)
-            powers = block.powers_vm
-            block_best, block_index = powers.max(0)
-            place = (target - block.first).clamp(0, len(powers) - 1), rows
+            exponentials = block.exponentials_vm
+            block_best, block_index = exponentials.max(0)
+            place = (target - block.first).clamp(0, len(exponentials) - 1), rows
             inside = (target >= block.first) & (target < block.last)
-            logit = powers[place]
-            powers[place] = torch.where(inside, -math.inf, logit)
+            logit = exponentials[place]
+            exponentials[place] = torch.where(inside, -math.inf, logit)
             if block.first == 0:
                 target_logit, best, index = logit, block_best, block_index
                 rest = torch.zeros_like(best)
@@ -592,19 +503,19 @@ class _Rows:
                 if weighted_pdm is not None:
                     weighted_pdm *= shrink
                 best = higher
-            powers.sub_(best).exp2_()
-            rest += powers.sum(0)
+            exponentials.sub_(best).exp2_()
+            rest += exponentials.sum(0)
             if weighted_pdm is not None:
-                part = weighted_pdm[: len(block.powers)]
-                self.accumulate(part, block.head.transpose(1, 2), block.powers)
+                part = weighted_pdm[: len(block.exponentials)]
+                self.accumulate(part, block.head.transpose(1, 2), block.exponentials)
         target_logit = target_logit - best
-        target_power = target_logit.exp2()
-        nll = ((rest + target_power).log2() - target_logit) * LN_2
+        target_exponential = target_logit.exp2()
+        nll = ((rest + target_exponential).log2() - target_logit) * LN_2
         correct = index == target if self.job.count else None
         weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
-        return _Sums(rest, target_power, nll, weighted_dm, correct, best)
+        return _Sums(rest, target_exponential, nll, weighted_dm, correct, best)
 
-    def owe_head_gradient(
+    def queue_head_gradient(
         self,
         blocks: list[_Block],
         hidden_dm: Tensor,
@@ -612,37 +523,37 @@ class _Rows:
         target: Tensor,
         sums: _Sums,
     ) -> None:
-        """Make due a chunk's part of the head's gradient, from what is kept in `blocks`."""
+        """Queue a chunk's part of the head's gradient, from what is kept in `blocks`."""
         if sums.shift is not None and len(blocks) > 1:
             # Earlier blocks were shifted by a lower maximum: form them again.
             for block in blocks:
                 self.logits(block, hidden_dm)
-                block.powers_vm.sub_(sums.shift).exp2_()
+                block.exponentials_vm.sub_(sums.shift).exp2_()
         # Softmax minus one-hot, times the sum; one element a row, so the order cannot matter.
         kept = self.job.workspace.buffer(len(self.head), len(target), sums.rest)
         kept[target, torch.arange(len(target), device=self.device)] = -sums.rest
         for block in blocks:
-            block.due = scaled_md, not self.head_grad_begun
+            block.queue = scaled_md, not self.head_grad_begun
         self.head_grad_begun = True
 
-    def add_due(self, blocks: Sequence[_Block]) -> None:
-        """Form the products that are due and add them to the head's gradient."""
+    def flush(self, blocks: Sequence[_Block]) -> None:
+        """Form the queued products and add them to the head's gradient."""
         for block in blocks:
-            if block.due is None:
+            if block.queue is None:
                 continue
             assert block.head_grad is not None
-            (scaled_md, first), block.due = block.due, None
-            scaled_pmd = scaled_md.expand(len(block.powers), *scaled_md.shape)
-            self.accumulate(block.head_grad, block.powers, scaled_pmd, first)
+            (scaled_md, first), block.queue = block.queue, None
+            scaled_pmd = scaled_md.expand(len(block.exponentials), *scaled_md.shape)
+            self.accumulate(block.head_grad, block.exponentials, scaled_pmd, first)
 
     def logits(self, block: _Block, hidden_dm: Tensor) -> None:
         """Form the block's logits, in base 2, once what it held is used up."""
-        self.add_due([block])
+        self.flush([block])
         hidden_pdm = hidden_dm.expand(len(block.head), *hidden_dm.shape)
         if self.dtype == self.sum_dtype:
-            torch.bmm(block.head, hidden_pdm, out=block.powers)
+            torch.bmm(block.head, hidden_pdm, out=block.exponentials)
         else:
-            block.powers.copy_(torch.bmm(block.head, hidden_pdm)).mul_(LOG2_E)
+            block.exponentials.copy_(torch.bmm(block.head, hidden_pdm)).mul_(LOG2_E)
 
     def accumulate(self, total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
         """total += left @ right, part by part; the first time, = instead."""

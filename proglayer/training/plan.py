@@ -67,7 +67,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rate's course within a phase. `total_epochs` is None where the shape needs no end."""
+    """How the rate moves within a phase. `total_epochs` is None where the shape needs no end."""
 
     shape: ScheduleShape
     warmup_steps: int

@@ -1,4 +1,4 @@
-"""One phase's training: an epoch, an evaluation, the stopping rule.
+"""One phase's training: an epoch and an evaluation.
 
 It sees a Phase, a model and a corpus, and never the settings they came from.
 Shapes in names: n windows, t positions, d model dimension, e exits, v vocabulary.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from proglayer.data.corpus import Corpus
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Transformer
 from proglayer.training.optim import build_optimizer, set_rates
-from proglayer.training.plan import Phase, Precision, StoppingRule
+from proglayer.training.plan import Phase, Precision
 from proglayer.training.streams import stream
 
 # The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
@@ -35,23 +35,6 @@ class Diverged(RuntimeError):
 
 class NotCompiled(RuntimeError):
     """The model's body cannot be compiled on this machine."""
-
-
-@dataclass(frozen=True)
-class EpochMetrics:
-    """What one epoch of training gave. Losses in nats per token, shares from 0 to 1."""
-
-    epoch: int
-    train_loss: float
-    validation_loss: float
-    validation_accuracy: float
-    train_tokens: int
-    train_seconds: float
-    evaluation_seconds: float
-
-    @property
-    def validation_perplexity(self) -> float:
-        return perplexity(self.validation_loss)
 
 
 @dataclass(frozen=True)
@@ -252,43 +235,6 @@ class Windows:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-@dataclass(frozen=True)
-class Stopped:
-    """How a stopping rule ended: the epoch it selects, the epochs it read, and why it stopped."""
-
-    best: EpochMetrics
-    epochs: tuple[EpochMetrics, ...]
-    reason: str
-
-
-def follow(
-    rule: StoppingRule,
-    epochs: Iterator[EpochMetrics],
-    on_epoch: Callable[[EpochMetrics, EpochMetrics], None] | None = None,
-) -> Stopped | None:
-    """Read epochs until the rule says stop; select the last improvement.
-
-    An epoch is an improvement when its validation loss is lower than the best so far minus
-    `min_delta`; `patience` epochs in a row without one stop it. The first epoch always counts as
-    one. `on_epoch` is told of each epoch and the best so far. Gives None if the epochs end first.
-    """
-    best: EpochMetrics | None = None
-    read: list[EpochMetrics] = []
-    for metrics in epochs:
-        read.append(metrics)
-        if best is None or rule.improves(metrics.validation_loss, best.validation_loss):
-            best = metrics
-        if on_epoch is not None:
-            on_epoch(metrics, best)
-        waited = metrics.epoch - best.epoch
-        if waited >= rule.patience:
-            word = "epoch" if waited == 1 else "epochs"
-            return Stopped(best, tuple(read), f"{waited} {word} without improvement")
-        if metrics.epoch >= rule.max_epochs:
-            return Stopped(best, tuple(read), f"max_epochs={rule.max_epochs} reached")
-    return None
-
-
 def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Mixed precision for body and head, where the phase asks for it."""
     if phase.precision is Precision.bfloat16:
@@ -315,8 +261,3 @@ def compiled(model: Transformer) -> Callable[[Tensor], tuple[Tensor, ...]]:
             raise NotCompiled(f"compile=true fails here ({reason}): set compile=false") from error
 
     return body
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -17,7 +17,8 @@ from proglayer.store.stages import Stage, StoreError, verify
 from proglayer.store.trajectory import Interrupted, Machine, Trajectory, Watch, describe
 from proglayer.training.growth import build
 from proglayer.training.plan import Phase, StoppingRule, plan
-from proglayer.training.trainer import EpochMetrics, Progress, Stopped, follow
+from proglayer.training.stopping import EpochMetrics, Stopped, follow
+from proglayer.training.trainer import Progress
 
 from ..helpers import TINY, config, tiny_corpus
 

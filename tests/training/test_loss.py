@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from proglayer.training.loss import (
+from proglayer.training.blocks import (
     HUGE_PAGE_BYTES,
     KEPT_BYTES,
     KEPT_BYTES_ON_DEVICE,
     Workspace,
-    block_words,
+    block_entries,
     cache_bytes,
     chunk_rows,
+)
+from proglayer.training.loss import (
     evaluate_exits,
     linear_cross_entropy,
 )
@@ -111,7 +113,7 @@ def assert_equal_to_dense(
     assert torch.equal(scores.correct_e, correct_e)
 
 
-# Rows and words per chunk: by rule, odd last ones, one row at a time, everything at once.
+# Rows per chunk and entries per block: by rule, odd last ones, one row at a time, all at once.
 CHUNKS = [{}, {"rows": 8, "block": 30}, {"rows": 1, "block": 101}, {"rows": 1000, "block": 7}]
 
 
@@ -206,7 +208,7 @@ def test_of_equally_likely_words_the_first_counts(
     ours = linear_cross_entropy([hidden_nd], head_vd.requires_grad_(), target_n, [1.0], **chunks)
     assert ours.correct_e.tolist() == [2]
     assert evaluate_exits([hidden_nd], head_vd, target_n, **chunks).correct_e.tolist() == [2]
-    # Where all logits are equal, the first of all words is it.
+    # Where all logits are equal, the first of all is it.
     assert evaluate_exits(
         [hidden_nd], torch.zeros(101, 8, dtype=dtype), torch.tensor([0, 1, 0, 2, 100, 5]), **chunks
     ).correct_e.tolist() == [2]
@@ -424,10 +426,10 @@ def test_the_rule_for_chunks_bounds_memory_and_keeps_blocks_in_cache() -> None:
                     rows = chunk_rows(total, vocab, keep, torch.float32, device_type)
                     assert 1 <= rows <= total
                     assert rows * vocab * 4 <= bound or not keep
-                    words = block_words(rows, vocab, torch.float32, device_type)
-                    assert 1 <= words <= vocab
-                    if device_type == "cpu" and words > 256:
-                        assert rows * words * 4 <= 2 * cache_bytes() * torch.get_num_threads()
+                    entries = block_entries(rows, vocab, torch.float32, device_type)
+                    assert 1 <= entries <= vocab
+                    if device_type == "cpu" and entries > 256:
+                        assert rows * entries * 4 <= 2 * cache_bytes() * torch.get_num_threads()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -14,14 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from proglayer.training.growth import build, grow
 from proglayer.training.optim import build_optimizer, role_of, set_trainable
 from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.training.trainer import (
-    Diverged,
-    EpochMetrics,
-    NotCompiled,
-    Training,
-    evaluate,
-    follow,
-)
+from proglayer.training.stopping import EpochMetrics, follow
+from proglayer.training.trainer import Diverged, NotCompiled, Training, evaluate
 
 from ..helpers import TINY, config, experiments, tiny_corpus
 
@@ -141,14 +135,14 @@ def test_a_compiled_body_trains_as_the_plain_one_in_every_phase(
             torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_a_body_that_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_cannot_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nfor this")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
     phase = planned("compile=true")[0]
-    told = r"^compile=true fails here \(.*no compiler for this\): set compile=false$"
-    with pytest.raises(NotCompiled, match=told):
+    message = r"^compile=true fails here \(.*no compiler for this\): set compile=false$"
+    with pytest.raises(NotCompiled, match=message):
         Training(build(phase), phase, CORPUS, CPU).train_epoch()
 
 

@@ -1,0 +1,93 @@
+"""When a phase stops, and which epoch it selects: readers of a trajectory. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from proglayer.training.plan import StoppingRule
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch of training gave. Losses in nats per token, shares from 0 to 1."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    train_tokens: int
+    train_seconds: float
+    evaluation_seconds: float
+
+    @property
+    def validation_perplexity(self) -> float:
+        return perplexity(self.validation_loss)
+
+
+class Best:
+    """The best epoch so far by a stopping rule; the only place where it is kept.
+
+    An epoch is an improvement when its validation loss is lower than that of the best so far minus
+    `min_delta`. The first epoch is always one.
+    """
+
+    def __init__(self, rule: StoppingRule) -> None:
+        self.rule = rule
+        self.epoch: EpochMetrics | None = None
+
+    def read(self, metrics: EpochMetrics) -> EpochMetrics:
+        """Take in the next epoch. Returns the best up to and including it."""
+        best = self.epoch
+        if best is None or self.rule.improves(metrics.validation_loss, best.validation_loss):
+            best = self.epoch = metrics
+        return best
+
+
+def best_of(epochs: Iterable[EpochMetrics], rule: StoppingRule) -> EpochMetrics | None:
+    """The best of `epochs`, in their order, by `rule`. Returns None where there is no epoch."""
+    best = Best(rule)
+    for metrics in epochs:
+        best.read(metrics)
+    return best.epoch
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a stopping rule ended: the epoch it selects, the epochs it read, and why it stopped."""
+
+    best: EpochMetrics
+    epochs: tuple[EpochMetrics, ...]
+    reason: str
+
+
+def follow(
+    rule: StoppingRule,
+    epochs: Iterable[EpochMetrics],
+    on_epoch: Callable[[EpochMetrics, EpochMetrics], None] | None = None,
+) -> Stopped | None:
+    """Read epochs until the rule says stop; select the last improvement (see `Best`).
+
+    `patience` epochs in a row without an improvement stop it, and so do `max_epochs`. `on_epoch`
+    is called with each epoch and the best so far. Returns None if the epochs end first.
+    """
+    best_so_far = Best(rule)
+    read: list[EpochMetrics] = []
+    for metrics in epochs:
+        read.append(metrics)
+        best = best_so_far.read(metrics)
+        if on_epoch is not None:
+            on_epoch(metrics, best)
+        waited = metrics.epoch - best.epoch
+        if waited >= rule.patience:
+            unit = "epoch" if waited == 1 else "epochs"
+            return Stopped(best, tuple(read), f"{waited} {unit} without improvement")
+        if metrics.epoch >= rule.max_epochs:
+            return Stopped(best, tuple(read), f"max_epochs={rule.max_epochs} reached")
+    return None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
