@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,25 @@ import numpy as np
 import yaml
 
 from proglayer.config import to_plain
-from proglayer.store.record import RECORD_FORMAT, changes, write_metrics, write_result
+from proglayer.store.record import (
+    BestEpoch,
+    Changes,
+    CorpusRecord,
+    Environment,
+    ExitRecord,
+    GitState,
+    ListedJob,
+    Machine,
+    MetricsRow,
+    PeakMemory,
+    PhaseRecord,
+    PhaseWork,
+    RunRecord,
+    RunState,
+    write_jobs,
+    write_metrics,
+    write_record,
+)
 from proglayer.training.plan import parameter_counts, plan, training_flops
 
 from .helpers import config
@@ -36,9 +53,9 @@ class Cost(NamedTuple):
     evaluation_seconds: float
 
 
-def figures(
+def metrics(
     loss: float, accuracy_percent: float, perplexity: float | None = None
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """What an evaluation gives; perplexity is the loss's unless another is named."""
     return {
         "validation_loss": loss,
@@ -50,60 +67,60 @@ def figures(
 def phase_record(
     index: int,
     cost: Cost,
-    best: dict[str, Any],
+    best: BestEpoch,
     *,
     epochs: int,
     best_epoch: int,
     reused: int = 0,
     memory_mb: float = 700.0,
     **own: Any,
-) -> dict[str, Any]:
-    """A phase as `experiment.py` records it; `own` is what its plan says of it, and its exits."""
-    return {
-        "index": index,
+) -> PhaseRecord:
+    """A phase as a run records it; `own` is what its plan says of it, and its exits."""
+    return PhaseRecord(
+        index=index,
         **own,
-        "stage": f"{index:032x}",
-        "epochs": epochs,
-        "best_epoch": best_epoch,
-        "stopped": "no improvement in 1 epoch",
-        "best": best,
-        "train_tokens": cost.tokens * epochs,
-        "train_flops_head": cost.flops_head * epochs,
-        "train_flops_body": cost.flops_body * epochs,
-        "train_seconds": cost.train_seconds * epochs,
-        "evaluation_seconds": cost.evaluation_seconds * epochs,
-        "tokens_per_second": cost.tokens / cost.train_seconds,
-        "work": {
-            "epochs_trained": epochs - reused,
-            "epochs_replayed": 0,
-            "epochs_reused": reused,
-            "seconds_saved": (cost.train_seconds + cost.evaluation_seconds) * reused,
-            "seconds_waited": 0.0,
-            "peak_memory_mb": {"process": memory_mb},
-        },
-    }
+        stage=f"{index:032x}",
+        epochs=epochs,
+        best_epoch=best_epoch,
+        stopped="no improvement in 1 epoch",
+        best=best,
+        train_tokens=cost.tokens * epochs,
+        train_flops_head=cost.flops_head * epochs,
+        train_flops_body=cost.flops_body * epochs,
+        train_seconds=cost.train_seconds * epochs,
+        evaluation_seconds=cost.evaluation_seconds * epochs,
+        tokens_per_second=cost.tokens / cost.train_seconds,
+        work=PhaseWork(
+            epochs_trained=epochs - reused,
+            epochs_replayed=0,
+            epochs_reused=reused,
+            seconds_saved=(cost.train_seconds + cost.evaluation_seconds) * reused,
+            seconds_waited=0.0,
+            peak_memory_mb=PeakMemory(process=memory_mb),
+        ),
+    )
 
 
-def metrics_row(phase: dict[str, Any], epoch: int, cost: Cost, own: dict[str, Any]) -> Any:
-    """A row of `metrics.csv`; `own` are the figures of the epoch."""
-    return {
-        "phase": phase["index"] + 1,
-        "layers": phase["layers"],
-        "epoch": epoch,
-        **own,
-        "train_tokens": cost.tokens,
-        "train_seconds": cost.train_seconds,
-        "evaluation_seconds": cost.evaluation_seconds,
-        "best": epoch == phase["best_epoch"],
-        "reused": False,
-    }
+def metrics_row(phase: PhaseRecord, epoch: int, cost: Cost, evaluated: BestEpoch) -> MetricsRow:
+    """A row of `metrics.csv`; `evaluated` are the metrics of the epoch."""
+    return MetricsRow(
+        phase=(phase.index or 0) + 1,
+        layers=phase.layers,
+        epoch=epoch,
+        **dataclasses.asdict(evaluated),
+        train_tokens=cost.tokens,
+        train_seconds=cost.train_seconds,
+        evaluation_seconds=cost.evaluation_seconds,
+        best=epoch == phase.best_epoch,
+        reused=False,
+    )
 
 
 def leave(
     folder: Path,
     plain: dict[str, Any],
-    phases: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
+    phases: list[PhaseRecord],
+    rows: list[MetricsRow],
     /,
     *,
     overrides: list[str],
@@ -131,35 +148,33 @@ def leave(
     write_metrics(folder, rows)
     if status == "running":
         return folder
-    recorded = phases if status == "completed" else phases[:-1]
-    result = {
-        "format": RECORD_FORMAT,
-        "status": status,
-        "reason": None if status == "completed" else "the loss became NaN",
-        "started": STARTED,
-        "overrides": overrides,
-        "choices": choices,
-        "seed": plain["seed"],
-        "config": plain,
-        "environment": {"proglayer": "0.1.0", "python": "3.11.7", "platform": "x", "host": "h"},
-        "machine": {"device": "cpu", "device_name": "a cpu", "threads": 2, "torch": "2.13.0"},
-        "git": {"commit": "c" * 40, "changed": False},
-        "corpus": {
-            "name": "pydocs",
-            "fingerprint": "f" * 64,
-            "vocab_size": VOCABULARY,
-            "seq_len": 32,
-            "train_windows": windows[0],
-            "validation_windows": windows[1],
-        },
-        "phases": recorded,
-        **({"changes": changes(recorded)} if status == "completed" else {}),
-        "ended": "2026-03-01T12:01:30+00:00",
-        "seconds": 90.0,
-        "objective": None,
-        **extra,
-    }
-    write_result(folder, result)
+    completed = status == RunState.completed
+    recorded = phases if completed else phases[:-1]
+    record = RunRecord(
+        status=RunState(status),
+        reason=None if completed else "the loss became NaN",
+        started=STARTED,
+        overrides=overrides,
+        choices=choices,
+        seed=plain["seed"],
+        config=plain,
+        environment=Environment(proglayer="0.1.0", python="3.11.7", platform="x", host="h"),
+        machine=Machine("cpu", "a cpu", 2, "2.13.0"),
+        git=GitState(commit="c" * 40, changed=False),
+        corpus=CorpusRecord(
+            name="pydocs",
+            fingerprint="f" * 64,
+            vocab_size=VOCABULARY,
+            seq_len=32,
+            train_windows=windows[0],
+            validation_windows=windows[1],
+        ),
+        phases=recorded,
+        changes=Changes.between(recorded[0].best, recorded[-1].best) if completed else None,
+        ended="2026-03-01T12:01:30+00:00",
+        seconds=90.0,
+    )
+    write_record(folder, dataclasses.replace(record, **extra))
     return folder
 
 
@@ -201,7 +216,7 @@ def run(
         recorded = phase_record(
             phase.index,
             cost,
-            {"train_loss": loss - 0.3, **figures(loss, accuracy)},
+            BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy)),
             epochs=count,
             best_epoch=best,
             name=phase.name,
@@ -210,17 +225,23 @@ def run(
             parameters_total=counts.total,
             parameters_trainable=counts.trainable,
             frozen=list(phase.frozen),
-            rates=dataclasses.asdict(phase.rates),
+            rates=phase.rates,
             exit_weights=list(phase.exit_weights),
             exits=[
-                {"layer": phase.layers - gap, **figures(loss + 0.3 * gap, accuracy - reach * gap)}
+                ExitRecord(
+                    layer=phase.layers - gap,
+                    **metrics(loss + 0.3 * gap, accuracy - reach * gap),
+                )
                 for gap in reversed(range(phase.layers))
             ],
         )
         phases.append(recorded)
         rows += [
             metrics_row(
-                recorded, epoch, cost, {"train_loss": loss - 0.3, **figures(loss, accuracy)}
+                recorded,
+                epoch,
+                cost,
+                BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy)),
             )
             for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1)
         ]
@@ -253,11 +274,8 @@ def sweep(
     given = {"hydra": {"overrides": {"task": task}}}
     (folder / "multirun.yaml").write_text(yaml.safe_dump(given))
     listed = [
-        {
-            "folder": f"{number}_aaaaaa",
-            "overrides": [f"experiment={e}", f"model={m}", f"seed={s}", *overrides],
-        }
+        ListedJob(f"{number}_aaaaaa", (f"experiment={e}", f"model={m}", f"seed={s}", *overrides))
         for number, (e, m, s) in enumerate(jobs)
     ]
-    (folder / "jobs.json").write_text(json.dumps(listed))
+    write_jobs(folder, listed)
     return folder

@@ -48,6 +48,7 @@ from proglayer.launch.job import explain_errors
 from proglayer.launch.sweep import Job, check, expand
 from proglayer.run import machine
 from proglayer.run.code import git_state
+from proglayer.store.record import to_dict
 from proglayer.training.plan import Phase, plan
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -467,8 +468,8 @@ def _keep(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     about = {
         "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "overrides": options.overrides,
-        "environment": machine.environment(),
-        "git": git_state(),
+        "environment": to_dict(machine.environment()),
+        "git": to_dict(git_state()),
     }
     try:
         options.json.write_text(json.dumps({**about, **figures}, indent=1) + "\n")

@@ -392,4 +392,4 @@ def run_for_memory(
     training = {"ours": Training, "dense": DenseTraining}[kind]
     train(new_training(training, phase, seq_len, steps, device))
     peaks = machine.peak_memory_mb(device)
-    return peaks.get("device", peaks["process"])
+    return peaks.device or peaks.process or 0.0

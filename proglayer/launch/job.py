@@ -32,12 +32,13 @@ from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line
 from proglayer.run.code import PACKAGE, git_state
 from proglayer.store.record import (
-    RECORD_FORMAT,
-    Status,
+    GitState,
+    RunRecord,
+    RunState,
     failed_job,
     note_failed_job,
     read_submission,
-    write_result,
+    write_record,
 )
 from proglayer.store.stages import StoreError
 
@@ -91,7 +92,7 @@ def run_job(settings: DictConfig) -> float | str | None:
             _leave_nothing(folder)
             return None
         if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
-            record_unstarted(folder, Status.interrupted, f"not started: job {name} failed")
+            record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
             return None
         from proglayer.run.experiment import Deferred, run
 
@@ -115,16 +116,16 @@ def run_job(settings: DictConfig) -> float | str | None:
         if single:
             fail(str(error).splitlines())
         with contextlib.suppress(StoreError):
-            record_unstarted(folder, Status.failed, str(error))
+            record_unstarted(folder, RunState.failed, str(error))
         note_failed_job(folder)
         return None
-    if outcome.status is Status.interrupted:
+    if outcome.status is RunState.interrupted:
         raise KeyboardInterrupt
     if single and config.report:
         leave_report(folder)
-    if outcome.status is Status.failed and single:
+    if outcome.status is RunState.failed and single:
         sys.exit(FAILED)
-    if outcome.status is Status.failed:
+    if outcome.status is RunState.failed:
         note_failed_job(folder)
     return outcome.objective
 
@@ -204,19 +205,11 @@ def fail(lines: list[str]) -> NoReturn:
     sys.exit(FAILED)
 
 
-def record_unstarted(folder: Path, status: Status, reason: str) -> None:
+def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
     """Leave the record of a job that ended before its first phase, or that never told how."""
     log.error("%s", reason)
-    write_result(
-        folder,
-        {
-            "format": RECORD_FORMAT,
-            "status": status.value,
-            "reason": reason,
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "phases": [],
-        },
-    )
+    ended = datetime.now(UTC).isoformat(timespec="seconds")
+    write_record(folder, RunRecord(status=status, reason=reason, ended=ended))
 
 
 def _as_submitted(settings: DictConfig, folder: Path) -> Config:
@@ -228,7 +221,7 @@ def _as_submitted(settings: DictConfig, folder: Path) -> Config:
     if submission is None:
         return to_config(settings)
     try:
-        config = from_plain(submission["config"])
+        config = from_plain(submission.config)
     except KeyError as error:
         raise ConfigError(
             f"{folder.name} was submitted without the setting {error}, by another version of the "
@@ -236,7 +229,7 @@ def _as_submitted(settings: DictConfig, folder: Path) -> Config:
         ) from None
     if _composed(settings) != config:
         log.warning("conf/ was changed since this job was submitted: it runs as submitted")
-    before, now = submission["git"], git_state()
+    before, now = submission.git, git_state()
     if before and now and before != now:
         log.warning(
             "the code was changed since this job was submitted: %s then, %s now",
@@ -271,8 +264,8 @@ def _composed(settings: DictConfig) -> Config | None:
     return None
 
 
-def _code(git: dict[str, Any]) -> str:
-    return git["commit"][:12] + (f" with changes {git['difference']}" if git["changed"] else "")
+def _code(git: GitState) -> str:
+    return (git.commit or "")[:12] + (f" with changes {git.difference}" if git.changed else "")
 
 
 def _leave_nothing(folder: Path) -> None:

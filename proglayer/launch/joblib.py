@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 from proglayer.config import ConfigError
 from proglayer.launch.common import HydraLauncher, freeze
-from proglayer.store.record import HEARTBEAT, RESULT, SUBMITTED, Sign, mark_lost, read_sign
+from proglayer.store.record import HEARTBEAT, RESULT, SUBMITTED, RunState, mark_lost, read_heartbeat
 from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def launch(
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
         for sign in sweep.glob(f"*/{HEARTBEAT}"):
-            deferred = read_sign(sign.parent).get("sign") == Sign.deferred
+            deferred = read_heartbeat(sign.parent).sign is RunState.deferred
             if not deferred and not (sign.parent / RESULT).exists():
                 mark_lost(sign.parent, "its process was killed")
         raise ConfigError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +37,17 @@ from proglayer.launch.sweep import (
     without_held,
     without_hydra,
 )
-from proglayer.store.record import JOBS, Heartbeat, Sign, Status, read_result, read_sign
-from proglayer.store.stages import StoreError, write_atomically
+from proglayer.store.record import (
+    JOBS,
+    Heartbeat,
+    ListedJob,
+    RunState,
+    read_heartbeat,
+    read_jobs,
+    read_record,
+    write_jobs,
+)
+from proglayer.store.stages import StoreError
 
 if TYPE_CHECKING:
     import optuna
@@ -175,7 +183,7 @@ class Trials:
         # Of an earlier command with the same folder too: of a trial that failed before it began,
         # nothing else says what it was.
         self._listed: dict[str, Sequence[str]] = {
-            job["folder"]: job["overrides"] for job in listed_and_begun(self._folder)
+            job.folder: job.overrides for job in listed_and_begun(self._folder)
         }
         console().print(
             f"study {name} in {sweeper.storage or 'memory'}: {self._ended} of {self._most} trials "
@@ -305,42 +313,40 @@ class Trials:
         to_come = {str(number): () for number in numbers[: self.to_go - len(asked)]}
         announce(self._folder, self._listed | to_come, without_held(self._sweeper, able))
         for folder, reason in refused.items():
-            record_unstarted(self._folder / folder, Status.failed, reason)
+            record_unstarted(self._folder / folder, RunState.failed, reason)
         return jobs
 
 
 def list_what_began(sweep: Path) -> None:
     """Take from the list of a sweep's jobs those that have not begun, if it can be written."""
     if (sweep / JOBS).exists():
-        text = json.dumps(listed_and_begun(sweep), indent=1)
-        with contextlib.suppress(OSError, StoreError):
-            write_atomically(sweep / JOBS, text.encode(), "hydra.sweep.dir")
+        with contextlib.suppress(StoreError):
+            write_jobs(sweep, listed_and_begun(sweep))
 
 
-def listed_and_begun(sweep: Path) -> list[dict[str, Any]]:
-    """`folder` and `overrides` of the jobs in a sweep's list that have begun."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        listed = json.loads((sweep / JOBS).read_text(encoding="utf-8"))
-        return [job for job in listed if (sweep / job["folder"]).is_dir()]
+def listed_and_begun(sweep: Path) -> list[ListedJob]:
+    """The jobs in a sweep's list that have begun."""
+    with contextlib.suppress(OSError, ValueError):
+        return [job for job in read_jobs(sweep) if (sweep / job.folder).is_dir()]
     return []
 
 
 def _objective(folder: Path) -> float | None:
     """What a trial came to; None if it did not complete, or left no record."""
     with contextlib.suppress(ValueError):
-        result = read_result(folder)
-        if result is not None and result["status"] == Status.completed:
-            return result["objective"]
+        record = read_record(folder)
+        if record is not None and record.status is RunState.completed:
+            return record.objective
     return None
 
 
 def _has_ended(folder: Path) -> bool:
     """Whether a trial completed, failed or was lost: not one that was stopped or not begun."""
     with contextlib.suppress(ValueError):
-        result = read_result(folder)
-        if result is not None:
-            return result["status"] in (Status.completed, Status.failed)
-    return read_sign(folder).get("sign") == Sign.lost
+        record = read_record(folder)
+        if record is not None:
+            return record.status in (RunState.completed, RunState.failed)
+    return read_heartbeat(folder).sign is RunState.lost
 
 
 @contextlib.contextmanager

@@ -35,13 +35,13 @@ from proglayer.store.record import (
     HEARTBEAT,
     RESULT,
     SUBMITTED,
-    Sign,
-    Status,
+    RunRecord,
+    RunState,
+    amend_record,
     mark_lost,
-    read_result,
-    remove_result,
-    write_result,
-    write_sign,
+    read_record,
+    remove_record,
+    write_heartbeat,
 )
 from proglayer.store.stages import StoreError, write_atomically
 
@@ -100,10 +100,10 @@ class Task:
             self._told_to_end()
             sys.exit(1)
         if job.status is JobStatus.FAILED:
-            _amend(self.folder, Status.preempted, Status.interrupted, NOT_TAKEN_BACK)
+            amend_record(self.folder, RunState.preempted, RunState.interrupted, NOT_TAKEN_BACK)
         _ = job.return_value  # raises what the run could not record
-        result = read_result(self.folder)
-        if result is None or result["status"] not in (Status.completed, Status.pruned):
+        record = read_record(self.folder)
+        if record is None or record.status not in (RunState.completed, RunState.pruned):
             sys.exit(1)
 
     def checkpoint(self) -> Any:
@@ -120,16 +120,16 @@ class Task:
         restarts = int(about.get("Restarts", 0))
         why = "Slurm starts it again"
         if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            _amend(self.folder, Status.interrupted, Status.preempted, why)
+            amend_record(self.folder, RunState.interrupted, RunState.preempted, why)
         elif about.get("PreemptTime", "None") != "None" and about.get("Requeue") == "1":
             # In its grace time. A job that ends by itself now would not be started again.
-            _amend(self.folder, Status.interrupted, Status.preempted, why)
+            amend_record(self.folder, RunState.interrupted, RunState.preempted, why)
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit listens"
             try:
                 requeue(signal.SIGUSR2, None)
             except Exception:
-                _amend(self.folder, Status.preempted, Status.interrupted, NOT_TAKEN_BACK)
+                amend_record(self.folder, RunState.preempted, RunState.interrupted, NOT_TAKEN_BACK)
                 raise
 
 
@@ -215,7 +215,7 @@ def _hand_over(
         executor = _executor(launcher, code)
         for task in tasks:
             task.folder.mkdir(parents=True, exist_ok=True)
-            write_sign(task.folder, Sign.pending)
+            write_heartbeat(task.folder, RunState.pending)
         while left:
             array = left[:LONGEST_ARRAY]
             with executor.batch():
@@ -226,7 +226,7 @@ def _hand_over(
                 _link_outputs(task.folder, job.paths)
                 # That of an earlier try: this one has not had the time to leave one.
                 if old_records[task.folder] == _look(task.folder / RESULT):
-                    remove_result(task.folder)
+                    remove_record(task.folder)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
             write_atomically(sweep / SUBMITTED / IDS, data, "hydra.sweep.dir")
     except (FailedJobError, RuntimeError) as error:
@@ -325,31 +325,22 @@ def _ended(folder: Path, number: str, until: float) -> JobReturn:
     """How a job ended that Slurm no longer holds. Waits for a record `until` then at most."""
     job = JobReturn(status=JobStatus.COMPLETED)
     job.return_value = None
-    while (result := _record(folder)) is None and time.monotonic() < until:
+    while (record := _record(folder)) is None and time.monotonic() < until:
         time.sleep(0.5)
-    if result is None:
+    if record is None:
         mark_lost(folder, "Slurm ended it without a record")
         log.error("job %s of Slurm ended without a record: see %s", number, folder / "slurm.err")
         return job
-    _amend(folder, Status.preempted, Status.interrupted, "Slurm no longer holds it")
-    job.return_value = result.get("objective")
+    amend_record(folder, RunState.preempted, RunState.interrupted, "Slurm no longer holds it")
+    job.return_value = record.objective
     return job
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def _record(folder: Path) -> RunRecord | None:
     with contextlib.suppress(OSError, ValueError):
         os.listdir(folder)  # makes a network file system look again
-        return read_result(folder)
+        return read_record(folder)
     return None
-
-
-def _amend(folder: Path, was: Status, status: Status, why: str) -> None:
-    """Correct how a record says that its run ended, once Slurm has told."""
-    result = _record(folder)
-    if result is not None and result["status"] == was:
-        write_result(
-            folder, result | {"status": status.value, "reason": f"{result['reason']}; {why}"}
-        )
 
 
 def _sweep_folder(launcher: SlurmLauncher) -> Path:

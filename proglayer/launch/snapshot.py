@@ -17,9 +17,9 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from proglayer.run.code import ORIGIN, PACKAGE, origin
+from proglayer.store.record import GitState, to_dict
 from proglayer.store.stages import StoreError
 
 # What Hydra reads in a folder of settings; anything else there may be large.
@@ -27,14 +27,15 @@ SETTINGS = (".yaml", ".yml")
 PLUGINS = "hydra_plugins"
 
 
-def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: dict[str, Any] | None) -> Path:
+def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: GitState | None) -> Path:
     """Copy this package, our modules in `plugins` and the settings' folders `conf`.
 
     `conf` names each folder; its copy lies under that name in the folder that is given back, which
     is below `into`. `git` is the state of the code. Raises StoreError.
     """
     folders = {PACKAGE.name: PACKAGE, plugins.name: plugins, **conf}
-    origin = {"git": git, "folders": {name: str(folder) for name, folder in folders.items()}}
+    copied = {name: str(folder) for name, folder in folders.items()}
+    origin = {"git": to_dict(git), "folders": copied}
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
     try:
         contents = {

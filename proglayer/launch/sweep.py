@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import pickle
 import sys
@@ -44,14 +43,16 @@ from proglayer.launch.job import DEFERRED, MAY_DEFER, leave_report
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.progress import plan_table
 from proglayer.store.record import (
-    JOBS,
     Heartbeat,
-    Status,
-    read_result,
+    ListedJob,
+    RecordError,
+    RunState,
+    read_record,
     read_submission,
-    write_submission,
+    write_jobs,
+    write_submissions,
 )
-from proglayer.store.stages import StoreError, write_atomically
+from proglayer.store.stages import StoreError
 from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.versions import warn_of_unknown
 
@@ -363,12 +364,12 @@ def announce(folder: Path, listed: Mapping[str, Sequence[str]], waiting: Sequenc
     composes its settings anew when it starts, and what was edited meanwhile would change it.
     `listed` has the overrides of each job. Raises ConfigError.
     """
-    listing = [{"folder": job, "overrides": list(given)} for job, given in listed.items()]
+    listing = [ListedJob(job, tuple(given)) for job, given in listed.items()]
     settings = {job.folder: to_plain(job.config) for job in waiting}
     with _writing(folder):
-        write_atomically(folder / JOBS, json.dumps(listing, indent=1).encode(), "hydra.sweep.dir")
+        write_jobs(folder, listing)
         if settings:
-            write_submission(folder, settings, git_state(), git_difference())
+            write_submissions(folder, settings, git_state(), git_difference())
 
 
 @contextlib.contextmanager
@@ -395,7 +396,7 @@ def without_held(sweeper: HydraSweeper, jobs: Sequence[Job]) -> list[Job]:
     held: dict[str, str] = ask() if ask is not None else {}
     for job in jobs:
         before = read_submission(folder / job.folder) if job.folder in held else None
-        if before is not None and before["config"] != to_plain(job.config):
+        if before is not None and before.config != to_plain(job.config):
             raise ConfigError(
                 f"hydra.sweep.dir={folder}: its job {job.folder} is in the queue with other "
                 f"settings: choose another folder, or end that job ({held[job.folder]}) first"
@@ -541,11 +542,11 @@ def prefix_of(job: Job, depth: int) -> tuple[Any, ...]:
 def _completed(folder: Path, config: Config) -> bool:
     """Whether the folder holds a completed run with these settings, its threads among them."""
     try:
-        result = read_result(folder)
-    except ValueError:
+        record = read_record(folder)
+    except RecordError:
         return False
     return (
-        result is not None
-        and result["status"] == Status.completed
-        and result["config"] == to_plain(config)
+        record is not None
+        and record.status is RunState.completed
+        and record.config == to_plain(config)
     )

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from proglayer.config import Config
-from proglayer.store.record import METRICS_COLUMNS, Sign, Status
+from proglayer.store.record import METRICS_COLUMNS, RunState
 
-RUNNING = Sign.running.value
-PENDING = Sign.pending.value
-WAITING = "waiting"
-NOT_STARTED = "not started"
-LOST = "lost"
-COMPLETED = Status.completed.value
+RUNNING = RunState.running.value
+PENDING = RunState.pending.value
+WAITING = RunState.waiting.value
+NOT_STARTED = RunState.not_started.value
+LOST = RunState.lost.value
+COMPLETED = RunState.completed.value
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
 # and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
 NOT_THE_EXPERIMENT = (

@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from proglayer.results.columns import (
     IDENTITY_COLUMNS,
     LEFT_OUT_COLUMNS,
     LOST,
-    NOT_STARTED,
     PENDING,
     PLACE_COLUMNS,
     RUNNING,
@@ -46,7 +44,7 @@ from proglayer.results.columns import (
 )
 from proglayer.results.reader import read_runs
 from proglayer.results.scan import Found, common_parent, joined, natural_order, roots_of, scan
-from proglayer.store.record import LOST_AFTER_S, Sign, Status, read_sign
+from proglayer.store.record import RunState, job_state
 
 # With fewer new runs than this, reading them again costs less than writing the cache.
 CACHE_FROM_RUNS = 200
@@ -89,7 +87,7 @@ class Results:
     def failures(self) -> int:
         """How many runs failed, were lost, or left a record that cannot be read."""
         statuses = self.runs["status"].tolist()
-        failed = statuses.count(Status.failed.value) + statuses.count(LOST)
+        failed = statuses.count(RunState.failed.value) + statuses.count(LOST)
         return failed + self.left_out["kind"].tolist().count("damaged")
 
     def distinct(self) -> Results:
@@ -241,43 +239,19 @@ def _results(piece: Piece, found: list[Found], left_out: Rows) -> Results:
 
 
 def _add_signs_of_life(runs: pd.DataFrame, found: Sequence[Found]) -> None:
-    """Tell of the runs without a record whether they live: that changes while no file does."""
-    told = {name: plain_values(runs[name]) for name in ("status", "reason", "host")}
+    """The states of the runs without a record: they change while no file does."""
+    columns = {name: plain_values(runs[name]) for name in ("status", "reason", "host")}
     for place, item in enumerate(found):
-        status = told["status"][place]
-        if status == WAITING and (since := _lost_since(item.last_sign)):
-            told["status"][place] = NOT_STARTED
-            told["reason"][place] = f"its sweep shows no sign of life since {since}"
-        elif status == RUNNING:
-            sign = read_sign(Path(item.path))
-            host = told["host"][place] = as_text(sign.get("host"))
-            if sign.get("sign") == Sign.deferred and (since := _lost_since(item.sweep_sign)):
-                told["status"][place] = LOST
-                told["reason"][place] = (
-                    f"put off, and its sweep shows no sign of life since {since}"
-                )
-            elif sign.get("sign") in (Sign.pending, Sign.deferred):
-                told["status"][place] = PENDING
-            elif sign.get("sign") == Sign.lost:
-                told["status"][place] = LOST
-                given = as_text(sign.get("reason"))
-                told["reason"][place] = given or "it was ended from outside and left no record"
-            elif since := _lost_since(item.last_sign):
-                told["status"][place] = LOST
-                where = f" (it ran on {host})" if host else ""
-                told["reason"][place] = f"no sign of life since {since}{where}"
-    for name, values in told.items():
+        if columns["status"][place] in (WAITING, RUNNING):
+            state, reason, host = job_state(
+                Path(item.path), last_sign=item.last_sign, sweep_sign=item.sweep_sign
+            )
+            # Whoever holds a job that is to come, its scheduler or its sweep, it is pending.
+            columns["status"][place] = PENDING if state is RunState.deferred else state.value
+            columns["reason"][place] = reason
+            columns["host"][place] = host
+    for name, values in columns.items():
         runs[name] = _texts(values)
-
-
-def _lost_since(sign: datetime | None) -> str | None:
-    """When a run without a record, or its sweep, last showed life, if that is too long ago.
-
-    None also where that is not known: a record was taken away just now, for its run begins anew.
-    """
-    if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
-        return None
-    return f"{sign:%Y-%m-%d %H:%M} UTC"
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
@@ -300,9 +274,9 @@ def _duplicates(runs: pd.DataFrame) -> list[str | None]:
     one that is running, then the newest.
     """
     unfinished = (
-        Status.interrupted.value,
-        Status.preempted.value,
-        Status.pruned.value,
+        RunState.interrupted.value,
+        RunState.preempted.value,
+        RunState.pruned.value,
         LOST,
     )
     rank = {COMPLETED: 3, RUNNING: 2, **dict.fromkeys(unfinished, 1)}

@@ -37,7 +37,7 @@ from proglayer.results.columns import (
     inside,
 )
 from proglayer.results.scan import HYDRA, Found, brief, row_left_out, when
-from proglayer.store.record import METRICS, RECORD_FORMAT, RESULT, Status, read_result
+from proglayer.store.record import METRICS, RESULT, RecordError, read_record, to_dict
 
 
 class _Unreadable(ValueError):
@@ -125,25 +125,12 @@ def _read_run(item: Found) -> tuple[dict[str, Any], Rows, Rows]:
 def _read_record(folder: str) -> dict[str, Any] | None:
     """The record of a run if it ended. Raises _Unreadable for one that this version cannot read."""
     try:
-        result = read_result(Path(folder))
-    except (ValueError, RecursionError) as error:
-        reason = f"{RESULT} is cut short or damaged ({brief(error)})"
-        raise _Unreadable("damaged", reason) from error
+        record = read_record(Path(folder))
+    except RecordError as error:
+        raise _Unreadable(error.kind, str(error)) from error
     except OSError as error:
         raise _Unreadable("damaged", f"{RESULT} cannot be read ({error.strerror})") from error
-    if result is None:
-        if os.path.exists(os.path.join(folder, RESULT)):
-            raise _Unreadable("damaged", f"{RESULT} holds nothing")
-        return None
-    form = as_whole(inside(result, ("format",)))
-    if form is None:
-        raise _Unreadable("foreign", f"{RESULT} is no record of this tool")
-    if form > RECORD_FORMAT:
-        newer = f"{RESULT} has format {form}, newer than {RECORD_FORMAT}: update to read it"
-        raise _Unreadable("newer", newer)
-    if result.get("status") not in list(Status) or not isinstance(result.get("phases"), list):
-        raise _Unreadable("damaged", f"{RESULT} does not say how the run ended")
-    return result
+    return record and to_dict(record)
 
 
 def _recorded(table: str, source: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from proglayer.results.columns import (
 from proglayer.results.formatting import duration, number_text, pair
 from proglayer.results.frames import Results, load, plain_values
 from proglayer.results.reader import keys_and_values
-from proglayer.store.record import Status
+from proglayer.store.record import RunState
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,19 +118,19 @@ MOST_REASONS = 100
 NARROW = 16
 STYLE = {
     COMPLETED: "green",
-    Status.failed.value: "bold red",
+    RunState.failed.value: "bold red",
     LOST: "bold red",
-    Status.interrupted.value: "yellow",
+    RunState.interrupted.value: "yellow",
     RUNNING: "cyan",
-    Status.preempted.value: "yellow",
-    Status.pruned.value: "dim",
+    RunState.preempted.value: "yellow",
+    RunState.pruned.value: "dim",
     PENDING: "dim",
     WAITING: "dim",
     NOT_STARTED: "dim",
 }
 STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
 # Will start, or start again, without anybody's doing.
-TO_COME = (Status.preempted.value, PENDING, WAITING)
+TO_COME = (RunState.preempted.value, PENDING, WAITING)
 
 
 def _summary_columns(results: Results, shown: Sequence[int]) -> list[_Shown]:
@@ -261,7 +261,7 @@ def _held(runs: pd.DataFrame) -> str:
 
     It tells nobody when it forgets one, so that a reader must judge whether that is too long.
     """
-    held = runs[runs["status"].isin([Status.preempted.value, PENDING])]
+    held = runs[runs["status"].isin([RunState.preempted.value, PENDING])]
     if held.empty:
         return ""
     since = [sign for sign in plain_values(held["last_sign"]) if sign is not None]

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from proglayer.store.record import GitState, from_dict
+
 ORIGIN = "origin.json"
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -25,19 +27,19 @@ def origin(package: Path = PACKAGE) -> dict[str, Any] | None:
 
 
 @functools.lru_cache(maxsize=1)
-def git_state() -> dict[str, Any] | None:
+def git_state() -> GitState | None:
     """The checkout this package lies in: its commit, whether files differ from it, and a hash of
     that difference. None outside a checkout. Of a copy made for a job, what it was copied from.
     """
     made_from = origin()
     if made_from is not None:
-        return made_from["git"]
+        return from_dict(GitState, made_from["git"]) if made_from["git"] else None
     commit = _git("rev-parse", "HEAD").strip()
     if not commit or not _git("ls-files", "--", ".").strip():
         return None
     difference = git_difference()
     digest = hashlib.sha256(difference.encode()).hexdigest()[:12] if difference else None
-    return {"commit": commit, "changed": bool(difference), "difference": digest}
+    return GitState(commit=commit, changed=bool(difference), difference=digest)
 
 
 @functools.lru_cache(maxsize=1)

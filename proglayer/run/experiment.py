@@ -10,11 +10,10 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -29,20 +28,27 @@ from proglayer.run.code import git_state
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
 from proglayer.store.record import (
-    RECORD_FORMAT,
     WEIGHTS,
+    BestEpoch,
+    Changes,
+    CorpusRecord,
+    ExitRecord,
     Heartbeat,
-    Sign,
-    Status,
-    changes,
-    figure,
-    remove_result,
+    Machine,
+    MetricsRow,
+    PeakMemory,
+    PhaseRecord,
+    PhaseWork,
+    RunRecord,
+    RunState,
+    metric,
+    remove_record,
+    write_heartbeat,
     write_metrics,
-    write_result,
-    write_sign,
+    write_record,
 )
 from proglayer.store.stages import StoreError
-from proglayer.store.trajectory import ABOUT, Interrupted, Machine, Trajectory, Watch, Work
+from proglayer.store.trajectory import ABOUT, Interrupted, Trajectory, Watch, Work
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Transformer, restored
 from proglayer.training.plan import Flops, Phase, parameter_counts, plan, training_flops
@@ -66,16 +72,7 @@ class Pruned(Exception):
 
 # Called with each row of `metrics.csv` once it is written. Returns why the run is to end early, or
 # None for it to go on.
-Prune = Callable[[Mapping[str, Any]], str | None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its record, and the number in it that the setting `objective` names."""
-
-    status: Status
-    result: dict[str, Any]
-    objective: float | None
+Prune = Callable[[MetricsRow], str | None]
 
 
 def run(
@@ -85,7 +82,7 @@ def run(
     choices: dict[str, str] | None = None,
     may_wait: bool = True,
     prune: Prune | None = None,
-) -> Outcome:
+) -> RunRecord:
     """Walk the plan of `config`, phase by phase, and leave its record in `folder`.
 
     `overrides` and `choices` (the group options) are recorded as given. What goes wrong is in the
@@ -95,44 +92,36 @@ def run(
     run early by `prune`.
     """
     started = time.perf_counter()
-    result: dict[str, Any] = {
-        "format": RECORD_FORMAT,
-        "status": None,
-        "reason": None,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "overrides": list(overrides),
-        "choices": choices or {},
-        "seed": config.seed,
-        "config": to_plain(config),
-        "environment": machine.environment(),
-        "machine": None,
-        "gpu": None,
-        "git": git_state(),
-        "corpus": None,
-        "phases": [],
-    }
+    record = RunRecord(
+        started=_now(),
+        overrides=list(overrides),
+        choices=choices or {},
+        seed=config.seed,
+        config=to_plain(config),
+        environment=machine.environment(),
+        git=git_state(),
+    )
 
-    def ended(status: Status, objective: float | None = None) -> Outcome:
-        result["status"] = status.value
-        result["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
-        result["seconds"] = time.perf_counter() - started
-        result["objective"] = objective
-        write_result(folder, result)
-        return Outcome(status, result, objective)
+    def ended(status: RunState) -> RunRecord:
+        record.status = status
+        record.ended = _now()
+        record.seconds = time.perf_counter() - started
+        write_record(folder, record)
+        return record
 
     with Heartbeat(folder), machine.switches(config.threads, config.precision):
         try:
-            ready = prepare(config, result)
+            ready = prepare(config, record)
         except (ConfigError, StoreError):
             raise
         except Exception as error:
-            remove_result(folder)
-            _tell_fault(result, error)
-            return ended(Status.failed)
-        remove_result(folder)
-        loggers = Loggers(config.logger, folder, result["config"], result["choices"])
+            remove_record(folder)
+            _tell_fault(record, error)
+            return ended(RunState.failed)
+        remove_record(folder)
+        loggers = Loggers(config.logger, folder, to_plain(config), choices or {})
         store = Path(stages_dir(config)) if config.reuse else folder / "stages"
-        status, objective = Status.completed, None
+        status = RunState.completed
         with (
             machine.StopSignals() as signals,
             RunDisplay(len(ready.phases)) as display,
@@ -142,46 +131,46 @@ def run(
                 gpu = held.enter_context(
                     slots.hold(ready.device, config.jobs_per_gpu, signals.received, display.note)
                 )
-                result["gpu"] = asdict(gpu) if gpu else None
+                record.gpu = gpu
                 walk = Walk(
                     config, ready, store, folder, signals, display, loggers, may_wait, prune
                 )
-                walk.through(result["phases"])
-                result["changes"] = changes(result["phases"])
-                objective = _objective(result, config.objective)
+                walk.through(record.phases)
+                record.changes = Changes.between(record.phases[0].best, record.phases[-1].best)
+                record.objective = _objective(record, config.objective)
             except Deferred as reason:
                 display.note(f"{reason}: this one comes back later")
-                loggers.end(result | {"status": Status.interrupted.value})
-                write_sign(folder, Sign.deferred)
+                loggers.end(replace(record, status=RunState.interrupted))
+                write_heartbeat(folder, RunState.deferred)
                 raise
             except Pruned as reason:
-                status, result["reason"] = Status.pruned, str(reason)
-                display.note(result["reason"])
+                status, record.reason = RunState.pruned, str(reason)
+                display.note(str(reason))
             except Interrupted as stop:
-                status, result["reason"] = Status.interrupted, str(stop)
+                status, record.reason = RunState.interrupted, str(stop)
                 again = "the same command goes on from here"
                 if signals.scheduler is not None:
                     status, again = (
-                        Status.preempted,
+                        RunState.preempted,
                         "it goes on when its scheduler starts it again",
                     )
                 display.note(f"{stop}; {again}")
             except Exception as error:
-                status = Status.failed
+                status = RunState.failed
                 expected = isinstance(error, EXPECTED)
                 curable = str(error) if expected else machine.out_of_memory(error)
                 if curable is None:
-                    _tell_fault(result, error)
+                    _tell_fault(record, error)
                 else:
-                    result["reason"] = curable
+                    record.reason = curable
                     log.error("%s", curable)
-        outcome = ended(status, objective)
-        loggers.end(result)
-        if not config.reuse and status in (Status.completed, Status.pruned):
+        ended(status)
+        loggers.end(record)
+        if not config.reuse and status in (RunState.completed, RunState.pruned):
             shutil.rmtree(store, ignore_errors=True)
     if signals.scheduler is not None:
         signals.scheduler()
-    return outcome
+    return record
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +183,8 @@ class Ready:
     phases: tuple[Phase, ...]
 
 
-def prepare(config: Config, result: dict[str, Any]) -> Ready:
-    """Open the corpus, plan, and look at the machine; adds to `result` what that gives.
+def prepare(config: Config, record: RunRecord) -> Ready:
+    """Open the corpus, plan, and look at the machine; adds to `record` what that gives.
 
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
@@ -205,16 +194,16 @@ def prepare(config: Config, result: dict[str, Any]) -> Ready:
     for phase in phases:
         phase.windows(len(corpus.train))
     here = machine.describe_machine(device)
-    result["machine"] = asdict(here)
-    result["corpus"] = {
-        "name": corpus.name,
-        "fingerprint": corpus.fingerprint,
-        "vocab_size": corpus.vocab_size,
-        "seq_len": config.data.seq_len,
-        "train_windows": len(corpus.train),
-        "validation_windows": len(corpus.validation),
-    }
-    check_objective(config, result, phases, machine.peak_memory_mb(device))
+    record.machine = here
+    record.corpus = CorpusRecord(
+        name=corpus.name,
+        fingerprint=corpus.fingerprint,
+        vocab_size=corpus.vocab_size,
+        seq_len=config.data.seq_len,
+        train_windows=len(corpus.train),
+        validation_windows=len(corpus.validation),
+    )
+    check_objective(config, record, phases, machine.peak_memory_mb(device))
     return Ready(device, here, corpus, phases)
 
 
@@ -242,9 +231,9 @@ class Walk:
         self.may_wait = may_wait
         self.prune = prune
         self.watch = Watch(signals.received, display.step, self._wait)
-        self.metrics_rows: list[dict[str, Any]] = []
+        self.metrics_rows: list[MetricsRow] = []
 
-    def through(self, records: list[dict[str, Any]]) -> None:
+    def through(self, records: list[PhaseRecord]) -> None:
         """Train or read every phase, adding to `records`."""
         previous: tuple[Trajectory, int] | None = None
         for phase in self.ready.phases:
@@ -298,23 +287,25 @@ class Walk:
         reused = metrics.epoch not in trajectory.work.trained
         self.display.epoch(metrics, best, reused)
         if best.epoch == metrics.epoch:
-            for row in self.metrics_rows:
-                row["best"] = row["best"] and row["phase"] != phase.index + 1
+            self.metrics_rows = [
+                replace(row, best=False) if row.phase == phase.index + 1 else row
+                for row in self.metrics_rows
+            ]
         self.metrics_rows.append(
-            {
-                "phase": phase.index + 1,
-                "layers": phase.layers,
-                "epoch": metrics.epoch,
-                "train_loss": metrics.train_loss,
-                "validation_loss": metrics.validation_loss,
-                "validation_perplexity": metrics.validation_perplexity,
-                "validation_accuracy_percent": 100 * metrics.validation_accuracy,
-                "train_tokens": metrics.train_tokens,
-                "train_seconds": round(metrics.train_seconds, 3),
-                "evaluation_seconds": round(metrics.evaluation_seconds, 3),
-                "best": best.epoch == metrics.epoch,
-                "reused": reused,
-            }
+            MetricsRow(
+                phase=phase.index + 1,
+                layers=phase.layers,
+                epoch=metrics.epoch,
+                train_loss=metrics.train_loss,
+                validation_loss=metrics.validation_loss,
+                validation_perplexity=metrics.validation_perplexity,
+                validation_accuracy_percent=100 * metrics.validation_accuracy,
+                train_tokens=metrics.train_tokens,
+                train_seconds=round(metrics.train_seconds, 3),
+                evaluation_seconds=round(metrics.evaluation_seconds, 3),
+                best=best.epoch == metrics.epoch,
+                reused=reused,
+            )
         )
         write_metrics(self.folder, self.metrics_rows)
         self.loggers.epoch(self.metrics_rows[-1])
@@ -355,97 +346,100 @@ def _phase_record(
     work: Work,
     stopped: Stopped,
     exits: list[ExitMetrics],
-    peak_memory_mb: dict[str, float],
-) -> dict[str, Any]:
-    """What `result.json` tells of a phase; `flops` are those of an epoch."""
+    peak_memory_mb: PeakMemory,
+) -> PhaseRecord:
+    """What the record says of a phase; `flops` are those of an epoch."""
     counts = parameter_counts(phase)
     train_seconds = sum(epoch.train_seconds for epoch in stopped.epochs)
-    evaluation_seconds = sum(epoch.evaluation_seconds for epoch in stopped.epochs)
     tokens = sum(epoch.train_tokens for epoch in stopped.epochs)
     reused = [epoch for epoch in stopped.epochs if epoch.epoch not in work.trained]
-    return {
-        "index": phase.index,
-        "name": phase.name,
-        "layers": phase.layers,
-        "new_layers": list(phase.new_layers) if phase.index else [],
-        "parameters_total": counts.total,
-        "parameters_trainable": counts.trainable,
-        "frozen": list(phase.frozen),
-        "rates": asdict(phase.rates),
-        "exit_weights": list(phase.exit_weights),
-        "stage": stage,
-        "epochs": len(stopped.epochs),
-        "best_epoch": stopped.best.epoch,
-        "stopped": stopped.reason,
-        "best": {
-            "train_loss": stopped.best.train_loss,
-            "validation_loss": stopped.best.validation_loss,
-            "validation_perplexity": stopped.best.validation_perplexity,
-            "validation_accuracy_percent": 100 * stopped.best.validation_accuracy,
-        },
-        "exits": [
-            {
-                "layer": exit.exit + 1,
-                "validation_loss": exit.loss,
-                "validation_perplexity": perplexity(exit.loss),
-                "validation_accuracy_percent": 100 * exit.accuracy,
-            }
+    return PhaseRecord(
+        index=phase.index,
+        name=phase.name,
+        layers=phase.layers,
+        new_layers=list(phase.new_layers) if phase.index else [],
+        parameters_total=counts.total,
+        parameters_trainable=counts.trainable,
+        frozen=list(phase.frozen),
+        rates=phase.rates,
+        exit_weights=list(phase.exit_weights),
+        stage=stage,
+        epochs=len(stopped.epochs),
+        best_epoch=stopped.best.epoch,
+        stopped=stopped.reason,
+        best=BestEpoch(
+            train_loss=stopped.best.train_loss,
+            validation_loss=stopped.best.validation_loss,
+            validation_perplexity=stopped.best.validation_perplexity,
+            validation_accuracy_percent=100 * stopped.best.validation_accuracy,
+        ),
+        exits=[
+            ExitRecord(
+                layer=exit.exit + 1,
+                validation_loss=exit.loss,
+                validation_perplexity=perplexity(exit.loss),
+                validation_accuracy_percent=100 * exit.accuracy,
+            )
             for exit in exits
         ],
-        "train_tokens": tokens,
-        "train_flops_head": flops.head * len(stopped.epochs),
-        "train_flops_body": flops.body * len(stopped.epochs),
-        "train_seconds": train_seconds,
-        "evaluation_seconds": evaluation_seconds,
-        "tokens_per_second": tokens / train_seconds if train_seconds else None,
-        "work": {
-            "epochs_trained": len(work.trained),
-            "epochs_replayed": work.epochs_replayed,
-            "epochs_reused": len(reused),
-            "seconds_saved": sum(e.train_seconds + e.evaluation_seconds for e in reused),
-            "seconds_waited": work.waited_seconds,
-            "peak_memory_mb": peak_memory_mb,
-        },
-    }
+        train_tokens=tokens,
+        train_flops_head=flops.head * len(stopped.epochs),
+        train_flops_body=flops.body * len(stopped.epochs),
+        train_seconds=train_seconds,
+        evaluation_seconds=sum(epoch.evaluation_seconds for epoch in stopped.epochs),
+        tokens_per_second=tokens / train_seconds if train_seconds else None,
+        work=PhaseWork(
+            epochs_trained=len(work.trained),
+            epochs_replayed=work.epochs_replayed,
+            epochs_reused=len(reused),
+            seconds_saved=sum(e.train_seconds + e.evaluation_seconds for e in reused),
+            seconds_waited=work.waited_seconds,
+            peak_memory_mb=peak_memory_mb,
+        ),
+    )
 
 
 def check_objective(
-    config: Config,
-    result: Mapping[str, Any],
-    phases: Sequence[Phase],
-    peak_memory_mb: dict[str, float],
+    config: Config, record: RunRecord, phases: Sequence[Phase], peak_memory_mb: PeakMemory
 ) -> None:
-    """Look the objective up in a record with made-up figures. Raises ConfigError.
+    """Look the objective up in a record with made-up metrics. Raises ConfigError.
 
-    `result` is what of the record is known before the first phase, the corpus at least.
+    `record` is what is known before the first phase, the corpus at least.
     """
+    assert record.corpus is not None
+    assert record.corpus.train_windows is not None
     epoch = EpochMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1.0)
     stopped = Stopped(epoch, (epoch,), "")
     records = []
     for phase in phases:
         exits = [ExitMetrics(exit, 1.0, 1.0) for exit in range(phase.layers)]
-        flops = training_flops(phase, config.data.seq_len, result["corpus"]["train_windows"])
+        flops = training_flops(phase, config.data.seq_len, record.corpus.train_windows)
         records.append(_phase_record(phase, flops, "", Work(), stopped, exits, peak_memory_mb))
+    changes = Changes.between(records[0].best, records[-1].best)
     try:
-        figure({**result, "phases": records, "changes": changes(records)}, config.objective)
+        metric(replace(record, phases=records, changes=changes), config.objective)
     except ValueError as error:
         raise ConfigError(f"objective={config.objective}: {error}") from error
 
 
-def _objective(result: dict[str, Any], place: str) -> float | None:
-    """The figure that a search goes by; a run whose work is done does not fail for want of it."""
+def _objective(record: RunRecord, path: str) -> float | None:
+    """The metric that a search goes by; a run whose work is done does not fail for want of it."""
     try:
-        return figure(result, place)
+        return metric(record, path)
     except ValueError as error:
-        log.warning("objective=%s: %s; the run is complete without it", place, error)
+        log.warning("objective=%s: %s; the run is complete without it", path, error)
         return None
 
 
-def _tell_fault(result: dict[str, Any], error: Exception) -> None:
+def _tell_fault(record: RunRecord, error: Exception) -> None:
     """Put an error that is a fault of ours into the record, and into the log."""
-    result["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    result["traceback"] = traceback.format_exc()
+    record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    record.traceback = traceback.format_exc()
     log.exception("the run failed")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Transformer:

@@ -16,27 +16,16 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from proglayer.config import ConfigError
+from proglayer.store.record import Gpu
 from proglayer.store.trajectory import Interrupted
 
 LOOK_AGAIN_S = 0.2
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU that a job holds: its index in this process, its name on this machine, the seconds
-    until it was free.
-    """
-
-    index: int
-    name: str
-    seconds_waited: float
 
 
 @contextlib.contextmanager

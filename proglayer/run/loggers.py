@@ -17,12 +17,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from proglayer.config import LoggerConfig
-from proglayer.store.record import Status
+from proglayer.store.record import MetricsRow, RunRecord, RunState
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +52,26 @@ class Loggers:
                 with self._may_fail(name):
                     self._loggers[name] = opened()
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def epoch(self, row: MetricsRow) -> None:
         """An epoch is done: `row` is what `metrics.csv` gets of it."""
         self._epochs += 1
-        figures = {name: value for name, value in row.items() if name != "best"}
+        figures = {name: value for name, value in asdict(row).items() if name != "best"}
         self._tell([(name, float(value), self._epochs) for name, value in figures.items()])
 
-    def end(self, result: Mapping[str, Any]) -> None:
+    def end(self, record: RunRecord) -> None:
         """The run ended with this record."""
-        phases = result["phases"]
         figures: list[Figure] = [
             (f"best/{name}", value, number)
-            for number, phase in enumerate(phases, start=1)
-            for name, value in phase["best"].items()
+            for number, phase in enumerate(record.phases, start=1)
+            for name, value in asdict(phase.best).items()
         ]
-        figures += [
-            (f"changes/{name}", value, len(phases))
-            for name, value in result.get("changes", {}).items()
-        ]
-        self._tell(figures)
+        if record.changes:
+            changes = asdict(record.changes).items()
+            figures += [(f"changes/{name}", value, len(record.phases)) for name, value in changes]
+        self._tell([figure for figure in figures if figure[1] is not None])
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
-                logger.end(Status(result["status"]))
+                logger.end(record.status)
         self._loggers = {}
 
     def _tell(self, figures: list[Figure]) -> None:
@@ -113,7 +112,7 @@ class TensorBoard:
         now = time.time()
         self._write(self._scalar(name, value, step, now) for name, value, step in figures)
 
-    def end(self, status: Status) -> None:
+    def end(self, status: RunState | None) -> None:
         """An event file has no end."""
 
     def _scalar(self, name: str, value: float, step: int, now: float) -> Any:
@@ -172,8 +171,11 @@ class MLflow:
             metrics = [self._metric(name, value, now, step) for name, value, step in figures]
             self._client.log_batch(self._run, metrics=metrics)
 
-    def end(self, status: Status) -> None:
-        ends = {Status.completed: "FINISHED", Status.failed: "FAILED"}
+    def end(self, status: RunState | None) -> None:
+        ends: dict[RunState | None, str] = {
+            RunState.completed: "FINISHED",
+            RunState.failed: "FAILED",
+        }
         with self._set():
             self._client.set_terminated(self._run, ends.get(status, "KILLED"))
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from proglayer.config import ConfigError, Device, Precision
-from proglayer.store.trajectory import Machine
+from proglayer.store.record import Environment, Machine, PeakMemory, Scheduler
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
@@ -60,32 +60,32 @@ def describe_machine(device: torch.device) -> Machine:
     return Machine(device.type, name, torch.get_num_threads(), torch.__version__)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Versions and place, for the record."""
     from proglayer import __version__
 
-    return {
-        "proglayer": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cores": os.cpu_count(),
-        "scheduler": _scheduler(),
-    }
+    return Environment(
+        proglayer=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        host=socket.gethostname(),
+        cores=os.cpu_count(),
+        scheduler=_scheduler(),
+    )
 
 
-def _scheduler() -> dict[str, str] | None:
-    """Who started this job and on which of its nodes: several may have the name of one host."""
+def _scheduler() -> Scheduler | None:
+    """The scheduler that started this job, if one did."""
     if job := os.environ.get("SLURM_JOB_ID"):
         array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
         node = os.environ.get("SLURMD_NODENAME", "")
-        return {"name": "slurm", "job": f"{array}_{task}" if array else job, "node": node}
+        return Scheduler(name="slurm", job=f"{array}_{task}" if array else job, node=node)
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         context = ray.get_runtime_context()
         # Outside a task it is the process of the command, which runs no jobs.
         if task := context.get_task_id():
-            return {"name": "ray", "job": task, "node": context.get_node_id()}
+            return Scheduler(name="ray", job=task, node=context.get_node_id())
     return None
 
 
@@ -174,18 +174,18 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory_mb(device: torch.device) -> dict[str, float]:
-    """Peak resident memory of the process in MB (10^6 bytes), and of the GPU where there is one."""
+def peak_memory_mb(device: torch.device) -> PeakMemory:
+    """The highest use of memory since `reset_peak_memory`."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bytes_each = 1 if sys.platform == "darwin" else 1024
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 peak, bytes_each = int(line.split()[1]), 1024
-    memory = {"process": round(peak * bytes_each / 1e6, 1)}
+    of_device = None
     if device.type == "cuda":
-        memory["device"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    return memory
+        of_device = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    return PeakMemory(process=round(peak * bytes_each / 1e6, 1), device=of_device)
 
 
 def out_of_memory(error: Exception) -> str | None:

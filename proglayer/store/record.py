@@ -1,25 +1,34 @@
-"""The permanent evidence of a run: `result.json` and `metrics.csv` in its folder.
+"""The files of a job's folder: the record of a run, its metrics, and what says how it stands.
 
 `result.json` is written last and atomically: it being there means that the run ended, and it says
-how. `metrics.csv` grows by a row an epoch, so it can be read while the run goes on. Until the end a
-third file, `heartbeat.json`, shows that somebody is at work: see `Heartbeat`.
+how. `metrics.csv` grows by a row an epoch, so it can be read while the run goes on. Until the end
+`heartbeat.json` shows that somebody is at work. `docs/job.md` draws all files and states.
+
+Each file has one dataclass here, with the fields in the order in which they are written. A field
+whose type has no None is required: reading a file without it raises RecordError. Any other value
+that is missing, or of another type than the field, is read as None.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from proglayer.store.stages import write_atomically
+from proglayer.training.plan import Rates
 
 RESULT = "result.json"
 METRICS = "metrics.csv"
@@ -34,50 +43,412 @@ LOST_AFTER_S = 120.0
 # Raise by hand when a reader of older records would misread a newer one.
 RECORD_FORMAT = 1
 
-METRICS_COLUMNS: tuple[str, ...] = (
-    "phase",
-    "layers",
-    "epoch",
-    "train_loss",
-    "validation_loss",
-    "validation_perplexity",
-    "validation_accuracy_percent",
-    "train_tokens",
-    "train_seconds",
-    "evaluation_seconds",
-    "best",
-    "reused",
-)
+FOLDER_SETTINGS = "hydra.run.dir or hydra.sweep.dir"
+# A field that is written only where it has a value; others are written as null.
+OMITTED_IF_NONE: Mapping[str, bool] = {"omitted_if_none": True}
+
+T = TypeVar("T")
 
 
-class Status(StrEnum):
-    """How a run ended. A preempted one was stopped by its scheduler, which will start it again;
-    a pruned one by its search, as it promised less than other trials.
-    """
+class RunState(StrEnum):
+    """Where a job stands. The first five are ends, and stand in its record."""
 
     completed = "completed"
     failed = "failed"
     interrupted = "interrupted"
+    # Stopped by its scheduler, which will start it again.
     preempted = "preempted"
+    # Stopped by its search, as it promised less than other trials.
     pruned = "pruned"
-
-
-class Sign(StrEnum):
-    """What a run without a record says of itself in `heartbeat.json`.
-
-    A running one touches the file again and again; a pending one is held by a scheduler, and
-    nothing touches its file until it starts; a deferred one is held in the same way by its sweep,
-    as long as that lives. A lost one is no longer held, as somebody found out.
-    """
-
     running = "running"
+    # Held by a scheduler: nothing is written until it starts.
     pending = "pending"
+    # Put off by its sweep until another job has trained what it needs.
     deferred = "deferred"
+    # Listed by its sweep and not begun; not started: its sweep shows no sign of life either.
+    waiting = "waiting"
+    not_started = "not started"
+    # Without a record, and nobody is at work on it.
     lost = "lost"
 
+    @property
+    def is_end(self) -> bool:
+        """Whether a record can say so."""
+        return self in (
+            RunState.completed,
+            RunState.failed,
+            RunState.interrupted,
+            RunState.preempted,
+            RunState.pruned,
+        )
 
-def write_submission(
-    sweep: Path, jobs: Mapping[str, Mapping[str, Any]], git: dict[str, Any] | None, difference: str
+
+class RecordError(ValueError):
+    """A file that is no record this version can read.
+
+    kind: "damaged" (cut short, or values are missing), "newer" (of a later format) or "foreign"
+        (of another tool).
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+# -- result.json ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the bits of a result depend on besides the phase and the corpus."""
+
+    device: str | None
+    device_name: str | None
+    threads: int | None
+    torch: str | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that a job holds: its index in this process, its name on this machine, the seconds
+    until it was free.
+    """
+
+    index: int | None
+    name: str | None
+    seconds_waited: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GitState:
+    """A checkout: its commit, whether files differ from it, and a hash of that difference."""
+
+    commit: str | None
+    changed: bool | None
+    difference: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """Who started a job and on which of its nodes: several may have the name of one host."""
+
+    name: str | None
+    job: str | None
+    node: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Versions and place of a run."""
+
+    proglayer: str | None
+    python: str | None
+    platform: str | None
+    host: str | None
+    cores: int | None = None
+    scheduler: Scheduler | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecord:
+    """What was trained and validated on. `seq_len` in tokens."""
+
+    name: str | None
+    fingerprint: str | None
+    vocab_size: int | None
+    seq_len: int | None
+    train_windows: int | None
+    validation_windows: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestEpoch:
+    """Metrics of a phase's selected epoch. Losses in nats per token."""
+
+    train_loss: float | None
+    validation_loss: float | None
+    validation_perplexity: float | None
+    validation_accuracy_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRecord:
+    """Metrics of the selected epoch, read at one exit: the layers below it, counted from 1."""
+
+    layer: int
+    validation_loss: float | None
+    validation_perplexity: float | None
+    validation_accuracy_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Peak resident memory of the process and of its GPU in MB (10^6 bytes)."""
+
+    process: float | None
+    device: float | None = field(default=None, metadata=OMITTED_IF_NONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseWork:
+    """What a phase cost the run itself, and what it saved by reading epochs from the store."""
+
+    epochs_trained: int | None
+    epochs_replayed: int | None
+    epochs_reused: int | None
+    seconds_saved: float | None
+    seconds_waited: float | None
+    peak_memory_mb: PeakMemory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseRecord:
+    """One phase of a run.
+
+    Tokens, FLOPs and seconds are those of all its epochs as they were first trained, whether this
+    run trained them or read them from the store. `stage` is its key in the store.
+    """
+
+    index: int | None
+    name: str | None
+    layers: int
+    new_layers: list[int] | None
+    parameters_total: int | None
+    parameters_trainable: int | None
+    frozen: list[str] | None
+    rates: Rates
+    exit_weights: list[float] | None
+    stage: str | None
+    epochs: int
+    best_epoch: int
+    stopped: str | None
+    best: BestEpoch
+    exits: list[ExitRecord]
+    train_tokens: int | None
+    train_flops_head: float | None
+    train_flops_body: float | None
+    train_seconds: float | None
+    evaluation_seconds: float | None
+    tokens_per_second: float | None
+    work: PhaseWork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What changed from the first phase to the last: a plus is an improvement in each but the loss,
+    which is given as after - before. None where a metric of either is not finite.
+    """
+
+    accuracy_points: float | None
+    perplexity_percent: float | None
+    loss_nats: float | None
+
+    @classmethod
+    def between(cls, first: BestEpoch, last: BestEpoch) -> Changes:
+        """From the selected epoch of the first phase to that of the last."""
+        perplexity = _difference(last.validation_perplexity, first.validation_perplexity)
+        return cls(
+            accuracy_points=_difference(
+                first.validation_accuracy_percent, last.validation_accuracy_percent
+            ),
+            perplexity_percent=None
+            if perplexity is None or not first.validation_perplexity
+            else perplexity / first.validation_perplexity * 100,
+            loss_nats=_difference(first.validation_loss, last.validation_loss),
+        )
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """`result.json`. What a run that never started leaves is in its first fields alone.
+
+    `config` and `choices` are the settings and the group options it was composed from; `objective`
+    is the metric that the setting of this name points to. Times are ISO 8601 in UTC.
+    """
+
+    format: int = RECORD_FORMAT
+    status: RunState | None = None
+    reason: str | None = None
+    started: str | None = None
+    overrides: list[str] | None = None
+    choices: dict[str, str] | None = None
+    seed: int | None = None
+    config: dict[str, Any] | None = None
+    environment: Environment | None = None
+    machine: Machine | None = None
+    gpu: Gpu | None = None
+    git: GitState | None = None
+    corpus: CorpusRecord | None = None
+    phases: list[PhaseRecord] = field(default_factory=list)
+    changes: Changes | None = field(default=None, metadata=OMITTED_IF_NONE)
+    traceback: str | None = field(default=None, metadata=OMITTED_IF_NONE)
+    ended: str | None = None
+    seconds: float | None = None
+    objective: float | None = None
+
+
+# What a job leaves that ended before its first phase.
+UNSTARTED_FIELDS = ("format", "status", "reason", "ended", "phases")
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write `result.json`, whole or not at all. Numbers that are not finite become null."""
+    plain = to_dict(record)
+    if record.started is None:
+        plain = {name: plain[name] for name in UNSTARTED_FIELDS}
+    _write_result(folder, plain)
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of an ended run; None if there is none. Raises RecordError or OSError."""
+    try:
+        plain = read_plain(folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise RecordError("damaged", f"{RESULT} is cut short or damaged ({error})") from error
+    form = as_int(plain.get("format")) if isinstance(plain, dict) else None
+    if form is None:
+        raise RecordError("foreign", f"{RESULT} is no record of this tool")
+    if form > RECORD_FORMAT:
+        reason = f"{RESULT} has format {form}, newer than {RECORD_FORMAT}: update to read it"
+        raise RecordError("newer", reason)
+    status = as_state(plain.get("status"))
+    if status is None or not status.is_end or not isinstance(plain.get("phases"), list):
+        raise RecordError("damaged", f"{RESULT} does not say how the run ended")
+    try:
+        return from_dict(RunRecord, plain)
+    except RecordError as error:
+        raise RecordError("damaged", f"{RESULT} holds {error}") from error
+
+
+def read_plain(folder: Path) -> Any:
+    """`result.json` as plain data. Raises ValueError if it is cut short, or OSError."""
+    try:
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except NotADirectoryError as error:
+        raise FileNotFoundError(*error.args) from error
+
+
+def amend_record(folder: Path, was: RunState, state: RunState, why: str) -> None:
+    """Correct how a record says that its run ended, and add to its reason.
+
+    Nothing is done where it does not say `was`, or cannot be read. Raises StoreError.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        plain = read_plain(folder)
+        if isinstance(plain, dict) and plain.get("status") == was:
+            plain |= {"status": state.value, "reason": f"{plain.get('reason')}; {why}"}
+            _write_result(folder, plain)
+
+
+def remove_record(folder: Path) -> None:
+    """Remove the record of an earlier try and what belongs to it: the job counts as running."""
+    for name in (RESULT, METRICS, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def metric(record: RunRecord, path: str) -> float:
+    """The number of a record at a path such as `phases.-1.best.validation_loss`.
+
+    Raises ValueError, with the names that there are, where no number stands.
+    """
+    at: Any = to_dict(record)
+    for name in path.split("."):
+        try:
+            at = at[int(name)] if isinstance(at, list) else at[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            there = list(at) if isinstance(at, Mapping) else range(len(at)) if at else ()
+            names = ", ".join(map(str, there)) or "nothing"
+            raise ValueError(f"a record has no {path}: at {name} there is {names}") from None
+    if isinstance(at, bool) or not isinstance(at, (int, float)):
+        raise ValueError(f"{path} of a record is not a number")
+    return float(at)
+
+
+def _write_result(folder: Path, plain: dict[str, Any]) -> None:
+    text = json.dumps(plain, indent=2, allow_nan=False)
+    write_atomically(folder / RESULT, text.encode() + b"\n", FOLDER_SETTINGS)
+
+
+# -- metrics.csv ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsRow:
+    """One epoch. Phases, layers and epochs count from 1; `reused` epochs were read from the store.
+
+    `best` is whether it is the best epoch of its phase so far.
+    """
+
+    phase: int
+    layers: int
+    epoch: int
+    train_loss: float | None
+    validation_loss: float | None
+    validation_perplexity: float | None
+    validation_accuracy_percent: float | None
+    train_tokens: int | None
+    train_seconds: float | None
+    evaluation_seconds: float | None
+    best: bool | None
+    reused: bool | None
+
+
+METRICS_COLUMNS = tuple(column.name for column in fields(MetricsRow))
+
+
+def write_metrics(folder: Path, rows: Iterable[MetricsRow]) -> None:
+    """Write every epoch so far; a reader sees the old rows or the new ones, never half a row."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(METRICS_COLUMNS)
+    writer.writerows([getattr(row, name) for name in METRICS_COLUMNS] for row in rows)
+    write_atomically(folder / METRICS, text.getvalue().encode(), FOLDER_SETTINGS)
+
+
+# -- the files of a sweep -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ListedJob:
+    """A job in the `jobs.json` of its sweep: the name of its folder there, and its overrides."""
+
+    folder: str
+    overrides: tuple[str, ...]
+
+
+def write_jobs(sweep: Path, jobs: Iterable[ListedJob]) -> None:
+    """Write `jobs.json`: which jobs a sweep has. Raises StoreError."""
+    text = json.dumps([to_dict(job) for job in jobs], indent=1)
+    write_atomically(sweep / JOBS, text.encode(), "hydra.sweep.dir")
+
+
+def read_jobs(sweep: Path) -> list[ListedJob]:
+    """The jobs that `jobs.json` lists. Raises OSError, or RecordError for no list of jobs."""
+    try:
+        listed = json.loads((sweep / JOBS).read_text(encoding="utf-8"))
+        return [ListedJob(str(job["folder"]), tuple(map(str, job["overrides"]))) for job in listed]
+    except (ValueError, RecursionError) as error:
+        raise RecordError("damaged", str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise RecordError("foreign", "no list of jobs") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a job of a sweep was submitted with: its settings, and the state of the code."""
+
+    config: dict[str, Any]
+    git: GitState | None
+
+
+def write_submissions(
+    sweep: Path, jobs: Mapping[str, Mapping[str, Any]], git: GitState | None, difference: str
 ) -> None:
     """Keep what is submitted in the folder of a sweep: each job's settings, and the code.
 
@@ -86,7 +457,7 @@ def write_submission(
     folder = sweep / SUBMITTED
     (sweep / FAILED_JOB).unlink(missing_ok=True)
     for job, config in jobs.items():
-        content = {"config": config, "git": git}
+        content = to_dict(Submission(config=dict(config), git=git))
         data = json.dumps(content, indent=1).encode()
         write_atomically(folder / f"{job}.json", data, "hydra.sweep.dir")
     if difference:
@@ -95,13 +466,18 @@ def write_submission(
         (folder / "code.diff").unlink(missing_ok=True)
 
 
-def read_submission(job: Path) -> dict[str, Any] | None:
-    """`config` and `git` of the job in this folder as it was submitted; None if it was not.
+def read_submission(job: Path) -> Submission | None:
+    """What the job in this folder was submitted with; None if it was not.
 
-    Raises ValueError for a file cut short.
+    Raises RecordError for a damaged file.
     """
     path = job.parent / SUBMITTED / f"{job.name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return from_dict(Submission, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise RecordError("damaged", str(error)) from error
 
 
 def note_failed_job(job: Path) -> None:
@@ -120,45 +496,21 @@ def failed_job(sweep: Path) -> str | None:
     return None
 
 
-def figure(result: Mapping[str, Any], place: str) -> float:
-    """The number of a record at a place such as `phases.-1.best.validation_loss`.
+# -- heartbeat.json -------------------------------------------------------------------------------
 
-    Raises ValueError, with the names that there are, where no number stands.
+
+@dataclass(frozen=True, kw_only=True)
+class HeartbeatContent:
+    """What a job without a record says of itself, and which process wrote it.
+
+    sign: running (the file is touched again and again), pending or deferred (nothing touches it
+        until the job starts), or lost, with the reason. None where the file says nothing.
     """
-    at: Any = result
-    for name in place.split("."):
-        try:
-            at = at[int(name)] if isinstance(at, list) else at[name]
-        except (KeyError, IndexError, TypeError, ValueError):
-            there = list(at) if isinstance(at, Mapping) else range(len(at)) if at else ()
-            names = ", ".join(map(str, there)) or "nothing"
-            raise ValueError(
-                f"{place} is no place in a record: at {name} there is {names}"
-            ) from None
-    if isinstance(at, bool) or not isinstance(at, (int, float)):
-        raise ValueError(f"{place} is no number in a record")
-    return float(at)
 
-
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write `result.json`, whole or not at all. Not-finite numbers become null."""
-    text = json.dumps(_finite(result), indent=2, allow_nan=False)
-    write_atomically(folder / RESULT, text.encode() + b"\n", "hydra.run.dir or hydra.sweep.dir")
-
-
-def remove_result(folder: Path) -> None:
-    """Take away the record of an earlier try and what belongs to it: this one counts as running."""
-    for name in (RESULT, METRICS, WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The record of an ended run; None if there is none. Raises ValueError for one cut short."""
-    try:
-        text = (folder / RESULT).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return json.loads(text)
+    sign: RunState | None = None
+    host: str | None = None
+    process: int | None = None
+    reason: str | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
@@ -176,7 +528,7 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        write_sign(self._folder, Sign.running)
+        write_heartbeat(self._folder, RunState.running)
         self._thread.start()
         return self
 
@@ -184,7 +536,8 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
         self._ended.set()
         self._thread.join()
         # Whatever else was written since is no sign of this block's.
-        if read_sign(self._folder) in ({}, _own_sign(Sign.running)):
+        own = _own_heartbeat(RunState.running)
+        if read_heartbeat(self._folder) in (HeartbeatContent(), own):
             with contextlib.suppress(OSError):
                 (self._folder / HEARTBEAT).unlink()
 
@@ -193,71 +546,206 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
             try:
                 os.utime(self._folder / HEARTBEAT)
             except FileNotFoundError:
-                write_sign(self._folder, Sign.running)
+                write_heartbeat(self._folder, RunState.running)
             except OSError:
                 continue
 
 
-def write_sign(folder: Path, sign: Sign) -> None:
-    """Write `heartbeat.json` with this process's host and number, if that is possible.
-
-    A reader that comes in between may find it empty.
-    """
-    with contextlib.suppress(OSError):
-        (folder / HEARTBEAT).write_text(json.dumps(_own_sign(sign)) + "\n", encoding="utf-8")
-
-
-def _own_sign(sign: Sign) -> dict[str, Any]:
-    return {"sign": sign.value, "host": socket.gethostname(), "process": os.getpid()}
+def write_heartbeat(folder: Path, sign: RunState) -> None:
+    """Write `heartbeat.json` with this process's host and number, if that is possible."""
+    _write_heartbeat(folder, _own_heartbeat(sign))
 
 
 def mark_lost(folder: Path, reason: str) -> None:
-    """Tell of a run without a record that nobody is at work on it, nor will be, and why."""
-    lost = {"sign": Sign.lost.value, "reason": reason}
-    content = {"host": None, "process": None} | read_sign(folder) | lost
-    with contextlib.suppress(OSError):
-        (folder / HEARTBEAT).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    """Say of a run without a record that nobody is at work on it, nor will be, and why."""
+    before = read_heartbeat(folder)
+    lost = HeartbeatContent(
+        sign=RunState.lost, host=before.host, process=before.process, reason=reason
+    )
+    _write_heartbeat(folder, lost)
 
 
-def read_sign(folder: Path) -> dict[str, Any]:
+def read_heartbeat(folder: Path) -> HeartbeatContent:
     """What `heartbeat.json` holds; nothing where it is not there or cannot be read."""
     try:
-        content = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
+        plain = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        plain = {}
+    return from_dict(HeartbeatContent, plain)
 
 
-def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write every epoch so far; a reader sees the old rows or the new ones, never half a row."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    content = text.getvalue().encode()
-    write_atomically(folder / METRICS, content, "hydra.run.dir or hydra.sweep.dir")
+def _own_heartbeat(sign: RunState) -> HeartbeatContent:
+    return HeartbeatContent(sign=sign, host=socket.gethostname(), process=os.getpid())
 
 
-def changes(phases: list[dict[str, Any]]) -> dict[str, float]:
-    """What changed from the first phase to the last: a plus is an improvement in each but the loss,
-    which is given as after - before.
+def _write_heartbeat(folder: Path, content: HeartbeatContent) -> None:
+    # A reader that comes in between may find it empty.
+    with contextlib.suppress(OSError):
+        text = json.dumps(to_dict(content)) + "\n"
+        (folder / HEARTBEAT).write_text(text, encoding="utf-8")
+
+
+# -- the state of a job ---------------------------------------------------------------------------
+
+
+class JobState(NamedTuple):
+    """Where a job stands, why if that is known, and the host that it runs or ran on."""
+
+    state: RunState
+    reason: str | None = None
+    host: str | None = None
+
+
+def job_state(
+    folder: Path,
+    record: RunRecord | None = None,
+    last_sign: datetime | None = None,
+    sweep_sign: datetime | None = None,
+) -> JobState:
+    """Where the job of this folder stands, by its files.
+
+    record: its record, where it has one.
+    last_sign, sweep_sign: when files of the job, or of its sweep, last changed. None: not known,
+        and taken for just now.
     """
-    before, after = phases[0]["best"], phases[-1]["best"]
-    old, new = before["validation_perplexity"], after["validation_perplexity"]
-    return {
-        "accuracy_points": after["validation_accuracy_percent"]
-        - before["validation_accuracy_percent"],
-        "perplexity_percent": (old - new) / old * 100,
-        "loss_nats": after["validation_loss"] - before["validation_loss"],
-    }
+    if record is not None and record.status is not None:
+        host = record.environment.host if record.environment else None
+        return JobState(record.status, record.reason, host)
+    if not folder.exists():
+        if since := _lost_since(sweep_sign):
+            return JobState(RunState.not_started, f"its sweep shows no sign of life since {since}")
+        return JobState(RunState.waiting)
+    heartbeat = read_heartbeat(folder)
+    host = heartbeat.host
+    if heartbeat.sign is RunState.lost:
+        reason = heartbeat.reason or "it was ended from outside and left no record"
+        return JobState(RunState.lost, reason, host)
+    if heartbeat.sign is RunState.pending:
+        return JobState(RunState.pending, None, host)
+    if heartbeat.sign is RunState.deferred:
+        if since := _lost_since(sweep_sign):
+            reason = f"put off, and its sweep shows no sign of life since {since}"
+            return JobState(RunState.lost, reason, host)
+        return JobState(RunState.deferred, None, host)
+    if since := _lost_since(last_sign):
+        where = f" (it ran on {host})" if host else ""
+        return JobState(RunState.lost, f"no sign of life since {since}{where}", host)
+    return JobState(RunState.running, None, host)
 
 
-def _finite(value: Any) -> Any:
-    """`value` with numbers that JSON cannot hold as None."""
-    if isinstance(value, float) and value - value != 0:
+def _lost_since(sign: datetime | None) -> str | None:
+    """When a job without a record, or its sweep, last showed life, if that is too long ago."""
+    if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
         return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+    return f"{sign:%Y-%m-%d %H:%M} UTC"
+
+
+# -- between dataclasses and plain data -----------------------------------------------------------
+
+
+def to_dict(value: Any) -> Any:
+    """A dataclass of this module as plain data that JSON can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        plain = {}
+        for each in fields(value):
+            item = getattr(value, each.name)
+            if item is not None or not each.metadata.get("omitted_if_none"):
+                plain[each.name] = to_dict(item)
+        return plain
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, float):
+        return None if value - value != 0 else value
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [to_dict(item) for item in value]
     return value
+
+
+def from_dict(kind: type[T], plain: Any) -> T:
+    """An object of the dataclass `kind` from plain data; see the module's beginning.
+
+    Raises RecordError where a required value is missing.
+    """
+    source = plain if isinstance(plain, dict) else {}
+    values = {}
+    for name, read, required in _readers(kind):
+        value = values[name] = read(source.get(name))
+        if value is None and required:
+            what = kind.__name__.removesuffix("Record").lower()
+            raise RecordError("damaged", f"a {what} without {name}")
+    return kind(**values)
+
+
+@functools.cache
+def _readers(kind: type) -> list[tuple[str, Callable[[Any], Any], bool]]:
+    """For each field of a dataclass its name, what reads it, and whether it must not be None."""
+    found = []
+    for name, hint in get_type_hints(kind).items():
+        options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        (known,) = (option for option in options if option is not NoneType)
+        optional = NoneType in options
+        found.append((name, _reader(known, optional), not optional))
+    return found
+
+
+def _reader(hint: Any, optional: bool) -> Callable[[Any], Any]:
+    """What makes a value of this type from plain data."""
+    if get_origin(hint) is dict:
+        return lambda value: value if isinstance(value, dict) else None
+    if get_origin(hint) is list:
+        item = _reader(get_args(hint)[0], optional=False)
+        missing = None if optional else []
+        return lambda value: [item(each) for each in value] if isinstance(value, list) else missing
+    if is_dataclass(hint):
+        kind: Any = hint
+        of_values = functools.partial(from_dict, kind)
+        return lambda value: of_values(value) if isinstance(value, dict) or not optional else None
+    return CLEAN[hint]
+
+
+def as_float(value: Any) -> float | None:
+    """A number; None for anything else."""
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number of 64 bits; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        return None
+    return value
+
+
+def as_bool(value: Any) -> bool | None:
+    """A truth value; None for anything else."""
+    return value if isinstance(value, bool) else None
+
+
+def as_text(value: Any) -> str | None:
+    """Text that every file format can hold; other values as JSON writes them."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def as_state(value: Any) -> RunState | None:
+    """A state; None for anything else."""
+    return RunState(value) if isinstance(value, str) and value in list(RunState) else None
+
+
+CLEAN: dict[Any, Callable[[Any], Any]] = {
+    float: as_float,
+    int: as_int,
+    bool: as_bool,
+    str: as_text,
+    RunState: as_state,
+}

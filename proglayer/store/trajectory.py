@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from proglayer.data.corpus import Corpus
+from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
@@ -41,16 +42,6 @@ LOOK_AGAIN_S = 0.2
 
 class Interrupted(Exception):
     """The run was asked to stop; its state is stored. The message names the signal."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the bits of a result depend on besides the phase and the corpus."""
-
-    device: str
-    device_name: str
-    threads: int
-    torch: str
 
 
 @dataclass

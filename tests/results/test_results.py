@@ -38,14 +38,21 @@ from proglayer.run import experiment
 from proglayer.store import record
 from proglayer.store.record import (
     RECORD_FORMAT,
-    Sign,
+    BestEpoch,
+    ExitRecord,
+    ListedJob,
+    PhaseRecord,
+    RunRecord,
+    RunState,
     mark_lost,
-    write_result,
-    write_sign,
+    write_heartbeat,
+    write_jobs,
+    write_record,
 )
+from proglayer.training.plan import Rates
 
 from ..helpers import ROOT, TINY, config, tiny_corpus
-from ..synthetic import STARTED, Cost, figures, leave, metrics_row, phase_record
+from ..synthetic import STARTED, Cost, leave, metrics, metrics_row, phase_record
 
 
 @functools.cache
@@ -67,15 +74,15 @@ def with_setting(plain: dict[str, Any], name: str, value: Any) -> dict[str, Any]
 COST = Cost(320_000, 3e12, 1e12, 10.0, 1.0)
 
 
-def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> dict[str, Any]:
+def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> PhaseRecord:
     """A phase of the original: its last epoch but one was the best."""
     layers = 3 + (number > 0)
     loss = 6.0 + perplexity / 1e4
-    told = figures(loss, 16.0 + number / 10, perplexity)
+    evaluated = metrics(loss, 16.0 + number / 10, perplexity)
     return phase_record(
         number,
         COST,
-        {"train_loss": loss + 0.5, **told},
+        BestEpoch(train_loss=loss + 0.5, **evaluated),
         epochs=epochs,
         best_epoch=max(1, epochs - 1),
         reused=reused,
@@ -86,9 +93,9 @@ def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> di
         parameters_total=9_135_232 + 65_664 * (number > 0),
         parameters_trainable=4_534_784,
         frozen=["embedding", "layers.0"] if number else [],
-        rates={"new": 1e-3, "existing": None, "embedding": None, "head": 1e-4},
+        rates=Rates(new=1e-3, existing=None, embedding=None, head=1e-4),
         exit_weights=[0.0] * (layers - 1) + [1.0],
-        exits=[{"layer": layer + 1, **told} for layer in range(layers)],
+        exits=[ExitRecord(layer=layer + 1, **evaluated) for layer in range(layers)],
     )
 
 
@@ -107,9 +114,9 @@ def made_up(
     """A run's folder as the tool leaves it; with `status="running"` without its record."""
     phases = [phase_of(i, epochs, p, reused) for i, p in enumerate(perplexities)]
     rows = [
-        metrics_row(phase, epoch, COST, phase["best"])
+        metrics_row(phase, epoch, COST, phase.best)
         for phase in phases
-        for epoch in range(1, phase["epochs"] + 1)
+        for epoch in range(1, phase.epochs + 1)
     ]
     return leave(
         folder,
@@ -141,10 +148,7 @@ def same(one: Results, other: Results) -> None:
 
 
 def list_jobs(sweep: Path, *folders: str) -> None:
-    jobs = [
-        {"folder": name, "overrides": [f"seed={name[0]}", "model=standard"]} for name in folders
-    ]
-    (sweep / "jobs.json").write_text(json.dumps(jobs))
+    write_jobs(sweep, [ListedJob(name, (f"seed={name[0]}", "model=standard")) for name in folders])
 
 
 @pytest.fixture
@@ -303,16 +307,9 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
 def test_a_job_that_failed_before_its_first_phase_still_tells_its_settings(tmp_path: Path) -> None:
     folder = made_up(tmp_path / "run", seed=4, overrides=["seed=4", "model.dim=63"])
     (folder / "metrics.csv").unlink()
-    write_result(
-        folder,
-        {
-            "format": RECORD_FORMAT,
-            "status": "failed",
-            "reason": "model.num_heads=4 does not divide model.dim=63",
-            "ended": "2026-03-01T12:00:00+00:00",
-            "phases": [],
-        },
-    )
+    reason = "model.num_heads=4 does not divide model.dim=63"
+    ended = "2026-03-01T12:00:00+00:00"
+    write_record(folder, RunRecord(status=RunState.failed, reason=reason, ended=ended))
     run = row(load(tmp_path), "run")
     assert (run["status"], run["seed"], run["overrides"]) == ("failed", 4, "seed=4 model.dim=63")
     assert run["model"] == "standard"
@@ -452,7 +449,7 @@ def aged(folder: Path, seconds: float) -> None:
 def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> None:
     folder = made_up(tmp_path / "pile" / "run", status="running")
     aged(folder, 600)
-    write_sign(folder, Sign.running)
+    write_heartbeat(folder, RunState.running)
     # a long epoch, but somebody is at work
     assert ends(load(tmp_path / "pile")) == {"run": "running"}
     aged(folder, record.LOST_AFTER_S - 10)
@@ -485,7 +482,7 @@ def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
 def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) -> None:
     queued = made_up(tmp_path / "queued", seed=1, status="running")
     (queued / "metrics.csv").unlink()
-    write_sign(queued, Sign.pending)
+    write_heartbeat(queued, RunState.pending)
     aged(queued, 1e6)
     stopped = made_up(tmp_path / "stopped", seed=2, status="preempted", reason="stopped by SIGTERM")
     aged(stopped, 1e6)
@@ -507,7 +504,7 @@ def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) ->
     (queued / "heartbeat.json").write_text(json.dumps(sign))
     neutral = "it was ended from outside and left no record"
     assert row(load(tmp_path), "queued")["reason"] == neutral
-    write_sign(queued, Sign.pending)
+    write_heartbeat(queued, RunState.pending)
     assert ends(load(tmp_path))["queued"] == "pending"
 
 
@@ -533,9 +530,9 @@ def test_a_job_put_off_is_lost_with_its_sweep_and_one_that_a_scheduler_holds_is_
     sweep = tmp_path / "sweep"
     jobs = [made_up(sweep / f"{n}_abc", seed=n, status="running") for n in (0, 1)]
     list_jobs(sweep, "0_abc", "1_abc")
-    write_sign(jobs[0], Sign.deferred)
-    write_sign(jobs[1], Sign.pending)
-    write_sign(sweep, Sign.running)
+    write_heartbeat(jobs[0], RunState.deferred)
+    write_heartbeat(jobs[1], RunState.pending)
+    write_heartbeat(sweep, RunState.running)
     aged(sweep, 600)
     dead = load(sweep)
     assert ends(dead) == {"0_abc": "lost", "1_abc": "pending"}
@@ -557,7 +554,7 @@ def test_a_killed_process_leaves_its_sign_and_one_that_ends_takes_it_away(tmp_pa
             process.stdout.readline()
             if name == "killed":
                 process.kill()
-    assert record.read_sign(tmp_path / "killed")["host"] == socket.gethostname()
+    assert record.read_heartbeat(tmp_path / "killed").host == socket.gethostname()
     assert not list((tmp_path / "ended").iterdir())
 
 
@@ -600,15 +597,15 @@ def test_a_run_shows_life_from_before_its_corpus_to_its_record(
     signs: list[str | None] = []
 
     def opening(*_: object) -> Corpus:
-        signs.append(record.read_sign(tmp_path).get("sign"))
+        signs.append(record.read_heartbeat(tmp_path).sign)
         return tiny_corpus()
 
-    def writing(folder: Path, result: dict[str, Any]) -> None:
-        signs.append(record.read_sign(tmp_path).get("sign"))
-        write_result(folder, result)
+    def writing(folder: Path, ended: RunRecord) -> None:
+        signs.append(record.read_heartbeat(tmp_path).sign)
+        write_record(folder, ended)
 
     monkeypatch.setattr(experiment, "open_corpus", opening)
-    monkeypatch.setattr(experiment, "write_result", writing)
+    monkeypatch.setattr(experiment, "write_record", writing)
     # a mistake that shows only with the corpus leaves nothing behind
     with pytest.raises(ConfigError):
         experiment.run(config(*TINY, "model.vocab_size=3"), tmp_path)
@@ -723,9 +720,9 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def reading(folder: Path) -> Any:
         reads.append(folder.name)
-        return record.read_result(folder)
+        return record.read_record(folder)
 
-    monkeypatch.setattr(reading_module, "read_result", reading)
+    monkeypatch.setattr(reading_module, "read_record", reading)
     return reads
 
 
@@ -774,13 +771,13 @@ def test_whether_a_run_lives_is_never_taken_from_the_cache(pile: Path) -> None:
     aged(folder, 10)
     load(pile)
     assert ends(load(pile))["sweep/0_abc"] == "running"
-    write_sign(folder, Sign.pending)
+    write_heartbeat(folder, RunState.pending)
     assert ends(load(pile))["sweep/0_abc"] == "pending"
     (folder / "heartbeat.json").unlink()
     aged(folder, 600)
     load(pile)
     assert ends(load(pile))["sweep/0_abc"] == "lost"
-    write_sign(folder, Sign.running)
+    write_heartbeat(folder, RunState.running)
     assert ends(load(pile))["sweep/0_abc"] == "running"
 
 
@@ -998,7 +995,7 @@ def test_watching_a_killed_sweep_ends(
 ) -> None:
     sweep = tmp_path / "sweep"
     made_up(sweep / "0_abc", seed=0)
-    write_sign(made_up(sweep / "1_abc", seed=1, status="running"), Sign.running)
+    write_heartbeat(made_up(sweep / "1_abc", seed=1, status="running"), RunState.running)
     list_jobs(sweep, "0_abc", "1_abc", "2_abc")
     monkeypatch.setattr(summary.time, "sleep", lambda _: aged(sweep, 600))
     assert main([str(sweep), "--watch"]) == 1
@@ -1013,7 +1010,7 @@ def test_watching_waits_for_a_scheduler_and_tells_since_when(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep"
-    write_sign(made_up(sweep / "0_abc", seed=0, status="running"), Sign.pending)
+    write_heartbeat(made_up(sweep / "0_abc", seed=0, status="running"), RunState.pending)
     stopped = "2026-03-01T12:01:30+00:00"
     made_up(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
     aged(sweep, 40 * 24 * 3600)

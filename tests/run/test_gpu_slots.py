@@ -16,7 +16,7 @@ import torch
 from proglayer.config import ConfigError
 from proglayer.run import gpu_slots as slots
 from proglayer.run.experiment import run
-from proglayer.store.record import Status, read_result
+from proglayer.store.record import RunState, read_record
 from proglayer.store.trajectory import Interrupted
 
 from ..helpers import ROOT, SHORT, config
@@ -95,10 +95,10 @@ def test_eight_jobs_on_four_gpus_never_share_one_and_a_killed_one_frees_its(tmp_
         else:
             assert holder.pop(gpu) == job
     assert not holder
-    records = {job: read_result(tmp_path / str(job)) for job in range(8)}
+    records = {job: read_record(tmp_path / str(job)) for job in range(8)}
     assert [job for job, record in records.items() if record is None] == [killed]
-    waited = [record["gpu"]["seconds_waited"] for record in records.values() if record]
-    assert sum(seconds > 0 for seconds in waited) == 4
+    waited = [r.gpu.seconds_waited for r in records.values() if r and r.gpu]
+    assert sum(bool(seconds) for seconds in waited) == 4
     assert len(lines("out", place, 4)) == 4
 
 
@@ -137,16 +137,16 @@ def test_a_run_that_is_stopped_while_it_waits_for_a_gpu_tells_so(
     with held(1), held(1):
         monkeypatch.setattr(slots, "gpus", stopped)
         settings = config(*SHORT, f"stages.dir={tmp_path}/stages")
-        assert run(settings, tmp_path / "run").status is Status.interrupted
-    record = read_result(tmp_path / "run")
+        assert run(settings, tmp_path / "run").status is RunState.interrupted
+    record = read_record(tmp_path / "run")
     assert record
-    assert (record["reason"], record["phases"]) == ("stopped by SIGTERM", [])
+    assert (record.reason, record.phases) == ("stopped by SIGTERM", [])
 
 
 def test_the_same_bits_on_any_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(*overrides: str) -> list:
-        outcome = run(config(*SHORT, "reuse=false", *overrides), tmp_path / "run")
-        return [(phase["stage"], phase["best"]) for phase in outcome.result["phases"]]
+        record = run(config(*SHORT, "reuse=false", *overrides), tmp_path / "run")
+        return [(phase.stage, phase.best) for phase in record.phases]
 
     plain = trained()
     monkeypatch.setattr(slots, "gpus", lambda _: ["GPU-a", "GPU-b"])

@@ -18,7 +18,7 @@ import torch
 from proglayer import load_run
 from proglayer.config import ConfigError, to_config
 from proglayer.run import experiment, loggers
-from proglayer.store.record import read_result, read_sign
+from proglayer.store.record import HeartbeatContent, RunState, read_heartbeat, read_record
 from proglayer.store.stages import Stage
 
 from ..helpers import TINY, composed, config, tiny_corpus
@@ -180,12 +180,12 @@ def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) ->
     with pytest.raises(experiment.Deferred):
         experiment.run(settings, tmp_path / "run", may_wait=False)
     assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["KILLED"]
-    assert read_sign(tmp_path / "run")["sign"] == "deferred"
-    assert read_result(tmp_path / "run") is None
+    assert read_heartbeat(tmp_path / "run").sign is RunState.deferred
+    assert read_record(tmp_path / "run") is None
     stage.unlock()
     experiment.run(settings, tmp_path / "run", may_wait=False)
     assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["FINISHED", "KILLED"]
-    assert read_sign(tmp_path / "run") == {}
+    assert read_heartbeat(tmp_path / "run") == HeartbeatContent()
 
 
 # --- no harm --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
     assert log.count("validation loss") == sum(p["epochs"] for p in record["phases"])
     with open(tmp_path / "run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["phase"] for row in rows].count("1") == record["phases"][0]["epochs"]
+    assert [row.phase for row in rows].count("1") == record["phases"][0]["epochs"]
     best_rows = [row for row in rows if row["best"] == "True"]
-    assert [int(row["epoch"]) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
+    assert [int(row.epoch) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
 
 
 def test_the_model_comes_back_and_scores_what_the_record_says(
@@ -235,19 +235,21 @@ def test_a_record_that_goes_away_while_it_is_looked_at_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next try takes it away, whenever that comes."""
-    from proglayer.store.record import read_result
+    from proglayer.store.record import read_record
 
     monkeypatch.setattr(Path, "exists", lambda *_: True)
-    assert read_result(tmp_path) is None
+    assert read_record(tmp_path) is None
 
 
 def test_a_figure_that_is_missing_at_the_end_fails_no_run(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from proglayer.run import machine
+    from proglayer.store.record import PeakMemory
 
-    memory = [{"process": 1.0}]
-    monkeypatch.setattr(machine, "peak_memory_mb", lambda _: memory.pop() if memory else {})
+    memory = [PeakMemory(process=1.0)]
+    missing = PeakMemory(process=None)
+    monkeypatch.setattr(machine, "peak_memory_mb", lambda _: memory.pop() if memory else missing)
     place = "phases.0.work.peak_memory_mb.process"
     assert train(*SHORT, f"objective={place}", "hydra.run.dir=run").status == 0
     record = json.loads((tmp_path / "run/result.json").read_text())
@@ -259,18 +261,18 @@ def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from proglayer.run.experiment import run
-    from proglayer.store.record import Status
+    from proglayer.store.record import MetricsRow, RunState
 
     monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
     seen: list[tuple[int, int]] = []
 
-    def prune(row: Mapping[str, Any]) -> str | None:
-        seen.append((row["phase"], row["epoch"]))
-        return "worse than the others" if row["phase"] == 2 else None
+    def prune(row: MetricsRow) -> str | None:
+        seen.append((row.phase, row.epoch))
+        return "worse than the others" if row.phase == 2 else None
 
     settings = config(*SHORT)
     ended = run(settings, tmp_path / "run", prune=prune)
-    assert ended.status is Status.pruned
+    assert ended.status is RunState.pruned
     assert ended.objective is None
     assert seen == [(1, 1), (1, 2), (2, 1)]
     (record,) = results(tmp_path / "run")
@@ -279,8 +281,8 @@ def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
     assert not (tmp_path / "run/weights.safetensors").exists()
     # Whoever wants it whole all the same trains the epochs that are missing.
     whole = run(settings, tmp_path / "run")
-    assert whole.status is Status.completed
-    assert [p["work"]["epochs_reused"] for p in whole.result["phases"]] == [2, 1]
+    assert whole.status is RunState.completed
+    assert [p.work.epochs_reused for p in whole.phases] == [2, 1]
 
 
 def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
@@ -487,7 +489,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
         raise StoreError("cannot write to run (No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(proglayer.run.experiment, "write_result", full)
+        patch.setattr(proglayer.run.experiment, "write_record", full)
         done = train(*SHORT, "hydra.run.dir=run")
     assert done.status == 1
     assert done.err == "error: cannot write to run (No space left on device)\n"
@@ -574,8 +576,8 @@ def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
 def test_what_is_edited_while_jobs_wait_changes_none_of_them(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proglayer.launch import sweep
-    from proglayer.run import machine
+    from proglayer.launch import job, sweep
+    from proglayer.store.record import GitState
 
     rates = tmp_path / "mine/lr/mine.yaml"
     rates.parent.mkdir(parents=True)
@@ -585,8 +587,8 @@ def test_what_is_edited_while_jobs_wait_changes_none_of_them(
     def edit_after(*arguments: Any) -> None:
         announce(*arguments)
         rates.write_text(rates.read_text().replace("base: 1.0e-3", "base: 5.0e-3"))
-        other = {"commit": "0123456789abcdef", "changed": True, "difference": "fedcba"}
-        monkeypatch.setattr(machine, "git_state", lambda: other)
+        other = GitState(commit="0123456789abcdef", changed=True, difference="fedcba")
+        monkeypatch.setattr(job, "git_state", lambda: other)
 
     monkeypatch.setattr(sweep, "announce", edit_after)
     # As in a launcher of another process, which composes each job when it starts.
