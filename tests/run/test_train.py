@@ -62,9 +62,9 @@ def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
     assert log.count("validation loss") == sum(p["epochs"] for p in record["phases"])
     with open(tmp_path / "run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row.phase for row in rows].count("1") == record["phases"][0]["epochs"]
+    assert [row["phase"] for row in rows].count("1") == record["phases"][0]["epochs"]
     best_rows = [row for row in rows if row["best"] == "True"]
-    assert [int(row.epoch) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
+    assert [int(row["epoch"]) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
 
 
 def test_the_model_comes_back_and_scores_what_the_record_says(
