@@ -1,13 +1,14 @@
-"""The floor of a training step: its matrix products and nothing else.
+"""The matmul bound of a training step: its matrix products and nothing else.
 
-The head's products come in several blockings, of which the fastest counts, each block's while it is
-in cache. The body's are those of its layers, projections side by side and attention per head.
+The head's products are tried in several blockings, each block's while it is in cache; the fastest
+counts. The body's are those of its layers, projections side by side and attention per head.
 
 Shapes in names: as in `loss`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,25 +21,22 @@ from proglayer.training.plan import Phase
 
 @dataclass(frozen=True)
 class Blocking:
-    """How the products with the head are cut: `rows` of hidden states by `words` of the head.
+    """How the products with the head are cut: `rows` hidden states by `entries` of the vocabulary.
 
-    words_first: logits lie as (words, rows), otherwise as (rows, words).
-    parts: a block of words in so many products of a batch; 1 leaves it whole.
+    A block comes in `parts` products of one batch, so that each thread has its own.
     """
 
     rows: int
-    words: int
-    words_first: bool
+    entries: int
     parts: int
 
     def __str__(self) -> str:
-        order = "words x rows" if self.words_first else "rows x words"
-        cut = f" in {self.parts} parts" if self.parts > 1 else ""
-        return f"{self.words} x {self.rows} {order}{cut}"
+        parts = f" in {self.parts} parts" if self.parts > 1 else ""
+        return f"{self.entries} x {self.rows}{parts}"
 
 
 @dataclass(frozen=True)
-class Need:
+class Products:
     """What `rows` rows need beside their logits: gradients of the hidden states, of the head."""
 
     rows: int
@@ -46,11 +44,11 @@ class Need:
     to_head: bool
 
 
-def step_needs(phase: Phase, seq_len: int) -> list[Need]:
-    """What the exits that a step reads need of the head."""
+def step_products(phase: Phase, seq_len: int) -> list[Products]:
+    """What each exit that a training step reads needs of the head."""
     rows = phase.batch_size * seq_len
     return [
-        Need(rows, reaches(phase, exit), phase.rates.head is not None)
+        Products(rows, reaches(phase, exit), phase.rates.head is not None)
         for exit, weight in enumerate(phase.exit_weights)
         if weight > 0
     ]
@@ -69,81 +67,59 @@ class HeadProducts:
     the gradient of the logits were the logits. Exits of equal needs are stacked.
     """
 
-    def __init__(self, needs: Sequence[Need], head_vd: Tensor, blocking: Blocking) -> None:
+    def __init__(self, needs: Sequence[Products], head_vd: Tensor, blocking: Blocking) -> None:
         self.head_vd, self.blocking = head_vd, blocking
         self.head_grad_vd = torch.empty_like(head_vd)
-        dim = head_vd.shape[1]
-        self.groups: list[Need] = []
-        for to_hidden, to_head in sorted({(n.to_hidden, n.to_head) for n in needs}, reverse=True):
-            members = [n.rows for n in needs if (n.to_hidden, n.to_head) == (to_hidden, to_head)]
-            self.groups.append(Need(sum(members), to_hidden, to_head))
-        self.hidden = [torch.randn(n.rows, dim).to(head_vd) for n in self.groups]
+        self.groups = [replace(n, rows=n.rows * exits) for n, exits in Counter(needs).items()]
+        self.hidden = [torch.randn(n.rows, head_vd.shape[1]).to(head_vd) for n in self.groups]
         self.hidden_grads = [torch.empty_like(hidden_md) for hidden_md in self.hidden]
-        self.buffer = head_vd.new_empty(blocking.rows * blocking.words)
+        self.buffer = head_vd.new_empty(blocking.rows * blocking.entries)
 
     def __call__(self) -> None:
-        begun = False
-        for need, hidden_md, grad_md in zip(
-            self.groups, self.hidden, self.hidden_grads, strict=True
-        ):
-            for first in range(0, need.rows, self.blocking.rows):
-                rows = slice(first, first + self.blocking.rows)
-                self.chunk(need, hidden_md[rows], grad_md[rows], not begun)
-                begun = begun or need.to_head
+        first = True
+        groups = zip(self.groups, self.hidden, self.hidden_grads, strict=True)
+        for need, hidden_md, grad_md in groups:
+            for m in range(0, need.rows, self.blocking.rows):
+                rows = slice(m, m + self.blocking.rows)
+                self.chunk(need, hidden_md[rows], grad_md[rows], first)
+                first = first and not need.to_head
 
-    def chunk(self, need: Need, hidden_md: Tensor, grad_md: Tensor, first: bool) -> None:
-        cut = self.blocking
-        rows = len(hidden_md)
-        hidden_dm = hidden_md.t().contiguous() if cut.words_first else hidden_md.t()
-        total_pdm = hidden_md.new_zeros(cut.parts, len(hidden_dm), rows)
-        for v in range(0, len(self.head_vd), cut.words):
-            head = self.head_vd[v : v + cut.words]
-            words = len(head)
-            if not cut.words_first:
-                logits = self.buffer[: rows * words].view(rows, words)
-                torch.mm(hidden_md, head.t(), out=logits)
-                if need.to_hidden:
-                    torch.mm(logits, head, out=grad_md) if v == 0 else grad_md.addmm_(logits, head)
-                if need.to_head:
-                    _add_product(self.head_grad_vd[v : v + words], logits.t(), hidden_md, first)
-                continue
-            parts = cut.parts if words % cut.parts == 0 else 1
-            head_pvd = head.unflatten(0, (parts, -1))
-            logits = self.buffer[: rows * words].view(parts, words // parts, rows)
-            torch.bmm(head_pvd, hidden_dm.expand(parts, *hidden_dm.shape), out=logits)
+    def chunk(self, need: Products, hidden_md: Tensor, grad_md: Tensor, first: bool) -> None:
+        rows, dim = hidden_md.shape
+        hidden_dm = hidden_md.t().contiguous()
+        total_pdm = hidden_md.new_zeros(self.blocking.parts, dim, rows)
+        for v in range(0, len(self.head_vd), self.blocking.entries):
+            head_vd = self.head_vd[v : v + self.blocking.entries]
+            parts = self.blocking.parts if len(head_vd) % self.blocking.parts == 0 else 1
+            head_pvd = head_vd.unflatten(0, (parts, -1))
+            logits_pvm = self.buffer[: rows * len(head_vd)].view(parts, -1, rows)
+            torch.bmm(head_pvd, hidden_dm.expand(parts, dim, rows), out=logits_pvm)
             if need.to_hidden:
-                total_pdm[:parts].baddbmm_(head_pvd.transpose(1, 2), logits)
+                total_pdm[:parts].baddbmm_(head_pvd.transpose(1, 2), logits_pvm)
             if need.to_head:
-                grad_pvd = self.head_grad_vd[v : v + words].unflatten(0, (parts, -1))
-                _add_product(grad_pvd, logits, hidden_md.expand(parts, *hidden_md.shape), first)
-        if need.to_hidden and cut.words_first:
+                grad_pvd = self.head_grad_vd[v : v + len(head_vd)].view(parts, -1, dim)
+                hidden_pmd = hidden_md.expand(parts, rows, dim)
+                if first:
+                    torch.bmm(logits_pvm, hidden_pmd, out=grad_pvd)
+                else:
+                    grad_pvd.baddbmm_(logits_pvm, hidden_pmd)
+        if need.to_hidden:
             torch.sum(total_pdm, 0, out=grad_md.t())
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total += left @ right; the first time, = instead. Two or three dimensions."""
-    if first:
-        torch.matmul(left, right, out=total)
-    elif total.ndim == 3:
-        total.baddbmm_(left, right)
-    else:
-        total.addmm_(left, right)
 
 
 def blockings(device: torch.device, vocab: int, itemsize: int) -> list[Blocking]:
     """Blockings worth a look."""
     if device.type != "cpu":
         sizes = [(2048, vocab), (8192, vocab), (8192, 16384), (32768, 8192)]
-        return [Blocking(m, min(v, vocab), order, 1) for m, v in sizes for order in (True, False)]
+        return [Blocking(rows, min(entries, vocab), 1) for rows, entries in sizes]
     threads = torch.get_num_threads()
     found = []
     for rows in (256, 512, 1024):
         # Logits that fill the second-level caches in use, or half of them.
         for share in (0.5, 1):
-            words = max(16, int(share * cache_bytes() / (rows * itemsize)) // 16 * 16) * threads
-            found += [Blocking(rows, words, True, parts) for parts in {1, threads}]
-    found += [Blocking(128, vocab, False, 1), Blocking(512, 4096, False, 1)]
-    return [replace(blocking, words=min(blocking.words, vocab)) for blocking in found]
+            entries = max(16, int(share * cache_bytes() / (rows * itemsize)) // 16 * 16) * threads
+            found += [Blocking(rows, min(entries, vocab), parts) for parts in {1, threads}]
+    return found
 
 
 class BodyProducts:
@@ -170,9 +146,7 @@ class BodyProducts:
                 shapes.append((batch, rows, inner, columns))
                 attention = name in ("scores", "mixture")
                 # Within a layer that trains, gradients reach everything but its first matrices.
-                passes_on = reaches(phase, layer)
-                if name == "query, key, value":
-                    passes_on = reaches(phase, layer - 1)
+                passes_on = reaches(phase, layer - 1 if name == "query, key, value" else layer)
                 if passes_on:
                     shapes.append((batch, rows, columns, inner))
                 if passes_on if attention else layer in phase.trained_layers:
@@ -188,7 +162,4 @@ class BodyProducts:
 
     def __call__(self) -> None:
         for left, right, out in self.products:
-            if len(out) == 1:
-                torch.mm(left[0], right[0], out=out[0])
-            else:
-                torch.bmm(left, right, out=out)
+            torch.bmm(left, right, out=out)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from proglayer.data.corpus import Corpus
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
@@ -100,17 +101,21 @@ class Training:
         started, seconds_before, first_step = looked, self.seconds, self.step
         while self.step < self.steps_per_epoch:
             batch = order[self.step * phase.batch_size : (self.step + 1) * phase.batch_size]
-            input_nt, target_nt = self.windows.batch(batch)
+            with record_function("data"):
+                input_nt, target_nt = self.windows.batch(batch)
             done = self.epoch * self.steps_per_epoch + self.step
             set_rates(self.optimizer, phase.schedule.factor(done, self.steps_per_epoch))
 
             for parameter in self.trainable:
                 parameter.grad = None
             loss = self.loss(input_nt, target_nt)
-            loss.backward()
+            with record_function("body backward"):
+                loss.backward()
             if phase.optimizer.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.trainable, phase.optimizer.clip_norm)
-            self.optimizer.step()
+                with record_function("clipping"):
+                    torch.nn.utils.clip_grad_norm_(self.trainable, phase.optimizer.clip_norm)
+            with record_function("optimizer"):
+                self.optimizer.step()
 
             self.loss_sum += loss.detach() * target_nt.numel()
             self.step += 1
@@ -136,15 +141,17 @@ class Training:
     def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
         """The phase's loss of one batch: cross-entropy at the exits that carry weight."""
         with autocast(self.phase, self.device):
-            hidden_entd = self.body(input_nt)
-            return linear_cross_entropy(
-                [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
-                self.model.head.weight,
-                target_nt.reshape(-1),
-                [self.phase.exit_weights[e] for e in self.read_exits],
-                count=False,
-                workspace=self.workspace,
-            ).loss
+            with record_function("body forward"):
+                hidden_entd = self.body(input_nt)
+            with record_function("head and loss"):  # with the gradients of both
+                return linear_cross_entropy(
+                    [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
+                    self.model.head.weight,
+                    target_nt.reshape(-1),
+                    [self.phase.exit_weights[e] for e in self.read_exits],
+                    count=False,
+                    workspace=self.workspace,
+                ).loss
 
     def finish_epoch(self) -> tuple[float, float]:
         """Close the epoch under way; gives its mean training loss and its seconds."""
