@@ -41,7 +41,7 @@ def measure(command: list[str], folder: Path) -> tuple[float, float, float]:
     started = time.perf_counter()
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, *command], cwd=TRAIN.parent, stdout=output, stderr=subprocess.STDOUT
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -82,7 +82,9 @@ def main() -> None:
                 "again elsewhere, all stored": [*sweep, again],
                 "again, all completed": [*sweep, again],
                 "its table": ["-m", "proglayer.results", str(folder / "first")],
-                "its report": ["-m", "proglayer.report", str(folder / "first"), "-o", "report"],
+                "its report": [
+                    *("-m", "proglayer.report", str(folder / "first"), "-o", str(folder / "report"))
+                ],
             }.items():
                 seconds, cpu, peak = measure(command, folder)
                 further = ""
