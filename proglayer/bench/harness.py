@@ -261,4 +261,4 @@ def _train_for_memory(
         machine.reset_peak_memory(device)
         train(new_training(kind, phase, seq_len, STEPS_FOR_MEMORY, device))
         peaks = machine.peak_memory_mb(device)
-    return peaks.get("device", peaks["process"])
+    return peaks.device or peaks.process or 0.0
