@@ -21,6 +21,7 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from proglayer.errors import ConfigError, first_line
 from proglayer.versions import install_command
 
 if TYPE_CHECKING:
@@ -31,20 +32,6 @@ if TYPE_CHECKING:
 INT32 = 2**31 - 1
 # Far from what float32 can no longer hold, also as the product of a rate and its factors.
 LARGE = 1e15
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line per problem and names the setting."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type's name where it says nothing."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-
-
-def with_type(error: BaseException) -> str:
-    """An error that nobody foresaw, in one line: its type and all that it says."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @dataclass(frozen=True)

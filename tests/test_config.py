@@ -16,15 +16,14 @@ from proglayer.config import (
     Config,
     ConfigError,
     FreezeStep,
-    first_line,
     from_plain,
     nearest_setting,
     setting_names,
     stages_dir,
     to_config,
     to_plain,
-    with_type,
 )
+from proglayer.errors import first_line, with_type
 from proglayer.training.plan import plan
 
 from .helpers import composed, config, experiments

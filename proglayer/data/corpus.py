@@ -28,8 +28,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from proglayer.config import ConfigError, DataConfig, first_line
-from proglayer.data.sources import DISK_FULL, TextSource, open_source
+from proglayer.config import DataConfig
+from proglayer.data.sources import TextSource, open_source
+from proglayer.errors import DISK_FULL, ConfigError, first_line
 
 Notify = Callable[[str], None]
 

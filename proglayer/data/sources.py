@@ -12,7 +12,6 @@ which byte a file stops being UTF-8.
 from __future__ import annotations
 
 import ast
-import errno
 import glob
 import hashlib
 import json
@@ -33,7 +32,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from proglayer.config import ConfigError, DataConfig, DataSource, first_line
+from proglayer.config import DataConfig, DataSource
+from proglayer.errors import DISK_FULL, ConfigError, first_line
 
 # Part of the key of pydocs: raise it when other text is taken from the standard library.
 PYDOCS_FORMAT = 1
@@ -51,7 +51,6 @@ KEPT_HASH_BYTES = 32 * 2**20
 # File systems tell times apart no better than this: a file that is as fresh may change once more
 # without its times changing.
 FRESH_SECONDS = 2.0
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from proglayer.config import (
-    Config,
-    ConfigError,
-    OnError,
-    from_plain,
-    to_config,
-    with_type,
-)
-from proglayer.data.sources import DISK_FULL
+from proglayer.config import Config, OnError, from_plain, to_config
+from proglayer.errors import DISK_FULL, ConfigError, with_type
 from proglayer.launch import snapshot
 from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line

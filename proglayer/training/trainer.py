@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from proglayer.data.corpus import Corpus
+from proglayer.errors import UserError
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Transformer
 from proglayer.training.optim import build_optimizer, set_rates
@@ -30,11 +31,11 @@ LOOK_EVERY_S = 1.0
 LOOK_EVERY_ON_DEVICE_S = 60.0
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The training loss is no longer a finite number."""
 
 
-class NotCompiled(RuntimeError):
+class NotCompiled(UserError):
     """The model's body cannot be compiled on this machine."""
 
 

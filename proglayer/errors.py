@@ -1,0 +1,105 @@
+"""Errors that a user can mend, and the one place that turns errors into lines and exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+
+FAILED = 1
+INTERRUPTED = 130
+# What a shell reports of a program whose reader went away (128 + SIGPIPE).
+PIPE_CLOSED = 141
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(Exception):
+    """Something that a user can mend. The message has one line per problem; each names the setting,
+    the file or the command to change.
+    """
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot work."""
+
+
+class StoreError(UserError, OSError):
+    """Something cannot be written: the message says where, why and which setting moves it."""
+
+
+def run_command(
+    command: Callable[[], int | None], explain: Callable[[Exception], str | None] | None = None
+) -> int:
+    """Run a command and return its exit status.
+
+    A UserError is printed as `error: ...` lines on stderr, and so is an OSError that names a file.
+    A reader of the output that goes away (`... | head -1`) ends the command quietly. Any other
+    exception is a fault of the program and is raised, with its traceback.
+
+    explain: returns the lines for other exceptions that a user can mend, None for the rest.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Better a question mark for an arrow than no table where the locale knows only ASCII.
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        lines = explain(error) if explain else None
+        if lines is None and isinstance(error, UserError):
+            lines = str(error)
+        if lines is None and isinstance(error, OSError):
+            lines = file_problem(error)
+        if lines is None:
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            _discard_output()
+        print_error(lines)
+        return FAILED
+
+
+def print_error(lines: str) -> None:
+    """Print each line as an error."""
+    for line in lines.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def file_problem(error: OSError, advice: str = "") -> str | None:
+    """What is wrong with a file, in one line; None where the error names none.
+
+    advice: what else a user can do.
+    """
+    if error.errno in DISK_FULL:
+        where = error.filename or "the output"
+        return f"no space left to write {where}: make room" + (f", or {advice}" if advice else "")
+    if error.filename is None:
+        return None
+    where = f"cannot read or write {error.filename} ({error.strerror})"
+    return f"{where}: {advice}" if advice else where
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type's name where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def with_type(error: BaseException) -> str:
+    """An error that nobody foresaw, in one line: its type and all that it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _discard_output() -> None:
+    """Send what is still to be printed nowhere: Python would fail at it once more when it ends."""
+    with contextlib.suppress(OSError):  # a stand-in for stdout has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
