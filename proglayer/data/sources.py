@@ -46,6 +46,21 @@ RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 
 # Files are read in pieces of this size, which bounds the memory they take.
 PIECE_BYTES = 2**20
+WHITE_SPACE = (b" ", b"\n", b"\t", b"\r", b"\v", b"\f")
+# Without a bound a file without white space would be taken into memory.
+LONGEST_WORD_BYTES = 2**24
+# Files that are no plain text, by their first bytes: what is read, and what is named to the user.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+OTHER_FILES = {
+    b"\xff\xfe\0\0": "UTF-32 (byte order mark): convert it, iconv -f utf-32 -t utf-8",
+    b"\xff\xfe": "UTF-16 (byte order mark): convert it, iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "UTF-16 (byte order mark): convert it, iconv -f utf-16 -t utf-8",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"BZh": "compressed by bzip2: unpack it (gzip and zstd are read as they are)",
+    b"\xfd7zXZ": "compressed by xz: unpack it (gzip and zstd are read as they are)",
+    b"%PDF": "a PDF: take its text out, for example with pdftotext",
+    b"PAR1": "Parquet: load it with `datasets`, save_to_disk, and take data=hub data.path=FOLDER",
+}
 # The hash of a file is kept from this size on; below, hashing takes some 20 ms at most.
 KEPT_HASH_BYTES = 32 * 2**20
 # File systems tell times apart no better than this: a file that is as fresh may change once more
@@ -207,9 +222,10 @@ def _text(data: DataConfig, hashes: Path) -> TextSource:
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         for path in paths:
-            cut = _held_out_from(path, data.held_out)
-            start, end = (0, cut) if split == "train" else (cut, path.stat().st_size)
-            yield from _file_pieces(path, start, end, "data.files")
+            plain = _unpacked(path, scratch)
+            cut = _held_out_from(plain, data.held_out)
+            start, end = (0, cut) if split == "train" else (cut, plain.stat().st_size)
+            yield from _file_pieces(plain, start, end, f"data.files: {path}")
 
     return TextSource(
         name="text",
@@ -218,7 +234,8 @@ def _text(data: DataConfig, hashes: Path) -> TextSource:
         pieces=pieces,
         more={
             "train": "give data.files more text, or take a smaller data.held_out",
-            "validation": "give data.files more text, or take a larger data.held_out",
+            "validation": "give data.files more text, or take a larger data.held_out (words are "
+            "what white space separates: Chinese, for example, has to be cut into words first)",
         },
     )
 
@@ -244,21 +261,51 @@ def _matching_files(patterns: Iterable[str]) -> list[Path]:
     return [Path(file) for file in sorted(found)]
 
 
-def _held_out_from(path: Path, held_out: float) -> int:
-    """The byte at which the held-out part of a file begins: just after a line end or a space."""
+def _unpacked(path: Path, scratch: Path) -> Path:
+    """The file itself, or where it is compressed, its content as a file in `scratch`."""
     with open(path, "rb") as file:
-        start = int((1 - held_out) * path.stat().st_size)
-        file.seek(start)
-        while block := file.read(PIECE_BYTES):
-            ends = [end for end in map(block.find, (b"\n", b" ")) if end >= 0]
-            if ends:
-                return start + min(ends) + 1
-            start += len(block)
-    return start
+        start = file.read(4)
+    compression = next((name for mark, name in COMPRESSED.items() if start.startswith(mark)), None)
+    if compression is None:
+        return path
+    import pyarrow
+
+    plain = scratch / hashlib.sha256(os.fsencode(path)).hexdigest()
+    if not plain.exists():  # unpacked for the other split
+        try:
+            with pyarrow.input_stream(str(path), compression) as packed, open(plain, "xb") as file:
+                while block := packed.read(PIECE_BYTES):
+                    file.write(block)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise ConfigError(
+                f"data.files: {path} can't be unpacked ({compression}: {first_line(error)})"
+            ) from error
+    return plain
 
 
-def _file_pieces(path: Path, start: int, end: int, setting: str) -> Iterator[str]:
-    """The text of a UTF-8 file from byte `start` to `end`, cut at line ends and spaces."""
+def _held_out_from(path: Path, held_out: float) -> int:
+    """The byte at which the held-out part of a file begins: just after a line end or a space.
+
+    After other white space where there is neither.
+    """
+    start = end = int((1 - held_out) * path.stat().st_size)
+    for ends in (rb"[\n ]", rb"\s"):
+        with open(path, "rb") as file:
+            end = file.seek(start)
+            while block := file.read(PIECE_BYTES):
+                if found := re.search(ends, block):
+                    return end + found.end()
+                end += len(block)
+    return end
+
+
+def _file_pieces(path: Path, start: int, end: int, label: str) -> Iterator[str]:
+    """The text of a UTF-8 file from byte `start` to `end`, cut at white space.
+
+    Raises ConfigError, which begins with `label`, where that is no such text or can't be read.
+    """
     try:
         with open(path, "rb") as file:
             if start == 0 and file.read(3) == b"\xef\xbb\xbf":
@@ -269,19 +316,37 @@ def _file_pieces(path: Path, start: int, end: int, setting: str) -> Iterator[str
                 block = file.read(min(PIECE_BYTES, end - start - len(rest)))
                 last = not block or start + len(rest) + len(block) >= end
                 block = rest + block
-                cut = len(block) if last else max(block.rfind(b"\n"), block.rfind(b" ")) + 1
+                cut = len(block) if last else 1 + max(map(block.rfind, WHITE_SPACE))
+                if cut == 0 and len(block) > LONGEST_WORD_BYTES:
+                    raise ConfigError(
+                        f"{label} has no white space in {len(block):,} bytes from offset {start}, "
+                        "and words are what white space separates: cut it into words first"
+                    )
+                if (zero := block.find(0, 0, cut)) >= 0:
+                    raise ConfigError(f"{label} {_no_text(path, 0, start + zero)}")
                 yield block[:cut].decode("utf-8")
                 start, rest = start + cut, block[cut:]
                 if last:
                     break
     except UnicodeDecodeError as error:
-        offset = start + error.start
-        raise ConfigError(
-            f"{setting}: {path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset "
-            f"{offset}): convert it, for example with iconv -f latin1 -t utf-8"
-        ) from error
+        reason = _no_text(path, error.object[error.start], start + error.start)
+        raise ConfigError(f"{label} {reason}") from error
     except OSError as error:
-        raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
+        raise ConfigError(f"{label} can't be read ({error.strerror})") from error
+
+
+def _no_text(path: Path, byte: int, offset: int) -> str:
+    """What a file is that is no text in UTF-8, and how to make it one."""
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    for mark, what in OTHER_FILES.items():
+        if start.startswith(mark):
+            return f"is {what}"
+    if byte == 0 and 3 * start.count(0) > len(start):
+        order = "le" if start[1::2].count(0) > start[::2].count(0) else "be"
+        return f"is UTF-16 without a byte order mark: convert it, iconv -f utf-16{order} -t utf-8"
+    cure = "tr -d '\\000' removes them" if byte == 0 else "iconv -f latin1 -t utf-8"
+    return f"is not UTF-8 (byte 0x{byte:02x} at offset {offset}): convert it, for example {cure}"
 
 
 def _file_sha256(path: Path, setting: str, hashes: Path) -> str:
@@ -289,6 +354,8 @@ def _file_sha256(path: Path, setting: str, hashes: Path) -> str:
 
     Otherwise each job on 10 GB of text would first read all of it.
     """
+    if path.exists() and not path.is_file():  # reading it might never end
+        raise ConfigError(f"{setting}: {path} is a pipe or a device: write its content to a file")
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size < KEPT_HASH_BYTES:
@@ -353,7 +420,7 @@ def _release(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         path = files[split]
-        return _file_pieces(path, 0, path.stat().st_size, "data.path")
+        return _file_pieces(path, 0, path.stat().st_size, f"data.path: {path}")
 
     return TextSource(
         name=_data_set_name(data),
@@ -384,7 +451,7 @@ def _other_data_set(setting: str) -> dict[str, str]:
 
 
 def _data_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.exists():
         raise ConfigError(f"data.path={path}: there is no such folder in {os.getcwd()}")
     if not folder.is_dir():
@@ -408,6 +475,10 @@ def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
             data, sorted(state.parent.name for state in folder.glob("*/state.json"))
         )
         folders = {split: folder / name for split, name in names.items()}
+    for split, split_folder in folders.items():
+        if not any(split_folder.glob("*.arrow")):  # `datasets` can't load what it saved of no rows
+            more = _other_data_set("data.path")[split]
+            raise ConfigError(f"data.path={data.path} has no rows for {split}: {more}")
     digests = [
         _file_sha256(path, "data.path", hashes)
         for split_folder in dict.fromkeys(folders.values())
@@ -427,7 +498,7 @@ def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
                 yield from _rows(rows, data.text_column)
             except ConfigError:
                 raise
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # the many ways in which its files can be amiss
                 raise ConfigError(
                     f"data.path={data.path} can't be loaded: {first_line(error)}"
                 ) from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import collections
 import dataclasses
 import errno
 import hashlib
 import json
+import lzma
 import os
 import re
 import resource
@@ -566,15 +568,155 @@ def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
     assert corpus.words() == ["<unk>", "<pad>", "hello", "world"]
 
 
-def test_text_that_is_not_utf8_names_the_file_and_the_byte(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"caf\xe9 noir\n", r"is not UTF-8 \(byte 0xe9 at offset 483\): .* iconv -f latin1"),
+        (b"a \0 b\n", r"is not UTF-8 \(byte 0x00 at offset 482\): .* tr -d '\\000'"),
+    ],
+)
+def test_text_that_is_not_utf8_names_the_file_and_the_byte(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(sources, "PIECE_BYTES", 64)
-    good = "wörter und so\n".encode() * 30
-    for bad, at in ((b"caf\xe9 noir\n", len(good) + 3), (b"\xff\xfea\x00", len(good))):
-        path = tmp_path / "latin.txt"
-        path.write_bytes(good + bad + good)
-        with pytest.raises(ConfigError, match=f"latin.txt is not UTF-8 .* offset {at}\\)") as error:
-            open_corpus(text(path, cache_dir=str(tmp_path)))
-        assert f"0x{bad[at - len(good)]:02x}" in one_line(error)
+    good = "wörter und so \n".encode() * 30
+    path = tmp_path / "latin.txt"
+    path.write_bytes(good + content + good)
+    with pytest.raises(ConfigError, match=f"data.files: .*latin.txt {message}") as error:
+        open_corpus(text(path, cache_dir=str(tmp_path)))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("so many words".encode("utf-16"), r"UTF-16 \(byte order mark\): .*iconv -f utf-16 "),
+        (b"\xfe\xff" + "words".encode("utf-16-be"), r"UTF-16 \(byte order mark\)"),
+        ("so many words".encode("utf-32"), r"UTF-32 .*iconv -f utf-32 "),
+        ("so many words".encode("utf-16-le"), "UTF-16 without a byte order mark.*utf-16le"),
+        ("so many words".encode("utf-16-be"), "UTF-16 without a byte order mark.*utf-16be"),
+        (b"PK\x03\x04\x14\0\x08", "a zip archive"),
+        (b"%PDF-1.7\n\xbf\xf7", "a PDF"),
+        (b"PAR1\x15\x04\x15\x80", "Parquet"),
+        (lzma.compress(b"words " * 99), "compressed by xz"),
+        (bz2.compress(b"words " * 99), "compressed by bzip2"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_plain_text_is_named_for_what_it_is(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"data.files: .*a.txt is {message}") as error:
+        open_corpus(text(tmp_path / "a.txt", cache_dir=str(tmp_path)))
+    one_line(error)
+
+
+def compressed(content: bytes, compression: str) -> bytes:
+    import pyarrow
+
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, compression) as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_text_is_the_corpus_of_its_content(tmp_path, compression):
+    plain, packed = tmp_path / "plain.txt", tmp_path / "packed.txt"
+    plain.write_text(TRAIN)
+    # Two frames, as `cat a.gz b.gz` gives.
+    half = len(TRAIN) // 2
+    frames = [compressed(part.encode(), compression) for part in (TRAIN[:half], TRAIN[half:])]
+    packed.write_bytes(b"".join(frames))
+    expected = open_corpus(text(plain, cache_dir=str(tmp_path / "cache")))
+    data = text(packed, cache_dir=str(tmp_path / "cache"))
+    corpus = open_corpus(data)
+    assert corpus.fingerprint == expected.fingerprint
+    assert same_tokens(corpus, expected)
+    assert {path.name for path in corpus.folder.iterdir()} == {
+        path.name for path in expected.folder.iterdir()
+    }
+    packed.write_bytes(frames[0][:-9])
+    with pytest.raises(ConfigError, match=f"packed.txt can't be unpacked .{compression}") as error:
+        open_corpus(data)
+    one_line(error)
+
+
+def test_a_pipe_or_a_device_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    folder = write_release(tmp_path / "text")
+    (folder / "wiki.valid.raw").unlink()
+    os.mkfifo(folder / "wiki.valid.raw")
+    for data in (
+        text(tmp_path / "pipe", cache_dir=str(tmp_path)),
+        text("/dev/zero", cache_dir=str(tmp_path)),
+        release(folder),
+    ):
+        with pytest.raises(ConfigError, match="is a pipe or a device") as error:
+            open_corpus(data)
+        one_line(error)
+
+
+@pytest.mark.parametrize("white_space", ["\t", "\r", "\x0b", "\x0c"])
+def test_words_between_white_space_of_one_kind(tmp_path, monkeypatch, white_space):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 16)
+    (tmp_path / "a.txt").write_text(white_space.join(f"w{n}" for n in range(101)), newline="")
+    data = text(tmp_path / "a.txt", seq_len=1, cache_dir=str(tmp_path))
+    train, validation = held_words(open_corpus(data))
+    assert 20 <= len(validation) <= 30
+    # A window has two words, and of each split one may be left.
+    assert [word for word in (f"w{n}" for n in range(101)) if word in {*train, *validation}] == (
+        train + validation
+    )
+    assert len(train + validation) >= 99
+
+
+def test_text_without_white_space_says_what_words_are(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("这是一个没有空格的句子。" * 50)
+    data = text(tmp_path / "a.txt", cache_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="no words for validation.*white space") as error:
+        open_corpus(data)
+    one_line(error)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(sources, "LONGEST_WORD_BYTES", 1000)
+    with pytest.raises(ConfigError, match="no white space in 1,0.. bytes from offset 0"):
+        open_corpus(data)
+
+
+def test_validation_text_that_is_training_text_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "PIECE_TOKENS", 7)
+    train = " ".join(f"w{n}" for n in range(500))
+    for validation, share in (
+        (train, "100%"),
+        (" ".join(f"w{n}" for n in range(400, 600)), r"4\d%"),
+        (" ".join(f"v{n}" for n in range(100)), None),
+        ("w1 w2", None),
+    ):
+        data = release(write_release(tmp_path / "text", train, validation), seq_len=1, max_vocab=9)
+        for _ in range(2):  # prepared, then cached
+            notes: list[str] = []
+            open_corpus(data, notes.append)
+            warnings = [note for note in notes if note.startswith("warning: ")]
+            assert len(warnings) == (share is not None)
+            if share:
+                assert re.search(f"{share} of the validation text is training text", warnings[0])
+    same = release(tmp_path / "text", seq_len=1, validation_split="train")
+    notes = []
+    open_corpus(same, notes.append)
+    assert "100% of the validation text" in notes[-1]
+
+
+def test_no_home_folder_names_the_setting(tmp_path, monkeypatch):
+    folder = write_release(tmp_path / "text")
+    for name in ("HOME", "PROGLAYER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .*PROGLAYER_CACHE") as error:
+        open_corpus(release(folder, cache_dir=None))
+    one_line(error)
+    with pytest.raises(ConfigError, match=r"data\.path=~/x: there is no such folder"):
+        open_corpus(release(folder, path="~/x"))
 
 
 @pytest.mark.parametrize(
@@ -741,6 +883,21 @@ def test_single_saved_data_set_holds_out_its_last_rows(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             open_corpus(dataclasses.replace(data, text_column=column))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_saved_data_set_without_rows_is_one_clear_error(tmp_path, split):
+    import datasets
+
+    splits = {"train": rows(TRAIN), "validation": rows(VALIDATION)} | {split: []}
+    saved = {name: datasets.Dataset.from_dict({"text": text}) for name, text in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    saved[split].save_to_disk(str(tmp_path / "one"))
+    for name in ("saved", "one"):
+        with pytest.raises(
+            ConfigError, match=f"has no rows for {'train' if name == 'one' else split}"
+        ):
+            open_corpus(release(tmp_path / name))
 
 
 def test_damaged_saved_data_set_is_one_clear_error(tmp_path):
