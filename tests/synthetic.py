@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,11 +78,10 @@ def phase_record(
     """A phase as a run records it; `own` is what its plan says of it, and its exits."""
     return PhaseRecord(
         index=index,
-        **own,
+        **({"stopped": "no improvement in 1 epoch"} | own),
         stage=f"{index:032x}",
         epochs=epochs,
         best_epoch=best_epoch,
-        stopped="no improvement in 1 epoch",
         best=best,
         train_tokens=cost.tokens * epochs,
         train_flops_head=cost.flops_head * epochs,
@@ -185,9 +184,14 @@ def run(
     seed: int,
     *overrides: str,
     status: str = "completed",
+    losses: Sequence[Sequence[float]] | None = None,
     **extra: Any,
 ) -> Path:
-    """One run of `experiment` as it might have gone; its phases are those that it plans."""
+    """One run of `experiment` as it might have gone; its phases are those that it plans.
+
+    With `losses`, each phase's validation losses are these; it stopped for want of improvement if
+    the last is not the lowest, else at `max_epochs`. Accuracy falls by 5 points a nat.
+    """
     own = [f"experiment={experiment}", f"model={model}", f"seed={seed}", *overrides]
     settings = config(*own[:2], *overrides)
     draw = np.random.default_rng([seed, len(experiment), *experiment.encode()[:4], len(model)])
@@ -201,10 +205,12 @@ def run(
         count = best + phase.stop.patience
         noise = draw.normal(0, 0.002, count)
         away = np.abs(np.arange(1, count + 1) - best)
-        losses = (
-            floor + (0.03 if phase.index else 0.08) * away + np.abs(noise) * (away > 0)
-        ).tolist()
-        accuracies = [100 * (0.16 + (6.9 - loss) / 20) for loss in losses]
+        step = 0.03 if phase.index else 0.08
+        curve = (floor + step * away + np.abs(noise) * (away > 0)).tolist()
+        if losses is not None:
+            curve = [float(loss) for loss in losses[phase.index]]
+            count, best = len(curve), int(np.argmin(curve)) + 1
+        accuracies = [100 * (0.16 + (6.9 - loss) / 20) for loss in curve]
         flops = training_flops(phase, 32, WINDOWS[0])
         counts = parameter_counts(phase)
         seconds = (flops.head + flops.body) / 4e10
@@ -212,7 +218,7 @@ def run(
             WINDOWS[0] * 32, flops.head, flops.body, round(seconds, 3), round(seconds / 20, 3)
         )
         reach = 0.3 if model == "deep_supervision" else 3.0
-        loss, accuracy = losses[best - 1], accuracies[best - 1]
+        loss, accuracy = curve[best - 1], accuracies[best - 1]
         recorded = phase_record(
             phase.index,
             cost,
@@ -227,6 +233,7 @@ def run(
             frozen=list(phase.frozen),
             rates=phase.rates,
             exit_weights=list(phase.exit_weights),
+            stopped="no improvement in 1 epoch" if best < count else f"max_epochs={count} reached",
             exits=[
                 ExitRecord(
                     layer=phase.layers - gap,
@@ -243,7 +250,7 @@ def run(
                 cost,
                 BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy)),
             )
-            for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1)
+            for epoch, (loss, accuracy) in enumerate(zip(curve, accuracies, strict=True), start=1)
         ]
     told: dict[str, Any] = {
         "overrides": own,

@@ -8,6 +8,7 @@ those after its best one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,26 +48,26 @@ def curves(results: Results, runs: Frame) -> Frame:
     per_phase: Frame = results.phases[
         ["run", "phase", "epochs", "train_flops_head", "train_flops_body"]
     ]
-    told = epochs.merge(
+    table = epochs.merge(
         per_phase.rename(columns={"epochs": "epochs_of_phase"}), on=["run", "phase"], how="left"
     )
-    count = told["epochs_of_phase"].astype("float64")
-    body = told["train_flops_body"].astype("float64") / count
-    told["flops"] = told["train_flops_head"].astype("float64") / count + body
-    told["flops_without_head"] = body
-    told["tokens"] = told["train_tokens"].astype("float64")
-    told["seconds"] = told["train_seconds"] + told["evaluation_seconds"]
-    by_run = told.groupby("run", sort=False)
+    count = table["epochs_of_phase"].astype("float64")
+    body = table["train_flops_body"].astype("float64") / count
+    table["flops"] = table["train_flops_head"].astype("float64") / count + body
+    table["flops_without_head"] = body
+    table["tokens"] = table["train_tokens"].astype("float64")
+    table["seconds"] = table["train_seconds"] + table["evaluation_seconds"]
+    by_run = table.groupby("run", sort=False)
     for measure in MEASURES:
         # A sum with a gap in it is no sum.
-        gap = told[measure.column].isna().groupby(told["run"], sort=False).cummax()
-        told[measure.column] = by_run[measure.column].cumsum().where(~gap)
-    told["step"] = by_run.cumcount() + 1
-    told["loss"] = told["validation_loss"].astype("float64")
-    told["accuracy_percent"] = told["validation_accuracy_percent"].astype("float64")
-    told["best"] = told["best"].fillna(False).astype(bool)
+        gap = table[measure.column].isna().groupby(table["run"], sort=False).cummax()
+        table[measure.column] = by_run[measure.column].cumsum().where(~gap)
+    table["step"] = by_run.cumcount() + 1
+    table["loss"] = table["validation_loss"].astype("float64")
+    table["accuracy_percent"] = table["validation_accuracy_percent"].astype("float64")
+    table["best"] = table["best"].fillna(False).astype(bool)
     names = ["run", "phase", "layers", "epoch", "step", "loss", "accuracy_percent", "best"]
-    return told[[*names, *(measure.column for measure in MEASURES)]]
+    return table[[*names, *(measure.column for measure in MEASURES)]]
 
 
 def spent(results: Results, runs: Frame) -> Frame:
@@ -79,7 +80,7 @@ def spent(results: Results, runs: Frame) -> Frame:
     """
     own = results.phases[results.phases["run"].isin(runs["run"])]
     seconds = own.groupby("run")[["train_seconds", "evaluation_seconds"]].sum(min_count=1)
-    told = runs.join(seconds, on="run")
+    table = runs.join(seconds, on="run")
     figures = {
         "phases": "phases",
         "epochs": "epochs",
@@ -93,38 +94,38 @@ def spent(results: Results, runs: Frame) -> Frame:
         "loss": "last_loss",
         "perplexity": "last_perplexity",
     }
-    numbers = told[list(figures.values())].astype("float64")
+    numbers = table[list(figures.values())].astype("float64")
     numbers.columns = list(figures)
-    numbers[["variant", "model"]] = told[["variant", "model"]]
+    numbers[["variant", "model"]] = table[["variant", "model"]]
     arms = numbers.groupby(["variant", "model"], sort=False)
     means = arms.mean()
     means.insert(0, "seeds", arms.size())
     return means.reset_index()
 
 
-def default_targets(runs: Frame, curves: Frame, reference: str) -> dict[str, float]:
-    """For each model a loss that every seed of the reference variant reached."""
-    lowest = curves.groupby("run")["loss"].min()
-    held = runs[runs["variant"] == reference]
-    of_runs = held["run"].map(lowest).astype("float64")
-    return of_runs.groupby(held["model"], sort=False).max().dropna().to_dict()
+def default_targets(runs: Frame, reference: str) -> dict[str, float]:
+    """For each model a loss that every seed of the reference variant had at its end."""
+    own = runs[runs["variant"] == reference]
+    return own["last_loss"].astype("float64").groupby(own["model"], sort=False).max().to_dict()
 
 
 def to_target(runs: Frame, curves: Frame, targets: dict[str, float]) -> Frame:
-    """The compute at which each arm first came down to the target loss of its model.
-
-    All phases count; the mean is over the seeds that reached it.
+    """The compute at which each arm, at its final depth, first came down to its model's target.
 
     Returns:
-        one row per arm: `variant`, `model`, `target`, `seeds`, `reached` (how many), and the means
-        in the columns of MEASURES (nan where none reached it).
+        one row per arm: `variant`, `model`, `target`, `seeds`, `reached` (how many), and geometric
+        means in the columns of MEASURES; nan where a seed did not get there, for a mean over the
+        others would flatter.
     """
     target = runs["model"].map(targets).astype("float64")
-    reached = _reached(curves, pd.Series(target.to_numpy(), index=runs["run"].to_numpy()))
-    told = runs[["run", "variant", "model"]].assign(target=target).dropna(subset="target")
-    told = told.join(reached, on="run")
-    arms = told.groupby(["variant", "model"], sort=False)
-    means = arms[["target", *(m.column for m in MEASURES)]].mean()
+    reached = _reached(curves, runs, pd.Series(target.to_numpy(), index=runs["run"].to_numpy()))
+    found = runs[["run", "variant", "model"]].assign(target=target).dropna(subset="target")
+    columns = [measure.column for measure in MEASURES]
+    found = found.join(np.log(reached), on="run")
+    arms = found.groupby(["variant", "model"], sort=False)
+    means = np.exp(arms[columns].mean())
+    means = means.where(arms[columns].count().eq(arms.size(), axis=0))
+    means.insert(0, "target", arms["target"].mean())
     means.insert(1, "seeds", arms.size())
     means.insert(2, "reached", arms[TOKENS.column].count())
     return means.reset_index()
@@ -136,60 +137,67 @@ def speed_up(runs: Frame, curves: Frame, scratch: Mapping[str, str]) -> Frame:
     As defined by Du et al. (2024), "Stacking Your Transformers": compute from scratch / compute of
     growing, all phases, to one loss, - 1, following the comparison of cost at equal quality of Gong
     et al. (2019), "Efficient Training of BERT by Progressively Stacking". 0.5 means that from
-    scratch takes half as much again; below 0, growing was slower. The target is the lowest loss
-    that the run from scratch of the same model and seed reached.
+    scratch takes half as much again; below 0, growing was slower. The target is the loss that the
+    run from scratch of the same model and seed ended with. The grown model gets there at its final
+    depth: what it reached before growing is no merit of growing.
 
     Args:
         scratch: growing variant -> the variant that trains its size from scratch.
 
     Returns:
-        one row per growing arm and measure: `variant`, `model`, `measure`, `seeds` (with a run
-        from scratch), and the fields of `stats.Summary` over those that reached the target.
+        one row per growing arm and measure: `variant`, `model`, `measure`, `seeds` (with a run from
+        scratch), `reached` (how many got there), and, where all did, `mean`, `low`, `high`: the
+        geometric mean of the ratios, less 1, and its 95 % interval, of the logarithms.
     """
-    base = runs.loc[runs["variant"].isin(scratch.values()), ["run", "variant", "model", "seed"]]
-    lowest = base["run"].map(curves.groupby("run")["loss"].min()).astype("float64")
-    cost = _reached(curves, pd.Series(lowest.to_numpy(), index=base["run"].to_numpy()))
-    base = base.assign(target=lowest).join(cost, on="run").drop(columns="run")
-    base = base.rename(columns={"variant": "scratch"})
-    grown = runs.loc[runs["variant"].isin(scratch), ["run", "variant", "model", "seed"]]
+    base = runs.loc[runs["variant"].isin(scratch.values())]
+    target = pd.Series(base["last_loss"].to_numpy(dtype=float), index=base["run"].to_numpy())
+    cost = _reached(curves, base, target)
+    base = base[["run", "variant", "model", "seed"]].assign(target=target.to_numpy())
+    base = base.join(cost, on="run").drop(columns="run").rename(columns={"variant": "scratch"})
+    grown = runs[runs["variant"].isin(scratch)]
+    grown = grown[["run", "variant", "model", "seed", "last_layers"]]
     grown = grown.assign(scratch=grown["variant"].map(scratch))
     grown = grown.merge(base, on=["scratch", "model", "seed"])
-    own = _reached(curves, pd.Series(grown["target"].to_numpy(), index=grown["run"].to_numpy()))
+    targets = pd.Series(grown["target"].to_numpy(), index=grown["run"].to_numpy())
+    own = _reached(curves, grown, targets)
     rows = []
     for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
         for measure in MEASURES:
-            at_base = arm[measure.column].to_numpy(dtype=float)
             at_own = own[measure.column].reindex(arm["run"]).to_numpy(dtype=float)
             with np.errstate(divide="ignore", invalid="ignore"):
-                gains = at_base / at_own - 1
-            told = stats.summary(gains)
-            fields = [told.n, told.dropped, told.mean, told.sd, told.low, told.high]
-            rows.append([variant, model, measure.column, len(arm), *fields])
-    names = ["variant", "model", "measure", "seeds", "n", "dropped", "mean", "sd", "low", "high"]
+                ratios = np.log(arm[measure.column].to_numpy(dtype=float) / at_own)
+            found = stats.summary(ratios)
+            known = found.n if found.dropped == 0 else 0
+            ends = np.expm1([found.mean, found.low, found.high]) if known else [math.nan] * 3
+            rows.append([variant, model, measure.column, len(arm), found.n, *ends])
+    names = ["variant", "model", "measure", "seeds", "reached", "mean", "low", "high"]
     return pd.DataFrame(rows, columns=names)
 
 
-def _reached(curves: Frame, targets: Frame) -> Frame:
-    """The compute at which each run's loss first comes down to its target.
+def _reached(curves: Frame, runs: Frame, targets: Frame) -> Frame:
+    """The compute at which each run's loss, at its final depth, first comes down to its target.
 
-    It is interpolated between the two epochs around the first crossing; the first epoch's own where
-    that is already there, for what came before it is not known. Losses that are not finite are
-    passed over.
+    It is interpolated between the two epochs around that; where the first epoch of that depth is
+    already there it is that epoch's own, for what came before it is not known. Losses that are not
+    finite are passed over.
 
     Args:
+        runs: with `run` and `last_layers`.
         targets: loss in nats, indexed by run.
 
     Returns:
         the columns of MEASURES, indexed by run; only runs that reached their target.
     """
     columns = [measure.column for measure in MEASURES]
-    told = curves[["run", "loss", *columns]].assign(
-        target=curves["run"].map(targets).to_numpy(dtype=float)
+    depth = pd.Series(runs["last_layers"].to_numpy(dtype=float), index=runs["run"].to_numpy())
+    epochs = curves[curves["layers"] == curves["run"].map(depth)]
+    epochs = epochs[["run", "loss", *columns]].assign(
+        target=epochs["run"].map(targets).to_numpy(dtype=float)
     )
-    told = told[np.isfinite(told[["loss", "target"]].to_numpy(dtype=float)).all(axis=1)]
-    before = told.groupby("run", sort=False)[["loss", *columns]].shift()
-    there = (told["loss"] <= told["target"]).to_numpy(dtype=bool)
-    at = told[there].drop_duplicates("run")
+    epochs = epochs[np.isfinite(epochs[["loss", "target"]].to_numpy(dtype=float)).all(axis=1)]
+    before = epochs.groupby("run", sort=False)[["loss", *columns]].shift()
+    there = (epochs["loss"] <= epochs["target"]).to_numpy(dtype=bool)
+    at = epochs[there].drop_duplicates("run")
     before = before.loc[at.index]
     share = (before["loss"] - at["target"]) / (before["loss"] - at["loss"])
     # The first measurement's own if it is already there.

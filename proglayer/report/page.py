@@ -25,7 +25,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading of level 2 or 3. Those of level 2 are listed at the top."""
+    """A heading of level 2 or 3."""
 
     text: str
     level: int = 2
@@ -40,6 +40,7 @@ class Paragraph:
 @dataclass(frozen=True)
 class Bullets:
     items: Sequence[str]
+    muted: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,21 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the data say of a claim, on what measure, and the findings that it rests on.
+class Finding:
+    """A claim, what of it was compared, the verdicts, and one sentence with their numbers."""
 
-    Each finding is its outcome, what it is of, and the numbers.
-    """
-
-    outcome: str
     claim: str
-    measured_by: str
-    findings: Sequence[tuple[str, str, str]]
+    compared: str
+    verdicts: Sequence[str]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The findings and the picture of them: what a reader sees first."""
+
+    findings: Sequence[Finding]
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Collapsible:
-    """Blocks that a reader opens; on paper they are open."""
+    """Blocks that a reader opens; on paper they are open. A section has a heading of level 2."""
 
-    summary: str
+    title: str
     blocks: Sequence[Block]
+    section: bool = False
+    open: bool = False
 
 
 Block = (
@@ -113,7 +121,7 @@ Block = (
     | Paragraph
     | Bullets
     | Code
-    | Verdict
+    | Summary
     | Table
     | SideBySide
     | Picture
@@ -142,8 +150,6 @@ def to_html(title: str, lead: str, blocks: Sequence[Block], end: str = "") -> st
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
-    listed = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
-    links = "".join(f'<li><a href="#{_anchor(h.text)}">{_escape(h.text)}</a></li>' for h in listed)
     body = "\n".join(map(_html, blocks))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -153,7 +159,7 @@ def to_html(title: str, lead: str, blocks: Sequence[Block], end: str = "") -> st
         '<link rel="icon" href="data:,">\n'
         f"<title>{_escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"<header>\n<h1>{_escape(title)}</h1>\n<p>{_escape(lead)}</p>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n{body}\n</main>\n'
+        f"</header>\n<main>\n{body}\n</main>\n"
         f"<script>{script}</script>\n</body>\n</html>\n{end}"
     )
 
@@ -184,22 +190,19 @@ def _html(block: Block) -> str:
         case Paragraph(text, muted):
             mark = ' class="muted"' if muted else ""
             return f"<p{mark}>{_escape(text)}</p>"
-        case Bullets(items):
-            return "<ul>" + "".join(f"<li>{_escape(item)}</li>" for item in items) + "</ul>"
+        case Bullets(items, muted):
+            mark = ' class="muted"' if muted else ""
+            return f"<ul{mark}>" + "".join(f"<li>{_escape(item)}</li>" for item in items) + "</ul>"
         case Code(text):
             return f'<pre tabindex="0"><code>{_escape(text)}</code></pre>'
-        case Verdict(outcome, claim, measured_by, findings):
-            # A lone finding's outcome is the claim's.
-            alone = len(findings) == 1
+        case Summary(findings, pictures):
             rows = "".join(
-                f"<li>{'' if alone else _badge(found)} <b>{_escape(what)}</b><br>"
-                f"{_numbers(text)}</li>"
-                for found, what, text in findings
+                f"<li><b>{_escape(f.claim)}</b> {' '.join(map(_badge, f.verdicts))}<br>"
+                f'<span class="muted">{_escape(f.compared)}</span><br>{_breakable(f.sentence)}</li>'
+                for f in findings
             )
-            return (
-                f'<section class="verdict"><h3>{_escape(claim)} {_badge(outcome)}</h3>'
-                f'<p class="muted">{_escape(measured_by)}</p><ul>{rows}</ul></section>'
-            )
+            figures = "".join(map(_html, pictures))
+            return f'<div class="summary"><ul>{rows}</ul><div>{figures}</div></div>'
         case Table():
             return _html_table(block)
         case SideBySide(tables):
@@ -211,15 +214,12 @@ def _html(block: Block) -> str:
             )
         case Pictures(items):
             return f'<div class="pictures">{"".join(map(_html, items))}</div>'
-        case Collapsible(summary, blocks):
+        case Collapsible(title, blocks, section, is_open):
             inside = "\n".join(map(_html, blocks))
-            return f"<details><summary>{_escape(summary)}</summary>\n{inside}\n</details>"
-
-
-def _numbers(text: str) -> str:
-    """The numbers of a finding: first what was found, then, quieter, what it rests on."""
-    found, mark, rest = text.partition("; ")
-    return f'{_escape(found)}{mark}<span class="muted">{_escape(rest)}</span>'
+            opened = " open" * is_open
+            name = f' id="{_anchor(title)}" class="section"' if section else ""
+            head = f"<h2>{_escape(title)}</h2>" if section else _escape(title)
+            return f"<details{name}{opened}><summary>{head}</summary>\n{inside}\n</details>"
 
 
 def _badge(outcome: str) -> str:
@@ -281,18 +281,19 @@ def _markdown(block: Block) -> str:
             return f"{'#' * level} {_marked(text)}"
         case Paragraph(text, _):
             return _marked(text)
-        case Bullets(items):
+        case Bullets(items, _):
             return "\n".join(f"- {_marked(item)}" for item in items)
         case Code(text):
             longest = max((len(run) for run in re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{printable(text)}\n{fence}"
-        case Verdict(outcome, claim, measured_by, findings):
-            rows = [f"- **{_marked(f)}**: {_marked(what)}: {_marked(n)}" for f, what, n in findings]
-            head = f"### {_marked(claim)}: {_marked(outcome)}"
-            return "\n\n".join(
-                part for part in (head, _marked(measured_by), "\n".join(rows)) if part
-            )
+        case Summary(findings, pictures):
+            rows = [
+                f"- **{_marked(f.claim)}: {_marked('; '.join(f.verdicts))}.** "
+                f"({_marked(f.compared)}) {_marked(f.sentence)}"
+                for f in findings
+            ]
+            return "\n\n".join(["\n".join(rows), *map(_markdown, pictures)])
         case Table():
             return _markdown_table(block)
         case SideBySide(tables):
@@ -301,8 +302,9 @@ def _markdown(block: Block) -> str:
             return f"**{_marked(title)}**\n\n![{_marked(alt)}](figures/{name}.svg)"
         case Pictures(items):
             return "\n\n".join(map(_markdown, items))
-        case Collapsible(summary, blocks):
-            return "\n\n".join([f"**{_marked(summary)}**", *map(_markdown, blocks)])
+        case Collapsible(title, blocks, section, _):
+            head = f"## {_marked(title)}" if section else f"**{_marked(title)}**"
+            return "\n\n".join([head, *map(_markdown, blocks)])
 
 
 def _markdown_table(table: Table) -> str:

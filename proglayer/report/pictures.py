@@ -1,8 +1,8 @@
 """The report's pictures, drawn with matplotlib: SVG for a page, and SVG and PNG files.
 
 Each panel is a picture of its own, narrow enough to be read on a phone; a page sets as many beside
-each other as fit. Colours are those of Okabe and Ito (2008), told apart by colour-blind readers as
-well, and everything that a colour says a marker or a dash says too. In a page the colours are its
+each other as fit. Colours are those of Okabe and Ito (2008), which colour-blind readers tell
+apart, and everything that a colour says a marker or a dash says too. In a page the colours are its
 style's variables, so that one picture serves light and dark; files have a white ground. Equal
 input gives equal bytes. Matplotlib takes half a second to import and is, where something is drawn.
 """
@@ -21,19 +21,17 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report.page import Picture
-from proglayer.report.study import DEEP, MODEL_NAMES, STANDARD, Frame
+from proglayer.report.study import DEEP, STANDARD, Frame, model_name, variant_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
 WIDTH_IN = 4.6
 PNG_DPI = 144
 # Room beside a panel for figures of up to eight characters and for what the axes are called.
 LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.1, 0.08, 0.46
-# More seeds than these would blacken a picture; the mean is over all of them.
-MOST_LINES = 12
 
 # Name in the page's style -> colour on white.
 COLOURS = {
@@ -106,11 +104,6 @@ LOOKS = tuple(
 )
 
 
-def model_name(model: str) -> str:
-    """A model for people."""
-    return MODEL_NAMES.get(model, model)
-
-
 def _look_of_model(models: Sequence[str], model: str) -> Look:
     others = [name for name in models if name not in MODEL_LOOKS]
     return MODEL_LOOKS.get(model) or LOOKS[2 + others.index(model) % (len(LOOKS) - 2)]
@@ -143,20 +136,20 @@ class Gallery:
         """
         import matplotlib as mpl
         from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure as Canvas
+        from matplotlib.figure import Figure
 
         with mpl.rc_context(RC), warnings.catch_warnings():
             # A glyph that the font lacks is a box in the PNG, and right in a browser.
             warnings.simplefilter("ignore")
             layout = "constrained" if row_labels else None
-            canvas = Canvas(figsize=(WIDTH_IN, height_in), layout=layout)
-            paint(canvas.add_subplot())
+            figure = Figure(figsize=(WIDTH_IN, height_in), layout=layout)
+            paint(figure.add_subplot())
             if not row_labels:
-                _set_margins(canvas)
+                _set_margins(figure)
             svg = io.StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            FigureCanvasSVG(canvas).print_svg(svg, metadata=nothing)
-            png = self._png(canvas) if self.png else None
+            FigureCanvasSVG(figure).print_svg(svg, metadata=nothing)
+            png = self._png(figure) if self.png else None
         whole = svg.getvalue()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{name}.svg").write_text(_on_white(whole), encoding="utf-8")
@@ -168,29 +161,29 @@ class Gallery:
         self.names.append(name)
         return Picture(name, title, alt, _for_page(whole, name))
 
-    def _png(self, canvas: Canvas) -> bytes:
+    def _png(self, figure: Figure) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         # The layout stands; to find it again would cost as much as to draw.
-        canvas.set_layout_engine("none")
-        canvas.set_facecolor("white")
-        canvas.set_dpi(PNG_DPI)
+        figure.set_layout_engine("none")
+        figure.set_facecolor("white")
+        figure.set_dpi(PNG_DPI)
         png = io.BytesIO()
-        FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
         return png.getvalue()
 
 
-def _set_margins(canvas: Canvas) -> None:
+def _set_margins(figure: Figure) -> None:
     """Put the panel where its labels and the legend below it have room."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    width, height = canvas.get_size_inches()
-    legend = canvas.legends[0].get_window_extent(FigureCanvasAgg(canvas).get_renderer())
-    canvas.subplots_adjust(
+    width, height = figure.get_size_inches()
+    legend = figure.legends[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    figure.subplots_adjust(
         left=LEFT_IN / width,
         right=1 - RIGHT_IN / width,
         top=1 - TOP_IN / height,
-        bottom=(BOTTOM_IN + legend.height / canvas.dpi) / height,
+        bottom=(BOTTOM_IN + legend.height / figure.dpi) / height,
     )
 
 
@@ -220,58 +213,69 @@ def _in_variables(found: re.Match[str]) -> str:
 
 
 def forest(
-    gallery: Gallery, name: str, title: str, table: Frame, margin: float, unit: str
+    gallery: Gallery,
+    name: str,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    margin: float,
+    unit: str,
 ) -> Picture:
-    """Means with their intervals, a row for each variant and a mark for each model.
+    """Means with their intervals and seeds: a line for each label, a mark for each model in it.
 
     Args:
-        table: `variant`, `model`, `n`, `mean`, `low`, `high`.
+        rows: `label`, `model`, `mean`, `low`, `high`, and `seeds` (a value for each).
         margin: differences within it are shaded, for they count as none.
     """
-    variants = list(dict.fromkeys(table["variant"]))
-    models = list(dict.fromkeys(table["model"]))
-    spread = 0.0 if len(models) == 1 else 0.36
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows if row["model"]))
+    spread = 0.0 if len(models) < 2 else 0.36
 
     def paint(axes: Axes) -> None:
         axes.axvspan(-margin, margin, color=FAINT, alpha=0.6, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=1)
-        for number, model in enumerate(models):
-            look = _look_of_model(models, model)
-            rows = table[(table["model"] == model) & np.isfinite(table["mean"])]
-            offset = spread * (number / max(1, len(models) - 1) - 0.5)
-            heights = np.array([variants.index(v) for v in rows["variant"]]) + offset
-            low, high = rows["low"].to_numpy(float), rows["high"].to_numpy(float)
-            axes.hlines(heights, low, high, color=look.colour, linewidth=2)
+        named: set[str] = set()
+        for row in rows:
+            model = row["model"]
+            look = _look_of_model(models, model) if model else Look(INK, "s", "-")
+            place = models.index(model) / max(1, len(models) - 1) - 0.5 if model else 0
+            height = labels.index(row["label"]) + spread * place
+            seeds = np.asarray(row["seeds"], dtype=float)
+            dots = {"color": look.colour, "linestyle": "none", "marker": "o", "markersize": 3}
+            axes.plot(seeds, np.full(len(seeds), height + 0.13), alpha=0.55, mew=0, **dots)
+            if np.isfinite(row["low"]):
+                axes.hlines(height, row["low"], row["high"], color=look.colour, linewidth=2)
             axes.plot(
-                rows["mean"].to_numpy(float),
-                heights,
+                [row["mean"]],
+                [height],
                 linestyle="none",
                 marker=look.marker,
                 markersize=5.5,
                 color=look.colour,
-                label=model_name(model),
+                label=model_name(model) if model and model not in named else None,
             )
-        axes.set_yticks(range(len(variants)), [_wrapped(v) for v in variants])
-        axes.set_ylim(len(variants) - 0.4, -0.6)
+            named.add(model)
+        axes.set_yticks(range(len(labels)), [_wrapped(label) for label in labels])
+        axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         _tick(axes.xaxis, 5)
-        axes.set_xlabel(f"{unit} (plus: better); shaded: within ±{margin:.3g}")
-        _legend(axes, len(models))
+        axes.set_xlabel(f"{unit} (right: better)")
+        if models:
+            _legend(axes, len(models))
 
-    told = "; ".join(
-        f"{row.variant}, {model_name(row.model)}: {row.mean:+.3g}"
-        + (f" ({row.low:+.3g} to {row.high:+.3g})" if row.n > 1 else "")
-        for row in table.itertuples()
-        if np.isfinite(row.mean)
+    alt = "; ".join(
+        f"{row['label']}{', ' + model_name(row['model']) if row['model'] else ''}: "
+        f"{row['mean']:+.3g}"
+        + (f" ({row['low']:+.3g} to {row['high']:+.3g})" if np.isfinite(row["low"]) else "")
+        for row in rows
     )
     height = (
-        1.0
-        + len(variants) * (0.28 + 0.08 * len(models))
-        + 0.12 * sum(_wrapped(v).count("\n") for v in variants)
+        0.75
+        + len(labels) * (0.32 + 0.1 * max(1, len(models)))
+        + 0.1 * sum(_wrapped(label).count("\n") for label in labels)
+        + (0.25 if models else 0)
     )
-    alt = f"{title}, in {unit}: {told}"
-    return gallery.draw(name, title, alt, height, paint, row_labels=True)
+    return gallery.draw(name, title, f"{title}, in {unit}: {alt}", height, paint, row_labels=True)
 
 
 def _wrapped(label: str, width: int = 22) -> str:
@@ -298,20 +302,23 @@ def _legend(axes: Axes, columns: int, handles: list[Any] | None = None) -> None:
     figure.legend(handles=handles or axes.get_legend_handles_labels()[0], **settings)
 
 
-# --- courses of training --------------------------------------------------------------------------
+# --- learning curves ------------------------------------------------------------------------------
 
 
-def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
+def learning_curve(
+    gallery: Gallery, name: str, title: str, curves: Frame, limits: tuple[float, float]
+) -> Picture:
     """Validation loss through the phases of one variant, growth and unfreezing marked.
 
     A phase begins, for every seed, where the longest of the phase before ended, so that growth
-    stands at one place. Thin lines are seeds; the thick one is their mean as far as all of them
-    train: those that go on are not those that stopped, and a mean over fewer would jump to them.
+    stands at one place. A line is the mean of the seeds, and its band a standard deviation to each
+    side, as far as all of them train: those that go on are not those that stopped, and a mean over
+    fewer would jump to them.
 
     Args:
         curves: of `ledger.curves`, with `model`, `seed` and `phase_name` (as recorded).
+        limits: of the loss, the same for all pictures that are compared.
     """
-    from matplotlib.collections import LineCollection
 
     models = list(dict.fromkeys(curves["model"]))
     lengths = curves.groupby("phase")["epoch"].max()
@@ -324,30 +331,22 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
         for model in models:
             look = _look_of_model(models, model)
             own = curves[curves["model"] == model]
-            seeds = own["seed"].nunique()
-            shown = own[own["seed"].isin(sorted(own["seed"].unique())[:MOST_LINES])]
-            if seeds > 1:
-                lines = [
-                    part[["at", "loss"]].to_numpy(float)
-                    for _, part in shown.groupby(["seed", "phase"], sort=True)
-                ]
-                axes.add_collection(
-                    LineCollection(lines, colors=look.colour, linewidths=0.8, alpha=0.55)
-                )
             for phase, part in own.groupby("phase"):
-                at = part.groupby("at")["loss"].agg(["mean", "size"])
+                at = part.groupby("at")["loss"].agg(["mean", "std", "size"])
                 whole = at[at["size"] == part["seed"].nunique()]
+                x, mean = whole.index.to_numpy(float), whole["mean"].to_numpy(float)
+                sd = whole["std"].fillna(0).to_numpy(float)
+                axes.fill_between(x, mean - sd, mean + sd, color=look.colour, alpha=0.2, lw=0)
                 axes.plot(
-                    whole.index.to_numpy(float),
-                    whole["mean"].to_numpy(float),
+                    x,
+                    mean,
                     color=look.colour,
                     marker=look.marker,
                     markersize=3.2 if len(whole) < 30 else 0,
                     label=model_name(model) if phase == own["phase"].min() else None,
                 )
-        axes.autoscale_view()
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.16 * (high - low))
+        low, high = limits
+        axes.set_ylim(low - 0.04 * (high - low), high + 0.2 * (high - low))
         for phase, (what, layers) in marks.items():
             at = float(starts[phase]) + 0.5
             if phase > 1:
@@ -371,11 +370,11 @@ def course(gallery: Gallery, name: str, title: str, curves: Frame) -> Picture:
         _legend(axes, len(models))
 
     last = curves.sort_values(["phase", "epoch"]).groupby(["model", "phase"])["loss"].min()
-    told = "; ".join(
+    shown_in_words = "; ".join(
         f"{model_name(str(model))}, phase {phase}: lowest {value:.3f}"
         for (model, phase), value in last.items()  # type: ignore[misc]
     )
-    return gallery.draw(name, title, f"Validation loss of {title}: {told}", 3.1, paint)
+    return gallery.draw(name, title, f"Validation loss of {title}: {shown_in_words}", 3.1, paint)
 
 
 def _mark(phase_name: str, layers: int) -> str:
@@ -395,7 +394,7 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
         exits: `model`, `seed`, `layer`, `accuracy_percent`, `when` (first or last).
     """
     models = list(dict.fromkeys(exits["model"]))
-    told: list[str] = []
+    shown_in_words: list[str] = []
     steps = list(dict.fromkeys(exits["when"]))
 
     def paint(axes: Axes) -> None:
@@ -421,7 +420,7 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
                     label=label,
                 )
                 means = ", ".join(f"{value:.2f}" for value in at["mean"])
-                told.append(f"{label}: {means} %")
+                shown_in_words.append(f"{label}: {means} %")
         _tick(axes.xaxis, 10, whole=True)
         axes.set_xlabel("exit after layer")
         _tick(axes.yaxis, 5)
@@ -429,7 +428,7 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
         _legend(axes, min(2, len(steps) * len(models)))
 
     picture = gallery.draw(name, title, "", 3.1, paint)
-    alt = f"Accuracy by exit of {title}, bottom layer first: {'; '.join(told)}"
+    alt = f"Accuracy by exit of {title}, bottom layer first: {'; '.join(shown_in_words)}"
     return Picture(picture.name, picture.title, alt, picture.svg)
 
 
@@ -442,29 +441,18 @@ def against_compute(
     unit: str,
     order: Sequence[str],
 ) -> Picture:
-    """The lowest validation loss so far against the compute spent, a line for each variant.
+    """The validation loss of the model in hand against compute, a line for each variant.
 
-    Lines are means over all seeds, epoch by epoch. A seed that has stopped counts with what it
-    spent and reached, so that a line ends at the means of its arm and is of the same seeds
-    throughout.
+    Lines are means over all seeds, epoch by epoch. A seed whose phase has ended counts with what it
+    spent and with its selected epoch, from which the next phase starts; a large mark is where all
+    have ended a phase. After it the line shows what growing did.
 
     Args:
         curves: of one model, with `variant`.
         column: of `ledger.MEASURES`.
         order: variants in the order that gives them their looks.
     """
-    curves = curves.dropna(subset=[column])
-    so_far = curves.groupby("run", sort=False)["loss"].cummin()
-    by_step = curves.assign(so_far=so_far).pivot(
-        index=["variant", "run"], columns="step", values=[column, "so_far"]
-    )
-    means = {
-        name: by_step[source].ffill(axis="columns").groupby("variant", sort=False).mean().stack()
-        for name, source in (("compute", column), ("loss", "so_far"))
-    }
-    longest = curves.groupby("variant")["step"].max()
-    steps: Frame = pd.DataFrame(means).reset_index()
-    steps = steps[steps["step"] <= steps["variant"].map(longest)]
+    steps = _in_hand(curves.dropna(subset=[column]), column)
     shown = [variant for variant in order if variant in set(steps["variant"])]
 
     def paint(axes: Axes) -> None:
@@ -477,31 +465,54 @@ def against_compute(
                 color=look.colour,
                 linestyle=look.dashes,
                 marker=look.marker,
-                markersize=4,
+                markersize=7,
+                markevery=np.flatnonzero(own["ended"]).tolist(),
                 linewidth=1.3,
-                label=_wrapped(variant, 26),
+                label=_wrapped(variant_name(variant), 26),
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
         axes.xaxis.set_minor_formatter(lambda value, _: "")
         _tick_few(axes)
         # Where the variants part matters, not where they all come from.
-        ends = steps.groupby("variant")["loss"].min()
+        ends = steps[steps["ended"]]["loss"]
         low, high = float(ends.min()), float(steps["loss"].max())
-        top = low + max(4 * float(ends.max() - low), 0.25 * (high - low))
+        after_growth = float(steps.loc[steps["phase"] > 1, "loss"].max())
+        top = low + max(2 * float(ends.max() - low), 0.25 * (high - low))
+        top = top if np.isnan(after_growth) else max(top, after_growth)
         if high > low:
             axes.set_ylim(low - 0.06 * (top - low), min(high, top) + 0.03 * (top - low))
         axes.set_xlabel(f"{unit}, all phases so far")
         _tick(axes.yaxis, 5)
-        axes.set_ylabel("lowest validation loss so far")
+        axes.set_ylabel("validation loss (nats)")
         _legend(axes, 2)
 
-    told = "; ".join(
+    shown_in_words = "; ".join(
         f"{variant}: {own['loss'].iloc[-1]:.3f} after {engineering(own['compute'].iloc[-1])}"
         for variant, own in ((v, steps[steps["variant"] == v]) for v in shown)
     )
     height = 3.0 + 0.17 * (sum(1 + _wrapped(v, 26).count("\n") for v in shown) / 2)
-    return gallery.draw(name, title, f"{title}: {told}", height, paint)
+    return gallery.draw(name, title, f"{title}: {shown_in_words}", height, paint)
+
+
+def _in_hand(curves: Frame, column: str) -> Frame:
+    """Mean compute and loss of each variant, epoch by epoch, and where a phase `ended`."""
+    parts = []
+    for (variant, phase), own in curves.groupby(["variant", "phase"], sort=False):
+        wide = own.pivot(index="run", columns="epoch", values=[column, "loss"])
+        lowest = own.groupby("run")["loss"].min()
+        selected = own[own["best"]].set_index("run")["loss"].reindex(lowest.index).fillna(lowest)
+        compute = wide[column].ffill(axis="columns")
+        loss = wide["loss"].apply(lambda column: column.fillna(selected))  # noqa: B023
+        end = len(compute.columns)
+        part = pd.DataFrame({"compute": compute.mean(), "loss": loss.mean(), "ended": False})
+        part.loc[end + 1] = [compute.iloc[:, -1].mean(), selected.mean(), True]
+        parts.append(part.assign(variant=variant, phase=phase))
+    columns = ["compute", "loss", "ended", "variant", "phase"]
+    if not parts:
+        return pd.DataFrame(columns=columns)
+    steps = pd.concat(parts, ignore_index=True).sort_values("phase", kind="stable")
+    return steps.astype({"ended": bool, "compute": float, "loss": float})
 
 
 def _tick(axis: Axis, most: int, whole: bool = False) -> None:
@@ -577,10 +588,10 @@ def parameters(gallery: Gallery, name: str, title: str, table: Frame) -> Picture
         ]
         _legend(axes, 4, [*handles, Patch(facecolor=FAINT, label="frozen")])
 
-    told = "; ".join(
+    shown_in_words = "; ".join(
         f"{row.label}: {int(row.layers + row.embedding + row.head):,} of {int(row.total):,}"
         for row in table.itertuples()
     )
     lines = sum(1 + _wrapped(label, 26).count("\n") for label in table["label"])
     height = 1.05 + 0.2 * lines + 0.06 * len(table)
-    return gallery.draw(name, title, f"{title}: {told}", height, paint, row_labels=True)
+    return gallery.draw(name, title, f"{title}: {shown_in_words}", height, paint, row_labels=True)

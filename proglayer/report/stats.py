@@ -1,7 +1,7 @@
 """What a handful of seeds can and cannot say: summaries, paired comparisons, verdicts.
 
-Pure functions on numpy arrays and pandas objects. Every test of significance, correction and power
-of a t-test is SciPy's or statsmodels'; written out here are Hedges' factor and the binomial error.
+Pure functions on numpy arrays and pandas objects. Every test, interval and power of a t-test is
+SciPy's or statsmodels'; written out here are Hedges' factor and two binomial errors.
 
 Three conventions hold throughout:
 
@@ -12,9 +12,12 @@ Three conventions hold throughout:
 - Values that are not finite (a failed or diverged run) are left out and **counted** in `dropped`;
   a comparison also says why, for what is true of the seeds that came through need not be of all.
 
-With the small numbers of seeds that a study can afford, the paired t-test is the test that decides;
-the exact sign-flip test, which assumes only symmetry, stands beside it. Where every difference is
-the same, a t-test has no spread to judge by, and exact sign tests decide instead.
+With the small numbers of seeds that a study can afford, the paired t-test decides; the exact
+sign-flip test, which assumes only symmetry, stands beside it. Where every difference is the same, a
+t-test has no spread to judge by, and exact sign tests decide instead. Of several comparisons each
+is judged at the level 0.05 / their number (Bonferroni): then an interval belongs to every verdict
+and cannot contradict it, and all of them hold together with 95 %. Holm's procedure would find a
+little more and leaves no such intervals.
 
 SciPy and statsmodels take a second to import, and of one seed nothing is tested: they are imported
 where they are used.
@@ -24,9 +27,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,10 @@ SIGN_FLIP_RESAMPLES = 9_999
 MOST_SEEDS = 1_000_000
 # Differences that agree to this share of the values themselves differ by rounding only.
 ROUNDING = 1e-12
+ALPHA = 0.05
+POWER = 0.8
+# Beyond this modified z-score a value is an outlier: Iglewicz & Hoaglin (1993).
+OUTLYING = 3.5
 
 
 # --- changes of a run -----------------------------------------------------------------------------
@@ -87,6 +95,22 @@ def binomial_error(accuracy: float, tokens: int) -> float:
     return 100 * math.sqrt(accuracy * (1 - accuracy) / tokens)
 
 
+def paired_binomial_error(accuracy_a: float, accuracy_b: float, tokens: int) -> float:
+    """The largest standard error, in points, that a text gives a difference of two accuracies.
+
+    McNemar's (1947): only tokens that one model gets right and the other wrong count. How many
+    those are is taken as if the models erred unrelatedly; the more alike they are, the smaller the
+    true error. It does not shrink with more seeds that read the same text.
+
+    Args:
+        accuracy_a, accuracy_b: shares of right predictions, 0 to 1.
+        tokens: how many predictions each is the share of.
+    """
+    _require_shares("accuracy", [accuracy_a, accuracy_b])
+    disagreeing = accuracy_a * (1 - accuracy_b) + accuracy_b * (1 - accuracy_a)
+    return 100 * math.sqrt((disagreeing - (accuracy_a - accuracy_b) ** 2) / tokens)
+
+
 def _require_shares(name: str, values: Any) -> None:
     array = np.asarray(values, dtype=float)
     wrong = array[(array < 0) | (array > 1)]
@@ -133,12 +157,6 @@ def summary(values: Any, confidence: float = 0.95) -> Summary:
     return Summary(n, array.size - n, mean, sd, low, high)
 
 
-def _too_few(seeds: int) -> str:
-    if seeds == 0:
-        return "no seed: nothing can be concluded"
-    return "one seed: nothing can be concluded" if seeds == 1 else ""
-
-
 def _require_probability(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(f"{name}={value:g} must lie between 0 and 1")
@@ -147,77 +165,104 @@ def _require_probability(name: str, value: float) -> None:
 # --- two arms, paired by seed ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """The difference a - b within seeds, in the unit of the values. See `paired`."""
 
-    n: int  # seeds with a finite value in both arms
+    differences: pd.Series  # of the seeds with a finite value in both arms, indexed by seed
     dropped: int  # seeds of either arm without such a partner
     left_out: str  # why those were dropped, each reason with the number of seeds; empty if none was
-    mean: float  # mean difference; nan without a pair
-    sd: float  # of the differences; nan below two pairs; exactly 0 if they are all the same
-    low: float  # interval of the mean difference at confidence 1 - alpha; nan below two pairs
-    high: float
-    t_p: float  # paired t-test, two-sided; nan below two pairs and where sd is 0
-    sign_flip_p: float  # sign-flip test of the mean, two-sided; nan below two pairs
-    sign_flip_exact: bool  # every sign pattern was tried, rather than a random sample of them
-    effect_size: float  # Cohen's dz with Hedges' correction, unitless; nan below three pairs
-    equivalence_p: float  # that the true difference lies outside +-margin; nan below two pairs
     margin: float  # differences within +-margin count as none
-    alpha: float  # level of the intervals and of the figures of planning below
-    power: float  # of those figures
+    rounding: float  # what rounding alone can make of a difference
+
+    @property
+    def n(self) -> int:
+        """The number of seeds compared."""
+        return len(self.differences)
+
+    @property
+    def _values(self) -> np.ndarray:
+        return self.differences.to_numpy(dtype=float)
+
+    @property
+    def mean(self) -> float:
+        """The mean difference; nan without a pair."""
+        return self._over_seeds.mean
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation; nan below two pairs; exactly 0 if all are the same."""
+        return self._over_seeds.sd
+
+    @cached_property
+    def _over_seeds(self) -> Summary:
+        return summary(self._values)
 
     @property
     def constant(self) -> bool:
-        """Every seed shows the same difference, up to rounding."""
+        """Whether every seed shows the same difference, up to rounding."""
         return self.n >= 2 and self.sd == 0
 
-    @property
-    def p(self) -> float:
-        """The p-value that decides: the t-test's; the sign-flip test's where that is undefined."""
-        return self.sign_flip_p if self.constant else self.t_p
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Student's interval of the mean difference.
 
-    @property
-    def sign_flip_floor(self) -> float:
-        """The lowest p that the sign-flip test can reach with this many seeds."""
-        return min(1.0, 2.0 ** (1 - self.n))
-
-    @property
-    def smallest_difference(self) -> float:
-        """The difference that this many seeds would have shown with the given power.
-
-        nan below two pairs, and where sd is 0, since then the spread is not known.
+        Returns:
+            low and high; nan below two pairs, and where sd is 0, since the spread is not known.
         """
-        return smallest_difference(self.sd, self.n, alpha=self.alpha, power=self.power)
+        found = summary(self._values, confidence)
+        return (math.nan, math.nan) if self.constant else (found.low, found.high)
 
-    @property
-    def seeds_for_difference(self) -> float:
-        """Seeds to find a difference, if the observed mean and sd are the true ones."""
-        return seeds_for_difference(self.mean, self.sd, alpha=self.alpha, power=self.power)
-
-    @property
-    def seeds_for_equivalence(self) -> float:
-        """Seeds to establish equivalence, if the observed mean and sd are the true ones."""
-        return seeds_for_equivalence(
-            self.sd, self.margin, difference=self.mean, alpha=self.alpha, power=self.power
-        )
-
-    @property
-    def note(self) -> str:
-        """What limits these numbers, in words; empty if nothing special does."""
+    @cached_property
+    def p(self) -> float:
+        """The p-value that decides, two-sided: the paired t-test's; where sd is 0 the exact sign
+        test's; nan below two pairs.
+        """
         if self.n < 2:
-            return _too_few(self.n)
-        notes = []
+            return math.nan
+        from scipy import stats as sps
+
         if self.constant:
-            notes.append("every seed shows the same difference, so exact sign tests decide")
-        if self.sign_flip_floor > self.alpha:
-            fewest = _fewest_sign_flips(self.alpha)
-            notes.append(
-                f"with {self.n} seeds the sign-flip test cannot go below"
-                f" p = {self.sign_flip_floor:.3g}; {fewest} are the fewest that reach"
-                f" {self.alpha:g}"
-            )
-        return "; ".join(notes)
+            # Of equal differences a sum is as large as the one observed only with all its signs.
+            return float(sps.binomtest(self.n, self.n, 0.5).pvalue) if self.mean else 1.0
+        return float(np.asarray(sps.ttest_1samp(self._values, 0.0)[1]))
+
+    @cached_property
+    def sign_flip_p(self) -> float:
+        """The sign-flip test of the mean, two-sided; nan below two pairs."""
+        if self.n < 2 or self.constant:
+            return self.p
+        return _sign_flip(self._values)
+
+    @cached_property
+    def equivalence_p(self) -> float:
+        """That the true difference lies outside +-margin; nan below two pairs."""
+        if self.n < 2:
+            return math.nan
+        if self.constant:
+            from scipy import stats as sps
+
+            inside = self.margin - abs(self.mean) > max(self.rounding, ROUNDING * self.margin)
+            tests = sps.binomtest(self.n * inside, self.n, 0.5, alternative="greater")
+            return float(tests.pvalue)
+        from statsmodels.stats.weightstats import DescrStatsW
+
+        return float(DescrStatsW(self._values).ttost_mean(-self.margin, self.margin)[0])
+
+    @property
+    def effect_size(self) -> float:
+        """Cohen's dz with Hedges' correction, unitless; nan below three pairs."""
+        if self.n < 3 or self.constant:
+            return math.nan
+        return _hedges_factor(self.n - 1) * self.mean / self.sd
+
+    @property
+    def outlying(self) -> list[Any]:
+        """The seeds whose differences stand apart: a modified z-score above OUTLYING."""
+        away = (self.differences - self.differences.median()).abs()
+        typical = away.median() / 0.6745
+        if self.n < 4 or not typical > 0:
+            return []
+        return list(self.differences.index[away / typical > OUTLYING])
 
 
 def paired(
@@ -225,8 +270,6 @@ def paired(
     b_by_seed: pd.Series,
     *,
     margin: float = 0.1,
-    alpha: float = 0.05,
-    power: float = 0.8,
     reasons: Mapping[Any, str] | None = None,
 ) -> Comparison:
     """Compare two arms by their differences a - b within seeds.
@@ -236,8 +279,6 @@ def paired(
             that lack a finite value, are counted in `dropped`.
         reasons: seed -> why one of its arms has no finite value, for `left_out`.
         margin: a true difference within +-margin counts as none; in the unit of the values.
-        alpha: significance level; intervals have confidence 1 - alpha.
-        power: of the smallest difference and the numbers of seeds.
 
     Two-sided tests of no difference: the paired t-test (`scipy.stats.ttest_1samp` of the
     differences) and the sign-flip test, exact up to EXACT_SIGN_FLIP_SEEDS seeds
@@ -246,16 +287,13 @@ def paired(
     two one-sided t-tests (`DescrStatsW.ttost_mean`; Schuirmann 1987), whose p-value is the larger
     of the two. Effect size: mean / sd, times Hedges' (1981) factor for n - 1 degrees of freedom.
 
-    Where every difference is the same (up to rounding), the t-tests are undefined: `t_p` and the
-    effect size are nan, the sign-flip test is exact for any number of seeds, and equivalence is
-    judged by the exact sign test, whose p is 0.5 ** n if the difference is within the margin,
-    else 1.
+    Where every difference is the same (up to rounding), the t-tests are undefined: the sign test
+    decides, and equivalence is judged by the exact sign test, whose p is 0.5 ** n if the difference
+    is within the margin, else 1.
 
     Raises:
         ValueError: for a seed that occurs twice in one arm, or a margin that is not positive.
     """
-    _require_probability("alpha", alpha)
-    _require_probability("power", power)
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"margin={margin:g} must be positive")
     for name, arm in (("a_by_seed", a_by_seed), ("b_by_seed", b_by_seed)):
@@ -264,63 +302,26 @@ def paired(
             raise ValueError(f"{name} has more than one value for seed {_listed(repeated)}")
 
     arms = pd.concat([a_by_seed, b_by_seed], axis=1, keys=["a", "b"]).astype(float)
-    pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)]
+    pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)].sort_index()
     dropped = arms.index.difference(pairs.index, sort=False)
     in_both = a_by_seed.index.intersection(b_by_seed.index)
     why = Counter(
         (reasons or {}).get(seed, "no finite value" if seed in in_both else "not in both arms")
         for seed in dropped
     )
-    a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
-    differences = a - b
-    n = len(differences)
-    rounding = ROUNDING * max(np.abs(a).max(), np.abs(b).max()) if n else 0.0
-    if n and np.ptp(differences) <= rounding:
+    differences = pairs["a"] - pairs["b"]
+    rounding = ROUNDING * float(pairs.abs().max(axis=None)) if len(pairs) else 0.0
+    if len(pairs) and np.ptp(differences) <= rounding:
         # Rounding of a and b leaves a spread of the last bits, on which a t-test would be certain
         # of anything; a mean of last bits is no difference either.
         mean = float(np.mean(differences))
-        differences = np.full(n, 0.0 if abs(mean) <= rounding else mean)
-
-    over_seeds = summary(differences, confidence=1 - alpha)
-    mean, sd = over_seeds.mean, over_seeds.sd
-    t_p, effect_size, equivalence_p = math.nan, math.nan, math.nan
-    sign_flip_p, sign_flip_exact = math.nan, True
-    if n >= 2:
-        from scipy import stats as sps
-        from statsmodels.stats.weightstats import DescrStatsW
-
-        if sd == 0:
-            # Of equal differences a sum is as large as the one observed only with all its signs.
-            sign_flip_p = float(sps.binomtest(n, n, 0.5).pvalue) if mean else 1.0
-            inside = n if margin - abs(mean) > max(rounding, ROUNDING * margin) else 0
-            equivalence_p = float(sps.binomtest(inside, n, 0.5, alternative="greater").pvalue)
-        else:
-            sign_flip_p, sign_flip_exact = _sign_flip(differences)
-            t_p = float(np.asarray(sps.ttest_1samp(differences, 0.0)[1]))
-            equivalence_p = float(DescrStatsW(differences).ttost_mean(-margin, margin)[0])
-            if n >= 3:
-                effect_size = _hedges_factor(n - 1) * mean / sd
-    return Comparison(
-        n=n,
-        dropped=len(dropped),
-        left_out=", ".join(f"{count} {reason}" for reason, count in sorted(why.items())),
-        mean=mean,
-        sd=sd,
-        low=over_seeds.low,
-        high=over_seeds.high,
-        t_p=t_p,
-        sign_flip_p=sign_flip_p,
-        sign_flip_exact=sign_flip_exact,
-        effect_size=effect_size,
-        equivalence_p=equivalence_p,
-        margin=margin,
-        alpha=alpha,
-        power=power,
-    )
+        differences[:] = 0.0 if abs(mean) <= rounding else mean
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
+    return Comparison(differences, len(dropped), left_out, margin, rounding)
 
 
-def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
-    """The two-sided p of the mean among those of all sign patterns, and whether all were tried.
+def _sign_flip(differences: np.ndarray) -> float:
+    """The two-sided p of the mean among those of all sign patterns, or of a sample of them.
 
     `permutation_test` would take a random sample, too, but draws it at random pair by pair: ten
     times the time of `monte_carlo_test`, which is given signs by the block.
@@ -338,7 +339,7 @@ def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
             n_resamples=2 ** len(ordered),
             rng=draw,
         )
-        return float(exact.pvalue), True
+        return float(exact.pvalue)
     sampled = sps.monte_carlo_test(
         np.ones(len(ordered)),
         lambda size: 2.0 * draw.integers(0, 2, size, dtype=np.int8) - 1.0,
@@ -348,7 +349,7 @@ def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
         n_resamples=SIGN_FLIP_RESAMPLES,
         batch=1_000,
     )
-    return float(sampled.pvalue), False
+    return float(sampled.pvalue)
 
 
 def _hedges_factor(degrees: int) -> float:
@@ -366,7 +367,9 @@ def _listed(names: Iterable[Any], most: int = 5) -> str:
 # --- how many seeds, how small a difference -------------------------------------------------------
 
 
-def smallest_difference(sd: float, seeds: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
+def smallest_difference(
+    sd: float, seeds: int, *, alpha: float = ALPHA, power: float = POWER
+) -> float:
     """The true difference that a paired t-test with this many seeds finds with the given power.
 
     Args:
@@ -387,7 +390,7 @@ def smallest_difference(sd: float, seeds: int, *, alpha: float = 0.05, power: fl
 
 
 def seeds_for_difference(
-    difference: float, sd: float, *, alpha: float = 0.05, power: float = 0.8
+    difference: float, sd: float, *, alpha: float = ALPHA, power: float = POWER
 ) -> float:
     """The fewest seeds with which a paired t-test finds this true difference with this power.
 
@@ -410,8 +413,8 @@ def seeds_for_equivalence(
     margin: float,
     *,
     difference: float = 0.0,
-    alpha: float = 0.05,
-    power: float = 0.8,
+    alpha: float = ALPHA,
+    power: float = POWER,
 ) -> float:
     """The fewest seeds with which two one-sided t-tests establish equivalence within +-margin.
 
@@ -475,235 +478,53 @@ def _power(effect_size: float, seeds: int, alpha: float) -> float:
     return float(found)
 
 
+def seeds_for_margin(
+    sd: float, seeds: int, margin: float, *, alpha: float = ALPHA, power: float = POWER
+) -> tuple[float, float, float]:
+    """The seeds, in all, that settle whether a true difference is as large as the margin or none.
+
+    So many find a difference of the margin, and establish equivalence where there is none, each
+    with this power. It does not depend on the difference that was observed: a plan made from that
+    is right only by luck.
+
+    Args:
+        sd: standard deviation of the differences, estimated from `seeds` seeds.
+
+    Returns:
+        the number for `sd`, and for the ends of its 80 % interval; nan where sd is nan or 0.
+    """
+    if seeds < 2 or not sd > 0:
+        return math.nan, math.nan, math.nan
+    from scipy import stats as sps
+
+    quantiles = sps.chi2.ppf([0.9, 0.1], seeds - 1)
+    low, high = sd * np.sqrt((seeds - 1) / quantiles)
+
+    def needed(spread: float) -> float:
+        return max(
+            seeds_for_difference(margin, spread, alpha=alpha, power=power),
+            seeds_for_equivalence(spread, margin, alpha=alpha, power=power),
+        )
+
+    return needed(sd), needed(float(low)), needed(float(high))
+
+
 # --- families of comparisons ----------------------------------------------------------------------
 
 
-def holm(p_values: Any) -> np.ndarray:
-    """Holm's adjusted p-values; nan stays nan and does not count in the family.
+class Verdict(StrEnum):
+    """What the data say of a - b."""
 
-    Args:
-        p_values: (comparisons,) raw p-values.
-    """
-    raw = np.asarray(p_values, dtype=float)
-    adjusted = np.full(raw.shape, math.nan)
-    tested = ~np.isnan(raw)
-    if np.any((raw[tested] < 0) | (raw[tested] > 1)):
-        raise ValueError("p-values must lie between 0 and 1")
-    if tested.any():
-        from statsmodels.stats.multitest import multipletests
-
-        adjusted[tested] = multipletests(raw[tested], method="holm")[1]
-    return adjusted
+    better = "better"
+    worse = "worse"
+    same = "same within the margin"
+    unclear = "unclear"
+    untested = "not tested"
 
 
-class Outcome(StrEnum):
-    """What the data say of a hypothesis."""
-
-    supported = "supported"
-    refuted = "refuted"
-    equivalent = "equivalent within the margin"
-    undecided = "undecided"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An outcome, the numbers it rests on, and what it would take to decide."""
-
-    outcome: Outcome
-    sentence: str  # one line of plain text
-    seeds_needed: float  # to decide; the seeds at hand if decided; inf, or nan if unknown
-    could_show: float  # the smallest difference at the level of the family; nan if unknown
-
-
-def verdict(
-    comparison: Comparison,
-    *,
-    p_adjusted: float | None = None,
-    equivalence_p_adjusted: float | None = None,
-    family: int = 1,
-    unit: str = "",
-) -> Verdict:
-    """Judge the hypothesis that a is above b, at the comparison's alpha.
-
-    In this order:
-
-    1. fewer than two pairs: *undecided*, nothing can be concluded;
-    2. the equivalence test passes: *equivalent within the margin*, also if the difference is
-       significant, for then it is real but too small to matter;
-    3. the difference is significant: *supported* if it is a plus, else *refuted*;
-    4. *undecided*. That is no finding of "no difference".
-
-    Args:
-        p_adjusted, equivalence_p_adjusted: the p-values corrected for the family of comparisons;
-            without them the comparison's own count.
-        family: how many comparisons the correction runs over. The seeds needed and the difference
-            that could be shown are for the level alpha / family, the strictest of Holm's steps, and
-            thus enough for any of them.
-        unit: of the values, for the sentence ("points").
-
-    The seeds needed to decide are the fewer of those that would show the difference and those that
-    would show equivalence, were the observed mean and sd the true ones.
-    """
-    if family < 1:
-        raise ValueError(f"family={family} must be at least 1")
-    if comparison.n < 2:
-        sentence = _sentence(comparison, None, None, unit)
-        return Verdict(Outcome.undecided, sentence, math.nan, math.nan)
-
-    p = comparison.p if p_adjusted is None else p_adjusted
-    equivalence_p = (
-        comparison.equivalence_p if equivalence_p_adjusted is None else equivalence_p_adjusted
-    )
-    level = comparison.alpha / family
-    mean, sd, n, power = comparison.mean, comparison.sd, comparison.n, comparison.power
-    could_show = smallest_difference(sd, n, alpha=level, power=power)
-    at_level = f", at the level {level:.2g} of its family of {family}" if family > 1 else ""
-    parts = [_sentence(comparison, p_adjusted, equivalence_p_adjusted, unit)]
-    if comparison.note:
-        parts.append(comparison.note)
-    if math.isfinite(could_show):
-        parts.append(
-            f"{could_show:.3g}{f' {unit}' if unit else ''} was the smallest difference that"
-            f" {n} seeds could show with power {power:g}{at_level}"
-        )
-    needed = float(n)
-    if equivalence_p <= comparison.alpha:
-        outcome = Outcome.equivalent
-        if p <= comparison.alpha:
-            parts.append("a real difference, but a negligible one")
-    elif p <= comparison.alpha:
-        outcome = Outcome.supported if mean > 0 else Outcome.refuted
-    else:
-        outcome = Outcome.undecided
-        needed = min(
-            seeds_for_difference(mean, sd, alpha=level, power=power),
-            seeds_for_equivalence(sd, comparison.margin, difference=mean, alpha=level, power=power),
-        )
-        # More seeds than were not enough.
-        needed = float(max(needed, n + 1))
-        if math.isinf(needed):
-            parts.append(f"not even {MOST_SEEDS:,} seeds would decide")
-        else:
-            parts.append(
-                f"were these the true values, about {needed:,.0f} seeds would decide"
-                + (", at that level" if at_level and math.isfinite(could_show) else at_level)
-            )
-    return Verdict(outcome, "; ".join(parts), needed, could_show)
-
-
-def _sentence(
-    comparison: Comparison,
-    p_adjusted: float | None,
-    equivalence_p_adjusted: float | None,
-    unit: str,
-) -> str:
-    """The numbers of the tests that a verdict rests on, in one line of plain text."""
-    unit = f" {unit}" if unit else ""
-    seeds = f"{comparison.n} seeds"
-    left_out = ""
-    if comparison.dropped:
-        seeds = f"{comparison.n} of {comparison.n + comparison.dropped} seeds"
-        left_out = f" (left out: {comparison.left_out})"
-    if comparison.n == 0:
-        return comparison.note + left_out
-    if comparison.n == 1:
-        return f"difference {comparison.mean:+.3g}{unit}; {comparison.note}{left_out}"
-    test = "sign-flip" if comparison.constant else "paired t"
-    parts = [
-        f"difference {comparison.mean:+.3g}{unit}, {1 - comparison.alpha:.0%} interval"
-        f" {comparison.low:+.3g} to {comparison.high:+.3g}, {seeds}{left_out}",
-        f"{test} {_p(comparison.p)}"
-        + (f", {_p(p_adjusted)} adjusted" if p_adjusted is not None else "")
-        + (f", sign-flip {_p(comparison.sign_flip_p)}" if not comparison.constant else ""),
-        f"equivalence within {comparison.margin:g}{unit} {_p(comparison.equivalence_p)}"
-        + (
-            f", {_p(equivalence_p_adjusted)} adjusted" if equivalence_p_adjusted is not None else ""
-        ),
-    ]
-    return "; ".join(parts)
-
-
-def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def compare(
-    runs: pd.DataFrame,
-    *,
-    value: str,
-    variant: str,
-    pairs: Iterable[tuple[Hashable, Hashable]],
-    within: str | None = None,
-    seed: str = "seed",
-    margin: float = 0.1,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    reason: str | None = None,
-) -> dict[tuple[Any, Any, Any], Comparison]:
-    """Pair the runs of two variants by seed, for every pair of variants asked for.
-
-    Args:
-        runs: one row per run.
-        value: the column to compare, as `accuracy_change`.
-        variant: the column that tells the arms apart, as `experiment`.
-        pairs: (a, b) values of that column; the difference is a - b. A pair of which one side has
-            no runs gives a comparison of no seeds.
-        within: pairs are made within each value of this column, as `model`.
-        seed: the column that pairs runs. Rows without a seed are ignored.
-        reason: a column that says why a run has no finite value, if it does.
-
-    Returns:
-        (value of `within`, a, b) -> Comparison; the first is None without `within`.
-
-    Raises:
-        ValueError: for a missing column, or if a variant has more than one finite value for a seed
-            (within the same value of `within`), naming them: the runs then differ in something
-            else, and picking one would be arbitrary.
-    """
-    keys = ([] if within is None else [within]) + [variant, seed]
-    told = [value, *([] if reason is None else [reason])]
-    missing = [column for column in [*told, *keys] if column not in runs.columns]
-    if missing:
-        raise ValueError(f"the runs have no column {_listed(missing)}")
-    pairs = list(pairs)
-    arms = {arm for pair in pairs for arm in pair}
-    used = runs.loc[runs[variant].isin(list(arms)) & runs[seed].notna(), [*keys, *told]]
-    is_finite = np.isfinite(used[value].to_numpy(dtype=float, na_value=math.nan))
-    finite = used.loc[is_finite]
-    repeated = finite.loc[finite.duplicated(subset=keys)].drop_duplicates(subset=keys)
-    if len(repeated):
-        rows = [
-            " ".join(f"{key}={row[key]}" for key in keys) for row in repeated.to_dict("records")
-        ]
-        raise ValueError(f"more than one run for {_listed(rows)}")
-    # A failed run beside a finished one of the same seed is no rival of it.
-    finite_first = np.argsort(~is_finite, kind="stable")
-    used = used.iloc[finite_first].drop_duplicates(subset=keys)
-
-    groups = [(None, used)]
-    if within is not None:
-        groups = list(used.groupby(within, sort=False, dropna=False, observed=True))
-    result = {}
-    for group, rows in groups:
-        of_arm = {arm: rows.loc[rows[variant] == arm].set_index(seed) for arm in arms}
-        values = {arm: own[value].astype(float) for arm, own in of_arm.items()}
-        reasons: dict[Any, dict[Any, str]] = {arm: {} for arm in arms}
-        if reason is not None:
-            reasons = {arm: own[reason].dropna().to_dict() for arm, own in of_arm.items()}
-        for a, b in pairs:
-            result[group, a, b] = paired(
-                values[a],
-                values[b],
-                margin=margin,
-                alpha=alpha,
-                power=power,
-                reasons=reasons[b] | reasons[a],
-            )
-    return result
-
-
-# What a row of `judge` tells of its comparison.
-FIGURES = (
+# The columns of `judge`, after its labels.
+JUDGED = (
+    "verdict",
     "n",
     "dropped",
     "left_out",
@@ -711,78 +532,68 @@ FIGURES = (
     "sd",
     "low",
     "high",
-    "t_p",
-    "sign_flip_p",
-    "sign_flip_exact",
+    "confidence",
+    "low_95",
+    "high_95",
     "p",
-    "effect_size",
+    "p_adjusted",
     "equivalence_p",
+    "equivalence_p_adjusted",
     "margin",
-    "alpha",
-    "smallest_difference",
-    "seeds_for_difference",
-    "seeds_for_equivalence",
-    "note",
+    "family",
 )
 
 
-FOR_THE_FAMILY = ("verdict", "sentence", "seeds_needed", "could_show")
+def judge(comparisons: Iterable[Comparison], alpha: float = ALPHA) -> pd.DataFrame:
+    """Judge comparisons as one family, at the level alpha / their number (Bonferroni).
 
+    Tests of difference and tests of equivalence are corrected apart, so that the chance of any
+    false claim of a difference is at most alpha, and so is that of any false claim of equivalence.
+    In this order:
 
-def judge(
-    comparisons: Mapping[Any, Comparison] | Sequence[Comparison], *, unit: str = ""
-) -> pd.DataFrame:
-    """Judge comparisons as one family, with Holm's correction over all of them.
-
-    The tests of difference and the tests of equivalence are corrected apart, so that the chance of
-    any false claim of a difference is at most alpha, and so is that of any false claim of
-    equivalence.
-
-    Args:
-        comparisons: what `compare` returns (several of its results merged make one family), or any
-            mapping from labels to comparisons.
+    1. fewer than two pairs: *not tested*;
+    2. the equivalence test passes: *same within the margin*, also if the difference is significant,
+       for then it is real but too small to matter;
+    3. the difference is significant: *better* if it is a plus, else *worse*;
+    4. *unclear*. That is no finding of "no difference".
 
     Returns:
-        one row per comparison. Columns: `within`, `a`, `b` (if the labels are such triples, else
-        `label`); FIGURES, which are attributes of Comparison and hold for that comparison alone;
-        `p_adjusted` and `equivalence_p_adjusted`; `verdict`, `sentence`, `seeds_needed` and
-        `could_show`, which hold for the family.
+        one row per comparison, with the columns JUDGED. `low` and `high` are the interval that
+        belongs to the verdict: of confidence 1 - 2 alpha / family and within the margin if that is
+        *same*, else of confidence 1 - alpha / family, which holds 0 just if that is *unclear* (or
+        the whole margin and more). nan where every seed shows the same difference.
     """
-    if not isinstance(comparisons, Mapping):
-        comparisons = dict(enumerate(comparisons))
-    judged = list(comparisons.values())
-    p_adjusted = holm([comparison.p for comparison in judged])
-    equivalence_p_adjusted = holm([comparison.equivalence_p for comparison in judged])
-    family = max(1, int(np.sum(~np.isnan(p_adjusted))))
-    triples = all(isinstance(label, tuple) and len(label) == 3 for label in comparisons)
-    label_columns = ("within", "a", "b") if triples else ("label",)
+    comparisons = list(comparisons)
+    family = sum(comparison.n >= 2 for comparison in comparisons)
     rows = []
-    for label, comparison, p, equivalence_p in zip(
-        comparisons, judged, p_adjusted, equivalence_p_adjusted, strict=True
-    ):
-        found = verdict(
-            comparison,
-            p_adjusted=float(p),
-            equivalence_p_adjusted=float(equivalence_p),
-            family=family,
-            unit=unit,
+    for own in comparisons:
+        p, equivalence_p = (
+            min(1.0, max(1, family) * value) for value in (own.p, own.equivalence_p)
         )
+        sides = 1
+        if own.n < 2:
+            verdict = Verdict.untested
+            p = equivalence_p = math.nan
+        elif equivalence_p <= alpha:
+            verdict, sides = Verdict.same, 2
+        elif p <= alpha:
+            verdict = Verdict.better if own.mean > 0 else Verdict.worse
+        else:
+            verdict = Verdict.unclear
+        confidence = 1 - sides * alpha / max(1, family)
         rows.append(
-            [
-                *(label if triples else (label,)),
-                *(getattr(comparison, figure) for figure in FIGURES),
-                p,
-                equivalence_p,
-                str(found.outcome),
-                found.sentence,
-                found.seeds_needed,
-                found.could_show,
-            ]
+            {
+                "verdict": str(verdict),
+                **{name: getattr(own, name) for name in ("n", "dropped", "left_out", "mean", "sd")},
+                **dict(zip(("low", "high"), own.interval(confidence), strict=True)),
+                "confidence": confidence,
+                **dict(zip(("low_95", "high_95"), own.interval(0.95), strict=True)),
+                "p": own.p,
+                "p_adjusted": p,
+                "equivalence_p": own.equivalence_p,
+                "equivalence_p_adjusted": equivalence_p,
+                "margin": own.margin,
+                "family": family,
+            }
         )
-    columns = [*label_columns, *FIGURES, "p_adjusted", "equivalence_p_adjusted"]
-    return pd.DataFrame(rows, columns=[*columns, *FOR_THE_FAMILY])
-
-
-def compare_all(runs: pd.DataFrame, *, unit: str = "", **pairing: Any) -> pd.DataFrame:
-    """`compare` (which takes `pairing`) and `judge` in one: the pairs asked for are the family."""
-    return judge(compare(runs, **pairing), unit=unit)
+    return pd.DataFrame(rows, columns=list(JUDGED))

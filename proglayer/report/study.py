@@ -1,4 +1,4 @@
-"""What many runs say together: arms, changes, comparisons, and verdicts on the founding claims.
+"""What many runs are together: arms, their changes, and which arm is a control of which.
 
 An **arm** is what is repeated over seeds: a *variant* (an experiment, and what else was set)
 trained as a *model* (a loss at the last layer, or at every layer) under a *condition* (the corpus,
@@ -11,10 +11,11 @@ a plus is an improvement.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -56,6 +57,20 @@ STANDARD = "standard"
 DEEP = "deep_supervision"
 MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
 
+
+def model_name(model: str) -> str:
+    """A model for people."""
+    return MODEL_NAMES.get(model, model)
+
+
+def variant_name(variant: str) -> str:
+    """A variant for people: `from scratch` for `control_from_scratch`."""
+    experiment, space, rest = variant.partition(" ")
+    if experiment in ORDER:
+        experiment = experiment.removeprefix("control_").replace("_", " ")
+    return experiment + space + rest
+
+
 # A label longer than this is cut: it has to fit beside a figure.
 LONGEST_LABEL = 60
 
@@ -75,21 +90,22 @@ class Margins:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that arms are judged by: its column of change, of the end, unit and decimals."""
+    """A metric that arms are judged by: its column of change, unit, decimals, and heading."""
 
     name: str
     change: str
     unit: str
     decimals: int
+    heading: str
 
     def margin(self, margins: Margins) -> float:
-        """The margin of this figure, in its unit."""
+        """The margin of this metric, in its unit."""
         return {"points": margins.points, "%": margins.percent, "nats": margins.nats}[self.unit]
 
 
-ACCURACY = Metric("accuracy", "accuracy_change_points", "points", 3)
-PERPLEXITY = Metric("perplexity", "perplexity_change_percent", "%", 2)
-LOSS = Metric("loss", "loss_change_nats", "nats", 4)
+ACCURACY = Metric("accuracy", "accuracy_change_points", "points", 2, "Accuracy: change, points")
+PERPLEXITY = Metric("perplexity", "perplexity_change_percent", "%", 1, "Perplexity fell by, %")
+LOSS = Metric("loss", "loss_change_nats", "nats", 3, "Loss fell by, nats")
 METRICS = (ACCURACY, PERPLEXITY, LOSS)
 
 
@@ -157,7 +173,7 @@ def arms(results: Results) -> Arms:
     phases: Frame = results.phases
     grown = set(phases.loc[phases["new_layers"] != "[]", "run"].dropna())
     runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
-    _add_changes(runs)
+    _add_ends(runs, phases)
     rank: dict[Any, int] = {name: number for number, name in enumerate(ORDER)}
     # Duplicates were taken out by their settings; nothing may pair two runs of one arm and seed.
     runs = runs.drop_duplicates(["condition", "variant", "model", "seed"], keep="last")
@@ -343,22 +359,23 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _add_changes(runs: Frame) -> None:
-    """The changes from the first phase to the last; none for a run of one phase."""
+def _add_ends(runs: Frame, phases: Frame) -> None:
+    """How each run ended, and its changes from the first phase; none for a run of one phase."""
+    last = phases.sort_values("phase", kind="stable").drop_duplicates("run", keep="last")
+    last = last.set_index("run")[["stopped", "epochs"]].reindex(runs["run"].to_numpy())
+    runs["stopped"] = last["stopped"].to_numpy(dtype=object)
+    runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
+    runs["end_accuracy"] = runs["last_accuracy_percent"].astype("float64")
+    runs["end_loss"] = runs["last_loss"].astype("float64")
     steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
-
-    def ends(name: str) -> tuple[Frame, pd.Series]:
-        return tuple(  # type: ignore[return-value]
-            runs[f"{which}_{name}"].astype("float64").where(steps) for which in ("first", "last")
-        )
-
-    before, after = ends("accuracy_percent")
-    runs[ACCURACY.change] = stats.accuracy_change_points(before / 100, after / 100)
-    runs[PERPLEXITY.change] = stats.perplexity_change_percent(*ends("perplexity"))
-    runs[LOSS.change] = stats.loss_change_nats(*ends("loss"))
+    before = runs["first_accuracy_percent"].astype("float64").where(steps)
+    fall = stats.loss_change_nats(runs["first_loss"].astype("float64"), runs["end_loss"])
+    runs[ACCURACY.change] = stats.accuracy_change_points(before / 100, runs["end_accuracy"] / 100)
+    runs[LOSS.change] = fall.where(steps)
+    runs[PERPLEXITY.change] = -100 * np.expm1(-runs[LOSS.change])
 
 
-# --- changes and differences ----------------------------------------------------------------------
+# --- changes ----------------------------------------------------------------------
 
 
 def changes(runs: Frame) -> Frame:
@@ -375,107 +392,10 @@ def changes(runs: Frame) -> Frame:
     grown = runs[runs["phases"].fillna(0) > 1]
     for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
         for metric in METRICS:
-            told = stats.summary(arm[metric.change].to_numpy(dtype=float))
-            rows.append([variant, model, metric.name, metric.unit, *_fields(told)])
-    return pd.DataFrame(rows, columns=["variant", "model", "metric", "unit", *SUMMARY_FIELDS])
-
-
-SUMMARY_FIELDS = ("n", "dropped", "mean", "sd", "low", "high")
-
-
-def _fields(summary: stats.Summary) -> list[Any]:
-    return [getattr(summary, name) for name in SUMMARY_FIELDS]
-
-
-def deep_minus_standard(runs: Frame, metric: Metric, margins: Margins) -> Frame:
-    """Deep supervision's change less Standard's, paired by seed, in every variant with phases.
-
-    One family: see `stats.judge` for the columns; `variant` takes the place of `within`.
-    """
-    told = stats.judge(_deep_minus_standard(runs, metric, margins), unit=metric.unit)
-    return told.rename(columns={"within": "variant"})
-
-
-def _deep_minus_standard(
-    runs: Frame, metric: Metric, margins: Margins
-) -> dict[tuple[Any, Any, Any], stats.Comparison]:
-    """In every variant with phases that has both models."""
-    stepped = runs[runs["phases"].fillna(0) > 1]
-    both = [
-        variant
-        for variant, rows in stepped.groupby("variant", sort=False)
-        if {STANDARD, DEEP} <= set(rows["model"])
-    ]
-    return stats.compare(
-        stepped[stepped["variant"].isin(both)],
-        value=metric.change,
-        variant="model",
-        pairs=[(DEEP, STANDARD)],
-        within="variant",
-        margin=metric.margin(margins),
-        reason="lacks",
-    )
-
-
-def against(runs: Frame, references: Mapping[str, str], metric: Metric, margins: Margins) -> Frame:
-    """A figure of the end: each variant's less that of its reference, paired by seed.
-
-    A plus is an improvement in every figure; perplexities compare within seeds, in percent of the
-    reference's.
-
-    Args:
-        references: variant -> the variant that it is set against.
-
-    Returns:
-        one family over variants and models. Columns as `stats.judge`, with `model` for `within`
-        and `differs` (the settings in which the two differ).
-    """
-    family: dict[tuple[Any, Any, Any], stats.Comparison] = {}
-    for variant, reference in references.items():
-        family |= _between(runs, metric, variant, reference, margins)
-    told = stats.judge(family, unit=metric.unit)
-    if not family:
-        told = told.assign(within=[], a=[], b=[])
-    told = told.rename(columns={"within": "model"})
-    differs = {reference: differing(runs, reference) for reference in set(references.values())}
-    told["differs"] = [differs[b][a] for a, b in zip(told["a"], told["b"], strict=True)]
-    return told
-
-
-def _between(
-    runs: Frame, metric: Metric, a: str, b: str, margins: Margins
-) -> dict[tuple[Any, Any, Any], stats.Comparison]:
-    """(model, a, b) -> the comparison of a figure of the end, for each model that has both."""
-    own = runs[runs["variant"].isin([a, b])]
-    models = [model for model, rows in own.groupby("model", sort=False) if
-              {a, b} <= set(rows["variant"])]  # fmt: skip
-    own = own[own["model"].isin(models)]
-    if own.empty:
-        return {}
-    pairs: list[tuple[Hashable, Hashable]] = [(a, b)]
-    return stats.compare(
-        own.assign(value=_score(own, metric, b)),
-        value="value",
-        variant="variant",
-        pairs=pairs,
-        within="model",
-        margin=metric.margin(margins),
-        reason="lacks",
-    )
-
-
-def _score(runs: Frame, metric: Metric, reference: str) -> Frame:
-    """What each run is worth in a figure of its end, so that differences have its unit."""
-    if metric is ACCURACY:
-        return runs["last_accuracy_percent"].astype(float)
-    loss = runs["last_loss"].astype(float)
-    if metric is LOSS:
-        return -loss
-    rows = runs["variant"] == reference
-    base = runs.loc[rows, ["model", "seed"]].assign(perplexity=runs["last_perplexity"])
-    before = runs[["model", "seed"]].merge(base, how="left")["perplexity"].to_numpy(dtype=float)
-    after = runs["last_perplexity"].astype(float)
-    return stats.perplexity_change_percent(before, after)
+            summary = stats.summary(arm[metric.change].to_numpy(dtype=float))
+            rows.append([variant, model, metric.name, metric.unit, *vars(summary).values()])
+    fields = [field.name for field in dataclasses.fields(stats.Summary)]
+    return pd.DataFrame(rows, columns=["variant", "model", "metric", "unit", *fields])
 
 
 def plain_variant(runs: Frame, experiment: str) -> str | None:
@@ -499,7 +419,12 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
 
     runs = runs.dropna(subset=[end, "config.model.dim"])
     held = runs[runs["experiment"] == experiment]
-    held = pd.concat([held[held["base"]], held[~held["base"]]])
+    # Rather one that `max_epochs` did not cut, else the longest; then the plain one.
+    cut = held["stopped"].astype(str).str.startswith("max_epochs").groupby(held["variant"]).mean()
+    held = held.assign(cut=held["variant"].map(cut).ge(0.5))
+    held["short"] = -held["tokens"].astype("float64").where(held["cut"], 0.0)
+    order = {"cut": True, "short": True, "base": False}
+    held = held.sort_values(list(order), ascending=list(order.values()), kind="stable")
     by_size: dict[tuple[int, int], str] = {}
     for variant, rows in held.groupby("variant", sort=False):
         by_size.setdefault(size(rows), str(variant))
@@ -519,162 +444,6 @@ def differing(runs: Frame, reference: str) -> dict[str, str]:
     }
 
 
-# --- the founding experiment's claims -------------------------------------------------------------
-
-# From this share on, a budget counts as spent: training ends with an epoch.
-NEARLY_EQUAL = 0.9
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A claim of the founding experiment, and the comparisons that it rests on.
-
-    `rows` are those of `stats.judge` with `what` and `model`; all hypotheses of a condition are
-    judged as one family. `missing` says what runs it would take where there is nothing to compare.
-    """
-
-    title: str
-    measured_by: str
-    rows: Frame
-    missing: str
-
-    @property
-    def outcome(self) -> str:
-        """The verdict that all comparisons share; else that they do not."""
-        outcomes = set(self.rows["verdict"])
-        if len(outcomes) > 1:
-            return "no single answer"
-        return outcomes.pop() if outcomes else str(stats.Outcome.undecided)
-
-
-def hypotheses(runs: Frame, curves: Frame, margins: Margins) -> list[Hypothesis]:
-    """Judge what the founding experiment claimed, by the final or the changed accuracy.
-
-    Args:
-        runs: of `Arms`, of one condition, also those that did not complete.
-        curves: of `ledger.curves`, of these runs.
-        margins: of equivalence.
-    """
-    original = plain_variant(runs, ORIGINAL)
-    growing = list(runs.loc[runs["grows"], "variant"].unique())
-    judged_in = [original] if original in growing else growing
-    asked: list[tuple[str, str, str, Mapping[Any, stats.Comparison]]] = []
-
-    found = _deep_minus_standard(runs[runs["variant"].isin(judged_in)], ACCURACY, margins)
-    asked.append(
-        (
-            "Deep supervision helps when layers are added",
-            "the change in accuracy from the first phase to the last, deep supervision − Standard, "
-            "paired by seed",
-            "both models of one experiment that adds layers: experiment=original "
-            "model=standard,deep_supervision",
-            {(f"{v}: deep supervision − Standard", ""): c for (v, _, _), c in found.items()},
-        )
-    )
-
-    unfrozen = plain_variant(runs, UNFROZEN)
-    stable: dict[Any, stats.Comparison] = {}
-    if original is not None and unfrozen is not None:
-        found = _between(runs, ACCURACY, original, unfrozen, margins)
-        stable = {(f"{a} − {b}", str(model)): c for (model, a, b), c in found.items()}
-    asked.append(
-        (
-            "Existing layers must be stable",
-            "the final accuracy with the existing layers frozen − with nothing frozen, paired by "
-            "seed",
-            "experiment=original,control_unfrozen",
-            stable,
-        )
-    )
-
-    scratch = None if original is None else controls(runs, FROM_SCRATCH).get(original)
-    both: dict[Any, stats.Comparison] = {}
-    for measure, words in (("tokens", "tokens"), ("flops", "compute")):
-        if original is None or scratch is None:
-            continue
-        fair = at_equal(runs, curves, original, scratch, measure)
-        shares = fair[fair["variant"] == scratch].groupby("model")["share"].median()
-        found = _between(
-            fair.assign(last_accuracy_percent=fair["accuracy_percent"]),
-            ACCURACY,
-            original,
-            scratch,
-            margins,
-        )
-        for (model, a, b), comparison in found.items():
-            share = shares.get(model, math.nan)
-            ended = f" (from scratch ended at {share:.0%})" if share < NEARLY_EQUAL else ""
-            both[f"{a} − {b}, at equal {words}{ended}", str(model)] = comparison
-    asked.append(
-        (
-            "Stepwise training works",
-            "the final accuracy of the grown model − that of the same depth trained from scratch, "
-            "at its best epoch within the training tokens (or operations, head included) that "
-            "growing took in all its phases, paired by seed",
-            "experiment=original,control_from_scratch",
-            both,
-        )
-    )
-
-    family = {
-        (title, what, model): comparison
-        for title, _, _, comparisons in asked
-        for (what, model), comparison in comparisons.items()
-    }
-    judged = stats.judge(family, unit=ACCURACY.unit)
-    if not family:
-        judged = judged.assign(within=[], a=[], b=[])
-    judged = judged.rename(columns={"within": "hypothesis", "a": "what", "b": "model"})
-    return [
-        Hypothesis(title, measured, judged[judged["hypothesis"] == title], missing)
-        for title, measured, missing, _ in asked
-    ]
-
-
-def at_equal(runs: Frame, curves: Frame, grown: str, scratch: str, measure: str) -> Frame:
-    """What each run of two variants is worth when from-scratch may spend what growing did.
-
-    The grown model counts at its end. The one from scratch counts at its epoch of lowest
-    validation loss among those that ended within the compute of the grown run of its model and
-    seed; if it stopped by its own rule before, that is its end.
-
-    Args:
-        measure: a column of `curves`: tokens or flops.
-
-    Returns:
-        one row per run: `variant`, `model`, `seed`, `accuracy_percent`, `loss` (nan for a run from
-        scratch without a partner, or whose first epoch costs more than growing did), `share` of
-        what growing spent that this run was trained for, whether it counts or not, and `lacks`, why
-        it does not.
-    """
-    columns = ["variant", "model", "seed", "accuracy_percent", "loss", "share", "lacks"]
-    own = runs.loc[runs["variant"] == grown, ["model", "seed", measure, "lacks"]]
-    own = own.assign(
-        variant=grown,
-        accuracy_percent=runs["last_accuracy_percent"].astype(float),
-        loss=runs["last_loss"].astype(float),
-        share=1.0,
-    )
-    budget = own.set_index(["model", "seed"])[measure].astype(float)
-    other = runs.loc[runs["variant"] == scratch, ["run", "model", "seed", "lacks"]]
-    keys = pd.MultiIndex.from_frame(other[["model", "seed"]])
-    other = other.assign(budget=budget.reindex(keys).to_numpy())
-    epochs = curves.merge(other, on="run")
-    # The two sums were added up in different orders.
-    within = epochs[epochs[measure] <= epochs["budget"] * (1 + 1e-9)]
-    best = within.loc[within.groupby("run")["loss"].idxmin()].set_index("run")
-    spent = other["run"].map(epochs.groupby("run")[measure].max()).to_numpy(dtype=float)
-    told = other.assign(
-        variant=scratch,
-        accuracy_percent=other["run"].map(best["accuracy_percent"]).astype(float),
-        loss=other["run"].map(best["loss"]).astype(float),
-        share=spent / other["budget"].to_numpy(dtype=float),
-    )
-    over = told["lacks"].isna() & told["accuracy_percent"].isna() & told["budget"].notna()
-    told["lacks"] = told["lacks"].mask(over, "over the budget in its first epoch")
-    return pd.concat([own[columns], told[columns]], ignore_index=True)
-
-
 def has_seeds(runs: Frame) -> bool:
     """Whether any arm was run with more than one seed."""
     return bool(len(runs)) and bool(runs.groupby(["variant", "model"]).size().max() > 1)
@@ -686,17 +455,20 @@ def single_seeds(runs: Frame) -> Frame:
 
 
 def binomial_errors(runs: Frame) -> Frame:
-    """What the size of the validation set alone leaves unsure of each model's accuracy.
+    """What the size of the text that is judged on leaves unsure of each model's accuracy.
 
     Returns:
-        one row per model: `model`, `accuracy_percent` (mean), `tokens`, `error_points`.
+        one row per model: `model`, `accuracy_percent` (mean), `tokens`, `error_points` (of an
+        accuracy), and `error_of_difference` (at most; see `stats.paired_binomial_error`).
     """
     rows = []
     for model, group in runs.groupby("model", sort=False):
-        accuracy = float(np.nanmean(group["last_accuracy_percent"].astype(float)))
+        accuracy = float(np.nanmean(group["end_accuracy"]))
         tokens = group["validation_tokens"].dropna()
         if len(tokens) and math.isfinite(accuracy):
-            count = int(tokens.min())
-            error = stats.binomial_error(accuracy / 100, count)
-            rows.append([model, accuracy, count, error])
-    return pd.DataFrame(rows, columns=["model", "accuracy_percent", "tokens", "error_points"])
+            count, share = int(tokens.min()), accuracy / 100
+            error = stats.binomial_error(share, count)
+            of_difference = stats.paired_binomial_error(share, share, count)
+            rows.append([model, accuracy, count, error, of_difference])
+    columns = ["model", "accuracy_percent", "tokens", "error_points", "error_of_difference"]
+    return pd.DataFrame(rows, columns=columns)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from proglayer.report import ledger, stats, study
+from proglayer.report import comparisons, ledger, stats, study
 from proglayer.report.page import Cell, Table
-from proglayer.report.pictures import engineering, model_name
-from proglayer.report.study import DEEP, METRICS, STANDARD, Frame
+from proglayer.report.pictures import engineering
+from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, model_name, variant_name
 from proglayer.results.formatting import duration, listed, number_text, pair, ranges, text_of
 from proglayer.results.frames import plain_values
 
-ALPHA = 0.05
 Row = dict[str, Any]
 Columns = Sequence[tuple[str, str, Callable[[Row], Cell | str]]]
 
@@ -49,7 +48,11 @@ def _model(row: Row) -> str:
     return model_name(text_of(row["model"]))
 
 
-ARM: Columns = (("Variant", "name", _text("variant")), ("Model", "name", _model))
+def _variant(row: Row) -> str:
+    return variant_name(row["variant"])
+
+
+ARM: Columns = (("Variant", "name", _variant), ("Model", "name", _model))
 COMPUTE: Columns = (
     ("Tokens", "figure", _large("tokens")),
     ("FLOP with head", "figure", _large("flops")),
@@ -90,8 +93,8 @@ def phase_table(title: str, runs: Frame, phases: Frame, left_out: str = "") -> T
         for _, part in own.groupby("phase", sort=True)
     ]
     if len(rows) > 1:
-        points = _mean(runs[study.ACCURACY.change], "+.2f", " points")
-        percent = _mean(runs[study.PERPLEXITY.change], "+.2f", " %")
+        points = _mean(runs["accuracy_points"], "+.2f", " points")
+        percent = _mean(runs["perplexity_percent"], "+.2f", " %")
         rows.append(["Change", "", points, percent, _mean_seconds(runs["seconds"]), ""])
     count = len(runs)
     note = "" if count == 1 else f"Mean ± standard deviation over {count} seeds."
@@ -124,17 +127,18 @@ def published_table(model: str) -> Table:
 MODEL_ROWS = (
     ("Final accuracy", "last_accuracy_percent", ".2f", " %", " points"),
     ("Final perplexity", "last_perplexity", ",.2f", "", ""),
-    ("Change in accuracy", study.ACCURACY.change, "+.2f", " points", " points"),
-    ("Change in perplexity", study.PERPLEXITY.change, "+.2f", " %", " %"),
+    ("Change in accuracy", "accuracy_points", "+.2f", " points", " points"),
+    ("Change in perplexity", "perplexity_percent", "+.2f", " %", " %"),
     ("Time", "seconds", ",.1f", " s", " s"),
 )
 
 
 def _models_table(title: str, standard: Frame, deep: Frame, note: str) -> Table:
+    one_phase = standard["phases"].max() == 1 if "phases" in standard else False
     rows = []
     for name, column, form, unit, unit_of_difference in MODEL_ROWS:
         a, b = (arm[column].astype("float64") for arm in (standard, deep))
-        if a.notna().any() and b.notna().any():
+        if a.notna().any() and b.notna().any() and not (one_phase and "Change" in name):
             signed = form if form.startswith("+") else f"+{form}"
             difference = _mean((b - a).dropna(), signed, unit_of_difference)
             rows.append([name, _mean(a, form, unit), _mean(b, form, unit), difference])
@@ -145,7 +149,7 @@ def model_table(variant: str, runs: Frame) -> Table:
     """The comparison of the models in one variant."""
     standard, deep = (runs[runs["model"] == model].set_index("seed") for model in (STANDARD, DEEP))
     note = "Difference: deep supervision − Standard, within seeds."
-    return _models_table(f"{variant}, comparison of models", standard, deep, note)
+    return _models_table(f"{variant_name(variant)}, comparison of models", standard, deep, note)
 
 
 def published_models_table() -> Table:
@@ -169,10 +173,8 @@ def changes_table(changes: Frame, shown: Sequence[str]) -> Table:
     for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
         if variant in shown:
             most = arm.loc[arm["n"].idxmax(), ["n", "dropped"]]
-            rows.append(
-                {"variant": variant, "model": model, **most}
-                | dict(arm.set_index("metric").iterrows())
-            )
+            metrics = dict(arm.set_index("metric").iterrows())
+            rows.append({"variant": variant, "model": model, **most} | metrics)
 
     def cell(metric: study.Metric) -> Callable[[Row], Cell]:
         return lambda row: Cell(
@@ -182,76 +184,104 @@ def changes_table(changes: Frame, shown: Sequence[str]) -> Table:
     columns = [
         *ARM,
         ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
-        *((f"{m.name.capitalize()}, {m.unit}", "figure", cell(m)) for m in METRICS),
+        *((metric.heading, "figure", cell(metric)) for metric in METRICS),
     ]
-    note = (
-        "Mean ± standard deviation over the seeds that completed, and the 95 % interval of the "
-        "mean."
-    )
+    note = "Mean ± standard deviation over the seeds that completed, and its 95 % interval."
     return _table("Change from the first phase to the last", rows, columns, note, sortable=True)
 
 
-def comparisons_table(
-    title: str,
-    judged: Frame,
-    metric: study.Metric,
-    labels: dict[str, str],
-    shown: Iterable[str],
-) -> Table:
-    """Judged comparisons of the variants `shown`."""
-    family = max(1, int(judged["p_adjusted"].notna().sum()))
-    judged = judged[judged[next(iter(labels))].isin(list(shown))]
-    form, signed = f".{metric.decimals}f", f"+.{metric.decimals}f"
+def comparisons_table(title: str, judged: Frame) -> Table:
+    """Comparisons of `comparisons.judge`: the verdict on accuracy, and what it rests on."""
+    rows = []
+    for row in judged.to_dict("records"):
+        own = row["comparisons"]
+        accuracy = own.get(study.ACCURACY.name)
+        level = stats.ALPHA / max(1, row["family"])
+        found: Row = dict.fromkeys(("effect_size", "sign_flip_p", "detectable"), math.nan)
+        found["plan"] = (math.nan,) * 3
+        if accuracy is not None:
+            found |= {
+                "effect_size": accuracy.effect_size,
+                "sign_flip_p": accuracy.sign_flip_p,
+                "detectable": stats.smallest_difference(row["sd"], row["n"], alpha=level),
+                "plan": stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level),
+            }
+        rows.append(row | found)
 
-    def label(name: str) -> Callable[[Row], str]:
-        return _model if name == "model" else _text(name)
+    def described(metric: study.Metric) -> Callable[[Row], Cell]:
+        def cell(row: Row) -> Cell:
+            own = row["comparisons"].get(metric.name)
+            if own is None or not own.n:
+                return Cell("", "")
+            low, high = own.interval(0.95)
+            found = {"mean": own.mean, "low": low, "high": high}
+            return Cell(_interval(found, metric.decimals), _sort(own.mean))
 
-    def interval(row: Row) -> Cell:
-        known = math.isfinite(row["low"])
-        text = f"{row['low']:{signed}} to {row['high']:{signed}}" if known else ""
-        return Cell(text, _sort(row["low"]))
+        return cell
 
-    def p(name: str) -> Callable[[Row], Cell]:
-        return lambda row: Cell(
-            "< 0.001" if row[name] < 0.001 else number_text(row[name], ".3f"), _sort(row[name])
-        )
-
-    columns: list[Any] = [(title, "name", label(name)) for name, title in labels.items()]
-    columns += [
-        ("Difference", "figure", _number("mean", signed)),
-        ("95 % interval", "figure", interval),
-        # The margin is told below.
-        ("Verdict", "name", lambda row: row["verdict"].split()[0]),
+    dropped = any(row["dropped"] for row in rows)
+    columns: Columns = [
+        ("Comparison", "name", comparisons.label),
+        ("Model", "name", _model),
+        ("Measured", "name", _text("measured")),
+        ("Accuracy", "name", _text("verdict")),
+        ("Change, points", "figure", _difference),
+        ("Interval of the verdict", "figure", lambda row: _range(row, "low", "high")),
+        ("Confidence", "figure", lambda row: _known(row, comparisons.percent(row["confidence"]))),
+        ("95 % interval", "figure", lambda row: _range(row, "low_95", "high_95")),
         ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
-        *([("Left out", "name", _text("left_out"))] if (judged["dropped"] > 0).any() else []),
-        ("p, Holm", "figure", p("p_adjusted")),
-        ("Sign-flip p", "figure screen", p("sign_flip_p")),
-        ("Equivalence p, Holm", "figure screen", p("equivalence_p_adjusted")),
+        *([("Left out", "name", _text("left_out"))] if dropped else []),
+        ("p, corrected", "figure", _p("p_adjusted")),
+        ("Equivalence p, corrected", "figure screen", _p("equivalence_p_adjusted")),
+        ("Sign-flip p", "figure screen", _p("sign_flip_p")),
         ("Effect size", "figure screen", _number("effect_size", "+.2f")),
-        ("Could show", "figure", _number("could_show", form)),
-        ("Seeds to decide", "figure", _seeds_needed),
+        ("Detectable, points", "figure", _number("detectable", ".2g")),
+        ("Seeds to plan, in all", "figure", _plan),
+        *((m.heading, "figure screen", described(m)) for m in (study.PERPLEXITY, study.LOSS)),
     ]
-    margin = judged["margin"].iloc[0] if len(judged) else math.nan
     note = (
-        f"One family of {family}. Equivalent: within the margin of ±{margin:.3g} {metric.unit}. "
-        "Could show: the smallest true difference that this many seeds find with a power of 80 %. "
-        "Seeds to decide: were the observed mean and spread the true ones. Both are at the level "
-        f"{ALPHA:g} / {family}, the strictest of Holm's steps."
+        f"Judged by accuracy as one family of {_family(judged)} (Bonferroni). Same: the interval "
+        "lies within the margin. Detectable: the smallest true difference that so many seeds would "
+        "find with a power of 80 %. Seeds to plan: how many in all, not added to these, would "
+        "settle with that power whether there is a difference of the margin or none; the range "
+        "comes from a spread that is known only roughly. Perplexity and loss: mean and 95 % "
+        "interval, without a verdict."
     )
-    return _table(title, judged, columns, note, sortable=True)
+    return _table(title, rows, columns, note, sortable=True)
+
+
+def _family(judged: Frame) -> int:
+    return int(judged["family"].max()) if len(judged) else 0
+
+
+def _known(row: Row, text: str) -> str:
+    return text if row["n"] > 1 else ""
+
+
+def _difference(row: Row) -> Cell:
+    return Cell(number_text(row["mean"], f"+.{comparisons.decimals(row)}f"), _sort(row["mean"]))
+
+
+def _range(row: Row, low: str, high: str) -> Cell:
+    if not math.isfinite(row[low]):
+        return Cell("", "")
+    form = f"+.{comparisons.decimals(row)}f"
+    return Cell(f"{row[low]:{form}} to {row[high]:{form}}", row[low])
+
+
+def _p(name: str) -> Callable[[Row], Cell]:
+    return lambda row: Cell(
+        "< 0.001" if row[name] < 0.001 else number_text(row[name], ".3f"), _sort(row[name])
+    )
 
 
 def _of_all(seeds: int, left_out: int) -> Cell:
     return Cell(f"{seeds} of {seeds + left_out}" if left_out else str(seeds), seeds)
 
 
-def _seeds_needed(row: Row) -> Cell:
-    needed = row["seeds_needed"]
-    if row["verdict"] != stats.Outcome.undecided:
-        return Cell("decided", row["n"])
-    if math.isnan(needed):
-        return Cell("not known", "")
-    return Cell("none would" if math.isinf(needed) else f"{needed:,.0f}", _sort(needed))
+def _plan(row: Row) -> Cell:
+    seeds = row["plan"][0]
+    return Cell("" if math.isnan(seeds) else comparisons.plan(*row["plan"]), _sort(seeds))
 
 
 # --- compute --------------------------------------------------------------------------------------
@@ -282,8 +312,9 @@ def target_table(reached: Frame, reference: str) -> Table:
         ("Time", "figure", _duration("seconds")),
     ]
     note = (
-        f"The target is a loss that every seed of {reference} reached. Means over the seeds that "
-        "reached it, interpolated between epochs."
+        f"The target is a loss that every seed of {study.variant_name(reference)} ended with or "
+        "below. It counts at the final depth, interpolated between epochs. Geometric means over "
+        "seeds; none where a seed did not get there."
     )
     title = "Compute and time to reach a target loss"
     return _table(title, reached, columns, note, sortable=True)
@@ -292,36 +323,38 @@ def target_table(reached: Frame, reference: str) -> Table:
 def speed_up_table(gains: Frame) -> Table:
     """The speed-up of growing, in each measure of compute."""
     rows = [
-        {"variant": variant, "model": model, "n": arm["n"].max(), "seeds": arm["seeds"].max()}
+        {"variant": variant, "model": model, **arm[["reached", "seeds"]].max()}
         | dict(arm.set_index("measure").iterrows())
         for (variant, model), arm in gains.groupby(["variant", "model"], sort=False)
     ]
 
     def cell(measure: ledger.Measure) -> Callable[[Row], Cell]:
-        return lambda row: Cell(
-            _interval(row[measure.column], 0, 100, " %"), _sort(row[measure.column]["mean"])
-        )
+        def text(row: Row) -> str:
+            if row["reached"] < row["seeds"]:
+                return f"only {row['reached']:.0f} of {row['seeds']:.0f} got there"
+            return _interval(row[measure.column], 0, 100, " %")
+
+        return lambda row: Cell(text(row), _sort(row[measure.column]["mean"]))
 
     columns = [
         *ARM,
-        ("Reached by", "figure", lambda row: _share(row["n"], row["seeds"])),
+        ("Reached by", "figure", lambda row: _share(row["reached"], row["seeds"])),
         ("In tokens", "figure", cell(ledger.TOKENS)),
         ("In FLOP with head", "figure", cell(ledger.FLOPS)),
         ("In FLOP without", "figure", cell(ledger.BODY)),
         ("In time", "figure", cell(ledger.SECONDS)),
     ]
     note = (
-        "Compute from scratch / compute of growing, all phases, to the lowest loss that the run "
-        "from scratch of the same seed reached, − 1 (Du et al. 2024): +50 % means that from "
-        "scratch takes half as much again, minus that growing was slower. Mean ± standard "
-        "deviation and 95 % interval over the seeds that reached that loss; where some did not, "
-        "the mean flatters."
+        "Compute from scratch / compute of growing, all phases, to the loss that the run from "
+        "scratch of the same seed ended with, reached at the final depth, − 1 (Du et al. 2024): "
+        "+50 % means that from scratch takes half as much again, minus that growing was slower. "
+        "Geometric mean and 95 % interval over seeds; no average where a seed did not get there."
     )
     return _table("Speed-up of growing against from scratch", rows, columns, note, sortable=True)
 
 
 def _share(part: int, whole: int) -> Cell:
-    return Cell(f"{part} of {whole}", part / max(1, whole))
+    return Cell(f"{part:.0f} of {whole:.0f}", part / max(1, whole))
 
 
 def parameters_table(trained: Frame) -> Table:
@@ -367,7 +400,7 @@ def runs_table(runs: Frame, of: int, variants: Mapping[str, str]) -> Table:
         ("Accuracy %", "figure", _number("last_accuracy_percent", ".2f")),
         ("Change, points", "figure", _number("accuracy_points", "+.2f")),
         ("Perplexity", "figure", _number("last_perplexity", ",.2f")),
-        ("Change, %", "figure", _number("perplexity_percent", "+.2f")),
+        ("Perplexity fell by, %", "figure", _number("perplexity_percent", "+.2f")),
         ("Epochs", "figure", lambda row: number_text(row["epochs"], "d")),
         ("Time", "figure", _duration("seconds")),
     ]
@@ -404,7 +437,8 @@ def versions_table(runs: Frame) -> Table:
 
 def _mean(values: Any, form: str, unit: str = "") -> str:
     """Mean ± standard deviation, or the value where there is one."""
-    known = _known(values)
+    array = np.asarray(values, dtype=float)
+    known = array[np.isfinite(array)]
     if not len(known):
         return ""
     spread = f" ± {known.std(ddof=1):{form.replace('+', '')}}" if len(known) > 1 else ""
@@ -412,26 +446,21 @@ def _mean(values: Any, form: str, unit: str = "") -> str:
 
 
 def _mean_seconds(values: Any) -> str:
-    known = _known(values)
-    if len(known) and known.mean() >= 100:
-        return duration(known.mean())
-    return _mean(known, ".1f", " s")
-
-
-def _known(values: Any) -> np.ndarray:
-    array = np.asarray(values, dtype=float)
-    return array[np.isfinite(array)]
+    mean = np.nanmean(np.asarray(values, dtype=float))
+    return duration(mean) if mean >= 100 else _mean(values, ".1f", " s")
 
 
 def _interval(summary: Any, decimals: int, scale: float = 1, unit: str = "") -> str:
     """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
     if not math.isfinite(summary["mean"]):
         return "none"
-    mean, sd, low, high = (scale * summary[name] for name in ("mean", "sd", "low", "high"))
-    if not math.isfinite(sd):
-        return f"{mean:+.{decimals}f}{unit}"
-    interval = f"({low:+.{decimals}f} to {high:+.{decimals}f}{unit})"
-    return f"{mean:+.{decimals}f} ± {sd:.{decimals}f} {interval}"
+    mean, sd, low, high = (
+        scale * summary.get(name, math.nan) for name in ("mean", "sd", "low", "high")
+    )
+    text = f"{mean:+.{decimals}f}" + (f" ± {sd:.{decimals}f}" if math.isfinite(sd) else "")
+    if not math.isfinite(low):
+        return f"{text}{unit}"
+    return f"{text} ({low:+.{decimals}f} to {high:+.{decimals}f}{unit})"
 
 
 def _sort(value: Any) -> float | str:

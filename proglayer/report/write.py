@@ -15,36 +15,37 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from proglayer.report import ledger, study
+from proglayer.report import comparisons, ledger, study
 from proglayer.report.page import (
     Block,
     Bullets,
     Code,
     Collapsible,
+    Finding,
     Heading,
     Paragraph,
     Picture,
     Pictures,
     SideBySide,
+    Summary,
     Table,
-    Verdict,
     to_html,
     to_markdown,
 )
 from proglayer.report.pictures import (
-    MOST_LINES,
     Gallery,
     against_compute,
     by_exit,
-    course,
     forest,
-    model_name,
+    learning_curve,
     parameters,
 )
-from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins
+from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins, model_name, variant_name
 from proglayer.report.tables import (
     changes_table,
     comparisons_table,
@@ -71,6 +72,7 @@ TITLE = "Study report"
 # What a page can hold and a reader can read; the rest is counted, and whole in the tables.
 MOST_CONDITIONS = 4
 MOST_VARIANTS = 12
+MOST_JUDGED = 12
 MOST_MODELS = 4
 MOST_RUNS = 500
 MOST_ENDED = 100
@@ -158,31 +160,18 @@ class _Condition:
         return f"-{self.number + 1}" if self.number else ""
 
 
-# What each variant is set against: an experiment, what that is, and how a control of the size of
-# another variant is run.
-REFERENCES = (
-    (study.ORIGINAL, "the original", ""),
-    (study.KEEP_TRAINING, "training on without growth", "initial_layers and model.dim"),
-    (study.FROM_SCRATCH, "from scratch", "initial_layers, added_layers and model.dim"),
-)
-
-
 @dataclass(frozen=True, eq=False)
-class _Findings:
-    """What the runs of one condition say: the frames that its tables and pictures show."""
+class _Compute:
+    """What the runs of one condition spent, and what they got for that."""
 
-    hypotheses: list[study.Hypothesis]
-    changes: Frame
-    deep_minus_standard: dict[str, Frame]  # by the name of the figure
-    against: dict[str, dict[str, Frame]]  # by the reference's experiment, then as above
     spent: Frame
-    reference: str  # the variant whose loss is the target
+    reference: str  # the variant whose final loss is the target
     reached: Frame
     speed_up: Frame
 
 
 class _Report:
-    """One report in the making: what was read, what is drawn, the tables that go beside it."""
+    """One report in the making: what was read, what is drawn, the tables that go with it."""
 
     def __init__(self, results: Results, gallery: Gallery, out: Path, margins: Margins) -> None:
         self.results = results
@@ -196,43 +185,32 @@ class _Report:
         ]
         # The largest first: it is what the study is about.
         self.conditions.sort(key=lambda condition: -len(condition.runs))
-        self.findings = {c.number: self._findings(c) for c in self.conditions}
+        claims, others = [], []
+        for condition in self.conditions:
+            own = comparisons.claimed(condition.asked, condition.curves, margins)
+            rest = comparisons.others(condition.asked, own, margins)
+            claims += [comparisons.named(question, condition.name) for question in own]
+            others += [comparisons.named(question, condition.name) for question in rest]
+        self.claims = comparisons.judge(claims)
+        self.others = comparisons.judge(others)
+        self.compute = {c.number: self._compute(c) for c in self.conditions}
 
     def _condition(self, number: int, name: str) -> _Condition:
         runs = self.arms.of(number)
         curves = self.curves[self.curves["run"].isin(runs["run"])]
-        told = runs[["run", "variant", "model", "seed", "grows"]]
-        asked = self.arms.asked(number)
-        return _Condition(number, name, runs, asked, curves.merge(told, on="run"))
+        arms = runs[["run", "variant", "model", "seed", "grows"]]
+        return _Condition(number, name, runs, self.arms.asked(number), curves.merge(arms, on="run"))
 
-    def _findings(self, condition: _Condition) -> _Findings:
-        runs, asked, curves = condition.runs, condition.asked, condition.curves
+    def _compute(self, condition: _Condition) -> _Compute:
+        runs, curves = condition.runs, condition.curves
         original = study.plain_variant(runs, study.ORIGINAL)
         scratch = study.plain_variant(runs, study.FROM_SCRATCH)
         reference = scratch or original or condition.variants[0]
-        against: dict[str, dict[str, Frame]] = {}
-        for experiment, _, _ in REFERENCES:
-            references = study.controls(asked, experiment)
-            if experiment == study.ORIGINAL:
-                others = [v for v in condition.variants if v != original]
-                references = dict.fromkeys(others, original) if original else {}
-            if references:
-                against[experiment] = {
-                    metric.name: study.against(asked, references, metric, self.margins)
-                    for metric in METRICS
-                }
-        return _Findings(
-            hypotheses=study.hypotheses(asked, curves, self.margins),
-            changes=study.changes(asked),
-            deep_minus_standard={
-                metric.name: study.deep_minus_standard(asked, metric, self.margins)
-                for metric in METRICS
-            },
-            against=against,
-            spent=ledger.spent(self.results, runs),
-            reference=reference,
-            reached=ledger.to_target(runs, curves, ledger.default_targets(runs, curves, reference)),
-            speed_up=ledger.speed_up(runs, curves, study.controls(runs, study.FROM_SCRATCH)),
+        return _Compute(
+            ledger.spent(self.results, runs),
+            reference,
+            ledger.to_target(runs, curves, ledger.default_targets(runs, reference)),
+            ledger.speed_up(runs, curves, study.controls(runs, study.FROM_SCRATCH)),
         )
 
     def write_tables(self) -> None:
@@ -241,27 +219,24 @@ class _Report:
         self.results.to_csv(folder)
         tables: dict[str, list[Frame]] = {}
 
-        def keep(name: str, condition: _Condition, table: Frame, **front: str) -> None:
+        def keep(name: str, condition: _Condition, table: Frame) -> None:
             if len(table):
-                front = {"condition": condition.name} | front
-                own = table.drop(columns=list(front), errors="ignore")
-                for place, (column, value) in enumerate(front.items()):
-                    own.insert(place, column, value)
-                tables.setdefault(name, []).append(own)
+                own = table.assign(condition=condition.name)
+                columns = ["condition", *table.columns]
+                tables.setdefault(name, []).append(own[columns])
 
         for condition in self.conditions:
-            found = self.findings[condition.number]
-            for hypothesis in found.hypotheses:
-                keep("hypotheses", condition, hypothesis.rows)
-            keep("changes", condition, found.changes)
-            for metric, table in found.deep_minus_standard.items():
-                keep("deep_minus_standard", condition, table, metric=metric)
-            for by_figure in found.against.values():
-                for metric, table in by_figure.items():
-                    keep("against", condition, table, metric=metric)
-            keep("ledger", condition, found.spent)
-            keep("to_target", condition, found.reached)
-            keep("speed_up", condition, found.speed_up)
+            compute = self.compute[condition.number]
+            keep("changes", condition, study.changes(condition.asked))
+            keep("ledger", condition, compute.spent)
+            keep("to_target", condition, compute.reached)
+            keep("speed_up", condition, compute.speed_up)
+        judged = pd.concat([self.claims, self.others], ignore_index=True)
+        if len(judged):
+            described, by_seed = comparisons.described(judged)
+            tables["comparisons"] = [described]
+            if len(by_seed):
+                tables["differences"] = [by_seed]
         for name, parts in tables.items():
             write_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv")
 
@@ -269,35 +244,31 @@ class _Report:
 
     def document(self) -> tuple[str, list[Block]]:
         """The lead, and everything below it."""
-        blocks: list[Block] = []
-        if self.conditions:
-            blocks.append(Heading("What the data say"))
-            blocks += self._per_condition(self._verdicts)
-            for title, section, tables in (
-                ("The founding experiment's tables", self._founding, "phases.csv"),
-                ("From the first phase to the last", self._changes, "changes.csv"),
-                ("Against the original and the controls", self._against, "against.csv"),
-                ("Courses of training", self._courses, "epochs.csv and exits.csv"),
-                ("Compute ledger", self._ledger, "ledger.csv, to_target.csv and speed_up.csv"),
-            ):
-                if inside := self._per_condition(section, tables):
-                    blocks += [Heading(title), *inside]
-        else:
-            blocks.append(Heading("What the data say"))
-            blocks.append(Paragraph("No run has completed yet: there is nothing to conclude from."))
-        blocks.append(Heading("All runs"))
-        blocks += self._all_runs()
-        blocks += self._not_completed()
-        blocks.append(Heading("How to reproduce it"))
-        blocks += self._reproduce()
+        blocks: list[Block] = self._first_screen()
+        # A reader of one run, or of single seeds, came for its figures.
+        nothing = not (self.claims["n"] > 1).any()
+        for title, section, tables in (
+            ("The comparisons, in numbers", self._comparisons, "comparisons.csv"),
+            ("The founding experiment's tables", self._founding, "phases.csv"),
+            ("From the first phase to the last", self._changes, "changes.csv"),
+            ("Learning curves", self._learning_curves, "epochs.csv and exits.csv"),
+            ("Compute", self._ledger, "ledger.csv, to_target.csv and speed_up.csv"),
+        ):
+            if inside := self._per_condition(section, tables):
+                opened = nothing and section == self._founding
+                blocks.append(Collapsible(title, inside, section=True, open=opened))
+        blocks.append(Collapsible("All runs", self._all_runs(), section=True))
+        if ended := self._not_completed():
+            blocks.append(Collapsible("What did not complete", ended, section=True, open=True))
+        blocks.append(Collapsible("How to reproduce it", self._reproduce(), section=True))
         return self._lead(), blocks
 
     def _per_condition(
-        self, section: Callable[[_Condition], list[Block]], tables: str = ""
+        self, section: Callable[[_Condition], list[Block]], tables: str
     ) -> list[Block]:
         """A section for every condition, each under its name if there are several.
 
-        Of more than MOST_CONDITIONS only the verdicts are told; where the rest is, `tables` names.
+        `tables` names where the rest of more than MOST_CONDITIONS is.
         """
         blocks: list[Block] = []
         for condition in self.conditions[:MOST_CONDITIONS]:
@@ -306,9 +277,7 @@ class _Report:
                 blocks.append(Heading(f"On {condition.name}", level=3))
             blocks += inside
         others = self.conditions[MOST_CONDITIONS:]
-        if others and not tables:
-            blocks += [Collapsible(f"On {c.name}", section(c)) for c in others]
-        elif others and blocks:
+        if others and blocks:
             names = listed([c.name for c in others], 6)
             blocks.append(_left_to(tables, len(others), "conditions", names))
         return blocks
@@ -326,60 +295,93 @@ class _Report:
             parts.append("on " + listed([c.name for c in self.conditions], 3))
         return "; ".join(parts) + "."
 
-    # --- verdicts ---------------------------------------------------------------------------------
+    # --- the first screen -------------------------------------------------------------------------
 
-    def _verdicts(self, condition: _Condition) -> list[Block]:
-        runs, margins = condition.runs, self.margins
-        found = self.findings[condition.number].hypotheses
-        blocks: list[Block] = []
-        cards: list[Block] = []
-        single = study.single_seeds(runs)
-        if len(single):
-            told = [
-                f"{model_name(row.model)}: {row.accuracy_percent:.2f} % of {row.tokens:,} tokens, "
-                f"±{row.error_points:.2f} points"
-                for row in study.binomial_errors(single).itertuples()
+    def _first_screen(self) -> list[Block]:
+        """One sentence for each claim, one picture of all of them, and what both rest on."""
+        blocks: list[Block] = [Heading("What was found")]
+        if not self.conditions:
+            return [*blocks, Paragraph("No run has completed yet: nothing can be concluded.")]
+        singles = [text for condition in self.conditions if (text := _single_seeds(condition))]
+        if not (self.claims["n"] > 1).any():
+            blocks += [Paragraph(text) for text in singles] or [
+                Paragraph("No claim of the founding experiment was tested.")
             ]
-            arms = zip(single["variant"], single["model"].map(model_name), strict=True)
-            names = listed([f"{variant} ({model})" for variant, model in arms], 6)
-            of = f"One seed of {names}" if study.has_seeds(runs) else "One seed"
-            blocks.append(
-                Paragraph(
-                    f"{of}: nothing can be concluded. How much a figure would change with "
-                    "another seed is not known; the size of the validation set alone leaves the "
-                    "accuracy unsure by its binomial standard error"
-                    + (f" ({'; '.join(told)})." if told else ".")
-                )
-            )
-        for hypothesis in found:
-            findings = [
-                (row.verdict, f"{row.what}{f', {model_name(row.model)}' if row.model else ''}",
-                 row.sentence)
-                for row in hypothesis.rows.itertuples()
-            ]  # fmt: skip
-            if not findings:
-                told = f"nothing to compare: it takes {hypothesis.missing}, with the same seeds"
-                findings = [(hypothesis.outcome, "no completed runs of both", told)]
-            cards.append(
-                Verdict(hypothesis.outcome, hypothesis.title, hypothesis.measured_by, findings)
-            )
-        compared = sum(len(hypothesis.rows) for hypothesis in found)
-        if not compared:
-            title = "The founding experiment's claims: undecided, and what it takes to judge them"
-            return [*blocks, Collapsible(title, cards)]
-        blocks += cards
-        blocks.append(
-            Paragraph(
-                f"A difference within ±{margins.points:g} points of accuracy counts as none "
-                f"(perplexity: ±{margins.percent:.3g} %; loss: ±{margins.nats:g} nats). "
-                "Supported and refuted: a difference at the 5 % level; equivalent: shown to lie "
-                "within the margin; undecided is neither, and no finding of no difference. All "
-                f"comparisons above ({compared}) are one family, corrected by Holm; intervals are "
-                "of 95 % each, over seeds.",
-                muted=True,
-            )
-        )
+            inside: list[Block] = [Summary(self._findings(), [])]
+            title = "What it takes to test the founding experiment's claims"
+            return [*blocks, Collapsible(title, inside)]
+        made = self.claims[self.claims["n"] > 1]
+        several = len(self.conditions) > 1
+        rows = [
+            {
+                "label": comparisons.label(row)
+                + (f", {row['measured']}" if row["measured"].startswith("at ") else "")
+                + (f", on {row['condition']}" if several else ""),
+                **{name: row[name] for name in ("model", "mean", "low", "high")},
+                "seeds": row["comparisons"][study.ACCURACY.name].differences.tolist(),
+            }
+            for row in made.head(MOST_JUDGED).to_dict("records")
+        ]
+        title = "Differences in accuracy"
+        margin = self.margins.points
+        picture = forest(self.gallery, "claims", title, rows, margin, "points of accuracy")
+        blocks.append(Summary(self._findings(), [picture]))
+        if len(made) > MOST_JUDGED:
+            blocks.append(_left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons"))
+        notes = [comparisons.how_judged(made, self.margins)]
+        notes += comparisons.limits(made)
+        for condition in self.conditions[:MOST_CONDITIONS]:
+            prefix = f"On {condition.name}: " if several else ""
+            notes += [prefix + text for text in _noise_of_text(condition, self.margins)]
+        notes += [text for text in (_second_look(self.arms.runs, self.out),) if text]
+        blocks.append(Bullets([*notes, *singles], muted=True))
         return blocks
+
+    def _findings(self) -> list[Finding]:
+        findings = []
+        for claim in comparisons.CLAIMS:
+            own = self.claims[self.claims["claim"] == claim.title]
+            for condition, rows in own.groupby("condition", sort=False):
+                on = f", on {condition}" if len(self.conditions) > 1 else ""
+                verdicts = list(dict.fromkeys(rows["verdict"]))
+                sentence = comparisons.answer(rows)
+                findings.append(Finding(claim.title, f"{claim.short}{on}", verdicts, sentence))
+        return findings
+
+    def _comparisons(self, condition: _Condition) -> list[Block]:
+        """The claims in numbers, and every other comparison."""
+        blocks: list[Block] = []
+        claims = self.claims[self.claims["condition"] == condition.name]
+        if (claims["n"] > 0).any():
+            blocks.append(comparisons_table("The claims", claims[claims["comparisons"].map(bool)]))
+            blocks.append(Bullets([f"{c.title}: {c.measured_by}." for c in comparisons.CLAIMS]))
+        others = self.others[self.others["condition"] == condition.name]
+        shown = others[others["a"].isin(condition.variants[:MOST_VARIANTS])]
+        if len(shown):
+            blocks.append(comparisons_table("The other comparisons", shown))
+        runs = condition.runs
+        growing = runs.loc[runs["grows"], "variant"].unique().tolist()
+        for experiment in (study.FROM_SCRATCH, study.KEEP_TRAINING):
+            having = study.controls(runs, experiment)
+            if lacking := [variant_name(v) for v in growing if having and v not in having]:
+                blocks.append(
+                    Paragraph(
+                        f"No {variant_name(experiment)} of their depth and width was run for "
+                        f"{listed(lacking, 6)}: run experiment={experiment} with their "
+                        "initial_layers, added_layers and model.dim.",
+                        muted=True,
+                    )
+                )
+        pairs = shown[shown["model"] != ""].drop_duplicates(["a", "b"])
+        differs = {b: study.differing(runs, b) for b in pairs["b"].unique()}
+        items = [
+            f"{comparisons.label(row)}: {differs[row['b']][row['a']]}"
+            for row in pairs.to_dict("records")
+            if differs[row["b"]].get(row["a"])
+        ]
+        if items:
+            blocks.append(Collapsible("The settings in which the two differ", [Bullets(items)]))
+        return blocks + (_more_variants(condition, "comparisons.csv") if blocks else [])
 
     # --- the founding experiment's tables ---------------------------------------------------------
 
@@ -415,9 +417,8 @@ class _Report:
         blocks += self._tables_of(condition, main, published)
         others = [variant for variant in condition.variants if variant != main]
         for variant in others[:MOST_VARIANTS]:
-            blocks.append(
-                Collapsible(variant, self._tables_of(condition, variant, published=False))
-            )
+            inside = self._tables_of(condition, variant, published=False)
+            blocks.append(Collapsible(variant_name(variant), inside))
         if len(others) > MOST_VARIANTS:
             blocks.append(_left_to("phases.csv", len(others) - MOST_VARIANTS, "variants"))
         return blocks
@@ -431,7 +432,7 @@ class _Report:
             asked = asked[(asked["variant"] == variant) & (asked["model"] == model)]
             lacking = Counter(asked["lacks"].dropna())
             left_out = ", ".join(f"{count} {status}" for status, count in sorted(lacking.items()))
-            title = f"{variant}, {model_name(model)}"
+            title = f"{variant_name(variant)}, {model_name(model)}"
             tables = [phase_table(title, own, self.results.phases, left_out)]
             if published and model in study.founding()["published"]:
                 tables.append(published_table(model))
@@ -446,117 +447,67 @@ class _Report:
     # --- changes ----------------------------------------------------------------------------------
 
     def _changes(self, condition: _Condition) -> list[Block]:
-        found = self.findings[condition.number]
-        changes = found.changes
+        changes = study.changes(condition.asked)
         if changes.empty:
             return []
-        blocks: list[Block] = [Paragraph("Plus is an improvement, in every figure.", muted=True)]
+        blocks: list[Block] = [Paragraph("Plus is an improvement, in every metric.", muted=True)]
         shown = condition.variants[:MOST_VARIANTS]
         if len(changes) > len(METRICS):
             pictures = []
             for metric in METRICS:
                 rows = changes[(changes["metric"] == metric.name) & changes["variant"].isin(shown)]
-                title = f"Change in {metric.name}: mean and 95 % interval"
-                margin = metric.margin(self.margins)
+                rows = rows[rows["n"] > 0].to_dict("records")
+                for row in rows:
+                    arm = (condition.runs["variant"] == row["variant"]) & (
+                        condition.runs["model"] == row["model"]
+                    )
+                    row["seeds"] = condition.runs.loc[arm, metric.change].dropna().tolist()
+                    row["label"] = variant_name(row["variant"])
+                title = f"{metric.heading}: mean, 95 % interval, and seeds"
                 name = f"changes-{metric.name}{condition.slug}"
+                margin = metric.margin(self.margins)
                 pictures.append(forest(self.gallery, name, title, rows, margin, metric.unit))
             blocks.append(Pictures(pictures))
         blocks.append(changes_table(changes, shown))
-        blocks += _cut(condition, "changes.csv and deep_minus_standard.csv")
-        for metric in METRICS:
-            told = found.deep_minus_standard[metric.name]
-            if told.empty:
-                continue
-            table = comparisons_table(
-                f"Change in {metric.name}, deep supervision − Standard, paired by seed, in "
-                f"{metric.unit}",
-                told,
-                metric,
-                {"variant": "Variant"},
-                shown,
-            )
-            if metric is study.ACCURACY:
-                blocks.append(table)
-            else:
-                blocks.append(Collapsible(f"The same for {metric.name}", [table]))
-        return blocks
+        return blocks + _more_variants(condition, "changes.csv")
 
-    def _against(self, condition: _Condition) -> list[Block]:
-        """Each variant against the original, and against the controls of its size."""
-        against = self.findings[condition.number].against
-        blocks: list[Block] = []
-        shown = condition.variants[:MOST_VARIANTS]
-        growing = condition.runs.loc[condition.runs["grows"], "variant"].unique().tolist()
-        for experiment, words, size in REFERENCES:
-            if experiment not in against:
-                continue
-            found = against[experiment]
-            blocks.append(Heading(f"Against {words}", level=3))
-            first = next(iter(found.values()))
-            alone = first["b"].nunique() == 1
-            reference = first["b"].iloc[0] if alone else "its control"
-            labels = {"a": "Variant", "model": "Model"} | ({} if alone else {"b": "Control"})
-            for metric in METRICS:
-                title = (
-                    f"Final {metric.name}, variant − {reference}, paired by seed, in "
-                    f"{metric.unit}; plus: the variant is better"
-                )
-                table = comparisons_table(title, found[metric.name], metric, labels, shown)
-                if metric is study.ACCURACY:
-                    blocks.append(table)
-                else:
-                    blocks.append(Collapsible(f"The same for {metric.name}", [table]))
-            alone_standing = [v for v in growing if v not in set(first["a"])]
-            if size and alone_standing:
-                blocks.append(
-                    Paragraph(
-                        f"No such control of their depth and width was run for "
-                        f"{listed(alone_standing, 6)}: it takes experiment={experiment} with their "
-                        f"{size}.",
-                        muted=True,
-                    )
-                )
-            told = first[first["a"].isin(shown) & (first["differs"] != "")].drop_duplicates("a")
-            items = [f"{row.a}, {row.b}: {row.differs}" for row in told.itertuples()]
-            if items:
-                blocks.append(Collapsible("The settings in which the two differ", [Bullets(items)]))
-        return blocks + (_cut(condition, "against.csv") if blocks else [])
+    # --- learning curves --------------------------------------------------------------------------
 
-    # --- courses ----------------------------------------------------------------------------------
-
-    def _courses(self, condition: _Condition) -> list[Block]:
+    def _learning_curves(self, condition: _Condition) -> list[Block]:
         shown = condition.variants[:MOST_VARIANTS]
         phases: Frame = self.results.phases
         names = phases[["run", "phase", "name"]].rename(columns={"name": "phase_name"})
         curves = condition.curves.merge(names, on=["run", "phase"], how="left")
         curves["phase_name"] = curves["phase_name"].astype(object).fillna("")
+        known = curves.loc[np.isfinite(curves["loss"]), "loss"]
+        limits = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
         exits = _ends_of_exits(self.results, condition)
-        courses: list[Picture] = []
+        by_epoch: list[Picture] = []
         by_exits: list[Picture] = []
         for number, variant in enumerate(shown):
             slug = f"{_slug(variant)}{condition.slug}" or str(number)
             own = curves[curves["variant"] == variant]
             if len(own):
-                name = self._free(f"course-{slug}")
-                courses.append(course(self.gallery, name, variant, own))
+                name = self._free(f"curve-{slug}")
+                by_epoch.append(
+                    learning_curve(self.gallery, name, variant_name(variant), own, limits)
+                )
             own_exits = exits[exits["variant"] == variant]
             if len(own_exits):
                 name = self._free(f"exits-{slug}")
-                by_exits.append(by_exit(self.gallery, name, variant, own_exits))
+                by_exits.append(by_exit(self.gallery, name, variant_name(variant), own_exits))
         blocks: list[Block] = []
-        if courses:
+        if by_epoch:
             blocks.append(Heading("Validation curves across phases", level=3))
             if study.has_seeds(condition.runs):
-                most = condition.runs.groupby(["variant", "model"]).size().max()
-                first = f"the first {MOST_LINES} " if most > MOST_LINES else ""
                 blocks.append(
                     Paragraph(
-                        f"Thin lines are {first}seeds; the thick line with marks is the mean of "
-                        "all of them, as far as all of them trained.",
+                        "Lines are means over seeds, bands one standard deviation to each side, "
+                        "as far as all seeds trained.",
                         muted=True,
                     )
                 )
-            blocks.append(Pictures(courses))
+            blocks.append(Pictures(by_epoch))
         if by_exits:
             blocks.append(Heading("Accuracy by exit", level=3))
             blocks.append(
@@ -567,7 +518,7 @@ class _Report:
                 )
             )
             blocks.append(Pictures(by_exits))
-        return blocks + _cut(condition, "epochs.csv and exits.csv")
+        return blocks + _more_variants(condition, "epochs.csv and exits.csv")
 
     def _free(self, name: str) -> str:
         """A file name that no picture has yet."""
@@ -580,7 +531,7 @@ class _Report:
     # --- compute ----------------------------------------------------------------------------------
 
     def _ledger(self, condition: _Condition) -> list[Block]:
-        runs, found = condition.runs, self.findings[condition.number]
+        runs, found = condition.runs, self.compute[condition.number]
         shown = condition.variants[:MOST_VARIANTS]
         blocks: list[Block] = [
             Paragraph(
@@ -597,13 +548,14 @@ class _Report:
         if len(found.speed_up):
             gains = found.speed_up[found.speed_up["variant"].isin(shown)]
             blocks.append(speed_up_table(gains))
-        blocks += _cut(condition, "ledger.csv, to_target.csv and speed_up.csv")
+        blocks += _more_variants(condition, "ledger.csv, to_target.csv and speed_up.csv")
         blocks.append(Heading("Loss against compute", level=3))
         if study.has_seeds(runs):
             blocks.append(
                 Paragraph(
-                    "Means over all seeds, epoch by epoch; a seed that has stopped counts with "
-                    "what it spent and reached.",
+                    "The loss of the model in hand: means over all seeds, epoch by epoch. A large "
+                    "mark is the end of a phase, where its best epoch is restored; after it the "
+                    "line shows what growing did.",
                     muted=True,
                 )
             )
@@ -680,7 +632,7 @@ class _Report:
             blocks.append(Table("Left out, for it cannot be read", columns, rows))
             if len(left_out) > MOST_ENDED:
                 blocks.append(_left_to("left_out.csv", len(left_out) - MOST_ENDED, "folders"))
-        return [Heading("What did not complete"), *blocks] if blocks else []
+        return blocks
 
     # --- how to reproduce it ----------------------------------------------------------------------
 
@@ -772,7 +724,77 @@ def _sweep_command(folder: str) -> str | None:
         return None
 
 
-# --- words ----------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------
+
+
+def _single_seeds(condition: _Condition) -> str:
+    """That of one seed nothing can be concluded, and what its text alone leaves unsure."""
+    single = study.single_seeds(condition.runs)
+    if single.empty:
+        return ""
+    errors = [
+        f"{model_name(row.model)}: {row.accuracy_percent:.2f} % of {row.tokens:,} tokens, "
+        f"±{row.error_points:.2g} points"
+        for row in study.binomial_errors(single).itertuples()
+    ]
+    arms = zip(single["variant"].map(variant_name), single["model"].map(model_name), strict=True)
+    names = listed([f"{variant} ({model})" for variant, model in arms], 6)
+    of = f"One seed of {names}" if study.has_seeds(condition.runs) else "One seed"
+    return (
+        f"{of}: nothing can be concluded. Another seed may give other figures; how much, one seed "
+        "cannot show. The size of the text alone leaves the accuracy unsure by its binomial "
+        "standard error" + (f" ({'; '.join(errors)})." if errors else ".")
+    )
+
+
+def _noise_of_text(condition: _Condition, margins: Margins) -> list[str]:
+    """What the size of the text leaves unsure of every difference, and whether the margin is less.
+
+    It belongs beside the margin, for seeds that read one text share it.
+    """
+    errors = study.binomial_errors(condition.runs)
+    if errors.empty:
+        return []
+    tokens, error = errors["tokens"].min(), errors["error_of_difference"].max()
+    text = (
+        f"All seeds are judged on one text of {tokens:,} tokens. Another text of that size would "
+        f"move a difference by up to ±{error:.2g} points (standard error, McNemar, if the models "
+        "erred unrelatedly; less, the more they agree); more seeds do not lower that."
+    )
+    if margins.points < 2 * error:
+        text += (
+            f" The margin of {margins.points:g} points is below what this text can surely show: "
+            "the verdicts hold for this text, not for the language."
+        )
+    return [text]
+
+
+# What two, three, ... equal looks make of 5 %: Armitage, McPherson & Rowe (1969).
+LOOKS_PERCENT = (5.0, 8.3, 10.7, 12.6, 14.2)
+
+
+def _second_look(runs: Frame, out: Path) -> str:
+    """A warning where seeds were added to some that a report had already shown."""
+    batches: dict[str, list[Any]] = {}
+    for row in runs[["sweep", "folder", "started", "ended"]].to_dict("records"):
+        folder = Path(row["folder"])
+        batch = folder.parent if isinstance(row["sweep"], str) else folder
+        seen = batches.setdefault(str(batch), [row["started"], row["ended"]])
+        seen[0], seen[1] = min(seen[0], row["started"]), max(seen[1], row["ended"])
+    looks = 0
+    for batch, (_, ended) in batches.items():
+        report = Path(batch) / "report" / PAGE
+        later = any(started > ended for started, _ in batches.values())
+        looks += later and report.is_file() and report.parent.resolve() != out.resolve()
+    if not looks:
+        return ""
+    error = LOOKS_PERCENT[min(looks, len(LOOKS_PERCENT) - 1)]
+    return (
+        f"Second look: {_count(looks, 'report')} had already shown part of these runs when the "
+        "others began. If more seeds were run because of what they showed, false differences "
+        f"occur in up to about {error:g} % of such studies instead of 5 %. Judge new seeds alone, "
+        "or plan the total beforehand with a sequential design."
+    )
 
 
 def _count(number: int, noun: str) -> str:
@@ -786,7 +808,7 @@ def _left_to(tables: str, number: int, noun: str, names: str = "") -> Paragraph:
     return Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", muted=True)
 
 
-def _cut(condition: _Condition, tables: str) -> list[Block]:
+def _more_variants(condition: _Condition, tables: str) -> list[Block]:
     """That a section does not show all variants, if it does not."""
     more = len(condition.variants) - MOST_VARIANTS
     return [_left_to(tables, more, "variants")] if more > 0 else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ import yaml
 
 from proglayer.config import to_plain
 from proglayer.launch import job as entrance
-from proglayer.report import ledger, page, stats, study
+from proglayer.report import comparisons, ledger, page, stats, study
 from proglayer.report import pictures as figures
 from proglayer.report import write as reporting
 from proglayer.report.__main__ import main
@@ -156,63 +157,58 @@ def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report
         expected = stats.summary(by_model[row["model"]].to_numpy(dtype=float))
         assert row["mean"] == pytest.approx(expected.mean)
         assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
-    judged = pd.read_csv(report / "tables" / "hypotheses.csv")
-    deeper = judged[judged["hypothesis"].str.startswith("Deep supervision")].iloc[0]
+    judged = pd.read_csv(report / "tables" / "comparisons.csv")
+    claims = judged[judged["claim"].notna() & (judged["metric"] == "accuracy")]
+    deeper = claims[claims["claim"].str.startswith("Deep supervision")].iloc[0]
     expected = stats.paired(by_model[DEEP], by_model[STANDARD], margin=0.1)
     assert deeper["mean"] == pytest.approx(expected.mean)
-    assert deeper["t_p"] == pytest.approx(expected.t_p)
-    # All comparisons that a verdict rests on are one family: 1 + 2 models x 2 measures.
-    assert len(judged) == 5
-    assert judged["p_adjusted"].tolist() == pytest.approx(stats.holm(judged["p"]).tolist())
-    text = page_of(report).text
-    assert all(sentence in text for sentence in judged["sentence"])
+    assert deeper["p"] == pytest.approx(expected.p)
+    # All comparisons that the claims rest on are one family; what was not tested is none of it.
+    tested = claims[claims["n"] > 1]
+    assert set(tested["family"]) == {len(tested)}
+    assert (claims.loc[claims["n"] == 0, "verdict"] == "not tested").all()
+    assert tested["p_adjusted"].tolist() == pytest.approx(
+        (len(tested) * tested["p"]).clip(upper=1).tolist()
+    )
+    by_seed = pd.read_csv(report / "tables" / "differences.csv")
+    own = by_seed[(by_seed["claim"] == deeper["claim"]) & (by_seed["metric"] == "accuracy")]
+    expected_by_seed = (by_model[DEEP] - by_model[STANDARD]).astype(float)
+    assert own.set_index("seed")["difference"].to_dict() == pytest.approx(
+        expected_by_seed.to_dict()
+    )
 
 
-def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path) -> None:
-    results = load(sweep)
-    arms = study.arms(results)
-    runs = arms.of(0)
+def within(results: Any, measure: ledger.Measure, model: str = STANDARD) -> pd.DataFrame:
+    """The run from scratch within the budget of the original's, by seed."""
+    runs = study.arms(results).of(0)
     curves = ledger.curves(results, runs)
-    fair = study.at_equal(runs, curves, "original", study.FROM_SCRATCH, "tokens")
-    for row in fair[fair["variant"] == study.FROM_SCRATCH].to_dict("records"):
-        same = runs[(runs["model"] == row["model"]) & (runs["seed"] == row["seed"])]
+    scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
+    arms = [runs[(runs["variant"] == v) & (runs["model"] == model)] for v in ("original", scratch)]
+    own, other = (arm.set_index("seed") for arm in arms)
+    return comparisons.within_budget(own, other, curves, measure)
+
+
+@pytest.mark.parametrize("model", [STANDARD, DEEP])
+def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path, model: str) -> None:
+    results = load(sweep)
+    runs = study.arms(results).of(0)
+    fair = within(results, ledger.TOKENS, model)
+    for seed, row in fair.iterrows():
+        same = runs[(runs["model"] == model) & (runs["seed"] == seed)]
         budget = float(same.loc[same["variant"] == "original", "tokens"].iloc[0])
         run = same.loc[same["variant"] == study.FROM_SCRATCH, "run"].iloc[0]
         epochs = results.epochs[results.epochs["run"] == run]
-        within = epochs[epochs["train_tokens"].cumsum() <= budget]
-        best = within.loc[within["validation_loss"].idxmin()]
-        assert row["accuracy_percent"] == best["validation_accuracy_percent"]
+        inside = epochs[epochs["train_tokens"].cumsum() <= budget]
+        best = inside.loc[inside["validation_loss"].idxmin()]
+        assert row["accuracy"] == best["validation_accuracy_percent"]
         assert row["share"] == epochs["train_tokens"].sum() / budget
-        assert (row["share"] > 1) == (len(within) < len(epochs))
-    # the grown arm counts at its end
-    ends = runs[runs["variant"] == "original"].set_index(["model", "seed"])
-    own = fair[fair["variant"] == "original"].set_index(["model", "seed"])
-    assert own["accuracy_percent"].to_dict() == ends["last_accuracy_percent"].to_dict()
+        assert (row["share"] > 1) == (len(inside) < len(epochs))
 
 
 def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
     synthetic.run(tmp_path / "a", "original", STANDARD, 1)
     synthetic.run(tmp_path / "b", "control_from_scratch", STANDARD, 1, "phase.patience=30")
-    results = load(tmp_path)
-    runs = study.arms(results).of(0)
-    curves = ledger.curves(results, runs)
-    scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
-    fair = study.at_equal(runs, curves, "original", scratch, "flops")
-    (share,) = fair.loc[fair["variant"] == scratch, "share"]
-    assert share > 1
-
-
-def test_from_scratch_that_ended_before_growing_did_is_told_as_that(tmp_path: Path) -> None:
-    for seed in range(3):
-        synthetic.run(tmp_path / f"a{seed}", "original", STANDARD, seed)
-        scratch = tmp_path / f"b{seed}"
-        synthetic.run(scratch, "control_from_scratch", STANDARD, seed, "phase.max_epochs=1")
-    results = load(tmp_path)
-    runs = study.arms(results).of(0)
-    asked = study.hypotheses(runs, ledger.curves(results, runs), study.Margins())
-    told = [what for claim in asked for what in claim.rows["what"]]
-    assert len(told) == 2
-    assert all("(from scratch ended at" in what for what in told)
+    assert within(load(tmp_path), ledger.FLOPS)["share"].item() > 1
 
 
 def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
@@ -238,87 +234,82 @@ def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path
         np.testing.assert_allclose(last[column], expected, rtol=1e-9)
 
 
-def to_target(curve: pd.DataFrame, target: float) -> float | None:
-    """The slow twin: the compute at which one run's loss first comes down to the target."""
-    curve = curve[np.isfinite(curve["loss"])]
+def to_target(curve: pd.DataFrame, target: float) -> float:
+    """The slow twin: the compute at which one run's loss first comes down to the target, or nan."""
     there = np.flatnonzero(curve["loss"] <= target)
-    if not len(there):
-        return None
-    at = int(there[0])
     compute, loss = curve["compute"].to_list(), curve["loss"].to_list()
-    if at == 0:
-        return compute[0]
+    if not len(there) or there[0] == 0:
+        return compute[0] if len(there) else math.nan
+    at = int(there[0])
     share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
     return compute[at - 1] + share * (compute[at] - compute[at - 1])
-
-
-def speed_up(baseline: pd.DataFrame, grown: pd.DataFrame) -> float | None:
-    """The slow twin: compute of the baseline / compute of the grown model to one loss, - 1."""
-    target = float(baseline["loss"].min())
-    base, own = to_target(baseline, target), to_target(grown, target)
-    return None if base is None or own is None else base / own - 1
 
 
 def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> None:
     results = load(sweep)
     runs = study.arms(results).of(0)
     curves = ledger.curves(results, runs)
+    depth = runs.set_index("run")["last_layers"]
 
     def curve(run: str, measure: str) -> pd.DataFrame:
-        own = curves[curves["run"] == run]
+        own = curves[(curves["run"] == run) & (curves["layers"] == depth[run])]
         return pd.DataFrame({"compute": own[measure], "loss": own["loss"]})
 
-    targets = ledger.default_targets(runs, curves, "original")
-    told = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
+    targets = ledger.default_targets(runs, "original")
+    table = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
     gains = ledger.speed_up(runs, curves, {"original": study.FROM_SCRATCH})
     gains = gains.set_index(["variant", "model", "measure"])
     for measure in (m.column for m in ledger.MEASURES):
         for (variant, model), arm in runs.groupby(["variant", "model"]):
-            slow = [to_target(curve(r, measure), targets[model]) for r in arm["run"]]
-            found = [value for value in slow if value is not None]
-            row = told.loc[(variant, model)]
-            assert row["reached"] == len(found)
-            assert (
-                row[measure] == pytest.approx(np.mean(found)) if found else np.isnan(row[measure])
-            )
+            slow = np.array([to_target(curve(r, measure), targets[model]) for r in arm["run"]])
+            row = table.loc[(variant, model)]
+            assert row["reached"] == np.isfinite(slow).sum()
+            expected = np.exp(np.log(slow).mean())
+            assert row[measure] == pytest.approx(expected, nan_ok=True)
             if not arm["grows"].all():
                 continue
             scratch = runs[(runs["variant"] == study.FROM_SCRATCH) & (runs["model"] == model)]
-            base = scratch.set_index("seed")["run"]
-            each = [
-                speed_up(curve(base[seed], measure), curve(run, measure))
-                for run, seed in zip(arm["run"], arm["seed"], strict=True)
-            ]
-            known = [value for value in each if value is not None]
+            scratch = scratch.set_index("seed").loc[arm["seed"]]
+            pairs = zip(scratch["run"], arm["run"], scratch["last_loss"], strict=True)
+            ratios = np.array(
+                [to_target(curve(a, measure), t) / to_target(curve(b, measure), t)
+                 for a, b, t in pairs]
+            )  # fmt: skip
             row = gains.loc[(variant, model, measure)]
-            assert (row["n"], row["seeds"]) == (len(known), len(arm))
-            if known:
-                assert row["mean"] == pytest.approx(np.mean(known))
+            assert (row["reached"], row["seeds"]) == (np.isfinite(ratios).sum(), len(arm))
+            expected = np.exp(np.log(ratios).mean()) - 1
+            assert row["mean"] == pytest.approx(expected, nan_ok=True)
 
 
-def one_arm(variant: str, *points: tuple[float, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def one_arm(
+    variant: str, *points: tuple[float, float], layers: Any = 4
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A run of one arm, and its course of (compute, loss)."""
-    run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1}])
-    course = pd.DataFrame(points, columns=["compute", "loss"])
+    last = {"last_layers": 4, "last_loss": min(loss for _, loss in points)}
+    run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1} | last])
+    course = pd.DataFrame(points, columns=["compute", "loss"]).assign(layers=layers)
     measures = {m.column: course["compute"] for m in ledger.MEASURES}
     return run, course.assign(run=variant, **measures)
 
 
-def reached(target: float, *points: tuple[float, float]) -> float | None:
-    told = ledger.to_target(*one_arm("arm", *points), {STANDARD: target}).iloc[0]
+def reached(target: float, *points: tuple[float, float], layers: Any = 4) -> float | None:
+    told = ledger.to_target(*one_arm("arm", *points, layers=layers), {STANDARD: target}).iloc[0]
     return None if not told["reached"] else told["flops"]
 
 
 def test_a_target_is_reached_between_two_measurements() -> None:
     falling = ((10, 8.0), (20, 7.0), (40, 6.0))
-    assert reached(7.0, *falling) == 20
-    assert reached(6.25, *falling) == 35
-    assert reached(8.5, *falling) == 10  # already there when first measured
+    assert reached(7.0, *falling) == pytest.approx(20)
+    assert reached(6.25, *falling) == pytest.approx(35)
+    assert reached(8.5, *falling) == pytest.approx(10)  # already there when first measured
     assert reached(5.9, *falling) is None
 
 
-def test_the_first_crossing_counts_though_a_growth_throws_the_loss_back() -> None:
-    assert reached(6.5, (1, 7.0), (2, 6.0), (3, 6.8), (4, 5.0)) == 1.5
+def test_what_was_reached_before_growing_is_no_merit_of_growing() -> None:
+    points = ((1, 7.0), (2, 6.0), (3, 6.8), (4, 6.4))
+    assert reached(6.5, *points) == 1.5
+    assert reached(6.5, *points, layers=[3, 3, 4, 4]) == pytest.approx(3.75)
+    assert reached(6.2, *points, layers=[3, 3, 4, 4]) is None
 
 
 def test_measurements_that_are_not_finite_are_passed_over() -> None:
@@ -330,7 +321,7 @@ def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
     arms = [one_arm("scratch", *scratch), one_arm("grown", *grown)]
     runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
     told = ledger.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
-    return told["mean"] if told["n"] else None
+    return told["mean"] if told["reached"] else None
 
 
 def test_the_speed_up_is_that_of_the_stacking_literature() -> None:
@@ -348,18 +339,64 @@ def test_a_target_that_one_arm_never_reaches_has_no_speed_up() -> None:
     assert gain(((1, np.nan),), ((1, 3.0), (2, 2.5))) is None
 
 
+def test_a_speed_up_is_the_geometric_mean_and_none_where_a_seed_does_not_get_there() -> None:
+    arms = [
+        one_arm(f"{name}{seed}", (1, 3.0), (at, 2.0)) if at else one_arm(f"{name}{seed}", (1, 3.0))
+        for name, ends in (("scratch", (2, 2, 2)), ("grown", (1, 4, None)))
+        for seed, at in enumerate(ends)
+    ]  # fmt: skip
+    runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
+    runs["seed"] = runs["variant"].str[-1].astype(int)
+    runs["variant"] = runs["variant"].str[:-1]
+    runs["last_loss"] = runs["last_loss"].where(runs["variant"] == "grown", 2.0)
+    curves.loc[curves["run"] == "grown0", "loss"] = [2.0, 1.9]
+
+    def found(seeds: int) -> Any:
+        own = runs[runs["seed"] < seeds]
+        return ledger.speed_up(own, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
+
+    two = found(2)
+    assert (two["seeds"], two["reached"]) == (2, 2)
+    assert two["mean"] == pytest.approx(math.sqrt((2 / 1) * (2 / 4)) - 1)
+    assert two["low"] < two["mean"] < two["high"]
+    three = found(3)
+    assert (three["seeds"], three["reached"]) == (3, 2)
+    assert math.isnan(three["mean"])
+    runs = runs.assign(model=STANDARD)
+    reached = ledger.to_target(runs, curves, {STANDARD: 2.0}).set_index("variant")
+    assert reached.loc["grown", ["seeds", "reached"]].tolist() == [3, 2]
+    assert math.isnan(reached.loc["grown", "flops"])
+
+
+def claims_of(results: Any, margins: Margins | None = None) -> pd.DataFrame:
+    """The judged claims of all conditions."""
+    arms, margins = study.arms(results), margins or Margins()
+    curves = ledger.curves(results, arms.runs)
+    asked = [
+        comparisons.named(question, name)
+        for number, name in enumerate(arms.conditions)
+        for question in comparisons.claimed(arms.asked(number), curves, margins)
+    ]
+    return comparisons.judge(asked)
+
+
+def others_of(results: Any) -> pd.DataFrame:
+    """The judged other comparisons of the first condition."""
+    arms = study.arms(results)
+    asked = arms.asked(0)
+    claims = comparisons.claimed(asked, ledger.curves(results, arms.runs), Margins())
+    return comparisons.judge(comparisons.others(asked, claims, Margins()))
+
+
 def test_a_margin_is_the_readers(sweep: Path) -> None:
-    results = load(sweep)
-    runs = study.arms(results).of(0)
-    curves = ledger.curves(results, runs)
-    margins = Margins(points=3.0, nats=0.02)
-    for hypothesis in study.hypotheses(runs, curves, margins):
-        assert set(hypothesis.rows["margin"]) <= {3.0}
-        assert set(hypothesis.rows["verdict"]) <= {"equivalent within the margin"}
-    told = {f.name: study.deep_minus_standard(runs, f, margins)["margin"] for f in study.METRICS}
-    assert told["loss"].tolist() == [0.02]
+    made = claims_of(load(sweep), Margins(points=3.0, nats=0.02))
+    made = made[made["n"] > 1]
+    assert set(made["margin"]) == {3.0}
+    assert set(made["verdict"]) == {"same within the margin"}
+    own = made["comparisons"].iloc[0]
+    assert own["loss"].margin == 0.02
     # 0.02 nats less are 1.98 % less perplexity.
-    assert told["perplexity"].tolist() == pytest.approx([100 * (1 - np.exp(-0.02))])
+    assert own["perplexity"].margin == pytest.approx(100 * (1 - np.exp(-0.02)))
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -474,18 +511,16 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_verdict_tells_which_seeds_it_lacks_and_why(broken: Path, tmp_path: Path) -> None:
     out = write_report([broken], tmp_path, png=False).parent
-    told = "2 of 6 seeds (left out: 1 failed, 1 not in both arms, 1 running, 1 waiting)"
     page = page_of(out)
-    assert told in page.text
-    deeper = next(t for t in page.tables if t[0][0] == "Variant" and "Left out" in t[0])
-    row = dict(zip(*deeper, strict=True))
+    assert "2 of 6 seeds, left out: 1 failed, 1 not in both arms, 1 running, 1 waiting" in page.text
+    row = page.table("Comparison", "Model")[0]
     assert row["Seeds"] == "2 of 6"
     assert row["Left out"] == "1 failed, 1 not in both arms, 1 running, 1 waiting"
     # the arm's own table and its changes say so, too; seed 4 is nobody's loss there
     assert "over 2 seeds. Left out: 1 failed, 1 running, 1 waiting." in page.text
-    changes = page.table("Variant", "Model", "Seeds", "Accuracy, points")
+    changes = page.table("Variant", "Model", "Seeds", "Accuracy: change, points")
     assert [row["Seeds"] for row in changes] == ["6", "2 of 5"]
-    judged = pd.read_csv(out / "tables" / "hypotheses.csv").iloc[0]
+    judged = pd.read_csv(out / "tables" / "comparisons.csv").iloc[0]
     assert (judged["n"], judged["dropped"]) == (2, 4)
 
 
@@ -505,28 +540,21 @@ def test_from_scratch_at_an_equal_budget_tells_which_seeds_failed(tmp_path: Path
     )
     synthetic.run(sweep / "1_aaaaaa", "original", STANDARD, 2, status="failed")
     synthetic.run(tmp_path / "x", "control_from_scratch", STANDARD, 3, status="failed")
-    results = load(sweep, tmp_path / "x")
-    arms = study.arms(results)
-    curves = ledger.curves(results, arms.runs)
-    claims = study.hypotheses(arms.asked(0), curves, Margins())
-    told = claims[-1].rows
-    assert told["n"].tolist() == [1, 1]
-    assert told["left_out"].tolist() == ["2 failed", "2 failed"]
-
-
-def test_below_six_seeds_the_page_says_what_sign_flips_cannot(report: Path) -> None:
-    assert "with 3 seeds the sign-flip test cannot go below p = 0.25" in page_of(report).text
+    claims = claims_of(load(sweep, tmp_path / "x"))
+    stepwise = claims[claims["claim"] == comparisons.STEPWISE.title]
+    assert set(stepwise["n"]) == {1}
+    assert set(stepwise["left_out"]) == {"2 failed"}
 
 
 def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> None:
     names = ["original", "more_layers", "wider", "control_from_scratch", "control_keep_training"]
     sweep = synthetic.sweep(tmp_path / "s", names, [STANDARD], (1, 2))
     page = page_of(write_report([sweep], tmp_path / "a", png=False).parent)
-    assert "depth and width was run for more_layers, wider: it takes experiment=control_from" in (
+    assert "depth and width was run for more layers, wider: run experiment=control_from" in (
         page.text
     )
-    assert "depth and width was run for wider: it takes experiment=control_keep" in page.text
-    told = pd.read_csv(tmp_path / "a" / "tables" / "against.csv")
+    assert "depth and width was run for wider: run experiment=control_keep" in page.text
+    told = pd.read_csv(tmp_path / "a" / "tables" / "comparisons.csv")
     pairs = set(zip(told["a"], told["b"], strict=True))
     assert ("original", "control_from_scratch") in pairs
     assert not pairs & {(name, "control_from_scratch") for name in ("more_layers", "wider")}
@@ -540,38 +568,38 @@ def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> N
         six = "added_layers=3"
         synthetic.run(tmp_path / "six" / str(seed), "control_from_scratch", STANDARD, seed, six)
     write_report([sweep, tmp_path / "six"], tmp_path / "b", png=False)
-    told = pd.read_csv(tmp_path / "b" / "tables" / "against.csv")
+    told = pd.read_csv(tmp_path / "b" / "tables" / "comparisons.csv")
+    told = told[told["b"].astype(str).str.startswith("control_from")]
     found = dict(zip(told["a"], told["b"], strict=True))
     assert found["more_layers"] == "control_from_scratch added_layers=3"
     speed_up = pd.read_csv(tmp_path / "b" / "tables" / "speed_up.csv")
     assert set(speed_up["variant"]) == {"original", "more_layers"}
 
 
-def test_variants_are_set_against_each_other_in_every_figure(sweep: Path) -> None:
-    runs = study.arms(load(sweep)).of(0)
+def test_variants_are_set_against_each_other_in_every_metric(sweep: Path) -> None:
+    results = load(sweep)
+    runs = study.arms(results).of(0)
     by_seed = runs[runs["model"] == DEEP].set_index(["variant", "seed"])
-    own, other = by_seed.loc["control_from_scratch"], by_seed.loc["original"]
-    loss = other["last_loss"] - own["last_loss"]
+    own, other = by_seed.loc["original"], by_seed.loc["control_from_scratch"]
     before = other["last_perplexity"]
-    for figure, expected in (
+    told = others_of(results)
+    told = told[(told["model"] == DEEP) & (told["measured"] == "each at its own end")]
+    [found] = told["comparisons"]
+    for metric, expected in (
         (study.ACCURACY, own["last_accuracy_percent"] - other["last_accuracy_percent"]),
         (study.PERPLEXITY, (before - own["last_perplexity"]) / before * 100),
-        (study.LOSS, loss),
+        (study.LOSS, other["last_loss"] - own["last_loss"]),
     ):
-        told = study.against(runs, {"control_from_scratch": "original"}, figure, Margins())
-        told = told[told["model"] == DEEP].iloc[0]
-        assert told["mean"] == pytest.approx(expected.astype(float).mean())
-        assert told["sd"] == pytest.approx(expected.astype(float).std())
-        assert told["margin"] == figure.margin(Margins())
+        assert found[metric.name].mean == pytest.approx(expected.astype(float).mean())
+        assert found[metric.name].sd == pytest.approx(expected.astype(float).std())
+        assert found[metric.name].margin == metric.margin(Margins())
 
 
 def test_a_variant_with_one_model_is_no_finding_about_models(tmp_path: Path) -> None:
     for model, names in ((STANDARD, ["split_lr", "more_layers"]), (DEEP, ["split_lr"])):
         synthetic.sweep(tmp_path / model, names, [model], (1, 2))
-    results = load(tmp_path)
-    arms = study.arms(results)
-    claims = study.hypotheses(arms.asked(0), ledger.curves(results, arms.runs), Margins())
-    assert claims[0].rows["what"].tolist() == ["split_lr: deep supervision − Standard"]
+    claims = claims_of(load(tmp_path))
+    assert claims.loc[claims["n"] > 0, "a"].tolist() == ["split_lr"]
 
 
 def test_more_conditions_than_are_drawn_are_in_the_tables_whole(
@@ -583,8 +611,7 @@ def test_more_conditions_than_are_drawn_are_in_the_tables_whole(
         synthetic.sweep(tmp_path / rate, ["original", "control_from_scratch"], (STANDARD, DEEP),
                       (1, 2), f"lr.base={rate}")  # fmt: skip
     out = write_report([tmp_path / "0.001", tmp_path / "0.003"], tmp_path / "out", png=False).parent
-    for name in ("hypotheses", "changes", "deep_minus_standard", "against", "ledger", "to_target",
-                 "speed_up"):  # fmt: skip
+    for name in ("comparisons", "differences", "changes", "ledger", "to_target", "speed_up"):
         assert pd.read_csv(out / "tables" / f"{name}.csv")["condition"].nunique() == 2, name
     text = page_of(out).text
     assert "1 more condition is in tables/: changes.csv (pydocs lr.base=0.003)." in text
@@ -595,6 +622,181 @@ def test_names_of_columns_are_no_formulas_either(tmp_path: Path) -> None:
     frame = pd.DataFrame({"=1+1": ["@x", None], "plain": [-1.5, 2.0]})
     write_csv(frame, tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_bytes() == b"'=1+1,plain\r\n'@x,-1.5\r\n,2.0\r\n"
+
+
+# --- studies of known truth -----------------------------------------------------------------------
+
+
+def known(folder: Path, arms: dict[str, Any], seeds: int = 8, model: str = STANDARD) -> Path:
+    """Runs of these experiments, whose losses in each phase are given, or made of the seed."""
+    for experiment, losses in arms.items():
+        for seed in range(seeds):
+            own = losses(seed) if callable(losses) else losses
+            synthetic.run(folder / f"{experiment}-{model}-{seed}", experiment, model, seed,
+                          losses=own)  # fmt: skip
+    return folder
+
+
+def wobble(seed: int, size: float = 0.001) -> float:
+    """A deviation that differs between seeds and is none on average over eight."""
+    return size * (-1) ** seed * (1 + seed // 2)
+
+
+def test_growing_is_not_credited_with_what_was_reached_before_growing(tmp_path: Path) -> None:
+    """All grown models end worse than from scratch; with three layers all but two were there."""
+    early = known(tmp_path, {
+        "original": lambda seed: [[6.0, 5.5 if seed < 6 else 5.6, 5.7], [5.75, 5.66, 5.68]],
+        "control_unfrozen": lambda seed: [[6.0, 5.5 if seed < 6 else 5.6, 5.7], [5.7, 5.64, 5.65]],
+        "control_from_scratch": [[6.2, 5.56, 5.58]],
+    })  # fmt: skip
+    out = write_report([early], tmp_path / "out", png=False).parent
+    gains = pd.read_csv(out / "tables" / "speed_up.csv")
+    assert set(gains["variant"]) == {"original", "control_unfrozen"}
+    assert set(gains["reached"]) == {0}
+    assert gains["mean"].isna().all()
+    assert "only 0 of 8 got there" in page_of(out).text
+
+
+def test_a_comparison_at_equal_tokens_is_not_made_where_from_scratch_was_cut(
+    tmp_path: Path,
+) -> None:
+    """From scratch had half the tokens, still falling; nothing is said of it but what to run."""
+    cut = known(tmp_path, {
+        "original": [[6.0, 5.9, 5.8], [5.7, 5.6, 5.5]], "control_from_scratch": [[6.0, 5.8, 5.6]],
+    })  # fmt: skip
+    claims = claims_of(load(cut))
+    [row] = claims[claims["claim"] == comparisons.STEPWISE.title].to_dict("records")
+    assert (row["verdict"], row["n"]) == ("not tested", 0)
+    text = page_of(write_report([cut], tmp_path / "out", png=False).parent).text
+    assert "From scratch had half the tokens (cut by max_epochs). Run: python train.py -m" in text
+    assert "experiment=control_from_scratch model=standard phase.max_epochs=6" in text
+    assert "seed=range(0,8)" in text.replace("'", "")
+    # what it asks for is then compared, also beside the runs that were cut
+    for seed in range(8):
+        synthetic.run(
+            tmp_path / f"longer{seed}",
+            "control_from_scratch",
+            STANDARD,
+            seed,
+            "phase.max_epochs=6",
+            losses=[[6.0, 5.8, 5.6, 5.5, 5.45, 5.4 + wobble(seed)]],
+        )
+    claims = claims_of(load(cut))
+    stepwise = claims[claims["claim"] == comparisons.STEPWISE.title]
+    assert stepwise["measured"].tolist() == ["at equal tokens", "at equal compute"]
+    assert (set(stepwise["verdict"]), set(stepwise["n"])) == ({"worse"}, {8})
+
+
+def test_one_that_stopped_by_itself_had_all_it_wanted(tmp_path: Path) -> None:
+    """And tokens and operations that give the same numbers are one comparison of the family."""
+    folder = known(tmp_path, {
+        "original": lambda seed: [[6.0, 5.9, 6.0], [5.7, 5.5, 5.6]],
+        "control_from_scratch": lambda seed: [[6.0, 5.6 + wobble(seed), 5.9]],
+    })  # fmt: skip
+    made = claims_of(load(folder))
+    made = made[made["n"] > 1]
+    assert made["measured"].tolist() == ["at equal tokens and compute"]
+    assert made["family"].tolist() == [1]
+    assert made["verdict"].tolist() == ["better"]
+
+
+def test_the_frozen_run_sets_the_budget_of_the_unfrozen_one(tmp_path: Path) -> None:
+    """An unfrozen model that got better only after more operations is no better at equal ones."""
+    folder = known(tmp_path, {
+        "original": lambda seed: [[6.0, 5.9, 6.0], [5.6, 5.5 + wobble(seed), 5.6]],
+        "control_unfrozen": lambda seed: [[6.0, 5.9, 6.0], [5.6, 5.55, *[5.54] * 8, 5.0, 5.1]],
+    })  # fmt: skip
+    made = claims_of(load(folder))
+    [row] = made[made["n"] > 1].to_dict("records")
+    assert (row["measured"], row["verdict"]) == ("at equal compute", "better")
+    others = others_of(load(folder))
+    [end] = others[others["measured"] == "each at its own end"].to_dict("records")
+    assert end["verdict"] == "worse"
+
+
+def test_a_comparison_is_made_once_with_one_sign_and_one_word(sweep: Path) -> None:
+    results = load(sweep)
+    rows = pd.concat([claims_of(results), others_of(results)])
+    rows = rows[rows["n"] > 0]
+    pairs = [
+        (frozenset((row["a"], row["b"])), row["model"], row["measured"])
+        for row in rows.to_dict("records")
+    ]
+    assert len(pairs) == len(set(pairs))
+    # what is claimed of the models in the original is not among the others
+    assert "original" not in set(rows.loc[(rows["model"] == "") & (rows["claim"] == ""), "a"])
+    assert set(rows["verdict"]) <= {str(verdict) for verdict in stats.Verdict}
+
+
+def test_the_claims_of_all_conditions_are_one_family(tmp_path: Path) -> None:
+    for rate in ("0.001", "0.003"):
+        synthetic.sweep(tmp_path / rate, ["original", "split_lr"], (STANDARD, DEEP), (1, 2, 3),
+                        f"lr.base={rate}")  # fmt: skip
+    made = claims_of(load(tmp_path))
+    made = made[made["n"] > 1]
+    assert made["condition"].nunique() == 2
+    assert set(made["family"]) == {2}
+    text = page_of(write_report([tmp_path], tmp_path / "out", png=False).parent).text
+    assert text.count("change in accuracy, on pydocs lr.base=0.00") == 2
+
+
+def test_the_plan_is_of_all_seeds_with_a_range_and_warns_of_looking_twice(sweep: Path) -> None:
+    made = claims_of(load(sweep))
+    notes = " ".join(comparisons.limits(made[made["n"] > 1]))
+    assert re.search(
+        r"takes about [\d,]+ \([\d,]+ to [\d,]+\) seeds in all, with a power of", notes
+    )
+    assert "second look" in notes
+    assert re.search(r"With 3 seeds, only differences above roughly [\d.]+ to [\d.]+ points", notes)
+
+
+def test_seeds_that_were_added_to_a_reported_study_are_a_second_look(tmp_path: Path) -> None:
+    first = synthetic.sweep(tmp_path / "first", ["original"], seeds=(1, 2))
+    later = synthetic.sweep(tmp_path / "later", ["original"], seeds=(3, 4))
+    for path in later.glob("*/result.json"):
+        text = path.read_text()
+        path.write_text(text.replace("2026-03-01", "2026-03-02"))
+
+    def text(name: str, *folders: Path) -> str:
+        return page_of(write_report(folders, tmp_path / name, png=False).parent).text
+
+    # Run in parts, but nothing was shown in between.
+    assert "Second look" not in text("a", first, later)
+    write_report([first], first / "report", png=False)
+    assert "Second look: 1 report had already shown part of these runs" in text("b", first, later)
+    assert "up to about 8.3 %" in text("c", first, later)
+    # the first study itself, and the later one alone, are first looks
+    assert "Second look" not in text("d", first)
+    assert "Second look" not in text("e", later)
+
+
+def test_a_seed_that_collapses_is_named_and_every_seed_is_drawn(tmp_path: Path) -> None:
+    folder = known(tmp_path, {
+        "original": lambda seed: [[6.0, 5.9, 6.0], [5.6, (7.0 if seed == 3 else 5.5), 7.1]],
+        "control_from_scratch": lambda seed: [[6.0, 5.6 + wobble(seed), 5.9]],
+    })  # fmt: skip
+    out = write_report([folder], tmp_path / "out", png=False).parent
+    assert "Outlying in original − from scratch, Standard: seed 3: " in page_of(out).text
+    drawn = ET.parse(out / "figures" / "claims.svg").getroot()
+    dots = [e for e in drawn.iter() if e.tag.endswith("use")]
+    assert len(dots) >= 8
+
+
+def test_the_noise_of_the_text_stands_beside_the_margin(sweep: Path, tmp_path: Path) -> None:
+    accuracy = study.arms(load(sweep)).of(0).groupby("model")["end_accuracy"].mean().max() / 100
+    error = 100 * math.sqrt(2 * accuracy * (1 - accuracy) / 16_000)
+    text = page_of(write_report([sweep], tmp_path / "a", png=False).parent).text
+    assert f"would move a difference by up to ±{error:.2g} points" in text
+    assert "The margin of 0.1 points is below what this text can surely show" in text
+    wide = write_report([sweep], tmp_path / "b", Margins(points=2.0), png=False).parent
+    assert "below what this text" not in page_of(wide).text
+
+
+def test_a_run_of_one_phase_has_not_changed(tmp_path: Path) -> None:
+    synthetic.run(tmp_path / "a", "control_from_scratch", STANDARD, 1)
+    page = page_of(write_report([tmp_path], tmp_path / "out", png=False).parent)
+    [row] = page.table("Run", "Variant")
+    assert (row["Change, points"], row["Perplexity fell by, %"]) == ("", "")
 
 
 # --- one seed, one run, nothing -------------------------------------------------------------------
@@ -608,9 +810,9 @@ def test_one_seed_concludes_nothing_and_tells_the_binomial_error(tmp_path: Path)
     accuracy = arm["last_accuracy_percent"].mean()
     error = stats.binomial_error(accuracy / 100, 16_000)
     assert "One seed: nothing can be concluded." in text
-    assert f"Standard: {accuracy:.2f} % of 16,000 tokens, ±{error:.2f} points" in text
-    judged = pd.read_csv(tmp_path / "out" / "tables" / "hypotheses.csv")
-    assert set(judged["verdict"]) == {"undecided"}
+    assert f"Standard: {accuracy:.2f} % of 16,000 tokens, ±{error:.2g} points" in text
+    judged = pd.read_csv(tmp_path / "out" / "tables" / "comparisons.csv")
+    assert set(judged["verdict"].dropna()) == {"not tested"}
 
 
 def test_an_arm_of_one_seed_tells_its_error_also_where_others_have_more(tmp_path: Path) -> None:
@@ -619,8 +821,8 @@ def test_an_arm_of_one_seed_tells_its_error_also_where_others_have_more(tmp_path
     text = page_of(write_report([tmp_path], tmp_path / "out", png=False).parent).text
     runs = load(tmp_path / "one").runs
     error = stats.binomial_error(runs["last_accuracy_percent"].iloc[0] / 100, 16_000)
-    assert "One seed of split_lr (Standard): nothing can be concluded." in text
-    assert f"of 16,000 tokens, ±{error:.2f} points" in text
+    assert "One seed of split lr (Standard): nothing can be concluded." in text
+    assert f"of 16,000 tokens, ±{error:.2g} points" in text
 
 
 def test_a_single_run_has_a_report(tmp_path: Path) -> None:
@@ -790,31 +992,47 @@ def uneven() -> pd.DataFrame:
             "epoch": [1, 2, 1, 2, 3, 4],
             "step": [1, 2, 1, 2, 3, 4],
             "loss": loss,
+            "best": [False, True, False, False, True, False],
             "tokens": [10.0, 20.0, 10.0, 20.0, 30.0, 40.0],
         }
     )
 
 
-def test_a_mean_course_ends_where_the_first_seed_stops(
-    uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    axes = drawn(lambda gallery: figures.course(gallery, "c", "original", uneven), monkeypatch)
-    [mean] = axes.lines
-    assert mean.get_xydata().tolist() == [[1, 8.0], [2, 7.25]]
-    assert [len(line) for line in axes.collections[0].get_segments()] == [2, 4]
-
-
-def test_a_mean_against_compute_ends_at_what_all_seeds_spent_and_reached(
+def test_a_mean_curve_ends_where_the_first_seed_stops(
     uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     axes = drawn(
+        lambda gallery: figures.learning_curve(gallery, "c", "original", uneven, (6.0, 9.0)),
+        monkeypatch,
+    )
+    [mean] = axes.lines
+    assert mean.get_xydata().tolist() == [[1, 8.0], [2, 7.25]]
+    [band] = axes.collections
+    sd = np.std([7.0, 9.0], ddof=1)
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(8.0 + sd)
+
+
+def test_loss_against_compute_is_that_of_the_model_in_hand(
+    uneven: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seed that has stopped counts with its selected epoch; growth shows as it is."""
+    later = uneven[uneven["epoch"] <= 2].assign(
+        phase=2, layers=4, loss=[7.5, 6.5, 9.5, 8.5], tokens=[30.0, 40.0, 50.0, 60.0],
+        best=[False, True, False, True],
+    )  # fmt: skip
+    curves = pd.concat([uneven, later], ignore_index=True)
+    axes = drawn(
         lambda gallery: figures.against_compute(
-            gallery, "c", "t", uneven, "tokens", "tokens", ["original"]
+            gallery, "c", "t", curves, "tokens", "tokens", ["original"]
         ),
         monkeypatch,
     )
     [mean] = axes.lines
-    assert mean.get_xydata().tolist() == [[10, 8.0], [20, 7.25], [25, 7.0], [30, 7.0]]
+    assert mean.get_xydata().tolist() == [
+        [10, 8.0], [20, 7.25], [25, 7.0], [30, pytest.approx(7.1)], [30, 7.0],
+        [40, 8.5], [50, 7.5], [50, 7.5],
+    ]  # fmt: skip
+    assert mean.get_markevery() == [4, 7]
 
 
 # --- the page itself ------------------------------------------------------------------------------

@@ -1,0 +1,491 @@
+"""The comparisons of a study, each made once: the founding experiment's claims, and the others.
+
+The claims, of all conditions together, are one family, and the other comparisons another; what
+belongs to the claims is not among the others. Accuracy is judged. Loss and perplexity of the same
+pairs are described by their 95 % intervals, without a verdict of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from proglayer.report import ledger, stats, study
+from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins
+from proglayer.results.reader import keys_and_values
+
+# From this share on, a budget counts as spent: training ends with an epoch.
+NEARLY_EQUAL = 0.9
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the founding experiment: what is compared, in short and in full, and its runs."""
+
+    title: str
+    short: str
+    measured_by: str
+    experiments: tuple[str, ...]
+
+
+DEEP_HELPS = Claim(
+    "Deep supervision helps when layers are added",
+    "deep supervision against Standard, change in accuracy",
+    "the change in accuracy from the first phase to the last, deep supervision − Standard",
+    (study.ORIGINAL,),
+)
+STABLE = Claim(
+    "Existing layers must be stable",
+    "existing layers frozen against nothing frozen",
+    "the final accuracy with the existing layers frozen − with nothing frozen, at its best epoch "
+    "within the operations that the frozen run took",
+    (study.ORIGINAL, study.UNFROZEN),
+)
+STEPWISE = Claim(
+    "Stepwise training works",
+    "grown against from scratch",
+    "the final accuracy of the grown model − that of the same depth trained from scratch, at its "
+    "best epoch within the tokens (or operations, head included) that growing took in all phases",
+    (study.ORIGINAL, study.FROM_SCRATCH),
+)
+CLAIMS = (DEEP_HELPS, STABLE, STEPWISE)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A comparison that was asked for: of a with b in one model, or of two models in `a`."""
+
+    a: str
+    b: str
+    model: str  # empty where the models are what is compared
+    measured: str  # what of the two is compared, in words
+    comparisons: Mapping[str, stats.Comparison]  # by the name of the metric; empty if not made
+    claim: str = ""
+    condition: str = ""
+    reason: str = ""  # why it is not made, and what to run
+
+
+def judge(questions: Iterable[Question]) -> Frame:
+    """Judge all these as one family, by their accuracy.
+
+    Returns:
+        one row per question: `claim`, `condition`, `a`, `b`, `model`, `measured`, `reason`, the
+        columns of `stats.judge`, and `comparisons` (the objects, by the name of the metric).
+    """
+    questions = list(questions)
+    nothing = stats.paired(pd.Series(dtype=float), pd.Series(dtype=float))
+    names = ("claim", "condition", "a", "b", "model", "measured", "reason", "comparisons")
+    labels = pd.DataFrame(
+        [[getattr(q, name) for name in names] for q in questions], columns=list(names)
+    )
+    made = [q.comparisons.get(study.ACCURACY.name, nothing) for q in questions]
+    return pd.concat([labels, stats.judge(made)], axis="columns")
+
+
+# --- the claims -----------------------------------------------------------------------------------
+
+
+def claimed(runs: Frame, curves: Frame, margins: Margins) -> list[Question]:
+    """What the claims ask of one condition; a claim that cannot be asked says why.
+
+    Args:
+        runs: of `Arms.asked`, also those that did not complete.
+        curves: of `ledger.curves`, of these runs.
+    """
+    original = study.plain_variant(runs, study.ORIGINAL)
+    growing = list(runs.loc[runs["grows"], "variant"].unique())
+    asked: dict[Claim, list[Question]] = {claim: [] for claim in CLAIMS}
+    judged_in = [original] if original is not None and original in growing else growing
+    asked[DEEP_HELPS] = models(runs, judged_in, margins)
+    if original is not None:
+        unfrozen = study.plain_variant(runs, study.UNFROZEN)
+        scratch = study.controls(runs, study.FROM_SCRATCH).get(original)
+        if unfrozen is not None:
+            asked[STABLE] = _within(runs, curves, original, unfrozen, (ledger.FLOPS,), margins)
+        if scratch is not None:
+            measures = (ledger.TOKENS, ledger.FLOPS)
+            asked[STEPWISE] = _within(runs, curves, original, scratch, measures, margins)
+    questions = []
+    for claim, own in asked.items():
+        if not own:
+            command = _command(runs, original or "", claim.experiments, (STANDARD, DEEP))
+            own = [Question("", "", "", "", {}, reason=f"Not tested. Run: {command}")]
+        questions += [replace(question, claim=claim.title) for question in own]
+    return questions
+
+
+def models(runs: Frame, variants: Sequence[str], margins: Margins) -> list[Question]:
+    """The change under deep supervision less that under Standard, in those variants with both."""
+    stepped = runs[runs["phases"].fillna(0) > 1]
+    questions = []
+    for variant in variants:
+        deep, standard = (_arm(stepped, variant, model) for model in (DEEP, STANDARD))
+        if len(deep) and len(standard):
+            comparisons = {
+                m.name: _paired(deep, standard, deep[m.change], standard[m.change], m, margins)
+                for m in METRICS
+            }
+            questions.append(
+                Question(variant, DEEP, "", "change, deep supervision − Standard", comparisons)
+            )
+    return questions
+
+
+def _arm(runs: Frame, variant: str, model: str) -> Frame:
+    """The runs of an arm, by seed."""
+    return runs[(runs["variant"] == variant) & (runs["model"] == model)].set_index("seed")
+
+
+def _paired(
+    a: Frame, b: Frame, of_a: Frame, of_b: Frame, metric: study.Metric, margins: Margins
+) -> stats.Comparison:
+    reasons: Any = {**b["lacks"].dropna().to_dict(), **a["lacks"].dropna().to_dict()}
+    return stats.paired(of_a, of_b, margin=metric.margin(margins), reasons=reasons)
+
+
+def _ends(a: Frame, b: Frame, margins: Margins) -> dict[str, stats.Comparison]:
+    """Compare `accuracy` and `loss` of two arms by seed; perplexity in percent of b's."""
+    loss_of_a, loss_of_b = a["loss"].astype(float), b["loss"].astype(float)
+    fall = -100 * np.expm1(loss_of_a - loss_of_b.reindex(loss_of_a.index))
+    values = {
+        study.ACCURACY: (a["accuracy"].astype(float), b["accuracy"].astype(float)),
+        study.PERPLEXITY: (fall, 0 * loss_of_b),
+        study.LOSS: (-loss_of_a, -loss_of_b),
+    }
+    return {m.name: _paired(a, b, *own, m, margins) for m, own in values.items()}
+
+
+def _final(arm: Frame) -> Frame:
+    return arm.assign(accuracy=arm["end_accuracy"], loss=arm["end_loss"])
+
+
+def _within(
+    runs: Frame,
+    curves: Frame,
+    a: str,
+    b: str,
+    measures: Sequence[ledger.Measure],
+    margins: Margins,
+) -> list[Question]:
+    """Variant a at its end against b within what a spent, in each model that has both.
+
+    Measures in which b gives the same figures are one comparison. One whose condition does not hold
+    is not made: b had less, because it was cut by `max_epochs`.
+    """
+    questions: list[Question] = []
+    for model in dict.fromkeys(runs["model"]):
+        own, other = _arm(runs, a, model), _arm(runs, b, model)
+        if not (len(own) and len(other)):
+            continue
+        by_measure = {m: within_budget(own, other, curves, m) for m in measures}
+        words = {ledger.TOKENS: "tokens", ledger.FLOPS: "compute"}
+        alike: dict[str, Frame] = {}
+        for measure, values in by_measure.items():
+            cut = values[values["cut"]]
+            if len(cut):
+                reason = _cut_short(runs, b, model, cut, words[measure])
+                measured = f"at equal {words[measure]}"
+                if not any(q.reason and q.model == model for q in questions):
+                    questions.append(Question(a, b, model, measured, {}, reason=reason))
+                continue
+            same = [
+                name for name, earlier in alike.items()
+                if earlier["accuracy"].equals(values["accuracy"])
+                and earlier["loss"].equals(values["loss"])
+            ]  # fmt: skip
+            name = f"{same[0]} and {words[measure]}" if same else f"at equal {words[measure]}"
+            alike[name] = alike.pop(same[0]) if same else values
+        for name, values in alike.items():
+            comparisons = _ends(_final(own), values, margins)
+            questions.append(Question(a, b, model, name, comparisons))
+    return questions
+
+
+def within_budget(own: Frame, other: Frame, curves: Frame, measure: ledger.Measure) -> Frame:
+    """What each run of an arm comes to if it may spend what the run of the same seed spent.
+
+    It counts at its epoch of lowest validation loss, at its final depth, among those that ended
+    within that budget.
+
+    Args:
+        own, other: the runs of two arms, by seed; `own` sets the budget.
+
+    Returns:
+        by seed of `other`: `accuracy`, `loss` (nan for a run without a partner, or over the budget
+        in its first epoch), `share` of the budget that it was trained for, whether it counts or
+        not, whether that is less because `max_epochs` `cut` it, and `lacks`.
+    """
+    budget = own[measure.column].astype(float).reindex(other.index)
+    seeds = dict(zip(other["run"], other.index, strict=True))
+    epochs = curves[curves["run"].isin(other["run"])]
+    epochs = epochs.assign(seed=epochs["run"].map(seeds))
+    epochs = epochs[(epochs["layers"] == epochs["run"].map(other.set_index("run")["last_layers"]))]
+    spent = epochs.groupby("seed")[measure.column].max().reindex(other.index).astype(float)
+    # The two sums were added up in different orders.
+    inside = epochs[epochs[measure.column] <= epochs["seed"].map(budget) * (1 + 1e-9)]
+    best = inside.loc[inside.groupby("seed")["loss"].idxmin()].set_index("seed")
+    best = best.reindex(other.index)
+    values = pd.DataFrame(
+        {
+            "accuracy": best["accuracy_percent"].astype(float),
+            "loss": best["loss"].astype(float),
+            "share": spent / budget,
+            "lacks": other["lacks"],
+        }
+    )
+    stopped = other["stopped"].astype(str).str.startswith("max_epochs")
+    values["cut"] = stopped & (values["share"] < NEARLY_EQUAL)
+    an_epoch = spent / epochs.groupby("seed")["step"].max().reindex(other.index)
+    values["epochs"] = other["last_epochs"].astype(float) + np.ceil((budget - spent) / an_epoch)
+    over = values["lacks"].isna() & values["accuracy"].isna() & budget.notna()
+    values["lacks"] = values["lacks"].mask(over, "over the budget in its first epoch")
+    return values
+
+
+def _cut_short(runs: Frame, variant: str, model: str, cut: Frame, word: str) -> str:
+    """Why a comparison within a budget is not made, and what to run."""
+    share = cut["share"].median()
+    words = "half" if abs(share - 0.5) < 0.02 else f"{share:.0%} of"
+    name = study.variant_name(variant)
+    most = int(np.nanmax(cut["epochs"]))
+    first = runs[runs["variant"] == variant].iloc[0]
+    setting = "phase.max_epochs" if first["phases"] == 1 else "phase.grown.max_epochs"
+    command = _command(runs, variant, (first["experiment"],), (model,), f"{setting}={most}")
+    return (
+        f"{name[:1].upper()}{name[1:]} had {words} the {word} (cut by max_epochs). Run: {command}"
+    )
+
+
+def _command(
+    runs: Frame, like: str, experiments: Sequence[str], models: Sequence[str], *extra: str
+) -> str:
+    """The command that gives the runs of these experiments, otherwise as the variant `like`."""
+    named = {"experiment", "model", "seed", *(text.split("=")[0] for text in extra)}
+    rows = runs[runs["variant"] == like]
+    first = rows["overrides"].dropna().iloc[:1].tolist()
+    kept = [f"{k}={v}" for k, v in keys_and_values(shlex.split("".join(first))) if k not in named]
+    numbers = sorted(set(runs["seed"].tolist()))
+    whole = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
+    seeds = f"range({numbers[0]},{numbers[-1] + 1})" if whole else ",".join(map(str, numbers))
+    words = [f"experiment={','.join(experiments)}", f"model={','.join(models)}", *kept, *extra]
+    return f"python train.py -m {shlex.join([*words, f'seed={seeds}'])}"
+
+
+# --- the others -----------------------------------------------------------------------------------
+
+
+def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Question]:
+    """Every other comparison of one condition that tells something.
+
+    The models in each variant with phases; each variant with the original, or, where it is a
+    control, the original with it; and each growing variant with the controls of its own size.
+    """
+    variants = list(dict.fromkeys(runs["variant"]))
+    claimed = {question.a for question in claims if not question.model}
+    original = study.plain_variant(runs, study.ORIGINAL)
+    questions = models(runs, [v for v in variants if v not in claimed], margins)
+    pairs: dict[tuple[str, str], None] = {}
+    for experiment in (study.FROM_SCRATCH, study.KEEP_TRAINING):
+        pairs |= dict.fromkeys(study.controls(runs, experiment).items())
+    controls = set(runs.loc[runs["experiment"].str.startswith("control_"), "variant"])
+    for variant in variants:
+        pair = (original, variant) if variant in controls else (variant, original)
+        if original not in (None, variant):
+            pairs[pair] = None  # type: ignore[index]
+    for a, b in pairs:
+        for model in dict.fromkeys(runs["model"]):
+            own, other = _arm(runs, a, model), _arm(runs, b, model)
+            if len(own) and len(other):
+                comparisons = _ends(_final(own), _final(other), margins)
+                questions.append(Question(a, b, model, "each at its own end", comparisons))
+    return questions
+
+
+def named(question: Question, condition: str) -> Question:
+    """The same question, of the condition of this name."""
+    return replace(question, condition=condition)
+
+
+def described(judged: Frame) -> tuple[Frame, Frame]:
+    """Every comparison with every metric, and the differences by seed, as plain tables.
+
+    Returns:
+        the columns of `judge` without its objects, with `metric`, `effect_size` and `sign_flip_p`,
+        a row per comparison and metric; the columns of the verdict are missing for those that are
+        not judged. And `claim`, `condition`, `a`, `b`, `model`, `measured`, `metric`, `seed`,
+        `difference`.
+    """
+    names = ["claim", "condition", "a", "b", "model", "measured"]
+    rows, by_seed = [], []
+    for row in judged.to_dict("records"):
+        own = row.pop("comparisons")
+        label = {name: row[name] for name in names}
+        if not own:
+            rows.append(label | {"metric": study.ACCURACY.name} | row)
+        for metric, comparison in own.items():
+            low, high = comparison.interval(0.95)
+            found = {
+                **{name: getattr(comparison, name) for name in ("n", "dropped", "left_out")},
+                **{name: getattr(comparison, name) for name in ("mean", "sd", "margin")},
+                "low_95": low,
+                "high_95": high,
+                "effect_size": comparison.effect_size,
+                "sign_flip_p": comparison.sign_flip_p,
+            }
+            verdict = row if metric == study.ACCURACY.name else {}
+            rows.append(label | {"metric": metric} | verdict | found)
+            by_seed += [
+                label | {"metric": metric, "seed": seed, "difference": difference}
+                for seed, difference in comparison.differences.items()
+            ]
+    return pd.DataFrame(rows), pd.DataFrame(by_seed)
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """What a comparison is of."""
+    if not row["model"]:
+        return f"{study.variant_name(row['a'])}: deep supervision − Standard"
+    return f"{study.variant_name(row['a'])} − {study.variant_name(row['b'])}"
+
+
+def answer(rows: Frame) -> str:
+    """One sentence on a claim in a condition: what was found in each model, with its numbers."""
+    if rows["reason"].astype(bool).all():
+        return " ".join(dict.fromkeys(rows["reason"]))
+    parts: list[str] = []
+    before = ""
+    for row in rows.to_dict("records"):
+        who = study.model_name(row["model"]) if row["model"] else ""
+        if not who and rows["a"].nunique() > 1:
+            who = study.variant_name(row["a"])
+        where = row["measured"] if row["measured"].startswith("at ") else ""
+        same, before = where == before, where
+        who = who[:1].lower() + who[1:] if who == study.model_name(DEEP) else who
+        head = ", ".join(part for part in ("" if same else where, who) if part)
+        parts.append(f"{head}: {clause(row)}" if head else clause(row))
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def clause(row: Mapping[str, Any]) -> str:
+    """A verdict with the difference and the interval that it rests on."""
+    if row["reason"]:
+        return f"not tested ({row['reason'].rstrip('.')})"
+    if row["n"] < 2:
+        count = "no seed" if row["n"] == 0 else "one seed"
+        left_out = f", left out: {row['left_out']}" if row["left_out"] else ""
+        return f"not tested ({count} in both arms{left_out})"
+    digits = decimals(row)
+    seeds = seeds_text(row)
+    interval = (
+        f"{percent(row['confidence'])} interval {row['low']:+.{digits}f} to "
+        f"{row['high']:+.{digits}f}, {seeds}"
+        if math.isfinite(row["low"])
+        else f"the same difference in all of {seeds}"
+    )
+    size = f"{abs(row['mean']):.{digits}f} points"
+    verdict = row["verdict"]
+    if verdict in (stats.Verdict.better, stats.Verdict.worse):
+        return f"{verdict} by {size} ({interval})"
+    if verdict == stats.Verdict.same:
+        return f"the same within ±{row['margin']:g} points ({interval})"
+    return f"{verdict} (difference {row['mean']:+.{digits}f} points, {interval})"
+
+
+def seeds_text(row: Mapping[str, Any]) -> str:
+    """`8 seeds`, or `6 of 8 seeds, left out: 2 failed`."""
+    if not row["dropped"]:
+        return f"{row['n']} seeds"
+    return f"{row['n']} of {row['n'] + row['dropped']} seeds, left out: {row['left_out']}"
+
+
+def percent(confidence: float) -> str:
+    """A confidence as people write it: 95 %, 99.3 %."""
+    return f"{math.floor(1000 * confidence + 1e-9) / 10:g} %"
+
+
+def decimals(row: Mapping[str, Any]) -> int:
+    """The decimals that a difference deserves: two digits of half its 95 % interval."""
+    half = (row["high_95"] - row["low_95"]) / 2
+    if not (math.isfinite(half) and half > 0):
+        return 2
+    return min(4, max(0, 1 - math.floor(math.log10(half))))
+
+
+def plan(seeds: float, low: float, high: float) -> str:
+    """`24 (8 to 60)`: a number of seeds and its range; see `stats.seeds_for_margin`."""
+
+    def text(number: float) -> str:
+        return "more than a million" if math.isinf(number) else f"{float(f'{number:.2g}'):,.0f}"
+
+    return f"{text(seeds)} ({text(low)} to {text(high)})"
+
+
+def how_judged(made: Frame, margins: Margins) -> str:
+    """What the words and the lines of the first picture mean."""
+    family = int(made["family"].max())
+    together = (
+        f"; {family} comparisons are judged together, so that all lines hold with 95 %"
+        if family > 1
+        else ""
+    )
+    wide = percent(1 - stats.ALPHA / family)
+    narrow = percent(1 - 2 * stats.ALPHA / family)
+    return (
+        f"Differences under {margins.points:g} points are treated as equal (shaded). Dots are "
+        f"seeds. A line is the interval that the verdict rests on: {wide}, or {narrow} for “same”"
+        f"{together}. Unclear means that the data do not tell; it does not mean that there is no "
+        "difference."
+    )
+
+
+def limits(made: Frame) -> list[str]:
+    """What these seeds can show, what it would take to know more, and which seeds stand apart."""
+    level = stats.ALPHA / max(1, int(made["family"].max()))
+    notes = []
+    records = made.to_dict("records")
+    shown = [stats.smallest_difference(row["sd"], row["n"], alpha=level) for row in records]
+    shown = [value for value in shown if math.isfinite(value)]
+    if shown:
+        seeds = sorted({row["n"] for row in records})
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        low, high = (f"{value:.2g}" for value in (min(shown), max(shown)))
+        size = f"{high} points" if low == high else f"{low} to {high} points, by comparison,"
+        notes.append(
+            f"With {count} seeds, only differences above roughly {size} would probably be detected "
+            "(power 80 %)."
+        )
+    unclear = [row for row in records if row["verdict"] == stats.Verdict.unclear]
+    plans = [
+        stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level) for row in unclear
+    ]
+    plans = [own for own in plans if not math.isnan(own[0])]
+    if plans:
+        notes.append(
+            f"To settle all that is unclear takes about {plan(*max(plans))} seeds in all, with a "
+            "power of 80 % for a difference of the margin, or for none; so few seeds show the "
+            "spread, and so that number, only roughly. Do not add seeds to these and judge again: "
+            "a plain test does not pay for a second look. Run new seeds, or use a sequential "
+            "design."
+        )
+    for row in records:
+        apart = row["comparisons"][study.ACCURACY.name].outlying
+        if apart:
+            own = row["comparisons"][study.ACCURACY.name].differences
+            values = ", ".join(f"seed {seed}: {own[seed]:+.2g}" for seed in apart)
+            model = f", {study.model_name(row['model'])}" if row["model"] else ""
+            notes.append(
+                f"Outlying in {label(row)}{model}: {values} points; the others' median is "
+                f"{own.drop(apart).median():+.2g}. With such seeds intervals cover less often "
+                "than they say."
+            )
+    return notes
