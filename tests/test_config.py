@@ -156,6 +156,8 @@ MISTAKES = {
     "optimizer.weight_decay=-1": "optimizer.weight_decay=-1",
     "optimizer.clip_norm=0": "optimizer.clip_norm=0",
     "threads=0": "threads=0",
+    "stages.dir=None": "write stages.dir=null for none",
+    "data.cache_dir=none": "write data.cache_dir=null for none",
     "checkpoint_every_s=0": "checkpoint_every_s=0",
 }
 
