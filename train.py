@@ -3,9 +3,12 @@
 python train.py --help
 """
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
+from proglayer import __version__
 from proglayer.config import register
 from proglayer.launch.job import explain_errors
 
@@ -21,5 +24,8 @@ def main(settings: DictConfig) -> float | str | None:
 
 
 if __name__ == "__main__":
+    if "--version" in sys.argv[1:]:  # Hydra would give its own
+        print(f"proglayer {__version__}")
+        sys.exit()
     with explain_errors():
         main()

@@ -537,7 +537,7 @@ def _bound_problems(settings: Any, prefix: str = "") -> Iterator[str]:
         name, value, bounds = prefix + part, getattr(settings, part), _bounds_of(kind)
         if is_dataclass(value):
             yield from _bound_problems(value, f"{name}.")
-        elif value in ("None", "none") and kind == (str | None):
+        elif kind == (str | None) and str(value).lower() == "none" and value is not None:
             yield f"{name}={value} is a text like any other: write {name}=null for none"
         elif bounds is not None and value is not None and not bounds.hold(value):
             null = ", or null" if NoneType in get_args(get_args(kind)[0]) else ""

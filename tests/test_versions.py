@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -11,6 +12,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
+import proglayer
 from proglayer.versions import unknown
 
 from .helpers import ROOT, SHORT, Command
@@ -74,3 +76,9 @@ def test_every_library_that_is_imported_is_declared() -> None:
     for module in imported & sold_as.keys():
         names = {name.lower().replace("_", "-") for name in sold_as[module]}
         assert names & declared, f"{module} comes with {names}"
+
+
+@pytest.mark.parametrize("command", [["train.py", "--version"], ["-m", "proglayer"]])
+def test_a_command_gives_our_version(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith(f"proglayer {proglayer.__version__}\n")

@@ -1,0 +1,12 @@
+"""`python -m proglayer` lists the commands."""
+
+from proglayer import __version__
+
+print(f"""proglayer {__version__}
+
+python train.py                    one run; --help lists the settings
+python train.py -m ...             a sweep of runs
+python -m proglayer.results DIR    the table of runs, finished or not
+python -m proglayer.report DIR     what the data of a study say, as a page
+python -m proglayer.store list     the store of trained phases: list, verify, prune
+python -m proglayer.bench          how fast a training step is on this machine""")
