@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,27 @@ def tell(text: str) -> None:
 def one_line(text: str) -> str:
     """Text without line breaks or anything that a terminal would act on."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+# Title, kind ("text", "number" or "long": text that is cut or folds where room is scarce), and what
+# makes a cell of a row.
+Columns = Sequence[tuple[str, str, Callable[[Any], str | Text]]]
+
+
+def table(rows: Iterable[Any], columns: Columns, title: str | None = None) -> Table:
+    """A table with a line for each row. Cells are plain text: nothing in them is markup."""
+    shown = Table(title=None if title is None else Text(title), title_justify="left")
+    for name, kind, _ in columns:
+        justify = "right" if kind == "number" else "left"
+        shown.add_column(Text(name), justify=justify, no_wrap=kind != "long")
+    for row in rows:
+        shown.add_row(*(plain_cell(cell(row)) for _, _, cell in columns))
+    return shown
+
+
+def plain_cell(cell: str | Text) -> Text:
+    """A cell as text of one line."""
+    return Text(one_line(cell)) if isinstance(cell, str) else cell
 
 
 class LogFile(logging.FileHandler):

@@ -1,4 +1,4 @@
-"""Figures and lists in words, for a terminal and for a page alike."""
+"""Numbers and lists as text, for a terminal and for a page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def number_text(value: Any, form: str) -> str:
 
 
 def pair(row: Mapping[str, Any], name: str, form: str) -> str:
-    """The figure after the first phase and after the last, as far as they are known."""
+    """The metric after the first phase and after the last, as far as they are known."""
     first, last = number_text(row[f"first_{name}"], form), number_text(row[f"last_{name}"], form)
     return first if last in ("", first) else f"{first} → {last}"
 
@@ -50,5 +50,5 @@ def ranges(numbers: Iterable[Any]) -> str:
             parts[-1][1] = own
         else:
             parts.append([own, own])
-    told = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in parts]
-    return listed(told, 12)
+    texts = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in parts]
+    return listed(texts, 12)

@@ -1,4 +1,4 @@
-"""Reading runs: from records, metrics and what Hydra wrote to rows of the study's tables."""
+"""Reading runs: from records, metrics and what Hydra wrote to the rows of the frames."""
 
 from __future__ import annotations
 
@@ -10,271 +10,288 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
 from proglayer.results.columns import (
-    CLEAN,
     COLUMNS,
-    COMPLETED,
+    DTYPES,
     GROUPS,
     NOT_THE_EXPERIMENT,
     PLACE_OF_TEXT,
-    RECORDED,
-    RUNNING,
-    SCHEMAS,
     SETTINGS,
-    WAITING,
-    Piece,
-    Rows,
     as_moment,
-    as_number,
-    as_text,
-    as_whole,
-    inside,
+    recorded,
+    to_frame,
+    without_gaps,
 )
-from proglayer.results.scan import HYDRA, Found, brief, row_left_out, when
-from proglayer.store.record import METRICS, RESULT, RecordError, read_record, to_dict
+from proglayer.results.scan import HYDRA, Rows, RunFolder, brief, row_left_out
+from proglayer.store.record import (
+    CLEAN,
+    METRICS,
+    RESULT,
+    Changes,
+    RecordError,
+    RunRecord,
+    RunState,
+    as_float,
+    as_int,
+    as_text,
+    job_state,
+    read_record,
+)
 
 
-class _Unreadable(ValueError):
-    """A run that cannot be laid out in tables, and what kind of thing it is."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-def read_runs(found: Sequence[Found]) -> tuple[Piece, Rows]:
-    """Read runs from their files; also what had to be left out, and why."""
+def read_runs(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
+    """The frames of these runs, and `left_out` of those that could not be read."""
     runs: Rows = []
     phases: Rows = []
     exits: Rows = []
     left_out: Rows = []
-    with_metrics: list[Found] = []
-    for item in found:
+    read: list[RunFolder] = []
+    for folder in folders:
         try:
-            run, its_phases, its_exits = _read_run(item)
-        except _Unreadable as error:
-            left_out.append(row_left_out(item.name, error.kind, str(error)))
+            run, its_phases, its_exits = _read_run(folder)
+        except RecordError as error:
+            left_out.append(row_left_out(folder.name, error.kind, str(error)))
             continue
-        for row in (run, *its_phases, *its_exits):
-            row["code"] = item.code
         runs.append(run)
         phases += its_phases
         exits += its_exits
-        if item.seen.metrics.changed_ns:
-            with_metrics.append(item)
-    epochs, problems = _read_epochs(with_metrics)
+        read.append(folder)
+    epochs, problems = _read_epochs(read)
     _add_up_unfinished(runs, epochs)
-    schema = SCHEMAS["runs"]
-    for name in sorted({name for run in runs for name in run} - set(schema.names)):
-        # Choices of other groups, and settings that this version does not have.
-        schema = schema.append(pa.field(name, pa.string()))
-    piece = {
-        "runs": pa.Table.from_pylist(runs, schema=schema),
-        "phases": pa.Table.from_pylist(phases, schema=SCHEMAS["phases"]),
-        "epochs": epochs,
-        "exits": pa.Table.from_pylist(exits, schema=SCHEMAS["exits"]),
+    _mark_duplicates(runs)
+    frames = {"runs": runs, "phases": phases, "exits": exits, "left_out": left_out + problems}
+    return {"epochs": epochs, **{name: to_frame(name, rows) for name, rows in frames.items()}}
+
+
+def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
+    """One run's rows: its own, its phases', its exits'. Raises RecordError."""
+    path = Path(folder.path)
+    record = _read_record(path)
+    state = job_state(path, record, folder.last_sign, folder.sweep_sign)
+    begun = state.state not in (RunState.waiting, RunState.not_started)
+    run: dict[str, Any] = {
+        "run": as_text(folder.name),
+        "sweep": as_text(folder.sweep),
+        "folder": as_text(folder.path),
+        "last_sign": folder.last_sign if begun else folder.sweep_sign,
     }
-    return piece, left_out + problems
-
-
-def _read_run(item: Found) -> tuple[dict[str, Any], Rows, Rows]:
-    """One run's rows: its own, its phases', its exits'. Raises _Unreadable."""
-    if not item.begun:
-        return {"status": WAITING, **_told_by_overrides(item.overrides or ())}, [], []
-    result = _read_record(item.path)
-    of_record = result or {}
-    settings = of_record.get("config")
-    overrides = of_record.get("overrides")
-    choices = of_record.get("choices")
-    started = as_moment(of_record.get("started"))
-    if not isinstance(settings, dict):
-        # Still running, or ended before it began: what Hydra wrote down tells the rest.
-        settings = _read_yaml(item.path, "config.yaml")
-        if result is None and item.overrides is None and not _is_ours(settings):
-            raise _Unreadable("foreign", f"holds no {RESULT}, and is no job of this tool")
-        overrides = _read_yaml(item.path, "overrides.yaml") or item.overrides
-        hydra = _read_yaml(item.path, "hydra.yaml")
-        choices = inside(hydra, ("hydra", "runtime", "choices"))
-        started = when(item.seen.settings.changed_ns) if item.seen.settings.changed_ns else None
-    row: dict[str, Any] = {"status": RUNNING, "started": started}
+    settings = record.config if record else None
+    fingerprint = record.corpus.fingerprint if record and record.corpus else None
+    if record and settings is not None:
+        choices, overrides = record.choices, record.overrides
+        run["started"] = as_moment(record.started)
+    else:
+        # Still running, or ended before it began: what Hydra wrote says the rest.
+        settings, overrides, hydra = (_read_yaml(path, n) for n in ("config", "overrides", "hydra"))
+        if begun and record is None and folder.overrides is None and not _is_ours(settings):
+            raise RecordError("foreign", f"holds no {RESULT}, and is no job of this tool")
+        overrides = overrides or folder.overrides
+        choices = hydra
+        for name in ("hydra", "runtime", "choices"):
+            choices = choices.get(name) if isinstance(choices, dict) else None
+        run["started"] = folder.configured
     if isinstance(overrides, (list, tuple)):
-        row |= _told_by_overrides([str(override) for override in overrides])
+        run |= _given_by_overrides([str(override) for override in overrides])
     if isinstance(choices, dict):
-        row |= {
+        run |= {
             group if group in GROUPS else f"choice.{as_text(group)}": as_text(choice)
             for group, choice in choices.items()
             if choice is not None and not str(group).startswith(("hydra", "local", "logger"))
         }
     if isinstance(settings, dict):
-        fingerprint = inside(result, ("corpus", "fingerprint"))
-        row |= _settings_row(settings)
-        row["seed"] = as_whole(settings.get("seed"))
-        row["experiment_key"] = _experiment_key(settings, fingerprint)
-    if result is None:
-        return row, [], []
-    phases, exits = _phase_rows(result["phases"])
-    return row | _result_row(result, phases), phases, exits
+        run |= {
+            f"config.{as_text(name)}": CLEAN[SETTINGS.get(name, str)](value)
+            for name, value in flat_settings(settings)
+        }
+        run["seed"] = as_int(settings.get("seed"))
+        run["experiment_key"] = experiment_key(settings, fingerprint)
+    phases: Rows = []
+    exits: Rows = []
+    if record:
+        for number, phase in enumerate(record.phases, start=1):
+            place = {"run": run["run"], "phase": number}
+            phases.append(place | recorded("phases", phase))
+            exits += [place | recorded("exits", each) for each in phase.exits]
+        run |= _of_record(record, phases)
+    # Whoever holds a job that is to come, its scheduler or its sweep, it is pending.
+    status = RunState.pending if state.state is RunState.deferred else state.state
+    run |= {"status": status.value, "reason": as_text(state.reason), "host": as_text(state.host)}
+    return run, phases, exits
 
 
-def _read_record(folder: str) -> dict[str, Any] | None:
-    """The record of a run if it ended. Raises _Unreadable for one that this version cannot read."""
+def _read_record(folder: Path) -> RunRecord | None:
     try:
-        record = read_record(Path(folder))
-    except RecordError as error:
-        raise _Unreadable(error.kind, str(error)) from error
+        return read_record(folder)
     except OSError as error:
-        raise _Unreadable("damaged", f"{RESULT} cannot be read ({error.strerror})") from error
-    return record and to_dict(record)
+        raise RecordError("damaged", f"{RESULT} cannot be read ({error.strerror})") from error
 
 
-def _recorded(table: str, source: Any) -> dict[str, Any]:
-    """The columns of `table` that stand in a record as they are. Raises _Unreadable."""
-    row = {}
-    for name, column in RECORDED[table].items():
-        row[name] = CLEAN[column.kind](inside(source, column.place))
-        if column.required and row[name] is None:
-            place = ".".join(column.place)
-            raise _Unreadable("damaged", f"{RESULT} lacks {place} where it tells of {table}")
-    return row
-
-
-def _result_row(result: dict[str, Any], phases: Rows) -> dict[str, Any]:
+def _of_record(record: RunRecord, phases: Rows) -> dict[str, Any]:
     """What a record says of the run as a whole."""
-    completed = result["status"] == COMPLETED
-    windows = as_whole(inside(result, ("corpus", "validation_windows")))
-    seq_len = as_whole(inside(result, ("corpus", "seq_len")))
-    row = _recorded("runs", result) | {
-        "status": result["status"],
-        "validation_tokens": windows and seq_len and as_whole(windows * seq_len),
+    completed = record.status is RunState.completed
+    memory = max((phase["peak_memory_mb"] or 0 for phase in phases), default=0)
+    ended = as_moment(record.ended)
+    run = recorded("runs", record) | {
+        "ended": ended,
+        "last_sign": ended,
         "phases": len(phases),
         "seconds_saved": _total(phases, "seconds_saved"),
-        "peak_memory_mb": max((phase["peak_memory_mb"] or 0 for phase in phases), default=0)
-        or None,
+        "peak_memory_mb": memory or None,
     }
+    if len(phases) < 2:
+        # Nothing changed.
+        run |= dict.fromkeys(get_type_hints(Changes))
+    if record.corpus and record.corpus.validation_windows and record.corpus.seq_len:
+        tokens = as_int(record.corpus.validation_windows * record.corpus.seq_len)
+        run["validation_tokens"] = tokens
     ends = [("first", phases[0])] if phases else []
     ends += [("last", phases[-1])] if phases and completed else []
     for which, phase in ends:
-        row[f"{which}_layers"] = phase["layers"]
-        row[f"{which}_loss"] = phase["validation_loss"]
-        row[f"{which}_perplexity"] = phase["validation_perplexity"]
-        row[f"{which}_accuracy_percent"] = phase["validation_accuracy_percent"]
+        run[f"{which}_layers"] = phase["layers"]
+        for name in ("loss", "perplexity", "accuracy_percent"):
+            run[f"{which}_{name}"] = phase[f"validation_{name}"]
     if completed:
-        row["epochs"] = _total(phases, "epochs")
-        row["epochs_reused"] = _total(phases, "epochs_reused")
-        row["seconds"] = _total(phases, "train_seconds", "evaluation_seconds")
-        row["tokens"] = _total(phases, "train_tokens")
-        row["flops"] = _total(phases, "train_flops_head", "train_flops_body")
-        row["flops_without_head"] = _total(phases, "train_flops_body")
-    return row
-
-
-def _phase_rows(phases: list[Any]) -> tuple[Rows, Rows]:
-    """The rows of a record's phases and of their exits. Raises _Unreadable."""
-    rows: Rows = []
-    exit_rows: Rows = []
-    for number, phase in enumerate(phases, start=1):
-        rows.append({"phase": number, **_recorded("phases", phase)})
-        exits = phase.get("exits")
-        for exit in exits if isinstance(exits, list) else ():
-            exit_rows.append({"phase": number, **_recorded("exits", exit)})
-    return rows, exit_rows
+        run["epochs"] = _total(phases, "epochs")
+        run["epochs_reused"] = _total(phases, "epochs_reused")
+        run["seconds"] = _total(phases, "train_seconds", "evaluation_seconds")
+        run["tokens"] = _total(phases, "train_tokens")
+        run["flops"] = _total(phases, "train_flops_head", "train_flops_body")
+        run["flops_without_head"] = _total(phases, "train_flops_body")
+    return run
 
 
 def _total(rows: Rows, *names: str) -> Any:
-    """The sum of these columns; None if a figure is missing."""
+    """The sum of these columns; None if a value is missing, or none can hold the sum."""
     values = [row[name] for row in rows for name in names]
-    return None if None in values else sum(values)
+    if None in values:
+        return None
+    total = sum(values)
+    return as_int(total) if isinstance(total, int) else total
 
 
-def _add_up_unfinished(runs: Rows, epochs: pa.Table) -> None:
+def _add_up_unfinished(runs: Rows, epochs: pd.DataFrame) -> None:
     """Give the runs that did not complete what their epochs add up to so far."""
-    summed = ("reused", "train_seconds", "evaluation_seconds", "train_tokens")
-    sums = epochs.group_by("code").aggregate(
-        [("epoch", "count"), *((name, "sum") for name in summed)]
-    )
-    by_code = {row["code"]: row for row in sums.to_pylist()}
-    for run in runs:
-        row = by_code.get(run["code"])
-        if row is not None and run["status"] != COMPLETED:
-            run["epochs"] = row["epoch_count"]
-            run["epochs_reused"] = row["reused_sum"]
-            run["tokens"] = row["train_tokens_sum"]
-            run["seconds"] = (row["train_seconds_sum"] or 0) + (row["evaluation_seconds_sum"] or 0)
+    unfinished = {run["run"]: run for run in runs if run["status"] != RunState.completed}
+    own = epochs[epochs["run"].isin(unfinished.keys())]
+    for name, each in own.groupby("run", sort=False):
+        run = unfinished[str(name)]
+        run["epochs"] = len(each)
+        run["epochs_reused"] = int(each["reused"].sum())
+        run["tokens"] = as_int(int(each["train_tokens"].sum()))
+        run["seconds"] = float(each["train_seconds"].sum() + each["evaluation_seconds"].sum())
 
 
-def _read_epochs(found: Sequence[Found]) -> tuple[pa.Table, Rows]:
-    """The epochs in the `metrics.csv` of each; those of one header are parsed at a stroke."""
-    tables = [SCHEMAS["epochs"].empty_table()]
+def _mark_duplicates(runs: Rows) -> None:
+    """Set `duplicate_of` of each run whose experiment and seed another one stands for.
+
+    The newest completed one does; if none completed, one that is running, then the newest.
+    """
+    unfinished = (RunState.interrupted, RunState.preempted, RunState.pruned, RunState.lost)
+    rank = {RunState.completed: 3, RunState.running: 2, **dict.fromkeys(unfinished, 1)}
+
+    def order(run: dict[str, Any]) -> tuple[int, float]:
+        sign = run["last_sign"]
+        return rank.get(run["status"], 0), sign.timestamp() if sign else 0.0
+
+    chosen: dict[str, dict[str, Any]] = {}
+    keyed = [(run.pop("experiment_key"), run) for run in runs if "experiment_key" in run]
+    for key, run in keyed:
+        if key not in chosen or order(chosen[key]) <= order(run):
+            chosen[key] = run
+    for key, run in keyed:
+        if chosen[key] is not run:
+            run["duplicate_of"] = chosen[key]["run"]
+
+
+# --- metrics.csv ----------------------------------------------------------------------------------
+
+_EPOCH_COLUMNS = {name: column for name, column in COLUMNS["epochs"].items() if column.path}
+_ARROW = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+# The columns that say which epoch a row is: each row has them.
+_NEEDED = ("phase", "layers", "epoch")
+
+
+def _read_epochs(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, Rows]:
+    """The epochs in the `metrics.csv` of each; files of one header are parsed together."""
+    tables: list[pa.Table] = []
     left_out: Rows = []
-    by_header: dict[bytes, list[tuple[Found, bytes]]] = {}
-    for item in found:
+    by_header: dict[bytes, list[tuple[str, bytes]]] = {}
+
+    def leave_out(name: str, why: str) -> None:
+        reason = f"{METRICS} cannot be read ({why}): its epochs are left out"
+        left_out.append(row_left_out(name, "damaged", reason))
+
+    for folder in folders:
         try:
-            with open(os.path.join(item.path, METRICS), "rb") as file:
+            with open(os.path.join(folder.path, METRICS), "rb") as file:
                 header, _, body = file.read().replace(b"\r\n", b"\n").partition(b"\n")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            left_out.append(_metrics_problem(item, error.strerror or str(error)))
+            leave_out(folder.name, error.strerror or str(error))
             continue
         body = body if not body or body.endswith(b"\n") else body + b"\n"
-        by_header.setdefault(header, []).append((item, body))
+        by_header.setdefault(header, []).append((folder.name, body))
     for header, bodies in by_header.items():
         try:
             tables.append(_parsed_epochs(header, bodies))
         except ValueError:  # Arrow's own is one of these
-            for item, body in bodies:
+            for name, body in bodies:
                 try:
-                    tables.append(_parsed_epochs(header, [(item, body)]))
+                    tables.append(_parsed_epochs(header, [(name, body)]))
                 except ValueError as error:
-                    left_out.append(_metrics_problem(item, brief(error)))
-    return pa.concat_tables(tables), left_out
+                    leave_out(name, brief(error))
+    if not tables:
+        return to_frame("epochs", []), left_out
+    types = {pa.string(): DTYPES[str], pa.int64(): DTYPES[int], pa.bool_(): DTYPES[bool]}
+    epochs = pa.concat_tables(tables).to_pandas(types_mapper=types.get)
+    if len(tables) > 1:
+        place = {as_text(folder.name): number for number, folder in enumerate(folders)}
+        order = np.argsort([place[name] for name in epochs["run"]], kind="stable")
+        epochs = epochs.iloc[order].reset_index(drop=True)
+    return without_gaps(epochs), left_out
 
 
-def _metrics_problem(item: Found, why: str) -> dict[str, Any]:
-    reason = f"{METRICS} cannot be read ({why}): its epochs are left out"
-    return row_left_out(item.name, "damaged", reason)
-
-
-def _parsed_epochs(header: bytes, bodies: Sequence[tuple[Found, bytes]]) -> pa.Table:
+def _parsed_epochs(header: bytes, bodies: Sequence[tuple[str, bytes]]) -> pa.Table:
     """Rows of CSV under one header, as the table of epochs. Raises ValueError."""
-    schema = SCHEMAS["epochs"]
+    types = {name: _ARROW[column.kind] for name, column in _EPOCH_COLUMNS.items()}
     names = header.decode().split(",")
-    needed = {name for name, column in COLUMNS["epochs"].items() if column.required}
-    if missing := sorted(needed - set(names)):
+    if missing := [name for name in _NEEDED if name not in names]:
         raise ValueError(f"it has no column {missing[0]}")
     counts = [body.count(b"\n") for _, body in bodies]
-    if not sum(counts):
-        return schema.empty_table()
-    known = [name for name in schema.names if name in names]
-    table = pyarrow.csv.read_csv(
-        io.BytesIO(b"".join(body for _, body in bodies)),
-        read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types={name: schema.field(name).type for name in known},
-            include_columns=known,
-        ),
-    )
+    known = {name: kind for name, kind in types.items() if name in names}
+    table = pa.schema(known).empty_table()
+    if sum(counts):
+        table = pyarrow.csv.read_csv(
+            io.BytesIO(b"".join(body for _, body in bodies)),
+            read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=known, include_columns=list(known)
+            ),
+        )
     if table.num_rows != sum(counts):
         raise ValueError("it has empty lines")
-    if any(table[name].null_count for name in needed):
+    if any(table[name].null_count for name in _NEEDED):
         raise ValueError("a row names no phase, layers or epoch")
-    code = pa.array(np.repeat([item.code for item, _ in bodies], counts), pa.int64())
-    columns = {"code": code, **{name: table[name] for name in known}}
-    columns |= {
-        name: pa.nulls(len(code), schema.field(name).type)
-        for name in schema.names
-        if name not in columns
+    runs = np.repeat(np.array([as_text(name) for name, _ in bodies], dtype=object), counts)
+    columns = {
+        name: table[name] if name in known else pa.nulls(len(runs), kind)
+        for name, kind in types.items()
     }
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+    return pa.table({"run": pa.array(runs, pa.string()), **columns})
 
 
-def _told_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+# --- overrides and settings -----------------------------------------------------------------------
+
+
+def _given_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The overrides as a shell takes them, and the group choices and the seed that they name."""
     row: dict[str, Any] = {"overrides": as_text(shlex.join(overrides))}
     for key, value in keys_and_values(overrides):
@@ -293,13 +310,13 @@ def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _read_yaml(folder: str, name: str) -> Any:
+def _read_yaml(folder: Path, name: str) -> Any:
     """A file that Hydra wrote about a job; None where it is not there or cannot be read."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        with open(os.path.join(folder, HYDRA, name), encoding="utf-8") as file:
+        with open(folder / HYDRA / f"{name}.yaml", encoding="utf-8") as file:
             return yaml.load(file, loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
@@ -309,15 +326,8 @@ def _is_ours(settings: Any) -> bool:
     return isinstance(settings, dict) and {"initial_layers", "added_layers"} <= settings.keys()
 
 
-def _settings_row(settings: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as columns; settings that this version does not have become text."""
-    return {
-        f"config.{as_text(name)}": CLEAN[SETTINGS.get(name, "text")](value)
-        for name, value in flat_settings(settings)
-    }
-
-
 def flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name and the value of each setting."""
     for name, value in settings.items():
         if isinstance(value, dict) and f"{prefix}{name}" not in SETTINGS:
             yield from flat_settings(value, f"{prefix}{name}.")
@@ -325,11 +335,11 @@ def flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{name}", value
 
 
-def _experiment_key(settings: dict[str, Any], fingerprint: Any) -> str:
+def experiment_key(settings: dict[str, Any], fingerprint: Any) -> str:
     """The same for two runs that are the same experiment, on the same text, with the same seed."""
     aside = NOT_THE_EXPERIMENT + (PLACE_OF_TEXT if fingerprint else ())
     flat = {name: value for name, value in flat_settings(settings) if name not in aside}
     # 1 and 1.0 are the same rate, whether JSON or YAML held it.
-    same = {n: as_number(v) if SETTINGS.get(n) == "number" else v for n, v in flat.items()}
+    same = {n: as_float(v) if SETTINGS.get(n) is float else v for n, v in flat.items()}
     text = json.dumps([same, fingerprint], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -2,73 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from proglayer.console import one_line
-from proglayer.results.columns import Rows
-from proglayer.store.record import HEARTBEAT, JOBS, METRICS, RESULT
+from proglayer.store.record import HEARTBEAT, JOBS, METRICS, RESULT, as_text, read_jobs
 
 HYDRA = ".hydra"
-
-
-class Look(NamedTuple):
-    """What a file looks like from outside; zeros for one that is not there."""
-
-    changed_ns: int = 0
-    size: int = 0
-    inode: int = 0
-
-
-NO_FILE = Look()
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a run's files look like: the same look, the same content."""
+class RunFolder:
+    """A run's folder, or the place of one that its sweep lists and that has not begun.
 
-    result: Look = NO_FILE
-    metrics: Look = NO_FILE
-    # What Hydra wrote; looked at only where there is no result.
-    settings: Look = NO_FILE
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """As SEEN names them."""
-        return (*self.result, *self.metrics, *self.settings)
-
-    @property
-    def last_changed_ns(self) -> int:
-        return max(look.changed_ns for look in (self.result, self.metrics, self.settings))
-
-
-SEEN = tuple(
-    f"{file} {what}" for file in (RESULT, METRICS, HYDRA) for what in ("time", "size", "inode")
-)
-
-
-class Found(NamedTuple):
-    """A run's folder. `code` is its rows' name in Arrow tables.
-
-    `last_sign` is when a run without a record showed life last, or its sweep before it begins;
-    `sweep_sign` is when its sweep did, which the run's own signs are among.
+    name: the path below the folder that was scanned.
+    sweep: the name of the folder of its sweep; None for a single run.
+    overrides: as the sweep lists them; None where none does.
+    last_sign: when a file of a run without a record last changed.
+    sweep_sign: when a file of its sweep did, those of its runs included.
+    configured: when Hydra wrote its settings, of a run without a record.
     """
 
     path: str
     name: str
-    sweep: str | None
-    seen: Seen
-    last_sign: datetime | None
-    overrides: tuple[str, ...] | None
-    begun: bool = True
-    code: int = -1
+    sweep: str | None = None
+    overrides: tuple[str, ...] | None = None
+    last_sign: datetime | None = None
     sweep_sign: datetime | None = None
+    configured: datetime | None = None
 
 
 def roots_of(folders: Sequence[str | Path]) -> list[str]:
@@ -87,139 +54,129 @@ def roots_of(folders: Sequence[str | Path]) -> list[str]:
     ]
 
 
-def common_parent(roots: Sequence[str]) -> str:
-    if len(roots) < 2:
-        return "".join(roots) or "."
-    return os.path.commonpath([os.path.abspath(root) for root in roots])
+def scan(*folders: str | Path) -> tuple[list[RunFolder], Rows]:
+    """The runs in and below `folders`, and what there is no run.
 
-
-def joined(prefix: str, name: str) -> str:
-    return f"{prefix}/{name}" if prefix and name else prefix or name
-
-
-def scan(root: str) -> tuple[list[Found], Rows]:
-    """Walk `root` for runs, and for what is none: one listing a folder, two or three stats a run.
-
-    Runs come in the order of their names, numbers in them counted as numbers. A job that its sweep
-    lists but that has no folder yet is found as not begun.
+    Runs are named relative to the folder given, or to the one that holds all of several, and come
+    in the order of their names, numbers in them counted as numbers.
     """
-    found: list[Found] = []
+    roots = roots_of(folders)
+    above = os.path.commonpath([os.path.abspath(root) for root in roots]) if roots else ""
+    found: list[RunFolder] = []
     left_out: Rows = []
-    parents: dict[str, str | None] = {"": None}
-    sweep_signs: dict[str | None, datetime] = {}
+    for root in roots:
+        prefix = os.path.relpath(root, above) if len(roots) > 1 else ""
+        own_name = Path(root).resolve().name
+        runs, others = _scan(root)
+        for run in runs:
+            sweep = None if run.sweep is None else _joined(prefix, run.sweep) or own_name
+            found.append(replace(run, name=_joined(prefix, run.name) or own_name, sweep=sweep))
+        left_out += [row | {"folder": _joined(prefix, row["folder"]) or "."} for row in others]
+    return sorted(found, key=lambda run: natural_order(run.name)), left_out
+
+
+def _scan(root: str) -> tuple[list[RunFolder], Rows]:
+    """The runs in and below one folder: one listing a folder, a few stats a run."""
+    found: list[RunFolder] = []
+    left_out: Rows = []
+    folders = {""}
     accounted_for: set[str] = set()
-    # path, name below the root, the sweep it is a job of, the overrides that the sweep lists
-    stack: list[tuple[str, str, str | None, tuple[str, ...] | None]] = [(root, "", None, None)]
-    while stack:
-        path, name, sweep, listed = stack.pop()
-        try:
-            with os.scandir(path) as listing:
-                entries = {entry.name: entry for entry in listing}
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            left_out.append(row_left_out(name, "foreign", f"cannot be opened ({error.strerror})"))
-            accounted_for.add(name)
-            continue
-        if listed is not None or not entries.keys().isdisjoint((RESULT, METRICS, HYDRA)):
-            found.append(_found(path, name, sweep, listed, entries))
-        jobs: dict[str, tuple[str, ...]] = {}
-        if JOBS in entries:
+    jobs_of: dict[str, dict[str, tuple[str, ...]]] = {}
+    sweep_signs: dict[str | None, datetime] = {}
+
+    def closed(error: OSError) -> None:
+        name = os.path.relpath(error.filename, root)
+        name = "" if name == "." else name
+        left_out.append(row_left_out(name, "foreign", f"cannot be opened ({error.strerror})"))
+        accounted_for.add(name)
+
+    for path, below, files in os.walk(root, onerror=closed):
+        name = "" if path == root else path[len(os.path.join(root, "")) :]
+        above, _, own = name.rpartition("/")
+        # Only a folder that has one above it is a job of that one's sweep.
+        sweep = above if name and above in jobs_of else None
+        overrides = jobs_of[above].get(own) if sweep is not None else None
+        if overrides is not None or {RESULT, METRICS, HYDRA} & {*below, *files}:
+            run = _run_folder(path, name, sweep, overrides, files)
+            found.append(run)
+            sign = run.last_sign or _last_change(path, RESULT)
+            if sign and sweep in sweep_signs:
+                sweep_signs[sweep] = max(sign, sweep_signs[sweep])
+        below[:] = [each for each in below if not each.startswith(".") and each != "stages"]
+        if JOBS in files or "multirun.yaml" in files:
+            jobs_of[name] = {}
+        if JOBS in files:
             try:
-                jobs = _listed_jobs(os.path.join(path, JOBS))
-            except (OSError, ValueError, RecursionError) as error:
+                jobs_of[name] = {job.folder: job.overrides for job in read_jobs(Path(path))}
+            except (OSError, ValueError) as error:
                 reason = f"cannot be read ({brief(error)}): waiting jobs are not known"
-                left_out.append(row_left_out(joined(name, JOBS), "foreign", reason))
-            signs = [_look(entries[file].stat) for file in (JOBS, HEARTBEAT) if file in entries]
-            sweep_signs[name] = when(max(sign.changed_ns for sign in signs))
-        is_sweep = JOBS in entries or "multirun.yaml" in entries
-        for below, entry in entries.items():
-            if below.startswith(".") or below == "stages":
-                continue
-            below_name = joined(name, below)
-            if entry.is_dir(follow_symlinks=False):
-                parents[below_name] = name
-                its_sweep = name if is_sweep else None
-                stack.append((entry.path, below_name, its_sweep, jobs.get(below)))
-            elif entry.is_symlink() and os.path.isdir(entry.path):
+                left_out.append(row_left_out(_joined(name, JOBS), "foreign", reason))
+            if sign := _last_change(path, JOBS, HEARTBEAT):
+                sweep_signs[name] = sign
+            for job, listed in jobs_of[name].items():
+                if job not in below and job not in files:
+                    found.append(
+                        RunFolder(os.path.join(path, job), _joined(name, job), name, listed)
+                    )
+        for each in below:
+            folders.add(_joined(name, each))
+            if os.path.islink(os.path.join(path, each)):
                 reason = "a link: name the folder that it points to"
-                left_out.append(row_left_out(below_name, "foreign", reason))
-        for job, overrides in jobs.items():
-            if job not in entries:
-                job_path, job_name = os.path.join(path, job), joined(name, job)
-                parents[job_name] = name
-                found.append(Found(job_path, job_name, name, Seen(), None, overrides, begun=False))
-    for item in found:
-        if item.sweep in sweep_signs:
-            sign = item.last_sign or when(item.seen.result.changed_ns)
-            sweep_signs[item.sweep] = max(sign, sweep_signs[item.sweep])
-    for place, item in enumerate(found):
-        sign = sweep_signs.get(item.sweep)
-        last_sign = item.last_sign if item.begun else sign
-        found[place] = item._replace(last_sign=last_sign, sweep_sign=sign)
-    for item in found:
-        above: str | None = item.name
-        while above is not None and above not in accounted_for:
-            accounted_for.add(above)
-            above = parents[above]
-    for name, above in parents.items():
-        topmost = above is None or above in accounted_for
-        # A sweep's own report is no run and no surprise.
-        if topmost and name not in accounted_for and os.path.basename(name) != "report":
+                left_out.append(row_left_out(_joined(name, each), "foreign", reason))
+                accounted_for.add(_joined(name, each))
+    for run in found:
+        parts = run.name.split("/") if run.name else []
+        accounted_for |= {"/".join(parts[:depth]) for depth in range(len(parts) + 1)}
+    for name in sorted(folders - accounted_for):
+        above, _, own = name.rpartition("/")
+        # The topmost of several. A sweep's own report is no run and no surprise.
+        if own != "report" and (not name or above in accounted_for):
             left_out.append(row_left_out(name, "foreign", "holds no run"))
-    return sorted(found, key=lambda item: natural_order(item.name)), left_out
+    return [replace(run, sweep_sign=sweep_signs.get(run.sweep)) for run in found], left_out
 
 
-def row_left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
-    return {"folder": name, "kind": kind, "reason": reason}
-
-
-def _found(
+def _run_folder(
     path: str,
     name: str,
     sweep: str | None,
     overrides: tuple[str, ...] | None,
-    entries: dict[str, os.DirEntry[str]],
-) -> Found:
-    """The run in this folder. What Hydra wrote is looked at only where there is no record."""
-    result = _look(entries[RESULT].stat) if RESULT in entries else NO_FILE
-    metrics = _look(entries[METRICS].stat) if METRICS in entries else NO_FILE
-    if result != NO_FILE:
-        return Found(path, name, sweep, Seen(result, metrics), None, overrides)
-    settings = _look(lambda: os.stat(os.path.join(path, HYDRA, "config.yaml")))
-    times = [metrics.changed_ns, settings.changed_ns]
-    times += [
-        _look(entry.stat).changed_ns
-        for file, entry in entries.items()
-        if file == HEARTBEAT or file.endswith(".log")
-    ]
-    last_sign = when(max(times) or _look(lambda: os.stat(path)).changed_ns)
-    return Found(path, name, sweep, Seen(result, metrics, settings), last_sign, overrides)
+    files: Iterable[str],
+) -> RunFolder:
+    """The run in this folder. Times are looked at only where there is no record."""
+    if RESULT in files:
+        return RunFolder(path, name, sweep, overrides)
+    configured = _last_change(path, os.path.join(HYDRA, "config.yaml"))
+    own = [file for file in files if file in (METRICS, HEARTBEAT) or file.endswith(".log")]
+    changes = [_last_change(path, *own) if own else None, configured]
+    last_sign = max(filter(None, changes), default=_last_change(path))
+    return RunFolder(path, name, sweep, overrides, last_sign, configured=configured)
 
 
-def _look(stat: Callable[[], os.stat_result]) -> Look:
-    try:
-        status = stat()
-    except OSError:
-        return NO_FILE
-    return Look(status.st_mtime_ns, status.st_size, status.st_ino)
+def row_left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
+    """A row of `Results.left_out`."""
+    return {"folder": as_text(name), "kind": kind, "reason": as_text(reason)}
 
 
-def _listed_jobs(path: str) -> dict[str, tuple[str, ...]]:
-    """What `jobs.json` of a sweep lists: folder -> overrides. Raises ValueError if it does not."""
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    try:
-        return {str(job["folder"]): tuple(map(str, job["overrides"])) for job in content}
-    except (KeyError, TypeError) as error:
-        raise ValueError("no list of jobs") from error
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}/{name}" if prefix and name else prefix or name
 
 
-def when(time_ns: int) -> datetime:
-    return datetime.fromtimestamp(time_ns / 1e9, UTC)
+def _last_change(folder: str, *names: str) -> datetime | None:
+    """When the newest of these files, or without names the folder, changed; None if none is there.
+
+    What no calendar holds counts as not known.
+    """
+    times = []
+    for path in [os.path.join(folder, name) for name in names] or [folder]:
+        try:
+            times.append(datetime.fromtimestamp(os.stat(path).st_mtime, UTC))
+        except (OSError, ValueError, OverflowError):
+            continue
+    return max(times, default=None)
 
 
 def brief(error: Exception) -> str:
+    """An error as a short line."""
     return one_line(str(error))[:120]
 
 

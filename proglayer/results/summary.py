@@ -1,21 +1,13 @@
-"""The summary of a sweep for people: its table, following it while it runs, and the command.
-
-`python -m proglayer.results FOLDER...` prints the table of every run at any time, follows them with
-`--watch`, and writes the frames of `proglayer.results` as CSV or Parquet.
-"""
+"""The summary of a sweep for people: its table, and following it while it runs."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import re
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,59 +17,66 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from proglayer.console import console, one_line
-from proglayer.results.columns import (
-    COMPLETED,
-    GROUPS,
-    LOST,
-    NOT_STARTED,
-    PENDING,
-    RUNNING,
-    WAITING,
-)
+from proglayer.console import Columns, console, one_line, plain_cell, table
+from proglayer.results.columns import GROUPS
 from proglayer.results.formatting import duration, number_text, pair
-from proglayer.results.frames import Results, load, plain_values
+from proglayer.results.frames import Results, load, plain_values, rows_of
 from proglayer.results.reader import keys_and_values
 from proglayer.store.record import RunState
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Rows, and lines of reasons, that a table has unless all are asked for: a thousand jobs take a
+# second to lay out, and nobody reads them in a terminal.
+MOST_ROWS = 400
+MOST_REASONS = 100
+# What a column of text keeps in a narrow table: as wide as the longest name of a model.
+NARROW = 16
+STYLE = {
+    RunState.completed: "green",
+    RunState.failed: "bold red",
+    RunState.lost: "bold red",
+    RunState.interrupted: "yellow",
+    RunState.running: "cyan",
+    RunState.preempted: "yellow",
+    RunState.pruned: "dim",
+    RunState.pending: "dim",
+    RunState.waiting: "dim",
+    RunState.not_started: "dim",
+}
+STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
+# Will start, or start again, without anybody's doing.
+TO_COME = (RunState.preempted, RunState.pending, RunState.waiting)
+
 
 def summary_table(
     source: Results | str | Path, width: int | None = None, whole: bool = True
 ) -> Table:
-    """The table of every job: what was varied, how it ended, the figures, and why it failed.
+    """The table of every job: what was varied, how it ended, the metrics, and why it failed.
 
     With `width`, in characters, the less important columns give way until it fits; a job's status
     is never cut. Without `whole` it has the first and the last of more than MOST_ROWS jobs.
     """
     results = source if isinstance(source, Results) else load(source)
-    number = len(results.runs)
+    number, half = len(results.runs), MOST_ROWS // 2
     cut = not whole and number > MOST_ROWS
-    half = MOST_ROWS // 2
     shown = [*range(half), *range(number - half, number)] if cut else list(range(number))
-    columns = _summary_columns(results, shown)
-    gone = _too_wide(columns, width)
+    rows = _rows(results, shown)
+    columns = _columns(rows)
+    gone = _too_wide(rows, columns, width)
     captions = [f"not shown at this width: {', '.join(gone)}"] if gone else []
     if cut:
         captions.append(
             f"not shown: {number - len(shown):,} jobs in the middle; --all shows all jobs, --csv "
             "writes them with everything else that is known of them"
         )
-    table = Table(caption="\n".join(captions) or None)
-    table.caption_justify = "left"
-    kept = [column for column in columns if column.title not in gone]
-    for column in kept:
-        table.add_column(
-            Text(column.title),
-            justify="right" if column.right else "left",
-            no_wrap=not column.flexible,
-        )
-    for place, cells in enumerate(zip(*(column.cells for column in kept), strict=True)):
-        table.add_row(*cells, end_section=cut and place == half - 1)
+    jobs = table(rows, [column for column in columns if column[0] not in gone])
+    jobs.caption, jobs.caption_justify = "\n".join(captions) or None, "left"
+    if cut:
+        jobs.rows[half - 1].end_section = True
     outer = Table.grid()
-    outer.add_row(table)
+    outer.add_row(jobs)
     if reasons := _reasons(results.runs):
         outer.add_row(_lines(reasons if whole else _first(reasons, "did not complete")))
     return outer
@@ -86,92 +85,74 @@ def summary_table(
 def print_summary(*folders: str | Path) -> bool:
     """Print the table of the jobs in `folders` and a line of totals; True if any failed."""
     results = load(*folders)
-    _print_results(results, console())
+    print_results(results, console())
     return results.failures > 0
 
 
-# ---------------------------------------------------------------------------------------------
-# The table
+# --- the table ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """A column of the summary. In a narrow table the one with the highest `goes` goes first."""
-
-    title: str
-    cells: list[Text]
-    goes: int = 0
-    right: bool = False
-    flexible: bool = False
-
-    @property
-    def narrowest(self) -> int:
-        width = max((cell.cell_len for cell in (Text(self.title), *self.cells)), default=0)
-        return min(width, NARROW) if self.flexible else width
-
-
-# Rows, and lines of reasons, that a table has unless all are asked for: a thousand jobs take a
-# second to lay out, and nobody reads them in a terminal.
-MOST_ROWS = 400
-MOST_REASONS = 100
-# As wide as the longest name of a model.
-NARROW = 16
-STYLE = {
-    COMPLETED: "green",
-    RunState.failed.value: "bold red",
-    LOST: "bold red",
-    RunState.interrupted.value: "yellow",
-    RUNNING: "cyan",
-    RunState.preempted.value: "yellow",
-    RunState.pruned.value: "dim",
-    PENDING: "dim",
-    WAITING: "dim",
-    NOT_STARTED: "dim",
-}
-STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
-# Will start, or start again, without anybody's doing.
-TO_COME = (RunState.preempted.value, PENDING, WAITING)
-
-
-def _summary_columns(results: Results, shown: Sequence[int]) -> list[_Shown]:
-    """The columns of the runs in these places."""
-    runs = results.runs.iloc[list(shown)]
+def _rows(results: Results, shown: Sequence[int]) -> list[dict[str, Any]]:
+    """The runs in these places, each with what varied and how far it is."""
     progress = _progress(results)
-    rows = runs.to_dict("records")
+    varied = _what_varied(results.runs)
+    rows = results.runs.iloc[list(shown)].to_dict("records")
+    for place, row in zip(shown, rows, strict=True):
+        row["progress"] = progress.get(row["run"])
+        row["varied"] = {title: values[place] for title, values in varied.items()}
+    return rows
+
+
+def _columns(rows: list[dict[str, Any]]) -> Columns:
+    """Title, kind and cell of each column that has something to show."""
+
+    def number(name: str, form: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: number_text(row[name], form)
+
+    def varied(title: str) -> Callable[[dict[str, Any]], Text]:
+        return lambda row: _cut(row["varied"][title])
+
     # Of sweeps that Hydra named, the token is enough to tell them apart.
-    names = [STAMP.sub("", name) for name in runs["run"]]
-    columns = [_Shown("job", [_cut(name) for name in names], flexible=True)]
-    for title, values in _what_varied(results.runs).items():
-        columns.append(_Shown(title, [_cut(values[place]) for place in shown], 1, flexible=True))
-    columns.append(_Shown("status", [Text(value, STYLE[value]) for value in runs["status"]]))
-
-    def figures(title: str, goes: int, cell: Callable[[dict[str, Any]], str]) -> None:
-        cells = [Text(cell(row)) for row in rows]
-        if any(cells):
-            columns.append(_Shown(title, cells, goes, right=True))
-
-    figures("layers", 5, lambda row: pair(row, "layers", "d"))
-    figures("perplexity", 2, lambda r: progress.get(r["run"]) or pair(r, "perplexity", ",.2f"))
-    figures("accuracy %", 3, lambda row: pair(row, "accuracy_percent", ".2f"))
-    figures("± points", 6, lambda row: number_text(row["accuracy_points"], "+.2f"))
-    figures("± ppl %", 7, lambda row: number_text(row["perplexity_percent"], "+.2f"))
-    figures("epochs", 8, lambda row: number_text(row["epochs"], "d"))
-    figures("reused", 10, lambda row: number_text(row["epochs_reused"] or pd.NA, "d"))
-    figures("time", 4, lambda row: duration(row["seconds"]))
-    figures("saved", 9, lambda row: duration(row["seconds_saved"] or pd.NA))
-    return columns
+    columns: Columns = (
+        ("job", "long", lambda row: _cut(STAMP.sub("", row["run"]))),
+        *((title, "long", varied(title)) for title in (rows[0]["varied"] if rows else ())),
+        ("status", "text", lambda row: Text(row["status"], STYLE[row["status"]])),
+        ("layers", "number", lambda row: pair(row, "layers", "d")),
+        ("perplexity", "number", lambda row: row["progress"] or pair(row, "perplexity", ",.2f")),
+        ("accuracy %", "number", lambda row: pair(row, "accuracy_percent", ".2f")),
+        ("± points", "number", number("accuracy_points", "+.2f")),
+        ("± ppl %", "number", number("perplexity_percent", "+.2f")),
+        ("epochs", "number", number("epochs", "d")),
+        ("reused", "number", lambda row: number_text(row["epochs_reused"] or pd.NA, "d")),
+        ("time", "number", lambda row: duration(row["seconds"])),
+        ("saved", "number", lambda row: duration(row["seconds_saved"] or pd.NA)),
+    )
+    return [
+        (title, kind, cell)
+        for title, kind, cell in columns
+        if kind != "number" or any(cell(row) for row in rows)
+    ]
 
 
-def _too_wide(columns: Sequence[_Shown], width: int | None) -> list[str]:
+# The columns that give way in a narrow table, the first one first; then those of what varied.
+GIVE_WAY = ("reused", "saved", "epochs", "± ppl %", "± points", "layers", "time", "accuracy %")
+GIVE_WAY += ("perplexity",)
+
+
+def _too_wide(rows: Sequence[Any], columns: Columns, width: int | None) -> list[str]:
     """The titles of the columns that must go so that the rest fits into `width`."""
-    gone: list[str] = []
-    if width is None:
-        return gone
-    for column in sorted(columns, key=lambda column: -column.goes):
-        need = 1 + sum(c.narrowest + 3 for c in columns if c.title not in gone)
-        if need <= width or not column.goes:
+    widths: dict[str, int] = {}
+    for title, kind, cell in columns:
+        cells = [Text(title), *(plain_cell(cell(row)) for row in rows)]
+        own = max(each.cell_len for each in cells)
+        widths[title] = min(own, NARROW) if kind == "long" else own
+    varied = [title for title in widths if title not in ("job", "status", *GIVE_WAY)]
+    gone = []
+    for title in (*(title for title in GIVE_WAY if title in widths), *varied):
+        if width is None or 1 + sum(own + 3 for own in widths.values()) <= width:
             break
-        gone.append(column.title)
+        gone.append(title)
+        del widths[title]
     return gone
 
 
@@ -199,7 +180,7 @@ def _what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
 def _progress(results: Results) -> dict[str, str]:
     """How far each running run is: its last epoch, and the best so far of that phase."""
     runs = results.runs
-    running = runs.loc[runs["status"] == RUNNING, "run"].tolist()
+    running = runs.loc[runs["status"] == RunState.running.value, "run"].tolist()
     progress = {}
     for run, epochs in results.epochs[results.epochs["run"].isin(running)].groupby("run"):
         phase = epochs["phase"].max()
@@ -211,21 +192,19 @@ def _progress(results: Results) -> dict[str, str]:
 
 def _reasons(runs: pd.DataFrame) -> list[Text]:
     """A line for each run that has something to say about how it ended."""
-    told = runs[runs["reason"].notna()]
-    columns = (told["status"], told["run"], told["reason"])
     return [
         Text.assemble((status, STYLE[status]), f" {one_line(run)}: {one_line(reason)}")
-        for status, run, reason in zip(*columns, strict=True)
+        for status, run, reason in rows_of(runs, "status", "run", "reason")
+        if reason
     ]
 
 
-def _print_results(results: Results, out: Console, whole: bool = False) -> None:
+def print_results(results: Results, out: Console, whole: bool = False) -> None:
     if len(results.runs):
         out.print(summary_table(results, out.width, whole))
-    columns = (results.left_out["folder"], results.left_out["reason"])
     left_out = [
         Text(f"left out: {one_line(folder)}: {one_line(reason)}")
-        for folder, reason in zip(*columns, strict=True)
+        for folder, reason in rows_of(results.left_out, "folder", "reason")
     ]
     if left_out:
         out.print(_lines(left_out if whole else _first(left_out, "were left out")))
@@ -261,28 +240,26 @@ def _held(runs: pd.DataFrame) -> str:
 
     It tells nobody when it forgets one, so that a reader must judge whether that is too long.
     """
-    held = runs[runs["status"].isin([RunState.preempted.value, PENDING])]
-    if held.empty:
-        return ""
-    since = [sign for sign in plain_values(held["last_sign"]) if sign is not None]
-    when = f" since {min(since):%Y-%m-%d %H:%M} UTC" if since else ""
-    return f"{len(held)} in the hands of a scheduler{when}"
+    held = (RunState.preempted, RunState.pending)
+    signs = [sign for status, sign in rows_of(runs, "status", "last_sign") if status in held]
+    first = min(filter(None, signs), default=None)
+    when = f" since {first:%Y-%m-%d %H:%M} UTC" if first else ""
+    return f"{len(signs)} in the hands of a scheduler{when}" if signs else ""
 
 
 def _cut(text: str) -> Text:
     return Text(one_line(text), no_wrap=True, overflow="ellipsis")
 
 
-# ---------------------------------------------------------------------------------------------
-# Following a sweep
+# --- following a sweep ----------------------------------------------------------------------------
 
 
 def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Results:
     """Follow runs until all have ended: a display that moves on a terminal, else a line a change.
 
     A run that is lost has ended, too, and so has one that its sweep will not start any more. One
-    that a scheduler is to start has not, however long that takes: a queue may be days long, and
-    since when it waits is told. Looks every `every_s` seconds, or less often where looking itself
+    that a scheduler is to start has not, however long that takes: a queue may be days long. The
+    line says since when it waits. Looks every `every_s` seconds, or less often where looking itself
     takes long.
     """
     from rich.live import Live
@@ -310,7 +287,7 @@ def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Result
 
 def _now(results: Results) -> str:
     """Where a sweep stands, in a line."""
-    progress = [f"{run}: {far}" for run, far in _progress(results).items()]
+    progress = [f"{one_line(run)}: {far}" for run, far in _progress(results).items()]
     more = f", and {len(progress) - 3} more" if len(progress) > 3 else ""
     runs = results.runs
     parts = (_totals(results), _held(runs), _best_so_far(runs), ", ".join(progress[:3]) + more)
@@ -323,16 +300,16 @@ def _moving(results: Results) -> RenderableType:
 
     runs = results.runs
     progress = _progress(results)
-    columns = (runs["status"], runs["run"], plain_values(runs["last_sign"]), _names(runs))
+    rows = zip(rows_of(runs, "status", "run", "last_sign"), _names(runs), strict=True)
     under_way = [
         Text.assemble(
-            (one_line(run), STYLE[RUNNING]),
+            (one_line(run), STYLE[RunState.running]),
             f"  {progress.get(run, 'no epoch yet')}",
             f"  last sign of life {duration(_age(sign))} ago" if sign else "",
-            f"  {told}",
+            f"  {name}",
         )
-        for status, run, sign, told in zip(*columns, strict=True)
-        if status == RUNNING
+        for (status, run, sign), name in rows
+        if status == RunState.running
     ]
     whole = Table.grid()
     whole.add_row(ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40))
@@ -344,50 +321,48 @@ def _moving(results: Results) -> RenderableType:
 
 
 def _ended(runs: pd.DataFrame) -> int:
-    return sum(status not in (RUNNING, *TO_COME) for status in runs["status"])
+    return sum(status not in (RunState.running, *TO_COME) for status in runs["status"])
 
 
 def _best_so_far(runs: pd.DataFrame) -> str:
     """The completed run of the lowest perplexity, for each corpus: others do not compare."""
-    names = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run")
-    columns = [plain_values(runs[name]) for name in names]
+    columns = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run")
     best: dict[str, tuple[Any, ...]] = {}
-    for corpus, *figures in zip(*columns, _names(runs), strict=True):
-        if figures[0] is not None and (corpus not in best or figures[0] < best[corpus][0]):
-            best[corpus] = tuple(figures)
+    for (corpus, *metrics), name in zip(rows_of(runs, *columns), _names(runs), strict=True):
+        if metrics[0] is not None and (corpus not in best or metrics[0] < best[corpus][0]):
+            best[corpus] = (*metrics, name)
     return "; ".join(
         f"best so far {perplexity:,.2f} ({number_text(accuracy, '.2f')} %): "
-        + " ".join((one_line(run), told)).rstrip()
-        for perplexity, accuracy, run, told in best.values()
+        + " ".join((one_line(run), name)).rstrip()
+        for perplexity, accuracy, run, name in best.values()
     )
 
 
 def _names(runs: pd.DataFrame) -> list[str]:
     """What tells each run from the others, such as `seed=1 model=standard`."""
     varied = _what_varied(runs)
-    told = [[f"{title}={value}" for value in values] for title, values in varied.items()]
-    return [one_line(" ".join(each)) for each in zip(*told, strict=True)] or [""] * len(runs)
+    pairs = [[f"{title}={value}" for value in values] for title, values in varied.items()]
+    return [one_line(" ".join(each)) for each in zip(*pairs, strict=True)] or [""] * len(runs)
 
 
 def _time_left(runs: pd.DataFrame) -> str:
     """An estimate from what completed runs took and how many run at once now, if there is one."""
     statuses = runs["status"].tolist()
     waiting = sum(status in TO_COME for status in statuses)
-    running = statuses.count(RUNNING)
-    names = ("wall_seconds", "started", "epochs", "epochs_reused", "seconds_saved")
-    columns = [plain_values(runs[name]) for name in names]
+    running = statuses.count(RunState.running)
+    columns = ("status", "wall_seconds", "started", "epochs", "epochs_reused", "seconds_saved")
     took, begun = [], []
-    for status, seconds, started, epochs, reused, saved in zip(statuses, *columns, strict=True):
-        if status == COMPLETED and seconds is not None:
+    for status, seconds, started, epochs, reused, saved in rows_of(runs, *columns):
+        if status == RunState.completed and seconds is not None:
             # One read whole from the store took no time, and says nothing of those to come.
             if not (reused and reused == epochs and seconds < (saved or 0)):
                 took.append(seconds)
-        elif status == RUNNING and started:
+        elif status == RunState.running and started:
             begun.append(_age(started))
     if not running:
         return "nothing is running" if waiting else ""
     if not took:
-        trained = "that trains " if COMPLETED in statuses else ""
+        trained = "that trains " if RunState.completed in statuses else ""
         return f"time left not known until a run {trained}has completed"
     mean = sum(took) / len(took)
     left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
@@ -399,52 +374,3 @@ def _time_left(runs: pd.DataFrame) -> str:
 
 def _age(moment: Any) -> float:
     return max(0.0, (datetime.now(UTC) - moment).total_seconds())
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Gives its exit status: 1 if any run failed, 2 for a folder that is not there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proglayer.results",
-        description="Print the table of every run in sweeps or single runs, finished or not.",
-        epilog="Exit status: 0; 1 if a run failed, was lost or left a record that cannot be read; "
-        "2 if a folder is not there or cannot be written.",
-    )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
-    parser.add_argument(
-        "--all", action="store_true", help=f"show every run, also of more than {MOST_ROWS}"
-    )
-    parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
-    parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
-    parser.add_argument("--watch", action="store_true", help="follow until all runs have ended")
-    parser.add_argument(
-        "--every", metavar="SECONDS", type=float, default=5.0, help="how often --watch looks (5)"
-    )
-    options = parser.parse_args(arguments)
-    if not options.every > 0:
-        parser.error("--every must be more than 0 seconds")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Better a question mark for an arrow than no table where the locale knows only ASCII.
-            stream.reconfigure(errors="replace")
-    out = console()
-    try:
-        if options.watch:
-            results = watch(options.folders, options.every, out)
-        else:
-            results = load(*options.folders)
-        _print_results(results, out, whole=options.all)
-        if options.csv:
-            results.to_csv(options.csv)
-        if options.parquet:
-            results.to_parquet(options.parquet)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-        print(f"error: {where}", file=sys.stderr)
-        return 2
-    return 1 if results.failures else 0

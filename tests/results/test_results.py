@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from rich.console import Console
 
 from proglayer.config import ConfigError, to_plain
 from proglayer.data.corpus import Corpus
-from proglayer.results import cache as cache_module
-from proglayer.results import load as results_module
-from proglayer.results import reader as reading_module
 from proglayer.results import summary
+from proglayer.results.__main__ import main
 from proglayer.results.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
 from proglayer.results.frames import Results, load
-from proglayer.results.summary import main, print_summary, summary_table
+from proglayer.results.reader import experiment_key
+from proglayer.results.summary import print_results, print_summary, summary_table
 from proglayer.run import experiment
 from proglayer.store import record
 from proglayer.store.record import (
@@ -196,7 +194,7 @@ def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
         ["b", 1, 3],
     ]
     assert results.phases["rate_existing"].isna().all()
-    assert results.phases["frozen"].tolist() == ["[]", '["embedding", "layers.0"]', "[]"]
+    assert results.phases["frozen"].tolist() == [[], ["embedding", "layers.0"], []]
     assert len(results.epochs) == 9
     kept = results.epochs[results.epochs["best"]]
     assert kept["validation_perplexity"].tolist() == [980.0, 970.0, 900.0]
@@ -217,18 +215,24 @@ def test_settings_that_vary_stand_before_the_figures_and_constant_ones_at_the_en
     assert {f"config.{name}" for name in SETTINGS} <= set(columns)
 
 
-def test_no_rows_have_the_types_of_many(tmp_path: Path) -> None:
+def test_types_depend_on_the_runs_only_in_that_integers_are_plain_where_none_is_missing(
+    tmp_path: Path,
+) -> None:
     full, none = tmp_path / "full", tmp_path / "none"
     none.mkdir()
     made_up(full / "a", seed=1)
     made_up(full / "b", seed=2, status="failed")
     made_up(full / "c", seed=3, status="running")
+    plain = {"Int64": "int64", "boolean": "bool"}
     for name in ("runs", "phases", "epochs", "exits", "left_out"):
         many, nothing = getattr(load(full), name), getattr(load(none), name)
-        shared = [column for column in many if not column.startswith("choice.")]
-        assert many[shared].dtypes.to_dict() == nothing[shared].dtypes.to_dict(), name
-    runs = load(none).runs
-    assert str(runs["seed"].dtype) == "Int64"
+        for column in [column for column in many if not column.startswith("choice.")]:
+            own = str(many[column].dtype)
+            assert str(nothing[column].dtype) == plain.get(own, own), column
+            assert own not in plain or many[column].hasnans
+    runs = load(full).runs
+    assert runs["seed"].dtype == "int64"
+    assert str(runs["last_layers"].dtype) == "Int64"
     assert runs["seconds"].dtype == "float64"
     assert str(runs["started"].dtype) == "datetime64[us, UTC]"
 
@@ -641,22 +645,22 @@ def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) 
     plain = settings()
     value = functools.reduce(lambda part, key: part[key], name.split("."), plain)
     kind = SETTINGS[name]
-    if kind == "flag":
+    if kind is bool:
         value = not value
-    elif kind == "text":
+    elif kind is str:
         value = f"{value}1"
     else:
         value = (value or 0) + 1
     other = with_setting(plain, name, value)
     aside = (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT)
-    key = functools.partial(reading_module._experiment_key, fingerprint="f")
+    key = functools.partial(experiment_key, fingerprint="f")
     assert (key(plain) == key(other)) == (name in aside)
 
 
 def test_text_from_another_place_counts_as_the_same_only_by_its_fingerprint() -> None:
     plain = settings()
     other = with_setting(plain, "data.path", "/elsewhere")
-    key = reading_module._experiment_key
+    key = experiment_key
     assert key(plain, "f") == key(other, "f")
     assert key(plain, "f") != key(other, "g")
     assert key(plain, None) != key(other, None)
@@ -699,127 +703,6 @@ def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(back, getattr(results, name), check_dtype=False)
 
 
-# --- the cache ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pile(tmp_path: Path, no_fsync: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Eight runs that are cached at once, as if they had ended long ago."""
-    monkeypatch.setattr(results_module, "CACHE_FROM_RUNS", 1)
-    monkeypatch.setattr(results_module, "SETTLED_NS", 0)
-    pile = tmp_path / "pile"
-    for number in range(8):
-        status = "failed" if number == 3 else "completed"
-        made_up(pile / "sweep" / f"{number}_abc", seed=number, status=status)
-    made_up(pile / "cut_short", seed=9).joinpath("result.json").write_text("{")
-    return pile
-
-
-def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    reads: list[str] = []
-
-    def reading(folder: Path) -> Any:
-        reads.append(folder.name)
-        return record.read_record(folder)
-
-    monkeypatch.setattr(reading_module, "read_record", reading)
-    return reads
-
-
-def test_what_did_not_change_is_not_read_again(pile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load(pile)
-    reads = counted_reads(monkeypatch)
-    second = load(pile)
-    # what could not be read is tried each time
-    assert reads == ["cut_short"]
-    same(first, second)
-    made_up(pile / "sweep" / "2_abc", seed=2, perplexities=(980.0, 900.0))
-    made_up(pile / "sweep" / "8_abc", seed=8)
-    reads.clear()
-    third = load(pile)
-    assert sorted(reads) == ["2_abc", "8_abc", "cut_short"]
-    assert row(third, "sweep/2_abc")["last_perplexity"] == 900.0
-    (pile / cache_module.CACHE).unlink()
-    same(third, load(pile))
-
-
-def test_a_run_that_goes_on_or_is_gone_is_never_stale(pile: Path) -> None:
-    folder = pile / "sweep" / "0_abc"
-    load(pile)
-    (folder / "result.json").unlink()
-    assert ends(load(pile))["sweep/0_abc"] == "running"
-    metrics = folder / "metrics.csv"
-    metrics.write_text("\n".join(metrics.read_text().splitlines()[:3]) + "\n")
-    assert row(load(pile), "sweep/0_abc")["epochs"] == 2
-    shutil.rmtree(folder)
-    assert "sweep/0_abc" not in ends(load(pile))
-
-
-def test_what_changed_a_moment_ago_is_not_cached(
-    pile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results_module, "SETTLED_NS", 3_600_000_000_000)
-    load(pile)
-    reads = counted_reads(monkeypatch)
-    load(pile)
-    assert len(reads) == 9
-
-
-def test_whether_a_run_lives_is_never_taken_from_the_cache(pile: Path) -> None:
-    folder = pile / "sweep" / "0_abc"
-    (folder / "result.json").unlink()
-    aged(folder, 10)
-    load(pile)
-    assert ends(load(pile))["sweep/0_abc"] == "running"
-    write_heartbeat(folder, RunState.pending)
-    assert ends(load(pile))["sweep/0_abc"] == "pending"
-    (folder / "heartbeat.json").unlink()
-    aged(folder, 600)
-    load(pile)
-    assert ends(load(pile))["sweep/0_abc"] == "lost"
-    write_heartbeat(folder, RunState.running)
-    assert ends(load(pile))["sweep/0_abc"] == "running"
-
-
-def test_a_damaged_cache_is_ignored(pile: Path) -> None:
-    expected = load(pile)
-    cache = pile / cache_module.CACHE
-    sound = cache.read_bytes()
-    step = len(sound) // 10
-    for number in range(0, len(sound), step):
-        flipped = bytearray(sound)
-        flipped[number] ^= 1 << number % 8
-        for content in (bytes(flipped), sound[:number]):
-            cache.write_bytes(content)
-            same(expected, load(pile))
-    cache.unlink()
-    cache.mkdir()
-    same(expected, load(pile))
-
-
-def test_a_cache_of_another_version_is_ignored(pile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load(pile)
-    monkeypatch.setattr(cache_module, "CACHE_FORMAT", cache_module.CACHE_FORMAT + 1)
-    reads = counted_reads(monkeypatch)
-    load(pile)
-    assert len(reads) == 9
-
-
-def test_many_can_read_one_pile_at_once(pile: Path) -> None:
-    expected = load(pile)
-    (pile / cache_module.CACHE).unlink()
-
-    def churn(number: int) -> Results:
-        if number % 3 == 0:
-            (pile / cache_module.CACHE).unlink(missing_ok=True)
-        return load(pile)
-
-    with ThreadPoolExecutor(4) as pool:
-        for results in pool.map(churn, range(12)):
-            same(expected, results)
-    assert [path.name for path in pile.glob(".*")] == [cache_module.CACHE]
-
-
 def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> None:
     base = made_up(tmp_path / "0", epochs=20, perplexities=(980.0, 975.0, 970.0, 965.0))
     result = json.loads((base / "result.json").read_text())
@@ -845,7 +728,7 @@ def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> 
 
 def printed(results: Results, width: int) -> str:
     out = Console(file=io.StringIO(), width=width)
-    summary._print_results(results, out)
+    print_results(results, out)
     return out.file.getvalue()
 
 
@@ -935,7 +818,7 @@ def test_of_many_jobs_the_first_and_the_last_are_shown_unless_all_are_asked_for(
     assert "interrupted 2_abcdef" not in few
     assert "1 more did not complete" in few
     out = Console(file=io.StringIO(), width=160)
-    summary._print_results(results, out, whole=True)
+    print_results(results, out, whole=True)
     assert jobs(out.file.getvalue()) == ["0", "1", "2", "3", "4"]
     assert "interrupted 2_abcdef" in out.file.getvalue()
     assert "in the middle" not in out.file.getvalue()
