@@ -17,7 +17,7 @@ import pandas as pd
 
 from proglayer.report import stats
 from proglayer.report.study import Frame
-from proglayer.results.frames import Results
+from proglayer.results import Results
 
 
 @dataclass(frozen=True)

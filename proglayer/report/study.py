@@ -27,9 +27,8 @@ from pandas.util import hash_pandas_object
 
 from proglayer.console import one_line
 from proglayer.report import stats
-from proglayer.results.columns import COMPLETED, GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT
-from proglayer.results.frames import Results
-from proglayer.results.reader import keys_and_values
+from proglayer.results import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, Results, keys_and_values
+from proglayer.store.record import RunState
 
 # Its own types lack it.
 _hashed: Any = hash_pandas_object
@@ -156,7 +155,7 @@ def arms(results: Results) -> Arms:
     """Sort completed runs into arms."""
     every: Frame = results.distinct().runs
     every = every[every["seed"].notna()]
-    runs = every[every["status"] == COMPLETED].reset_index(drop=True)
+    runs = every[every["status"] == RunState.completed].reset_index(drop=True)
     runs["lacks"] = None
     runs["experiment"] = runs["experiment"].astype(object).where(runs["experiment"].notna(), "")
     runs["model"] = runs["model"].astype(object).where(runs["model"].notna(), "unknown model")
@@ -171,7 +170,7 @@ def arms(results: Results) -> Arms:
     runs["condition"], names = _conditions(runs, conditions)
     runs["variant"], runs["base"] = _variants(runs, [c for c in swept if c not in conditions])
     phases: Frame = results.phases
-    grown = set(phases.loc[phases["new_layers"] != "[]", "run"].dropna())
+    grown = set(phases.loc[phases["new_layers"].map(bool), "run"])
     runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
     _add_ends(runs, phases)
     rank: dict[Any, int] = {name: number for number, name in enumerate(ORDER)}
@@ -190,7 +189,7 @@ def arms(results: Results) -> Arms:
     )
     order = order.sort_values(list(order.columns), kind="stable").index
     runs = runs.loc[order].reset_index(drop=True)
-    return Arms(runs, names, _lacking(runs, every[every["status"] != COMPLETED]))
+    return Arms(runs, names, _lacking(runs, every[every["status"] != RunState.completed]))
 
 
 # What a run's place in the study is told by, its seed apart.

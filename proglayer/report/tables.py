@@ -14,8 +14,8 @@ from proglayer.report import comparisons, ledger, stats, study
 from proglayer.report.page import Cell, Table
 from proglayer.report.pictures import engineering
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, model_name, variant_name
+from proglayer.results import plain_values
 from proglayer.results.formatting import duration, listed, number_text, pair, ranges, text_of
-from proglayer.results.frames import plain_values
 
 Row = dict[str, Any]
 Columns = Sequence[tuple[str, str, Callable[[Row], Cell | str]]]

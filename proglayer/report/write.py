@@ -61,9 +61,9 @@ from proglayer.report.tables import (
     unique,
     versions_table,
 )
-from proglayer.results.columns import COMPLETED, RUNNING, WAITING
+from proglayer.results import Results, load, plain_values, write_csv
 from proglayer.results.formatting import listed, ranges, text_of
-from proglayer.results.frames import Results, load, plain_values, write_csv
+from proglayer.store.record import RunState
 
 PAGE = "index.html"
 MARKDOWN = "report.md"
@@ -605,7 +605,9 @@ class _Report:
     def _not_completed(self) -> list[Block]:
         """Runs that ended otherwise, and what could not be read, with reasons."""
         runs = self.results.runs
-        told: Frame = runs[~runs["status"].isin([COMPLETED, RUNNING, WAITING])]
+        told: Frame = runs[
+            ~runs["status"].isin([RunState.completed, RunState.running, RunState.waiting])
+        ]
         blocks: list[Block] = []
         if len(told):
             # Failures first: an interruption cures itself.

@@ -6,6 +6,18 @@
 `python -m proglayer.results FOLDER...` prints the table, follows a sweep, and writes the frames.
 """
 
-from proglayer.results.frames import Results, load
+from proglayer.results.columns import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, plain_values
+from proglayer.results.frames import Results, load, write_csv
+from proglayer.results.reader import flat_settings, keys_and_values
 
-__all__ = ["Results", "load"]
+__all__ = [
+    "GROUPS",
+    "NOT_THE_EXPERIMENT",
+    "PLACE_OF_TEXT",
+    "Results",
+    "flat_settings",
+    "keys_and_values",
+    "load",
+    "plain_values",
+    "write_csv",
+]

@@ -60,8 +60,9 @@ class Results:
     @property
     def failures(self) -> int:
         """How many runs failed, were lost, or left a record that cannot be read."""
-        failed = self.runs["status"].isin([RunState.failed.value, RunState.lost.value])
-        return int(failed.sum() + (self.left_out["kind"] == "damaged").sum())
+        statuses = self.runs["status"].tolist()
+        failed = statuses.count(RunState.failed) + statuses.count(RunState.lost)
+        return failed + self.left_out["kind"].tolist().count("damaged")
 
     def distinct(self) -> Results:
         """Each experiment and seed once: without the runs that `duplicate_of` marks."""
@@ -136,16 +137,6 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
     constant = [column for column in settings if column not in varied]
     front = [*IDENTITY_COLUMNS, *choices, *varied, *METRIC_COLUMNS, *PLACE_COLUMNS]
     return runs.reindex(columns=front + constant)
-
-
-def plain_values(values: Any) -> list[Any]:
-    """A column as Python values, None for what is missing."""
-    return [None if gone else value for value, gone in zip(values, values.isna(), strict=True)]
-
-
-def rows_of(frame: pd.DataFrame, *columns: str) -> list[tuple[Any, ...]]:
-    """These columns row by row as Python values, None for what is missing."""
-    return list(zip(*(plain_values(frame[name]) for name in columns), strict=True))
 
 
 # = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.

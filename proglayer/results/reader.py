@@ -25,6 +25,7 @@ from proglayer.results.columns import (
     PLACE_OF_TEXT,
     SETTINGS,
     as_moment,
+    plain_values,
     recorded,
     to_frame,
     without_gaps,
@@ -179,13 +180,13 @@ def _total(rows: Rows, *names: str) -> Any:
 def _add_up_unfinished(runs: Rows, epochs: pd.DataFrame) -> None:
     """Give the runs that did not complete what their epochs add up to so far."""
     unfinished = {run["run"]: run for run in runs if run["status"] != RunState.completed}
-    own = epochs[epochs["run"].isin(unfinished.keys())]
+    own = epochs[epochs["run"].isin(list(unfinished))]
     for name, each in own.groupby("run", sort=False):
         run = unfinished[str(name)]
         run["epochs"] = len(each)
-        run["epochs_reused"] = int(each["reused"].sum())
-        run["tokens"] = as_int(int(each["train_tokens"].sum()))
-        run["seconds"] = float(each["train_seconds"].sum() + each["evaluation_seconds"].sum())
+        run["epochs_reused"] = sum(filter(None, plain_values(each["reused"])))
+        run["tokens"] = as_int(sum(filter(None, plain_values(each["train_tokens"]))))
+        run["seconds"] = sum(each[["train_seconds", "evaluation_seconds"]].sum())
 
 
 def _mark_duplicates(runs: Rows) -> None:

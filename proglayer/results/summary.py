@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from proglayer.console import Columns, console, one_line, plain_cell, table
-from proglayer.results.columns import GROUPS
+from proglayer.results.columns import GROUPS, plain_values, rows_of
 from proglayer.results.formatting import duration, number_text, pair
-from proglayer.results.frames import Results, load, plain_values, rows_of
+from proglayer.results.frames import Results, load
 from proglayer.results.reader import keys_and_values
 from proglayer.store.record import RunState
 

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from proglayer.config import ConfigError
-from proglayer.results.frames import load
+from proglayer.results import load
 
 from ..helpers import SHORT, Command, results
 

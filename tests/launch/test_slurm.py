@@ -270,7 +270,7 @@ class Sweep:
         return len(metrics[0].read_text().splitlines()) - 1 if metrics else 0
 
     def statuses(self) -> list[str]:
-        from proglayer.results.frames import load
+        from proglayer.results import load
 
         return load(self.folder).runs["status"].tolist()
 

@@ -30,9 +30,7 @@ from proglayer.report import write as reporting
 from proglayer.report.__main__ import main
 from proglayer.report.study import DEEP, STANDARD, Margins
 from proglayer.report.write import write_report
-from proglayer.results.columns import NOT_THE_EXPERIMENT
-from proglayer.results.frames import load, write_csv
-from proglayer.results.reader import flat_settings
+from proglayer.results import NOT_THE_EXPERIMENT, flat_settings, load, write_csv
 
 from .. import synthetic
 from ..helpers import ROOT, config

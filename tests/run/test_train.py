@@ -217,7 +217,7 @@ def test_a_fault_before_the_first_phase_is_in_the_record_of_a_job(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     import proglayer.run.experiment
-    from proglayer.results.frames import load
+    from proglayer.results import load
 
     def broken(*_: object) -> None:
         raise error
