@@ -18,7 +18,7 @@ import pandas as pd
 
 from proglayer.report import ledger, stats, study
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins
-from proglayer.results.reader import keys_and_values
+from proglayer.results import keys_and_values
 
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9

@@ -162,7 +162,8 @@ def without_gaps(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with NumPy's own types for integers and truth values of which none is missing."""
     plain = {"Int64": "int64", "boolean": "bool"}
     whole = [name for name in frame if str(frame.dtypes[name]) in plain and not frame[name].hasnans]
-    return frame.astype({name: plain[str(frame.dtypes[name])] for name in whole})
+    # A copy joins the columns of one type: further columns can then be set without a warning.
+    return frame.astype({name: plain[str(frame.dtypes[name])] for name in whole}).copy()
 
 
 def plain_values(values: Any) -> list[Any]:

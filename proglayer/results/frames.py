@@ -136,7 +136,7 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
     settings = [column for column in runs.columns if column.startswith("config.")]
     constant = [column for column in settings if column not in varied]
     front = [*IDENTITY_COLUMNS, *choices, *varied, *METRIC_COLUMNS, *PLACE_COLUMNS]
-    return runs.reindex(columns=front + constant)
+    return runs.reindex(columns=front + constant).copy()
 
 
 # = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
