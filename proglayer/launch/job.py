@@ -18,19 +18,17 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from proglayer.config import Config, OnError, from_plain, to_config
+from proglayer.config import Config, OnError, to_config
 from proglayer.errors import DISK_FULL, ConfigError, with_type
-from proglayer.launch import snapshot
 from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line
-from proglayer.run.code import PACKAGE, git_state
+from proglayer.launch.snapshot import changed_files
 from proglayer.store.record import (
-    GitState,
     RunRecord,
     RunState,
     failed_job,
     note_failed_job,
-    read_submission,
+    read_heartbeat,
     write_record,
 )
 from proglayer.store.stages import StoreError
@@ -41,10 +39,6 @@ FAILED = 1
 INTERRUPTED = 130
 
 
-# What a job of a sweep gives back that did no more than find another job at its next phase, and the
-# variable that lets it.
-DEFERRED = "deferred"
-MAY_DEFER = "PROGLAYER_MAY_DEFER"
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
 # What was not there before the run that starts, of what Hydra makes for it.
@@ -64,8 +58,8 @@ class Beforehand(Callback):
         _made.update(path for path in paths if not path.exists())
 
 
-def run_job(settings: DictConfig) -> float | str | None:
-    """Run or plan one job of Hydra's. Gives its objective, None where there is none, or DEFERRED.
+def run_job(settings: DictConfig) -> float | None:
+    """Run or plan one job of Hydra's. Returns its objective, None where there is none.
 
     A single run that fails ends the process with status 1, an interrupted one with 130. In a
     sweep a failed job is in its record, and the sweep goes on.
@@ -78,8 +72,8 @@ def run_job(settings: DictConfig) -> float | str | None:
 
         warn_of_unknown()
     try:
-        config = to_config(settings) if single else _as_submitted(settings, folder)
-        _tell_changes()
+        config = to_config(settings)
+        _warn_of_changes()
         if config.plan:
             print_plan(config)
             _leave_nothing(folder)
@@ -97,11 +91,12 @@ def run_job(settings: DictConfig) -> float | str | None:
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         overrides = list(hydra.overrides.task)
-        may_wait = os.environ.get(MAY_DEFER) != "yes"
+        # A job that was deferred, or that a scheduler holds, would find nobody to start it again.
+        held = read_heartbeat(folder).sign in (RunState.deferred, RunState.pending)
         try:
-            outcome = run(config, folder, overrides, choices, may_wait=may_wait)
+            outcome = run(config, folder, overrides, choices, may_wait=single or held)
         except Deferred:
-            return DEFERRED
+            return None
     except (ConfigError, StoreError) as error:
         # A store that could not be written comes after the start: what the run left stays.
         if single and isinstance(error, ConfigError):
@@ -205,60 +200,15 @@ def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
     write_record(folder, RunRecord(status=status, reason=reason, ended=ended))
 
 
-def _as_submitted(settings: DictConfig, folder: Path) -> Config:
-    """The settings of a sweep's job: those that it was submitted with, where they were kept."""
-    try:
-        submission = read_submission(folder)
-    except ValueError as error:
-        raise ConfigError(f"what was submitted for {folder.name} cannot be read: {error}") from None
-    if submission is None:
-        return to_config(settings)
-    try:
-        config = from_plain(submission.config)
-    except KeyError as error:
-        raise ConfigError(
-            f"{folder.name} was submitted without the setting {error}, by another version of the "
-            "code: submit it again"
-        ) from None
-    if _composed(settings) != config:
-        log.warning("conf/ was changed since this job was submitted: it runs as submitted")
-    before, now = submission.git, git_state()
-    if before and now and before != now:
-        log.warning(
-            "the code was changed since this job was submitted: %s then, %s now",
-            _code(before),
-            _code(now),
-        )
-    return config
-
-
-def _tell_changes() -> None:
-    """Say in the log of a job what became of the files that it has as copies: the code and the
-    settings, or, in a worker of this machine, the settings alone.
-    """
-    changed = snapshot.changes()
-    if not changed:
-        sources = HydraConfig.get().runtime.config_sources
-        folders = {Path(each.path).parent for each in sources if each.schema == "file"}
-        copies = [folder / PACKAGE.name for folder in sorted(folders)]
-        changed = [name for copy in copies for name in snapshot.changes(copy, code=False)]
-    if changed:
+def _warn_of_changes() -> None:
+    """Name in a job's log the files of the code that were changed since it was submitted."""
+    if changed := changed_files():
         more = f" and {len(changed) - MOST_NAMED} more files" if len(changed) > MOST_NAMED else ""
         log.warning(
             "changed since this job was submitted, which runs as it was submitted: %s%s",
             ", ".join(changed[:MOST_NAMED]),
             more,
         )
-
-
-def _composed(settings: DictConfig) -> Config | None:
-    with contextlib.suppress(ConfigError):
-        return to_config(settings)
-    return None
-
-
-def _code(git: GitState) -> str:
-    return (git.commit or "")[:12] + (f" with changes {git.difference}" if git.changed else "")
 
 
 def _leave_nothing(folder: Path) -> None:
