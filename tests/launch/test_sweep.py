@@ -230,9 +230,9 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
     assert done.status == 1
     lines = done.err.splitlines()
     for told in (
-        "Value 'soon' of type 'str' could not be converted to Integer",
+        "seed=soon does not fit",
         "growth has no choice clone",
-        "lr.base=-1.0 must be more than 0",
+        "lr.base=-1.0 must be above 0",
     ):
         assert sum(told in line for line in lines) == 1, done.err
     assert all(line.startswith("error: ") for line in lines)
