@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def _needs(choice: str, extra: str) -> Any:
-    from proglayer.config import ConfigError
+    from proglayer.errors import ConfigError
     from proglayer.versions import install_command
 
     return ConfigError(f"{choice} is not installed: {install_command(extra)}")

@@ -27,7 +27,7 @@ from hydra.core.utils import (
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from proglayer.config import ConfigError, with_type
+from proglayer.errors import ConfigError, with_type
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -19,9 +19,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from proglayer.config import Config, OnError, to_config
-from proglayer.errors import DISK_FULL, ConfigError, with_type
+from proglayer.errors import (
+    FAILED,
+    ConfigError,
+    StoreError,
+    UserError,
+    file_problem,
+    print_error,
+    run_command,
+    with_type,
+)
 from proglayer.launch.common import threads_per_job
-from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line
+from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, in_one_line
+from proglayer.launch.composing import file_problem as settings_file_problem
 from proglayer.launch.snapshot import changed_files
 from proglayer.store.record import (
     RunRecord,
@@ -31,13 +41,8 @@ from proglayer.store.record import (
     read_heartbeat,
     write_record,
 )
-from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
-
-FAILED = 1
-INTERRUPTED = 130
-
 
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
@@ -102,7 +107,8 @@ def run_job(settings: DictConfig) -> float | None:
         if single and isinstance(error, ConfigError):
             _leave_nothing(folder)
         if single:
-            fail(str(error).splitlines())
+            print_error(str(error))
+            sys.exit(FAILED)
         with contextlib.suppress(StoreError):
             record_unstarted(folder, RunState.failed, str(error))
         note_failed_job(folder)
@@ -148,49 +154,34 @@ def print_plan(config: Config) -> None:
     console().print(plan_table(phases, config.data.seq_len, *windows, "plan"))
 
 
-@contextlib.contextmanager
-def explain_errors() -> Iterator[None]:
-    """Turn errors that a user can cure into plain lines on stderr and an exit status of 1.
+def train(main: Callable[[], Any]) -> int:
+    """Run what Hydra made of train.py's `main` and return its exit status.
 
-    With HYDRA_FULL_ERROR=1 in the environment everything is raised as it is.
+    With HYDRA_FULL_ERROR=1 in the environment every error is raised as it is.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        yield
-        return
+        return main() or 0
     # Hydra prints errors its own way unless it is asked to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        yield
-    except ConfigError as error:
-        fail(str(error).splitlines())
-    except COMPOSING_ERRORS as error:
-        if isinstance(error, FILE_ERRORS) and file_problem(error) is None:
-            raise  # no file of settings is to blame: it is a fault of ours
-        fail([in_one_line(error)])
-    except OSError as error:
-        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
-        if error.errno in DISK_FULL:
-            where = error.filename or "the folder of results"
-            fail([f"no space left to write {where}: make room, or {place}"])
-        if error.filename is None:
-            raise
-        fail(
-            [
-                f"cannot read or write {error.filename} ({error.strerror}): if results go there, "
-                f"{place}"
-            ]
-        )
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return run_command(main, explain)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def fail(lines: list[str]) -> NoReturn:
-    """Print each line as an error and end the process."""
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    sys.exit(FAILED)
+def explain(error: Exception) -> str | None:
+    """The lines for an error of composing, or of a file of the results; None for another."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, FILE_ERRORS):
+        # Where no file of settings is to blame, it is a fault of ours.
+        return in_one_line(error) if settings_file_problem(error) else None
+    if isinstance(error, COMPOSING_ERRORS):
+        return in_one_line(error)
+    if isinstance(error, OSError):
+        advice = "if results go there, choose hydra.run.dir, or hydra.sweep.dir in a sweep"
+        return file_problem(error, advice)
+    return None
 
 
 def record_unstarted(folder: Path, status: RunState, reason: str) -> None:

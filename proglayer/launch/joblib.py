@@ -21,7 +21,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 
-from proglayer.config import ConfigError
+from proglayer.errors import ConfigError
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
 from proglayer.run.signals import stop_signals
 from proglayer.store.record import HEARTBEAT, RESULT, RunState, mark_lost, read_heartbeat

@@ -20,7 +20,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from proglayer.config import ConfigError
+from proglayer.errors import ConfigError
 from proglayer.launch.common import Launcher, jobs_of, start
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import SUBMITTED, mark_lost

@@ -21,8 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from proglayer.config import ConfigError, OnError, first_line, short_hash
+from proglayer.config import OnError, short_hash
 from proglayer.console import console
+from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
@@ -47,7 +48,6 @@ from proglayer.store.record import (
     read_record,
     write_jobs,
 )
-from proglayer.store.stages import StoreError
 
 if TYPE_CHECKING:
     import optuna

@@ -25,8 +25,8 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from proglayer.config import ConfigError
 from proglayer.console import console
+from proglayer.errors import ConfigError, StoreError
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import (
@@ -41,7 +41,7 @@ from proglayer.store.record import (
     remove_record,
     write_heartbeat,
 )
-from proglayer.store.stages import StoreError, write_atomically
+from proglayer.store.stages import write_atomically
 
 log = logging.getLogger(__name__)
 

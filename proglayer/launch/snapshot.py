@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from proglayer.config import ConfigError
+from proglayer.errors import ConfigError
 from proglayer.run.code import ORIGIN, PACKAGE, git_state, origin
 from proglayer.store.record import to_dict
 

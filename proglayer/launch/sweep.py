@@ -27,16 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from proglayer.config import (
     Config,
-    ConfigError,
     DataConfig,
     short_hash,
     stages_dir,
     to_config,
     to_plain,
-    with_type,
 )
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
+from proglayer.errors import ConfigError, StoreError, with_type
 from proglayer.launch.common import jobs_at_once, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
@@ -56,7 +55,6 @@ from proglayer.store.record import (
     write_jobs,
     write_submissions,
 )
-from proglayer.store.stages import StoreError
 from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.versions import warn_of_unknown
 
