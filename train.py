@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 from proglayer import __version__
 from proglayer.config import register
-from proglayer.launch.job import explain_errors
+from proglayer.launch.job import train
 
 register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(settings: DictConfig) -> float | str | None:
+def main(settings: DictConfig) -> float | None:
     """One job. Gives the validation loss of the last phase, for sweepers that optimise."""
     from proglayer.launch.job import run_job
 
@@ -27,5 +27,4 @@ if __name__ == "__main__":
     if "--version" in sys.argv[1:]:  # Hydra would give its own
         print(f"proglayer {__version__}")
         sys.exit()
-    with explain_errors():
-        main()
+    sys.exit(train(main))

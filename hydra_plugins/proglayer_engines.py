@@ -8,6 +8,7 @@ not installed is a class all the same, one that says what to install.
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -17,25 +18,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def _needs(choice: str, extra: str) -> Any:
-    from proglayer.config import ConfigError
+    from proglayer.errors import ConfigError
     from proglayer.versions import install_command
 
     return ConfigError(f"{choice} is not installed: {install_command(extra)}")
-
-
-class _MissingLauncher(Launcher):
-    extra: str
-
-    def __init__(self, **_: Any) -> None:
-        raise _needs(f"hydra/launcher={self.extra}", self.extra)
-
-    def setup(self, **_: Any) -> None: ...
-
-    def launch(self, *_: Any, **__: Any) -> Sequence[JobReturn]: ...
 
 
 class _MissingSweeper(Sweeper):
@@ -47,14 +37,6 @@ class _MissingSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any: ...
 
 
-try:
-    from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
-except ImportError:
-    JoblibLauncher = _MissingLauncher
-try:
-    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
-except ImportError:
-    SlurmLauncher = _MissingLauncher
 try:
     from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 except ImportError:
@@ -73,63 +55,39 @@ class _KnownVersions:
         super().__init__(*arguments, **settings)
 
 
-# Choices of others whose place files of `conf/hydra` take.
-REPLACED = {"launcher": ("joblib.yaml", "ray.yaml"), "sweeper": ("optuna.yaml",)}
-
-
 class OurChoices(SearchPathPlugin):
-    """Lets the files of `conf/hydra` take the place of the plugins' choices of the same name.
+    """Lets the files of `conf/hydra` take the place of choices of the same name in other plugins.
 
-    Hydra would validate the one against the other, or refuse both. It calls this once all plugins
-    have stored theirs.
+    Hydra would refuse both, or check the one against the other: `hydra/launcher=joblib` would fail
+    wherever hydra-joblib-launcher is installed. Hydra calls this once all plugins have stored
+    their choices.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        hydra = ConfigStore.instance().repo["hydra"]
-        for group, names in REPLACED.items():
-            hydra[group] = _Group(
-                {name: node for name, node in hydra[group].items() if name not in names}
-            )
+        for element in search_path.get_path():
+            conf = Path(str(element.path).removeprefix("file://"))
+            for file in conf.glob("hydra/*/**/*.yaml"):
+                choices = ConfigStore.instance().repo
+                for name in file.relative_to(conf).parent.parts:
+                    choices = choices.get(name, {})
+                choices.pop(file.name, None)
 
 
-class _Group(dict[str, Any]):
-    """Choices of a group that cannot be had back: a worker that is given this process's store
-    looks for plugins anew, and they store theirs again.
-    """
+class _OurLauncher(Launcher):
+    """A launcher that lives in `proglayer.launch`, in the module of that name."""
 
-    def __setitem__(self, name: str, node: Any) -> None:
-        if not any(name in names for names in REPLACED.values()):
-            super().__setitem__(name, node)
+    module: str
+    extra: str | None = None
+    needs: str | None = None
 
-
-class ProglayerJoblibLauncher(_KnownVersions, JoblibLauncher):
-    """joblib's workers on this machine."""
-
-    extra = "joblib"
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        from proglayer.launch.joblib import launch
-
-        return launch(self, job_overrides, initial_job_idx)
-
-
-class ProglayerRayLauncher(Launcher):
-    """Tasks of Ray, on a cluster or on this machine."""
-
-    @property
-    def jobs_run_elsewhere(self) -> bool:
-        """Whether this process cannot know the machines that jobs run on."""
-        return self.ray.init.address != "local"
-
-    def __init__(self, ray: DictConfig) -> None:
+    def __init__(self, **settings: Any) -> None:
         from proglayer.versions import warn_of_unknown
 
-        if importlib.util.find_spec("ray") is None:
-            raise _needs("hydra/launcher=ray", "ray")
-        warn_of_unknown("ray")
-        self.ray = ray
+        if self.extra is not None:
+            if importlib.util.find_spec(self.needs or self.extra) is None:
+                raise _needs(f"hydra/launcher={self.extra}", self.extra)
+            warn_of_unknown(self.extra)
+        self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -141,31 +99,46 @@ class ProglayerRayLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from proglayer.launch.ray import launch
+        module = importlib.import_module(f"proglayer.launch.{self.module}")
+        return module.launch(self, job_overrides, initial_job_idx)
 
-        return launch(self, job_overrides, initial_job_idx)
+
+class ProglayerBasicLauncher(_OurLauncher):
+    """One job after another in the process of the command, numbered as their folders are."""
+
+    module = "common"
 
 
-class ProglayerSlurmLauncher(_KnownVersions, SlurmLauncher):
+class ProglayerJoblibLauncher(_OurLauncher):
+    """joblib's workers on this machine."""
+
+    module = extra = "joblib"
+
+
+class ProglayerRayLauncher(_OurLauncher):
+    """Tasks of Ray, on a cluster or on this machine."""
+
+    module = extra = "ray"
+
+    @property
+    def jobs_run_elsewhere(self) -> bool:
+        """Whether this process cannot know the machines that jobs run on."""
+        return self.settings["ray"]["init"]["address"] != "local"
+
+
+class ProglayerSlurmLauncher(_OurLauncher):
     """Jobs of a Slurm array, by submitit; a run that failed fails there too."""
 
-    extra = "slurm"
-    # This process cannot know the machines that jobs run on, and may end before they do.
+    module = extra = "slurm"
+    needs = "submitit"
+    # This process cannot know the machines that jobs run on.
     jobs_run_elsewhere = True
-    jobs_outlive_command = True
 
     def in_queue(self) -> dict[str, str]:
         """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds."""
         from proglayer.launch.slurm import in_queue
 
         return in_queue(self)
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        from proglayer.launch.slurm import launch
-
-        return launch(self, job_overrides, initial_job_idx)
 
 
 class ProglayerOptunaSweeper(_KnownVersions, OptunaSweeper):

@@ -35,7 +35,7 @@ class ProglayerSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from proglayer.launch.sweep import sweep
 
-        return sweep(self, arguments)
+        return sweep(self, arguments)  # pyright: ignore[reportArgumentType]  # set up by Hydra
 
 
 ConfigStore.instance().store(

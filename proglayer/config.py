@@ -318,20 +318,11 @@ def register() -> None:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=_SCHEMA)
-    # Hydra copies its sources, with every schema in this store, for each group that --help lists
-    # and each job that it composes, only to put together a list of its own: half the time of
-    # --help. What it loads from the store it copies once more.
-    ConfigStore.__deepcopy__ = _itself  # pyright: ignore[reportAttributeAccessIssue]
     # Cached, so that every job of a sweep sees the token that the sweep was given.
     OmegaConf.register_new_resolver(
         "unique_token", lambda: secrets.token_hex(3), replace=True, use_cache=True
     )
     OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
-
-
-def _itself(store: Any, _: dict[int, Any]) -> Any:
-    """A deep copy that is none."""
-    return store
 
 
 def short_hash(text: str) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
 import os
 
 import pytest
-from hydra.core.config_store import ConfigStore
 
 from proglayer.config import (
     Config,
@@ -233,15 +231,6 @@ def test_the_schema_and_the_code_agree_on_every_name() -> None:
     assert {f.name for f in dataclasses.fields(Config)} == {
         n for n in setting_names() if "." not in n
     }
-
-
-def test_hydra_neither_copies_the_store_of_schemas_nor_shares_what_it_composes() -> None:
-    first = composed()
-    assert copy.deepcopy(ConfigStore.instance()) is ConfigStore.instance()
-    first.model.dim = 12
-    assert composed().model.dim == 64
-    assert composed("model.dim=32").model.dim == 32
-    assert composed().model.dim == 64
 
 
 def leaves(plain: dict, prefix: str = "") -> dict[str, object]:

@@ -31,7 +31,8 @@ from rich.table import Table
 from proglayer.bench.harness import PARTS, Measurement, measure, peak_memory_mb
 from proglayer.config import Config, ConfigError, register, to_config
 from proglayer.console import console
-from proglayer.launch.job import explain_errors
+from proglayer.errors import run_command
+from proglayer.launch.job import explain
 from proglayer.run import machine
 from proglayer.run.code import git_state
 from proglayer.store.record import to_dict
@@ -136,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.repeats is not None and options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    with explain_errors():
-        return _bench(options)
+    return run_command(lambda: _bench(options), explain)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -20,7 +20,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml.parser import ParserError
 
-from proglayer.config import ConfigError, first_line, nearest_setting, value_problem
+from proglayer.config import nearest_setting, value_problem
+from proglayer.errors import ConfigError, first_line
 
 HEADER = "# @package _global_"
 # Groups whose files set what they like, at the top level.

@@ -7,44 +7,43 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from proglayer.config import Config, OnError, from_plain, to_config
-from proglayer.errors import DISK_FULL, ConfigError, with_type
-from proglayer.launch import snapshot
+from proglayer.config import Config, OnError, to_config
+from proglayer.errors import (
+    FAILED,
+    ConfigError,
+    StoreError,
+    UserError,
+    file_problem,
+    print_error,
+    run_command,
+    with_type,
+)
 from proglayer.launch.common import threads_per_job
-from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line
-from proglayer.run.code import PACKAGE, git_state
+from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, in_one_line
+from proglayer.launch.composing import file_problem as settings_file_problem
+from proglayer.launch.snapshot import changed_files
 from proglayer.store.record import (
-    GitState,
     RunRecord,
     RunState,
     failed_job,
     note_failed_job,
-    read_submission,
+    read_heartbeat,
     write_record,
 )
-from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
 
-FAILED = 1
-INTERRUPTED = 130
-
-
-# What a job of a sweep gives back that did no more than find another job at its next phase, and the
-# variable that lets it.
-DEFERRED = "deferred"
-MAY_DEFER = "PROGLAYER_MAY_DEFER"
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
 # What was not there before the run that starts, of what Hydra makes for it.
@@ -64,8 +63,8 @@ class Beforehand(Callback):
         _made.update(path for path in paths if not path.exists())
 
 
-def run_job(settings: DictConfig) -> float | str | None:
-    """Run or plan one job of Hydra's. Gives its objective, None where there is none, or DEFERRED.
+def run_job(settings: DictConfig) -> float | None:
+    """Run or plan one job of Hydra's. Returns its objective, None where there is none.
 
     A single run that fails ends the process with status 1, an interrupted one with 130. In a
     sweep a failed job is in its record, and the sweep goes on.
@@ -78,8 +77,8 @@ def run_job(settings: DictConfig) -> float | str | None:
 
         warn_of_unknown()
     try:
-        config = to_config(settings) if single else _as_submitted(settings, folder)
-        _tell_changes()
+        config = to_config(settings)
+        _warn_of_changes()
         if config.plan:
             print_plan(config)
             _leave_nothing(folder)
@@ -97,17 +96,19 @@ def run_job(settings: DictConfig) -> float | str | None:
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         overrides = list(hydra.overrides.task)
-        may_wait = os.environ.get(MAY_DEFER) != "yes"
+        # A job that was deferred, or that a scheduler holds, would find nobody to start it again.
+        held = read_heartbeat(folder).sign in (RunState.deferred, RunState.pending)
         try:
-            outcome = run(config, folder, overrides, choices, may_wait=may_wait)
+            outcome = run(config, folder, overrides, choices, may_wait=single or held)
         except Deferred:
-            return DEFERRED
+            return None
     except (ConfigError, StoreError) as error:
         # A store that could not be written comes after the start: what the run left stays.
         if single and isinstance(error, ConfigError):
             _leave_nothing(folder)
         if single:
-            fail(str(error).splitlines())
+            print_error(str(error))
+            sys.exit(FAILED)
         with contextlib.suppress(StoreError):
             record_unstarted(folder, RunState.failed, str(error))
         note_failed_job(folder)
@@ -153,49 +154,34 @@ def print_plan(config: Config) -> None:
     console().print(plan_table(phases, config.data.seq_len, *windows, "plan"))
 
 
-@contextlib.contextmanager
-def explain_errors() -> Iterator[None]:
-    """Turn errors that a user can cure into plain lines on stderr and an exit status of 1.
+def train(main: Callable[[], Any]) -> int:
+    """Run what Hydra made of train.py's `main` and return its exit status.
 
-    With HYDRA_FULL_ERROR=1 in the environment everything is raised as it is.
+    With HYDRA_FULL_ERROR=1 in the environment every error is raised as it is.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        yield
-        return
+        return main() or 0
     # Hydra prints errors its own way unless it is asked to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        yield
-    except ConfigError as error:
-        fail(str(error).splitlines())
-    except COMPOSING_ERRORS as error:
-        if isinstance(error, FILE_ERRORS) and file_problem(error) is None:
-            raise  # no file of settings is to blame: it is a fault of ours
-        fail([in_one_line(error)])
-    except OSError as error:
-        place = "choose another folder with hydra.run.dir, or hydra.sweep.dir in a sweep"
-        if error.errno in DISK_FULL:
-            where = error.filename or "the folder of results"
-            fail([f"no space left to write {where}: make room, or {place}"])
-        if error.filename is None:
-            raise
-        fail(
-            [
-                f"cannot read or write {error.filename} ({error.strerror}): if results go there, "
-                f"{place}"
-            ]
-        )
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return run_command(main, explain)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def fail(lines: list[str]) -> NoReturn:
-    """Print each line as an error and end the process."""
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    sys.exit(FAILED)
+def explain(error: Exception) -> str | None:
+    """The lines for an error of composing, or of a file of the results; None for another."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, FILE_ERRORS):
+        # Where no file of settings is to blame, it is a fault of ours.
+        return in_one_line(error) if settings_file_problem(error) else None
+    if isinstance(error, COMPOSING_ERRORS):
+        return in_one_line(error)
+    if isinstance(error, OSError):
+        advice = "if results go there, choose hydra.run.dir, or hydra.sweep.dir in a sweep"
+        return file_problem(error, advice)
+    return None
 
 
 def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
@@ -205,60 +191,15 @@ def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
     write_record(folder, RunRecord(status=status, reason=reason, ended=ended))
 
 
-def _as_submitted(settings: DictConfig, folder: Path) -> Config:
-    """The settings of a sweep's job: those that it was submitted with, where they were kept."""
-    try:
-        submission = read_submission(folder)
-    except ValueError as error:
-        raise ConfigError(f"what was submitted for {folder.name} cannot be read: {error}") from None
-    if submission is None:
-        return to_config(settings)
-    try:
-        config = from_plain(submission.config)
-    except KeyError as error:
-        raise ConfigError(
-            f"{folder.name} was submitted without the setting {error}, by another version of the "
-            "code: submit it again"
-        ) from None
-    if _composed(settings) != config:
-        log.warning("conf/ was changed since this job was submitted: it runs as submitted")
-    before, now = submission.git, git_state()
-    if before and now and before != now:
-        log.warning(
-            "the code was changed since this job was submitted: %s then, %s now",
-            _code(before),
-            _code(now),
-        )
-    return config
-
-
-def _tell_changes() -> None:
-    """Say in the log of a job what became of the files that it has as copies: the code and the
-    settings, or, in a worker of this machine, the settings alone.
-    """
-    changed = snapshot.changes()
-    if not changed:
-        sources = HydraConfig.get().runtime.config_sources
-        folders = {Path(each.path).parent for each in sources if each.schema == "file"}
-        copies = [folder / PACKAGE.name for folder in sorted(folders)]
-        changed = [name for copy in copies for name in snapshot.changes(copy, code=False)]
-    if changed:
+def _warn_of_changes() -> None:
+    """Name in a job's log the files of the code that were changed since it was submitted."""
+    if changed := changed_files():
         more = f" and {len(changed) - MOST_NAMED} more files" if len(changed) > MOST_NAMED else ""
         log.warning(
             "changed since this job was submitted, which runs as it was submitted: %s%s",
             ", ".join(changed[:MOST_NAMED]),
             more,
         )
-
-
-def _composed(settings: DictConfig) -> Config | None:
-    with contextlib.suppress(ConfigError):
-        return to_config(settings)
-    return None
-
-
-def _code(git: GitState) -> str:
-    return (git.commit or "")[:12] + (f" with changes {git.difference}" if git.changed else "")
 
 
 def _leave_nothing(folder: Path) -> None:

@@ -1,9 +1,9 @@
 """Jobs of a sweep as tasks of Ray: on a cluster that is there, or on this machine's cores.
 
-What is ours of it. Hydra's plugin for Ray cannot connect to a cluster that is there (it asks for
+Hydra's plugin for Ray cannot connect to a cluster that is there (it asks for
 memory, which only a new one can be asked for), gives up all jobs with the first whose process died,
-and holds back joblib and others; so Ray is spoken to directly. A job runs from a copy of the code
-and of `conf/`, as on Slurm, in the folder that the command was started in. When its node dies, Ray
+and holds back joblib and others; so Ray is spoken to directly. A job runs from a copy of the code,
+as on Slurm, in the folder that the command was started in. When its node dies, Ray
 starts it again elsewhere, and it goes on from the store; when it dies every time, it is lost, and
 the others go on.
 """
@@ -14,106 +14,56 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.core.utils import JobReturn, JobStatus
 
-from proglayer.config import ConfigError
-from proglayer.launch.common import HydraLauncher, folder_name, freeze
+from proglayer.errors import ConfigError
+from proglayer.launch.common import Launcher, jobs_of, start
+from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import SUBMITTED, mark_lost
-from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
 
 
-class RayLauncher(HydraLauncher, Protocol):
-    """With `hydra.launcher.ray`: `init` and `remote`, the arguments of Ray's functions."""
-
-    ray: DictConfig
-
-
 # Where stages, corpora, models of the hub and runs of MLflow are.
 VARIABLES = ("PROGLAYER_", "HF_", "MLFLOW_")
-# Told to stop, a job stores its state; one that needs longer was not going to end.
+# A job that is stopped stores its state; one that needs longer was not going to end.
 STOP_S = 60.0
 # At a wrong address Ray itself looks for a cluster for more than five minutes.
 LOOK_S = 10.0
 
 
-@dataclass
-class Tasks:
-    """What the jobs of a sweep have in common, as their workers get it."""
-
-    config: DictConfig
-    context: HydraContext
-    function: TaskFunction
-    singletons: Any
-
-    def run(self, overrides: Sequence[str], number: int) -> JobReturn:
-        """Run one job, in a worker. Gives how it ended, without its settings."""
-        setup_globals()
-        Singleton.set_state(self.singletons)
-        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-        with open_dict(config.hydra.job):
-            config.hydra.job.id = f"{config.hydra.job.name}_{number}"
-            config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)
-        job = run_job(
-            hydra_context=self.context,
-            task_function=self.function,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-        job.cfg = job.hydra_cfg = None
-        return job
-
-
 def launch(
-    launcher: RayLauncher, job_overrides: Sequence[Sequence[str]], first_number: int
+    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
 ) -> list[JobReturn]:
     """Run the jobs as tasks of Ray; wait for all. Raises ConfigError where there is no cluster."""
     import ray
     from ray import cloudpickle
 
-    assert launcher.config is not None
-    assert launcher.task_function is not None
-    setup_globals()
-    configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
-    _connect(launcher)
-    sweep = Path(launcher.config.hydra.sweep.dir)
-    try:
-        config, context, code = freeze(launcher, (sweep / SUBMITTED).absolute())
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
-    tasks = Tasks(config, context, launcher.task_function, Singleton.get_state())
-    pickled = ray.put(cloudpickle.dumps(tasks))  # pyright: ignore[reportPrivateImportUsage]
+    sweep = start(launcher)
+    _connect(launcher.settings["ray"]["init"])
+    code = snapshot_code(sweep / SUBMITTED)
     variables = {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)}
     here = os.getcwd()
 
     # As a function of a function Ray sends its code along: a worker can import ours only once it
     # knows where from.
-    def enter(pickled: bytes, overrides: Sequence[str], number: int) -> JobReturn:
+    def enter(pickled: bytes) -> JobReturn:
         if sys.path[0] != str(code):
             sys.path.insert(0, str(code))
         os.environ.update(variables)
         os.chdir(here)
-        return cloudpickle.loads(pickled).run(overrides, number)
+        return cloudpickle.loads(pickled).run_elsewhere()
 
-    remote: Any = OmegaConf.to_container(launcher.ray.remote, resolve=True)
-    task = ray.remote(**remote)(enter)
+    task = ray.remote(**launcher.settings["ray"]["remote"])(enter)
     running: dict[str, Any] = {}
     try:
-        for number, overrides in enumerate(job_overrides, first_number):
-            name = folder_name(launcher, overrides, number)
-            running[name] = task.options(name=name).remote(pickled, list(overrides), number)
+        for job in jobs_of(launcher, job_overrides, first_number):
+            pickled = cloudpickle.dumps(job)  # pyright: ignore[reportPrivateImportUsage]
+            running[job.name] = task.options(name=job.name).remote(pickled)
         return [_ended(job, sweep / name) for name, job in running.items()]
     except KeyboardInterrupt:
         for job in running.values():
@@ -122,17 +72,16 @@ def launch(
         raise
 
 
-def _connect(launcher: RayLauncher) -> None:
+def _connect(settings: Mapping[str, Any]) -> None:
     """Find the cluster, or start one on this machine. Raises ConfigError."""
     import ray
 
     if ray.is_initialized():
         return
-    settings: Any = OmegaConf.to_container(launcher.ray.init, resolve=True)
     address = str(settings.get("address"))
     if address == "local":
         # Ray would set aside a third of the memory for objects that tasks share: a few kB here.
-        settings = {"object_store_memory": 80_000_000, "include_dashboard": False} | settings
+        settings = {"object_store_memory": 80_000_000, "include_dashboard": False, **settings}
         # Ray's default here; given, it is not warned of.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:

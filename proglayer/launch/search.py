@@ -21,17 +21,18 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from proglayer.config import ConfigError, OnError, first_line, short_hash
+from proglayer.config import OnError, short_hash
 from proglayer.console import console
+from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.sweep import (
     Checks,
     Job,
-    announce,
     job_folder,
     launch,
+    list_jobs,
     open_folder,
     summarize,
     without_held,
@@ -47,7 +48,6 @@ from proglayer.store.record import (
     read_record,
     write_jobs,
 )
-from proglayer.store.stages import StoreError
 
 if TYPE_CHECKING:
     import optuna
@@ -236,8 +236,7 @@ class Trials:
                 self._study.tell(trial, state=fail)
             raise
         try:
-            for ended in launch(self._sweeper, [job for job in jobs if job], first=asked[0].number):
-                _ = ended.return_value  # raises what a job could not record
+            launch(self._sweeper, [job for job in jobs if job])
         except ConfigError:
             # A trial whose process was killed would be killed again by the next command, for ever.
             # Those that did not come to an end go on then.
@@ -296,7 +295,7 @@ class Trials:
             folder = job_folder(trial.number, overrides)
             self._listed[folder] = overrides
             try:
-                jobs.append(self._checks.job(trial.number, overrides, len(asked)))
+                jobs.append(self._checks.job(trial.number, overrides))
                 continue
             except ConfigError as error:
                 refused[folder] = str(error)
@@ -311,7 +310,7 @@ class Trials:
         begun = len(self._study.get_trials(deepcopy=False))
         numbers = [*(trial.number for trial in self._stopped), *range(begun, begun + self.to_go)]
         to_come = {str(number): () for number in numbers[: self.to_go - len(asked)]}
-        announce(self._folder, self._listed | to_come, without_held(self._sweeper, able))
+        list_jobs(self._folder, self._listed | to_come, without_held(self._sweeper, able))
         for folder, reason in refused.items():
             record_unstarted(self._folder / folder, RunState.failed, reason)
         return jobs

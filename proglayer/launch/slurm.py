@@ -1,8 +1,8 @@
-"""Jobs of a sweep in Slurm's queue: handed over by submitit, frozen as they are, found again.
+"""Jobs of a sweep in Slurm's queue: handed over by submitit, and found again.
 
-What is ours of it. A job runs from a copy of the code and of `conf/` (`snapshot`). Its
-folder says `pending` from the moment it is handed over. The command that handed it over may end:
-given again, it waits for the jobs that Slurm still holds and hands over only the others. How a job
+A job has the settings with which it was submitted, and runs from a copy of the code (`snapshot`).
+Its folder says `pending` from the moment it is submitted. The command that submitted it may end:
+given again, it waits for the jobs that Slurm still holds and submits only the others. How a job
 ended is in its record; one that left the queue without a record is lost.
 """
 
@@ -19,18 +19,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from hydra.core.utils import JobReturn, JobStatus
 
-from proglayer.config import ConfigError
 from proglayer.console import console
-from proglayer.launch.common import HydraLauncher, folder_name, freeze
+from proglayer.errors import ConfigError, StoreError
+from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
+from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import (
     HEARTBEAT,
     RESULT,
@@ -43,17 +41,22 @@ from proglayer.store.record import (
     remove_record,
     write_heartbeat,
 )
-from proglayer.store.stages import StoreError, write_atomically
+from proglayer.store.stages import write_atomically
 
 log = logging.getLogger(__name__)
 
 
-class SlurmLauncher(HydraLauncher, Protocol):
-    """With `hydra.launcher`'s settings for submitit, by name."""
-
-    params: dict[str, Any]
-
-
+# Settings that submitit knows for every kind of cluster; further ones get its prefix `slurm_`.
+EVERYWHERE = (
+    "name",
+    "nodes",
+    "tasks_per_node",
+    "cpus_per_task",
+    "mem_gb",
+    "gpus_per_node",
+    "timeout_min",
+    "stderr_to_stdout",
+)
 # In the folder of what was submitted: each job's folder -> its number in Slurm.
 IDS = "slurm.json"
 # What a job of Slurm prints, as links in its folder.
@@ -66,38 +69,23 @@ NOT_TAKEN_BACK = "it was not put back into Slurm's queue"
 
 
 @dataclass
-class Task:
+class SlurmJob:
     """A job as submitit pickles it, and calls it on the node."""
 
-    folder: Path
-    overrides: list[str]
-    number: int
-    config: DictConfig
-    context: HydraContext
-    function: TaskFunction
-    singletons: Any
+    job: SweepJob
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
 
     def __call__(self) -> None:
         """Run the job. Ends the process with a status that is not 0 unless the run completed."""
         import submitit
 
-        Singleton.set_state(self.singletons)
-        setup_globals()
-        loader = self.context.config_loader
-        config = loader.load_sweep_config(self.config, self.overrides)
-        with open_dict(config.hydra.job):
-            config.hydra.job.id = submitit.JobEnvironment().job_id
-            config.hydra.job.num = self.number
         try:
-            job = run_job(
-                hydra_context=self.context,
-                task_function=self.function,
-                config=config,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
+            job = self.job.run_elsewhere(submitit.JobEnvironment().job_id)
         except KeyboardInterrupt:
-            self._told_to_end()
+            self._ask_why_stopped()
             sys.exit(1)
         if job.status is JobStatus.FAILED:
             amend_record(self.folder, RunState.preempted, RunState.interrupted, NOT_TAKEN_BACK)
@@ -112,11 +100,11 @@ class Task:
 
         return submitit.helpers.DelayedSubmission(self)
 
-    def _told_to_end(self) -> None:
+    def _ask_why_stopped(self) -> None:
         """Find out what a SIGTERM meant, once the run has stored its state."""
         number = os.environ.get("SLURM_JOB_ID", "")
-        told = _ask("scontrol", "show", "job", "--oneliner", number) or ""
-        about = dict(re.findall(r"(\w+)=(\S*)", told))
+        answer = _ask("scontrol", "show", "job", "--oneliner", number) or ""
+        about = dict(re.findall(r"(\w+)=(\S*)", answer))
         restarts = int(about.get("Restarts", 0))
         why = "Slurm starts it again"
         if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
@@ -134,24 +122,23 @@ class Task:
 
 
 def launch(
-    launcher: SlurmLauncher, job_overrides: Sequence[Sequence[str]], first_number: int
+    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
 ) -> list[JobReturn]:
     """Hand over the jobs that Slurm does not hold already; wait for all. Gives their objectives.
 
     Raises ConfigError where they cannot be handed over.
     """
-    sweep = _sweep_folder(launcher)
-    numbered = list(enumerate(job_overrides, first_number))
-    names = [folder_name(launcher, overrides, number) for number, overrides in numbered]
+    sweep = start(launcher)
+    jobs = {job.name: job for job in jobs_of(launcher, job_overrides, first_number)}
     held = in_queue(launcher)
-    ids = {name: held[name] for name in names if name in held}
-    new = {n: job for n, job in zip(names, numbered, strict=True) if n not in ids}
+    ids = {name: held[name] for name in jobs if name in held}
+    new = [SlurmJob(job) for name, job in jobs.items() if name not in ids]
     say = console().print
     if ids:
         say(f"in Slurm's queue already: {_jobs(len(ids))}", markup=False)
     if new:
         try:
-            ids |= _hand_over(launcher, sweep, new)
+            ids |= _submit(launcher, sweep, new)
         except StoreError as error:
             raise ConfigError(str(error)) from error
         say(f"handed over to Slurm: {_jobs(len(new))}", markup=False)
@@ -163,14 +150,14 @@ def launch(
         say("jobs go on in Slurm; the same command waits for them again", markup=False)
         raise
     until = time.monotonic() + LATE_S
-    return [_ended(sweep / name, ids[name], until) for name in names]
+    return [_ended(sweep / name, ids[name], until) for name in jobs]
 
 
 def _jobs(number: int) -> str:
     return f"{number} job{'' if number == 1 else 's'}"
 
 
-def in_queue(launcher: SlurmLauncher) -> dict[str, str]:
+def in_queue(launcher: Launcher) -> dict[str, str]:
     """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds.
 
     Raises ConfigError where Slurm does not answer.
@@ -187,33 +174,20 @@ def in_queue(launcher: SlurmLauncher) -> dict[str, str]:
     return {name: number for name, number in ids.items() if number in queue}
 
 
-def _hand_over(
-    launcher: SlurmLauncher, sweep: Path, jobs: dict[str, tuple[int, Sequence[str]]]
-) -> dict[str, str]:
-    """Submit jobs, as arrays. Gives each one's number in Slurm. Raises ConfigError, StoreError."""
+def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, str]:
+    """Submit jobs, as arrays.
+
+    Returns each one's number in Slurm. Raises ConfigError or StoreError.
+    """
     from submitit.core.utils import FailedJobError
 
-    config, context, code = freeze(launcher, sweep / SUBMITTED)
-    assert launcher.task_function is not None
-    singletons = Singleton.get_state()
-    tasks = [
-        Task(
-            sweep / name,
-            list(overrides),
-            number,
-            config,
-            context,
-            launcher.task_function,
-            singletons,
-        )
-        for name, (number, overrides) in jobs.items()
-    ]
-    old_records = {task.folder: _look(task.folder / RESULT) for task in tasks}
-    left = list(tasks)
+    code = snapshot_code(sweep / SUBMITTED)
+    old_records = {task.folder: _look(task.folder / RESULT) for task in jobs}
+    left = list(jobs)
     ids: dict[str, str] = {}
     try:
         executor = _executor(launcher, code)
-        for task in tasks:
+        for task in jobs:
             task.folder.mkdir(parents=True, exist_ok=True)
             write_heartbeat(task.folder, RunState.pending)
         while left:
@@ -237,19 +211,16 @@ def _hand_over(
             (task.folder / HEARTBEAT).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 task.folder.rmdir()  # only if nothing else is in it
-    for name, (number, overrides) in jobs.items():
-        log.info(
-            "job %s of Slurm, #%d: %s", ids[name], number, " ".join(filter_overrides(overrides))
-        )
+    for task in jobs:
+        log.info("#%d is job %s of Slurm", task.job.number, ids[task.folder.name])
     return ids
 
 
-def _executor(launcher: SlurmLauncher, code: Path) -> Any:
+def _executor(launcher: Launcher, code: Path) -> Any:
     """submitit's, told to import from `code` and from nothing that lies where the job starts."""
     import submitit
-    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf  # type: ignore
 
-    asked = dict(launcher.params)
+    asked = dict(launcher.settings)
     asked["setup"] = [
         *(asked.get("setup") or []),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -260,12 +231,8 @@ def _executor(launcher: SlurmLauncher, code: Path) -> Any:
         folder=asked.pop("submitit_folder"),
         slurm_max_num_timeout=asked.pop("max_num_timeout"),
     )
-    of_every_cluster = {field.name for field in fields(BaseQueueConf)}
     executor.update_parameters(
-        **{
-            name if name in of_every_cluster else f"slurm_{name}": value
-            for name, value in asked.items()
-        }
+        **{n if n in EVERYWHERE else f"slurm_{n}": value for n, value in asked.items()}
     )
     return executor
 
@@ -278,21 +245,21 @@ def _link_outputs(folder: Path, paths: Any) -> None:
             (folder / link).symlink_to(os.path.relpath(getattr(paths, name), folder))
 
 
-def _wait(launcher: SlurmLauncher, ids: set[str]) -> None:
+def _wait(launcher: Launcher, ids: set[str]) -> None:
     """Come back when Slurm holds none of these jobs any more."""
     began = time.monotonic()
-    told = False
+    warned = False
     while True:
         queue = _queue(launcher)
-        if queue is None and not told:
+        if queue is None and not warned:
             log.warning("squeue does not answer: waiting until it does")
-        told = queue is None
+        warned = queue is None
         if queue is not None and not ids & queue:
             return
         time.sleep(min(30.0, max(1.0, (time.monotonic() - began) / 20)))
 
 
-def _queue(launcher: SlurmLauncher) -> set[str] | None:
+def _queue(launcher: Launcher) -> set[str] | None:
     """The numbers of the jobs in the queue, also running ones, that this sweep's folder submitted.
 
     Numbers begin anew when a cluster is set up anew, so they alone would not do. None where Slurm
@@ -303,7 +270,7 @@ def _queue(launcher: SlurmLauncher) -> set[str] | None:
     answer = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %o")
     if answer is None:
         return None
-    scripts = JobPaths.get_first_id_independent_folder(launcher.params["submitit_folder"])
+    scripts = JobPaths.get_first_id_independent_folder(launcher.settings["submitit_folder"])
     rows = [line.split(maxsplit=1) for line in answer.splitlines()]
     return {
         row[0]
@@ -343,8 +310,7 @@ def _record(folder: Path) -> RunRecord | None:
     return None
 
 
-def _sweep_folder(launcher: SlurmLauncher) -> Path:
-    assert launcher.config is not None
+def _sweep_folder(launcher: Launcher) -> Path:
     return Path(str(launcher.config.hydra.sweep.dir)).absolute()
 
 

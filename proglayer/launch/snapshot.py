@@ -1,9 +1,9 @@
-"""The code and `conf/` as they were when jobs were submitted, kept for the jobs to run from.
+"""The code as it was when jobs were submitted, kept for the jobs to run from.
 
 A job in a queue starts in a process of its own, maybe days later. By then the checkout may be on
-another branch, and an edit half done. So what the jobs of a submission run is copied into the
-folder of their sweep. The copy is named by its content: submitting again leaves what earlier jobs
-wait to run from, and adds a copy only if something changed.
+another branch, and an edit half done. So the code of a submission is copied into the folder of its
+sweep. The copy is named by its content: submitting again leaves what earlier jobs wait to run
+from, and adds a copy only if something changed.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from proglayer.run.code import ORIGIN, PACKAGE, origin
-from proglayer.store.record import GitState, to_dict
-from proglayer.store.stages import StoreError
+from proglayer.errors import ConfigError
+from proglayer.run.code import ORIGIN, PACKAGE, git_state, origin
+from proglayer.store.record import to_dict
 
-# What Hydra reads in a folder of settings; anything else there may be large.
-SETTINGS = (".yaml", ".yml")
 PLUGINS = "hydra_plugins"
 
 
-def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: GitState | None) -> Path:
-    """Copy this package, our modules in `plugins` and the settings' folders `conf`.
+def snapshot_code(into: Path) -> Path:
+    """Copy this package and its plugins of Hydra.
 
-    `conf` names each folder; its copy lies under that name in the folder that is given back, which
-    is below `into`. `git` is the state of the code. Raises StoreError.
+    Returns the copy's folder below `into`, to import from. Raises ConfigError where it cannot be
+    written.
     """
-    folders = {PACKAGE.name: PACKAGE, plugins.name: plugins, **conf}
-    copied = {name: str(folder) for name, folder in folders.items()}
-    origin = {"git": to_dict(git), "folders": copied}
-    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
+    folders = {PACKAGE.name: PACKAGE, PLUGINS: PACKAGE.parent / PLUGINS}
+    copied = {name: str(path) for name, path in folders.items()}
+    made_from = {"git": to_dict(git_state()), "folders": copied}
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode())
     try:
         contents = {
             f"{name}/{path}": (folder / path).read_bytes()
@@ -52,9 +50,9 @@ def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: GitState | No
         for name, content in contents.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
-        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        (temporary / ORIGIN).write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise StoreError(
+        raise ConfigError(
             f"cannot keep the code beside the sweep ({error.filename}: {error.strerror}): make "
             "room, or set hydra.sweep.dir"
         ) from error
@@ -66,19 +64,16 @@ def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: GitState | No
     return there
 
 
-def changes(package: Path = PACKAGE, code: bool = True) -> list[str]:
-    """The files that are no longer what a copy was made from, by name; of settings alone unless
-    `code`. Empty where it is no copy.
+def changed_files(package: Path = PACKAGE) -> list[str]:
+    """The files of which the package in a copy is no longer like its source; none where the package
+    is no copy.
     """
-    made_from = origin(package)
     changed = []
-    for name, source in (made_from or {"folders": {}})["folders"].items():
-        if not code and name in (PACKAGE.name, PLUGINS):
-            continue
+    for name, source in (origin(package) or {"folders": {}})["folders"].items():
         folder, copy = Path(source), package.parent / name
         now, then = set(_files(name, folder)), set(_files(name, copy))
         changed += [
-            f"{folder.name}/{path}"
+            f"{name}/{path}"
             for path in sorted(now | then)
             if path not in now or path not in then or not _equal(folder / path, copy / path)
         ]
@@ -99,6 +94,4 @@ def _files(name: str, folder: Path) -> Iterator[str]:
         return
     for path, folders, files in os.walk(folder):
         folders[:] = [below for below in folders if not below.startswith((".", "__pycache__"))]
-        for file in files:
-            if name == PACKAGE.name or file.endswith(SETTINGS):
-                yield os.path.relpath(os.path.join(path, file), folder)
+        yield from (os.path.relpath(os.path.join(path, file), folder) for file in files)

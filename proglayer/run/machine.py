@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from proglayer.config import ConfigError, Device, Precision
+from proglayer.run.signals import stop_signals
 from proglayer.store.record import Environment, Machine, PeakMemory, Scheduler
-
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 def pick_device(wanted: Device, precision: Precision) -> torch.device:
@@ -124,7 +123,7 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
 
 
 class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
-    """Notes the first of SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of ending at once.
+    """Notes the first of the signals that ask to stop instead of ending at once.
 
     A second one acts as it would have without this. Outside the main thread nothing is noted.
 
@@ -140,10 +139,7 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for name in STOP_SIGNALS:
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self._before[number] = signal.signal(number, self._note)
+            self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,7 +152,8 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
     def _note(self, number: int, frame: object) -> None:
         self._received = signal.Signals(number).name
         before = self._before[number]
-        if callable(before) and self._received.startswith("SIGUSR"):
+        ours = str(getattr(before, "__module__", "")).startswith("proglayer.")
+        if callable(before) and not ours and self._received.startswith("SIGUSR"):
             self.scheduler = functools.partial(before, number, frame)
         self._restore()
 

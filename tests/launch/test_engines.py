@@ -50,7 +50,7 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(
     records = results(tmp_path / "a")
     reasons = " ".join(sorted(r["reason"] for r in records if r["status"] == "failed"))
     assert reasons.count("model.num_heads=3 does not divide model.dim=8") == 2
-    assert reasons.count("Value '2.5' of type 'float' could not be converted to Integer") == 2
+    assert reasons.count("model.num_heads=2.5 does not fit") == 2
     assert reasons.count("lower lr.base") == 1
     (best,) = [r for r in records if r["status"] == "completed"]
     assert best["objective"] == best["phases"][0]["best"]["validation_loss"]
@@ -246,7 +246,7 @@ def test_an_objective_that_is_no_number_is_told_before_anything_trains(
     done = train(*SHORT, "phase.max_epochs=1", f"objective={place}", "hydra.run.dir=run")
     assert done.status == 1
     (line,) = done.err.splitlines()
-    assert line.startswith(f"error: objective={place}: {place} is no ")
+    assert line.startswith(f"error: objective={place}: ")
     if place.endswith("accuracy"):
         assert "validation_accuracy_percent" in line
     assert not (tmp_path / "run").exists()

@@ -576,31 +576,22 @@ def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
 def test_what_is_edited_while_jobs_wait_changes_none_of_them(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proglayer.launch import job, sweep
-    from proglayer.store.record import GitState
+    from proglayer.launch import sweep
 
     rates = tmp_path / "mine/lr/mine.yaml"
     rates.parent.mkdir(parents=True)
     rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
-    announce = sweep.announce
+    launch = sweep.launch
 
-    def edit_after(*arguments: Any) -> None:
-        announce(*arguments)
+    def edit_before(*arguments: Any) -> Any:
         rates.write_text(rates.read_text().replace("base: 1.0e-3", "base: 5.0e-3"))
-        other = GitState(commit="0123456789abcdef", changed=True, difference="fedcba")
-        monkeypatch.setattr(job, "git_state", lambda: other)
+        return launch(*arguments)
 
-    monkeypatch.setattr(sweep, "announce", edit_after)
-    # As in a launcher of another process, which composes each job when it starts.
-    monkeypatch.delattr(sweep.ComposedOnce, "load_sweep_config")
-    mine = ("--config-dir", str(tmp_path / "mine"))
-    jobs = (*mine, "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
+    monkeypatch.setattr(sweep, "launch", edit_before)
+    jobs = ("--config-dir", str(tmp_path / "mine"), "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
     assert train(*jobs).status == 0
     (record,) = results(tmp_path / "s")
     assert record["config"]["lr"]["base"] == 1e-3
-    (log,) = (tmp_path / "s").glob("*/train.log")
-    assert "conf/ was changed since this job was submitted" in log.read_text()
-    assert "0123456789ab with changes fedcba now" in log.read_text()
     # Submitted again, the edited settings count: it is another job in the same place.
     assert train(*jobs).status == 0
     (record,) = results(tmp_path / "s")
