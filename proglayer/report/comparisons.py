@@ -22,6 +22,14 @@ from proglayer.results import keys_and_values
 
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9
+# What is read of the runs: to select rows of all two hundred columns takes most of the time.
+COLUMNS = [
+    *("run", "variant", "experiment", "base", "model", "seed", "grows", "lacks", "overrides"),
+    *("phases", "stopped", "last_epochs", "last_layers", "tokens", "flops", "judged_on"),
+    *("end_accuracy", "end_loss", "validation_accuracy", "validation_loss"),
+    *("first_layers", "config.model.dim"),
+    *(metric.change for metric in METRICS),
+]
 
 
 @dataclass(frozen=True)
@@ -98,19 +106,26 @@ def claimed(runs: Frame, curves: Frame, margins: Margins) -> list[Question]:
         runs: of `Arms.asked`, also those that did not complete.
         curves: of `ledger.curves`, of these runs.
     """
+    runs = runs[COLUMNS]
+    arms = _arms(runs)
     original = study.plain_variant(runs, study.ORIGINAL)
     growing = list(runs.loc[runs["grows"], "variant"].unique())
     asked: dict[Claim, list[Question]] = {claim: [] for claim in CLAIMS}
     judged_in = [original] if original is not None and original in growing else growing
-    asked[DEEP_HELPS] = models(runs, judged_in, margins)
+    asked[DEEP_HELPS] = models(arms, judged_in, margins)
     if original is not None:
         unfrozen = study.plain_variant(runs, study.UNFROZEN)
         scratch = study.controls(runs, study.FROM_SCRATCH).get(original)
-        if unfrozen is not None:
-            asked[STABLE] = _within(runs, curves, original, unfrozen, (ledger.FLOPS,), margins)
-        if scratch is not None:
-            measures = (ledger.TOKENS, ledger.FLOPS)
-            asked[STEPWISE] = _within(runs, curves, original, scratch, measures, margins)
+        controlling = [
+            runs for (variant, _), runs in arms.items() if variant in (unfrozen, scratch)
+        ]
+        epochs = _epochs(curves, controlling)
+        for claim, control, measures in (
+            (STABLE, unfrozen, (ledger.FLOPS,)),
+            (STEPWISE, scratch, (ledger.TOKENS, ledger.FLOPS)),
+        ):
+            if control is not None:
+                asked[claim] = _within(runs, arms, epochs, original, control, measures, margins)
     questions = []
     for claim, own in asked.items():
         if not own:
@@ -120,54 +135,87 @@ def claimed(runs: Frame, curves: Frame, margins: Margins) -> list[Question]:
     return questions
 
 
-def models(runs: Frame, variants: Sequence[str], margins: Margins) -> list[Question]:
+# A run, as a plain dictionary of COLUMNS, by its seed; and each arm's, by variant and model.
+BySeed = dict[int, dict[str, Any]]
+Arms = dict[tuple[str, str], BySeed]
+# The rows of `ledger.curves`, by run.
+Epochs = dict[str, list[dict[str, Any]]]
+
+
+def _arms(runs: Frame) -> Arms:
+    arms: Arms = {}
+    for row in runs[COLUMNS].to_dict("records"):
+        arms.setdefault((row["variant"], row["model"]), {})[row["seed"]] = row
+    return arms
+
+
+def _epochs(curves: Frame, arms: Iterable[BySeed]) -> Epochs:
+    """The epochs of these arms' runs."""
+    epochs: Epochs = {run["run"]: [] for arm in arms for run in arm.values()}
+    for row in curves[curves["run"].isin(list(epochs))].to_dict("records"):
+        epochs[row["run"]].append(row)
+    return epochs
+
+
+def models(arms: Arms, variants: Sequence[str], margins: Margins) -> list[Question]:
     """The change under deep supervision less that under Standard, in those variants with both."""
-    stepped = runs[runs["phases"].fillna(0) > 1]
     questions = []
     for variant in variants:
-        deep, standard = (_arm(stepped, variant, model) for model in (DEEP, STANDARD))
-        if len(deep) and len(standard):
+        deep, standard = (arms.get((variant, model), {}) for model in (DEEP, STANDARD))
+        stepped = any(run["phases"] > 1 for run in deep.values() if pd.notna(run["phases"]))
+        if deep and standard and stepped:
             comparisons = {
-                m.name: _paired(deep, standard, deep[m.change], standard[m.change], m, margins)
+                m.name: _paired(
+                    deep,
+                    standard,
+                    {seed: run[m.change] for seed, run in deep.items()},
+                    {seed: run[m.change] for seed, run in standard.items()},
+                    m,
+                    margins,
+                )
                 for m in METRICS
             }
-            questions.append(
-                Question(variant, DEEP, "", "change, deep supervision − Standard", comparisons)
-            )
+            measured = "change, deep supervision − Standard"
+            questions.append(Question(variant, DEEP, "", measured, comparisons))
     return questions
 
 
-def _arm(runs: Frame, variant: str, model: str) -> Frame:
-    """The runs of an arm, by seed."""
-    return runs[(runs["variant"] == variant) & (runs["model"] == model)].set_index("seed")
-
-
 def _paired(
-    a: Frame, b: Frame, of_a: Frame, of_b: Frame, metric: study.Metric, margins: Margins
+    a: BySeed,
+    b: BySeed,
+    of_a: Mapping[int, float],
+    of_b: Mapping[int, float],
+    metric: study.Metric,
+    margins: Margins,
 ) -> stats.Comparison:
-    reasons: Any = {**b["lacks"].dropna().to_dict(), **a["lacks"].dropna().to_dict()}
+    reasons = {s: run["lacks"] for arm in (b, a) for s, run in arm.items() if run["lacks"]}
     return stats.paired(of_a, of_b, margin=metric.margin(margins), reasons=reasons)
 
 
-def _ends(a: Frame, b: Frame, margins: Margins) -> dict[str, stats.Comparison]:
-    """Compare `accuracy` and `loss` of two arms by seed; perplexity in percent of b's."""
-    loss_of_a, loss_of_b = a["loss"].astype(float), b["loss"].astype(float)
-    fall = -100 * np.expm1(loss_of_a - loss_of_b.reindex(loss_of_a.index))
-    values = {
-        study.ACCURACY: (a["accuracy"].astype(float), b["accuracy"].astype(float)),
-        study.PERPLEXITY: (fall, 0 * loss_of_b),
-        study.LOSS: (-loss_of_a, -loss_of_b),
+def _ends(a: BySeed, b: BySeed, margins: Margins, text: str = "end") -> dict[str, stats.Comparison]:
+    """Compare accuracy and loss of two arms by seed, as judged or on the validation text.
+
+    Perplexity is in percent of b's.
+    """
+    accuracy, loss = (
+        [{seed: run[f"{text}_{name}"] for seed, run in arm.items()} for arm in (a, b)]
+        for name in ("accuracy", "loss")
+    )
+    fall = {
+        seed: -100 * math.expm1(own - loss[1].get(seed, math.nan)) for seed, own in loss[0].items()
     }
-    return {m.name: _paired(a, b, *own, m, margins) for m, own in values.items()}
-
-
-def _final(arm: Frame) -> Frame:
-    return arm.assign(accuracy=arm["end_accuracy"], loss=arm["end_loss"])
+    values = {
+        study.ACCURACY: accuracy,
+        study.PERPLEXITY: (fall, {seed: 0 * own for seed, own in loss[1].items()}),
+        study.LOSS: [{seed: -own for seed, own in arm.items()} for arm in loss],
+    }
+    return {m.name: _paired(a, b, own[0], own[1], m, margins) for m, own in values.items()}
 
 
 def _within(
     runs: Frame,
-    curves: Frame,
+    arms: Arms,
+    epochs: Epochs,
     a: str,
     b: str,
     measures: Sequence[ledger.Measure],
@@ -176,38 +224,42 @@ def _within(
     """Variant a at its end against b within what a spent, in each model that has both.
 
     Measures in which b gives the same figures are one comparison. One whose condition does not hold
-    is not made: b had less, because it was cut by `max_epochs`.
+    is not made: b had less, because `max_epochs` cut it.
     """
     questions: list[Question] = []
+    words = {ledger.TOKENS: "tokens", ledger.FLOPS: "compute"}
     for model in dict.fromkeys(runs["model"]):
-        own, other = _arm(runs, a, model), _arm(runs, b, model)
-        if not (len(own) and len(other)):
+        own, other = arms.get((a, model), {}), arms.get((b, model), {})
+        if not (own and other):
             continue
-        by_measure = {m: within_budget(own, other, curves, m) for m in measures}
-        words = {ledger.TOKENS: "tokens", ledger.FLOPS: "compute"}
-        alike: dict[str, Frame] = {}
-        for measure, values in by_measure.items():
-            cut = values[values["cut"]]
-            if len(cut):
-                reason = _cut_short(runs, b, model, cut, words[measure])
-                measured = f"at equal {words[measure]}"
+        alike: dict[str, BySeed] = {}
+        for measure in measures:
+            found = within_budget(own, other, epochs, measure)
+            cut = [run for run in found.values() if run["cut"]]
+            if cut:
                 if not any(q.reason and q.model == model for q in questions):
+                    reason = _cut_short(runs, b, model, cut, words[measure])
+                    measured = f"at equal {words[measure]}"
                     questions.append(Question(a, b, model, measured, {}, reason=reason))
                 continue
-            same = [
-                name for name, earlier in alike.items()
-                if earlier["accuracy"].equals(values["accuracy"])
-                and earlier["loss"].equals(values["loss"])
-            ]  # fmt: skip
+            same = [name for name, earlier in alike.items() if _chosen(earlier) == _chosen(found)]
             name = f"{same[0]} and {words[measure]}" if same else f"at equal {words[measure]}"
-            alike[name] = alike.pop(same[0]) if same else values
-        for name, values in alike.items():
-            comparisons = _ends(_final(own), values, margins)
+            alike[name] = alike.pop(same[0]) if same else found
+        for name, found in alike.items():
+            # An epoch that its run did not select has no figures on the test text.
+            judged = all(run["selected"] for run in found.values())
+            comparisons = _ends(own, found, margins, "end" if judged else "validation")
+            if not judged and any(run["judged_on"] == "test" for run in own.values()):
+                name += ", on the validation text"
             questions.append(Question(a, b, model, name, comparisons))
     return questions
 
 
-def within_budget(own: Frame, other: Frame, curves: Frame, measure: ledger.Measure) -> Frame:
+def _chosen(arm: BySeed) -> list[Any]:
+    return [(seed, run["epoch"]) for seed, run in arm.items()]
+
+
+def within_budget(own: BySeed, other: BySeed, epochs: Epochs, measure: ledger.Measure) -> BySeed:
     """What each run of an arm comes to if it may spend what the run of the same seed spent.
 
     It counts at its epoch of lowest validation loss, at its final depth, among those that ended
@@ -217,43 +269,52 @@ def within_budget(own: Frame, other: Frame, curves: Frame, measure: ledger.Measu
         own, other: the runs of two arms, by seed; `own` sets the budget.
 
     Returns:
-        by seed of `other`: `accuracy`, `loss` (nan for a run without a partner, or over the budget
-        in its first epoch), `share` of the budget that it was trained for, whether it counts or
-        not, whether that is less because `max_epochs` `cut` it, and `lacks`.
+        `other`, with the `epoch` that counts, whether the run itself `selected` it, its figures as
+        `end_...` and `validation_...` (nan for a run without a partner, or over the budget in its
+        first epoch), the `share` of the budget that it was trained for, whether it counts or not,
+        whether that is less because `max_epochs` `cut` it, and the epochs that it `needs` for all.
     """
-    budget = own[measure.column].astype(float).reindex(other.index)
-    seeds = dict(zip(other["run"], other.index, strict=True))
-    epochs = curves[curves["run"].isin(other["run"])]
-    epochs = epochs.assign(seed=epochs["run"].map(seeds))
-    epochs = epochs[(epochs["layers"] == epochs["run"].map(other.set_index("run")["last_layers"]))]
-    spent = epochs.groupby("seed")[measure.column].max().reindex(other.index).astype(float)
-    # The two sums were added up in different orders.
-    inside = epochs[epochs[measure.column] <= epochs["seed"].map(budget) * (1 + 1e-9)]
-    best = inside.loc[inside.groupby("seed")["loss"].idxmin()].set_index("seed")
-    best = best.reindex(other.index)
-    values = pd.DataFrame(
-        {
-            "accuracy": best["accuracy_percent"].astype(float),
-            "loss": best["loss"].astype(float),
-            "share": spent / budget,
-            "lacks": other["lacks"],
+    found: BySeed = {}
+    for seed, run in other.items():
+        budget = float(own.get(seed, {}).get(measure.column, math.nan))
+        final = [e for e in epochs[run["run"]] if e["layers"] == run["last_layers"]]
+        spent = final[-1][measure.column] if final else math.nan
+        # The two sums were added up in different orders.
+        inside = [e for e in final if e[measure.column] <= budget * (1 + 1e-9)]
+        best = min(inside, key=lambda e: e["loss"], default=None)
+        selected = best is not None and bool(best["best"])
+        nothing = {"loss": math.nan, "accuracy_percent": math.nan, "step": None}
+        at = best or nothing
+        lacks = run["lacks"]
+        if best is None and not lacks and math.isfinite(budget):
+            lacks = "over the budget in its first epoch"
+        share = spent / budget
+        stopped = str(run["stopped"]).startswith("max_epochs")
+        found[seed] = run | {
+            "epoch": at["step"],
+            "selected": selected or best is None,
+            "end_accuracy": run["end_accuracy"] if selected else at["accuracy_percent"],
+            "end_loss": run["end_loss"] if selected else at["loss"],
+            "validation_accuracy": at["accuracy_percent"],
+            "validation_loss": at["loss"],
+            "share": share,
+            "cut": stopped and share < NEARLY_EQUAL,
+            "lacks": lacks,
         }
-    )
-    stopped = other["stopped"].astype(str).str.startswith("max_epochs")
-    values["cut"] = stopped & (values["share"] < NEARLY_EQUAL)
-    an_epoch = spent / epochs.groupby("seed")["step"].max().reindex(other.index)
-    values["epochs"] = other["last_epochs"].astype(float) + np.ceil((budget - spent) / an_epoch)
-    over = values["lacks"].isna() & values["accuracy"].isna() & budget.notna()
-    values["lacks"] = values["lacks"].mask(over, "over the budget in its first epoch")
-    return values
+        if found[seed]["cut"]:
+            more = math.ceil((budget - spent) / (spent / final[-1]["step"]))
+            found[seed]["needs"] = int(run["last_epochs"]) + more
+    return found
 
 
-def _cut_short(runs: Frame, variant: str, model: str, cut: Frame, word: str) -> str:
+def _cut_short(
+    runs: Frame, variant: str, model: str, cut: Sequence[dict[str, Any]], word: str
+) -> str:
     """Why a comparison within a budget is not made, and what to run."""
-    share = cut["share"].median()
+    share = float(np.median([run["share"] for run in cut]))
     words = "half" if abs(share - 0.5) < 0.02 else f"{share:.0%} of"
     name = study.variant_name(variant)
-    most = int(np.nanmax(cut["epochs"]))
+    most = max(run["needs"] for run in cut)
     first = runs[runs["variant"] == variant].iloc[0]
     setting = "phase.max_epochs" if first["phases"] == 1 else "phase.grown.max_epochs"
     command = _command(runs, variant, (first["experiment"],), (model,), f"{setting}={most}")
@@ -286,10 +347,12 @@ def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Qu
     The models in each variant with phases; each variant with the original, or, where it is a
     control, the original with it; and each growing variant with the controls of its own size.
     """
+    runs = runs[COLUMNS]
+    arms = _arms(runs)
     variants = list(dict.fromkeys(runs["variant"]))
     claimed = {question.a for question in claims if not question.model}
     original = study.plain_variant(runs, study.ORIGINAL)
-    questions = models(runs, [v for v in variants if v not in claimed], margins)
+    questions = models(arms, [v for v in variants if v not in claimed], margins)
     pairs: dict[tuple[str, str], None] = {}
     for experiment in (study.FROM_SCRATCH, study.KEEP_TRAINING):
         pairs |= dict.fromkeys(study.controls(runs, experiment).items())
@@ -300,9 +363,9 @@ def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Qu
             pairs[pair] = None  # type: ignore[index]
     for a, b in pairs:
         for model in dict.fromkeys(runs["model"]):
-            own, other = _arm(runs, a, model), _arm(runs, b, model)
-            if len(own) and len(other):
-                comparisons = _ends(_final(own), _final(other), margins)
+            own, other = arms.get((a, model)), arms.get((b, model))
+            if own and other:
+                comparisons = _ends(own, other, margins)
                 questions.append(Question(a, b, model, "each at its own end", comparisons))
     return questions
 

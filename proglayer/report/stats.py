@@ -1,7 +1,7 @@
 """What a handful of seeds can and cannot say: summaries, paired comparisons, verdicts.
 
-Pure functions on numpy arrays and pandas objects. Every test, interval and power of a t-test is
-SciPy's or statsmodels'; written out here are Hedges' factor and two binomial errors.
+Pure functions on numpy arrays and pandas objects. Distributions and powers are SciPy's and
+statsmodels'; written out here are the t-tests, Hedges' factor and two binomial errors.
 
 Three conventions hold throughout:
 
@@ -149,11 +149,11 @@ def summary(values: Any, confidence: float = 0.95) -> Summary:
         # Said exactly, for the sum of equal numbers is rounded.
         mean, sd, low, high = float(finite[0]), 0.0, float(finite[0]), float(finite[0])
     elif n >= 2:
-        from scipy import stats as sps
+        from scipy.special import stdtrit
 
         sd = float(np.std(finite, ddof=1))
-        scale = sd / math.sqrt(n)
-        low, high = map(float, sps.t.interval(confidence, n - 1, loc=mean, scale=scale))
+        half = float(stdtrit(n - 1, (1 + confidence) / 2)) * sd / math.sqrt(n)
+        low, high = mean - half, mean + half
     return Summary(n, array.size - n, mean, sd, low, high)
 
 
@@ -219,12 +219,18 @@ class Comparison:
         """
         if self.n < 2:
             return math.nan
-        from scipy import stats as sps
-
         if self.constant:
+            from scipy import stats as sps
+
             # Of equal differences a sum is as large as the one observed only with all its signs.
             return float(sps.binomtest(self.n, self.n, 0.5).pvalue) if self.mean else 1.0
-        return float(np.asarray(sps.ttest_1samp(self._values, 0.0)[1]))
+        return 2 * self._tail(-abs(self.mean))
+
+    def _tail(self, away: float) -> float:
+        """The chance that Student's t lies below `away` standard errors (in the unit of values)."""
+        from scipy.special import stdtr
+
+        return float(stdtr(self.n - 1, away * math.sqrt(self.n) / self.sd))
 
     @cached_property
     def sign_flip_p(self) -> float:
@@ -244,9 +250,7 @@ class Comparison:
             inside = self.margin - abs(self.mean) > max(self.rounding, ROUNDING * self.margin)
             tests = sps.binomtest(self.n * inside, self.n, 0.5, alternative="greater")
             return float(tests.pvalue)
-        from statsmodels.stats.weightstats import DescrStatsW
-
-        return float(DescrStatsW(self._values).ttost_mean(-self.margin, self.margin)[0])
+        return max(self._tail(side * self.mean - self.margin) for side in (-1, 1))
 
     @property
     def effect_size(self) -> float:
@@ -266,8 +270,8 @@ class Comparison:
 
 
 def paired(
-    a_by_seed: pd.Series,
-    b_by_seed: pd.Series,
+    a_by_seed: pd.Series | Mapping[Any, float],
+    b_by_seed: pd.Series | Mapping[Any, float],
     *,
     margin: float = 0.1,
     reasons: Mapping[Any, str] | None = None,
@@ -280,11 +284,11 @@ def paired(
         reasons: seed -> why one of its arms has no finite value, for `left_out`.
         margin: a true difference within +-margin counts as none; in the unit of the values.
 
-    Two-sided tests of no difference: the paired t-test (`scipy.stats.ttest_1samp` of the
-    differences) and the sign-flip test, exact up to EXACT_SIGN_FLIP_SEEDS seeds
+    Two-sided tests of no difference: the paired t-test (Student's distribution is that of
+    `scipy.special`) and the sign-flip test, exact up to EXACT_SIGN_FLIP_SEEDS seeds
     (`scipy.stats.permutation_test`), above with a fixed random sample of SIGN_FLIP_RESAMPLES sign
     patterns (`scipy.stats.monte_carlo_test`: a standard error of 0.002 at p = 0.05). Equivalence:
-    two one-sided t-tests (`DescrStatsW.ttost_mean`; Schuirmann 1987), whose p-value is the larger
+    two one-sided t-tests (Schuirmann 1987), whose p-value is the larger
     of the two. Effect size: mean / sd, times Hedges' (1981) factor for n - 1 degrees of freedom.
 
     Where every difference is the same (up to rounding), the t-tests are undefined: the sign test
@@ -297,21 +301,22 @@ def paired(
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"margin={margin:g} must be positive")
     for name, arm in (("a_by_seed", a_by_seed), ("b_by_seed", b_by_seed)):
-        repeated = arm.index[arm.index.duplicated()].unique()
-        if len(repeated):
+        repeated = [seed for seed, count in Counter(arm.keys()).items() if count > 1]
+        if repeated:
             raise ValueError(f"{name} has more than one value for seed {_listed(repeated)}")
-
-    arms = pd.concat([a_by_seed, b_by_seed], axis=1, keys=["a", "b"]).astype(float)
-    pairs = arms.loc[np.isfinite(arms.to_numpy()).all(axis=1)].sort_index()
-    dropped = arms.index.difference(pairs.index, sort=False)
-    in_both = a_by_seed.index.intersection(b_by_seed.index)
+    a: Any = dict(a_by_seed)
+    b: Any = dict(b_by_seed)
+    pairs = [s for s in sorted(a.keys() & b.keys()) if math.isfinite(a[s] - b[s])]
+    dropped = (a.keys() | b.keys()) - set(pairs)
     why = Counter(
-        (reasons or {}).get(seed, "no finite value" if seed in in_both else "not in both arms")
+        (reasons or {}).get(
+            seed, "no finite value" if seed in a and seed in b else "not in both arms"
+        )
         for seed in dropped
     )
-    differences = pairs["a"] - pairs["b"]
-    rounding = ROUNDING * float(pairs.abs().max(axis=None)) if len(pairs) else 0.0
-    if len(pairs) and np.ptp(differences) <= rounding:
+    differences = pd.Series([a[s] - b[s] for s in pairs], index=pairs, dtype=float)
+    rounding = ROUNDING * max((abs(x) for s in pairs for x in (a[s], b[s])), default=0.0)
+    if pairs and np.ptp(differences) <= rounding:
         # Rounding of a and b leaves a spread of the last bits, on which a t-test would be certain
         # of anything; a mean of last bits is no difference either.
         mean = float(np.mean(differences))

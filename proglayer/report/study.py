@@ -364,8 +364,10 @@ def _add_ends(runs: Frame, phases: Frame) -> None:
     last = last.set_index("run")[["stopped", "epochs"]].reindex(runs["run"].to_numpy())
     runs["stopped"] = last["stopped"].to_numpy(dtype=object)
     runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
-    runs["end_accuracy"] = runs["last_accuracy_percent"].astype("float64")
-    runs["end_loss"] = runs["last_loss"].astype("float64")
+    runs["judged_on"] = "validation"
+    runs["validation_accuracy"] = runs["last_accuracy_percent"].astype("float64")
+    runs["validation_loss"] = runs["last_loss"].astype("float64")
+    runs["end_accuracy"], runs["end_loss"] = runs["validation_accuracy"], runs["validation_loss"]
     steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
     before = runs["first_accuracy_percent"].astype("float64").where(steps)
     fall = stats.loss_change_nats(runs["first_loss"].astype("float64"), runs["end_loss"])
