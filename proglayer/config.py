@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass, replace
 from enum import Enum
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -94,10 +94,21 @@ class GrowthInit(Enum):
 
     random = "random"
     copy = "copy"
+    stack = "stack"
+    middle = "middle"
+    zero = "zero"
+    gate = "gate"
+
+
+class Norm(Enum):
+    """Where a layer's norms stand: after each residual sum, or before each branch."""
+
+    post = "post"
+    pre = "pre"
 
 
 class GrowthPosition(Enum):
-    """Where new layers go."""
+    """Where new layers go. `stack` and `middle` have places of their own."""
 
     top = "top"
     bottom = "bottom"
@@ -158,6 +169,7 @@ class ModelConfig:
     norm_eps: Annotated[float, Bounds(above=0, most=1)]
     vocab_size: Annotated[int | None, Bounds(least=3, most=INT32)]
     exit_weights: Any
+    norm: Norm = Norm.post
 
 
 @dataclass(frozen=True)
@@ -210,10 +222,15 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """How layers are added."""
+    """How layers are added: `noise` is the share of a copied tensor that is drawn afresh, `block`
+    the layers that `middle` repeats, `gate_steps` the optimizer steps over which `gate` opens.
+    """
 
     init: GrowthInit
     position: GrowthPosition
+    noise: Annotated[float, Bounds(least=0, most=1)] = 0.0
+    block: Annotated[int, Bounds(least=1, most=4_096)] = 1
+    gate_steps: Annotated[int, Bounds(least=1, most=INT32)] = 100
 
 
 @dataclass(frozen=True)
@@ -281,7 +298,10 @@ class StagesConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of one run."""
+    """Every setting of one run.
+
+    A setting with a default here is younger than records without it: what they did is the default.
+    """
 
     seed: Annotated[int, Bounds(least=0, most=2**63 - 1)]
     initial_layers: Annotated[int, Bounds(least=1, most=4_096)]
@@ -386,7 +406,10 @@ def to_plain(settings: Any) -> Any:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """The `Config` that `to_plain` wrote, unchecked. Raises KeyError where a setting is missing."""
+    """The `Config` that `to_plain` wrote, in this version or an earlier one, unchecked.
+
+    Raises KeyError where a setting is missing that every version has.
+    """
     return _frozen(Config, plain)
 
 
@@ -501,7 +524,13 @@ def _frozen(kind: Any, value: Any) -> Any:
     """`value`, plain data, as an instance of the type `kind`; lists become tuples."""
     if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        return kind(**{f.name: _frozen(hints[f.name], value[f.name]) for f in fields(kind)})
+        return kind(
+            **{
+                f.name: _frozen(hints[f.name], value[f.name])
+                for f in fields(kind)
+                if f.name in value or f.default is MISSING
+            }
+        )
     if isinstance(kind, type) and issubclass(kind, Enum):
         return value if isinstance(value, kind) else kind[value]
     if get_origin(kind) in (Union, UnionType) and value is not None:
@@ -526,6 +555,7 @@ def _problems(config: Config) -> Iterator[str]:
         yield from _layer_problems(config)
     if not any(line.startswith("model.") for line in beyond):
         yield from _model_problems(config.model)
+    yield from _growth_problems(config)
     yield from _data_problems(config.data)
     yield from _rate_problems(config.lr)
     yield from _logger_problems(config.logger)
@@ -580,6 +610,30 @@ def _layer_problems(config: Config) -> Iterator[str]:
             )
         elif not grows and step.existing == 0 and not step.embedding and not step.head:
             yield f"freeze.steps[{number}] freezes everything: nothing would train"
+
+
+# What the layers of these operators start from is an old layer.
+COPYING = (GrowthInit.copy, GrowthInit.stack, GrowthInit.middle, GrowthInit.zero, GrowthInit.gate)
+
+
+def _growth_problems(config: Config) -> Iterator[str]:
+    growth = config.growth
+    placed = growth.init in (GrowthInit.stack, GrowthInit.middle)
+    if placed and growth.position is not GrowthPosition.top:
+        yield (
+            f"growth.position={growth.position.name} does not go with growth.init="
+            f"{growth.init.name}, which has a place of its own: leave growth.position=top"
+        )
+    if 0 < growth.noise <= 1 and growth.init not in COPYING:
+        yield (
+            f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}, "
+            "which copies no layer"
+        )
+    if growth.init is GrowthInit.middle and growth.block > max(1, config.initial_layers):
+        yield (
+            f"growth.block={growth.block} is more than the initial_layers={config.initial_layers} "
+            "that there are to repeat"
+        )
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:

@@ -141,6 +141,9 @@ MISTAKES = {
     "phase.patience=0": "phase.patience=0",
     "phase.grown.max_epochs=0": "phase.grown.max_epochs=0",
     "phase.min_delta=-1": "phase.min_delta=-1",
+    "growth.noise=2": "growth.noise=2.0 must be from 0 to 1",
+    "growth.noise=0.5": "changes nothing with growth.init=random",
+    "growth.gate_steps=0": "growth.gate_steps=0 must be from 1",
     "freeze.steps=[]": "freeze.steps=[]",
     "freeze.steps=[{existing: 3, embedding: false, head: true}]": "leaves none of 3 existing",
     "freeze.steps=[{existing: 1, head: true}]": "freeze.steps[0].embedding has no value",
@@ -191,6 +194,14 @@ def test_a_gradual_schedule_needs_a_model_deep_enough() -> None:
     with pytest.raises(ConfigError, match="initial_layers=2 or more"):
         config("freeze=gradual", "initial_layers=1")
     config("freeze=gradual", "initial_layers=2")
+
+
+def test_an_operator_takes_what_it_can_use() -> None:
+    with pytest.raises(ConfigError, match=r"growth.position=bottom does not go with .*stack"):
+        config("growth=stack", "growth.position=bottom")
+    with pytest.raises(ConfigError, match=r"growth.block=4 is more than the initial_layers=3"):
+        config("growth=middle", "growth.block=4", "added_layers=4")
+    config("growth=middle", "growth.block=3", "added_layers=3")
 
 
 def test_freezing_everything_is_refused() -> None:

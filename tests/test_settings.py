@@ -15,6 +15,7 @@ import torch
 from proglayer.config import Config, ConfigError, Device, Precision, setting_names
 from proglayer.data.corpus import open_corpus
 from proglayer.run.machine import pick_device, switches
+from proglayer.store.stages import stage_key
 from proglayer.store.trajectory import Machine, describe
 from proglayer.training.plan import plan
 
@@ -22,9 +23,11 @@ from .helpers import config
 
 # With these, every setting below has something to act on.
 BASE = ("phase=grow_once", "freeze=none", "lr.schedule=cosine", "initial_layers=3")
+STEPS = "[{existing: 1, embedding: false, head: true}]"
 MACHINE = Machine("cpu", "a processor", 2, torch.__version__)
 
-# What the key holds of the settings themselves, by a value that differs from BASE.
+# What the key holds of the settings themselves, by a value that differs from BASE. What follows a
+# value are other settings, without which this one has nothing to act on.
 IN_THE_PHASES = {
     "seed": "7",
     "initial_layers": "4",
@@ -48,7 +51,11 @@ IN_THE_PHASES = {
     "phase.grown.samples": "10",
     "growth.init": "copy",
     "growth.position": "bottom",
-    "freeze.steps": "[{existing: 1, embedding: false, head: true}]",
+    "growth.noise": "0.5 growth.init=copy",
+    "growth.block": "2 growth.init=middle added_layers=2",
+    "growth.gate_steps": "5 growth.init=gate",
+    "model.norm": "pre",
+    "freeze.steps": STEPS,
     "lr.base": "0.5",
     "lr.factor.new": "0.5",
     "lr.factor.existing": "0.5",
@@ -121,7 +128,33 @@ def test_every_setting_is_classified_once() -> None:
 
 @pytest.mark.parametrize("name", IN_THE_PHASES)
 def test_a_setting_of_training_is_in_the_key(name: str) -> None:
-    assert keys(config(*BASE, f"{name}={IN_THE_PHASES[name]}")) != keys(config(*BASE))
+    value, *others = IN_THE_PHASES[name].split(" ") if name != "freeze.steps" else (STEPS,)
+    assert keys(config(*BASE, *others, f"{name}={value}")) != keys(config(*BASE, *others))
+
+
+# Keys that the version before `growth.noise`, `model.norm` and what came after them gave.
+EARLIER_KEYS = {
+    ("experiment=original",): [
+        "542da8b6a9f27d71eefd86ab501dba0d", "ea12ebf487f023edd5d43b6c6fe77650",
+    ],
+    ("experiment=gradual_unfreezing", "model=deep_supervision"): [
+        "68eed600075ebf81198a288bf1447c4d", "0e44451b023ee47ed089a014ca395534",
+        "d9810149103a9f9ccf3b2e048f94801e", "0e102e4673ea471f1adcca3b73638dd5",
+    ],
+    (
+        "growth=copy", "growth.position=interleave", "freeze=none", "lr.schedule=cosine",
+        "lr=split",
+    ): ["609c24593d697131c666e7d546b06f7f", "80f131c555aefd1853ef848115dae59a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", EARLIER_KEYS)
+def test_a_setting_at_its_old_value_keeps_the_old_keys(overrides: tuple[str, ...]) -> None:
+    machine = Machine("cpu", "a processor", 2, "2.13.0")
+    assert [
+        stage_key(describe(("abc", 2) if phase.index else None, phase, "a text", machine))
+        for phase in plan(config(*overrides), vocab_size=100)
+    ] == EARLIER_KEYS[overrides]
 
 
 def test_each_precision_has_a_key_of_its_own() -> None:

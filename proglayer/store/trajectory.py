@@ -27,7 +27,7 @@ from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
-from proglayer.training.plan import Phase
+from proglayer.training.plan import Phase, described
 from proglayer.training.stopping import EpochMetrics, best_of, follow
 from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate
 
@@ -320,7 +320,10 @@ class Trajectory:
     def _store_weights(self, epoch: int, state: dict[str, Tensor]) -> None:
         name = f"weights-{epoch:04d}"
         if self.stage.path(name) is None:
-            about = {"architecture": asdict(self.phase.architecture), "layers": self.phase.layers}
+            about = {
+                "architecture": described(self.phase.architecture),
+                "layers": self.phase.layers,
+            }
             self.stage.write(name, "safetensors", _packed(state, about))
 
     def _store_state(self, training: Training) -> None:
@@ -414,7 +417,7 @@ def describe(
     `parent` is the key and the selected epoch of the phase before, None for an untrained model.
     The stopping rule is left out: it only reads.
     """
-    plain = json.loads(json.dumps(asdict(phase), default=lambda enum: enum.name))
+    plain = described(phase)
     del plain["stop"]
     return {
         "format": FORMAT,

@@ -1,9 +1,7 @@
-"""A shallow model becomes a deeper one.
+"""A shallow model becomes a deeper one: untrained models, and the growth operators.
 
-Layers of the old model keep their weights; the new ones are drawn or copied. None of this keeps
-the function of the model: in a post-norm layer the norm follows the residual sum, so even a layer
-with all branches at zero rescales its input to unit mean square times its gain. What each operator
-does preserve is stated at it.
+To add an operator: a name in `config.GrowthInit`, where its layers come from in
+`plan.layer_sources`, what it changes in `grow`, and a test of what it preserves.
 """
 
 from __future__ import annotations
@@ -11,9 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
+from torch import nn
 
-from proglayer.training.model import Transformer, initialize
-from proglayer.training.plan import Architecture, GrowthInit, Phase, placements
+from proglayer.config import GrowthInit
+from proglayer.training.model import Layer, Transformer, initialize
+from proglayer.training.plan import Architecture, Growth, Phase, layer_sources
 from proglayer.training.streams import stream
 
 
@@ -27,6 +27,7 @@ def build(phase: Phase) -> Transformer:
     dim = phase.architecture.dim
     initialize(model.embedding, dim, stream(phase.seed, "embedding", phase.index))
     initialize(model.head, dim, stream(phase.seed, "head", phase.index))
+    initialize(model.norm, dim, stream(phase.seed, "norm", phase.index))
     for number, layer in enumerate(model.layers):
         initialize(layer, dim, stream(phase.seed, "layer", phase.index, number))
     return model
@@ -36,33 +37,78 @@ def build(phase: Phase) -> Transformer:
 def grow(model: Transformer, phase: Phase) -> Transformer:
     """The model that `phase` starts with: `model` with the phase's growth, as new tensors.
 
-    Embedding, head and old layers keep their values bit for bit, and the old layers their order.
-    With position `top`, every exit of the old model computes what it did before; with `bottom`
-    and `interleave` only the exits below the lowest new layer do. `random` preserves nothing
-    further; `copy` starts a new layer with the values of the old layer below it (at the bottom:
-    above it), in storage of its own.
+    Embedding, head, final norm and old layers keep their values bit for bit, and the old layers
+    their order; every exit below the lowest new layer computes what it did. What else is kept:
+
+    - random: nothing. The draw comes from a stream of its own.
+    - copy: nothing; the layer below once more (Chang et al. 2018, interleaved).
+    - stack: exit 2L of L layers is the old layers applied to the old last exit (Gong et al. 2019;
+      Du et al. 2024, "G_stack").
+    - middle: nothing; a block of the middle is repeated (Saunshi et al. 2024, "MIDAS").
+    - zero: copies whose branches give 0, as their attention output `o` and `w2` are 0 (Wu et al.
+      2024, "LLaMA Pro"). Pre-norm: every function, bit for bit, in every position. Post-norm: such
+      a layer is x / rms(x), so on top of the model every token's most likely next word stays and
+      only the loss's temperature moves; its gains start at 1 for that. Their first gradient is 0
+      but at `o`, `w2` and, post-norm, at the gains.
+    - gate: copies behind a gate g, hidden state = g layer(h) + (1 - g) h (after Yao et al. 2024,
+      "Masked structural growth"). At g = 0 every function, bit for bit, in both norms and every
+      position; at g = 1 it is the model without a gate. `gate_value` says how g moves.
+
+    `growth.noise` mixes each matrix of a copy with normal noise of the same root mean square:
+    (1 - noise) w + noise n. At 0 nothing is drawn (Du et al. 2024, section 5.2).
+
+    No tensor of the grown model shares storage with another or with `model`.
     """
     growth = phase.growth
     if growth is None:
         return model
-    old_layers = len(model.layers)
-    positions = placements(old_layers, growth)
-    grown = _empty(phase.architecture, phase.layers).to(model.head.weight.device)
-    grown.embedding.load_state_dict(model.embedding.state_dict())
-    grown.head.load_state_dict(model.head.state_dict())
-    old = 0
-    for number, layer in enumerate(grown.layers):
-        if number not in positions:
-            layer.load_state_dict(model.layers[old].state_dict())
-            old += 1
-        elif growth.init is GrowthInit.copy:
-            layer.load_state_dict(model.layers[max(0, old - 1)].state_dict())
+    device = model.head.weight.device
+    grown = _empty(phase.architecture, phase.layers).to(device)
+    for name in ("embedding", "norm", "head"):
+        getattr(grown, name).load_state_dict(getattr(model, name).state_dict())
+    sources = layer_sources(len(model.layers), growth)
+    added = 0
+    for layer, source in zip(grown.layers, sources, strict=True):
+        assert isinstance(layer, Layer)
+        if source.layer is not None:
+            layer.load_state_dict(model.layers[source.layer].state_dict())
         else:
             cpu_layer = layer.cpu()
-            draw = stream(phase.seed, "layer", phase.index, positions.index(number))
+            draw = stream(phase.seed, "layer", phase.index, added)
             initialize(cpu_layer, phase.architecture.dim, draw)
-            layer.to(model.head.weight.device)
+            layer.to(device)
+        if source.new:
+            if growth.noise:
+                _add_noise(layer, growth.noise, stream(phase.seed, "noise", phase.index, added))
+            if growth.init is GrowthInit.zero:
+                layer.attention.o.weight.zero_()
+                layer.ffn.w2.weight.zero_()
+                if not layer.pre_norm:
+                    layer.norm1.weight.fill_(1)
+                    layer.norm2.weight.fill_(1)
+            added += 1
     return grown
+
+
+def gate_value(growth: Growth | None, step: int) -> float | None:
+    """The gate of a phase's new layers at optimizer step `step`, counted from 0.
+
+    It rises from 0 by equal parts to 1, which it has reached after `gate_steps` steps; from then
+    on, and where there is no gate, the result is None.
+    """
+    if growth is None or growth.init is not GrowthInit.gate or step >= growth.gate_steps:
+        return None
+    return step / growth.gate_steps
+
+
+def _add_noise(layer: nn.Module, share: float, generator: torch.Generator) -> None:
+    """Mix the layer's matrices with noise of their own scale; its gains stay."""
+    for part in layer.modules():
+        if isinstance(part, nn.Linear):
+            weight = part.weight
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+            scale = weight.square().mean().sqrt()
+            weight.mul_(1 - share).add_(noise * scale, alpha=share)
 
 
 def _empty(architecture: Architecture, layers: int) -> Transformer:

@@ -1,9 +1,13 @@
-"""The transformer: word-level, decoder-only, post-norm; it returns the hidden state of every exit.
+"""The transformer: word-level, decoder-only; it returns the hidden state of every exit.
 
 Shapes in names: n windows, t positions, d model dimension, h heads, k dimension of a head,
 v vocabulary. `x_ntd` is a tensor of (windows, positions, dim).
 
 It knows no loss: the head's weights are read by `loss.py`, which never forms all logits.
+
+What the head reads at an exit (`Transformer.read`): in a post-norm model the hidden state itself,
+which the layer's last norm left normalised; in a pre-norm model the hidden state through the final
+norm, whose gain all exits share as they share the head.
 """
 
 from __future__ import annotations
@@ -54,16 +58,28 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One post-norm layer: the norm follows each residual sum."""
+    """One layer: attention and feed-forward, each with a residual sum and a norm.
 
-    def __init__(self, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float) -> None:
+    The norm follows the sum (`post`, Vaswani et al. 2017) or precedes the branch (`pre`, Xiong et
+    al. 2020). Raises ValueError for another `norm`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float, norm: str
+    ) -> None:
         super().__init__()
+        if norm not in ("post", "pre"):
+            raise ValueError(f"norm={norm} is neither post nor pre")
+        self.pre_norm = norm == "pre"
         self.attention = Attention(dim, num_heads)
         self.norm1 = nn.RMSNorm(dim, eps=norm_eps)
         self.ffn = FeedForward(dim, ffn_multiple * dim)
         self.norm2 = nn.RMSNorm(dim, eps=norm_eps)
 
     def forward(self, x_ntd: Tensor, cos_tk: Tensor, sin_tk: Tensor) -> Tensor:
+        if self.pre_norm:
+            x_ntd = x_ntd + self.attention(self.norm1(x_ntd), cos_tk, sin_tk)
+            return x_ntd + self.ffn(self.norm2(x_ntd))
         x_ntd = self.norm1(x_ntd + self.attention(x_ntd, cos_tk, sin_tk))
         return self.norm2(x_ntd + self.ffn(x_ntd))
 
@@ -84,15 +100,20 @@ class Transformer(nn.Module):
         ffn_multiple: int,
         rotary_base: float,
         norm_eps: float,
+        norm: str = "post",
     ) -> None:
         super().__init__()
         self.rotary_base = rotary_base
         self.head_dim = dim // num_heads
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(
-            Layer(dim, num_heads, ffn_multiple, norm_eps) for _ in range(layers)
+            Layer(dim, num_heads, ffn_multiple, norm_eps, norm) for _ in range(layers)
         )
+        self.norm = nn.RMSNorm(dim, eps=norm_eps) if norm == "pre" else nn.Identity()
         self.head = nn.Linear(dim, vocab_size, bias=False)
+        # While a growth's gate opens: the layers behind it, and its value (a scalar tensor).
+        self.gated_layers: tuple[int, ...] = ()
+        self.gate: Tensor | None = None
 
     def forward(self, tokens_nt: Tensor) -> tuple[Tensor, ...]:
         """Hidden states (windows, positions, dim) after each layer, bottom first.
@@ -104,14 +125,21 @@ class Transformer(nn.Module):
         )
         exits = []
         x_ntd = self.embedding(tokens_nt)
-        for layer in self.layers:
-            x_ntd = layer(x_ntd, cos_tk, sin_tk)
+        for number, layer in enumerate(self.layers):
+            y_ntd = layer(x_ntd, cos_tk, sin_tk)
+            if self.gate is not None and number in self.gated_layers:
+                y_ntd = self.gate * y_ntd + (1 - self.gate) * x_ntd
+            x_ntd = y_ntd
             exits.append(x_ntd)
         return tuple(exits)
 
+    def read(self, hidden_ntd: Tensor) -> Tensor:
+        """What the head reads at an exit with this hidden state; the same shape."""
+        return self.norm(hidden_ntd)
+
     def logits(self, tokens_nt: Tensor) -> Tensor:
         """Next-word logits (windows, positions, vocab) at the last exit, for using a model."""
-        return self.head(self(tokens_nt)[-1])
+        return self.head(self.read(self(tokens_nt)[-1]))
 
 
 def restored(

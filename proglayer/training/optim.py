@@ -14,7 +14,7 @@ def role_of(name: str, phase: Phase) -> Role:
     part, _, rest = name.partition(".")
     if part == "embedding":
         return Role.embedding
-    if part == "head":
+    if part in ("head", "norm"):
         return Role.head
     if part == "layers":
         return Role.new if int(rest.split(".")[0]) in phase.new_layers else Role.existing

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from enum import Enum, StrEnum
 from typing import Any
 
 from proglayer.config import (
@@ -31,7 +31,7 @@ class Role(StrEnum):
     new = "new"
     existing = "existing"
     embedding = "embedding"
-    head = "head"
+    head = "head"  # with the norm that it reads through, where there is one
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,38 @@ class Architecture:
     ffn_multiple: int
     rotary_base: float
     norm_eps: float
+    norm: str = "post"
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether an exit reads the hidden state through a norm of its own."""
+        return self.norm == "pre"
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Layers added at the start of a phase."""
+    """Layers added at the start of a phase. Settings that an operator does not read keep their
+    defaults here, so that they are no part of what the phase depends on.
+    """
 
     layers: int
     init: GrowthInit
     position: GrowthPosition
+    noise: float = 0.0
+    block: int = 1
+    gate_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a layer of a grown model comes from.
+
+    `layer` is the old layer that it is or starts from, None for one that is drawn; `new` whether
+    the growth added it.
+    """
+
+    layer: int | None
+    new: bool
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,7 @@ class Phase:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The frozen parts by name: `embedding`, `layers.0`, ..., `head`."""
+        """The frozen parts by name: `embedding`, `layers.0`, ..., `head` (with its norm)."""
         parts = [f"layers.{i}" for i in range(self.layers) if i not in self.trained_layers]
         if self.rates.embedding is None:
             parts.insert(0, "embedding")
@@ -160,15 +183,23 @@ class Phase:
         return math.ceil(self.windows(train_windows) / self.batch_size)
 
     def windows(self, train_windows: int) -> int:
-        """Training windows of an epoch. Raises ConfigError where the corpus has fewer."""
-        if self.samples is None:
-            return train_windows
-        if self.samples > train_windows:
+        """Training windows of an epoch.
+
+        Raises ConfigError where the corpus has fewer, or where they do not suffice for a gate.
+        """
+        windows = train_windows if self.samples is None else self.samples
+        if windows > train_windows:
             raise ConfigError(
                 f"phase.samples={self.samples} asks for more windows than the corpus gives "
                 f"({train_windows}): lower it or raise data.samples"
             )
-        return self.samples
+        steps = math.ceil(windows / self.batch_size)
+        if self.growth is not None and self.growth.gate_steps > steps:
+            raise ConfigError(
+                f"growth.gate_steps={self.growth.gate_steps} is more than the {steps} optimizer "
+                f"steps of an epoch of phase {self.index + 1}: the gate must be open at its end"
+            )
+        return windows
 
 
 def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
@@ -185,6 +216,7 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
         model.ffn_multiple,
         model.rotary_base,
         model.norm_eps,
+        model.norm.name,
     )
     phases = tuple(_phases(config, architecture))
     for phase in phases:
@@ -199,18 +231,82 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
     return phases
 
 
+def described(value: Any) -> Any:
+    """A phase, or a part of one, as plain data, for the key of what it trains.
+
+    A field that has a default is left out where it has that value: a phase that does not use what
+    a later version brought keeps its key.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: described(getattr(value, f.name))
+            for f in fields(value)
+            if f.default is MISSING or getattr(value, f.name) != f.default
+        }
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
 def placements(layers: int, growth: Growth) -> tuple[int, ...]:
     """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers.
 
     `interleave` spreads them evenly: 3 on 3 layers gives every old layer a new one above it, and
-    1 on 3 goes above the second.
+    1 on 3 goes above the second. `stack` puts them on top, `middle` above the block it repeats.
     """
     added = growth.layers
+    if growth.init is GrowthInit.middle:
+        above = _middle(layers, growth) + growth.block
+        return tuple(range(above, above + added))
     if growth.position is GrowthPosition.top:
         return tuple(range(layers, layers + added))
     if growth.position is GrowthPosition.bottom:
         return tuple(range(added))
     return tuple(math.ceil((i + 0.5) * layers / added) + i for i in range(added))
+
+
+def layer_sources(layers: int, growth: Growth) -> tuple[Source, ...]:
+    """Where each layer, bottom first, of `layers` layers with `growth` comes from.
+
+    stack: new layer i starts from old layer i mod `layers` (Gong et al. 2019; Du et al. 2024).
+    middle: the new layers repeat a block in the middle (MIDAS, Saunshi et al. 2024).
+    copy, zero, gate: from the old layer below; at the bottom, from the one above.
+    """
+    positions = placements(layers, growth)
+    sources: list[Source] = []
+    old = 0
+    for number in range(layers + growth.layers):
+        if number not in positions:
+            sources.append(Source(old, False))
+            old += 1
+        elif growth.init is GrowthInit.random:
+            sources.append(Source(None, True))
+        elif growth.init is GrowthInit.stack:
+            sources.append(Source(number % layers, True))
+        elif growth.init is GrowthInit.middle:
+            first = _middle(layers, growth)
+            repeated = (number - positions[0]) % growth.block
+            sources.append(Source(first + repeated, True))
+        else:
+            sources.append(Source(max(0, old - 1), True))
+    return tuple(sources)
+
+
+def _middle(layers: int, growth: Growth) -> int:
+    """The lowest layer of the block that `middle` repeats."""
+    return (layers - growth.block) // 2
+
+
+def _growth(config: Config, added: int) -> Growth | None:
+    if not added:
+        return None
+    settings = config.growth
+    growth = Growth(added, settings.init, settings.position, settings.noise)
+    if settings.init is GrowthInit.middle:
+        return replace(growth, block=settings.block)
+    if settings.init is GrowthInit.gate:
+        return replace(growth, gate_steps=settings.gate_steps)
+    return growth
 
 
 def _padded(config: Config, vocab_size: int) -> int:
@@ -249,7 +345,7 @@ def _phases(config: Config, architecture: Architecture) -> Iterator[Phase]:
     }[schedule]
     index = 0
     for added in growths:
-        growth = Growth(added, config.growth.init, config.growth.position) if added else None
+        growth = _growth(config, added)
         new_layers = placements(layers, growth) if growth else ()
         layers += added
         existing = [layer for layer in range(layers) if layer not in new_layers]
@@ -366,9 +462,11 @@ def parameter_counts(phase: Phase) -> Counts:
     """Parameters of the model in `phase`, in all and those that train."""
     table = phase.architecture.vocab_size * phase.architecture.dim
     layer = layer_parameters(phase.architecture)
+    head = table + phase.architecture.dim * phase.architecture.final_norm
     trainable = layer * len(phase.trained_layers)
-    trainable += table * ((phase.rates.embedding is not None) + (phase.rates.head is not None))
-    return Counts(total=2 * table + layer * phase.layers, trainable=trainable)
+    trainable += table * (phase.rates.embedding is not None)
+    trainable += head * (phase.rates.head is not None)
+    return Counts(total=table + head + layer * phase.layers, trainable=trainable)
 
 
 def training_flops(phase: Phase, seq_len: int, train_windows: int) -> Flops:
@@ -381,10 +479,13 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int) -> Flops:
     tokens = phase.windows(train_windows) * seq_len
     product = 2 * tokens * phase.architecture.vocab_size * phase.architecture.dim
     lowest = _lowest_trained(phase)
+    # A norm that trains between hidden state and head needs the gradient of what the head reads.
+    norm_trains = phase.architecture.final_norm and phase.rates.head is not None
     head = 0
     for layer, weight in enumerate(phase.exit_weights):
         if weight > 0:
-            head += product * (1 + (phase.rates.head is not None) + (lowest <= layer))
+            to_hidden = lowest <= layer or norm_trains
+            head += product * (1 + (phase.rates.head is not None) + to_hidden)
     matrices = 2 * tokens * (layer_parameters(phase.architecture) - 2 * phase.architecture.dim)
     # Queries, keys and values read the layer's input; what the other matrices read is its own.
     reading = 2 * tokens * 3 * phase.architecture.dim**2

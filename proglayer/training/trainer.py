@@ -19,6 +19,7 @@ from torch.profiler import record_function
 
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
+from proglayer.training.growth import gate_value
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Transformer
 from proglayer.training.optim import build_optimizer, set_rates
@@ -106,6 +107,7 @@ class Training:
                 input_nt, target_nt = self.windows.batch(batch)
             done = self.epoch * self.steps_per_epoch + self.step
             set_rates(self.optimizer, phase.schedule.factor(done, self.steps_per_epoch))
+            set_gate(self.model, phase, done)
 
             for parameter in self.trainable:
                 parameter.grad = None
@@ -138,6 +140,8 @@ class Training:
                         speed / max(now - started, 1e-9),
                     )
                 )
+        # A gate opens within the first epoch, so that what is evaluated and stored has none.
+        set_gate(model, phase, self.epoch * self.steps_per_epoch + self.step)
 
     def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
         """The phase's loss of one batch: cross-entropy at the exits that carry weight."""
@@ -146,7 +150,7 @@ class Training:
                 hidden_entd = self.body(input_nt)
             with record_function("head and loss"):  # with the gradients of both
                 return linear_cross_entropy(
-                    [hidden_entd[e].flatten(0, 1) for e in self.read_exits],
+                    [self.model.read(hidden_entd[e]).flatten(0, 1) for e in self.read_exits],
                     self.model.head.weight,
                     target_nt.reshape(-1),
                     [self.phase.exit_weights[e] for e in self.read_exits],
@@ -202,7 +206,7 @@ def evaluate(
             with autocast(phase, device):
                 hidden_entd = model(input_nt)
                 result = evaluate_exits(
-                    [hidden_entd[e].flatten(0, 1) for e in exits],
+                    [model.read(hidden_entd[e]).flatten(0, 1) for e in exits],
                     model.head.weight,
                     target_nt.reshape(-1),
                     workspace=workspace,
@@ -241,6 +245,16 @@ class Windows:
         else:
             tokens = torch.from_numpy(self._mapped[rows_n.numpy()]).long()
         return tokens[:, :-1], tokens[:, 1:]
+
+
+def set_gate(model: Transformer, phase: Phase, step: int) -> None:
+    """Give the model its gate at optimizer step `step` of `phase`: none any more once it is 1."""
+    value = gate_value(phase.growth, step)
+    if value is None:
+        model.gate, model.gated_layers = None, ()
+    else:
+        device = model.head.weight.device
+        model.gate, model.gated_layers = torch.tensor(value, device=device), phase.new_layers
 
 
 def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -7,15 +7,18 @@ import os
 import random
 import shutil
 import weakref
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from proglayer.store.stages import Stage, StoreError, verify
 from proglayer.store.trajectory import Interrupted, Machine, Trajectory, Watch, describe
-from proglayer.training.growth import build
+from proglayer.training.growth import build, grow
+from proglayer.training.model import Transformer
 from proglayer.training.plan import Phase, StoppingRule, plan
 from proglayer.training.stopping import EpochMetrics, Stopped, follow
 from proglayer.training.trainer import Progress
@@ -44,17 +47,21 @@ class StopAt:
 
 
 def trajectory(
-    store: Path, phase: Phase, stop_at: int | None = None, checkpoint_every_s: float = 1e9
+    store: Path,
+    phase: Phase,
+    stop_at: int | None = None,
+    checkpoint_every_s: float = 1e9,
+    start: Callable[[], Transformer] | None = None,
 ) -> Trajectory:
     watch = Watch(StopAt(stop_at), lambda progress: None, lambda text: None)
     return Trajectory(
-        store, None, lambda: build(phase), phase, CORPUS, torch.device("cpu"), HERE,
+        store, None, start or (lambda: build(phase)), phase, CORPUS, torch.device("cpu"), HERE,
         checkpoint_every_s, watch,
     )  # fmt: skip
 
 
 def followed(
-    store: Path, phase: Phase, **settings: float | None
+    store: Path, phase: Phase, **settings: Any
 ) -> tuple[Stopped, dict[str, torch.Tensor], Trajectory]:
     with trajectory(store, phase, **settings) as steps:  # type: ignore[arg-type]
         stopped = follow(phase.stop, steps.epochs())
@@ -106,6 +113,26 @@ def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path: Path) -
                 stopped = follow(phase.stop, steps.epochs())
                 steps.finish(stopped.best.epoch)
             assert_same(whole, followed(store, phase))
+
+
+def test_a_gate_goes_on_where_it_stood(tmp_path: Path) -> None:
+    first, second = plan(
+        config(*TINY, "growth=gate", "growth.gate_steps=3", "phase.max_epochs=2"),
+        CORPUS.vocab_size,
+    )
+
+    def start() -> Transformer:
+        return grow(build(first), second)
+
+    whole = followed(tmp_path / "whole", second, start=start)
+    assert not any("gate" in name for name in whole[1])
+    for look in range(0, 14, 2):
+        store = tmp_path / str(look)
+        steps = trajectory(store, second, stop_at=look, start=start)
+        with steps, pytest.raises(Interrupted):
+            stopped = follow(second.stop, steps.epochs())
+            steps.finish(stopped.best.epoch)
+        assert_same(whole, followed(store, second, start=start))
 
 
 def test_stopped_again_and_again_is_the_uninterrupted_run(tmp_path: Path) -> None:
@@ -369,9 +396,9 @@ def test_the_key_covers_all_but_the_stopping_rule() -> None:
         == key
     )
     other = planned("seed=1")
-    for field in asdict(phase):
-        if field != "stop":
-            assert field in key["phase"]
+    for field in fields(phase):
+        if field.name != "stop" and field.default is MISSING:
+            assert field.name in key["phase"]
     assert describe(None, other, CORPUS.fingerprint, HERE) != key
     assert describe(("abc", 2), phase, CORPUS.fingerprint, HERE) != key
     assert describe(None, phase, "other text", HERE) != key

@@ -24,11 +24,12 @@ def tokens(windows: int = 3, length: int = 8, vocab_size: int = 30) -> torch.Ten
     return torch.randint(vocab_size, (windows, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("experiment", experiments())
-def test_the_counted_parameters_are_the_models(experiment: str) -> None:
+def test_the_counted_parameters_are_the_models(experiment: str, norm: str) -> None:
     from proglayer.training.optim import set_trainable
 
-    for phase in plan(config(f"experiment={experiment}"), 100):
+    for phase in plan(config(f"experiment={experiment}", f"model.norm={norm}"), 100):
         with torch.device("meta"):
             model = Transformer(layers=phase.layers, **asdict(phase.architecture))
         trainable = set_trainable(model, phase)
@@ -198,7 +199,7 @@ def test_random_layers_are_drawn_afresh_and_from_the_seed() -> None:
 
 
 def test_a_zeroed_layer_is_no_identity_in_a_post_norm_model() -> None:
-    """Why there is no growth that keeps the function: the norm follows the residual sum."""
+    """Why growth=zero keeps only the most likely words there: the norm follows the sum."""
     model = build(planned()[0])
     layer = model.layers[0]
     with torch.no_grad():

@@ -325,11 +325,12 @@ def _empty(phase: Phase) -> torch.nn.Module:
 
 @pytest.mark.parametrize("model", ["standard", "deep_supervision"])
 @pytest.mark.parametrize("experiment", ["original", "gradual_unfreezing", "control_head_only"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
 def test_the_plan_counts_the_products_of_the_body_that_a_step_forms(
-    experiment: str, model: str
+    experiment: str, model: str, norm: str
 ) -> None:
     network = None
-    for phase in planned(f"experiment={experiment}", f"model={model}"):
+    for phase in planned(f"experiment={experiment}", f"model={model}", f"model.norm={norm}"):
         network = build(phase) if network is None else grow(network, phase)
         training = Training(network, phase, CORPUS, CPU)
         rows = torch.arange(phase.batch_size)

@@ -1,0 +1,307 @@
+"""What each growth operator keeps of the model that it grows, in float32, and bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from proglayer.config import ConfigError, GrowthInit
+from proglayer.training.growth import build, gate_value, grow
+from proglayer.training.model import Transformer
+from proglayer.training.plan import Phase, layer_sources, placements, plan
+from proglayer.training.trainer import Training, evaluate, set_gate
+
+from ..helpers import TINY, config, tiny_corpus
+
+CPU = torch.device("cpu")
+CORPUS = tiny_corpus()
+BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
+
+
+def planned(*overrides: str) -> tuple[Phase, ...]:
+    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+
+
+def trained(phase: Phase) -> Transformer:
+    """A model whose gains are no longer 1 and whose layers differ."""
+    training = Training(build(phase), phase, CORPUS, CPU)
+    training.train_epoch()
+    training.finish_epoch()
+    return training.model
+
+
+def grown(norm: str, *overrides: str) -> tuple[Transformer, Transformer, Phase]:
+    """A trained model of 3 layers, what it grew into, and the phase that begins there."""
+    first, second, *_ = planned(f"model.norm={norm}", *overrides)
+    old = trained(first)
+    return old, grow(old, second), second
+
+
+def tokens() -> torch.Tensor:
+    return torch.from_numpy(CORPUS.validation[:, :-1].copy()).long()
+
+
+def logits(model: Transformer) -> list[torch.Tensor]:
+    """At every exit."""
+    with torch.no_grad():
+        return [model.head(model.read(hidden)) for hidden in model(tokens())]
+
+
+def pattern(old: Transformer, new: Transformer) -> str:
+    """The old layer whose tensors each new one has, `r` where none."""
+
+    def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+        return all(map(torch.equal, a.parameters(), b.parameters()))
+
+    return "".join(
+        next((str(i) for i, below in enumerate(old.layers) if same(below, layer)), "r")
+        for layer in new.layers
+    )
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("growth=random",), "012rrr"),
+        (("growth=copy",), "012222"),
+        (("growth=copy", "growth.position=interleave"), "001122"),
+        (("growth=stack",), "012012"),
+        (("growth=middle",), "011112"),
+        (("growth=gate",), "012222"),
+        (("growth=zero",), "012rrr"),
+    ],
+)
+def test_where_layers_come_from(norm: str, overrides: tuple[str, ...], expected: str) -> None:
+    old, new, phase = grown(norm, "added_layers=3", *overrides)
+    assert pattern(old, new) == expected
+    assert phase.growth is not None
+    new_layers = tuple(i for i, s in enumerate(layer_sources(3, phase.growth)) if s.new)
+    assert new_layers == phase.new_layers == placements(3, phase.growth)
+
+
+def test_middle_repeats_a_block() -> None:
+    phase = planned("initial_layers=4", "growth=middle", "growth.block=2", "added_layers=4")[1]
+    assert phase.growth is not None
+    assert [s.layer for s in layer_sources(4, phase.growth)] == [0, 1, 2, 1, 2, 1, 2, 3]
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize("init", [each.name for each in GrowthInit])
+def test_exits_below_the_growth_stay_bit_for_bit(norm: str, init: str) -> None:
+    old, new, phase = grown(norm, f"growth={init}", "added_layers=3")
+    lowest = phase.new_layers[0]
+    assert lowest > 0
+    for before, after in list(zip(logits(old), logits(new), strict=False))[:lowest]:
+        assert torch.equal(before, after)
+    assert torch.equal(old.embedding.weight, new.embedding.weight)
+    assert torch.equal(old.head.weight, new.head.weight)
+    pointers = [p.data_ptr() for model in (old, new) for p in model.parameters()]
+    assert len(pointers) == len(set(pointers))
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize("init", ["random", "copy", "stack", "middle"])
+def test_operators_that_keep_nothing_change_the_function(norm: str, init: str) -> None:
+    old, new, _ = grown(norm, f"growth={init}", "added_layers=3")
+    assert not torch.allclose(logits(old)[-1], logits(new)[-1], atol=1e-3)
+
+
+@BOTH_NORMS
+def test_a_stack_is_the_old_layers_applied_to_their_own_exit(norm: str) -> None:
+    old, new, _ = grown(norm, "growth=stack", "added_layers=3")
+    with torch.no_grad():
+        again = _through(old, old(tokens())[-1])
+    assert torch.equal(new(tokens())[-1], again)
+
+
+def _through(model: Transformer, hidden_ntd: torch.Tensor) -> torch.Tensor:
+    from proglayer.training.model import rotary_tables
+
+    cos, sin = rotary_tables(hidden_ntd.shape[1], model.head_dim, model.rotary_base, CPU)
+    for layer in model.layers:
+        hidden_ntd = layer(hidden_ntd, cos, sin)
+    return hidden_ntd
+
+
+@pytest.mark.parametrize("position", ["top", "bottom", "interleave"])
+def test_zero_keeps_a_pre_norm_model_exactly(position: str) -> None:
+    old, new, _ = grown("pre", "growth=zero", f"growth.position={position}", "added_layers=3")
+    assert torch.equal(logits(old)[-1], logits(new)[-1])
+
+
+def test_zero_on_top_of_a_post_norm_model_keeps_every_most_likely_word() -> None:
+    old, new, _ = grown("post", "growth=zero", "added_layers=3")
+    before, after = logits(old)[-1], logits(new)[-1]
+    assert torch.equal(before.argmax(-1), after.argmax(-1))
+    # Each token's logits are scaled by one positive factor, no more.
+    factor = (before * after).sum(-1, keepdim=True) / before.square().sum(-1, keepdim=True)
+    assert (factor > 0).all()
+    torch.testing.assert_close(after, factor * before, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, after)
+
+
+@BOTH_NORMS
+def test_the_first_gradient_of_zero_layers_is_of_what_was_set_to_zero(norm: str) -> None:
+    _, new, phase = grown(norm, "growth=zero", "added_layers=2", "freeze=none")
+    training = Training(new, phase, CORPUS, CPU)
+    training.loss(*training.windows.batch(torch.arange(8))).backward()
+    moved = {
+        name.split(".", 2)[2]
+        for name, p in new.named_parameters()
+        if name.startswith("layers.4") and p.grad is not None and p.grad.any()
+    }
+    gains = {"norm1.weight", "norm2.weight"} if norm == "post" else set()
+    assert moved == {"attention.o.weight", "ffn.w2.weight"} | gains
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize("position", ["top", "bottom", "interleave"])
+def test_a_closed_gate_keeps_the_model_exactly_and_an_open_one_is_no_gate(
+    norm: str, position: str
+) -> None:
+    old, new, phase = grown(norm, "growth=gate", f"growth.position={position}", "added_layers=3")
+    set_gate(new, phase, 0)
+    assert torch.equal(logits(old)[-1], logits(new)[-1])
+    (before,), (after,) = (
+        evaluate(model, phase, CORPUS, CPU, [layers - 1])
+        for model, layers in ((old, 3), (new, phase.layers))
+    )
+    assert (before.loss, before.accuracy) == (after.loss, after.accuracy)
+    new.gate = torch.ones(())
+    opened = logits(new)
+    set_gate(new, phase, 100)
+    assert new.gate is None
+    assert all(map(torch.equal, opened, logits(new)))
+
+
+def test_a_gate_opens_by_equal_parts_over_its_steps() -> None:
+    growth = planned("growth=gate", "growth.gate_steps=4")[1].growth
+    assert [gate_value(growth, step) for step in range(6)] == [0, 0.25, 0.5, 0.75, None, None]
+    assert gate_value(planned("growth=copy")[1].growth, 0) is None
+
+
+@BOTH_NORMS
+def test_a_gate_is_gone_when_its_epoch_ends(norm: str) -> None:
+    """And while it opens, the model that trains is not the one without it."""
+    _, new, phase = grown(norm, "growth=gate", "growth.gate_steps=2")
+    gates = []
+    training = Training(new, phase, CORPUS, CPU)
+    training.train_epoch(lambda _: gates.append(None if new.gate is None else float(new.gate)))
+    assert gates == [0.0, 0.5, None]
+    assert new.gate is None
+    assert new.state_dict().keys() == build(replace(phase, growth=None)).state_dict().keys()
+
+
+def test_a_gate_must_open_within_the_first_epoch() -> None:
+    phase = planned("growth=gate", "growth.gate_steps=4")[1]
+    assert phase.windows(64) == 64
+    with pytest.raises(ConfigError, match=r"growth.gate_steps=4 is more than the 3 optimizer"):
+        phase.windows(40)
+
+
+@BOTH_NORMS
+@pytest.mark.parametrize("init", ["stack", "copy", "middle", "zero", "gate"])
+def test_noise_of_a_share_of_the_tensors_own_scale(norm: str, init: str) -> None:
+    size = ("added_layers=3", "model.dim=64")
+    _, plain, phase = grown(norm, f"growth={init}", *size)
+    _, noisy, _ = grown(norm, f"growth={init}", "growth.noise=0.2", *size)
+    _, again, _ = grown(norm, f"growth={init}", "growth.noise=0.2", *size)
+    for name, tensor in plain.named_parameters():
+        other = noisy.get_parameter(name)
+        assert torch.equal(other, again.get_parameter(name))
+        number = int(name.split(".")[1]) if name.startswith("layers") else -1
+        if number not in phase.new_layers or "norm" in name or not tensor.any():
+            assert torch.equal(tensor, other), name
+        else:
+            noise = other - 0.8 * tensor
+            assert (noise.norm() / tensor.norm()).item() == pytest.approx(0.2, rel=0.05), name
+            assert abs(torch.corrcoef(torch.stack([noise.flatten(), tensor.flatten()]))[0, 1]) < 0.1
+
+
+@BOTH_NORMS
+def test_noise_draws_from_a_stream_of_its_own(norm: str) -> None:
+    """Each new layer another noise, and none of it moves what else is drawn."""
+    old, noisy, _ = grown(norm, "growth=copy", "growth.noise=1", "added_layers=2")
+    a, b = (noisy.layers[i].attention.q.weight for i in (3, 4))
+    assert not torch.equal(a, b)
+    assert pattern(old, grown(norm, "growth=stack", "growth.noise=0", "added_layers=3")[1]) == (
+        "012012"
+    )
+
+
+@pytest.mark.parametrize("position", ["top", "interleave"])
+@pytest.mark.parametrize("init", ["zero", "gate"])
+def test_what_was_zero_or_behind_a_gate_trains(init: str, position: str) -> None:
+    _, new, phase = grown(
+        "pre", f"growth={init}", f"growth.position={position}", "growth.gate_steps=2"
+    )
+    before = {name: p.detach().clone() for name, p in new.named_parameters()}
+    training = Training(new, phase, CORPUS, CPU)
+    for _ in range(2):
+        training.train_epoch()
+        training.finish_epoch()
+    moved = {name for name, p in new.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in new.named_parameters() if p.requires_grad}
+
+
+def test_operators_in_a_row_grow_what_the_last_growth_left() -> None:
+    phases = planned("growth=stack", "phase=one_at_a_time", "added_layers=2")
+    model = first = trained(phases[0])
+    for phase in phases[1:]:
+        model = grow(model, phase)
+    assert pattern(first, model) == "01200"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pre-norm
+
+
+def test_an_exit_of_a_pre_norm_model_is_read_through_the_final_norm() -> None:
+    model = build(planned("model.norm=pre")[0])
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(0.5, 2, 8))
+    hidden = model(tokens())[1]
+    expected = torch.nn.functional.rms_norm(hidden, (8,), model.norm.weight, 1e-6)
+    assert torch.equal(model.read(hidden), expected)
+    post = build(planned()[0])
+    assert post.read(hidden) is hidden
+
+
+def test_a_layer_is_pre_norm_where_that_is_asked_for() -> None:
+    from proglayer.training.model import rotary_tables
+
+    layer = build(planned("model.norm=pre")[0]).layers[0]
+    x = torch.randn(2, 5, 8)
+    cos, sin = rotary_tables(5, 4, 10_000.0, CPU)
+    y = x + layer.attention(layer.norm1(x), cos, sin)
+    assert torch.equal(layer(x, cos, sin), y + layer.ffn(layer.norm2(y)))
+
+
+def test_the_final_norm_trains_and_is_frozen_with_the_head() -> None:
+    initial, grown_phase = planned(
+        "model.norm=pre", "freeze.steps=[{existing: 0, embedding: false, head: false}]"
+    )
+    model = trained(initial)
+    assert not torch.equal(model.norm.weight, torch.ones(8))
+    new = grow(model, grown_phase)
+    training = Training(new, grown_phase, CORPUS, CPU)
+    training.train_epoch()
+    assert torch.equal(new.norm.weight, model.norm.weight)
+    assert torch.equal(new.head.weight, model.head.weight)
+
+
+def test_the_loss_of_a_pre_norm_model_is_that_of_its_logits() -> None:
+    phase = planned("model.norm=pre", "model=deep_supervision")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    input_nt, target_nt = training.windows.batch(torch.arange(8))
+    expected = sum(
+        torch.nn.functional.cross_entropy(
+            training.model.head(training.model.norm(hidden)).flatten(0, 1), target_nt.flatten()
+        )
+        / 3
+        for hidden in training.model(input_nt)
+    )
+    torch.testing.assert_close(training.loss(input_nt, target_nt), expected)
