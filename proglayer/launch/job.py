@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +17,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from proglayer import files
 from proglayer.config import Config, OnError, from_plain, to_config
-from proglayer.errors import DISK_FULL, ConfigError, with_type
+from proglayer.errors import DISK_FULL, ConfigError, StoreError, with_type
 from proglayer.launch import snapshot
 from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, file_problem, in_one_line
@@ -33,7 +33,6 @@ from proglayer.store.record import (
     read_submission,
     write_record,
 )
-from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ DEFERRED = "deferred"
 MAY_DEFER = "PROGLAYER_MAY_DEFER"
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
+# What lies in the folder `hydra.output_subdir` of a run.
+WRITTEN_BY_HYDRA = r"(config|hydra|overrides)\.yaml"
 # What was not there before the run that starts, of what Hydra makes for it.
 _made: set[Path] = set()
 
@@ -264,11 +265,8 @@ def _code(git: GitState) -> str:
 def _leave_nothing(folder: Path) -> None:
     """Take away what Hydra made for a run that was not started. What was there before stays."""
     for path in _made - {folder}:
-        with contextlib.suppress(OSError):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if not files.delete_folder(path, files.named(WRITTEN_BY_HYDRA)):
+            with contextlib.suppress(OSError):
+                files.delete(path, files.named(r".*\.log"))
     if folder in _made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if nothing else is in it
+        files.delete_if_empty(folder)

@@ -27,9 +27,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from proglayer.config import ConfigError
+from proglayer.errors import StoreError
 from proglayer.launch.common import HydraLauncher, freeze
 from proglayer.store.record import HEARTBEAT, RESULT, SUBMITTED, RunState, mark_lost, read_heartbeat
-from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
 

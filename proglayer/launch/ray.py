@@ -26,9 +26,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from proglayer.config import ConfigError
+from proglayer.errors import StoreError
 from proglayer.launch.common import HydraLauncher, folder_name, freeze
 from proglayer.store.record import SUBMITTED, mark_lost
-from proglayer.store.stages import StoreError
 
 log = logging.getLogger(__name__)
 

@@ -28,22 +28,24 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, se
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from proglayer import files
 from proglayer.config import ConfigError
 from proglayer.console import console
+from proglayer.errors import StoreError
 from proglayer.launch.common import HydraLauncher, folder_name, freeze
 from proglayer.store.record import (
-    HEARTBEAT,
     RESULT,
     SUBMITTED,
+    SWEEP,
     RunRecord,
     RunState,
     amend_record,
     mark_lost,
     read_record,
+    remove_heartbeat,
     remove_record,
     write_heartbeat,
 )
-from proglayer.store.stages import StoreError, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class SlurmLauncher(HydraLauncher, Protocol):
 
 # In the folder of what was submitted: each job's folder -> its number in Slurm.
 IDS = "slurm.json"
+is_ids = files.begins_with(b'{"')
 # What a job of Slurm prints, as links in its folder.
 OUTPUTS = {"stdout": "slurm.out", "stderr": "slurm.err"}
 # Slurm's MaxArraySize, unless it is set, is one more.
@@ -211,9 +214,12 @@ def _hand_over(
     old_records = {task.folder: _look(task.folder / RESULT) for task in tasks}
     left = list(tasks)
     ids: dict[str, str] = {}
+    made: set[Path] = set()
     try:
         executor = _executor(launcher, code)
         for task in tasks:
+            if not task.folder.exists():
+                made.add(task.folder)
             task.folder.mkdir(parents=True, exist_ok=True)
             write_heartbeat(task.folder, RunState.pending)
         while left:
@@ -228,15 +234,15 @@ def _hand_over(
                 if old_records[task.folder] == _look(task.folder / RESULT):
                     remove_record(task.folder)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
-            write_atomically(sweep / SUBMITTED / IDS, data, "hydra.sweep.dir")
+            files.write_atomically(sweep / SUBMITTED / IDS, data, SWEEP, is_ids)
     except (FailedJobError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
     finally:
         for task in left:
-            (task.folder / HEARTBEAT).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                task.folder.rmdir()  # only if nothing else is in it
+            remove_heartbeat(task.folder)
+            if task.folder in made:
+                files.delete_if_empty(task.folder)
     for name, (number, overrides) in jobs.items():
         log.info(
             "job %s of Slurm, #%d: %s", ids[name], number, " ".join(filter_overrides(overrides))
@@ -274,8 +280,7 @@ def _link_outputs(folder: Path, paths: Any) -> None:
     """Let a job's folder lead to what it prints, which Slurm keeps by number."""
     for name, link in OUTPUTS.items():
         with contextlib.suppress(OSError):
-            (folder / link).unlink(missing_ok=True)
-            (folder / link).symlink_to(os.path.relpath(getattr(paths, name), folder))
+            files.point_to(folder / link, os.path.relpath(getattr(paths, name), folder))
 
 
 def _wait(launcher: SlurmLauncher, ids: set[str]) -> None:

@@ -13,14 +13,13 @@ import filecmp
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from proglayer import files
+from proglayer.errors import StoreError
 from proglayer.run.code import ORIGIN, PACKAGE, origin
 from proglayer.store.record import GitState, to_dict
-from proglayer.store.stages import StoreError
 
 # What Hydra reads in a folder of settings; anything else there may be large.
 SETTINGS = (".yaml", ".yml")
@@ -48,21 +47,18 @@ def take(into: Path, conf: Mapping[str, Path], plugins: Path, git: GitState | No
         there = into / f"code-{digest.hexdigest()[:12]}"
         if there.is_dir():
             return there
-        temporary = into / f".{there.name}-{secrets.token_hex(4)}"
-        for name, content in contents.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(content)
-        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        contents[ORIGIN] = json.dumps(origin, indent=1).encode() + b"\n"
+        with files.new_folder(into, f".{there.name}") as temporary:
+            for name, content in contents.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                files.write_over(temporary / name, content, files.everything, "hydra.sweep.dir")
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                files.put_in_place(temporary, there)
     except OSError as error:
         raise StoreError(
             f"cannot keep the code beside the sweep ({error.filename}: {error.strerror}): make "
             "room, or set hydra.sweep.dir"
         ) from error
-    try:
-        temporary.rename(there)
-    except OSError:
-        # Somebody else submitted the same meanwhile.
-        shutil.rmtree(temporary, ignore_errors=True)
     return there
 
 
@@ -97,8 +93,8 @@ def _files(name: str, folder: Path) -> Iterator[str]:
         # Installed packages have their plugins in folders beside our files.
         yield from (path.name for path in folder.glob("*.py"))
         return
-    for path, folders, files in os.walk(folder):
+    for path, folders, names in os.walk(folder):
         folders[:] = [below for below in folders if not below.startswith((".", "__pycache__"))]
-        for file in files:
+        for file in names:
             if name == PACKAGE.name or file.endswith(SETTINGS):
                 yield os.path.relpath(os.path.join(path, file), folder)

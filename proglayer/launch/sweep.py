@@ -26,6 +26,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from proglayer import files
 from proglayer.config import (
     Config,
     ConfigError,
@@ -37,12 +38,14 @@ from proglayer.config import (
 )
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
+from proglayer.errors import StoreError
 from proglayer.launch.common import jobs_at_once, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.job import DEFERRED, MAY_DEFER, leave_report
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.progress import plan_table
 from proglayer.store.record import (
+    SWEEP,
     Heartbeat,
     ListedJob,
     RecordError,
@@ -52,7 +55,6 @@ from proglayer.store.record import (
     write_jobs,
     write_submissions,
 )
-from proglayer.store.stages import StoreError
 from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.versions import warn_of_unknown
 
@@ -80,6 +82,8 @@ class ProductSweeper(HydraSweeper, Protocol):
     pairs: list[list[str]]
 
 
+# How Hydra's settings of a sweep begin.
+is_multirun = files.begins_with(b"hydra:")
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
@@ -353,7 +357,8 @@ def open_folder(master: DictConfig) -> Path:
     folder = Path(master.hydra.sweep.dir)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(master, folder / "multirun.yaml")
+        text = OmegaConf.to_yaml(master)
+        files.write_over(folder / "multirun.yaml", text.encode(), is_multirun, SWEEP)
     return folder
 
 
