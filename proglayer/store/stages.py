@@ -227,7 +227,7 @@ class Stage:
         for part in (self.folder, self.notes.folder):
             if not files.is_folder(part):
                 continue
-            for entry in os.scandir(part):
+            for entry in list(os.scandir(part)):
                 path = Path(entry.path)
                 if path == self.notes.folder and entry.is_dir(follow_symlinks=False):
                     continue
@@ -370,7 +370,7 @@ def open_store(store: Path) -> None:
 
     A new or empty folder becomes a store, and so does one that holds nothing but stages, as earlier
     versions left it. One that holds other things, too, can be used, but is not made a store: no
-    command deletes anything in it. Raises StoreError.
+    command deletes anything in it. Raises NotAStoreError.
     """
     marker = read_marker(store)
     if marker is not None and marker.run is not None:
@@ -379,7 +379,9 @@ def open_store(store: Path) -> None:
             f"{SETTING} elsewhere"
         )
     if marker is None and _holds_stages_alone(store):
-        _write_marker(store)
+        # One that takes no marker takes no stages either, which is told then, or it needs none.
+        with contextlib.suppress(StoreError):
+            _write_marker(store)
 
 
 def _write_marker(store: Path, **more: str) -> None:
@@ -397,7 +399,8 @@ def _holds_stages_alone(store: Path) -> bool:
     if not store.is_dir():
         return not os.path.lexists(store)
     try:
-        return not any(True for entry in os.scandir(store) for _ in _foreign(store, entry))
+        entries = list(os.scandir(store))
+        return not any(True for entry in entries for _ in _foreign(store, entry))
     except OSError:
         return False
 
@@ -518,7 +521,7 @@ class Contents:
 def look_over(store: Path) -> Contents:
     """Every stage of a store, in no order, and everything foreign in it."""
     contents = Contents()
-    for entry in os.scandir(store) if store.is_dir() else ():
+    for entry in list(os.scandir(store)) if store.is_dir() else ():
         foreign: list[Path] = []
         with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
             foreign = list(_foreign(store, entry))
@@ -624,6 +627,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="prune: say what would go")
     options = parser.parse_args(arguments)
+    if options.action == "prune" and options.max_size is None and options.max_age is None:
+        parser.error("prune needs --max-size or --max-age")
     if not options.dir.is_dir():
         print(f"error: no store at {options.dir}: name one with --dir", file=sys.stderr)
         return 2
@@ -653,8 +658,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{len(stages) - len(ours)} stages of another version left unread")
         _print_foreign(contents.foreign)
         return int(damaged > 0)
-    if options.max_size is None and options.max_age is None:
-        parser.error("prune needs --max-size or --max-age")
     freed = 0
     for kept in prunable(stages, options.max_size, options.max_age):
         if options.dry_run or delete(kept.stage):
