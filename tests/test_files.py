@@ -35,9 +35,7 @@ OF_MODULES = {
 ALLOWED = {
     # The kernel's switch that starts counting peak memory anew.
     ("proglayer/run/machine.py", "write_text"),
-    # Into the array that it made a moment ago in a folder of its own.
-    ("proglayer/data/corpus.py", "open r+b"),
-    # At the end of the event file that it made.
+    # To the end of the event file that it made.
     ("proglayer/run/loggers.py", "open ab"),
 }
 
