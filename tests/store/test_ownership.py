@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proglayer.config import ConfigError
 from proglayer.run.experiment import run
 from proglayer.store import stages
-from proglayer.store.record import Status, read_jobs, read_result
+from proglayer.store.record import BestEpoch, RunState, read_jobs, read_record
 from proglayer.store.stages import MARKER, PrivateStore, Stage, StoreError, main, open_store
 from proglayer.training.trainer import Training
 
@@ -355,35 +356,35 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     before = set(folder.glob(".stages-*"))
     with monkeypatch.context() as patch:
         patch.setattr(Training, "loss", told_to_stop)
-        assert run(config(*QUICK, "reuse=false"), folder).status is Status.interrupted
+        assert run(config(*QUICK, "reuse=false"), folder).status is RunState.interrupted
     (private,) = set(folder.glob(".stages-*")) - before
     return private
 
 
-def trained(folder: Path) -> list[tuple[int, dict]]:
-    record = read_result(folder)
+def trained(folder: Path) -> list[tuple[Any, BestEpoch]]:
+    record = read_record(folder)
     assert record
-    return [(phase["work"]["epochs_trained"], phase["best"]) for phase in record["phases"]]
+    return [(phase.work.epochs_trained, phase.best) for phase in record.phases]
 
 
 def test_an_interrupted_run_that_reuses_nothing_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(*QUICK, "reuse=false")
-    assert run(settings, tmp_path / "whole").status is Status.completed
+    assert run(settings, tmp_path / "whole").status is RunState.completed
     folder = tmp_path / "run"
     private = interrupted(folder, monkeypatch)
     # A user put something beside what is stored, and copied the run's folder.
     (private / "why.txt").write_text("mine")
     shutil.copytree(folder, tmp_path / "copy")
     copied = tree(tmp_path / "copy" / private.name)
-    assert run(settings, folder).status is Status.completed
+    assert run(settings, folder).status is RunState.completed
     whole, on = trained(tmp_path / "whole"), trained(folder)
     assert [best for _, best in on] == [best for _, best in whole]
     assert on[0][0] == whole[0][0] - 1
     assert tree(private).keys() == {"why.txt"}
     # In the copy it trains anew, as what lies there was made by another.
-    assert run(settings, tmp_path / "copy").status is Status.completed
+    assert run(settings, tmp_path / "copy").status is RunState.completed
     assert trained(tmp_path / "copy")[0][0] == whole[0][0]
     assert tree(tmp_path / "copy" / private.name) == copied
 
@@ -468,10 +469,10 @@ def test_a_run_in_its_own_folder_writes_over_what_it_left(tmp_path: Path) -> Non
     for damage in (None, "weights.safetensors", "metrics.csv"):
         if damage:
             (tmp_path / "run" / damage).write_text("overwritten")
-        assert run(settings, tmp_path / "run").status is Status.completed
+        assert run(settings, tmp_path / "run").status is RunState.completed
     assert (tmp_path / "run" / "weights.safetensors").stat().st_size > 1000
     # Empty files, as a crash of the machine may leave them, stand in nobody's way.
     for name in ("result.json", "metrics.csv", "weights.safetensors", "heartbeat.json"):
         (tmp_path / "run" / name).unlink(missing_ok=True)
         (tmp_path / "run" / name).write_text("")
-    assert run(settings, tmp_path / "run").status is Status.completed
+    assert run(settings, tmp_path / "run").status is RunState.completed

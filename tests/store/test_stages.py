@@ -18,7 +18,7 @@ import pytest
 
 from proglayer.run.experiment import run
 from proglayer.store import stages
-from proglayer.store.record import ListedJob, write_jobs, write_result
+from proglayer.store.record import ListedJob, RunRecord, RunState, write_jobs, write_record
 from proglayer.store.stages import (
     Stage,
     main,
@@ -65,7 +65,7 @@ def stage(
 def run_folder(folder: Path, status: str | None, *stages: Stage) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if status:
-        write_result(folder, {"format": 1, "status": status})
+        write_record(folder, RunRecord(status=RunState(status)))
     for made in stages:
         times = {path: path.stat().st_mtime for path in made.folder.iterdir()}
         made.mark_used(folder)
@@ -159,9 +159,9 @@ def test_who_may_come_back_for_a_stage(tmp_path: Path) -> None:
     assert needed("elsewhere", 29, None, seen=False)
     assert not needed("gone", 31, None, seen=False)
     # A sweep whose other jobs have not begun.
-    write_jobs(tmp_path / "sweep", [ListedJob("0_abcdef"), ListedJob("1_abcdef", ("seed=1",))])
+    write_jobs(tmp_path / "sweep", [ListedJob("0_abcdef", ()), ListedJob("1_abcdef", ("seed=1",))])
     assert needed("sweep", 1, "completed")
-    write_result(tmp_path / "sweep/1_abcdef", {"format": 1, "status": "completed"})
+    write_record(tmp_path / "sweep/1_abcdef", RunRecord(status=RunState.completed))
     assert not needed("sweep", 1, "completed")
     # A list that cannot be read may list any job.
     (tmp_path / "sweep/jobs.json").write_text('{"0_abcdef": []}')
