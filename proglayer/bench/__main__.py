@@ -28,6 +28,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
+from proglayer import files
 from proglayer.bench.harness import PARTS, Measurement, measure, peak_memory_mb
 from proglayer.config import Config, ConfigError, register, to_config
 from proglayer.console import console
@@ -190,9 +191,11 @@ def _write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         "git": to_dict(git_state()),
     }
     try:
-        options.json.write_text(json.dumps({**about, **figures}, indent=1) + "\n")
+        data = json.dumps({**about, **figures}, indent=1).encode() + b"\n"
+        files.write_over(options.json, data, files.begins_with(b'{"taken":'), "--json")
     except OSError as error:
-        raise ConfigError(f"--json={options.json} cannot be written ({error.strerror})") from error
+        reason = error.strerror or str(error)
+        raise ConfigError(f"--json={options.json} cannot be written ({reason})") from error
 
 
 if __name__ == "__main__":

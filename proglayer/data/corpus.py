@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from proglayer import files
 from proglayer.config import DataConfig
 from proglayer.data.sources import TextSource, open_source
 from proglayer.errors import DISK_FULL, ConfigError, first_line
@@ -165,6 +165,8 @@ def _windows(
 # The cache: one folder for each text and tokenisation, holding train.npy, validation.npy,
 # vocabulary.txt (one word a line, a word's line is its id) and meta.json, which is written last.
 
+ENTRY_FORM = r"(train|validation)\.npy|vocabulary\.txt|meta\.json"
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -251,24 +253,25 @@ def _prepare_once(folder: Path, source: TextSource, data: DataConfig, notify: No
     except filelock.Timeout:
         notify(f"{source.name}: another process is preparing the corpus, waiting for it")
         lock.acquire()
-    # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
-    partial = folder.with_name(f"{folder.name}.partial")
-    discarded = folder.with_name(f"{folder.name}.discarded")
+    partial_name = f"{folder.name}.partial"
     try:
         entry = _read_entry(folder, _silent)
         if entry is not None:
             return entry
-        for leftover in (partial, discarded):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        _prepare(partial, source, data, notify)
-        if folder.exists():
-            folder.rename(discarded)
-        partial.rename(folder)
+        # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
+        for leftover in folder.parent.glob(f"{partial_name}-*"):
+            if re.fullmatch(rf"{re.escape(partial_name)}-[0-9a-f]{{16}}", leftover.name):
+                files.delete_folder(leftover, files.everything)
+        with files.new_folder(folder.parent, partial_name) as partial:
+            _prepare(partial, source, data, notify)
+            if not files.delete_folder(folder, files.named(ENTRY_FORM)):
+                raise ConfigError(
+                    f"data.cache_dir: the cached corpus in {folder} is damaged, and other files "
+                    "lie in it, which are left as they are: move them"
+                )
+            files.put_in_place(partial, folder)
         _sync_folder(folder.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(discarded, ignore_errors=True)
         lock.release()
     entry = _read_entry(folder, notify)
     if entry is None:
@@ -312,11 +315,11 @@ def _prepare(folder: Path, source: TextSource, data: DataConfig, notify: Notify)
         new_ids[kept] = np.arange(len(kept), dtype="<i4")
         for split in SPLITS:
             all_words = scratch / f"{split}.npy"
-            (folder / all_words.name).rename(all_words)
+            files.move(folder / all_words.name, all_words, files.everything)
             renumbered = (new_ids[piece] for piece in _stream_pieces(all_words))
             meta[split] = _write_stream(folder / all_words.name, renumbered)
         vocabulary = [vocabulary[i] for i in kept]
-    shutil.rmtree(scratch)
+    files.delete_folder(scratch, files.everything)
 
     # A docstring may hold half a surrogate pair, which strict UTF-8 can't express.
     encoded = "\n".join(vocabulary).encode("utf-8", "surrogatepass")
@@ -367,7 +370,7 @@ def _write_stream(path: Path, pieces: Iterable[np.ndarray]) -> dict[str, Any]:
         about = {"descr": "<i4", "fortran_order": False, "shape": (words,)}
         np.lib.format.write_array_header_1_0(file, about)
 
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         header()
         for piece in pieces:
             tokens = piece.tobytes()
@@ -419,7 +422,7 @@ def _hashes(passages: np.ndarray) -> np.ndarray:
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         file.write(content)
         _flush(file)
 

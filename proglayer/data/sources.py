@@ -32,6 +32,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from proglayer import files
 from proglayer.config import DataConfig, DataSource
 from proglayer.errors import DISK_FULL, ConfigError, first_line
 
@@ -370,10 +371,8 @@ def _file_sha256(path: Path, setting: str, hashes: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if settled > FRESH_SECONDS and _state(path, file.fileno()) == state:
                 with suppress(OSError):  # it is hashed again the next time
-                    hashes.mkdir(parents=True, exist_ok=True)
-                    partial = kept.with_suffix(f".{os.getpid()}")
-                    partial.write_text(digest, encoding="ascii")
-                    partial.replace(kept)
+                    by_hash = files.named("[0-9a-f]{64}")
+                    files.write_atomically(kept, digest.encode(), "data.cache_dir", by_hash)
             return digest
     except OSError as error:
         raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from proglayer import files
 from proglayer.config import Config, OnError, to_config
 from proglayer.errors import (
     FAILED,
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
+# What lies in the folder `hydra.output_subdir` of a run.
+WRITTEN_BY_HYDRA = r"(config|hydra|overrides)\.yaml"
 # What was not there before the run that starts, of what Hydra makes for it.
 _made: set[Path] = set()
 
@@ -205,11 +207,8 @@ def _warn_of_changes() -> None:
 def _leave_nothing(folder: Path) -> None:
     """Take away what Hydra made for a run that was not started. What was there before stays."""
     for path in _made - {folder}:
-        with contextlib.suppress(OSError):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if not files.delete_folder(path, files.named(WRITTEN_BY_HYDRA)):
+            with contextlib.suppress(OSError):
+                files.delete(path, files.named(r".*\.log"))
     if folder in _made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if nothing else is in it
+        files.delete_if_empty(folder)

@@ -21,9 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
+from proglayer import files
 from proglayer.config import OnError, short_hash
 from proglayer.console import console
-from proglayer.errors import ConfigError, StoreError, first_line
+from proglayer.errors import ConfigError, first_line
 from proglayer.launch.common import threads_per_job
 from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
@@ -40,6 +41,7 @@ from proglayer.launch.sweep import (
 )
 from proglayer.store.record import (
     JOBS,
+    SWEEP,
     Heartbeat,
     ListedJob,
     RunState,
@@ -101,7 +103,9 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
         raise ConfigError("every trial failed, for the reasons above")
     if folders:
         found = {"name": "optuna", "best_params": best.params, "best_value": best.value}
-        OmegaConf.save(OmegaConf.create(found), folders[-1] / "optimization_results.yaml")
+        text = OmegaConf.to_yaml(OmegaConf.create(found)).encode()
+        best_file = folders[-1] / "optimization_results.yaml"
+        files.write_over(best_file, text, files.begins_with(b"name: optuna"), SWEEP)
 
 
 def _with_params(params: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -319,7 +323,7 @@ class Trials:
 def list_what_began(sweep: Path) -> None:
     """Take from the list of a sweep's jobs those that have not begun, if it can be written."""
     if (sweep / JOBS).exists():
-        with contextlib.suppress(StoreError):
+        with contextlib.suppress(OSError):
             write_jobs(sweep, listed_and_begun(sweep))
 
 

@@ -25,23 +25,24 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
+from proglayer import files
 from proglayer.console import console
 from proglayer.errors import ConfigError, StoreError
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import (
-    HEARTBEAT,
     RESULT,
     SUBMITTED,
+    SWEEP,
     RunRecord,
     RunState,
     amend_record,
     mark_lost,
     read_record,
+    remove_heartbeat,
     remove_record,
     write_heartbeat,
 )
-from proglayer.store.stages import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ EVERYWHERE = (
 )
 # In the folder of what was submitted: each job's folder -> its number in Slurm.
 IDS = "slurm.json"
+is_ids = files.begins_with(b'{"')
 # What a job of Slurm prints, as links in its folder.
 OUTPUTS = {"stdout": "slurm.out", "stderr": "slurm.err"}
 # Slurm's MaxArraySize, unless it is set, is one more.
@@ -185,9 +187,12 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
     old_records = {task.folder: _look(task.folder / RESULT) for task in jobs}
     left = list(jobs)
     ids: dict[str, str] = {}
+    made: set[Path] = set()
     try:
         executor = _executor(launcher, code)
         for task in jobs:
+            if not task.folder.exists():
+                made.add(task.folder)
             task.folder.mkdir(parents=True, exist_ok=True)
             write_heartbeat(task.folder, RunState.pending)
         while left:
@@ -202,15 +207,15 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
                 if old_records[task.folder] == _look(task.folder / RESULT):
                     remove_record(task.folder)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
-            write_atomically(sweep / SUBMITTED / IDS, data, "hydra.sweep.dir")
+            files.write_atomically(sweep / SUBMITTED / IDS, data, SWEEP, is_ids)
     except (FailedJobError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
     finally:
         for task in left:
-            (task.folder / HEARTBEAT).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                task.folder.rmdir()  # only if nothing else is in it
+            remove_heartbeat(task.folder)
+            if task.folder in made:
+                files.delete_if_empty(task.folder)
     for task in jobs:
         log.info("#%d is job %s of Slurm", task.job.number, ids[task.folder.name])
     return ids
@@ -241,8 +246,7 @@ def _link_outputs(folder: Path, paths: Any) -> None:
     """Let a job's folder lead to what it prints, which Slurm keeps by number."""
     for name, link in OUTPUTS.items():
         with contextlib.suppress(OSError):
-            (folder / link).unlink(missing_ok=True)
-            (folder / link).symlink_to(os.path.relpath(getattr(paths, name), folder))
+            files.point_to(folder / link, os.path.relpath(getattr(paths, name), folder))
 
 
 def _wait(launcher: Launcher, ids: set[str]) -> None:

@@ -13,11 +13,10 @@ import filecmp
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from proglayer import files
 from proglayer.errors import ConfigError
 from proglayer.run.code import ORIGIN, PACKAGE, git_state, origin
 from proglayer.store.record import to_dict
@@ -46,21 +45,21 @@ def snapshot_code(into: Path) -> Path:
         there = into / f"code-{digest.hexdigest()[:12]}"
         if there.is_dir():
             return there
-        temporary = into / f".{there.name}-{secrets.token_hex(4)}"
-        for name, content in contents.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(content)
-        (temporary / ORIGIN).write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
+        contents[ORIGIN] = json.dumps(made_from, indent=1).encode() + b"\n"
+        with files.new_folder(into, f".{there.name}") as temporary:
+            for name, content in contents.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                files.write_over(temporary / name, content, files.everything, "hydra.sweep.dir")
+            try:
+                files.put_in_place(temporary, there)
+            except OSError:
+                if not there.is_dir():  # else somebody submitted the same meanwhile
+                    raise
     except OSError as error:
         raise ConfigError(
             f"cannot keep the code beside the sweep ({error.filename}: {error.strerror}): make "
             "room, or set hydra.sweep.dir"
         ) from error
-    try:
-        temporary.rename(there)
-    except OSError:
-        # Somebody else submitted the same meanwhile.
-        shutil.rmtree(temporary, ignore_errors=True)
     return there
 
 
@@ -92,6 +91,6 @@ def _files(name: str, folder: Path) -> Iterator[str]:
         # Installed packages have their plugins in folders beside our files.
         yield from (path.name for path in folder.glob("*.py"))
         return
-    for path, folders, files in os.walk(folder):
+    for path, folders, names in os.walk(folder):
         folders[:] = [below for below in folders if not below.startswith((".", "__pycache__"))]
-        yield from (os.path.relpath(os.path.join(path, file), folder) for file in files)
+        yield from (os.path.relpath(os.path.join(path, name), folder) for name in names)

@@ -25,6 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from proglayer import files
 from proglayer.config import (
     Config,
     DataConfig,
@@ -43,7 +44,7 @@ from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
 from proglayer.store.record import (
-    HEARTBEAT,
+    SWEEP,
     Heartbeat,
     ListedJob,
     RecordError,
@@ -52,6 +53,7 @@ from proglayer.store.record import (
     read_heartbeat,
     read_record,
     read_submission,
+    remove_heartbeat,
     write_jobs,
     write_submissions,
 )
@@ -77,6 +79,8 @@ class ProductSweeper(Sweeper, Protocol):
     pairs: list[list[str]]
 
 
+# How Hydra's settings of a sweep begin.
+is_multirun = files.begins_with(b"hydra:")
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
@@ -195,7 +199,7 @@ def launch(sweeper: Sweeper, jobs: Sequence[Job], at_once: int | None = None) ->
     while left:
         for job in left if may_defer else ():
             if _deferred(folder / job.folder):
-                (folder / job.folder / HEARTBEAT).unlink(missing_ok=True)
+                remove_heartbeat(folder / job.folder)
         deferred = []
         size = at_once or len(left)
         for batch in (left[start : start + size] for start in range(0, len(left), size)):
@@ -322,7 +326,8 @@ def open_folder(master: DictConfig) -> Path:
     folder = Path(master.hydra.sweep.dir)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(master, folder / "multirun.yaml")
+        text = OmegaConf.to_yaml(master)
+        files.write_over(folder / "multirun.yaml", text.encode(), is_multirun, SWEEP)
     return folder
 
 

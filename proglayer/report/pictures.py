@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from proglayer import files
 from proglayer.report.page import Picture
 from proglayer.report.study import DEEP, STANDARD, Frame, model_name, variant_name
 
@@ -112,11 +113,13 @@ def _look_of_model(models: Sequence[str], model: str) -> Look:
 class Gallery:
     """Draws pictures and keeps their files in `folder`, made when the first is drawn.
 
-    With `png` each is drawn a second time.
+    Those that lie there are written over if `ours` knows them. With `png` each is drawn a second
+    time.
     """
 
-    def __init__(self, folder: Path, png: bool = True) -> None:
+    def __init__(self, folder: Path, ours: files.Ours, png: bool = True) -> None:
         self.folder = folder
+        self.ours = ours
         self.png = png
         self.names: list[str] = []
 
@@ -152,14 +155,18 @@ class Gallery:
             png = self._png(figure) if self.png else None
         whole = svg.getvalue()
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{name}.svg").write_text(_on_white(whole), encoding="utf-8")
+        drawn = self.folder / f"{name}.png"
+        self._write(self.folder / f"{name}.svg", _on_white(whole).encode())
         if png is None:
             # That of an earlier report would show something else.
-            (self.folder / f"{name}.png").unlink(missing_ok=True)
+            files.delete(drawn, self.ours)
         else:
-            (self.folder / f"{name}.png").write_bytes(png)
+            self._write(drawn, png)
         self.names.append(name)
         return Picture(name, title, alt, _for_page(whole, name))
+
+    def _write(self, path: Path, content: bytes) -> None:
+        files.write_over(path, content, self.ours, "-o")
 
     def _png(self, figure: Figure) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from proglayer import files
 from proglayer.report import comparisons, ledger, study
 from proglayer.report.page import (
     Block,
@@ -68,6 +69,10 @@ from proglayer.store.record import RunState
 PAGE = "index.html"
 MARKDOWN = "report.md"
 TITLE = "Study report"
+FIGURES_IN = "figures"
+TABLES_IN = "tables"
+# Whoever names the folder of a report.
+NAMED_BY = "-o or hydra.run.dir"
 
 # What a page can hold and a reader can read; the rest is counted, and whole in the tables.
 MOST_CONDITIONS = 4
@@ -113,15 +118,35 @@ def write_report(
     mark = f"<!-- made from {_all_it_depends_on(results, margins)} -->\n"
     if not overwrite and page.is_file() and page.read_bytes().endswith(mark.encode()):
         return page
-    out.mkdir(parents=True, exist_ok=True)
-    # It is written last, and so it being there means that the rest is, too.
-    page.unlink(missing_ok=True)
-    report = _Report(results, Gallery(out / "figures", png), out, margins)
+    ours = _open_folder(out)
+    report = _Report(results, Gallery(out / FIGURES_IN, ours, png), out, margins)
     lead, blocks = report.document()
-    report.write_tables()
-    (out / MARKDOWN).write_text(to_markdown(TITLE, lead, blocks), encoding="utf-8")
-    page.write_text(to_html(TITLE, lead, blocks, end=mark), encoding="utf-8")
+    report.write_tables(ours)
+    markdown = to_markdown(TITLE, lead, blocks).encode()
+    files.write_over(out / MARKDOWN, markdown, ours, NAMED_BY)
+    files.write_over(page, to_html(TITLE, lead, blocks, end=mark).encode(), ours, NAMED_BY)
     return page
+
+
+def _open_folder(out: Path) -> files.Ours:
+    """Make a folder ready for a report, and give what knows the files of one there.
+
+    It is a report's where the page is; a page that says so stands there until the report is done,
+    which is written last. Raises NotOursError where other files have the names of a report's.
+    """
+    page = out / PAGE
+    out.mkdir(parents=True, exist_ok=True)
+    if not files.is_ours(page, _is_page):
+        for name in (PAGE, MARKDOWN, FIGURES_IN, TABLES_IN):
+            files.check_ours(out / name, lambda _: False, NAMED_BY)
+    unfinished = f"<!DOCTYPE html>\n<title>{TITLE}</title>\n<p>It is being written.</p>\n"
+    files.write_over(page, unfinished.encode(), _is_page, NAMED_BY)
+    return lambda _: files.is_ours(page, _is_page)
+
+
+def _is_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return f"<title>{TITLE}</title>".encode() in file.read(8192)
 
 
 def _all_it_depends_on(results: Results, margins: Margins) -> str:
@@ -213,10 +238,10 @@ class _Report:
             ledger.speed_up(runs, curves, study.controls(runs, study.FROM_SCRATCH)),
         )
 
-    def write_tables(self) -> None:
+    def write_tables(self, ours: files.Ours) -> None:
         """The frames of the results, and what was found in all conditions, as CSV."""
-        folder = self.out / "tables"
-        self.results.to_csv(folder)
+        folder = self.out / TABLES_IN
+        self.results.to_csv(folder, ours)
         tables: dict[str, list[Frame]] = {}
 
         def keep(name: str, condition: _Condition, table: Frame) -> None:
@@ -238,7 +263,7 @@ class _Report:
             if len(by_seed):
                 tables["differences"] = [by_seed]
         for name, parts in tables.items():
-            write_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv")
+            write_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv", ours)
 
     # --- the document -----------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from proglayer import files
 from proglayer.results.columns import (
     IDENTITY_COLUMNS,
     METRIC_COLUMNS,
@@ -83,17 +84,18 @@ class Results:
             digest.update(content.getbuffer())
         return digest.hexdigest()
 
-    def to_csv(self, folder: str | Path) -> None:
+    def to_csv(self, folder: str | Path, ours: files.Ours | None = None) -> None:
         """Write each frame as `<name>.csv` into `folder`, as `write_csv` does it."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, frame in self._frames().items():
-            write_csv(frame, Path(folder) / f"{name}.csv")
+            write_csv(frame, Path(folder) / f"{name}.csv", ours)
 
     def to_parquet(self, folder: str | Path) -> None:
         """Write each frame as `<name>.parquet` into `folder`, with its types."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, frame in self._frames().items():
-            frame.to_parquet(Path(folder) / f"{name}.parquet", engine="pyarrow", index=False)
+            content = frame.to_parquet(None, engine="pyarrow", index=False)
+            files.write_over(Path(folder) / f"{name}.parquet", content, _has_first(frame), OUTPUT)
 
     def _frames(self) -> dict[str, pd.DataFrame]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -140,6 +142,8 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 # = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
+# What names the folder of exported tables.
+OUTPUT = "--csv, --parquet or -o"
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
 
 
@@ -148,8 +152,26 @@ def spreadsheet_safe(text: str) -> str:
     return "'" + text if text.startswith(FORMULA_STARTS) else text
 
 
-def write_csv(frame: pd.DataFrame, path: Path) -> None:
+def _has_first(frame: pd.DataFrame) -> files.Ours:
+    """Knows a Parquet file of ours by the first column, which is the same in all versions."""
+
+    def ours(path: Path) -> bool:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_schema(path).names[:1] == [frame.columns[0]]
+        except pyarrow.ArrowException:
+            return False
+
+    return ours
+
+
+def write_csv(frame: pd.DataFrame, path: Path, ours: files.Ours | None = None) -> None:
     """Write a frame for spreadsheets and for programs.
+
+    A file that is there is written over if `ours` knows it; by default, if it begins with the same
+    column. Raises NotOursError for another, and OSError.
 
     Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does text
     that begins with one, in names of columns, too: take one leading apostrophe off any text to have
@@ -165,4 +187,6 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
             ]
     shown.columns = [spreadsheet_safe(column) for column in frame.columns]
     # With this line end, text that holds either character is put in quotes.
-    shown.to_csv(path, index=False, lineterminator="\r\n")
+    text = shown.to_csv(None, index=False, lineterminator="\r\n")
+    first = text.split("\r")[0].split(",")[0].encode()
+    files.write_over(path, text.encode(), ours or files.begins_with(first), OUTPUT)

@@ -6,8 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,15 +17,19 @@ import safetensors
 import safetensors.torch
 import torch
 
+from proglayer import files
 from proglayer.config import Config, ConfigError, stages_dir, to_plain
 from proglayer.console import tell
 from proglayer.data.corpus import Corpus, open_corpus
+from proglayer.errors import StoreError
+from proglayer.files import NotOursError
 from proglayer.run import gpu_slots as slots
 from proglayer.run import machine
 from proglayer.run.code import git_state
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
 from proglayer.store.record import (
+    FOLDER_SETTINGS,
     WEIGHTS,
     BestEpoch,
     Changes,
@@ -41,13 +43,15 @@ from proglayer.store.record import (
     PhaseWork,
     RunRecord,
     RunState,
+    check_folder,
+    is_of_run,
     metric,
     remove_record,
     write_heartbeat,
     write_metrics,
     write_record,
 )
-from proglayer.store.stages import StoreError
+from proglayer.store.stages import PrivateStore, open_store
 from proglayer.store.trajectory import ABOUT, Interrupted, Trajectory, Watch, Work
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Transformer, restored
@@ -109,7 +113,15 @@ def run(
         write_record(folder, record)
         return record
 
-    with Heartbeat(folder), machine.switches(config.threads, config.precision):
+    try:
+        check_folder(folder)
+    except NotOursError as error:
+        raise ConfigError(str(error)) from error
+    with (
+        Heartbeat(folder),
+        machine.switches(config.threads, config.precision),
+        contextlib.ExitStack() as until_recorded,
+    ):
         try:
             ready = prepare(config, record)
         except (ConfigError, StoreError):
@@ -120,7 +132,7 @@ def run(
             return ended(RunState.failed)
         remove_record(folder)
         loggers = Loggers(config.logger, folder, to_plain(config), choices or {})
-        store = Path(stages_dir(config)) if config.reuse else folder / "stages"
+        private: PrivateStore | None = None
         status = RunState.completed
         with (
             machine.StopSignals() as signals,
@@ -132,6 +144,12 @@ def run(
                     slots.hold(ready.device, config.jobs_per_gpu, signals.received, display.note)
                 )
                 record.gpu = gpu
+                if config.reuse:
+                    store = Path(stages_dir(config))
+                    open_store(store)
+                else:
+                    private = until_recorded.enter_context(PrivateStore(folder))
+                    store = private.folder
                 walk = Walk(
                     config, ready, store, folder, signals, display, loggers, may_wait, prune
                 )
@@ -166,8 +184,8 @@ def run(
                     log.error("%s", curable)
         ended(status)
         loggers.end(record)
-        if not config.reuse and status in (RunState.completed, RunState.pruned):
-            shutil.rmtree(store, ignore_errors=True)
+        if private is not None and status in (RunState.completed, RunState.pruned):
+            private.delete()
     if signals.scheduler is not None:
         signals.scheduler()
     return record
@@ -316,17 +334,7 @@ class Walk:
         """Put the model after `epoch` into the run's folder: a hard link where that can be had."""
         with trajectory:
             stored = trajectory.weights_file(epoch)
-        final = self.folder / WEIGHTS
-        final.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            os.link(stored, final)
-            return
-        try:
-            shutil.copyfile(stored, final)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {final} ({error.strerror}): make room, or set hydra.run.dir"
-            ) from error
+        files.link_or_copy(stored, self.folder / WEIGHTS, FOLDER_SETTINGS, is_of_run)
 
     def _keep_last_good(
         self, trajectory: Trajectory, previous: tuple[Trajectory, int] | None

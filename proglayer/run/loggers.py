@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from proglayer import files
 from proglayer.config import LoggerConfig
 from proglayer.store.record import MetricsRow, RunRecord, RunState
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 Figure = tuple[str, float, int]
 
 EVENTS = "events.out.tfevents."
+# By this in its first event, an event file is known as ours.
+WRITER = "proglayer.run.loggers"
 MLFLOW_STORE = "multirun/.mlruns"
 MLFLOW_EXPERIMENT = "proglayer"
 
@@ -103,10 +106,14 @@ class TensorBoard:
         self._event: Any = event_pb2
         self._summary: Any = summary_pb2
         for earlier in folder.glob(f"{EVENTS}*"):
-            earlier.unlink()
+            files.delete(earlier, _is_event_file)
         name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
-        self._write([self._event.Event(wall_time=time.time(), file_version="brain.Event:2")])
+        about = self._event.SourceMetadata(writer=WRITER)
+        first = self._event.Event(
+            wall_time=time.time(), file_version="brain.Event:2", source_metadata=about
+        )
+        self._write([first])
 
     def figures(self, figures: list[Figure]) -> None:
         now = time.time()
@@ -127,6 +134,11 @@ class TensorBoard:
             writer = RecordWriter(file)
             for event in events:
                 writer.write(event.SerializeToString())
+
+
+def _is_event_file(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return WRITER.encode() in file.read(files.BEGINNING_BYTES)
 
 
 class MLflow:

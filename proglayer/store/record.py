@@ -27,7 +27,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from proglayer.store.stages import write_atomically
+from proglayer import files
 from proglayer.training.plan import Rates
 
 RESULT = "result.json"
@@ -44,6 +44,18 @@ LOST_AFTER_S = 120.0
 RECORD_FORMAT = 1
 
 FOLDER_SETTINGS = "hydra.run.dir or hydra.sweep.dir"
+SWEEP = "hydra.sweep.dir"
+DIFFERENCE = "code.diff"
+
+# How the files begin that a run or a sweep leaves: what begins otherwise is not ours.
+is_result = files.begins_with(b'{"format":')
+is_heartbeat = files.begins_with(b'{"sign":', b'{"host":')
+is_job_list = files.begins_with(b'[{"folder":', b"[]")
+is_submission = files.begins_with(b'{"config":')
+is_difference = files.begins_with(b"diff --git")
+_are_metrics = files.begins_with(b"phase,layers,epoch,")
+WEIGHTS_START = b'{"__metadata__":{"proglayer":'
+
 # A field that is written only where it has a value; others are written as null.
 OMITTED_IF_NONE: Mapping[str, bool] = {"omitted_if_none": True}
 
@@ -346,10 +358,34 @@ def amend_record(folder: Path, was: RunState, state: RunState, why: str) -> None
             _write_result(folder, plain)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise NotOursError for a file of a user's in the place of one that a run will write."""
+    files.check_ours(folder / RESULT, is_result, FOLDER_SETTINGS)
+    for name in (METRICS, WEIGHTS):
+        files.check_ours(folder / name, is_of_run, FOLDER_SETTINGS)
+
+
 def remove_record(folder: Path) -> None:
-    """Remove the record of an earlier try and what belongs to it: the job counts as running."""
-    for name in (RESULT, METRICS, WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
+    """Remove the record of an earlier try and what belongs to it: the job counts as running.
+
+    The record goes first, so that no run counts as ended whose weights are gone.
+    """
+    ours = [name for name in (METRICS, WEIGHTS) if files.is_ours(folder / name, is_of_run)]
+    files.delete(folder / RESULT, is_result)
+    for name in ours:
+        files.delete(folder / name, files.everything)
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether metrics or weights are a run's: they begin so, or a record of ours lies beside."""
+    begins = _are_metrics if path.name == METRICS else _are_weights
+    return begins(path) or files.is_ours(path.parent / RESULT, is_result)
+
+
+def _are_weights(path: Path) -> bool:
+    """A safetensors file begins with the length of its header in 8 bytes, and that in JSON."""
+    with open(path, "rb") as file:
+        return file.read(8 + len(WEIGHTS_START))[8:] in (b"", WEIGHTS_START)
 
 
 def metric(record: RunRecord, path: str) -> float:
@@ -372,7 +408,7 @@ def metric(record: RunRecord, path: str) -> float:
 
 def _write_result(folder: Path, plain: dict[str, Any]) -> None:
     text = json.dumps(plain, indent=2, allow_nan=False)
-    write_atomically(folder / RESULT, text.encode() + b"\n", FOLDER_SETTINGS)
+    files.write_atomically(folder / RESULT, text.encode() + b"\n", FOLDER_SETTINGS, is_result)
 
 
 # -- metrics.csv ----------------------------------------------------------------------------------
@@ -408,7 +444,8 @@ def write_metrics(folder: Path, rows: Iterable[MetricsRow]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(METRICS_COLUMNS)
     writer.writerows([getattr(row, name) for name in METRICS_COLUMNS] for row in rows)
-    write_atomically(folder / METRICS, text.getvalue().encode(), FOLDER_SETTINGS)
+    data = text.getvalue().encode()
+    files.write_atomically(folder / METRICS, data, FOLDER_SETTINGS, is_of_run)
 
 
 # -- the files of a sweep -------------------------------------------------------------------------
@@ -425,7 +462,7 @@ class ListedJob:
 def write_jobs(sweep: Path, jobs: Iterable[ListedJob]) -> None:
     """Write `jobs.json`: which jobs a sweep has. Raises StoreError."""
     text = json.dumps([to_dict(job) for job in jobs], indent=1)
-    write_atomically(sweep / JOBS, text.encode(), "hydra.sweep.dir")
+    files.write_atomically(sweep / JOBS, text.encode(), SWEEP, is_job_list)
 
 
 def read_jobs(sweep: Path) -> list[ListedJob]:
@@ -455,15 +492,19 @@ def write_submissions(
     `difference` is that of the code to its commit, as `git apply` takes it. Raises StoreError.
     """
     folder = sweep / SUBMITTED
-    (sweep / FAILED_JOB).unlink(missing_ok=True)
+    files.delete(sweep / FAILED_JOB, _is_in_sweep)
     for job, config in jobs.items():
         content = to_dict(Submission(config=dict(config), git=git))
         data = json.dumps(content, indent=1).encode()
-        write_atomically(folder / f"{job}.json", data, "hydra.sweep.dir")
+        files.write_atomically(folder / f"{job}.json", data, SWEEP, is_submission)
     if difference:
-        write_atomically(folder / "code.diff", difference.encode(), "hydra.sweep.dir")
+        files.write_atomically(folder / DIFFERENCE, difference.encode(), SWEEP, is_difference)
     else:
-        (folder / "code.diff").unlink(missing_ok=True)
+        files.delete(folder / DIFFERENCE, is_difference)
+
+
+def _is_in_sweep(path: Path) -> bool:
+    return files.is_ours(path.parent / JOBS, is_job_list)
 
 
 def read_submission(job: Path) -> Submission | None:
@@ -486,7 +527,7 @@ def note_failed_job(job: Path) -> None:
     Jobs that are not to start after a failure look for it, and need not read every record.
     """
     with contextlib.suppress(OSError):
-        (job.parent / FAILED_JOB).write_text(job.name, encoding="utf-8")
+        files.write_over(job.parent / FAILED_JOB, job.name.encode(), _is_in_sweep, SWEEP)
 
 
 def failed_job(sweep: Path) -> str | None:
@@ -538,8 +579,7 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
         # Whatever else was written since is no sign of this block's.
         own = _own_heartbeat(RunState.running)
         if read_heartbeat(self._folder) in (HeartbeatContent(), own):
-            with contextlib.suppress(OSError):
-                (self._folder / HEARTBEAT).unlink()
+            remove_heartbeat(self._folder)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._every_s):
@@ -554,6 +594,12 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
 def write_heartbeat(folder: Path, sign: RunState) -> None:
     """Write `heartbeat.json` with this process's host and number, if that is possible."""
     _write_heartbeat(folder, _own_heartbeat(sign))
+
+
+def remove_heartbeat(folder: Path) -> None:
+    """Take `heartbeat.json` away, if that is possible."""
+    with contextlib.suppress(OSError):
+        files.delete(folder / HEARTBEAT, is_heartbeat)
 
 
 def mark_lost(folder: Path, reason: str) -> None:
@@ -581,8 +627,8 @@ def _own_heartbeat(sign: RunState) -> HeartbeatContent:
 def _write_heartbeat(folder: Path, content: HeartbeatContent) -> None:
     # A reader that comes in between may find it empty.
     with contextlib.suppress(OSError):
-        text = json.dumps(to_dict(content)) + "\n"
-        (folder / HEARTBEAT).write_text(text, encoding="utf-8")
+        data = json.dumps(to_dict(content)).encode() + b"\n"
+        files.write_over(folder / HEARTBEAT, data, is_heartbeat, FOLDER_SETTINGS)
 
 
 # -- the state of a job ---------------------------------------------------------------------------

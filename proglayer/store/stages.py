@@ -13,13 +13,18 @@ Every file is written to a temporary name, synced and renamed. The hash in its n
 its stage, its name and its content, so what is damaged, cut short, or of another stage or version
 shows when it is read. It is then set aside under `.damaged` and counts as not there.
 
-    python -m proglayer.stages list | verify | prune      what is there, is it whole, make room
+A store is a folder that says so: it holds MARKER, which the first run that uses it writes. In it,
+what does not carry all our marks is foreign: a stage's folder is named by the hash of its
+description, and files are named as above. What is foreign is never deleted, moved or followed.
+
+    python -m proglayer.store list | verify | prune      what is there, is it whole, make room
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -29,28 +34,55 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+
+from proglayer import files
+from proglayer.errors import StoreError
+from proglayer.files import TEMPORARY, TEMPORARY_FORM
+from proglayer.store.record import JOBS, RESULT, read_jobs
 
 log = logging.getLogger(__name__)
 
 # Raise by hand whenever the same key would stand for different numbers, or a file's form changes.
 FORMAT = 2
 DAMAGED = ".damaged"
-TEMPORARY = ".tmp-"
+LOCK = "lock"
+# What makes a folder a store, and the form of what lies in it: raise the number by hand.
+MARKER = ".proglayer-store.json"
+STORE_FORMAT = 1
+SAYS = "a store of trained phases"
+SETTING = "stages.dir"
 # Apart from the rest: a thousand runs may read a stage, and every look for a file lists its folder.
 USED = "used"
 # So long after a run began to read a stage, it no longer counts that the run might come back.
 FORGET_AFTER_S = 30 * 86_400.0
+# A run that reuses nothing has a store of its own in its folder, of this and a random name.
+PRIVATE = ".stages"
+IN_USE = ".proglayer-store.lock"
+# So many names of what is not ours are printed.
+MOST_NAMED = 20
+
+# The whole names of ours.
+KEY_FORM = r"[0-9a-f]{32}"
+FILE_FORM = r"[a-z]+(?:-[0-9]+)*\.[0-9a-f]{32}\.(?:json|safetensors)"
+NOTE_FORM = r"[0-9a-f]{12}\.[0-9a-f]{32}\.json"
+# Every file of a store, by its path in it. What was set aside has a random ending.
+STORED_FORM = re.compile(
+    rf"{re.escape(MARKER)}|{re.escape(IN_USE)}|{TEMPORARY_FORM}"
+    rf"|{KEY_FORM}/(?:{FILE_FORM}|{LOCK}|{TEMPORARY_FORM})"
+    rf"|{KEY_FORM}/{USED}/(?:{NOTE_FORM}|{TEMPORARY_FORM})"
+    rf"|{re.escape(DAMAGED)}/{KEY_FORM}/(?:{FILE_FORM}|{USED}/{NOTE_FORM})\.[0-9a-f]{{6}}"
+)
 
 T = TypeVar("T")
 
 
-class StoreError(OSError):
-    """The store cannot be written: the message says where, why and which setting moves it."""
+class NotAStoreError(StoreError):
+    """A folder that is no store, or not this run's: the message says which and what to do."""
 
 
 def stage_key(description: dict[str, Any]) -> str:
@@ -113,7 +145,8 @@ class Stage:
         Raises StoreError when the disk is full or the folder cannot be written.
         """
         final = self.folder / f"{name}.{self._digest(name, content)}.{ending}"
-        write_atomically(final, content, "stages.dir")
+        self._check_folders()
+        files.write_atomically(final, content, SETTING, self._is_ours)
         self._left_out.discard(final)
         return final
 
@@ -166,7 +199,54 @@ class Stage:
         """Delete the file called `name`, if it is there."""
         path = self.path(name)
         if path is not None:
-            path.unlink(missing_ok=True)
+            files.delete(path, self._is_ours)
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """What the stage is; None unless its key is the hash of that."""
+        for path in self._files("stage."):
+            description = _unverified(path)
+            with contextlib.suppress(ValueError):
+                if description and stage_key(description) == self.key:
+                    return description
+        return None
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether a file shows by its hash that the folder is of this stage, if not all do."""
+        for path in self._files(""):
+            with contextlib.suppress(OSError):
+                name, digest, _ = path.name.split(".")
+                if self._digest(name, path.read_bytes()) == digest:
+                    return True
+        return False
+
+    def foreign(self) -> list[Path]:
+        """What lies in the folder and is not ours."""
+        found = []
+        for part in (self.folder, self.notes.folder):
+            if not files.is_folder(part):
+                continue
+            for entry in list(os.scandir(part)):
+                path = Path(entry.path)
+                if path == self.notes.folder and entry.is_dir(follow_symlinks=False):
+                    continue
+                if not (entry.is_file(follow_symlinks=False) and is_stored(self.store, path)):
+                    found.append(path)
+        return found
+
+    def _is_ours(self, path: Path) -> bool:
+        form = NOTE_FORM if self.folder.name == USED else FILE_FORM
+        return path.parent == self.folder and re.fullmatch(form, path.name) is not None
+
+    def _check_folders(self) -> None:
+        """Raises StoreError for a link in the place of a folder of the stage."""
+        for folder in (self.folder, self.store / self.key.split("/")[0]):
+            if folder.is_symlink():
+                raise StoreError(
+                    f"{folder} is a link, and no link is followed in a store: take it away, or "
+                    f"point {SETTING} elsewhere"
+                )
 
     def _digest(self, name: str, content: bytes) -> str:
         digest = hashlib.sha256(f"{FORMAT} {self.key} {name}\n".encode())
@@ -177,8 +257,10 @@ class Stage:
         """Move a file that cannot be trusted out of the way, and say so."""
         aside = self.store / DAMAGED / self.key
         try:
+            if (self.store / DAMAGED).is_symlink():
+                raise OSError(errno.ELOOP, f"{DAMAGED} is a link")
             aside.mkdir(parents=True, exist_ok=True)
-            os.replace(path, aside / f"{path.name}.{secrets.token_hex(3)}")
+            files.move(path, aside / f"{path.name}.{secrets.token_hex(3)}", self._is_ours)
         except FileNotFoundError:  # set aside by another process
             return
         except OSError as error:
@@ -192,13 +274,20 @@ class Stage:
         log.warning("%s: %s; it is made anew", path, why)
 
     def _files(self, prefix: str) -> list[Path]:
-        return sorted(
-            path
-            for path in self.folder.glob(f"{prefix}*")
-            if path.name.count(".") == 2
-            and not path.name.startswith(TEMPORARY)
-            and path not in self._left_out
-        )
+        """The stage's own files, which no link leads to."""
+        try:
+            self._check_folders()
+            with os.scandir(self.folder) as entries:
+                found = [
+                    Path(entry.path)
+                    for entry in entries
+                    if entry.name.startswith(prefix)
+                    and self._is_ours(Path(entry.path))
+                    and entry.is_file(follow_symlinks=False)
+                ]
+        except OSError:
+            return []
+        return sorted(path for path in found if path not in self._left_out)
 
     # -- the lock -------------------------------------------------------------------------------
 
@@ -210,16 +299,20 @@ class Stage:
         if self._lock is not None:
             return True
         try:
+            self._check_folders()
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / "lock")
+            files.check_ours(self.folder / LOCK, files.named(LOCK), SETTING)
+            lock = FileLock(self.folder / LOCK)
             lock.acquire(timeout=wait_s, poll_interval=0.05)
         except Timeout:
             return False
+        except StoreError:
+            raise
         except OSError as error:
-            raise StoreError(_cannot_write(self.folder, error, "stages.dir")) from error
+            raise files.cannot_write(self.folder, error, SETTING) from error
         self._lock = lock
         for left_over in self.folder.glob(f"{TEMPORARY}*"):
-            left_over.unlink(missing_ok=True)
+            files.delete(left_over, files.named(TEMPORARY_FORM))
         return True
 
     @property
@@ -234,35 +327,150 @@ class Stage:
             self._lock = None
 
 
-def write_atomically(final: Path, content: bytes, setting: str) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash of the machine.
+def is_stored(store: Path, path: Path) -> bool:
+    """Whether a path in a store has the form of ours."""
+    return STORED_FORM.fullmatch(path.relative_to(store).as_posix()) is not None
 
-    Raises StoreError naming `setting` when the disk is full or the folder cannot be written.
+
+# ---------------------------------------------------------------------------------------------
+# What makes a folder a store
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What MARKER says; `run` is the folder of the run that the store is private to, if it is."""
+
+    format: int
+    run: str | None = None
+
+
+def read_marker(store: Path) -> Marker | None:
+    """What makes a folder a store; None where it is none. Raises NotAStoreError.
+
+    That is for a store of a later version, and for a file of this name that is none of ours.
     """
-    temporary = final.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+    path = store / MARKER
+    if not os.path.lexists(path):
+        return None
+    content = _unverified(path) if files.is_ours(path, files.everything) else {}
+    form, run = content.get("format"), content.get("run")
+    if content.get("proglayer") != SAYS or type(form) is not int:
+        raise NotAStoreError(
+            f"{path} does not say that its folder is a store: move it, or point {SETTING} elsewhere"
+        )
+    if form > STORE_FORMAT:
+        raise NotAStoreError(
+            f"{store} is a store of a later version: update, or point {SETTING} elsewhere"
+        )
+    return Marker(form, run if isinstance(run, str) else None)
+
+
+def open_store(store: Path) -> None:
+    """Make a folder ready for a run, which adds stages to it and changes nothing else there.
+
+    A new or empty folder becomes a store, and so does one that holds nothing but stages, as earlier
+    versions left it. One that holds other things, too, can be used, but is not made a store: no
+    command deletes anything in it. Raises NotAStoreError.
+    """
+    marker = read_marker(store)
+    if marker is not None and marker.run is not None:
+        raise NotAStoreError(
+            f"{store} is private to the run in {marker.run}, which deletes it at its end: point "
+            f"{SETTING} elsewhere"
+        )
+    if marker is None and _holds_stages_alone(store):
+        # One that takes no marker takes no stages either, which is told then, or it needs none.
+        with contextlib.suppress(StoreError):
+            _write_marker(store)
+
+
+def _write_marker(store: Path, **more: str) -> None:
+    content = {"proglayer": SAYS, "format": STORE_FORMAT, **more}
+    data = json.dumps(content, indent=1).encode() + b"\n"
+    files.write_atomically(store / MARKER, data, SETTING, _is_marker)
+
+
+def _is_marker(path: Path) -> bool:
+    return _unverified(path).get("proglayer") == SAYS
+
+
+def _holds_stages_alone(store: Path) -> bool:
+    """Whether nothing in a folder is foreign; so for one that is not there."""
+    if not store.is_dir():
+        return not os.path.lexists(store)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-        folder = os.open(final.parent, os.O_RDONLY)
+        entries = list(os.scandir(store))
+        return not any(True for entry in entries for _ in _foreign(store, entry))
+    except OSError:
+        return False
+
+
+def _foreign(store: Path, entry: os.DirEntry[str]) -> Iterator[Path]:
+    """What is foreign of an entry of a store's folder: itself, or something in it."""
+    path = Path(entry.path)
+    if entry.is_file(follow_symlinks=False) and is_stored(store, path):
+        return
+    if not entry.is_dir(follow_symlinks=False):
+        yield path
+    elif re.fullmatch(KEY_FORM, entry.name):
+        stage = Stage(store, entry.name)
+        if stage.names("") and stage.description is None and not stage.is_proven:
+            yield path
+        else:
+            yield from stage.foreign()
+    elif entry.name != DAMAGED:
+        yield path
+
+
+class PrivateStore:
+    """The store of a run that reuses nothing, in its own folder; `folder` is where.
+
+    Its name is random, and it says whose it is, so nothing else is ever taken for it and deleted.
+    One that an interrupted try of the same run left is used again, unless another process is at it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = str(run.resolve())
+        for folder in sorted(run.glob(f"{PRIVATE}-*")):
+            if self._belongs(folder) and self._take(folder):
+                return
+        folder = run / f"{PRIVATE}-{secrets.token_hex(8)}"
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StoreError(_cannot_write(final.parent, error, setting)) from error
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise files.cannot_write(run, error, "hydra.run.dir or hydra.sweep.dir") from error
+        _write_marker(folder, run=self._run)
+        if not self._take(folder):
+            raise StoreError(f"{folder} was taken by another process just now: start again")
 
+    def __enter__(self) -> PrivateStore:
+        return self
 
-def _cannot_write(folder: Path, error: OSError, setting: str) -> str:
-    return (
-        f"cannot write to {folder} ({error.strerror}): make room there or point {setting} "
-        "elsewhere; nothing stored so far is lost, the same command goes on from it"
-    )
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def delete(self) -> None:
+        """Delete what runs stored in it, and the folder unless something else lies there."""
+        files.delete_folder(self.folder, lambda path: is_stored(self.folder, path))
+
+    def _belongs(self, folder: Path) -> bool:
+        with contextlib.suppress(StoreError):
+            marker = read_marker(folder) if files.is_folder(folder) else None
+            return marker is not None and marker.run == self._run
+        return False
+
+    def _take(self, folder: Path) -> bool:
+        lock = FileLock(folder / IN_USE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        if not self._belongs(folder):  # deleted meanwhile
+            lock.release()
+            files.delete_folder(folder, files.named(re.escape(IN_USE)))
+            return False
+        self.folder, self._lock = folder, lock
+        return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,6 +489,11 @@ class Kept:
     users: tuple[Path, ...]
 
     @property
+    def is_described(self) -> bool:
+        """Whether its key is the hash of its description: else nothing of it is deleted."""
+        return bool(self.description)
+
+    @property
     def title(self) -> str:
         """What it is, for people."""
         phase = self.description.get("phase")
@@ -297,27 +510,48 @@ class Kept:
         return ", ".join(parts)
 
 
-def stages_in(store: Path) -> Iterator[Kept]:
-    """Every stage of a store, in no order."""
-    for folder in store.iterdir() if store.is_dir() else ():
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
-        stage = Stage(store, folder.name)
+@dataclass
+class Contents:
+    """What lies in a store: stages, and what is not ours."""
+
+    stages: list[Kept] = field(default_factory=list)
+    foreign: list[Path] = field(default_factory=list)
+
+
+def look_over(store: Path) -> Contents:
+    """Every stage of a store, in no order, and everything foreign in it."""
+    contents = Contents()
+    for entry in list(os.scandir(store)) if store.is_dir() else ():
+        foreign: list[Path] = []
         with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
-            files = [*os.scandir(folder)]
-            if stage.notes.folder.is_dir():
-                files += os.scandir(stage.notes.folder)
-            stats = [entry.stat() for entry in files if entry.is_file()]
-            if not stage.names(""):
-                continue
-            yield Kept(
-                stage,
-                _unverified(stage.path("stage")),
-                len(stage.names("epoch-")),
-                sum(stat.st_size for stat in stats),
-                time.time() - max((stat.st_mtime for stat in stats), default=time.time()),
-                tuple(stage.users()),
-            )
+            foreign = list(_foreign(store, entry))
+            is_stage = re.fullmatch(KEY_FORM, entry.name) and Path(entry.path) not in foreign
+            if is_stage and (kept := _kept(Stage(store, entry.name))):
+                contents.stages.append(kept)
+        contents.foreign += foreign
+    contents.foreign.sort()
+    return contents
+
+
+def stages_in(store: Path) -> list[Kept]:
+    """Every stage of a store, in no order."""
+    return look_over(store).stages
+
+
+def _kept(stage: Stage) -> Kept | None:
+    """A stage as the store lists it; None for what is left of a deleted one."""
+    own = stage._files("")
+    if not own:
+        return None
+    stats = [path.stat() for path in [*own, *stage.notes._files("")]]
+    return Kept(
+        stage,
+        stage.description or {},
+        len(stage.names("epoch-")),
+        sum(stat.st_size for stat in stats),
+        time.time() - max(stat.st_mtime for stat in stats),
+        tuple(stage.users()),
+    )
 
 
 def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | None) -> list[Kept]:
@@ -338,7 +572,7 @@ def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | N
     for kept in sorted(stages, key=lambda kept: -kept.age):
         too_old = max_age_s is not None and kept.age > max_age_s
         too_much = max_bytes is not None and total > max_bytes
-        if kept.stage.key not in needed and (too_old or too_much):
+        if kept.is_described and kept.stage.key not in needed and (too_old or too_much):
             chosen.append(kept)
             total -= kept.size
     return chosen
@@ -359,16 +593,17 @@ def verify(stage: Stage) -> list[str]:
 def delete(stage: Stage) -> bool:
     """Delete a stage's files, unless a process is writing it right now or a run came to need it.
 
-    The lock's file stays: others may be waiting at it, and must meet at the same one.
+    The lock's file stays: others may be waiting at it, and must meet at the same one. So does what
+    is not ours.
     """
-    if not stage.lock(0):
+    if stage.description is None or not stage.lock(0):
         return False
     try:
         if stage.needed:
             return False
         for part in (stage, stage.notes):
             for path in part._files(""):
-                path.unlink(missing_ok=True)
+                files.delete(path, part._is_ours)
     finally:
         stage.unlock()
     return True
@@ -392,13 +627,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="prune: say what would go")
     options = parser.parse_args(arguments)
+    if options.action == "prune" and options.max_size is None and options.max_age is None:
+        parser.error("prune needs --max-size or --max-age")
     if not options.dir.is_dir():
         print(f"error: no store at {options.dir}: name one with --dir", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    stages = sorted(stages_in(options.dir), key=lambda kept: kept.age)
+    if options.action != "list":
+        try:
+            if read_marker(options.dir) is None:
+                raise NotAStoreError(
+                    f"{options.dir} does not say that it is a store (it has no {MARKER}), so "
+                    "nothing in it is changed: name a store with --dir; a run marks the one that "
+                    "it uses, if nothing else is in it"
+                )
+        except NotAStoreError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    contents = look_over(options.dir)
+    stages = sorted(contents.stages, key=lambda kept: kept.age)
     if options.action == "list":
         _print(stages)
+        _print_foreign(contents.foreign)
         return 0
     if options.action == "verify":
         ours = [kept for kept in stages if kept.description.get("format", FORMAT) == FORMAT]
@@ -406,9 +656,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(ours)} stages read, {damaged} damaged files set aside")
         if len(ours) < len(stages):
             print(f"{len(stages) - len(ours)} stages of another version left unread")
+        _print_foreign(contents.foreign)
         return int(damaged > 0)
-    if options.max_size is None and options.max_age is None:
-        parser.error("prune needs --max-size or --max-age")
     freed = 0
     for kept in prunable(stages, options.max_size, options.max_age):
         if options.dry_run or delete(kept.stage):
@@ -417,6 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{'would delete' if options.dry_run else 'deleted'} {kept.stage.key}: {kept.title}"
             )
     print(f"{freed / 1e6:,.1f} MB {'would be freed' if options.dry_run else 'freed'}")
+    _print_foreign(contents.foreign)
     return 0
 
 
@@ -439,6 +689,17 @@ def _print(stages: Sequence[Kept]) -> None:
     console.print(f"{len(stages)} stages, {total / 1e6:,.1f} MB")
 
 
+def _print_foreign(foreign: Sequence[Path]) -> None:
+    from proglayer.console import one_line
+
+    if foreign:
+        print(f"{len(foreign)} foreign files and folders, left as they are:")
+    for path in foreign[:MOST_NAMED]:
+        print(f"  {one_line(str(path))}")
+    if len(foreign) > MOST_NAMED:
+        print(f"  and {len(foreign) - MOST_NAMED} more")
+
+
 def _unverified(path: Path | None) -> dict[str, Any]:
     """A file's plain data, for looking over a store: whatever cannot be read is empty."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -449,14 +710,17 @@ def _unverified(path: Path | None) -> dict[str, Any]:
 
 def _status(run: Path) -> str | None:
     """How a run ended; None without a record."""
-    return _unverified(run / "result.json").get("status")
+    return _unverified(run / RESULT).get("status")
 
 
 def _has_jobs_left(sweep: Path) -> bool:
-    """Whether the folder lists jobs that have no record."""
-    return any(
-        not (sweep / job / "result.json").exists() for job in _unverified(sweep / "jobs.json")
-    )
+    """Whether the folder lists jobs that have no record; so, too, if its list cannot be read."""
+    if not (sweep / JOBS).exists():
+        return False
+    try:
+        return any(not (sweep / job.folder / RESULT).exists() for job in read_jobs(sweep))
+    except (OSError, ValueError):
+        return True
 
 
 def _bytes(text: str) -> int:

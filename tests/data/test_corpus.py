@@ -355,12 +355,12 @@ def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
     data = release(write_release(tmp_path / "text", TRAIN * 3_000))
     cache = Path(data.cache_dir or "") / "corpora"
     process = start(tmp_path, [data])
-    while not list(cache.glob("*.partial/train.npy")):
+    while not list(cache.glob("*.partial-*/train.npy")):
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(list(cache.glob("*.partial"))) == 1
+    assert len(list(cache.glob("*.partial-*"))) == 1
     corpus = open_corpus(data)
     assert len(corpus.train) == 3_000 * len(twin_words(TRAIN, True)) // 5
     assert sorted(path.name for path in cache.iterdir()) == sorted(

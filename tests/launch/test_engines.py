@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from proglayer.config import ConfigError
 from proglayer.results import load
+from proglayer.store.record import read_jobs
 
 from ..helpers import SHORT, Command, results
 
@@ -210,9 +211,9 @@ def test_a_search_gone_on_with_keeps_what_its_earlier_trials_were(
             *SEARCH, "model.num_heads=choice(3,5)", f"hydra.sweeper.n_trials={trials}",
             "hydra.sweep.dir=a",
         )  # fmt: skip
-    listed = json.loads((tmp_path / "a/jobs.json").read_text())
+    listed = read_jobs(tmp_path / "a")
     assert len(listed) == 2
-    assert all("model.num_heads=" in " ".join(job["overrides"]) for job in listed)
+    assert all("model.num_heads=" in " ".join(job.overrides) for job in listed)
 
 
 def test_a_study_is_free_again_as_soon_as_its_search_ends(

@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from proglayer.config import to_plain
+from proglayer.files import everything
 from proglayer.launch import job as entrance
 from proglayer.report import comparisons, ledger, page, stats, study
 from proglayer.report import pictures as figures
@@ -31,6 +32,7 @@ from proglayer.report.__main__ import main
 from proglayer.report.study import DEEP, STANDARD, Margins
 from proglayer.report.write import write_report
 from proglayer.results import NOT_THE_EXPERIMENT, flat_settings, load, write_csv
+from proglayer.store.record import read_jobs, write_jobs
 
 from .. import synthetic
 from ..helpers import ROOT, config
@@ -502,8 +504,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(folder / f"{number}_aaaaaa")
         if status:
             synthetic.run(folder / f"{number}_aaaaaa", "original", DEEP, number - 5, status=status)
-    jobs = json.loads((folder / "jobs.json").read_text())
-    (folder / "jobs.json").write_text(json.dumps([j for j in jobs if "9_aa" not in j["folder"]]))
+    write_jobs(folder, [job for job in read_jobs(folder) if "9_aa" not in job.folder])
     return folder
 
 
@@ -968,7 +969,7 @@ def drawn(paint: Callable[[figures.Gallery], Any], monkeypatch: pytest.MonkeyPat
         next(a for a in arguments if callable(a) and not isinstance(a, str))(axes)
         panels.append(axes)
 
-    gallery = figures.Gallery(Path())
+    gallery = figures.Gallery(Path(), everything)
     monkeypatch.setattr(gallery, "draw", draw)
     paint(gallery)
     return panels[0]

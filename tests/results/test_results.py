@@ -588,7 +588,7 @@ def test_no_room_for_a_sign_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monk
         tried.append(path.name)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with record.Heartbeat(tmp_path, every_s=0.01):
         while len(tried) < 3:
             time.sleep(0.005)

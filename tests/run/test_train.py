@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from proglayer.store.record import read_jobs
 from proglayer.store.stages import Stage
 
 from ..helpers import (
@@ -531,7 +532,7 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
 def test_a_sweeps_jobs_land_in_its_own_folder(train: Command, tmp_path: Path) -> None:
     assert train("-m", *SHORT, "seed=1,2").status == 0
     (sweep,) = (tmp_path / "multirun").glob("[!.]*")
-    assert len(json.loads((sweep / "jobs.json").read_text())) == len(results(sweep)) == 2
+    assert len(read_jobs(sweep)) == len(results(sweep)) == 2
 
 
 def test_a_sweep_keeps_no_settings_of_jobs_that_ended(

@@ -18,7 +18,16 @@ import pytest
 
 from proglayer.run.experiment import run
 from proglayer.store import stages
-from proglayer.store.stages import Stage, main, prunable, stages_in, verify
+from proglayer.store.record import ListedJob, RunRecord, RunState, write_jobs, write_record
+from proglayer.store.stages import (
+    Stage,
+    main,
+    open_store,
+    prunable,
+    stage_key,
+    stages_in,
+    verify,
+)
 
 from ..helpers import config
 
@@ -35,9 +44,16 @@ RUN = (
 )
 
 
-def stage(store: Path, key: str, size: int, age_days: float, parent: str | None = None) -> Stage:
-    made = Stage(store, key)
-    description = {"parent": {"key": parent, "epoch": 1} if parent else "fresh"}
+def stage(
+    store: Path, called: str, size: int, age_days: float, parent: Stage | None = None
+) -> Stage:
+    """A stage in a store, with a state of `size` bytes."""
+    description = {
+        "called": called,
+        "parent": {"key": parent.key, "epoch": 1} if parent else "fresh",
+    }
+    open_store(store)
+    made = Stage(store, stage_key(description))
     made.write_json("stage", description)
     made.write("state-0001-000000", "safetensors", b"x" * size)
     then = time.time() - age_days * 86_400
@@ -47,9 +63,9 @@ def stage(store: Path, key: str, size: int, age_days: float, parent: str | None 
 
 
 def run_folder(folder: Path, status: str | None, *stages: Stage) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if status:
-        (folder / "result.json").write_text(json.dumps({"status": status}))
+        write_record(folder, RunRecord(status=RunState(status)))
     for made in stages:
         times = {path: path.stat().st_mtime for path in made.folder.iterdir()}
         made.mark_used(folder)
@@ -62,16 +78,16 @@ def run_folder(folder: Path, status: str | None, *stages: Stage) -> Path:
 def test_listing_names_size_age_and_users(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = stage(tmp_path / "store", "a" * 32, 2_000_000, 3)
+    old = stage(tmp_path / "store", "a", 2_000_000, 3)
     run_folder(tmp_path / "sweep" / "0_abcdef", "completed", old)
     assert main(["list", "--dir", str(tmp_path / "store")]) == 0
     out = capsys.readouterr().out
-    for text in ("aaaaaaaaaaaa", "2.0", "3 d", "sweep/0_abcdef", "1 stages"):
+    for text in (old.key[:12], "2.0", "3 d", "sweep/0_abcdef", "1 stages"):
         assert text in out
 
 
 def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
-    kept = stage(tmp_path / "store", "a" * 32, 10, 1)
+    kept = stage(tmp_path / "store", "a", 10, 1)
     before = sorted(kept.folder.iterdir())
     runs = [run_folder(tmp_path / f"sweep/{number}_abcdef", "completed", kept) for number in (0, 1)]
     runs[0].joinpath("result.json").unlink()
@@ -89,7 +105,7 @@ def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
 def test_verifying_finds_damage_and_sets_it_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good, bad = stage(tmp_path, "a" * 32, 10, 1), stage(tmp_path, "b" * 32, 10, 1)
+    good, bad = stage(tmp_path, "a", 10, 1), stage(tmp_path, "b", 10, 1)
     assert verify(good) == []
     path = bad.path("state-0001-000000")
     assert path is not None
@@ -102,15 +118,15 @@ def test_verifying_finds_damage_and_sets_it_aside(
 
 def test_pruning_takes_the_oldest_and_leaves_what_unfinished_runs_need(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    root = stage(store, "a" * 32, 1000, 9)
-    child = stage(store, "b" * 32, 1000, 8, parent="a" * 32)
-    done, free, young = (stage(store, k * 32, 1000, d) for k, d in (("c", 7), ("d", 6), ("e", 1)))
+    root = stage(store, "a", 1000, 9)
+    child = stage(store, "b", 1000, 8, parent=root)
+    done, free, young = (stage(store, k, 1000, d) for k, d in (("c", 7), ("d", 6), ("e", 1)))
     run_folder(tmp_path / "unfinished", None, child)
     run_folder(tmp_path / "finished", "completed", done)
 
     def pruned(size: int | None, days: float | None) -> list[str]:
         age = None if days is None else days * 86_400
-        return [kept.stage.key[0] for kept in prunable(list(stages_in(store)), size, age)]
+        return [kept.description["called"] for kept in prunable(list(stages_in(store)), size, age)]
 
     assert pruned(None, 5) == ["c", "d"]
     assert pruned(10**6, None) == []
@@ -143,18 +159,19 @@ def test_who_may_come_back_for_a_stage(tmp_path: Path) -> None:
     assert needed("elsewhere", 29, None, seen=False)
     assert not needed("gone", 31, None, seen=False)
     # A sweep whose other jobs have not begun.
-    (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep/jobs.json").write_text(json.dumps({"0_abcdef": [], "1_abcdef": []}))
+    write_jobs(tmp_path / "sweep", [ListedJob("0_abcdef", ()), ListedJob("1_abcdef", ("seed=1",))])
     assert needed("sweep", 1, "completed")
-    (tmp_path / "sweep/1_abcdef").mkdir()
-    (tmp_path / "sweep/1_abcdef/result.json").write_text('{"status": "completed"}')
-    assert not Stage(tmp_path / "store", "sweep").needed
+    write_record(tmp_path / "sweep/1_abcdef", RunRecord(status=RunState.completed))
+    assert not needed("sweep", 1, "completed")
+    # A list that cannot be read may list any job.
+    (tmp_path / "sweep/jobs.json").write_text('{"0_abcdef": []}')
+    assert needed("sweep", 1, "completed")
 
 
 def test_pruning_asks_again_before_it_deletes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = stage(tmp_path / "store", "a" * 32, 10, 9)
+    kept = stage(tmp_path / "store", "a", 10, 9)
     chosen = stages.prunable
 
     def then_a_run_begins(*arguments: Any) -> Any:
@@ -170,7 +187,7 @@ def test_pruning_asks_again_before_it_deletes(
 def test_files_that_a_job_replaces_meanwhile_are_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = stage(tmp_path, "a" * 32, 10, 1)
+    kept = stage(tmp_path, "a", 10, 1)
     real = Stage.names
 
     def then_they_go(self: Stage, prefix: str) -> list[str]:
@@ -187,8 +204,10 @@ def test_a_store_of_another_version_is_looked_over_and_left_as_it_is(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stages, "FORMAT", 1)
-        old = Stage(tmp_path, "a" * 32)
-        old.write_json("stage", {"format": 1, "parent": "fresh"})
+        description = {"format": 1, "parent": "fresh"}
+        open_store(tmp_path)
+        old = Stage(tmp_path, stage_key(description))
+        old.write_json("stage", description)
         run_folder(tmp_path / "run", None, old)
     before = sorted(tmp_path.rglob("*"))
     for action in ("list", "verify"):
@@ -199,7 +218,7 @@ def test_a_store_of_another_version_is_looked_over_and_left_as_it_is(
 
 
 def test_pruning_leaves_a_stage_that_is_being_written(tmp_path: Path) -> None:
-    busy = stage(tmp_path, "a" * 32, 10, 9)
+    busy = stage(tmp_path, "a", 10, 9)
     assert busy.lock(0)
     assert main(["prune", "--dir", str(tmp_path), "--max-size", "0"]) == 0
     assert busy.names("state")

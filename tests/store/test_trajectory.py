@@ -260,9 +260,10 @@ def test_files_of_another_form_are_set_aside(tmp_path: Path) -> None:
     for odd in (of_training, of_epochs | {f"exits-{whole[0].best.epoch:04d}": b"{}"}):
         for name, content in odd.items():
             stage.remove(name)
-            stage.write(name, "x", content)
+            ending = "safetensors" if name.startswith(("weights", "state")) else "json"
+            stage.write(name, ending, content)
         assert_same(whole, followed(tmp_path / "odd", phase))
-    assert len(list((tmp_path / "odd" / ".damaged").rglob("*.x.*"))) == 6
+    assert len(list((tmp_path / "odd" / ".damaged").rglob("*.*.*.*"))) == 6
 
 
 @pytest.mark.parametrize("kind", ["epoch-0001", "exits", "weights", "state"])
