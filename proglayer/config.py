@@ -134,7 +134,8 @@ class ExitWeights(Enum):
 class Precision(Enum):
     """What the matrix products are computed in. Weights and optimizer state stay float32.
 
-    `tf32`, of NVIDIA GPUs, rounds the factors of a product to 10 bits and sums in float32.
+    `tf32` rounds the factors of a float32 product and sums in float32: to 10 bits on an NVIDIA GPU,
+    to 8 or 16 (bfloat16, once or twice) on a CPU with matrix units.
     """
 
     float32 = "float32"

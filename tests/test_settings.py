@@ -14,6 +14,7 @@ import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision, setting_names
 from proglayer.data.corpus import open_corpus
+from proglayer.run import machine
 from proglayer.run.machine import pick_device, switches
 from proglayer.store.stages import stage_key
 from proglayer.store.trajectory import Machine, describe
@@ -187,9 +188,37 @@ def test_a_text_is_in_the_key(tmp_path: Path) -> None:
     assert fingerprint(f"data.files=[{moved}]", f"data.cache_dir={tmp_path / 'cache'}") == plain
 
 
-def test_precision_tf32_is_refused_where_no_gpu_has_it() -> None:
-    with pytest.raises(ConfigError, match=r"^precision=tf32 needs an NVIDIA GPU .* is on cpu: "):
-        pick_device(Device.cpu, Precision.tf32)
+def test_precision_tf32_is_refused_where_no_unit_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_device(Device.cpu, Precision.tf32).type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"^precision=tf32 needs a CPU, or .* is on mps: "):
+        pick_device(Device.mps, Precision.tf32)
+
+
+@pytest.mark.parametrize(
+    ("units", "warned"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, set()),
+        ({"avx512_bf16": True, "amx_bf16": False}, {Precision.tf32}),
+        ({"avx2": True, "avx512_bf16": False}, {Precision.tf32, Precision.bfloat16}),
+        ({}, {Precision.tf32, Precision.bfloat16}),
+    ],
+)
+def test_a_precision_without_units_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, units: dict[str, bool], warned: set[Precision]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    cpu = torch.device("cpu")
+    assert {p for p in Precision if machine.precision_warning(cpu, p)} == warned
+    assert machine.precision_warning(torch.device("cuda"), Precision.bfloat16) is None
+
+
+def test_bfloat16_on_a_cpu_has_a_key_of_its_arithmetic() -> None:
+    on_cpu, on_gpu = (Machine(device, "a device", 2, "2.13.0") for device in ("cpu", "cuda"))
+    for name, machines in {"bfloat16": {on_cpu}, "float32": set(), "tf32": set()}.items():
+        phase = plan(config(*BASE, f"precision={name}"), vocab_size=100)[0]
+        for here in (on_cpu, on_gpu):
+            assert ("arithmetic" in describe(None, phase, "a text", here)) is (here in machines)
 
 
 def test_on_a_gpu_sums_have_one_order_for_the_time_of_a_run(
@@ -222,7 +251,9 @@ def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:
             for precision in Precision:
                 with pytest.raises(RuntimeError, match="fails"), switches(3, precision):
                     assert torch.get_num_threads() == 3
-                    assert matmul.allow_tf32 is (precision is Precision.tf32)
+                    assert matmul.allow_tf32 is (precision is not Precision.float32)
+                    inside = torch.get_float32_matmul_precision()
+                    assert inside == ("highest" if precision is Precision.float32 else "medium")
                     raise RuntimeError("the job fails")
                 assert matmul.allow_tf32 is found
                 assert torch.get_num_threads() == before[0]

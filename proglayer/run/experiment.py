@@ -207,6 +207,8 @@ def prepare(config: Config, record: RunRecord) -> Ready:
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
     device = machine.pick_device(config.device, config.precision)
+    if warning := machine.precision_warning(device, config.precision):
+        tell(warning)
     corpus = open_corpus(config.data, tell)
     phases = plan(config, corpus.vocab_size)
     for phase in phases:

@@ -41,13 +41,31 @@ def pick_device(wanted: Device, precision: Precision) -> torch.device:
         raise ConfigError(f"device={wanted.name} is not available here: take auto or {there}")
     # An older GPU would compute in float32 and say nothing; 8 is Ampere.
     if precision is Precision.tf32 and (
-        wanted is not Device.cuda or torch.cuda.get_device_capability()[0] < 8
+        wanted is Device.mps
+        or (wanted is Device.cuda and torch.cuda.get_device_capability()[0] < 8)
     ):
         raise ConfigError(
-            f"precision=tf32 needs an NVIDIA GPU from Ampere on, and this run is on {wanted.name}: "
-            "take precision=float32, or bfloat16"
+            "precision=tf32 needs a CPU, or an NVIDIA GPU from Ampere on, and this run is on "
+            f"{wanted.name}: take precision=float32, or bfloat16"
         )
     return torch.device(wanted.name)
+
+
+def precision_warning(device: torch.device, precision: Precision) -> str | None:
+    """What tells a user that float32 is faster here, from the processor's flags; None if not."""
+    if device.type != "cpu" or precision is Precision.float32:
+        return None
+    capabilities = torch.cpu.get_capabilities()
+    # Without AMX the library computes float32 products in float32 however it is asked.
+    units = (
+        ("amx_bf16", "bf16") if precision is Precision.tf32 else ("amx_bf16", "avx512_bf16", "bf16")
+    )
+    if any(capabilities.get(unit) for unit in units):
+        return None
+    return (
+        f"warning: precision={precision.name}: this processor has no units for it "
+        f"({' or '.join(units)}), so precision=float32 is as fast or faster"
+    )
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -95,10 +113,9 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
     On a GPU sums are formed in the same order every time, as they are on a CPU without being asked.
     """
     threads_before = torch.get_num_threads()
-    matmul = torch.backends.cuda.matmul
     # Not `fp32_precision`: setting that alone makes every reader of this older switch fail, the
     # compiler among them (torch 2.11-2.13).
-    tf32_before = matmul.allow_tf32
+    matmul_before = torch.get_float32_matmul_precision()
     strict_before = torch.are_deterministic_algorithms_enabled()
     lenient_before = torch.is_deterministic_algorithms_warn_only_enabled()
     # A module with a property, which no type checker knows.
@@ -113,12 +130,16 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
             filling.fill_uninitialized_memory = False
-        matmul.allow_tf32 = precision is Precision.tf32
+        # "medium" is tf32 on a GPU and bfloat16 within a float32 product on a CPU, where an
+        # evaluation in bfloat16 needs it as well.
+        on_cpu = precision is Precision.bfloat16 and not torch.cuda.is_available()
+        inside = "medium" if precision is Precision.tf32 or on_cpu else "highest"
+        torch.set_float32_matmul_precision(inside)
         yield
     finally:
         filling.fill_uninitialized_memory = filled_before
         torch.use_deterministic_algorithms(strict_before, warn_only=lenient_before)
-        matmul.allow_tf32 = tf32_before
+        torch.set_float32_matmul_precision(matmul_before)
         torch.set_num_threads(threads_before)
 
 

@@ -27,7 +27,7 @@ from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
-from proglayer.training.plan import Phase, described
+from proglayer.training.plan import Phase, Precision, described
 from proglayer.training.stopping import EpochMetrics, best_of, follow
 from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate
 
@@ -419,7 +419,12 @@ def describe(
     """
     plain = described(phase)
     del plain["stop"]
+    # Raised by hand where the products of one precision change, so that the others keep their keys.
+    arithmetic = {}
+    if machine.device == "cpu" and phase.precision is Precision.bfloat16:
+        arithmetic = {"arithmetic": 2}
     return {
+        **arithmetic,
         "format": FORMAT,
         "parent": {"key": parent[0], "epoch": parent[1]} if parent else "fresh",
         "phase": plain,

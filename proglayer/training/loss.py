@@ -51,6 +51,9 @@ LN_2 = math.log(2)
 # all stay within these: quotients of them and products with hidden states are then normal numbers.
 SAFE_LOW, SAFE_HIGH = 2.0**-60, 2.0**60
 
+# Exponentials in bfloat16 are added up in groups of so many.
+GROUP = 32
+
 
 @dataclass(frozen=True)
 class ExitLosses:
@@ -145,7 +148,13 @@ def evaluate_exits(
         target_n, [0.0] * exits, True, rows, block, workspace or Workspace(), False, [False] * exits
     )
     with torch.no_grad():
-        result = _run(job, head_vd, hidden_end)
+        if head_vd.device.type == "cpu":
+            # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
+            dtype = torch.promote_types(head_vd.dtype, torch.float32)
+            with torch.autocast("cpu", enabled=False):
+                result = _run(job, head_vd, [hidden_nd.to(dtype) for hidden_nd in hidden_end])
+        else:
+            result = _run(job, head_vd, hidden_end)
     return ExitScores(result.nll_e, result.correct_e)
 
 
@@ -298,8 +307,14 @@ class _Rows:
         self.dtype = dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self.head = head_vd.detach().to(dtype)
+        # Of kept exponentials: bfloat16 with its products on a CPU, where conversions would take
+        # longer than the products.
+        self.kept_dtype = dtype if self.device.type == "cpu" else self.sum_dtype
+        self.rounded = self.kept_dtype != self.sum_dtype
         self.head_grad_vd: Tensor | None = None
         self.head_grad_begun = False
+        # Targets and what they add to their entries' gradient, beside the exponentials.
+        self.at_targets: list[tuple[Tensor, Tensor]] = []
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.sum_dtype, device=self.device)
@@ -337,6 +352,8 @@ class _Rows:
             loss += weight / self.tokens * nll
         head_grad = None
         if self.head_grad_vd is not None:
+            for target, grad_md in self.at_targets:
+                self.head_grad_vd.index_add_(0, target, grad_md)
             head_grad = self.head_grad_vd.to(self.head_vd.dtype)
         elif job.head_needs:
             head_grad = torch.zeros_like(self.head_vd)
@@ -355,7 +372,8 @@ class _Rows:
         target_m = self.job.target_n.repeat(len(members))
         order = target_m.argsort(stable=True)
         target_m = target_m[order]
-        hidden_md = torch.cat([self.hidden_end[e].detach().to(self.dtype) for e in members])[order]
+        kind = self.sum_dtype if self.rounded else self.dtype
+        hidden_md = torch.cat([self.hidden_end[e].detach().to(kind) for e in members])[order]
         weights = [self.empty(self.tokens).fill_(self.job.weight_e[e]) for e in members]
         scale_m = torch.cat(weights).div_(self.tokens)[order]
 
@@ -375,11 +393,19 @@ class _Rows:
                 blocks = self.blocks(len(target), to_head)
             # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
             # round once more, so there the logits are scaled.
-            hidden_dm = hidden * LOG2_E if self.dtype == self.sum_dtype else hidden
-            hidden_dm = hidden_dm.t().contiguous()
+            hidden_dm = hidden * LOG2_E if hidden.dtype == self.sum_dtype else hidden
+            hidden_dm = hidden_dm.t().contiguous().to(self.dtype)
+            # What is rounded to 8 bits, be it by 0.03, is an error of the loss only at the target.
+            toward = self.head_vd.detach()[target].to(self.sum_dtype) if self.rounded else None
+            exact = None if toward is None else (hidden * toward).sum(1) * LOG2_E
             sums = None
             if self.device.type == "cpu":
-                sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden)
+                sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden, exact)
+            if sums is None and self.kept_dtype != self.sum_dtype:
+                # What is subtracted needs more bits: on with float32 exponentials.
+                self.flush(blocks)
+                self.kept_dtype = self.sum_dtype
+                blocks = self.blocks(len(target), to_head)
             if sums is None:
                 sums = self.sums_shifted(blocks, hidden_dm, target, to_hidden)
             nll_m[rows] = sums.nll
@@ -389,10 +415,14 @@ class _Rows:
             if grad_md is not None:
                 assert sums.weighted_dm is not None
                 torch.mul(sums.weighted_dm.t(), share.unsqueeze(1), out=grad_md[rows])
-                toward = self.head[target].to(self.sum_dtype)
+                if toward is None:
+                    toward = self.head[target].to(self.sum_dtype)
                 grad_md[rows].addcmul_(toward, (share * sums.rest).unsqueeze(1), value=-1)
             if to_head:
-                scaled = (hidden * share.unsqueeze(1)).to(self.dtype)
+                scaled = hidden * share.unsqueeze(1)
+                if self.rounded:
+                    self.at_targets.append((target, scaled * -sums.rest.unsqueeze(1)))
+                scaled = scaled.to(self.dtype)
                 self.queue_head_gradient(blocks, hidden_dm, scaled, target, sums)
         self.flush(blocks)
 
@@ -403,8 +433,8 @@ class _Rows:
     def blocks(self, rows: int, keep: bool) -> list[_Block]:
         """The blocks for chunks of `rows` rows; each has room of its own if they are to be kept."""
         vocab = len(self.head)
-        entries = self.job.block or block_entries(rows, vocab, self.sum_dtype, self.device.type)
-        buffer = self.job.workspace.buffer(vocab if keep else entries, rows, self.empty(0))
+        entries = self.job.block or block_entries(rows, vocab, self.kept_dtype, self.device.type)
+        buffer = self.buffer(vocab if keep else entries, rows)
         blocks = []
         for v in range(0, vocab, entries):
             w = min(v + entries, vocab)
@@ -418,12 +448,23 @@ class _Rows:
             blocks.append(_Block(v, w, exponentials_vm, exponentials, head, grad))
         return blocks
 
+    def buffer(self, entries: int, rows: int) -> Tensor:
+        """The (entries, rows) buffer for the exponentials that are kept."""
+        return self.job.workspace.buffer(
+            entries, rows, self.head.new_empty(0, dtype=self.kept_dtype)
+        )
+
     def sums_unshifted(
-        self, blocks: list[_Block], hidden_dm: Tensor, target: Tensor, to_hidden: bool
+        self,
+        blocks: list[_Block],
+        hidden_dm: Tensor,
+        target: Tensor,
+        to_hidden: bool,
+        exact: Tensor | None,
     ) -> _Sums | None:
         """With no maximum subtracted. None if sums came too near the limits, or there is a tie.
 
-        `target` is sorted.
+        `target` is sorted. `exact`: the targets' logits, where those of the products are rounded.
         """
         rows = len(target)
         # The last block may have fewer parts than the others.
@@ -446,15 +487,15 @@ class _Rows:
                 target_logits.append(flat[place])
                 flat.index_fill_(0, place, -math.inf)
             if self.job.count:
-                torch.amax(block.exponentials, 1, out=best_pm[:parts])
+                best_pm[:parts] = block.exponentials.amax(1)
             block.exponentials.exp2_()
-            torch.sum(block.exponentials, 1, out=sum_pm[:parts])
+            self.add_up(block.exponentials, sum_pm[:parts])
             if weighted_pdm is not None:
                 self.accumulate(
                     weighted_pdm[:parts], block.head.transpose(1, 2), block.exponentials
                 )
 
-        target_logit = torch.cat(target_logits)
+        target_logit = torch.cat(target_logits) if exact is None else exact
         rest, target_exponential = sums_bpm.sum((0, 1)), target_logit.exp2()
         total = rest + target_exponential
         # A NaN fails this too.
@@ -530,8 +571,9 @@ class _Rows:
                 self.logits(block, hidden_dm)
                 block.exponentials_vm.sub_(sums.shift).exp2_()
         # Softmax minus one-hot, times the sum; one element a row, so the order cannot matter.
-        kept = self.job.workspace.buffer(len(self.head), len(target), sums.rest)
-        kept[target, torch.arange(len(target), device=self.device)] = -sums.rest
+        kept = self.buffer(len(self.head), len(target))
+        one_hot = 0.0 if self.rounded else -sums.rest
+        kept[target, torch.arange(len(target), device=self.device)] = one_hot
         for block in blocks:
             block.queue = scaled_md, not self.head_grad_begun
         self.head_grad_begun = True
@@ -550,10 +592,26 @@ class _Rows:
         """Form the block's logits, in base 2, once what it held is used up."""
         self.flush([block])
         hidden_pdm = hidden_dm.expand(len(block.head), *hidden_dm.shape)
-        if self.dtype == self.sum_dtype:
+        if block.exponentials.dtype == self.dtype:
             torch.bmm(block.head, hidden_pdm, out=block.exponentials)
-        else:
-            block.exponentials.copy_(torch.bmm(block.head, hidden_pdm)).mul_(LOG2_E)
+            return
+        block.exponentials.copy_(torch.bmm(block.head, hidden_pdm))
+        if self.device.type != "cpu":
+            block.exponentials.mul_(LOG2_E)
+
+    def add_up(self, exponentials_pvm: Tensor, out_pm: Tensor) -> None:
+        """The sums over a block's entries, written to `out_pm`.
+
+        Those of bfloat16 in small groups: each sum is rounded, up or down as it comes, and an
+        output in float32 would convert all of them first.
+        """
+        if exponentials_pvm.dtype == self.sum_dtype:
+            torch.sum(exponentials_pvm, 1, out=out_pm)
+            return
+        whole = exponentials_pvm.shape[1] // GROUP * GROUP
+        groups = exponentials_pvm[:, :whole].unflatten(1, (-1, GROUP)).sum(2)
+        torch.sum(groups.to(self.sum_dtype), 1, out=out_pm)
+        out_pm += exponentials_pvm[:, whole:].to(self.sum_dtype).sum(1)
 
     def accumulate(self, total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
         """total += left @ right, part by part; the first time, = instead."""

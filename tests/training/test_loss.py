@@ -498,6 +498,44 @@ def test_bfloat16_products_with_float32_sums(how: str) -> None:
         assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 400.0])
+@pytest.mark.parametrize("trained", ["all", "head frozen", "one exit only"])
+def test_bfloat16_is_near_float64_for_small_and_large_logits(scale: float, trained: str) -> None:
+    """Loss within 1e-3 nats, each gradient within 1 % in norm; odd last chunk and block."""
+    hidden_end, head_vd, target_n = problem(tokens=333, dim=32, vocab=1001, dtype=torch.float32)
+    with torch.no_grad():
+        head_vd *= scale / hidden_end[0].norm(dim=1).mean()
+        # The targets are likely, as they are of a trained model.
+        hidden_end[0] += 0.5 * head_vd[target_n] / head_vd.norm(dim=1).mean()
+    head_vd.requires_grad_(trained != "head frozen")
+    for hidden_nd in hidden_end[1:]:
+        hidden_nd.requires_grad_(trained != "one exit only")
+    inputs = [x for x in (head_vd, *hidden_end) if x.requires_grad]
+    weights = [0.2, 0.3, 0.5]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = linear_cross_entropy(hidden_end, head_vd, target_n, weights, rows=128, block=256)
+    gradients = torch.autograd.grad(ours.loss, inputs)
+    exact = {x: x.detach().double().requires_grad_(x.requires_grad) for x in (head_vd, *hidden_end)}
+    loss, *_ = dense([exact[h] for h in hidden_end], exact[head_vd], target_n, weights)
+    if scale == 1.0:
+        assert abs(ours.loss.item() - loss.item()) < 1e-3
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=2e-3)
+    # Where logits differ by hundreds, their 8 bits decide which of two likely tokens it is.
+    bound = 0.01 if scale == 1.0 else 0.05
+    theirs = torch.autograd.grad(loss, [exact[x] for x in inputs])
+    for mine, wanted in zip(gradients, theirs, strict=True):
+        assert (mine.double() - wanted).norm() < bound * wanted.norm()
+
+
+def test_an_evaluation_under_autocast_has_float32_logits() -> None:
+    hidden_end, head_vd, target_n = problem(tokens=300, dim=32, vocab=500, dtype=torch.float32)
+    expected = evaluate_exits(hidden_end, head_vd, target_n)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = evaluate_exits(hidden_end, head_vd, target_n)
+    assert torch.equal(scores.nll_e, expected.nll_e)
+    assert torch.equal(scores.correct_e, expected.correct_e)
+
+
 def test_uncounted_losses_are_the_same_losses() -> None:
     hidden_end, head_vd, target_n = problem(dtype=torch.float32)
     counted = linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1])
