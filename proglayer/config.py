@@ -121,6 +121,23 @@ class ScheduleShape(Enum):
     constant = "constant"
     cosine = "cosine"
     linear = "linear"
+    wsd = "wsd"
+
+
+class Curriculum(Enum):
+    """Which of the exits with a weight the loss reads at an optimizer step."""
+
+    all = "all"
+    rotate = "rotate"
+    gradual = "gradual"
+
+
+class Carry(Enum):
+    """What the optimizer of a later phase takes over from the one before."""
+
+    none = "none"
+    existing = "existing"
+    copy = "copy"
 
 
 class ExitWeights(Enum):
@@ -198,13 +215,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BudgetOverrides:
-    """A phase's own budget; null keeps what the phase group says for all."""
+    """A phase's own budget and loss; null keeps what holds for all phases."""
 
     batch_size: Annotated[int | None, Bounds(least=1, most=INT32)]
     max_epochs: Annotated[int | None, Bounds(least=1, most=INT32)]
     patience: Annotated[int | None, Bounds(least=1, most=INT32)]
     min_delta: Annotated[float | None, Bounds(least=0, most=LARGE)]
     samples: Annotated[int | None, Bounds(least=1, most=INT32)]
+    exit_weights: Any = None
 
 
 @dataclass(frozen=True)
@@ -244,10 +262,19 @@ class FreezeStep:
 
 
 @dataclass(frozen=True)
+class FreezeInitial:
+    """Whether embedding and head train in the initial phase."""
+
+    embedding: bool = True
+    head: bool = True
+
+
+@dataclass(frozen=True)
 class FreezeConfig:
-    """The steps after each growth, one phase each."""
+    """What trains in the initial phase, and the steps after each growth, one phase each."""
 
     steps: list[FreezeStep]
+    initial: FreezeInitial = FreezeInitial()
 
 
 @dataclass(frozen=True)
@@ -261,25 +288,55 @@ class RoleFactors:
 
 
 @dataclass(frozen=True)
+class ScheduleOverrides:
+    """The schedule of the phases after the initial one; null keeps what holds for all."""
+
+    schedule: ScheduleShape | None = None
+    warmup_steps: Annotated[int | None, Bounds(least=0, most=INT32)] = None
+    final_factor: Annotated[float | None, Bounds(least=0, most=1)] = None
+
+
+@dataclass(frozen=True)
 class LrConfig:
-    """Learning rates. Warm-up in optimizer steps; `final_factor` is where a decay ends."""
+    """Learning rates. Warm-up in optimizer steps; `final_factor` is where a decay ends, and
+    `decay_share` how much of a phase `wsd` decays for, at its end.
+    """
 
     base: Annotated[float, Bounds(above=0, most=LARGE)]
     factor: RoleFactors
     schedule: ScheduleShape
     warmup_steps: Annotated[int, Bounds(least=0, most=INT32)]
     final_factor: Annotated[float, Bounds(least=0, most=1)]
+    decay_share: Annotated[float, Bounds(above=0, most=1)] = 0.2
+    grown: ScheduleOverrides = ScheduleOverrides()
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the norm that gradients are clipped to (null: not clipped)."""
+    """AdamW, the norm that gradients are clipped to (null: not clipped), what weight decay leaves
+    out, and what is carried from phase to phase.
+    """
 
     beta1: Annotated[float, Bounds(least=0, below=1)]
     beta2: Annotated[float, Bounds(least=0, below=1)]
     eps: Annotated[float, Bounds(above=0, most=1)]
     weight_decay: Annotated[float, Bounds(least=0, most=LARGE)]
     clip_norm: Annotated[float | None, Bounds(above=0, most=math.inf)]
+    carry: Carry = Carry.none
+    decay_norms: bool = True
+    decay_embedding: bool = True
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The exits that the loss reads, step by step. Where exits are detached, all but the last train
+    the head alone.
+    """
+
+    curriculum: Curriculum = Curriculum.all
+    rotate_every: Annotated[int | None, Bounds(least=1, most=4_096)] = None
+    gradual_steps: Annotated[int, Bounds(least=1, most=INT32)] = 1_000
+    detach: bool = False
 
 
 @dataclass(frozen=True)
@@ -305,7 +362,7 @@ class Config:
     """
 
     seed: Annotated[int, Bounds(least=0, most=2**63 - 1)]
-    initial_layers: Annotated[int, Bounds(least=1, most=4_096)]
+    initial_layers: Annotated[int, Bounds(least=0, most=4_096)]
     added_layers: Annotated[int, Bounds(least=0, most=4_096)]
     model: ModelConfig
     data: DataConfig
@@ -327,6 +384,7 @@ class Config:
     checkpoint_every_s: Annotated[float, Bounds(above=0, most=LARGE)]
     logger: LoggerConfig
     stages: StagesConfig
+    loss: LossConfig = LossConfig()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -547,6 +605,10 @@ def _problems(config: Config) -> Iterator[str]:
         yield from _layer_problems(config)
     if not any(line.startswith("model.") for line in beyond):
         yield from _model_problems(config.model)
+    for part in ("initial", "grown"):
+        own = getattr(config.phase, part).exit_weights
+        if own is not None:
+            yield from _exit_weight_problems(f"phase.{part}", own)
     yield from _growth_problems(config)
     yield from _data_problems(config.data)
     yield from _rate_problems(config.lr)
@@ -579,6 +641,9 @@ def _shortened(value: Any) -> str:
 
 def _layer_problems(config: Config) -> Iterator[str]:
     schedule = config.phase.schedule
+    initial = config.freeze.initial
+    if not initial.embedding and not initial.head and config.initial_layers == 0:
+        yield "freeze.initial freezes everything of a model of initial_layers=0"
     grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if grows and config.added_layers == 0:
         yield (
@@ -595,7 +660,7 @@ def _layer_problems(config: Config) -> Iterator[str]:
             continue
         if not isinstance(step.existing, int) or step.existing < 0:
             yield f"{setting} must be a number of layers from 0 up, or all"
-        elif step.existing >= config.initial_layers:
+        elif step.existing >= max(1, config.initial_layers):
             yield (
                 f"{setting} leaves none of {config.initial_layers} existing layer(s) frozen: "
                 f"the schedule needs initial_layers={step.existing + 1} or more, or existing: all"
@@ -610,6 +675,12 @@ COPYING = (GrowthInit.copy, GrowthInit.stack, GrowthInit.middle, GrowthInit.zero
 
 def _growth_problems(config: Config) -> Iterator[str]:
     growth = config.growth
+    grows = config.phase.schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
+    if grows and config.initial_layers == 0 and growth.init in COPYING:
+        yield (
+            f"growth.init={growth.init.name} has no layer to copy with initial_layers=0: "
+            "take growth.init=random"
+        )
     placed = growth.init in (GrowthInit.stack, GrowthInit.middle)
     if placed and growth.position is not GrowthPosition.top:
         yield (
@@ -636,16 +707,19 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             f"model.dim={model.dim} over model.num_heads={model.num_heads} gives heads of "
             f"{model.dim // model.num_heads}: rotary embedding needs an even number"
         )
-    weights = model.exit_weights
+    yield from _exit_weight_problems("model", model.exit_weights)
+
+
+def _exit_weight_problems(part: str, weights: Any) -> Iterator[str]:
     if isinstance(weights, (list, tuple)):
         numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
         if len(numbers) != len(weights) or not weights:
-            yield f"model.exit_weights={_shortened(weights)} must be numbers, one for each layer"
+            yield f"{part}.exit_weights={_shortened(weights)} must be numbers, one for each layer"
         elif not all(0 <= w <= LARGE for w in numbers):
-            yield f"model.exit_weights={_shortened(weights)} must be numbers from 0 to {LARGE:g}"
+            yield f"{part}.exit_weights={_shortened(weights)} must be numbers from 0 to {LARGE:g}"
     elif not (isinstance(weights, str) and weights in ExitWeights.__members__):
         names = ", ".join(ExitWeights.__members__)
-        yield f"model.exit_weights={_shortened(weights)} is none of {names}, nor a list of numbers"
+        yield f"{part}.exit_weights={_shortened(weights)} is none of {names}, nor a list of numbers"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -659,7 +733,13 @@ def _rate_problems(lr: LrConfig) -> Iterator[str]:
     if 0 < lr.final_factor <= 1 and lr.schedule is ScheduleShape.constant:
         yield (
             f"lr.final_factor={lr.final_factor} changes nothing with lr.schedule=constant: take "
-            "lr.schedule=cosine or linear"
+            "lr.schedule=cosine, linear or wsd"
+        )
+    shape = lr.schedule if lr.grown.schedule is None else lr.grown.schedule
+    if lr.grown.final_factor and shape is ScheduleShape.constant:
+        yield (
+            f"lr.grown.final_factor={lr.grown.final_factor} changes nothing with a constant "
+            "schedule: take lr.grown.schedule=cosine, linear or wsd"
         )
 
 

@@ -116,7 +116,7 @@ def test_every_setting_has_a_value_in_the_files() -> None:
 
 MISTAKES = {
     "seed=-1": "seed=-1",
-    "initial_layers=0": "initial_layers=0 must be from 1 to 4,096",
+    "initial_layers=-1": "initial_layers=-1 must be from 0 to 4,096",
     "added_layers=-2": "added_layers=-2 must be from 0 to 4,096",
     "added_layers=0": "added_layers=0 adds nothing",
     "model.num_heads=3": "model.num_heads=3 does not divide model.dim=64",
@@ -139,6 +139,10 @@ MISTAKES = {
     "phase.patience=0": "phase.patience=0",
     "phase.grown.max_epochs=0": "phase.grown.max_epochs=0",
     "phase.min_delta=-1": "phase.min_delta=-1",
+    "phase.grown.exit_weights=most": "phase.grown.exit_weights=most is none of uniform",
+    "loss.rotate_every=0": "loss.rotate_every=0 must be from 1",
+    "lr.decay_share=0": "lr.decay_share=0.0 must be above 0",
+    "lr.grown.final_factor=0.5": "changes nothing with a constant schedule",
     "growth.noise=2": "growth.noise=2.0 must be from 0 to 1",
     "growth.noise=0.5": "changes nothing with growth.init=random",
     "growth.gate_steps=0": "growth.gate_steps=0 must be from 1",
@@ -184,7 +188,7 @@ def test_an_error_without_text_is_told_by_its_name() -> None:
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        config("initial_layers=0", "model.num_heads=5", "lr.base=-1")
+        config("initial_layers=-1", "model.num_heads=5", "lr.base=-1")
     assert len(str(error.value).splitlines()) == 3
 
 

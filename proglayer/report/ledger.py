@@ -53,8 +53,10 @@ def curves(results: Results, runs: Frame) -> Frame:
     )
     count = table["epochs_of_phase"].astype("float64")
     body = table["train_flops_body"].astype("float64") / count
-    table["flops"] = table["train_flops_head"].astype("float64") / count + body
-    table["flops_without_head"] = body
+    # Epoch 0, the model right after a growth, was evaluated only.
+    trained = (table["epoch"] > 0).astype("float64")
+    table["flops"] = (table["train_flops_head"].astype("float64") / count + body) * trained
+    table["flops_without_head"] = body * trained
     table["tokens"] = table["train_tokens"].astype("float64")
     table["seconds"] = table["train_seconds"] + table["evaluation_seconds"]
     by_run = table.groupby("run", sort=False)
@@ -62,7 +64,7 @@ def curves(results: Results, runs: Frame) -> Frame:
         # A sum with a gap in it is no sum.
         gap = table[measure.column].isna().groupby(table["run"], sort=False).cummax()
         table[measure.column] = by_run[measure.column].cumsum().where(~gap)
-    table["step"] = by_run.cumcount() + 1
+    table["step"] = trained.groupby(table["run"], sort=False).cumsum().astype(int)
     table["loss"] = table["validation_loss"].astype("float64")
     table["accuracy_percent"] = table["validation_accuracy_percent"].astype("float64")
     table["best"] = table["best"].fillna(False).astype(bool)

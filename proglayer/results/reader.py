@@ -183,7 +183,7 @@ def _add_up_unfinished(runs: Rows, epochs: pd.DataFrame) -> None:
     own = epochs[epochs["run"].isin(list(unfinished))]
     for name, each in own.groupby("run", sort=False):
         run = unfinished[str(name)]
-        run["epochs"] = len(each)
+        run["epochs"] = sum(epoch > 0 for epoch in each["epoch"])
         run["epochs_reused"] = sum(filter(None, plain_values(each["reused"])))
         run["tokens"] = as_int(sum(filter(None, plain_values(each["train_tokens"]))))
         run["seconds"] = sum(each[["train_seconds", "evaluation_seconds"]].sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from proglayer import files
 from proglayer.config import Config, ConfigError, stages_dir, to_plain
@@ -35,6 +37,7 @@ from proglayer.store.record import (
     Changes,
     CorpusRecord,
     ExitRecord,
+    GrowthRecord,
     Heartbeat,
     Machine,
     MetricsRow,
@@ -52,9 +55,10 @@ from proglayer.store.record import (
     write_record,
 )
 from proglayer.store.stages import PrivateStore, open_store
-from proglayer.store.trajectory import ABOUT, Interrupted, Trajectory, Watch, Work
+from proglayer.store.trajectory import ABOUT, Interrupted, NotMoved, Trajectory, Watch, Work
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Transformer, restored
+from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Flops, Phase, parameter_counts, plan, training_flops
 from proglayer.training.stopping import EpochMetrics, Stopped, follow, perplexity
 from proglayer.training.trainer import Diverged, ExitMetrics, NotCompiled
@@ -63,7 +67,7 @@ log = logging.getLogger(__name__)
 
 # What a user can cure, too little memory included, is told in one line; anything else is a fault of
 # ours, with its traceback.
-EXPECTED = (ConfigError, StoreError, Diverged, NotCompiled)
+EXPECTED = (ConfigError, StoreError, Diverged, NotCompiled, NotMoved)
 
 
 class Deferred(Exception):
@@ -256,7 +260,8 @@ class Walk:
     def through(self, records: list[PhaseRecord]) -> None:
         """Train or read every phase, adding to `records`."""
         previous: tuple[Trajectory, int] | None = None
-        for phase in self.ready.phases:
+        loss_before: float | None = None
+        for phase, following in itertools.zip_longest(self.ready.phases, self.ready.phases[1:]):
             trajectory = Trajectory(
                 store=self.store,
                 parent=(previous[0].key, previous[1]) if previous else None,
@@ -267,11 +272,16 @@ class Walk:
                 machine=self.ready.here,
                 checkpoint_every_s=self.config.checkpoint_every_s,
                 watch=self.watch,
+                carried=functools.partial(carried_moments, phase, previous),
+                keep_optimizer=following is not None and following.optimizer.carry != "none",
             )
             machine.reset_peak_memory(self.ready.device)
             self.display.phase(phase)
             with trajectory:
                 trajectory.stage.mark_used(self.folder)
+                start = trajectory.start_exits() if phase.growth is not None else None
+                if start is not None:
+                    self._show_start(phase, start[-1])
                 try:
                     stopped = follow(
                         phase.stop,
@@ -284,14 +294,29 @@ class Walk:
                     self._keep_last_good(trajectory, previous)
                     raise
                 memory = machine.peak_memory_mb(self.ready.device)
-                flops = training_flops(
-                    phase, self.config.data.seq_len, len(self.ready.corpus.train)
-                )
+                growth = None
+                if start is not None:
+                    growth = _growth_record(
+                        loss_before, start, stopped, trajectory.gradient_shares()
+                    )
+                windows = len(self.ready.corpus.train)
+                flops = [
+                    training_flops(phase, self.config.data.seq_len, windows, epoch.epoch)
+                    for epoch in stopped.epochs
+                ]
                 records.append(
                     _phase_record(
-                        phase, flops, trajectory.key, trajectory.work, stopped, exits, memory
+                        phase,
+                        flops,
+                        trajectory.key,
+                        trajectory.work,
+                        stopped,
+                        exits,
+                        memory,
+                        growth,
                     )
                 )
+            loss_before = stopped.best.validation_loss
             previous = (trajectory, stopped.best.epoch)
         assert previous is not None
         self._keep_weights(*previous)
@@ -332,6 +357,30 @@ class Walk:
         if self.prune is not None and (reason := self.prune(self.metrics_rows[-1])) is not None:
             raise Pruned(reason)
 
+    def _show_start(self, phase: Phase, last: ExitMetrics) -> None:
+        """Show the model right after a growth as epoch 0 of its phase."""
+        self.metrics_rows.append(
+            MetricsRow(
+                phase=phase.index + 1,
+                layers=phase.layers,
+                epoch=0,
+                train_loss=None,
+                validation_loss=last.loss,
+                validation_perplexity=perplexity(last.loss),
+                validation_accuracy_percent=100 * last.accuracy,
+                train_tokens=0,
+                train_seconds=0.0,
+                evaluation_seconds=0.0,
+                best=False,
+                reused=False,
+            )
+        )
+        write_metrics(self.folder, self.metrics_rows)
+        self.display.note(
+            f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "
+            f"perplexity {perplexity(last.loss):.2f}"
+        )
+
     def _keep_weights(self, trajectory: Trajectory, epoch: int) -> None:
         """Put the model after `epoch` into the run's folder: a hard link where that can be had."""
         with trajectory:
@@ -351,14 +400,15 @@ class Walk:
 
 def _phase_record(
     phase: Phase,
-    flops: Flops,
+    flops: Sequence[Flops],
     stage: str,
     work: Work,
     stopped: Stopped,
     exits: list[ExitMetrics],
     peak_memory_mb: PeakMemory,
+    growth: GrowthRecord | None = None,
 ) -> PhaseRecord:
-    """What the record says of a phase; `flops` are those of an epoch."""
+    """What the record says of a phase; `flops` are those of each epoch."""
     counts = parameter_counts(phase)
     train_seconds = sum(epoch.train_seconds for epoch in stopped.epochs)
     tokens = sum(epoch.train_tokens for epoch in stopped.epochs)
@@ -385,7 +435,7 @@ def _phase_record(
         ),
         exits=[
             ExitRecord(
-                layer=exit.exit + 1,
+                layer=exit.exit + 1 if phase.layers else 0,
                 validation_loss=exit.loss,
                 validation_perplexity=perplexity(exit.loss),
                 validation_accuracy_percent=100 * exit.accuracy,
@@ -393,8 +443,8 @@ def _phase_record(
             for exit in exits
         ],
         train_tokens=tokens,
-        train_flops_head=flops.head * len(stopped.epochs),
-        train_flops_body=flops.body * len(stopped.epochs),
+        train_flops_head=sum(epoch.head for epoch in flops),
+        train_flops_body=sum(epoch.body for epoch in flops),
         train_seconds=train_seconds,
         evaluation_seconds=sum(epoch.evaluation_seconds for epoch in stopped.epochs),
         tokens_per_second=tokens / train_seconds if train_seconds else None,
@@ -406,6 +456,30 @@ def _phase_record(
             seconds_waited=work.waited_seconds,
             peak_memory_mb=peak_memory_mb,
         ),
+        growth=growth,
+    )
+
+
+def _growth_record(
+    loss_before: float | None,
+    start: list[ExitMetrics],
+    stopped: Stopped,
+    gradient_shares: list[float] | None,
+) -> GrowthRecord:
+    """What a growth did: `start` are the exits before the first step after it."""
+    tokens: int | None = 0
+    for epoch in stopped.epochs:
+        tokens += epoch.train_tokens
+        if loss_before is not None and epoch.validation_loss < loss_before:
+            break
+    else:
+        tokens = None
+    return GrowthRecord(
+        loss_before=loss_before,
+        loss_after=start[-1].loss,
+        exit_losses_after=[exit.loss for exit in start],
+        tokens_to_recovery=tokens,
+        gradient_share_new=gradient_shares,
     )
 
 
@@ -422,9 +496,14 @@ def check_objective(
     stopped = Stopped(epoch, (epoch,), "")
     records = []
     for phase in phases:
-        exits = [ExitMetrics(exit, 1.0, 1.0) for exit in range(phase.layers)]
-        flops = training_flops(phase, config.data.seq_len, record.corpus.train_windows)
-        records.append(_phase_record(phase, flops, "", Work(), stopped, exits, peak_memory_mb))
+        exits = [ExitMetrics(exit, 1.0, 1.0) for exit in range(phase.exits)]
+        flops = [training_flops(phase, config.data.seq_len, record.corpus.train_windows)]
+        growth = None
+        if phase.growth is not None:
+            growth = _growth_record(2.0, exits, stopped, [1.0])
+        records.append(
+            _phase_record(phase, flops, "", Work(), stopped, exits, peak_memory_mb, growth)
+        )
     changes = Changes.between(records[0].best, records[-1].best)
     try:
         metric(replace(record, phases=records, changes=changes), config.objective)
@@ -461,6 +540,16 @@ def starting_model(phase: Phase, previous: tuple[Trajectory, int] | None) -> Tra
     with trajectory:
         weights = trajectory.weights(epoch)
     return grow(restored(before.layers, asdict(before.architecture), weights), phase)
+
+
+def carried_moments(phase: Phase, previous: tuple[Trajectory, int] | None) -> dict[str, Tensor]:
+    """What the optimizer of `phase` takes over from the selected epoch of the phase before."""
+    if previous is None or phase.optimizer.carry == "none":
+        return {}
+    trajectory, epoch = previous
+    with trajectory:
+        state = trajectory.optimizer_state(epoch)
+    return carried_tensors(state, phase, trajectory.phase.layers)
 
 
 def load_run(folder: str | Path) -> Transformer:

@@ -202,6 +202,25 @@ class PeakMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrowthRecord:
+    """What happened at the moment of a phase's growth. Losses in nats per token, validation.
+
+    loss_before, loss_after: at the last exit of the old model's selected epoch, and of the grown
+        model before its first step.
+    exit_losses_after: at each exit of the grown model before its first step, bottom first.
+    tokens_to_recovery: trained until the end of the first epoch below `loss_before`; None if never.
+    gradient_share_new: over the first steps, the norm of the new layers' gradient over that of all
+        that trains.
+    """
+
+    loss_before: float | None
+    loss_after: float | None
+    exit_losses_after: list[float] | None
+    tokens_to_recovery: int | None
+    gradient_share_new: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseWork:
     """What a phase cost the run itself, and what it saved by reading epochs from the store."""
 
@@ -243,6 +262,7 @@ class PhaseRecord:
     evaluation_seconds: float | None
     tokens_per_second: float | None
     work: PhaseWork
+    growth: GrowthRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,6 +437,7 @@ def _write_result(folder: Path, plain: dict[str, Any]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class MetricsRow:
     """One epoch. Phases, layers and epochs count from 1; `reused` epochs were read from the store.
+    Epoch 0 is the model right after a growth, before its first step: it is never the best.
 
     `best` is whether it is the best epoch of its phase so far.
     """

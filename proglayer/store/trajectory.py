@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from proglayer.data.corpus import Corpus
+from proglayer.errors import UserError
 from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
 from proglayer.training.model import Transformer, restored
-from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
+from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors, trains
 from proglayer.training.plan import Phase, Precision, described
 from proglayer.training.stopping import EpochMetrics, best_of, follow
-from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate
+from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate, set_gate
 
 # The entry of a file's metadata that holds what is not a tensor.
 ABOUT = "proglayer"
@@ -38,6 +39,10 @@ STATE_NAME = re.compile(r"state-(\d+)-(\d+)")
 
 # How long to wait for another process's epoch before looking again whether it is stored.
 LOOK_AGAIN_S = 0.2
+
+
+class NotMoved(UserError):
+    """A tensor that should train is where it was when the phase began."""
 
 
 class Interrupted(Exception):
@@ -72,7 +77,9 @@ class Trajectory:
     """The epochs of one phase from one starting point, stored under their key.
 
     `start` gives the model that the phase starts with; it is called only if something has to be
-    trained. Use as a context manager: the end frees the stage's lock.
+    trained. `carried` gives what the optimizer starts with (see `optim.carried_tensors`); with
+    `keep_optimizer` its state at selectable epochs is stored, for a later phase that takes it over.
+    Use as a context manager: the end frees the stage's lock.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class Trajectory:
         machine: Machine,
         checkpoint_every_s: float,
         watch: Watch,
+        carried: Callable[[], dict[str, Tensor]] = dict,
+        keep_optimizer: bool = False,
     ) -> None:
         self.phase = phase
         self.corpus = corpus
@@ -94,6 +103,8 @@ class Trajectory:
         self.stage = Stage(store, stage_key(self.description))
         self.work = Work()
         self._start = start
+        self._carried = carried
+        self._keep_optimizer = keep_optimizer
         self._checkpoint_every_s = checkpoint_every_s
         self._watch = watch
         self._recorded: dict[int, EpochMetrics] = {}
@@ -140,6 +151,7 @@ class Trajectory:
             self._store_weights(selected, state)
             exits = self._read_exits(selected)
             if exits is None:
+                self._check_moved(state)
                 exits = self._evaluate_exits(state)
                 rows = [asdict(exit) for exit in exits]
                 self.stage.write_json(f"exits-{selected:04d}", {"exits": rows})
@@ -148,6 +160,38 @@ class Trajectory:
             for position in self._states()[:-1]:
                 self.stage.remove(_state_name(position))
         return exits
+
+    def start_exits(self) -> list[ExitMetrics]:
+        """Every exit of the model that the phase starts with, before its first step."""
+        while (exits := self._read_exits(0)) is None:
+            if self._own(until=lambda: self._read_exits(0) is not None):
+                model = self._start().to(self.device)
+                set_gate(model, self.phase, 0)
+                exits = self._evaluate(model, list(range(self.phase.exits)), None)
+                rows = [asdict(exit) for exit in exits]
+                self.stage.write_json("exits-0000", {"exits": rows})
+                return exits
+        return exits
+
+    def gradient_shares(self) -> list[float] | None:
+        """The new layers' part of the gradient's norm at the first steps after a growth.
+
+        None where an earlier version trained the phase and kept none.
+        """
+        return self.stage.read_json("gradients-0001", lambda plain: list(plain["new_layers"]))
+
+    def optimizer_state(self, epoch: int) -> dict[str, Tensor]:
+        """The optimizer's tensors after `epoch`, on the CPU: stored ones, or trained again."""
+        name = f"optimizer-{epoch:04d}"
+        if (stored := self.stage.read(name, safetensors.torch.load)) is not None:
+            return stored
+        self._own(until=lambda: False)
+        training = self._advance(epoch)
+        if (stored := self.stage.read(name, safetensors.torch.load)) is not None:
+            return stored
+        state = _cpu(optimizer_tensors(training.optimizer))
+        self.stage.write(name, "safetensors", safetensors.torch.save(state))
+        return state
 
     def weights_file(self, epoch: int) -> Path:
         """The stored file of the model after `epoch`, read to its end; trained again if damaged."""
@@ -241,7 +285,7 @@ class Trajectory:
                 self.work.epochs_replayed += 1
             else:
                 started = time.perf_counter()
-                last = self.phase.layers - 1
+                last = self.phase.exits - 1
                 (exit,) = self._evaluate(training.model, [last], training)
                 evaluation_seconds = time.perf_counter() - started
                 if not math.isfinite(exit.loss):
@@ -251,6 +295,9 @@ class Trajectory:
                     )
                 tokens = len(training.windows) * training.windows.seq_len
                 train_loss, seconds = training.finish_epoch()
+                if self.phase.growth is not None and number == 1:
+                    shares = {"new_layers": [float(share) for share in training.gradient_shares]}
+                    self.stage.write_json("gradients-0001", shares)
                 self._record(
                     EpochMetrics(
                         epoch=number,
@@ -281,6 +328,13 @@ class Trajectory:
         if self._best is not None and self._best[0] in selectable - {training.epoch}:
             self._store_weights(self._best[0], self.weights(self._best[0]))
         self._best = None
+        if training.epoch in selectable and self._keep_optimizer:
+            for name in self.stage.names("optimizer-"):
+                if int(name.removeprefix("optimizer-")) not in selectable:
+                    self.stage.remove(name)
+            if self.stage.path(f"optimizer-{training.epoch:04d}") is None:
+                state = safetensors.torch.save(_cpu(optimizer_tensors(training.optimizer)))
+                self.stage.write(f"optimizer-{training.epoch:04d}", "safetensors", state)
         if training.epoch in selectable:
             trainable = {n: p for n, p in training.model.named_parameters() if p.requires_grad}
             self._best = (training.epoch, _cpu(trainable, copy=True))
@@ -299,8 +353,23 @@ class Trajectory:
 
     def _evaluate_exits(self, state: dict[str, Tensor]) -> list[ExitMetrics]:
         model = restored(self.phase.layers, asdict(self.phase.architecture), state)
-        exits = list(range(self.phase.layers))
+        exits = list(range(self.phase.exits))
         return self._evaluate(model.to(self.device), exits, self._training)
+
+    def _check_moved(self, state: dict[str, Tensor]) -> None:
+        """Raise NotMoved where a tensor that trains is, bit for bit, what it was at the start."""
+        start = self._start()
+        still = [
+            name
+            for name, parameter in start.named_parameters()
+            if trains(name, self.phase) and torch.equal(parameter.cpu(), state[name])
+        ]
+        if still:
+            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            raise NotMoved(
+                f"phase {self.phase.index + 1} did not move {still[0]}{more}, which should train: "
+                "its gradient is zero, or too small for its rate (see lr, loss and growth)"
+            )
 
     def _after_step(self, training: Training, progress: Progress) -> None:
         self._watch.on_step(progress)
@@ -341,6 +410,8 @@ class Trajectory:
             for name, value in optimizer_tensors(training.optimizer).items():
                 tensors[f"optimizer/{name}"] = value
             about: dict[str, Any] = {"seconds": training.seconds}
+            if training.gradient_shares and training.epoch == 0:
+                about["gradient_shares"] = [float(share) for share in training.gradient_shares]
             if self._best is not None and self.weights_path(self._best[0]) is None:
                 about["best_epoch"] = self._best[0]
                 tensors |= {f"best/{name}": value for name, value in self._best[1].items()}
@@ -355,7 +426,7 @@ class Trajectory:
         """Training in the last stored state up to `latest` (epochs, steps), else afresh."""
         self._best = None
         self._checkpointed = time.monotonic()
-        training = Training(self._start(), self.phase, self.corpus, self.device)
+        training = Training(self._start(), self.phase, self.corpus, self.device, self._carried())
         for position in reversed(self._states()):
             if position > latest:
                 continue
@@ -371,6 +442,8 @@ class Trajectory:
             training.epoch, training.step = position
             training.loss_sum = parts["loss_sum"][""].to(self.device)
             training.seconds = about["seconds"]
+            shares = about.get("gradient_shares", [])
+            training.gradient_shares = [torch.tensor(share) for share in shares]
             if "best_epoch" in about:
                 self._best = (about["best_epoch"], parts["best"])
             return training

@@ -116,7 +116,8 @@ class Transformer(nn.Module):
         self.gate: Tensor | None = None
 
     def forward(self, tokens_nt: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states (windows, positions, dim) after each layer, bottom first.
+        """Hidden states (windows, positions, dim) after each layer, bottom first; with no layer at
+        all, the embedding alone.
 
         What is frozen runs without recording gradients as far as nothing below it trains.
         """
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
                 y_ntd = self.gate * y_ntd + (1 - self.gate) * x_ntd
             x_ntd = y_ntd
             exits.append(x_ntd)
-        return tuple(exits)
+        return tuple(exits or [x_ntd])
 
     def read(self, hidden_ntd: Tensor) -> Tensor:
         """What the head reads at an exit with this hidden state; the same shape."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from proglayer.training.model import Transformer
-from proglayer.training.plan import Phase, Role
+from proglayer.training.plan import AdamW, Phase, Role, Source, layer_sources
+
+# What AdamW remembers of a parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def role_of(name: str, phase: Phase) -> Role:
@@ -40,23 +45,40 @@ def set_trainable(model: Transformer, phase: Phase) -> dict[str, Tensor]:
     return trainable
 
 
+def decayed(name: str, settings: AdamW) -> bool:
+    """Whether weight decay acts on the parameter called `name`."""
+    if name.startswith("embedding."):
+        return settings.decay_embedding
+    is_gain = any(part.startswith("norm") for part in name.split("."))
+    return settings.decay_norms or not is_gain
+
+
 def build_optimizer(model: Transformer, phase: Phase) -> torch.optim.AdamW:
-    """A fresh AdamW over exactly the trainable set, one group for each role that trains.
+    """A fresh AdamW over exactly the trainable set, one group for each role that trains (two where
+    weight decay leaves out some of it).
 
     Each group carries `role`, `base_lr` (the rate before the schedule) and `names`, in the order
     of its parameters.
     """
     trainable = set_trainable(model, phase)
+    settings = phase.optimizer
     groups = []
-    for role in Role:
-        names = [name for name in trainable if role_of(name, phase) is role]
+    for role, decays in itertools.product(Role, (True, False)):
+        names = [
+            name
+            for name in trainable
+            if role_of(name, phase) is role and decayed(name, settings) is decays
+        ]
         if names:
             rate = getattr(phase.rates, role)
-            parameters = [trainable[name] for name in names]
-            groups.append(
-                {"params": parameters, "lr": rate, "base_lr": rate, "role": role, "names": names}
-            )
-    settings = phase.optimizer
+            group = {
+                "params": [trainable[name] for name in names],
+                "lr": rate,
+                "base_lr": rate,
+                "role": role,
+                "names": names,
+            }
+            groups.append(group if decays else {**group, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
         groups,
         betas=(settings.beta1, settings.beta2),
@@ -83,6 +105,40 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for entry, value in optimizer.state[parameter].items():
                 tensors[f"{name}/{entry}"] = value
     return tensors
+
+
+def carried_tensors(tensors: dict[str, Tensor], phase: Phase, layers: int) -> dict[str, Tensor]:
+    """The part of an optimizer's state that `phase` takes over, under the names it has there.
+
+    `tensors` are those of the phase before, of a model of `layers` layers. What did not train there
+    has no state to give; the result is empty with `carry=none`.
+    """
+    carry = phase.optimizer.carry
+    if carry == "none":
+        return {}
+    carried = {name: value for name, value in tensors.items() if not name.startswith("layers.")}
+    sources = [Source(number, False) for number in range(layers)]
+    if phase.growth is not None:
+        sources = list(layer_sources(layers, phase.growth))
+    for number, source in enumerate(sources):
+        if source.layer is None or (source.new and carry != "copy"):
+            continue
+        old = f"layers.{source.layer}."
+        for name, value in tensors.items():
+            if name.startswith(old):
+                carried[f"layers.{number}.{name.removeprefix(old)}"] = value
+    return carried
+
+
+def start_from(optimizer: torch.optim.Optimizer, carried: dict[str, Tensor]) -> None:
+    """Give a fresh optimizer what `carried_tensors` gave; what is not in it starts afresh."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            entries = {e: carried[f"{name}/{e}"] for e in MOMENTS if f"{name}/{e}" in carried}
+            if entries:
+                optimizer.state[parameter] = {
+                    entry: value.clone().to(parameter.device) for entry, value in entries.items()
+                }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

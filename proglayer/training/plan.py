@@ -16,6 +16,7 @@ from proglayer.config import (
     BudgetOverrides,
     Config,
     ConfigError,
+    Curriculum,
     ExitWeights,
     GrowthInit,
     GrowthPosition,
@@ -96,6 +97,7 @@ class Schedule:
     warmup_steps: int
     final_factor: float
     total_epochs: int | None
+    decay_share: float | None = None
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """What the rate is multiplied by at optimizer step `step`, counted from 0."""
@@ -103,8 +105,13 @@ class Schedule:
             return (step + 1) / self.warmup_steps
         if self.total_epochs is None:
             return 1.0
-        decay_steps = max(1, self.total_epochs * steps_per_epoch - self.warmup_steps)
-        done = min(1.0, (step - self.warmup_steps) / decay_steps)
+        total = self.total_epochs * steps_per_epoch
+        if self.decay_share is not None:  # warm-up, stable, decay: only its last part falls
+            stable = max(self.warmup_steps, round(total * (1 - self.decay_share)))
+            done = min(1.0, max(0.0, (step - stable) / max(1, total - stable)))
+        else:
+            decay_steps = max(1, total - self.warmup_steps)
+            done = min(1.0, (step - self.warmup_steps) / decay_steps)
         if self.shape is ScheduleShape.cosine:
             done = (1 - math.cos(math.pi * done)) / 2
         return 1 - (1 - self.final_factor) * done
@@ -112,13 +119,53 @@ class Schedule:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Settings of the optimizer, and the norm that gradients are clipped to (None: not)."""
+    """Settings of the optimizer, and the norm that gradients are clipped to (None: not).
+
+    `carry` says what it takes over from the phase before: none, existing (the moments and step
+    counters of what was there), copy (a copied layer's too).
+    """
 
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
     clip_norm: float | None
+    carry: str = "none"
+    decay_norms: bool = True
+    decay_embedding: bool = True
+
+
+@dataclass(frozen=True)
+class ExitCurriculum:
+    """Which of the exits with a weight the loss reads at a step; its position is the step alone.
+
+    rotate: the last exit, and every `every`-th of the others in turn (0: one of them at a time),
+    their weights times `every`, so that the mean over a round is the full loss.
+    gradual: from the last exit down, all of them after `steps` steps, weights adding up to 1.
+    After Elhoushi et al. 2024, "LayerSkip".
+    """
+
+    kind: str = "all"
+    every: int = 0
+    steps: int = 0
+
+    def weights(self, full: tuple[float, ...], step: int) -> tuple[float, ...]:
+        """The weight of each exit at optimizer step `step` of a phase, counted from 0."""
+        *others, _ = [exit for exit, weight in enumerate(full) if weight > 0]
+        if self.kind == "all" or not others:
+            return full
+        weights = list(full)
+        if self.kind == "rotate":
+            every = min(self.every or len(others), len(others))
+            for place, exit in enumerate(others):
+                weights[exit] *= every if place % every == step % every else 0
+            return tuple(weights)
+        shown = min(len(others), step * len(others) // self.steps)
+        if shown == len(others):
+            return full
+        for exit in others[: len(others) - shown]:
+            weights[exit] = 0.0
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -158,6 +205,22 @@ class Phase:
     precision: Precision
     compile: bool
     stop: StoppingRule
+    curriculum: ExitCurriculum = ExitCurriculum()
+    detached: bool = False
+
+    @property
+    def exits(self) -> int:
+        """How many exits there are: one for each layer, and with no layer the embedding's."""
+        return max(1, self.layers)
+
+    @property
+    def last_read(self) -> int:
+        """The highest exit that the loss reads. Where exits are detached, this one is not."""
+        return max(exit for exit, weight in enumerate(self.exit_weights) if weight > 0)
+
+    def exit_weights_at(self, step: int) -> tuple[float, ...]:
+        """The loss's weight at each exit at optimizer step `step` of the phase."""
+        return self.curriculum.weights(self.exit_weights, step)
 
     @property
     def name(self) -> str:
@@ -220,7 +283,7 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
     )
     phases = tuple(_phases(config, architecture))
     for phase in phases:
-        highest = _highest_read(phase)
+        highest = phase.last_read
         above = [str(layer + 1) for layer in phase.trained_layers if layer > highest]
         if above:
             raise ConfigError(
@@ -333,9 +396,14 @@ def _phases(config: Config, architecture: Architecture) -> Iterator[Phase]:
         growth=None,
         new_layers=tuple(range(layers)),
         trained_layers=tuple(range(layers)),
-        exit_weights=_exit_weights(config, layers),
-        rates=Rates(*4 * (config.lr.base,)),
-        **_common(config, config.phase.initial),
+        exit_weights=_exit_weights(config, config.phase.initial, layers),
+        rates=Rates(
+            new=config.lr.base,
+            existing=config.lr.base,
+            embedding=config.lr.base if config.freeze.initial.embedding else None,
+            head=config.lr.base if config.freeze.initial.head else None,
+        ),
+        **_common(config, config.phase.initial, initial=True),
     )
     growths: list[int] = {
         PhaseSchedule.grow_once: [config.added_layers],
@@ -361,11 +429,11 @@ def _phases(config: Config, architecture: Architecture) -> Iterator[Phase]:
                 growth=growth if number == 0 else None,
                 new_layers=new_layers,
                 trained_layers=tuple(sorted((*new_layers, *thawed))),
-                exit_weights=_exit_weights(config, layers),
+                exit_weights=_exit_weights(config, config.phase.grown, layers),
                 rates=_grown_rates(
                     config, bool(new_layers), bool(thawed), step.embedding, step.head
                 ),
-                **_common(config, config.phase.grown),
+                **_common(config, config.phase.grown, initial=False),
             )
 
 
@@ -379,21 +447,27 @@ def _grown_rates(config: Config, new: bool, existing: bool, embedding: bool, hea
     )
 
 
-def _common(config: Config, own: BudgetOverrides) -> dict[str, Any]:
+def _common(config: Config, own: BudgetOverrides, initial: bool) -> dict[str, Any]:
     """What every phase takes from the settings alike, with the phase's `own` budget first."""
 
     def budget(name: str) -> Any:
         value = getattr(own, name)
         return getattr(config.phase, name) if value is None else value
 
-    lr, optimizer = config.lr, config.optimizer
-    decays = lr.schedule is not ScheduleShape.constant
+    def rate(name: str) -> Any:
+        value = None if initial else getattr(config.lr.grown, name)
+        return getattr(config.lr, name) if value is None else value
+
+    optimizer, loss = config.optimizer, config.loss
+    shape = rate("schedule")
+    decays = shape is not ScheduleShape.constant
     return {
         "schedule": Schedule(
-            shape=lr.schedule,
-            warmup_steps=lr.warmup_steps,
-            final_factor=lr.final_factor if decays else 1.0,
+            shape=shape,
+            warmup_steps=rate("warmup_steps"),
+            final_factor=rate("final_factor") if decays else 1.0,
             total_epochs=budget("max_epochs") if decays else None,
+            decay_share=config.lr.decay_share if shape is ScheduleShape.wsd else None,
         ),
         "optimizer": AdamW(
             optimizer.beta1,
@@ -401,18 +475,30 @@ def _common(config: Config, own: BudgetOverrides) -> dict[str, Any]:
             optimizer.eps,
             optimizer.weight_decay,
             optimizer.clip_norm,
+            "none" if initial else optimizer.carry.name,
+            optimizer.decay_norms,
+            optimizer.decay_embedding,
         ),
         "batch_size": budget("batch_size"),
         "samples": budget("samples"),
         "precision": config.precision,
         "compile": config.compile,
+        "curriculum": ExitCurriculum(
+            loss.curriculum.name,
+            (loss.rotate_every or 0) if loss.curriculum is Curriculum.rotate else 0,
+            loss.gradual_steps if loss.curriculum is Curriculum.gradual else 0,
+        ),
+        "detached": loss.detach,
         "stop": StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
     }
 
 
-def _exit_weights(config: Config, layers: int) -> tuple[float, ...]:
-    """The loss's weight at each of `layers` exits, bottom first, adding up to 1."""
-    named = config.model.exit_weights
+def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[float, ...]:
+    """The loss's weight at each exit, bottom first, adding up to 1: the phase's own, if any."""
+    layers = max(1, layers)
+    named, setting = own.exit_weights, "the phase's own exit_weights"
+    if named is None:
+        named, setting = config.model.exit_weights, "model.exit_weights"
     if named == ExitWeights.last.name:
         return (0.0,) * (layers - 1) + (1.0,)
     if named == ExitWeights.uniform.name:
@@ -420,15 +506,11 @@ def _exit_weights(config: Config, layers: int) -> tuple[float, ...]:
     elif named == ExitWeights.linear.name:
         raw = [float(i + 1) for i in range(layers)]
     elif len(named) < layers:
-        raise ConfigError(
-            f"model.exit_weights={list(named)} has {len(named)} weights for {layers} layers"
-        )
+        raise ConfigError(f"{setting}={list(named)} has {len(named)} weights for {layers} layers")
     else:
         raw = [float(weight) for weight in named[:layers]]
     if sum(raw) == 0:
-        raise ConfigError(
-            f"model.exit_weights={list(named)} gives no weight to any of {layers} layers"
-        )
+        raise ConfigError(f"{setting}={list(named)} gives no weight to any of {layers} layers")
     return tuple(weight / sum(raw) for weight in raw)
 
 
@@ -469,29 +551,30 @@ def parameter_counts(phase: Phase) -> Counts:
     return Counts(total=table + head + layer * phase.layers, trainable=trainable)
 
 
-def training_flops(phase: Phase, seq_len: int, train_windows: int) -> Flops:
+def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 1) -> Flops:
     """Operations of one epoch of training: every matrix product that this phase needs.
 
     Forward everywhere; the gradient of a matrix where it trains; the gradient of its input where
-    something below it trains. Only exits with a weight are read. Causal attention is counted
+    something below it trains. Only exits with a weight are read, and of those the ones that the
+    curriculum reads in this epoch (1 is the first). Causal attention is counted
     over the whole square, as the usual formula 4 x tokens x dim does.
     """
     tokens = phase.windows(train_windows) * seq_len
-    product = 2 * tokens * phase.architecture.vocab_size * phase.architecture.dim
+    token_product = 2 * phase.architecture.vocab_size * phase.architecture.dim
     lowest = _lowest_trained(phase)
     # A norm that trains between hidden state and head needs the gradient of what the head reads.
     norm_trains = phase.architecture.final_norm and phase.rates.head is not None
     head = 0
-    for layer, weight in enumerate(phase.exit_weights):
-        if weight > 0:
-            to_hidden = lowest <= layer or norm_trains
-            head += product * (1 + (phase.rates.head is not None) + to_hidden)
+    for exit, read in enumerate(_tokens_read(phase, seq_len, train_windows, epoch)):
+        attached = not phase.detached or exit == phase.last_read
+        to_hidden = (lowest <= exit and attached) or norm_trains
+        head += token_product * read * (1 + (phase.rates.head is not None) + to_hidden)
     matrices = 2 * tokens * (layer_parameters(phase.architecture) - 2 * phase.architecture.dim)
     # Queries, keys and values read the layer's input; what the other matrices read is its own.
     reading = 2 * tokens * 3 * phase.architecture.dim**2
     scores = 4 * tokens * seq_len * phase.architecture.dim
     body = 0
-    for layer in range(_highest_read(phase) + 1):
+    for layer in range(min(phase.last_read + 1, phase.layers)):
         body += matrices + scores
         if lowest <= layer:
             body += 2 * scores
@@ -514,9 +597,28 @@ def _lowest_trained(phase: Phase) -> int:
     """The lowest layer whose output needs a gradient to reach something that trains."""
     if phase.rates.embedding is not None:
         return -1
-    return min(phase.trained_layers, default=phase.layers)
+    return min(phase.trained_layers, default=phase.exits)
 
 
-def _highest_read(phase: Phase) -> int:
-    """The highest layer that the loss reads."""
-    return max(layer for layer, weight in enumerate(phase.exit_weights) if weight > 0)
+def _tokens_read(phase: Phase, seq_len: int, train_windows: int, epoch: int) -> list[int]:
+    """How many tokens of an epoch the loss reads at each exit."""
+    windows, steps = phase.windows(train_windows), phase.steps_per_epoch(train_windows)
+    if phase.curriculum.kind == "all":
+        return [windows * seq_len * (weight > 0) for weight in phase.exit_weights]
+    read = [0] * phase.exits
+    for step in range(steps):
+        batch = min(phase.batch_size, windows - step * phase.batch_size)
+        for exit, weight in enumerate(phase.exit_weights_at((epoch - 1) * steps + step)):
+            read[exit] += batch * seq_len * (weight > 0)
+    return read
+
+
+def schedule_warning(phase: Phase) -> str | None:
+    """What to know of a rate that ends at `max_epochs`, where patience may end the phase before."""
+    total, patience = phase.schedule.total_epochs, phase.stop.patience
+    if total is None or patience >= total:
+        return None
+    return (
+        f"lr.schedule={phase.schedule.shape.name} ends after {total} epochs; patience={patience} "
+        f"may stop phase {phase.index + 1} before"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +22,16 @@ from proglayer.errors import UserError
 from proglayer.training.growth import gate_value
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Transformer
-from proglayer.training.optim import build_optimizer, set_rates
-from proglayer.training.plan import Phase, Precision
+from proglayer.training.optim import build_optimizer, set_rates, start_from
+from proglayer.training.plan import Phase, Precision, Role
 from proglayer.training.streams import stream
 
 # The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
 # that are on their way there, so within a short epoch there is none.
 LOOK_EVERY_S = 1.0
 LOOK_EVERY_ON_DEVICE_S = 60.0
+# Optimizer steps after a growth, within the first epoch, whose gradient's norm is kept.
+SHARE_STEPS = 10
 
 
 class Diverged(UserError):
@@ -68,12 +70,18 @@ class Training:
     """
 
     def __init__(
-        self, model: Transformer, phase: Phase, corpus: Corpus, device: torch.device
+        self,
+        model: Transformer,
+        phase: Phase,
+        corpus: Corpus,
+        device: torch.device,
+        carried: dict[str, Tensor] | None = None,
     ) -> None:
         self.phase = phase
         self.device = device
         self.model = model.to(device)
         self.optimizer = build_optimizer(self.model, phase)
+        start_from(self.optimizer, carried or {})
         self.body = compiled(self.model) if phase.compile else self.model
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
@@ -85,6 +93,8 @@ class Training:
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
         self.seconds = 0.0
+        # Over the first steps after a growth, the new layers' part of the gradient's norm.
+        self.gradient_shares: list[Tensor] = []
 
     def train_epoch(self, after_step: Callable[[Progress], None] | None = None) -> None:
         """Train to the end of the epoch under way.
@@ -111,9 +121,11 @@ class Training:
 
             for parameter in self.trainable:
                 parameter.grad = None
-            loss = self.loss(input_nt, target_nt)
+            loss = self.loss(input_nt, target_nt, phase.exit_weights_at(done))
             with record_function("body backward"):
                 loss.backward()
+            if phase.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
+                self.gradient_shares.append(gradient_share(self.optimizer))
             if phase.optimizer.clip_norm is not None:
                 with record_function("clipping"):
                     torch.nn.utils.clip_grad_norm_(self.trainable, phase.optimizer.clip_norm)
@@ -143,17 +155,28 @@ class Training:
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
         set_gate(model, phase, self.epoch * self.steps_per_epoch + self.step)
 
-    def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
-        """The phase's loss of one batch: cross-entropy at the exits that carry weight."""
+    def loss(
+        self, input_nt: Tensor, target_nt: Tensor, exit_weights: Sequence[float] | None = None
+    ) -> Tensor:
+        """The loss of one batch: cross-entropy at the exits that carry weight (the phase's own)."""
+        phase = self.phase
+        weights = exit_weights or phase.exit_weights
+        exits = [e for e, weight in enumerate(weights) if weight > 0]
         with autocast(self.phase, self.device):
             with record_function("body forward"):
                 hidden_entd = self.body(input_nt)
             with record_function("head and loss"):  # with the gradients of both
+                states = [
+                    hidden_entd[e].detach()
+                    if phase.detached and e != phase.last_read
+                    else hidden_entd[e]
+                    for e in exits
+                ]
                 return linear_cross_entropy(
-                    [self.model.read(hidden_entd[e]).flatten(0, 1) for e in self.read_exits],
+                    [self.model.read(hidden_ntd).flatten(0, 1) for hidden_ntd in states],
                     self.model.head.weight,
                     target_nt.reshape(-1),
-                    [self.phase.exit_weights[e] for e in self.read_exits],
+                    [weights[e] for e in exits],
                     count=False,
                     workspace=self.workspace,
                 ).loss
@@ -245,6 +268,22 @@ class Windows:
         else:
             tokens = torch.from_numpy(self._mapped[rows_n.numpy()]).long()
         return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of the new layers' gradient over that of all that trains: a scalar from 0 to 1."""
+
+    def squares(new: bool) -> list[Tensor]:
+        return [
+            parameter.grad.square().sum()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and (not new or group["role"] is Role.new)
+        ]
+
+    every, new = squares(new=False), squares(new=True)
+    total = torch.stack(every).sum()
+    return (torch.stack(new).sum() / total).sqrt() if new else torch.zeros_like(total)
 
 
 def set_gate(model: Transformer, phase: Phase, step: int) -> None:

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from proglayer.store.stages import Stage, StoreError, verify
-from proglayer.store.trajectory import Interrupted, Machine, Trajectory, Watch, describe
+from proglayer.store.trajectory import Interrupted, Machine, NotMoved, Trajectory, Watch, describe
 from proglayer.training.growth import build, grow
-from proglayer.training.model import Transformer
-from proglayer.training.plan import Phase, StoppingRule, plan
+from proglayer.training.model import Transformer, restored
+from proglayer.training.optim import carried_tensors
+from proglayer.training.plan import Phase, Rates, StoppingRule, plan
 from proglayer.training.stopping import EpochMetrics, Stopped, follow
-from proglayer.training.trainer import Progress
+from proglayer.training.trainer import Progress, evaluate
 
 from ..helpers import TINY, config, tiny_corpus
 
@@ -52,11 +53,12 @@ def trajectory(
     stop_at: int | None = None,
     checkpoint_every_s: float = 1e9,
     start: Callable[[], Transformer] | None = None,
+    **others: Any,
 ) -> Trajectory:
     watch = Watch(StopAt(stop_at), lambda progress: None, lambda text: None)
     return Trajectory(
         store, None, start or (lambda: build(phase)), phase, CORPUS, torch.device("cpu"), HERE,
-        checkpoint_every_s, watch,
+        checkpoint_every_s, watch, **others,
     )  # fmt: skip
 
 
@@ -133,6 +135,83 @@ def test_a_gate_goes_on_where_it_stood(tmp_path: Path) -> None:
             stopped = follow(second.stop, steps.epochs())
             steps.finish(stopped.best.epoch)
         assert_same(whole, followed(store, second, start=start))
+
+
+def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Transformer]]:
+    first, second = plan(config(*TINY, "phase.max_epochs=2", *overrides), CORPUS.vocab_size)
+    return first, second, lambda: grow(build(first), second)
+
+
+@pytest.mark.parametrize("curriculum", ["rotate", "gradual"])
+def test_a_curriculum_and_its_growth_go_on_where_they_stood(
+    tmp_path: Path, curriculum: str
+) -> None:
+    _, second, start = grown_phase(
+        "model=deep_supervision", f"loss.curriculum={curriculum}", "loss.gradual_steps=5"
+    )
+    whole = followed(tmp_path / "whole", second, start=start)
+    for look in range(0, 14, 3):
+        store = tmp_path / str(look)
+        steps = trajectory(store, second, stop_at=look, start=start)
+        with steps, pytest.raises(Interrupted):
+            stopped = follow(second.stop, steps.epochs())
+            steps.finish(stopped.best.epoch)
+        again = followed(store, second, start=start)
+        assert_same(whole, again)
+        assert again[2].gradient_shares() == whole[2].gradient_shares()
+    assert len(whole[2].gradient_shares() or []) == 3
+    assert all(0 < share <= 1 for share in whole[2].gradient_shares() or [])
+
+
+def test_the_exits_right_after_a_growth_are_those_of_the_model_it_starts_with(
+    tmp_path: Path,
+) -> None:
+    _, second, start = grown_phase("growth=gate", "growth.gate_steps=2")
+    with trajectory(tmp_path, second, start=start) as steps:
+        before = steps.start_exits()
+    model = build(grown_phase()[0])
+    expected = evaluate(model, second, CORPUS, torch.device("cpu"), range(3))
+    assert [exit.loss for exit in before] == [exit.loss for exit in (*expected, expected[-1])]
+    with trajectory(tmp_path, second, start=lambda: pytest.fail("stored")) as steps:
+        assert steps.start_exits() == before
+
+
+def test_what_the_optimizer_carries_resumes_bit_for_bit(tmp_path: Path) -> None:
+    first, second, _ = grown_phase("growth=stack", "freeze=none", "optimizer.carry=copy")
+    parent = trajectory(tmp_path / "parent", first, keep_optimizer=True)
+    with parent:
+        selected = follow(first.stop, parent.epochs()).best.epoch
+        parent.finish(selected)
+        weights, kept = parent.weights(selected), parent.optimizer_state(selected)
+    assert parent.work.epochs_replayed == 0
+    # Where it was not stored it is trained again.
+    with trajectory(tmp_path / "bare", first) as bare:
+        follow(first.stop, bare.epochs())
+        again = bare.optimizer_state(selected)
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+    settings = {
+        "start": lambda: grow(restored(first.layers, asdict(first.architecture), weights), second),
+        "carried": lambda: carried_tensors(kept, second, 3),
+    }
+    whole = followed(tmp_path / "whole", second, **settings)
+    afresh = followed(tmp_path / "afresh", second, start=settings["start"])
+    assert whole[0].epochs[0].train_loss != afresh[0].epochs[0].train_loss
+    steps = trajectory(tmp_path / "cut", second, stop_at=2, **settings)
+    with steps, pytest.raises(Interrupted):
+        follow(second.stop, steps.epochs())
+    assert_same(whole, followed(tmp_path / "cut", second, **settings))
+
+
+def test_a_phase_that_moves_nothing_fails_by_name_and_again(tmp_path: Path) -> None:
+    phase = replace(planned(), rates=Rates(1e-2, 1e-2, 1e-20, 1e-2))
+    phase = replace(phase, optimizer=replace(phase.optimizer, weight_decay=0.0))
+    for _ in range(2):
+        with trajectory(tmp_path, phase) as steps:
+            stopped = follow(phase.stop, steps.epochs())
+            with pytest.raises(NotMoved, match=r"phase 1 did not move embedding.weight, which"):
+                steps.finish(stopped.best.epoch)
 
 
 def test_stopped_again_and_again_is_the_uninterrupted_run(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""What a phase may have of its own: loss, curriculum, schedule, moments, and what trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from proglayer.config import ConfigError
+from proglayer.training.growth import build, grow
+from proglayer.training.optim import build_optimizer, carried_tensors, optimizer_tensors, start_from
+from proglayer.training.plan import (
+    ExitCurriculum,
+    Phase,
+    parameter_counts,
+    plan,
+    schedule_warning,
+    training_flops,
+)
+from proglayer.training.trainer import Training, evaluate
+
+from ..helpers import TINY, config, tiny_corpus
+
+CPU = torch.device("cpu")
+CORPUS = tiny_corpus()
+
+
+def planned(*overrides: str) -> tuple[Phase, ...]:
+    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+
+
+def trained(phase: Phase, epochs: int = 1) -> Training:
+    training = Training(build(phase), phase, CORPUS, CPU)
+    for _ in range(epochs):
+        training.train_epoch()
+        training.finish_epoch()
+    return training
+
+
+# -- the loss -------------------------------------------------------------------------------------
+
+
+def test_initial_and_grown_phases_have_exit_weights_of_their_own() -> None:
+    initial, grown = planned("phase.initial.exit_weights=uniform")
+    assert initial.exit_weights == (1 / 3,) * 3
+    assert grown.exit_weights == (0, 0, 0, 1)
+    initial, grown = planned("model=deep_supervision", "phase.grown.exit_weights=[0,0,0,2]")
+    assert (initial.exit_weights, grown.exit_weights) == ((1 / 3,) * 3, (0, 0, 0, 1))
+
+
+def test_the_mean_over_a_round_of_a_rotation_is_the_full_loss() -> None:
+    for full in ((0.25,) * 4, (0.1, 0.0, 0.3, 0.2, 0.4)):
+        for every in (0, 1, 2, 3, 9):
+            curriculum = ExitCurriculum("rotate", every)
+            others = sum(weight > 0 for weight in full) - 1
+            length = min(every or others, others)
+            steps = [curriculum.weights(full, step) for step in range(length)]
+            assert [sum(each) / length for each in zip(*steps, strict=True)] == pytest.approx(full)
+            assert all(weights[-1] == full[-1] for weights in steps)
+            assert curriculum.weights(full, length) == steps[0]
+
+
+def test_a_gradual_curriculum_goes_from_the_last_exit_down() -> None:
+    curriculum = ExitCurriculum("gradual", steps=8)
+    full = (0.2,) * 5
+    read = [[e for e, w in enumerate(curriculum.weights(full, s)) if w] for s in range(0, 10, 2)]
+    assert read == [[4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert all(sum(curriculum.weights(full, s)) == pytest.approx(1) for s in range(10))
+    assert curriculum.weights(full, 8) == full
+
+
+def test_a_rotating_loss_reads_only_the_exits_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from proglayer.training import trainer
+
+    phase = planned("model=deep_supervision", "loss.curriculum=rotate", "initial_layers=6")[0]
+    seen = []
+    whole = trainer.linear_cross_entropy
+
+    def spy(hidden, *rest, **named):
+        seen.append(len(hidden))
+        return whole(hidden, *rest, **named)
+
+    monkeypatch.setattr(trainer, "linear_cross_entropy", spy)
+    trained(phase)
+    assert set(seen) == {2}
+    full = planned("model=deep_supervision", "initial_layers=6")[0]
+    costs = [training_flops(each, 8, 40) for each in (phase, full)]
+    assert costs[0].head / costs[1].head == pytest.approx(2 / 6)
+    assert costs[0].body == costs[1].body
+
+
+def test_detached_exits_train_the_head_alone() -> None:
+    phase = planned("model=deep_supervision", "loss.detach=true")[0]
+    model = build(phase)
+    training = Training(model, phase, CORPUS, CPU)
+    input_nt, target_nt = training.windows.batch(torch.arange(8))
+    training.loss(input_nt, target_nt).backward()
+    detached = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    # The layers get what the last exit alone gives them; the head what all exits do.
+    for name, exits in (("layers.0.ffn.w1.weight", (0, 0, 1 / 3)), ("head.weight", (1 / 3,) * 3)):
+        for p in model.parameters():
+            p.grad = None
+        plain = Training(model, planned("model=deep_supervision")[0], CORPUS, CPU)
+        plain.loss(input_nt, target_nt, exits).backward()
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        torch.testing.assert_close(detached[name], gradient)
+    attached = planned("model=deep_supervision")[0]
+    assert training_flops(phase, 8, 40).head < training_flops(attached, 8, 40).head
+
+
+# -- rates and moments ----------------------------------------------------------------------------
+
+
+def test_grown_phases_have_a_schedule_of_their_own() -> None:
+    initial, grown = planned(
+        "lr.grown.schedule=linear", "lr.grown.warmup_steps=4", "lr.grown.final_factor=0.5"
+    )
+    assert {initial.schedule.factor(step, 3) for step in range(9)} == {1.0}
+    assert [grown.schedule.factor(step, 3) for step in (0, 3, 9)] == [0.25, 1, 0.5]
+
+
+def test_warmup_stable_decay() -> None:
+    schedule = planned(
+        "lr.schedule=wsd", "lr.warmup_steps=2", "lr.decay_share=0.5", "phase.max_epochs=2"
+    )[0].schedule
+    factors = [schedule.factor(step, 10) for step in (0, 1, 2, 9, 10, 15, 20, 30)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 0.5, 0, 0])
+
+
+def test_a_schedule_that_patience_may_cut_short_says_so() -> None:
+    warning = schedule_warning(planned("lr.schedule=cosine", "phase.max_epochs=50")[0])
+    assert warning == (
+        "lr.schedule=cosine ends after 50 epochs; patience=1 may stop phase 1 before"
+    )
+    assert schedule_warning(planned()[0]) is None
+    assert schedule_warning(planned("lr.schedule=cosine", "phase.patience=50")[0]) is None
+
+
+@pytest.mark.parametrize("carry", ["none", "existing", "copy"])
+def test_what_is_carried_goes_by_name(carry: str) -> None:
+    growth = ("growth=stack", "added_layers=2", "freeze=none")
+    initial, grown = planned(*growth, f"optimizer.carry={carry}")
+    training = trained(initial)
+    before = optimizer_tensors(training.optimizer)
+    optimizer = build_optimizer(grow(training.model, grown), grown)
+    start_from(optimizer, carried_tensors(before, grown, 3))
+    after = optimizer_tensors(optimizer)
+    sources = {"existing": {0: 0, 1: 1, 2: 2}, "copy": {0: 0, 1: 1, 2: 2, 3: 0, 4: 1}}
+    expected = set()
+    for new, old in sources.get(carry, {}).items():
+        for name in ("attention.q.weight", "ffn.w2.weight", "norm1.weight"):
+            for entry in ("step", "exp_avg", "exp_avg_sq"):
+                key = f"layers.{new}.{name}/{entry}"
+                assert torch.equal(after[key], before[f"layers.{old}.{name}/{entry}"])
+                assert after[key].data_ptr() != before[f"layers.{old}.{name}/{entry}"].data_ptr()
+        expected.add(str(new))
+    assert {name.split(".")[1] for name in after if name.startswith("layers")} == expected
+    assert ("head.weight/exp_avg" in after) is (carry != "none")
+
+
+def test_weight_decay_may_leave_out_gains_and_embedding() -> None:
+    def without(*overrides: str) -> set[str]:
+        phase = planned("model.norm=pre", "optimizer.weight_decay=0.1", *overrides)[0]
+        groups = build_optimizer(build(phase), phase).param_groups
+        names = {name for group in groups if group["weight_decay"] == 0 for name in group["names"]}
+        assert {group["weight_decay"] for group in groups} <= {0.0, 0.1}
+        return names
+
+    assert without() == set()
+    gains = {f"layers.{i}.norm{k}.weight" for i in range(3) for k in (1, 2)} | {"norm.weight"}
+    assert without("optimizer.decay_norms=false") == gains
+    assert without("optimizer.decay_embedding=false") == {"embedding.weight"}
+
+
+# -- what trains ----------------------------------------------------------------------------------
+
+
+def test_the_embedding_may_be_frozen_from_the_start() -> None:
+    phase = planned("freeze.initial.embedding=false")[0]
+    before = build(phase).embedding.weight
+    assert torch.equal(trained(phase).model.embedding.weight, before)
+    assert phase.frozen == ("embedding",)
+    counts = parameter_counts(phase)
+    assert counts.total - counts.trainable == 30 * 8
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_model_without_layers_is_the_embedding_read_by_the_head(norm: str) -> None:
+    overrides = ("initial_layers=0", f"model.norm={norm}", "model=deep_supervision")
+    initial, grown = planned(*overrides, "added_layers=2", "freeze=none")
+    assert (initial.exits, initial.exit_weights) == (1, (1.0,))
+    training = trained(initial)
+    model = training.model
+    tokens = torch.arange(30)[None]
+    expected = model.head(model.norm(model.embedding(tokens)))
+    assert torch.equal(model.logits(tokens), expected)
+    # A bigram model: what is predicted depends on the last word alone.
+    torch.testing.assert_close(model.logits(tokens)[:, -1], model.logits(tokens[:, -1:])[:, -1])
+    (last,) = evaluate(model, initial, CORPUS, CPU, [0])
+    assert last.loss < 3.4
+    assert training_flops(initial, 8, 40).body == 0
+    assert parameter_counts(initial).total == sum(p.numel() for p in model.parameters())
+    assert len(grow(model, grown).layers) == 2
+
+
+def test_settings_of_a_model_without_layers_that_cannot_work() -> None:
+    with pytest.raises(ConfigError, match=r"growth.init=stack has no layer to copy"):
+        config("initial_layers=0", "growth=stack")
+    with pytest.raises(ConfigError, match=r"freeze.initial freezes everything"):
+        config("initial_layers=0", "freeze.initial={embedding: false, head: false}")
