@@ -463,6 +463,19 @@ def from_plain(plain: dict[str, Any]) -> Config:
     return _frozen(Config, plain)
 
 
+def with_defaults(plain: dict[str, Any], schema: type = Config) -> dict[str, Any]:
+    """Settings of an earlier version, with those that it did not have at what it did."""
+    filled = dict(plain)
+    hints = get_type_hints(schema)
+    for each in fields(schema):
+        value = filled.get(each.name)
+        if each.name not in filled and each.default is not MISSING:
+            filled[each.name] = to_plain(each.default)
+        elif isinstance(value, dict) and is_dataclass(hints[each.name]):
+            filled[each.name] = with_defaults(value, hints[each.name])
+    return filled
+
+
 def setting_names(schema: type = Config, prefix: str = "") -> list[str]:
     """Every setting as it is written on the command line, such as `lr.factor.head`."""
     names = []

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
+from proglayer.config import with_defaults
 from proglayer.results.columns import (
     COLUMNS,
     DTYPES,
@@ -107,6 +108,7 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
             if choice is not None and not str(group).startswith(("hydra", "local", "logger"))
         }
     if isinstance(settings, dict):
+        settings = with_defaults(settings) if settings else settings
         run |= {
             f"config.{as_text(name)}": CLEAN[SETTINGS.get(name, str)](value)
             for name, value in flat_settings(settings)

@@ -60,7 +60,8 @@ def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
     assert changes["perplexity_percent"] == pytest.approx((before - after) / before * 100)
     log = (tmp_path / "run/train.log").read_text()
     assert "phase 2/2 grown" in log
-    assert log.count("validation loss") == sum(p["epochs"] for p in record["phases"])
+    growths = sum("growth" in phase for phase in record["phases"])
+    assert log.count("validation loss") == growths + sum(p["epochs"] for p in record["phases"])
     with open(tmp_path / "run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows].count("1") == record["phases"][0]["epochs"]
@@ -427,11 +428,11 @@ def test_a_mistake_gets_a_line_and_leaves_nothing(
 
 
 def test_all_jobs_are_checked_before_the_first_starts(train: Command, tmp_path: Path) -> None:
-    done = train("-m", *SHORT, "model.num_heads=2,3", "initial_layers=0,2", "hydra.sweep.dir=s")
+    done = train("-m", *SHORT, "model.num_heads=2,3", "initial_layers=-1,2", "hydra.sweep.dir=s")
     assert done.status == 1
     lines = done.err.strip().splitlines()
     assert any("model.num_heads=3 does not divide model.dim=8" in line for line in lines)
-    assert any("initial_layers=0 must be at least 1" in line for line in lines)
+    assert any("initial_layers=-1 must be from 0" in line for line in lines)
     assert all(line.startswith("error: ") for line in lines)
     assert not (tmp_path / "s").exists()
 
