@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from proglayer.console import console
-from proglayer.training.plan import Phase, evaluation_flops, parameter_counts, training_flops
+from proglayer.training.plan import (
+    Phase,
+    evaluation_flops,
+    parameter_counts,
+    schedule_warning,
+    training_flops,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -82,6 +88,8 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
             f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.layers} layers, "
             f"{counts.trainable:,} of {counts.total:,} parameters train"
         )
+        if warning := schedule_warning(phase):
+            self.note(f"  {warning}")
         if self._bars:
             self._bars.update(self._tasks["phases"], completed=phase.index, note=phase.name)
             self._bars.reset(self._tasks["epochs"], total=phase.stop.max_epochs, note="")
@@ -171,6 +179,8 @@ def plan_table(
             f"{train.body / 1e9:,.1f}",
             f"{(evaluation.head + evaluation.body) / 1e9:,.1f}",
         )
+    warnings = [warning for phase in phases if (warning := schedule_warning(phase))]
+    table.caption = "\n".join(warnings) or None
     return table
 
 

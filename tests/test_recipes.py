@@ -1,0 +1,89 @@
+"""The published recipes: what each trains, and that each runs from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from proglayer.training.plan import Phase, plan
+
+from .helpers import ROOT, config
+
+# Of each phase: layers, the layers that are new in it, what is frozen, the rate of what is new (of
+# the head, where no layer is).
+SHORTENED = {
+    "g_stack": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
+    "midas": [(3, "012", "", 1e-3), (4, "2", "", 1e-3), (5, "2", "", 1e-3), (6, "3", "", 1e-3)],
+    "llama_pro": [(3, "012", "", 1e-3), (6, "135", "embedding 0 2 4 head", 1e-4)],
+    "gated": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
+    "one_hop": [(1, "0", "", 1e-3), (6, "12345", "", 1e-3)],
+    "frozen_embedding": [
+        (1, "0", "embedding", 1e-3),
+        (2, "1", "embedding 0", 1e-3),
+        (3, "2", "embedding 0 1", 1e-3),
+        (4, "3", "embedding 0 1 2", 1e-3),
+    ],
+    "layerskip": [(6, "012345", "", 1e-3)],
+    "exits_only": [(3, "012", "", 1e-3), (3, "", "embedding 0 1 2", 1e-4)],
+    "loss_by_phase": [(3, "012", "", 1e-3), (4, "3", "embedding 0 1 2", 1e-4)],
+    "growth_timing": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
+    "control_bigram": [(0, "", "", 1e-3)],
+}
+SMALL = (
+    "data=text", f"data.files=[{ROOT / 'README.md'}]", "data.samples=40",
+    "data.validation_samples=10", "data.seq_len=16", "data.held_out=0.3", "model.dim=16",
+    "phase.max_epochs=2", "phase.initial.max_epochs=null", "phase.grown.max_epochs=null",
+    "phase.batch_size=16", "threads=1", "report=false",
+)  # fmt: skip
+
+
+def shortened(phase: Phase) -> tuple[int, str, str, float | None]:
+    rate = phase.rates.new if phase.new_layers else phase.rates.head
+    frozen = " ".join(part.removeprefix("layers.") for part in phase.frozen)
+    return phase.layers, "".join(map(str, phase.new_layers)), frozen, rate
+
+
+def test_every_recipe_is_here() -> None:
+    folder = ROOT / "conf" / "experiment" / "recipe"
+    assert {path.stem for path in folder.glob("*.yaml")} == SHORTENED.keys()
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_what_a_recipe_trains(name: str) -> None:
+    phases = [shortened(phase) for phase in plan(config(f"experiment=recipe/{name}"), 8192)]
+    assert [phase[:3] for phase in phases] == [phase[:3] for phase in SHORTENED[name]]
+    assert [phase[3] for phase in phases] == pytest.approx([p[3] for p in SHORTENED[name]])
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_a_recipe_opens_with_command_cost_and_expectation(name: str) -> None:
+    text = (ROOT / "conf" / "experiment" / "recipe" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# ")
+    assert "#   python train.py -m experiment=recipe/" in text
+    assert "Cost:" in text
+    assert "Expect:" in text
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
+    from proglayer import load_run
+    from proglayer.run.experiment import run
+
+    overrides = [f"experiment=recipe/{name}", *SMALL, f"stages.dir={tmp_path / 'stages'}"]
+    if name == "gated":
+        overrides.append("growth.gate_steps=2")
+    run(config(*overrides), tmp_path)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["status"] == "completed", record["reason"]
+    phases = record["phases"]
+    assert [phase["layers"] for phase in phases] == [phase[0] for phase in SHORTENED[name]]
+    assert len(load_run(tmp_path).layers) == phases[-1]["layers"]
+    for phase in phases[1:]:
+        if "growth" not in phase:
+            continue
+        growth = phase["growth"]
+        assert len(growth["exit_losses_after"]) == phase["layers"]
+        shock = growth["loss_after"] - growth["loss_before"]
+        assert (shock == 0) is (name in ("llama_pro", "gated"))
