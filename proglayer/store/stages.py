@@ -6,7 +6,7 @@ A stage is a folder of files that are never changed once written:
     epoch-0003.<hash>.json                 metrics of one epoch
     exits-0002.<hash>.json                 every exit, evaluated at a selected epoch (0: the start)
     gradients-0001.<hash>.json             the new layers' part of the gradient right after a growth
-    optimizer-0002.<hash>.safetensors      what the optimizer of a later phase takes over, if one does
+    optimizer-0002.<hash>.safetensors      what the optimizer of a later phase takes over
     weights-0002.<hash>.safetensors        the model after an epoch that a stopping rule can select
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
     used/1f3a9c2b4d5e.<hash>.json          a run that reads this stage
