@@ -352,9 +352,12 @@ def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path, model
     assert record(tmp_path / "killed") == expected
     one, two = ((tmp_path / r / "weights.safetensors").read_bytes() for r in ("whole", "killed"))
     assert one == two
-    # The optimizer's state as well, where a state was left at the end of a phase.
+    # The optimizer's state as well, where one was left at the end of a phase: who is killed after
+    # the phase's last epoch was recorded, and before its state, leaves one from within that epoch.
+    ends = "*/state-*-000000.*"
     states = (
-        {path.name for path in (tmp_path / "a").glob("*/state-*")},
-        {path.name for path in store.glob("*/state-*")},
+        {path.name for path in (tmp_path / "a").glob(ends)},
+        {path.name for path in store.glob(ends)},
     )
-    assert states[0] == states[1]
+    assert len(states[0]) == 4
+    assert states[1] <= states[0]
