@@ -10,7 +10,7 @@ Shapes in names: as in `loss`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,14 +108,20 @@ def synthetic_corpus(vocab_size: int, seq_len: int, windows: int) -> Corpus:
 class DenseTraining(Training):
     """The same training with the logits of every exit materialised, differentiated by autograd."""
 
-    def loss(self, input_nt: Tensor, target_nt: Tensor) -> Tensor:
+    def loss(
+        self, input_nt: Tensor, target_nt: Tensor, exit_weights: Sequence[float] | None = None
+    ) -> Tensor:
         with autocast(self.phase, self.device):
             hidden_entd = self.body(input_nt)
             total = torch.zeros((), device=self.device)
-            for e in self.read_exits:
-                logits_nv = self.model.head(hidden_entd[e]).flatten(0, 1)
+            for e, weight in enumerate(exit_weights or self.phase.exit_weights):
+                if weight == 0:
+                    continue
+                detached = self.phase.detached and e != self.phase.last_read
+                hidden_ntd = hidden_entd[e].detach() if detached else hidden_entd[e]
+                logits_nv = self.model.head(self.model.read(hidden_ntd)).flatten(0, 1)
                 nll = F.cross_entropy(logits_nv, target_nt.reshape(-1))
-                total = total + self.phase.exit_weights[e] * nll
+                total = total + weight * nll
             return total
 
 

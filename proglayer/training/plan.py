@@ -578,7 +578,8 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 
         body += matrices + scores
         if lowest <= layer:
             body += 2 * scores
-            body += matrices - reading * (lowest == layer)
+            # In a pre-norm layer a gain that trains stands between the input and who reads it.
+            body += matrices - reading * (lowest == layer and not phase.architecture.final_norm)
             body += matrices * (layer in phase.trained_layers)
     return Flops(head=head, body=body)
 
