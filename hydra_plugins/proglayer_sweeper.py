@@ -16,7 +16,7 @@ class ProglayerSweeperConf:
 
     _target_: str = "hydra_plugins.proglayer_sweeper.ProglayerSweeper"
     max_batch_size: int | None = None
-    params: dict[str, str] | None = None
+    params: Any = None
     pairs: list[list[str]] = field(default_factory=list)
 
 

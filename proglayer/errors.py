@@ -41,6 +41,9 @@ def run_command(
 
     explain: returns the lines for other exceptions that a user can mend, None for the rest.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the command began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Better a question mark for an arrow than no table where the locale knows only ASCII.

@@ -7,9 +7,12 @@ that waits.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import pickle
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +131,41 @@ def launch(
     return returns
 
 
+class FolderInUse(ConfigError):
+    """Another process is at work in the folder of a run or a sweep."""
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, setting: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a run's or a sweep's folder, which is freed when this process ends.
+
+    The folder itself is locked, so that no file is left. Where the file system has no such lock
+    (NFS), nothing is locked.
+
+    Raises FolderInUse where another process holds it longer than `wait_s`.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise FolderInUse(
+                        f"{setting}={folder}: another command is at work in this folder: wait for "
+                        "it, or choose another"
+                    ) from None
+                time.sleep(0.1)
+                continue
+            except OSError as error:
+                log.debug("no lock on %s (%s)", folder, error.strerror)
+            break
+        yield
+    finally:
+        os.close(number)
+
+
 def cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -140,7 +178,9 @@ def jobs_at_once(launcher: Mapping[str, Any]) -> int:
 
     joblib's `n_jobs` counts back from the number of cores when it is negative.
     """
-    jobs = launcher.get("n_jobs") or 1
+    jobs = 1 if launcher.get("n_jobs") is None else int(launcher["n_jobs"])
+    if jobs == 0:
+        raise ConfigError("hydra.launcher.n_jobs=0 runs nothing: give at least 1, or -1 for all")
     return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -20,8 +19,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml.parser import ParserError
 
-from proglayer.config import nearest_setting, value_problem
+from proglayer.config import value_problem
 from proglayer.errors import ConfigError, first_line
+from proglayer.launch.overrides import unknown_setting, unreadable
 
 HEADER = "# @package _global_"
 # Groups whose files set what they like, at the top level.
@@ -46,15 +46,11 @@ def in_one_line(error: BaseException) -> str:
     whole = f"{error}\n{error.__cause__ or ''}"
     first = " ".join(first_line(error).split())
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
-        quoted = shlex.quote(f'{key}="{value}"')
-        return f"{error.override}: Hydra cannot read this value; as a text it is given as {quoted}"
+        return unreadable(error.override)
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
     unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
     if unknown:
-        name = unknown.group(2)
-        near = nearest_setting(name)
-        return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+        return unknown_setting(unknown.group(2))
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
     if missing and "Available options in" in whole:
         group, choice = missing.groups()
@@ -69,6 +65,8 @@ def in_one_line(error: BaseException) -> str:
     absolute = re.search(r"Could not override '[^'/]+/([^'@/]+)@", whole)
     if absolute:
         return f"{first} Write it with a slash: override /{absolute[1]}"
+    if (key := getattr(error, "full_key", None)) and key not in first:
+        first = f"{key}: {first}"
     if error.__cause__ is not None:
         return f"{first}: {first_line(error.__cause__)}"
     if first.endswith(":"):  # what was wrong stands in the lines below

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from proglayer import files
-from proglayer.config import Config, OnError, to_config
+from proglayer.config import Config, OnError, to_config, to_plain
 from proglayer.errors import (
     FAILED,
     ConfigError,
@@ -29,21 +30,41 @@ from proglayer.errors import (
     run_command,
     with_type,
 )
-from proglayer.launch.common import threads_per_job
+from proglayer.launch.common import FolderInUse, sole_writer, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, in_one_line
 from proglayer.launch.composing import file_problem as settings_file_problem
+from proglayer.launch.overrides import check_arguments
 from proglayer.launch.snapshot import changed_files
 from proglayer.store.record import (
+    RecordError,
     RunRecord,
     RunState,
     failed_job,
     note_failed_job,
     read_heartbeat,
+    read_record,
     write_record,
 )
 
 log = logging.getLogger(__name__)
 
+# Settings that leave a run what it is.
+NO_OTHER_RUN = (
+    "threads",
+    "device",
+    "jobs_per_gpu",
+    "on_error",
+    "objective",
+    "reuse",
+    "report",
+    "checkpoint_every_s",
+    "logger",
+    "stages",
+)
+# A worker whose parent was killed needs so long at most to store its state.
+LOCK_WAIT_S = 20.0
+# Functions of Hydra's in which settings are composed.
+COMPOSERS = ("compose_config", "load_sweep_config")
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
 # What lies in the folder `hydra.output_subdir` of a run.
@@ -71,6 +92,12 @@ def run_job(settings: DictConfig) -> float | None:
     A single run that fails ends the process with status 1, an interrupted one with 130. In a
     sweep a failed job is in its record, and the sweep goes on.
     """
+    # A relative path means the folder of the command, also with hydra.job.chdir=true.
+    with contextlib.chdir(HydraConfig.get().runtime.cwd):
+        return _run_job(settings)
+
+
+def _run_job(settings: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode is not RunMode.MULTIRUN
@@ -98,11 +125,20 @@ def run_job(settings: DictConfig) -> float | None:
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         overrides = list(hydra.overrides.task)
+        where = "hydra.run.dir" if single else "hydra.sweep.dir"
         # A job that was deferred, or that a scheduler holds, would find nobody to start it again.
         held = read_heartbeat(folder).sign in (RunState.deferred, RunState.pending)
         try:
-            outcome = run(config, folder, overrides, choices, may_wait=single or held)
+            with sole_writer(folder, where, LOCK_WAIT_S):
+                if single:
+                    _check_other_run(folder, config)
+                outcome = run(config, folder, overrides, choices, may_wait=single or held)
         except Deferred:
+            return None
+        except FolderInUse as error:
+            if single:
+                raise
+            log.error("%s", error)  # whoever works there writes the record
             return None
     except (ConfigError, StoreError) as error:
         # A store that could not be written comes after the start: what the run left stays.
@@ -124,6 +160,21 @@ def run_job(settings: DictConfig) -> float | None:
     if outcome.status is RunState.failed:
         note_failed_job(folder)
     return outcome.objective
+
+
+def _check_other_run(folder: Path, config: Config) -> None:
+    """Raise ConfigError where a folder holds what a run with other settings came to."""
+    with contextlib.suppress(RecordError):
+        record = read_record(folder)
+        plain = to_plain(config)
+        if record is None or record.status is not RunState.completed or not record.config:
+            return
+        compared = [name for name in plain if name not in NO_OTHER_RUN]
+        if other := [name for name in compared if record.config.get(name) != plain[name]]:
+            raise ConfigError(
+                f"hydra.run.dir={folder} holds a completed run with other settings "
+                f"({', '.join(other)}): choose another folder"
+            )
 
 
 def leave_report(folder: Path, *before: Path) -> None:
@@ -161,12 +212,21 @@ def train(main: Callable[[], Any]) -> int:
 
     With HYDRA_FULL_ERROR=1 in the environment every error is raised as it is.
     """
+
+    def checked() -> int | None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise ConfigError("the folder of this command was deleted: change to another") from None
+        sys.argv[1:] = check_arguments(sys.argv[1:])
+        return main()
+
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return main() or 0
+        return checked() or 0
     # Hydra prints errors its own way unless it is asked to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        return run_command(main, explain)
+        return run_command(checked, explain)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
@@ -180,6 +240,8 @@ def explain(error: Exception) -> str | None:
         return in_one_line(error) if settings_file_problem(error) else None
     if isinstance(error, COMPOSING_ERRORS):
         return in_one_line(error)
+    if any(frame.name in COMPOSERS for frame in traceback.extract_tb(error.__traceback__)):
+        return f"the settings cannot be composed ({with_type(error)})"
     if isinstance(error, OSError):
         advice = "if results go there, choose hydra.run.dir, or hydra.sweep.dir in a sweep"
         return file_problem(error, advice)

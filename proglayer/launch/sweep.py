@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from proglayer import files
 from proglayer.config import (
@@ -36,13 +39,15 @@ from proglayer.config import (
 )
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
-from proglayer.errors import ConfigError, StoreError, with_type
-from proglayer.launch.common import jobs_at_once, threads_per_job
+from proglayer.errors import ConfigError, StoreError, first_line, with_type
+from proglayer.launch.common import jobs_at_once, sole_writer, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
+from proglayer.launch.overrides import no_match, parse
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
+from proglayer.run.signals import interrupt_on_signals
 from proglayer.store.record import (
     SWEEP,
     Heartbeat,
@@ -81,6 +86,10 @@ class ProductSweeper(Sweeper, Protocol):
 
 # How Hydra's settings of a sweep begin.
 is_multirun = files.begins_with(b"hydra:")
+# That of conf/config.yaml, which every record has.
+OBJECTIVE = "phases.-1.best.validation_loss"
+# Checked in a quarter of an hour.
+MOST_JOBS = 10_000
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
@@ -146,6 +155,12 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     process with status 1 if a job failed, after the table of all jobs.
     """
     warn_of_unknown()
+    given: Any = OmegaConf.to_container(sweeper.config.hydra.overrides.hydra, resolve=False)
+    named = [text for text in map(str, given) if text.startswith("hydra.sweep.subdir")]
+    if named:
+        raise ConfigError(
+            f"{named[0]}: folders of jobs are named by number and overrides: leave it out"
+        )
     jobs = check(sweeper, expand(sweeper, arguments))
     if jobs[0].config.plan:
         for job in jobs:
@@ -158,6 +173,14 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     # With nothing to run, torch, which knows the machine's part in the keys, is not needed at all.
     work = describe_work(sweeper, jobs) if waiting else None
     folder = open_folder(sweeper.config)
+    with sole_writer(folder, "hydra.sweep.dir"):
+        return _run(sweeper, folder, jobs, waiting, work)
+
+
+def _run(
+    sweeper: ProductSweeper, folder: Path, jobs: list[Job], waiting: list[Job], work: str | None
+) -> list[JobReturn]:
+    """Launch the jobs that wait, in their order, and sum all up."""
     not_held = without_held(sweeper, waiting)
     list_jobs(folder, {job.folder: job.overrides for job in jobs}, not_held)
     say = console().print
@@ -204,7 +227,8 @@ def launch(sweeper: Sweeper, jobs: Sequence[Job], at_once: int | None = None) ->
         size = at_once or len(left)
         for batch in (left[start : start + size] for start in range(0, len(left), size)):
             overrides = [job.launched for job in batch]
-            returns = sweeper.launcher.launch(overrides, len(ended) + len(deferred))
+            with interrupt_on_signals():
+                returns = sweeper.launcher.launch(overrides, len(ended) + len(deferred))
             for job, job_return in zip(batch, returns, strict=True):
                 if _deferred(folder / job.folder):
                     deferred.append(job)
@@ -232,19 +256,28 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
 
     Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
     """
-    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
-    given = [f"{key}={value}" for key, value in sweeper.params.items()] + list(arguments)
+    loader = sweeper.hydra_context.config_loader
+    given = [f"{key}={value}" for key, value in sweeper.params.items()]
+    named = {override.get_key_element() for override in parse(list(arguments))}
+    given = [text for text in given if text.partition("=")[0] not in named]
     axes: dict[str, list[str]] = {}
-    for override in parser.parse_overrides(given):
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(
+        [*given, *arguments]
+    ):
         key = override.get_key_element()
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                raise ConfigError(
-                    f"{override.input_line}: this sweeper takes lists, range and glob"
-                )
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
+        if not override.is_sweep_override():
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+            continue
+        if not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{override.input_line}: it takes hydra/sweeper=optuna to search an interval; this "
+                "sweeper takes lists, range and glob"
+            )
+        values = itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1)
+        axes[key] = [f"{key}={value}" for value in values]
+        if not axes[key]:
+            choices = loader.get_group_options(override.key_or_group)
+            raise ConfigError(no_match(override.input_line or key, choices))
     products: list[list[tuple[str, ...]]] = []
     paired: dict[str, list[str]] = {}
     for group in sweeper.pairs:
@@ -266,6 +299,8 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
             products.append([(value,) for value in values])
         elif key == group[0]:
             products.append(list(zip(*(axes[name] for name in group), strict=True)))
+    if math.prod(map(len, products)) > MOST_JOBS:
+        raise ConfigError(f"these are more than {MOST_JOBS:,} jobs: give them as several sweeps")
     return [tuple(itertools.chain(*choice)) for choice in itertools.product(*products)]
 
 
@@ -285,6 +320,7 @@ class Checks:
         launched = [*overrides, f"hydra.sweep.subdir='{folder}'", f"hydra.job.num={number}"]
         composed = self._loader.load_sweep_config(self._master, launched)
         config = to_config(composed)
+        self._check_hydra(composed, self._folder / folder)
         if config.data not in self._corpora:
             # In a sweep Hydra has the log on the console, too.
             self._corpora[config.data] = open_corpus(config.data, log.info)
@@ -292,11 +328,57 @@ class Checks:
         phases = plan(config, corpus.vocab_size)
         for phase in phases:
             phase.windows(len(corpus.train))
+        if config.objective != OBJECTIVE:
+            _check_objective(config, corpus, phases)
         threads = config.threads or threads_per_job(self._master.hydra.launcher)
         completed = _completed(self._folder / folder, replace(config, threads=threads))
         if not completed:
             self._loader.keep(launched, composed)
         return Job(folder, overrides, tuple(launched), config, corpus, phases, completed)
+
+    def _check_hydra(self, composed: DictConfig, folder: Path) -> None:
+        """Raise ConfigError for settings of Hydra that would end or change a sweep half-way."""
+        if Path(composed.hydra.sweep.dir) != self._folder:
+            raise ConfigError(
+                f"hydra.sweep.dir={composed.hydra.sweep.dir} is another folder than "
+                f"{self._folder}: a sweep has one, so its name can depend on no setting"
+            )
+        for part in ("launcher", "sweeper"):
+            if OmegaConf.to_yaml(composed.hydra[part]) != OmegaConf.to_yaml(
+                self._master.hydra[part]
+            ):
+                raise ConfigError(
+                    f"hydra.{part}: one job has other settings of it than the sweep: give them on "
+                    "the command line, not in an experiment that is swept over"
+                )
+        before = HydraConfig.instance().cfg
+        try:
+            with read_write(composed), open_dict(composed):
+                composed.hydra.runtime.output_dir = str(folder.absolute())
+            HydraConfig.instance().set_config(composed)
+            for part in (composed.hydra.job.env_set, composed.hydra.job_logging):
+                OmegaConf.to_container(part, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key or 'hydra.job'}: {first_line(error)}") from error
+        finally:
+            HydraConfig.instance().cfg = before
+            OmegaConf.set_readonly(composed.hydra, None)  # Hydra sets it with its configuration
+
+
+def _check_objective(config: Config, corpus: Corpus, phases: tuple[Phase, ...]) -> None:
+    """Raise ConfigError where `objective` names no number of the record that comes."""
+    from proglayer.run.experiment import check_objective
+    from proglayer.store.record import CorpusRecord, PeakMemory, RunRecord
+
+    known = CorpusRecord(
+        name=corpus.name,
+        fingerprint=corpus.fingerprint,
+        vocab_size=corpus.vocab_size,
+        seq_len=config.data.seq_len,
+        train_windows=len(corpus.train),
+        validation_windows=len(corpus.validation),
+    )
+    check_objective(config, RunRecord(corpus=known), phases, PeakMemory(process=1.0))
 
 
 def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:

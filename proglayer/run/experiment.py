@@ -162,7 +162,7 @@ def run(
                 record.objective = _objective(record, config.objective)
             except Deferred as reason:
                 display.note(f"{reason}: this one comes back later")
-                loggers.end(replace(record, status=RunState.interrupted))
+                loggers.discard()
                 write_heartbeat(folder, RunState.deferred)
                 raise
             except Pruned as reason:

@@ -77,6 +77,13 @@ class Loggers:
                 logger.end(record.status)
         self._loggers = {}
 
+    def discard(self) -> None:
+        """Take away what was logged: the run comes back later, and begins again here."""
+        for name, logger in list(self._loggers.items()):
+            with self._may_fail(name):
+                logger.discard()
+        self._loggers = {}
+
     def _tell(self, figures: list[Figure]) -> None:
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
@@ -121,6 +128,9 @@ class TensorBoard:
 
     def end(self, status: RunState | None) -> None:
         """An event file has no end."""
+
+    def discard(self) -> None:
+        files.delete(self._path, _is_event_file)
 
     def _scalar(self, name: str, value: float, step: int, now: float) -> Any:
         figure = self._summary.Summary.Value(tag=name, simple_value=value)
@@ -190,6 +200,10 @@ class MLflow:
         }
         with self._set():
             self._client.set_terminated(self._run, ends.get(status, "KILLED"))
+
+    def discard(self) -> None:
+        with self._set():
+            self._client.delete_run(self._run)
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from proglayer.config import ConfigError, DataConfig
 from proglayer.console import LogFile
 from proglayer.data.corpus import Corpus, Notify, open_corpus
+from proglayer.launch.common import sole_writer
 from proglayer.launch.job import train as train_command
 
 from ..helpers import ROOT, SHORT, Command, config, results
@@ -127,6 +128,47 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
     # Threads that the launcher shared out are no other setting.
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and no zombie that nobody has asked for yet."""
+    with contextlib.suppress(FileNotFoundError):
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    return False
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGKILL"])
+def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
+    tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("joblib")
+    jobs = (
+        *SHORT, "phase=from_scratch", "phase.max_epochs=400", "phase.patience=400", "seed=1,2,3",
+        "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+    )  # fmt: skip
+    process = command(tmp_path, *jobs)
+    folders = at_work(process, tmp_path / "s", 2)
+    workers = [json.loads((f / "heartbeat.json").read_text())["process"] for f in folders]
+    process.send_signal(getattr(signal, name))
+    # The pipe of its output is closed only once its workers have ended, too.
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if name == "SIGKILL" else 130), out
+    assert not list(filter(is_running, workers))
+    stopped_by = "SIGTERM" if name == "SIGKILL" else name
+    assert [r["reason"] for r in results(tmp_path / "s")] == [f"stopped by {stopped_by}"] * 2
+    assert [r["status"] for r in results(tmp_path / "s")] == ["interrupted"] * 2
+
+
+def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
+    for setting, jobs in ("hydra.run.dir", ()), ("hydra.sweep.dir", ("-m", "seed=1,2")):
+        (folder := tmp_path / setting).mkdir()
+        with sole_writer(folder, setting), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("proglayer.launch.job.LOCK_WAIT_S", 0)
+            done = train(*jobs, *QUICK, "reuse=false", f"{setting}={folder}")
+        assert done.status == 1
+        assert f"{setting}={folder}: another command is at work in this folder" in done.err
+        assert not list(folder.rglob("result.json"))
+        assert not list(folder.rglob("heartbeat.json"))
 
 
 def test_settings_edited_while_jobs_of_joblib_wait_change_none(tmp_path: Path) -> None:
@@ -242,8 +284,7 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("data.path=~/x", """data.path=~/x: Hydra cannot read this value; as a text it is given as \
-'data.path="~/x"'"""),
+        ("data.path=~/x", """data.path=~/x: Hydra cannot read this; write 'data.path="~/x"'"""),
         ("freeze.steps=[{existing: 1}]", "freeze.steps[0].embedding has no value: give it one"),
     ],
 )  # fmt: skip

@@ -611,7 +611,7 @@ def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: 
     assert "5 distinct phases, 1 of them stored; about" in more.out
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     train: Command, tmp_path: Path, name: str
 ) -> None:

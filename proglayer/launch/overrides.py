@@ -1,0 +1,209 @@
+"""The command line's overrides, checked before Hydra composes anything from them.
+
+What Hydra accepts without an effect, gives different meanings in a run and in a sweep, or answers
+with a traceback is refused here, with what to write in its place.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import OverrideParseException
+
+from proglayer.config import nearest_setting, setting_names
+from proglayer.errors import ConfigError
+
+# Hydra's parser takes 17 s for a text of 1 MB, and 20 ms for a further override.
+MOST_OVERRIDES = 500
+LONGEST_OVERRIDE = 32_768
+# Groups of Hydra that are easily written like settings.
+HYDRA_GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging")
+# Names of other tools.
+ALIASES = {"learning_rate": "lr.base", "lr": "lr.base", "epochs": "phase.max_epochs"}
+
+
+def check_arguments(arguments: Sequence[str]) -> list[str]:
+    """Check the command line. Raises ConfigError.
+
+    Returns it with its options first, as Hydra reads no override after one.
+    """
+    options, unknown = get_args_parser().parse_known_intermixed_args(list(arguments))
+    if options.multirun and (options.cfg or options.info):
+        raise ConfigError("-m shows nothing of --cfg or --info: leave out one of them")
+    if unknown:
+        raise ConfigError(f"there is no option {unknown[0]}: see python train.py --help")
+    given = list(options.overrides)
+    if len(given) > MOST_OVERRIDES:
+        raise ConfigError(
+            f"{len(given)} overrides are more than {MOST_OVERRIDES}: put settings into a file of "
+            "conf/experiment"
+        )
+    problems = [
+        f"{override[:40]}... has {len(override):,} characters, more than {LONGEST_OVERRIDE:,}"
+        for override in given
+        if len(override) > LONGEST_OVERRIDE
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    conf = [Path(sys.argv[0]).absolute().parent / "conf"]
+    if options.config_dir:
+        conf.append(Path(options.config_dir).absolute())
+    check_overrides(parse(given), groups_of(conf))
+    others = list(arguments)
+    for override in given:
+        others.remove(override)
+    return [*others, *given]
+
+
+def parse(given: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra's grammar reads them. Raises ConfigError with a form that it does read."""
+    parser = OverridesParser.create()
+    parsed = []
+    for text in given:
+        try:
+            parsed += parser.parse_overrides([text])
+        except OverrideParseException:
+            raise ConfigError(unreadable(text)) from None
+    return parsed
+
+
+def unreadable(override: str) -> str:
+    """What to write for an override that Hydra's grammar does not read; only what it does read."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        return f"{override}: a setting is given as name=value, without blanks around ="
+    name = re.sub(r"\[(\d+)\]", r".\1", key.strip().rstrip(":"))
+    plain = value.lstrip("= ").strip()
+    candidates = [f"{name}={plain}"]
+    if plain.startswith("[") and plain.endswith("]"):
+        items = (item.strip().strip("'\"") for item in plain[1:-1].split(","))
+        candidates.append(f"{name}=[{','.join(map(_quoted, items))}]")
+    else:
+        candidates.append(f"{name}={_quoted(plain)}")
+    readable = OverridesParser.create()
+    for candidate in candidates:
+        try:
+            readable.parse_overrides([candidate])
+        except OverrideParseException:
+            continue
+        return f"{override}: Hydra cannot read this; write {shlex.quote(candidate)}"
+    return f"{override}: Hydra cannot read this"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def groups_of(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The groups of settings in folders like conf/, and the choices in each."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(file for folder in folders for file in folder.glob("*/*.yaml")):
+        found.setdefault(file.parent.name, []).append(file.stem)
+    found.pop("hydra", None)
+    return found
+
+
+def check_overrides(overrides: Sequence[Override], groups: dict[str, list[str]]) -> None:
+    """Raise ConfigError with a line for each override that has no meaning here."""
+    problems = [line for override in overrides for line in _problems(override, groups)]
+    problems += _repeated(overrides, groups)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _problems(override: Override, groups: dict[str, list[str]]) -> Iterator[str]:
+    key, text = override.key_or_group, override.input_line or ""
+    value = override.value()
+    if key.split("/")[0].split(".")[0] == "hydra":
+        group = key.removeprefix("hydra.")
+        if group in HYDRA_GROUPS and isinstance(value, (str, QuotedString)):
+            yield f"{text}: a launcher or sweeper is chosen with a slash: hydra/{group}={value}"
+        return
+    is_group, is_setting = key in groups or key == "local", key in KNOWN
+    if override.package is not None:
+        yield f"{text}: a group cannot be put elsewhere: write {key}={_plain(value)}"
+    elif override.is_delete():
+        yield f"{text}: nothing can be deleted: leave it out, or give it another value"
+    elif not is_group and not is_setting and (override.is_add() or override.is_force_add()):
+        yield unknown_setting(key)
+    elif override.is_add():
+        yield f"{text}: {key} is there already: write {text.lstrip('+')}"
+    elif value == {}:
+        yield f"{text} sets nothing: leave it out"
+    elif key == "local":
+        yield f"{text}: conf/local/default.yaml is read wherever there is one: leave this out"
+    elif is_group and not override.is_sweep_override():
+        yield from _choice_problems(key, text, value, groups[key])
+
+
+def _choice_problems(key: str, text: str, value: object, choices: list[str]) -> Iterator[str]:
+    chosen = value if isinstance(value, list) else [value]
+    if not chosen and key != "logger":
+        chosen = [None]
+    if isinstance(value, dict):
+        return
+    for each in map(_plain, chosen):
+        if isinstance(each, str):
+            stem = each.rsplit("/", 1)[-1].removesuffix(".yaml")
+            if stem != each and stem in choices:
+                yield f"{text}: a choice is the name of a file alone: write {key}={stem}"
+        elif each is None and key == "logger":
+            yield f"{text}: for no logger write 'logger=[]'"
+        elif each is None and key == "experiment":
+            yield f"{text}: for no experiment leave it out"
+        else:
+            alias = ALIASES.get(key)
+            number = isinstance(each, (int, float)) and alias is not None
+            near = f", or {alias}={each}" if number else ""
+            yield f"{text}: {key} takes one of its choices ({', '.join(choices)}){near}"
+
+
+def _plain(value: object) -> object:
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _repeated(overrides: Sequence[Override], groups: dict[str, list[str]]) -> Iterator[str]:
+    """Settings that are given twice where it is not plain that the last one holds: Hydra would
+    merge mappings in a run and not in a sweep.
+    """
+    seen: dict[str, Override] = {}
+    for override in overrides:
+        key = override.get_key_element().lstrip("+~")
+        before = seen.get(key)
+        seen[key] = override
+        if before is None or (key.startswith("hydra.") and not override.is_sweep_override()):
+            continue
+        if (
+            key in groups
+            or before.is_sweep_override()
+            or override.is_sweep_override()
+            or isinstance(before.value(), dict)
+            or isinstance(override.value(), dict)
+        ):
+            yield f"{key} is given twice ({before.input_line}, {override.input_line}): keep one"
+
+
+def unknown_setting(name: str) -> str:
+    """That there is no such setting, with the nearest that there is."""
+    if name.startswith(("hydra.launcher.", "hydra.sweeper.")):
+        part = name.split(".")[1]
+        return f"there is no setting {name} with the {part} that is chosen (hydra/{part}=...)"
+    if name.startswith("hydra."):
+        return f"there is no setting {name}: to add it, write +{name}"
+    near = ALIASES.get(name) or nearest_setting(name)
+    return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+
+
+def no_match(override: str, choices: Sequence[str]) -> str:
+    """That a sweep over the choices of a group has no values."""
+    return f"{override} matches no choice (choices: {', '.join(choices)})"
+
+
+KNOWN = frozenset(setting_names())
