@@ -183,7 +183,6 @@ def _repeated(overrides: Sequence[Override], groups: dict[str, list[str]]) -> It
         if (
             key in groups
             or before.is_sweep_override()
-            or override.is_sweep_override()
             or isinstance(before.value(), dict)
             or isinstance(override.value(), dict)
         ):

@@ -402,7 +402,7 @@ def edited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     git("commit", "-qam", "another branch")
     git("checkout", "-q", "submitted")
 
-    rates_of_jobs = ("lr.base=0.001,1e30", "optimizer.clip_norm=null", "seed=7")
+    rates_of_jobs = ("lr.base=0.001,1e15", "optimizer.clip_norm=null", "seed=7")
     held = "+hydra.launcher.additional_parameters.hold=true"
     sweep = Sweep(cluster, folder / "s", (*SHORT, "threads=1", *rates_of_jobs, held), code)
     sweep.start()

@@ -301,8 +301,9 @@ def test_the_value_with_quotes_is_read() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_not_called_unwritable(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train_command(lambda: Path("nowhere/at-all").read_text()) == 1
     assert capsys.readouterr().err.startswith(
         "error: cannot read or write nowhere/at-all (No such file or directory): if results go"

@@ -141,7 +141,7 @@ def test_every_experiment_completes(train: Command, tmp_path: Path) -> None:
 
 
 def test_a_failing_job_does_not_stop_the_others(train: Command, tmp_path: Path) -> None:
-    rates = "lr.base=0.001,1e30,0.002,0.003"
+    rates = "lr.base=0.001,1e15,0.002,0.003"
     done = train("-m", *SHORT, rates, "optimizer.clip_norm=null", "hydra.sweep.dir=mixed")
     assert done.status == 1
     records = results(tmp_path / "mixed")
@@ -317,7 +317,7 @@ def test_a_failed_try_leaves_nothing_of_the_one_before(train: Command, tmp_path:
 
 def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Path) -> None:
     done = train(
-        *SHORT, "hydra.run.dir=run", "lr.factor.new=1e32", "lr.factor.head=1e32",
+        *SHORT, "hydra.run.dir=run", "lr.factor.new=1e15", "lr.factor.head=1e15",
         "optimizer.clip_norm=null",
     )  # fmt: skip
     assert done.status == 1
