@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,13 +20,19 @@ log = logging.getLogger(__name__)
 PLAIN_WIDTH = 160
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program here: the one place for that is `errors.run_command`."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def console() -> Console:
     """The console that everything is printed to; wide where no terminal sets the width."""
     file = sys.stdout
     if isinstance(file, io.TextIOWrapper):
         # A terminal that knows no box characters gets question marks, not an error.
         file.reconfigure(errors="replace")
-    return Console(
+    return _Console(
         file=file,
         width=None if file.isatty() else PLAIN_WIDTH,
         highlight=False,

@@ -64,6 +64,7 @@ from proglayer.report.tables import (
 )
 from proglayer.results import Results, load, plain_values, write_csv
 from proglayer.results.formatting import listed, ranges, text_of
+from proglayer.store.reading import read_yaml
 from proglayer.store.record import RunState
 
 PAGE = "index.html"
@@ -111,7 +112,7 @@ def write_report(
         ValueError: if the folders hold no run at all.
     """
     results = load(*folders)
-    if results.runs.empty and results.left_out.empty:
+    if results.runs.empty and not results.failures:
         raise ValueError(f"no run in {', '.join(map(str, folders))}")
     out, margins = Path(out), margins or Margins()
     page = out / PAGE
@@ -740,14 +741,10 @@ def _commands(runs: Frame) -> list[str]:
 
 def _sweep_command(folder: str) -> str | None:
     """What a sweep was started with, as Hydra recorded it; None where that cannot be read."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        with open(os.path.join(folder, "multirun.yaml"), encoding="utf-8") as file:
-            given = yaml.load(file, loader)["hydra"]["overrides"]["task"]
+        given = read_yaml(Path(folder, "multirun.yaml"))["hydra"]["overrides"]["task"]
         return f"python train.py -m {shlex.join(map(str, given))}"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from proglayer.console import console
+from proglayer.errors import file_problem, print_error, run_command
 from proglayer.results.frames import load
 from proglayer.results.summary import MOST_ROWS, print_results, watch
 
+NOT_DONE = 2
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Gives its exit status: 1 if any run failed, 2 for a folder that is not there."""
+    """The command.
+
+    Returns:
+        its exit status: 1 if any run failed, 2 for a folder that is not there or holds no run.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.results",
         description="Print the table of every run in sweeps or single runs, finished or not.",
         epilog="Exit status: 0; 1 if a run failed, was lost or left a record that cannot be read; "
-        "2 if a folder is not there or cannot be written.",
+        "2 if a folder is not there, holds no run or cannot be written.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
     parser.add_argument(
@@ -33,27 +40,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.every > 0:
         parser.error("--every must be more than 0 seconds")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Better a question mark for an arrow than no table where the locale knows only ASCII.
-            stream.reconfigure(errors="replace")
-    out = console()
+    for form in ("csv", "parquet"):
+        folder = Path(getattr(options, form) or "tables")
+        if folder.suffix == f".{form}" and not folder.is_dir():
+            parser.error(
+                f"--{form} takes a folder, for there are several tables, and {folder} looks like "
+                f"a file: write --{form} {folder.with_suffix('')}"
+            )
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
+        out = console()
         if options.watch:
             results = watch(options.folders, options.every, out)
         else:
             results = load(*options.folders)
         print_results(results, out, whole=options.all)
+        if results.runs.empty and not results.failures:
+            print_error(f"no run in {', '.join(options.folders)}")
+            return NOT_DONE
         if options.csv:
             results.to_csv(options.csv)
         if options.parquet:
             results.to_parquet(options.parquet)
-    except KeyboardInterrupt:
-        return 130
     except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-        print(f"error: {where}", file=sys.stderr)
-        return 2
+        if error.errno is not None and error.filename is None:
+            raise  # it was the output
+        print_error(file_problem(error) or str(error))
+        return NOT_DONE
     return 1 if results.failures else 0
 
 

@@ -14,6 +14,8 @@ def duration(seconds: Any) -> str:
         return ""
     if seconds < 100:
         return f"{seconds:.1f} s"
+    if seconds > 1e12:
+        return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 100:
         return f"{minutes} min {rest} s"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from proglayer.results.columns import (
     without_gaps,
 )
 from proglayer.results.scan import HYDRA, Rows, RunFolder, brief, row_left_out
+from proglayer.store.reading import read_regular, read_yaml
 from proglayer.store.record import (
     CLEAN,
     METRICS,
@@ -58,8 +58,9 @@ def read_runs(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
     for folder in folders:
         try:
             run, its_phases, its_exits = _read_run(folder)
-        except RecordError as error:
-            left_out.append(row_left_out(folder.name, error.kind, str(error)))
+        except (RecordError, RecursionError) as error:
+            kind = error.kind if isinstance(error, RecordError) else "damaged"
+            left_out.append(row_left_out(folder.name, kind, brief(error)))
             continue
         runs.append(run)
         phases += its_phases
@@ -91,9 +92,12 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         run["started"] = as_moment(record.started)
     else:
         # Still running, or ended before it began: what Hydra wrote says the rest.
-        settings, overrides, hydra = (_read_yaml(path, n) for n in ("config", "overrides", "hydra"))
+        problems: list[str] = []
+        names = ("config", "overrides", "hydra")
+        settings, overrides, hydra = (_read_yaml(path, name, problems) for name in names)
         if begun and record is None and folder.overrides is None and not _is_ours(settings):
-            raise RecordError("foreign", f"holds no {RESULT}, and is no job of this tool")
+            foreign = f"holds no {RESULT}, and is no job of this tool"
+            raise RecordError("foreign", problems[0] if problems else foreign)
         overrides = overrides or folder.overrides
         choices = hydra
         for name in ("hydra", "runtime", "choices"):
@@ -101,7 +105,7 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         run["started"] = folder.configured
     if isinstance(overrides, (list, tuple)):
         run |= _given_by_overrides([str(override) for override in overrides])
-    if isinstance(choices, dict):
+    if isinstance(choices, dict) and len(choices) <= MOST_SETTINGS:
         run |= {
             group if group in GROUPS else f"choice.{as_text(group)}": as_text(choice)
             for group, choice in choices.items()
@@ -109,10 +113,12 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         }
     if isinstance(settings, dict):
         settings = with_defaults(settings) if settings else settings
-        run |= {
-            f"config.{as_text(name)}": CLEAN[SETTINGS.get(name, str)](value)
-            for name, value in flat_settings(settings)
-        }
+        flat = list(flat_settings(settings))
+        if len(flat) > MOST_SETTINGS or (
+            isinstance(choices, dict) and len(choices) > MOST_SETTINGS
+        ):
+            raise RecordError("damaged", f"it has more than {MOST_SETTINGS:,} settings")
+        run |= {f"config.{as_text(n)}": CLEAN[SETTINGS.get(n, str)](value) for n, value in flat}
         run["seed"] = as_int(settings.get("seed"))
         run["experiment_key"] = experiment_key(settings, fingerprint)
     phases: Rows = []
@@ -219,6 +225,10 @@ _EPOCH_COLUMNS = {name: column for name, column in COLUMNS["epochs"].items() if 
 _ARROW = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 # The columns that say which epoch a row is: each row has them.
 _NEEDED = ("phase", "layers", "epoch")
+# 400,000 epochs.
+MOST_BYTES_OF_METRICS = 64_000_000
+# More settings, or choices of groups, are none of ours.
+MOST_SETTINGS = 1_000
 
 
 def _read_epochs(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, Rows]:
@@ -233,8 +243,8 @@ def _read_epochs(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, Rows]:
 
     for folder in folders:
         try:
-            with open(os.path.join(folder.path, METRICS), "rb") as file:
-                header, _, body = file.read().replace(b"\r\n", b"\n").partition(b"\n")
+            content = read_regular(Path(folder.path, METRICS), MOST_BYTES_OF_METRICS)
+            header, _, body = content.replace(b"\r\n", b"\n").partition(b"\n")
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -313,15 +323,14 @@ def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _read_yaml(folder: Path, name: str) -> Any:
+def _read_yaml(folder: Path, name: str, problems: list[str]) -> Any:
     """A file that Hydra wrote about a job; None where it is not there or cannot be read."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        with open(folder / HYDRA / f"{name}.yaml", encoding="utf-8") as file:
-            return yaml.load(file, loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return read_yaml(folder / HYDRA / f"{name}.yaml")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{HYDRA}/{name}.yaml cannot be read ({brief(error)})")
         return None
 
 

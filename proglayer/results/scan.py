@@ -13,6 +13,8 @@ from typing import Any
 from proglayer.console import one_line
 from proglayer.store.record import HEARTBEAT, JOBS, METRICS, RESULT, as_text, read_jobs
 
+# Folders below folders that are searched for runs.
+MOST_LEVELS = 50
 HYDRA = ".hydra"
 Rows = list[dict[str, Any]]
 
@@ -103,11 +105,16 @@ def _scan(root: str) -> tuple[list[RunFolder], Rows]:
             if sign and sweep in sweep_signs:
                 sweep_signs[sweep] = max(sign, sweep_signs[sweep])
         below[:] = [each for each in below if not each.startswith(".") and each != "stages"]
+        if name.count("/") > MOST_LEVELS:
+            below.clear()
         if JOBS in files or "multirun.yaml" in files:
             jobs_of[name] = {}
         if JOBS in files:
             try:
-                jobs_of[name] = {job.folder: job.overrides for job in read_jobs(Path(path))}
+                listed_jobs = [(job.folder, job.overrides) for job in read_jobs(Path(path))]
+                jobs_of[name] = {
+                    job: own for job, own in listed_jobs if Path(job).name == job not in ("", "..")
+                }
             except (OSError, ValueError) as error:
                 reason = f"cannot be read ({brief(error)}): waiting jobs are not known"
                 left_out.append(row_left_out(_joined(name, JOBS), "foreign", reason))

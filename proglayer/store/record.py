@@ -28,6 +28,7 @@ from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from proglayer import files
+from proglayer.store.reading import read_json
 from proglayer.training.plan import Rates
 
 RESULT = "result.json"
@@ -361,7 +362,7 @@ def read_record(folder: Path) -> RunRecord | None:
 def read_plain(folder: Path) -> Any:
     """`result.json` as plain data. Raises ValueError if it is cut short, or OSError."""
     try:
-        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return read_json(folder / RESULT)
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
 
@@ -489,7 +490,7 @@ def write_jobs(sweep: Path, jobs: Iterable[ListedJob]) -> None:
 def read_jobs(sweep: Path) -> list[ListedJob]:
     """The jobs that `jobs.json` lists. Raises OSError, or RecordError for no list of jobs."""
     try:
-        listed = json.loads((sweep / JOBS).read_text(encoding="utf-8"))
+        listed = read_json(sweep / JOBS)
         return [ListedJob(str(job["folder"]), tuple(map(str, job["overrides"]))) for job in listed]
     except (ValueError, RecursionError) as error:
         raise RecordError("damaged", str(error)) from error
@@ -537,7 +538,7 @@ def read_submission(job: Path) -> Submission | None:
     if not path.exists():
         return None
     try:
-        return from_dict(Submission, json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(Submission, read_json(path))
     except (ValueError, RecursionError) as error:
         raise RecordError("damaged", str(error)) from error
 
@@ -635,7 +636,7 @@ def mark_lost(folder: Path, reason: str) -> None:
 def read_heartbeat(folder: Path) -> HeartbeatContent:
     """What `heartbeat.json` holds; nothing where it is not there or cannot be read."""
     try:
-        plain = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
+        plain = read_json(folder / HEARTBEAT)
     except (OSError, ValueError, RecursionError):
         plain = {}
     return from_dict(HeartbeatContent, plain)

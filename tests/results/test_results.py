@@ -440,6 +440,85 @@ def test_damaged_metrics_cost_their_own_epochs_only(tmp_path: Path) -> None:
         assert left_out(results) == ({} if content == header else {"b": "damaged"}), content
 
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghijklmnop"
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        BOMB,
+        "a: &a [*a]\n",
+        "[" * 5_000 + "]" * 5_000,
+        'initial_layers: !!timestamp "abc"\nadded_layers: 1\n',
+        "initial_layers: !!int ''\nadded_layers: 1\n",
+        "initial_layers: !!bool zzz\nadded_layers: 1\n",
+        "\t- x",
+        "\0",
+    ],
+)
+def test_settings_that_no_parser_should_follow_are_named_and_hide_nothing(
+    tmp_path: Path, content: str
+) -> None:
+    made_up(tmp_path / "good", seed=1)
+    for name in ("config", "overrides", "hydra"):
+        folder = made_up(tmp_path / name, seed=2, status="running")
+        (folder / ".hydra" / f"{name}.yaml").write_text(content)
+    results = load(tmp_path)
+    assert set(ends(results)) == {"good", "overrides", "hydra"}
+    assert left_out(results) == {"config": "foreign"}
+    assert ".hydra/config.yaml cannot be read" in results.left_out["reason"][0]
+
+
+def test_what_is_no_regular_file_or_too_large_is_named_and_hides_nothing(tmp_path: Path) -> None:
+    pile = tmp_path / "pile"
+    made_up(pile / "good", seed=1)
+    records = {
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "pipe": os.mkfifo,
+        "large": lambda path: path.write_bytes(b" " * 16_000_001),
+        "settings": lambda path: edit(path.parent, config=dict.fromkeys(map(str, range(2_000)))),
+    }
+    for name, spoil in records.items():
+        path = made_up(pile / name, seed=2) / "result.json"
+        if name != "settings":
+            path.unlink()
+        spoil(path)
+    metrics = made_up(pile / "metrics", seed=3) / "metrics.csv"
+    metrics.unlink()
+    metrics.symlink_to("/dev/zero")
+    deep = pile.joinpath(*["deep"] * 300)
+    deep.mkdir(parents=True)
+    jobs = [{"folder": name, "overrides": []} for name in ("../../x", "/etc", "", "..", "5_abc")]
+    (pile / "sweep").mkdir()
+    (pile / "sweep" / "jobs.json").write_text(json.dumps(jobs))
+    results = load(pile)
+    assert ends(results).keys() == {"good", "metrics", "sweep/5_abc"}
+    damaged = dict.fromkeys((*records, "metrics"), "damaged")
+    assert left_out(results) == damaged | {"deep": "foreign"}
+    assert set(results.epochs["run"]) == {"good"}
+
+
+def test_numbers_and_times_at_the_edge_are_shown_or_missing(tmp_path: Path) -> None:
+    folder = made_up(tmp_path / "pile" / "run", status="completed")
+    phases = json.loads((folder / "result.json").read_text())["phases"]
+    for phase in phases:
+        phase |= {"train_tokens": 2**63 - 1, "train_seconds": 1e308, "epochs": 2**62}
+    edit(folder, phases=phases, started="0001-01-01T00:00:00+14:00", seed=2**63)
+    going_on = made_up(tmp_path / "pile" / "going_on", status="running")
+    for path in (going_on / "metrics.csv", going_on / ".hydra" / "config.yaml"):
+        os.utime(path, (2**40, 2**40))
+    results = load(tmp_path / "pile")
+    run = row(results, "run")
+    assert pd.isna(run["tokens"])
+    assert pd.isna(run["epochs"])
+    assert pd.isna(run["started"])
+    assert "inf s" in printed(results, 200)
+    results.to_csv(tmp_path / "csv")
+    results.to_parquet(tmp_path / "parquet")
+
+
 # --- alive or not ---------------------------------------------------------------------------------
 
 
@@ -782,9 +861,11 @@ def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
 
 def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:
     made_up(tmp_path / "0", overrides=["data.path=[red]a path[/red]"])
-    made_up(tmp_path / "1", overrides=[f"data.path={SCRIPT}"])
+    made_up(tmp_path / "1[/b]\x1b[31m", overrides=[f"data.path={SCRIPT}"])
     text = printed(load(tmp_path), 160)
     assert "[red]a path[/red]" in text
+    assert "1[/b]" in text
+    assert "\x1b" not in text
     assert SCRIPT in text
 
 
@@ -983,6 +1064,36 @@ def test_the_command_ends_with_what_happened(
     assert main([str(file)]) == 2
     assert main([str(mixed), "--csv", str(file)]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main([str(empty)]) == 2
+    assert capsys.readouterr().err == f"error: no run in {empty}\n"
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_file_is_no_folder_for_the_tables(
+    mixed: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(mixed), f"--{form}", str(tmp_path / f"tables.{form}")])
+    assert ended.value.code == 2
+    assert f"write --{form} {tmp_path / 'tables'}\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "status"), [("{} | true", 141), ("{} > /dev/full", 1), ("{} >&-", 1)]
+)
+def test_closed_and_full_outputs_end_the_command_in_a_line(
+    tmp_path: Path, shell: str, status: int
+) -> None:
+    made_up(tmp_path / "0", status="failed")
+    command = shlex.join([sys.executable, "-m", "proglayer.results", str(tmp_path)])
+    shell = f"{shell.format(command)}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status
+    full = "error: no space left to write the output: make room\n"
+    assert done.stderr == (full if "/dev/full" in shell else "")
 
 
 def test_a_pile_of_everything_is_told_by_the_command(
