@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from proglayer.errors import printable
+
 log = logging.getLogger(__name__)
 
 # Without a terminal there is no width to keep to; this one fits every table here.
@@ -43,12 +45,12 @@ def console() -> Console:
 def tell(text: str) -> None:
     """One line on the console and in the log."""
     log.info("%s", text)
-    console().print(text, markup=False)
+    console().print(printable(text), markup=False)
 
 
 def one_line(text: str) -> str:
     """Text without line breaks or anything that a terminal would act on."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 # Title, kind ("text", "number" or "long": text that is cut or folds where room is scarce), and what
@@ -58,10 +60,10 @@ Columns = Sequence[tuple[str, str, Callable[[Any], str | Text]]]
 
 def table(rows: Iterable[Any], columns: Columns, title: str | None = None) -> Table:
     """A table with a line for each row. Cells are plain text: nothing in them is markup."""
-    shown = Table(title=None if title is None else Text(title), title_justify="left")
+    shown = Table(title=None if title is None else Text(printable(title)), title_justify="left")
     for name, kind, _ in columns:
         justify = "right" if kind == "number" else "left"
-        shown.add_column(Text(name), justify=justify, no_wrap=kind != "long")
+        shown.add_column(Text(name), justify=justify, no_wrap=kind != "long", overflow="fold")
     for row in rows:
         shown.add_row(*(plain_cell(cell(row)) for _, _, cell in columns))
     return shown

@@ -75,7 +75,12 @@ def run_command(
 def print_error(lines: str) -> None:
     """Print each line as an error."""
     for line in lines.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text without anything that a terminal would act on, such as escapes in a folder's name."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def file_problem(error: OSError, advice: str = "") -> str | None:

@@ -111,20 +111,18 @@ def _scan(root: str) -> tuple[list[RunFolder], Rows]:
             jobs_of[name] = {}
         if JOBS in files:
             try:
-                listed_jobs = [(job.folder, job.overrides) for job in read_jobs(Path(path))]
-                jobs_of[name] = {
-                    job: own for job, own in listed_jobs if Path(job).name == job not in ("", "..")
-                }
+                listed = read_jobs(Path(path))
+                own_jobs = [job for job in listed if Path(job.folder).name == job.folder]
+                jobs_of[name] = {job.folder: job.overrides for job in own_jobs}
             except (OSError, ValueError) as error:
                 reason = f"cannot be read ({brief(error)}): waiting jobs are not known"
                 left_out.append(row_left_out(_joined(name, JOBS), "foreign", reason))
             if sign := _last_change(path, JOBS, HEARTBEAT):
                 sweep_signs[name] = sign
-            for job, listed in jobs_of[name].items():
-                if job not in below and job not in files:
-                    found.append(
-                        RunFolder(os.path.join(path, job), _joined(name, job), name, listed)
-                    )
+            for job, given in jobs_of[name].items():
+                if job not in (*below, *files, "", ".."):
+                    job_path = os.path.join(path, job)
+                    found.append(RunFolder(job_path, _joined(name, job), name, given))
         for each in below:
             folders.add(_joined(name, each))
             if os.path.islink(os.path.join(path, each)):

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from proglayer.console import console
+from proglayer.console import Columns, console, table
+from proglayer.errors import printable
 from proglayer.training.plan import (
     Phase,
     evaluation_flops,
@@ -24,6 +23,7 @@ from proglayer.training.plan import (
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+    from rich.table import Table
 
     from proglayer.training.stopping import EpochMetrics
     from proglayer.training.trainer import Progress
@@ -77,7 +77,7 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
     def note(self, text: str) -> None:
         """One line that stays, here and in the log."""
         log.info("%s", text)
-        (self._bars.console if self._bars else self._console).print(text, markup=False)
+        (self._bars.console if self._bars else self._console).print(printable(text), markup=False)
 
     def phase(self, phase: Phase) -> None:
         """A phase begins."""
@@ -151,37 +151,44 @@ def plan_table(
     phases: Sequence[Phase], seq_len: int, train_windows: int, validation_windows: int, title: str
 ) -> Table:
     """A run's phases before anything is trained: what each trains and what it costs."""
-    table = Table(title=title, title_justify="left")
-    for name in ("phase", "layers", "frozen"):
-        table.add_column(name, overflow="fold")
-    table.add_column("trainable / total parameters", no_wrap=True)
-    table.add_column("rate: new, existing, embedding, head", overflow="fold")
-    for name in ("batches", "head GFLOP", "body GFLOP", "evaluation GFLOP"):
-        table.add_column(name, justify="right")
-    for phase in phases:
-        counts = parameter_counts(phase)
-        train = training_flops(phase, seq_len, train_windows)
-        evaluation = evaluation_flops(phase, seq_len, validation_windows)
-        rates = phase.rates
-        table.add_row(
-            f"{phase.index + 1} {phase.name}",
-            str(phase.layers),
-            ", ".join(frozen_ranges(phase)) or "nothing",
-            f"{counts.trainable:,} / {counts.total:,} ({counts.trainable / counts.total:.1%})",
-            ", ".join(
-                "-" if rate is None else f"{rate:g}"
-                for rate in (rates.new, rates.existing, rates.embedding, rates.head)
-            )
-            if phase.index
-            else f"{rates.new:g}",
-            str(phase.steps_per_epoch(train_windows)),
-            f"{train.head / 1e9:,.1f}",
-            f"{train.body / 1e9:,.1f}",
-            f"{(evaluation.head + evaluation.body) / 1e9:,.1f}",
+    costs = [
+        (
+            phase,
+            parameter_counts(phase),
+            training_flops(phase, seq_len, train_windows),
+            evaluation_flops(phase, seq_len, validation_windows),
         )
+        for phase in phases
+    ]
+    columns: Columns = (
+        ("phase", "long", lambda row: f"{row[0].index + 1} {row[0].name}"),
+        ("layers", "long", lambda row: str(row[0].layers)),
+        ("frozen", "long", lambda row: ", ".join(frozen_ranges(row[0])) or "nothing"),
+        (
+            "trainable / total parameters",
+            "text",
+            lambda row: (
+                f"{row[1].trainable:,} / {row[1].total:,} ({row[1].trainable / row[1].total:.1%})"
+            ),
+        ),
+        ("rate: new, existing, embedding, head", "long", lambda row: _rates(row[0])),
+        ("batches", "number", lambda row: str(row[0].steps_per_epoch(train_windows))),
+        ("head GFLOP", "number", lambda row: f"{row[2].head / 1e9:,.1f}"),
+        ("body GFLOP", "number", lambda row: f"{row[2].body / 1e9:,.1f}"),
+        ("evaluation GFLOP", "number", lambda row: f"{(row[3].head + row[3].body) / 1e9:,.1f}"),
+    )
+    shown = table(costs, columns, title)
     warnings = [warning for phase in phases if (warning := schedule_warning(phase))]
-    table.caption = "\n".join(warnings) or None
-    return table
+    shown.caption = "\n".join(warnings) or None
+    return shown
+
+
+def _rates(phase: Phase) -> str:
+    rates = phase.rates
+    if not phase.index:
+        return f"{rates.new:g}"
+    each = (rates.new, rates.existing, rates.embedding, rates.head)
+    return ", ".join("-" if rate is None else f"{rate:g}" for rate in each)
 
 
 def frozen_ranges(phase: Phase) -> list[str]:
