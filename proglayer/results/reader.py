@@ -114,9 +114,7 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
     if isinstance(settings, dict):
         settings = with_defaults(settings) if settings else settings
         flat = list(flat_settings(settings))
-        if len(flat) > MOST_SETTINGS or (
-            isinstance(choices, dict) and len(choices) > MOST_SETTINGS
-        ):
+        if len(flat) > MOST_SETTINGS:
             raise RecordError("damaged", f"it has more than {MOST_SETTINGS:,} settings")
         run |= {f"config.{as_text(n)}": CLEAN[SETTINGS.get(n, str)](value) for n, value in flat}
         run["seed"] = as_int(settings.get("seed"))
