@@ -374,6 +374,7 @@ class Config:
     device: Device
     precision: Precision
     compile: bool
+    cache_frozen: bool
     threads: Annotated[int | None, Bounds(least=1, most=1_024)]
     jobs_per_gpu: Annotated[int, Bounds(least=1, most=1_024)]
     plan: bool

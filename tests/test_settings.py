@@ -87,6 +87,7 @@ IN_THE_PHASES = {
     "optimizer.clip_norm": "0.5",
     "precision": "bfloat16",
     "compile": "true",
+    "cache_frozen": "true freeze=existing",
 }
 # What the key holds through the corpus's fingerprint.
 IN_THE_TEXT = {
@@ -260,8 +261,9 @@ def test_on_a_gpu_sums_have_one_order_for_the_time_of_a_run(
 def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:
     matmul = torch.backends.cuda.matmul
     before = torch.get_num_threads(), matmul.allow_tf32
+    on_cpu = torch.backends.mkldnn.matmul.fp32_precision
     try:
-        for found in (False, True):
+        for found in (False, True, False):
             matmul.allow_tf32 = found
             for precision in Precision:
                 with pytest.raises(RuntimeError, match="fails"), switches(3, precision):
@@ -271,6 +273,7 @@ def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:
                     assert inside == ("highest" if precision is Precision.float32 else "medium")
                     raise RuntimeError("the job fails")
                 assert matmul.allow_tf32 is found
+                assert torch.backends.mkldnn.matmul.fp32_precision == on_cpu
                 assert torch.get_num_threads() == before[0]
     finally:
         matmul.allow_tf32 = before[1]

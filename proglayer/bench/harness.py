@@ -109,7 +109,11 @@ class DenseTraining(Training):
     """The same training with the logits of every exit materialised, differentiated by autograd."""
 
     def loss(
-        self, input_nt: Tensor, target_nt: Tensor, exit_weights: Sequence[float] | None = None
+        self,
+        input_nt: Tensor,
+        target_nt: Tensor,
+        exit_weights: Sequence[float] | None = None,
+        window_n: Tensor | None = None,
     ) -> Tensor:
         with autocast(self.phase, self.device):
             hidden_entd = self.body(input_nt)

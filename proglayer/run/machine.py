@@ -116,6 +116,8 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
     # Not `fp32_precision`: setting that alone makes every reader of this older switch fail, the
     # compiler among them (torch 2.11-2.13).
     matmul_before = torch.get_float32_matmul_precision()
+    cpu_matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    on_cpu_before = cpu_matmul.fp32_precision
     strict_before = torch.are_deterministic_algorithms_enabled()
     lenient_before = torch.is_deterministic_algorithms_warn_only_enabled()
     # A module with a property, which no type checker knows.
@@ -140,6 +142,8 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         filling.fill_uninitialized_memory = filled_before
         torch.use_deterministic_algorithms(strict_before, warn_only=lenient_before)
         torch.set_float32_matmul_precision(matmul_before)
+        # It was left unset, perhaps, and would not go with a later change of the older switch.
+        cpu_matmul.fp32_precision = on_cpu_before
         torch.set_num_threads(threads_before)
 
 

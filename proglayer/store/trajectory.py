@@ -26,6 +26,7 @@ from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
 from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
+from proglayer.training.frozen import FrozenStates
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors, trains
 from proglayer.training.plan import Phase, Precision, described
@@ -286,7 +287,8 @@ class Trajectory:
             else:
                 started = time.perf_counter()
                 last = self.phase.exits - 1
-                (exit,) = self._evaluate(training.model, [last], training)
+                frozen = training.frozen_validation
+                (exit,) = self._evaluate(training.model, [last], training, frozen)
                 evaluation_seconds = time.perf_counter() - started
                 if not math.isfinite(exit.loss):
                     raise Diverged(
@@ -340,7 +342,11 @@ class Trajectory:
             self._best = (training.epoch, _cpu(trainable, copy=True))
 
     def _evaluate(
-        self, model: Transformer, exits: list[int], training: Training | None
+        self,
+        model: Transformer,
+        exits: list[int],
+        training: Training | None,
+        frozen: FrozenStates | None = None,
     ) -> list[ExitMetrics]:
         return evaluate(
             model,
@@ -349,6 +355,7 @@ class Trajectory:
             self.device,
             exits,
             between_batches=lambda: self._check_stop(training),
+            frozen=frozen,
         )
 
     def _evaluate_exits(self, state: dict[str, Tensor]) -> list[ExitMetrics]:

@@ -121,12 +121,18 @@ class Transformer(nn.Module):
 
         What is frozen runs without recording gradients as far as nothing below it trains.
         """
+        return self.layers_from(0, self.embedding(tokens_nt))
+
+    def layers_from(self, first: int, x_ntd: Tensor, end: int | None = None) -> tuple[Tensor, ...]:
+        """Hidden states after each of the layers from `first` to before `end` (None: to the top).
+
+        x_ntd: what layer `first` reads.
+        """
         cos_tk, sin_tk = rotary_tables(
-            tokens_nt.shape[1], self.head_dim, self.rotary_base, tokens_nt.device
+            x_ntd.shape[1], self.head_dim, self.rotary_base, x_ntd.device
         )
         exits = []
-        x_ntd = self.embedding(tokens_nt)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[first:end], start=first):
             y_ntd = layer(x_ntd, cos_tk, sin_tk)
             if self.gate is not None and number in self.gated_layers:
                 y_ntd = self.gate * y_ntd + (1 - self.gate) * x_ntd

@@ -207,6 +207,7 @@ class Phase:
     stop: StoppingRule
     curriculum: ExitCurriculum = ExitCurriculum()
     detached: bool = False
+    cache_frozen: bool = False
 
     @property
     def exits(self) -> int:
@@ -291,7 +292,14 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
                 f"{highest + 1} of {phase.layers}: layer {', '.join(above)} would get no gradient "
                 f"in phase {phase.index + 1}"
             )
-    return phases
+    return tuple(replace(phase, cache_frozen=_caches(config, phase)) for phase in phases)
+
+
+def _caches(config: Config, phase: Phase) -> bool:
+    """Whether the phase has frozen layers, below all that trains, whose output is kept."""
+    lowest = lowest_trained(phase)
+    gated = phase.growth is not None and phase.growth.gate_steps and min(phase.new_layers) < lowest
+    return config.cache_frozen and lowest > 0 and not gated and not config.compile
 
 
 def described(value: Any) -> Any:
@@ -557,11 +565,12 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 
     Forward everywhere; the gradient of a matrix where it trains; the gradient of its input where
     something below it trains. Only exits with a weight are read, and of those the ones that the
     curriculum reads in this epoch (1 is the first). Causal attention is counted
-    over the whole square, as the usual formula 4 x tokens x dim does.
+    over the whole square, as the usual formula 4 x tokens x dim does. What `cache_frozen` keeps
+    runs once a phase and is left out.
     """
     tokens = phase.windows(train_windows) * seq_len
     token_product = 2 * phase.architecture.vocab_size * phase.architecture.dim
-    lowest = _lowest_trained(phase)
+    lowest = lowest_trained(phase)
     # A norm that trains between hidden state and head needs the gradient of what the head reads.
     norm_trains = phase.architecture.final_norm and phase.rates.head is not None
     head = 0
@@ -574,7 +583,7 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 
     reading = 2 * tokens * 3 * phase.architecture.dim**2
     scores = 4 * tokens * seq_len * phase.architecture.dim
     body = 0
-    for layer in range(min(phase.last_read + 1, phase.layers)):
+    for layer in range(lowest if phase.cache_frozen else 0, min(phase.last_read + 1, phase.layers)):
         body += matrices + scores
         if lowest <= layer:
             body += 2 * scores
@@ -585,16 +594,20 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 
 
 
 def evaluation_flops(phase: Phase, seq_len: int, validation_windows: int) -> Flops:
-    """Operations of one evaluation at the last exit: the forward products."""
+    """Operations of one evaluation at the last exit: the forward products.
+
+    What `cache_frozen` keeps runs once a phase and is left out.
+    """
     tokens = validation_windows * seq_len
     dim = phase.architecture.dim
     layer = (
         2 * tokens * (layer_parameters(phase.architecture) - 2 * dim) + 4 * tokens * seq_len * dim
     )
-    return Flops(head=2 * tokens * phase.architecture.vocab_size * dim, body=layer * phase.layers)
+    layers = phase.layers - (lowest_trained(phase) if phase.cache_frozen else 0)
+    return Flops(head=2 * tokens * phase.architecture.vocab_size * dim, body=layer * layers)
 
 
-def _lowest_trained(phase: Phase) -> int:
+def lowest_trained(phase: Phase) -> int:
     """The lowest layer whose output needs a gradient to reach something that trains."""
     if phase.rates.embedding is not None:
         return -1

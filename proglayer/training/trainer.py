@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.profiler import record_function
 
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
+from proglayer.training.frozen import FrozenStates
 from proglayer.training.growth import gate_value
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Transformer
@@ -62,6 +63,10 @@ class Progress:
     tokens_per_second: float
 
 
+# Hidden states of some exits.
+ByExit = Mapping[int, Tensor]
+
+
 class Training:
     """A model in training through one phase; its whole state is in plain attributes.
 
@@ -84,11 +89,17 @@ class Training:
         start_from(self.optimizer, carried or {})
         self.body = compiled(self.model) if phase.compile else self.model
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
-        self.workspace = Workspace()
-        self.steps_per_epoch = phase.steps_per_epoch(len(corpus.train))
         # Exits that carry no weight in the loss are not read in training.
         self.read_exits = [e for e, weight in enumerate(phase.exit_weights) if weight > 0]
+        self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
+        # Of training windows, and of validation windows at the last exit.
+        self.frozen = self.frozen_validation = None
+        if phase.cache_frozen and device.type == "cpu":
+            self.frozen = _frozen_states(phase, self.windows, self.read_exits)
+            held = Windows(corpus.validation, device)
+            self.frozen_validation = _frozen_states(phase, held, [phase.exits - 1])
+        self.workspace = Workspace()
+        self.steps_per_epoch = phase.steps_per_epoch(len(corpus.train))
         self.epoch = 0
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
@@ -121,7 +132,7 @@ class Training:
 
             for parameter in self.trainable:
                 parameter.grad = None
-            loss = self.loss(input_nt, target_nt, phase.exit_weights_at(done))
+            loss = self.loss(input_nt, target_nt, phase.exit_weights_at(done), batch)
             with record_function("body backward"):
                 loss.backward()
             if phase.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
@@ -155,16 +166,29 @@ class Training:
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
         set_gate(model, phase, self.epoch * self.steps_per_epoch + self.step)
 
+    def hidden(self, input_nt: Tensor, window_n: Tensor | None) -> Sequence[Tensor] | ByExit:
+        """Hidden states by exit, at least those to be read, of the windows of these numbers."""
+        with record_function("body forward"):
+            if self.frozen is not None and window_n is not None:
+                return self.frozen.hidden(self.model, window_n)
+            return self.body(input_nt)
+
     def loss(
-        self, input_nt: Tensor, target_nt: Tensor, exit_weights: Sequence[float] | None = None
+        self,
+        input_nt: Tensor,
+        target_nt: Tensor,
+        exit_weights: Sequence[float] | None = None,
+        window_n: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one batch: cross-entropy at the exits that carry weight (the phase's own)."""
+        """The loss of one batch: cross-entropy at the exits that carry weight (the phase's own).
+
+        `window_n` are the numbers of its windows, by which states that are kept are found.
+        """
         phase = self.phase
         weights = exit_weights or phase.exit_weights
         exits = [e for e, weight in enumerate(weights) if weight > 0]
         with autocast(self.phase, self.device):
-            with record_function("body forward"):
-                hidden_entd = self.body(input_nt)
+            hidden_entd = self.hidden(input_nt, window_n)
             with record_function("head and loss"):  # with the gradients of both
                 states = [
                     hidden_entd[e].detach()
@@ -215,8 +239,12 @@ def evaluate(
     device: torch.device,
     exits: Iterable[int],
     between_batches: Callable[[], None] | None = None,
+    frozen: FrozenStates | None = None,
 ) -> list[ExitMetrics]:
-    """Validation loss and accuracy at each of `exits`, over all validation windows, in one pass."""
+    """Validation loss and accuracy at each of `exits`, over all validation windows, in one pass.
+
+    `frozen` are hidden states of the validation windows that are kept, where they hold `exits`.
+    """
     exits = list(exits)
     windows = Windows(corpus.validation, device)
     workspace = Workspace()
@@ -227,7 +255,7 @@ def evaluate(
         for batch in torch.arange(len(windows)).split(phase.batch_size):
             input_nt, target_nt = windows.batch(batch)
             with autocast(phase, device):
-                hidden_entd = model(input_nt)
+                hidden_entd = model(input_nt) if frozen is None else frozen.hidden(model, batch)
                 result = evaluate_exits(
                     [model.read(hidden_entd[e]).flatten(0, 1) for e in exits],
                     model.head.weight,
@@ -284,6 +312,10 @@ def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:
     every, new = squares(new=False), squares(new=True)
     total = torch.stack(every).sum()
     return (torch.stack(new).sum() / total).sqrt() if new else torch.zeros_like(total)
+
+
+def _frozen_states(phase: Phase, windows: Windows, exits: Sequence[int]) -> FrozenStates:
+    return FrozenStates(phase, exits, len(windows), lambda window_n: windows.batch(window_n)[0])
 
 
 def set_gate(model: Transformer, phase: Phase, step: int) -> None:

@@ -163,6 +163,21 @@ def test_a_curriculum_and_its_growth_go_on_where_they_stood(
     assert all(0 < share <= 1 for share in whole[2].gradient_shares() or [])
 
 
+def test_kept_states_of_frozen_layers_are_computed_again_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    _, second, start = grown_phase("model=deep_supervision", "cache_frozen=true")
+    assert second.cache_frozen
+    whole = followed(tmp_path / "whole", second, start=start)
+    for look in range(0, 14, 3):
+        store = tmp_path / str(look)
+        steps = trajectory(store, second, stop_at=look, start=start)
+        with steps, pytest.raises(Interrupted):
+            stopped = follow(second.stop, steps.epochs())
+            steps.finish(stopped.best.epoch)
+        assert_same(whole, followed(store, second, start=start))
+
+
 def test_the_exits_right_after_a_growth_are_those_of_the_model_it_starts_with(
     tmp_path: Path,
 ) -> None:
