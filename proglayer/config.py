@@ -374,7 +374,6 @@ class Config:
     device: Device
     precision: Precision
     compile: bool
-    cache_frozen: bool
     threads: Annotated[int | None, Bounds(least=1, most=1_024)]
     jobs_per_gpu: Annotated[int, Bounds(least=1, most=1_024)]
     plan: bool
@@ -386,6 +385,7 @@ class Config:
     logger: LoggerConfig
     stages: StagesConfig
     loss: LossConfig = LossConfig()
+    cache_frozen: bool = False
 
 
 # ---------------------------------------------------------------------------------------------
