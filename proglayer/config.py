@@ -9,6 +9,7 @@ settings are plain data.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import math
@@ -467,7 +468,7 @@ def from_plain(plain: dict[str, Any]) -> Config:
 def with_defaults(plain: dict[str, Any], schema: type = Config) -> dict[str, Any]:
     """Settings of an earlier version, with those that it did not have at what it did."""
     filled = dict(plain)
-    hints = get_type_hints(schema)
+    hints = _hints(schema)
     for each in fields(schema):
         value = filled.get(each.name)
         if each.name not in filled and each.default is not MISSING:
@@ -475,6 +476,10 @@ def with_defaults(plain: dict[str, Any], schema: type = Config) -> dict[str, Any
         elif isinstance(value, dict) and is_dataclass(hints[each.name]):
             filled[each.name] = with_defaults(value, hints[each.name])
     return filled
+
+
+# Resolving them takes longer than reading a record.
+_hints = functools.cache(get_type_hints)
 
 
 def setting_names(schema: type = Config, prefix: str = "") -> list[str]:

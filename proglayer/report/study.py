@@ -304,7 +304,9 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
     for (_, experiment, _), group in runs.groupby(["condition", "experiment", "model"], sort=False):
         varying = [c for c in columns if group[c].nunique(dropna=False) > 1]
         choices = [
-            g for g in GROUPS if g not in _NO_VARIATION and group[g].nunique(dropna=False) > 1
+            g
+            for g, column in GROUPS.items()
+            if g not in _NO_VARIATION and group[column].nunique(dropna=False) > 1
         ]
         arm: Frame = group.groupby(varying or ["experiment"], dropna=False, sort=False).ngroup()
         first: dict[int, Frame] = {
@@ -342,8 +344,8 @@ def _parts(
     def differs(column: str) -> bool:
         return base is None or _value(row[column]) != _value(base[column])
 
-    groups = [group for group in choices if differs(group)]
-    told = [f"{group}={_value(row[group])}" for group in groups]
+    groups = [group for group in choices if differs(GROUPS[group])]
+    told = [f"{group}={_value(row[GROUPS[group]])}" for group in groups]
     rest = [c for c in settings if c.split(".")[1] not in groups and differs(c)]
     return told + _values(row, rest)
 

@@ -693,7 +693,8 @@ class _Report:
 
 def _ends_of_exits(results: Results, condition: _Condition) -> Frame:
     """Accuracy by exit after the first and the last phase of each run."""
-    exits = results.exits.merge(condition.runs[["run", "variant", "model", "seed", "phases"]])
+    exits = results.exits.drop(columns=["variant", "model", "seed"])
+    exits = exits.merge(condition.runs[["run", "variant", "model", "seed", "phases"]])
     exits = exits.rename(columns={"validation_accuracy_percent": "accuracy_percent"})
     last = (exits["phase"] == exits["phases"]).fillna(False).astype(bool)
     first = (exits["phase"] == 1) & ~last
@@ -708,7 +709,8 @@ def _trained_parameters(results: Results, condition: _Condition, shown: Sequence
     table = padded.fillna(runs["vocab_size"].astype("float64")) * runs["config.model.dim"]
     own = runs[["run", "variant"]].assign(table=table.astype("float64"))
     own["order"] = range(len(own))
-    told: Frame = results.phases.merge(own, on="run").sort_values(["order", "phase"], kind="stable")
+    told: Frame = results.phases.drop(columns="variant").merge(own, on="run")
+    told = told.sort_values(["order", "phase"], kind="stable")
     told["embedding"] = told["table"].where(told["rate_embedding"].notna(), 0.0)
     told["head"] = told["table"].where(told["rate_head"].notna(), 0.0)
     told["layers"] = told["parameters_trainable"].astype("float64") - told[

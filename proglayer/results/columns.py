@@ -31,7 +31,11 @@ NOT_THE_EXPERIMENT = (
 )
 # Where the text lies; the corpus's fingerprint, where it is known, says what it is.
 PLACE_OF_TEXT = ("data.path", "data.files")
-GROUPS = ("model", "experiment", "data", "phase", "growth", "freeze", "lr")
+# Each group of the configuration -> the column of `runs` that holds which option was chosen.
+GROUPS = {
+    **{group: group for group in ("model", "experiment", "data")},
+    **{group: f"choice.{group}" for group in ("phase", "growth", "freeze", "lr")},
+}
 
 
 class Column(NamedTuple):
@@ -71,7 +75,11 @@ def _computed(kind: type, names: str) -> dict[str, Column]:
 
 # The columns of `runs` in their order: who and how, then what came of it, then the others; between
 # them the settings that vary, and at the end those that don't.
-IDENTITY_COLUMNS = ("run", "sweep", "status", "reason", *GROUPS, "seed", "duplicate_of")
+WHICH_RUN = ("run", "variant", "model", "seed")
+IDENTITY_COLUMNS = (
+    *(*WHICH_RUN, "sweep", "status", "reason", "duplicate_of"),
+    *(column for group, column in GROUPS.items() if group != "model"),
+)
 METRIC_COLUMNS = (
     *("accuracy_points", "perplexity_percent", "loss_nats"),
     *("first_layers", "first_loss", "first_perplexity", "first_accuracy_percent"),
@@ -102,8 +110,8 @@ _RUN_COLUMNS = {
     **dict.fromkeys(METRIC_COLUMNS[4:7] + METRIC_COLUMNS[8:11], Column(float)),
     **_computed(float, "seconds seconds_saved flops flops_without_head peak_memory_mb"),
     **_computed(int, "seed validation_tokens"),
-    **dict.fromkeys(GROUPS, Column(str)),
-    **_computed(str, "run sweep status reason duplicate_of folder"),
+    **dict.fromkeys(GROUPS.values(), Column(str)),
+    **_computed(str, "run variant sweep status reason duplicate_of folder"),
 }
 PLACE_COLUMNS = [name for name in _RUN_COLUMNS if name not in IDENTITY_COLUMNS + METRIC_COLUMNS]
 # Every setting that holds a value -> what its column holds; lists and enums are text.

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+import json
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,17 @@ import pandas as pd
 
 from proglayer import files
 from proglayer.results.columns import (
+    GROUPS,
     IDENTITY_COLUMNS,
     METRIC_COLUMNS,
+    NOT_THE_EXPERIMENT,
     PLACE_COLUMNS,
+    WHICH_RUN,
+    plain_values,
     to_frame,
+    without_gaps,
 )
-from proglayer.results.reader import read_runs
+from proglayer.results.reader import keys_and_values, read_runs
 from proglayer.results.scan import scan
 from proglayer.store.record import RunState
 
@@ -42,9 +50,15 @@ class Results:
     is missing is NaN or NA.
 
     `phases` and `exits` hold finished phases; `epochs` also those of a phase under way. Phases,
-    epochs and layers count from 1. `left_out` names what could not be read: of kind damaged (a run
-    whose record is cut short or unreadable), newer (a record of a later format) or foreign (no run
-    of this tool).
+    epochs and layers count from 1; epoch 0 is the model right after a growth. Every frame has
+    `run`, `variant` (the experiment, and what else was set differently between the runs, but for
+    the seed and the model), `model` and `seed`. `epochs` and `exits` have `step` (epochs trained so
+    far, in all phases of the run), `tokens` and `flops` (trained on so far, and spent on that); in
+    `exits` up to the phase's selected epoch. `train_tokens`, `train_flops_head` and
+    `train_flops_body` are those of the row's own phase or epoch.
+
+    `left_out` names what could not be read: of kind damaged (a run whose record is cut short or
+    unreadable), newer (a record of a later format) or foreign (no run of this tool).
     """
 
     runs: pd.DataFrame
@@ -121,8 +135,91 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
     frames = read_runs(found)
     left_out = pd.concat([to_frame("left_out", others), frames["left_out"]])
     frames["left_out"] = left_out.sort_values("folder", kind="stable", ignore_index=True)
-    frames["runs"] = _arranged(frames["runs"])
-    return Results(**frames)
+    frames["runs"] = _arranged(_with_variants(frames["runs"]))
+    return Results(**_with_sums(frames))
+
+
+def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with `variant`; it and the model as categories in the order of the first runs."""
+    aside = ("seed", "model", "experiment", *NOT_THE_EXPERIMENT)
+    varied = what_varied(runs, aside, as_given=False)
+    labels = []
+    for place, experiment in enumerate(plain_values(runs["experiment"])):
+        parts = [f"{title}={values[place]}" for title, values in varied.items() if values[place]]
+        labels.append(" ".join([*([experiment] if experiment else []), *parts]) or "as configured")
+    columns = {}
+    for name, values in (("variant", labels), ("model", plain_values(runs["model"]))):
+        known = list(dict.fromkeys(value for value in values if value is not None))
+        columns[name] = pd.Categorical(values, categories=known, ordered=True)
+    return runs.assign(**columns)
+
+
+def what_varied(
+    runs: pd.DataFrame, aside: Collection[str] = (), as_given: bool = True
+) -> dict[str, list[str]]:
+    """What differs between the runs of what was given on their command lines.
+
+    Args:
+        aside: settings and groups that do not count.
+        as_given: values as the overrides have them; otherwise as the records do, where they do.
+
+    Returns:
+        the shortest title that tells each setting or group -> each run's value.
+    """
+    given = [
+        dict(keys_and_values(shlex.split(overrides or "")))
+        for overrides in plain_values(runs["overrides"])
+    ]
+    varied: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for overrides in given for key in overrides if key not in aside):
+        column = GROUPS.get(key, f"config.{key}")
+        recorded = plain_values(runs[column]) if column in runs else [None] * len(runs)
+        values = [
+            overrides[key]
+            if key in overrides and (as_given or value is None)
+            else ""
+            if value is None
+            else str(value)
+            for overrides, value in zip(given, recorded, strict=True)
+        ]
+        if len(set(values)) > 1:
+            varied[key] = values
+    leaves = Counter(key.rsplit(".", 1)[-1] for key in varied)
+    short = {key: key.rsplit(".", 1)[-1] for key in varied}
+    return {short[k] if leaves[short[k]] == 1 else k: values for k, values in varied.items()}
+
+
+def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The frames with what each run is, and with what it had trained by each epoch and exit."""
+    phases, epochs = frames["phases"], frames["epochs"]
+    cost = phases[["run", "phase"]].assign(
+        flops=(phases["train_flops_head"] + phases["train_flops_body"]) / phases["epochs"]
+    )
+    epochs = epochs.merge(cost, on=["run", "phase"], how="left")
+    # Epoch 0 is the model right after a growth: it was only evaluated.
+    trained = epochs["epoch"] > 0
+    epochs["step"] = trained.groupby(epochs["run"], sort=False).cumsum().astype("int64")
+    epochs["tokens"] = _sum_so_far(epochs["train_tokens"], epochs["run"])
+    epochs["flops"] = _sum_so_far(epochs["flops"] * trained, epochs["run"])
+    at = epochs.drop_duplicates(["run", "phase", "epoch"])
+    at = at[["run", "phase", "epoch", "step", "tokens", "flops"]]
+    at = phases[["run", "phase", "best_epoch"]].merge(
+        at, left_on=["run", "phase", "best_epoch"], right_on=["run", "phase", "epoch"], how="left"
+    )
+    exits = frames["exits"].merge(
+        at.drop(columns=["best_epoch", "epoch"]), on=["run", "phase"], how="left"
+    )
+    which = frames["runs"][list(WHICH_RUN)]
+    return frames | {
+        name: without_gaps(which.merge(frame, on="run", how="right"))
+        for name, frame in (("phases", phases), ("epochs", epochs), ("exits", exits))
+    }
+
+
+def _sum_so_far(values: Any, runs: Any) -> Any:
+    """The sum of each run's values up to each row; missing from the first one that is missing."""
+    gaps = values.isna().groupby(runs, sort=False).cummax()
+    return values.groupby(runs, sort=False).cumsum().mask(gaps)
 
 
 def _varied(runs: pd.DataFrame) -> list[str]:
@@ -134,16 +231,22 @@ def _varied(runs: pd.DataFrame) -> list[str]:
 def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
     """Who and how, what varies, the metrics, where; then what is the same everywhere."""
     varied = _varied(runs)
-    choices = sorted(column for column in runs.columns if column.startswith("choice."))
+    others = {c for c in runs.columns if c.startswith("choice.")} - {*IDENTITY_COLUMNS}
     settings = [column for column in runs.columns if column.startswith("config.")]
     constant = [column for column in settings if column not in varied]
-    front = [*IDENTITY_COLUMNS, *choices, *varied, *METRIC_COLUMNS, *PLACE_COLUMNS]
+    front = [
+        *IDENTITY_COLUMNS,
+        *sorted(others),
+        *varied,
+        *METRIC_COLUMNS,
+        *PLACE_COLUMNS,
+    ]
     return runs.reindex(columns=front + constant).copy()
 
 
-# = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
 # What names the folder of exported tables.
 OUTPUT = "--csv, --parquet or -o"
+# = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
 
 
@@ -179,12 +282,9 @@ def write_csv(frame: pd.DataFrame, path: Path, ours: files.Ours | None = None) -
     """
     shown = frame.copy(deep=False)
     for column in frame.columns:
-        dtype = frame[column].dtype
-        if isinstance(dtype, pd.StringDtype) or pd.api.types.is_object_dtype(dtype):
-            shown[column] = [
-                spreadsheet_safe(value) if isinstance(value, str) else value
-                for value in frame[column]
-            ]
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            values = [json.dumps(v) if isinstance(v, list) else v for v in frame[column]]
+            shown[column] = [spreadsheet_safe(v) if isinstance(v, str) else v for v in values]
     shown.columns = [spreadsheet_safe(column) for column in frame.columns]
     # With this line end, text that holds either character is put in quotes.
     text = shown.to_csv(None, index=False, lineterminator="\r\n")

@@ -107,7 +107,7 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         run |= _given_by_overrides([str(override) for override in overrides])
     if isinstance(choices, dict) and len(choices) <= MOST_SETTINGS:
         run |= {
-            group if group in GROUPS else f"choice.{as_text(group)}": as_text(choice)
+            GROUPS.get(group, f"choice.{as_text(group)}"): as_text(choice)
             for group, choice in choices.items()
             if choice is not None and not str(group).startswith(("hydra", "local", "logger"))
         }
@@ -307,7 +307,7 @@ def _given_by_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"overrides": as_text(shlex.join(overrides))}
     for key, value in keys_and_values(overrides):
         if key in GROUPS:
-            row[key] = as_text(value)
+            row[GROUPS[key]] = as_text(value)
         elif key == "seed" and re.fullmatch(r"\d{1,18}", value):
             row["seed"] = int(value)
     return row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from proglayer.console import Columns, console, one_line, plain_cell, table
-from proglayer.results.columns import GROUPS, plain_values, rows_of
+from proglayer.results.columns import rows_of
 from proglayer.results.formatting import duration, number_text, pair
-from proglayer.results.frames import Results, load
-from proglayer.results.reader import keys_and_values
+from proglayer.results.frames import Results, load, what_varied
 from proglayer.store.record import RunState
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ def print_summary(*folders: str | Path) -> bool:
 def _rows(results: Results, shown: Sequence[int]) -> list[dict[str, Any]]:
     """The runs in these places, each with what varied and how far it is."""
     progress = _progress(results)
-    varied = _what_varied(results.runs)
+    varied = what_varied(results.runs)
     rows = results.runs.iloc[list(shown)].to_dict("records")
     for place, row in zip(shown, rows, strict=True):
         row["progress"] = progress.get(row["run"])
@@ -120,8 +118,8 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
         ("layers", "number", lambda row: pair(row, "layers", "d")),
         ("perplexity", "number", lambda row: row["progress"] or pair(row, "perplexity", ",.2f")),
         ("accuracy %", "number", lambda row: pair(row, "accuracy_percent", ".2f")),
-        ("± points", "number", number("accuracy_points", "+.2f")),
-        ("± ppl %", "number", number("perplexity_percent", "+.2f")),
+        ("change, points", "number", number("accuracy_points", "+.2f")),
+        ("perplexity fell by, %", "number", number("perplexity_percent", ".2f")),
         ("epochs", "number", number("epochs", "d")),
         ("reused", "number", lambda row: number_text(row["epochs_reused"] or pd.NA, "d")),
         ("time", "number", lambda row: duration(row["seconds"])),
@@ -135,8 +133,10 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
 
 
 # The columns that give way in a narrow table, the first one first; then those of what varied.
-GIVE_WAY = ("reused", "saved", "epochs", "± ppl %", "± points", "layers", "time", "accuracy %")
-GIVE_WAY += ("perplexity",)
+GIVE_WAY = (
+    *("reused", "saved", "epochs", "perplexity fell by, %", "change, points", "layers", "time"),
+    *("accuracy %", "perplexity"),
+)
 
 
 def _too_wide(rows: Sequence[Any], columns: Columns, width: int | None) -> list[str]:
@@ -156,33 +156,13 @@ def _too_wide(rows: Sequence[Any], columns: Columns, width: int | None) -> list[
     return gone
 
 
-def _what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
-    """Short title -> each run's value, for the overrides that differ between the runs."""
-    given = [
-        dict(keys_and_values(shlex.split(overrides or "")))
-        for overrides in plain_values(runs["overrides"])
-    ]
-    varied: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for overrides in given for key in overrides):
-        column = key if key in GROUPS else f"config.{key}"
-        recorded = plain_values(runs[column]) if column in runs else [None] * len(runs)
-        values = [
-            overrides[key] if key in overrides else "" if value is None else str(value)
-            for overrides, value in zip(given, recorded, strict=True)
-        ]
-        if len(set(values)) > 1:
-            varied[key] = values
-    leaves = Counter(key.rsplit(".", 1)[-1] for key in varied)
-    short = {key: key.rsplit(".", 1)[-1] for key in varied}
-    return {short[k] if leaves[short[k]] == 1 else k: values for k, values in varied.items()}
-
-
 def _progress(results: Results) -> dict[str, str]:
     """How far each running run is: its last epoch, and the best so far of that phase."""
     runs = results.runs
     running = runs.loc[runs["status"] == RunState.running.value, "run"].tolist()
     progress = {}
-    for run, epochs in results.epochs[results.epochs["run"].isin(running)].groupby("run"):
+    trained: Any = results.epochs[results.epochs["epoch"] > 0]
+    for run, epochs in trained[trained["run"].isin(running)].groupby("run"):
         phase = epochs["phase"].max()
         epochs = epochs[epochs["phase"] == phase]
         best = epochs["validation_perplexity"].min()
@@ -340,7 +320,7 @@ def _best_so_far(runs: pd.DataFrame) -> str:
 
 def _names(runs: pd.DataFrame) -> list[str]:
     """What tells each run from the others, such as `seed=1 model=standard`."""
-    varied = _what_varied(runs)
+    varied = what_varied(runs)
     pairs = [[f"{title}={value}" for value in values] for title, values in varied.items()]
     return [one_line(" ".join(each)) for each in zip(*pairs, strict=True)] or [""] * len(runs)
 

@@ -29,7 +29,7 @@ from proglayer.data.corpus import Corpus
 from proglayer.results import summary
 from proglayer.results.__main__ import main
 from proglayer.results.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
-from proglayer.results.frames import Results, load
+from proglayer.results.frames import Results, load, what_varied
 from proglayer.results.reader import experiment_key
 from proglayer.results.summary import print_results, print_summary, summary_table
 from proglayer.run import experiment
@@ -844,7 +844,7 @@ def test_the_table_tells_what_varied_and_how_it_went(mixed: Path) -> None:
     assert "deep_supervision" in text
     assert "interrupted 2_abcdef: SIGTERM  [31mred" in text
     assert "5 runs: 1 completed, 1 failed, 1 interrupted, 1 running, 1 waiting" in text
-    for title in ("model", "seed", "layers", "± points", "reused", "time", "saved"):
+    for title in ("model", "seed", "layers", "change, points", "reused", "saved"):
         assert title in text
 
 
@@ -853,7 +853,7 @@ def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
     made_up(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
     made_up(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
     made_up(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
-    assert summary._what_varied(load(tmp_path).runs) == {
+    assert what_varied(load(tmp_path).runs) == {
         "head": ["1", "2", "2"],
         "freeze": ["none", "", ""],
     }
