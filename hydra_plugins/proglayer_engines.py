@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -26,33 +27,6 @@ def _needs(choice: str, extra: str) -> Any:
     from proglayer.versions import install_command
 
     return ConfigError(f"{choice} is not installed: {install_command(extra)}")
-
-
-class _MissingSweeper(Sweeper):
-    def __init__(self, **_: Any) -> None:
-        raise _needs("hydra/sweeper=optuna", "optuna")
-
-    def setup(self, **_: Any) -> None: ...
-
-    def sweep(self, arguments: list[str]) -> Any: ...
-
-
-try:
-    from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
-except ImportError:
-    OptunaSweeper = _MissingSweeper
-
-
-class _KnownVersions:
-    """Has an engine say, when it is chosen, which of its libraries is not known to work here."""
-
-    extra: str
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        from proglayer.versions import warn_of_unknown
-
-        warn_of_unknown(self.extra)
-        super().__init__(*arguments, **settings)
 
 
 class OurChoices(SearchPathPlugin):
@@ -141,12 +115,48 @@ class ProglayerSlurmLauncher(_OurLauncher):
         return in_queue(self)
 
 
-class ProglayerOptunaSweeper(_KnownVersions, OptunaSweeper):
-    """Optuna's search, its trials checked, resumed and summed up as the jobs of any sweep."""
+class ProglayerOptunaSweeper(Sweeper):
+    """A search by Optuna. Its settings are explained in conf/hydra/sweeper/optuna.yaml."""
 
-    extra = "optuna"
+    def __init__(
+        self,
+        sampler: DictConfig,
+        pruner: DictConfig,
+        direction: Any,
+        storage: str | None,
+        study_name: str | None,
+        n_trials: int,
+        n_jobs: int,
+        max_failure_rate: float,
+        params: DictConfig | None,
+        custom_search_space: str | None,
+    ) -> None:
+        from proglayer.versions import warn_of_unknown
 
-    def sweep(self, arguments: list[str]) -> Any:
+        if importlib.util.find_spec("optuna") is None:
+            raise _needs("hydra/sweeper=optuna", "optuna")
+        warn_of_unknown("optuna")
+        self.sampler = sampler
+        self.pruner = pruner
+        self.direction = direction
+        self.storage = storage
+        self.study_name = study_name
+        self.n_trials = n_trials
+        self.n_jobs = n_jobs
+        self.max_failure_rate = max_failure_rate
+        self.params = params
+        self.custom_search_space = custom_search_space
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
         from proglayer.launch.search import search
 
-        return search(self.sweeper, arguments)
+        search(self, arguments)

@@ -26,7 +26,7 @@ class ProglayerSweeper(BasicSweeper):
     def __init__(
         self,
         max_batch_size: int | None,
-        params: dict[str, str] | None = None,
+        params: dict[str, Any] | None = None,
         pairs: list[list[str]] | None = None,
     ) -> None:
         super().__init__(max_batch_size, params)

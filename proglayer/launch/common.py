@@ -35,6 +35,20 @@ from proglayer.errors import ConfigError, with_type
 log = logging.getLogger(__name__)
 
 
+def params_as_overrides(params: Mapping[str, Any] | None) -> list[str]:
+    """`hydra.sweeper.params` as overrides. Raises ConfigError for a list, which is one value."""
+    overrides = []
+    for key, value in (params or {}).items():
+        if OmegaConf.is_list(value):
+            several = ",".join(map(str, value))
+            raise ConfigError(
+                f"hydra.sweeper.params: {key} is a list: several values are written as "
+                f"'{several}' (one value that is a list: '[{several}]'), in quotes"
+            )
+        overrides.append(f"{key}={'null' if value is None else value}")
+    return overrides
+
+
 class Launcher(Protocol):
     """What a launcher of ours has once it is set up; `settings` are those of `hydra.launcher`."""
 

@@ -128,11 +128,14 @@ def _run_job(settings: DictConfig) -> float | None:
         where = "hydra.run.dir" if single else "hydra.sweep.dir"
         # A job that was deferred, or that a scheduler holds, would find nobody to start it again.
         held = read_heartbeat(folder).sign in (RunState.deferred, RunState.pending)
+        prune = None if single else _pruning(hydra.sweeper, config.objective, folder)
         try:
             with sole_writer(folder, where, LOCK_WAIT_S):
                 if single:
                     _check_other_run(folder, config)
-                outcome = run(config, folder, overrides, choices, may_wait=single or held)
+                outcome = run(
+                    config, folder, overrides, choices, may_wait=single or held, prune=prune
+                )
         except Deferred:
             return None
         except FolderInUse as error:
@@ -175,6 +178,16 @@ def _check_other_run(folder: Path, config: Config) -> None:
                 f"hydra.run.dir={folder} holds a completed run with other settings "
                 f"({', '.join(other)}): choose another folder"
             )
+
+
+def _pruning(sweeper: DictConfig, objective: str, folder: Path) -> Callable[..., str | None] | None:
+    """What ends a trial of a search early; None for any other job."""
+    number = folder.name.partition("_")[0]
+    if not sweeper.get("pruner") or not number.isdecimal():
+        return None
+    from proglayer.launch.study import pruning
+
+    return pruning(sweeper, objective, int(number))
 
 
 def leave_report(folder: Path, *before: Path) -> None:

@@ -1,8 +1,8 @@
 """A search by Optuna: its trials are jobs like those of any sweep.
 
-Hydra's plugin reads the settings and what is to be searched. What is asked of the study, launched
-and told to it is done here, so that a trial is checked and submitted as a sweep's job is, one that
-cannot work is a failed trial, and one that was stopped goes on when the command is given again.
+What is asked of the study, launched and told to it is done here, so that a trial is checked and
+submitted as a sweep's job is, one that cannot work is a failed trial, and one that was stopped goes
+on when the command is given again.
 """
 
 from __future__ import annotations
@@ -11,26 +11,37 @@ import contextlib
 import functools
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from filelock import FileLock, Timeout
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ValidationError
 
 from proglayer import files
 from proglayer.config import OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.common import threads_per_job
+from proglayer.launch.common import params_as_overrides, threads_per_job
 from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
+from proglayer.launch.space import Space, read_space, with_params
+from proglayer.launch.study import (
+    absolute,
+    alone,
+    keep_shared,
+    made,
+    open_storage,
+    shared_settings,
+    write_study,
+)
 from proglayer.launch.sweep import (
     Checks,
     Job,
+    Sweeper,
+    SweepError,
     job_folder,
     launch,
     list_jobs,
@@ -44,6 +55,7 @@ from proglayer.store.record import (
     SWEEP,
     Heartbeat,
     ListedJob,
+    RunRecord,
     RunState,
     read_heartbeat,
     read_jobs,
@@ -53,14 +65,28 @@ from proglayer.store.record import (
 
 if TYPE_CHECKING:
     import optuna
-    from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 
-SQLITE = "sqlite:///"
 # The attribute of a study that lists the folders its trials are in.
 FOLDERS = "proglayer:folders"
+DIRECTIONS = ("minimize", "maximize")
 
 
-def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
+class OptunaSweeper(Sweeper, Protocol):
+    """A sweeper of Hydra's with the settings of a search: see conf/hydra/sweeper/optuna.yaml."""
+
+    sampler: DictConfig
+    pruner: DictConfig
+    direction: Literal["minimize", "maximize"]
+    storage: str | None
+    study_name: str | None
+    n_trials: int
+    n_jobs: int
+    max_failure_rate: float
+    params: Any
+    custom_search_space: str | None
+
+
+def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
     """Bring a study to `n_trials` trials that ended, and print the command line of the best.
 
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
@@ -69,14 +95,19 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
 
     warn_of_unknown()
     master = sweeper.config
-    assert master is not None
     if master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")
-    given = _with_params(sweeper._parse_sweeper_params_config(), arguments)
-    name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(given)))}"
-    storage = str(sweeper.storage or "")
-    with _alone(storage, name) as alone:
-        trials = Trials(sweeper, given, name, alone)
+    _check_settings(sweeper)
+    given = with_params(params_as_overrides(sweeper.params), arguments)
+    space = read_space(given, sweeper.hydra_context.config_loader)
+    if not space.distributions and not sweeper.custom_search_space:
+        raise ConfigError(
+            "hydra/sweeper=optuna has nothing to search: give a setting several values, "
+            "such as 'lr.base=tag(log,interval(1e-4,1e-2))'"
+        )
+    name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(space.given)))}"
+    with alone(sweeper.storage or "", name) as by_itself:
+        trials = Trials(sweeper, space, name, by_itself)
         folders = trials.folders()
         stopped = False
         try:
@@ -91,6 +122,7 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
             for folder in folders:
                 list_what_began(folder)
             if folders:
+                trials.write(folders[-1])
                 summarize(*folders)
             if folders and master.report and not stopped:
                 leave_report(folders[-1], *folders[:-1])
@@ -98,7 +130,7 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
             if best is not None:
                 threads = threads_per_job(master.hydra.launcher)
                 print(f"best of the study, {best.value:.6g} in trial {best.number}:")
-                print(best_command(given, best.params, threads))
+                print(best_command(space, best.params, threads))
     if best is None:
         raise ConfigError("every trial failed, for the reasons above")
     if folders:
@@ -108,82 +140,70 @@ def search(sweeper: OptunaSweeperImpl, arguments: Sequence[str]) -> None:
         files.write_over(best_file, text, files.begins_with(b"name: optuna"), SWEEP)
 
 
-def _with_params(params: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The overrides in hydra.sweeper.params that the command line does not replace, then its own.
+def _check_settings(sweeper: OptunaSweeper) -> None:
+    """Raises ConfigError for settings of the search that are out of their range."""
 
-    A choice that is named twice would be refused in the command of the best trial.
-    """
-    parse = OverridesParser.create().parse_overrides
-    named = {override.get_key_element() for override in parse(list(arguments))}
-    kept = [o.input_line or "" for o in parse(list(params)) if o.get_key_element() not in named]
-    return [*kept, *arguments]
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    rate = sweeper.max_failure_rate
+    for setting, fits, wanted in (
+        ("n_trials", whole(sweeper.n_trials), "a whole number of trials, at least 1"),
+        ("n_jobs", whole(sweeper.n_jobs), "a whole number of trials at once, at least 1"),
+        ("direction", sweeper.direction in DIRECTIONS, "minimize or maximize"),
+        ("max_failure_rate", isinstance(rate, (int, float)) and 0 <= rate <= 1, "from 0 to 1"),
+    ):
+        if not fits:
+            raise ConfigError(f"hydra.sweeper.{setting}={getattr(sweeper, setting)}: {wanted}")
 
 
 class Trials:
     """The trials of a study: those that there are, and those that are still to be run.
 
-    given: the overrides of the search; what is said last of a setting holds.
-    alone: whether no other command can be at work on it, so that a trial that has not ended is one
-        that was stopped.
+    by_itself: whether no other command can be at work on it, so that a trial that has not ended is
+        one that was stopped.
     """
 
-    def __init__(
-        self, sweeper: OptunaSweeperImpl, given: Sequence[str], name: str, alone: bool
-    ) -> None:
+    def __init__(self, sweeper: OptunaSweeper, space: Space, name: str, by_itself: bool) -> None:
         import optuna
-        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
-        from sqlalchemy.exc import SQLAlchemyError
 
-        sweeper._process_searchspace_config()
-        self._searched = dict(sweeper.search_space_distributions or {})
-        self._fixed: dict[str, Any] = {}
-        for override in given:
-            # One at a time, since what is said last of a setting holds.
-            for key, values in (parsed := create_params_from_overrides([override]))[0].items():
-                self._fixed.pop(key, None)
-                self._searched[key] = values
-            for key, value in parsed[1].items():
-                self._searched.pop(key, None)
-                self._fixed[key] = value
-        if not self._searched and not sweeper.custom_search_space_extender:
-            raise ConfigError(
-                "hydra/sweeper=optuna has nothing to search: give a setting several values, "
-                "such as 'lr.base=tag(log,interval(1e-4,1e-2))'"
-            )
-        sampler, self._most = sweeper.sampler, sweeper.n_trials
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._sweeper = sweeper
+        self._space = space
+        self._master = sweeper.config
+        self._folder = Path(sweeper.config.hydra.sweep.dir)
+        self._checks = Checks(sweeper)
+        self._custom = _custom_search_space(sweeper.custom_search_space)
+        self._most = sweeper.n_trials
+        sampler = made("sampler", sweeper.sampler)
+        pruner = made("pruner", sweeper.pruner)
         if isinstance(sampler, functools.partial):  # of a grid, which has to know its points
-            try:
-                grid = {k: sweeper._to_grid_sampler_choices(v) for k, v in self._searched.items()}
-                sampler = sampler(grid)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"hydra/sweeper/sampler=grid: {error}") from error
-            self._most = min(self._most, math.prod(len(values) for values in grid.values()))
-        directions = sweeper._get_directions()
-        if len(directions) != 1:
-            raise ConfigError(f"hydra.sweeper.direction={directions}: `objective` is one number")
-        try:
-            self._study = optuna.create_study(
-                storage=sweeper.storage,
-                study_name=name,
-                sampler=sampler,
-                direction=directions[0],
-                load_if_exists=True,
-            )
-        except (SQLAlchemyError, ImportError) as error:
-            place = f"hydra.sweeper.storage={sweeper.storage}"
-            raise ConfigError(f"{place}: {first_line(error)}") from error
+            grid = space.grid()
+            sampler = sampler(grid)
+            self._most = min(self._most, math.prod(map(len, grid.values())))
+        if not isinstance(pruner, optuna.pruners.NopPruner):
+            self._let_trials_report(name)
+        loader = sweeper.hydra_context.config_loader
+        composed = loader.load_sweep_config(self._master, space.fixed)
+        shared = shared_settings(composed, space.distributions, sweeper.direction)
+        self._check_any()
+        self._study = optuna.create_study(
+            storage=open_storage(sweeper.storage or ""),
+            study_name=name,
+            sampler=sampler,
+            pruner=pruner,
+            direction=sweeper.direction,
+            load_if_exists=True,
+        )
+        trials = self._study.get_trials(deepcopy=False)
+        keep_shared(self._study, shared)
         # A grid that is complete stops its study, by a method that refuses outside of `optimize`.
         self._study.stop = lambda: None
-        if trials := self._study.get_trials(deepcopy=False):
+        if trials:
             # The same seed would begin the same row of draws again.
             sampler.reseed_rng()
         running = optuna.trial.TrialState.RUNNING
-        self._stopped = [trial for trial in trials if alone and trial.state is running]
-        assert sweeper.config is not None
-        self._master = sweeper.config
-        self._folder = Path(sweeper.config.hydra.sweep.dir)
-        self._sweeper = sweeper
-        self._checks = Checks(sweeper)
+        self._stopped = [trial for trial in trials if by_itself and trial.state is running]
         # Of an earlier command with the same folder too: of a trial that failed before it began,
         # nothing else says what it was.
         self._listed: dict[str, Sequence[str]] = {
@@ -201,8 +221,8 @@ class Trials:
         return self._most - self._ended
 
     @property
-    def best(self) -> Any:
-        """The best trial of Optuna's, None where none completed."""
+    def best(self) -> optuna.trial.FrozenTrial | None:
+        """The best trial, None where none completed."""
         completed = self._study.get_trials(deepcopy=False)
         if not any(trial.state.name == "COMPLETE" for trial in completed):
             return None
@@ -217,10 +237,10 @@ class Trials:
         known = self._study.user_attrs.get(FOLDERS, [])
         if self.to_go > 0:
             open_folder(self._master)
-            known = [*known, str(self._folder.resolve())]
-            self._study.set_user_attr(FOLDERS, list(dict.fromkeys(known)))
-        folders = [Path(folder) for folder in dict.fromkeys(known)]
-        return [folder for folder in folders if folder.is_dir()]
+            own = str(self._folder.resolve())
+            known = [*(folder for folder in known if folder != own), own]
+            self._study.set_user_attr(FOLDERS, known)
+        return [Path(folder) for folder in known if Path(folder).is_dir()]
 
     def run(self, count: int) -> None:
         """Run `count` trials at once and tell the study how each ended.
@@ -248,7 +268,8 @@ class Trials:
                 if job is None or _has_ended(self._folder / job.folder):
                     self._tell(trial, job)
             raise
-        failed = sum(self._tell(trial, job) is None for trial, job in zip(asked, jobs, strict=True))
+        states = [self._tell(trial, job) for trial, job in zip(asked, jobs, strict=True)]
+        failed = states.count(fail)
         rate = self._sweeper.max_failure_rate
         if failed / count > rate:
             allowed = f"hydra.sweeper.max_failure_rate={rate}"
@@ -256,16 +277,20 @@ class Trials:
         if failed and self._master.on_error is OnError.stop:
             raise ConfigError("a trial failed, and on_error=stop: the same command goes on")
 
-    def _tell(self, trial: optuna.trial.Trial, job: Job | None) -> float | None:
-        """Tell the study what a trial came to, and give it; None for a failed one."""
+    def write(self, folder: Path) -> None:
+        """Keep the trials in `study.json`, for the report."""
+        write_study(folder, self._study, self._master.objective)
+
+    def _tell(self, trial: optuna.trial.Trial, job: Job | None) -> optuna.trial.TrialState:
+        """Tell the study what a trial came to."""
         import optuna
 
-        value = _objective(self._folder / job.folder) if job else None
-        if value is None:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(trial, value)
-        return value
+        record = _record(self._folder / job.folder) if job else RunRecord()
+        if record.status is RunState.completed and record.objective is not None:
+            return self._study.tell(trial, record.objective).state
+        pruned = record.status is RunState.pruned
+        state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL
+        return self._study.tell(trial, state=state).state
 
     def _next(self) -> optuna.trial.Trial:
         """A trial that was stopped, with the values that it has, or else a new one."""
@@ -273,29 +298,17 @@ class Trials:
 
         if not self._stopped:
             return self._study.ask()
-        frozen = self._stopped.pop(0)
-        sampler = self._study.sampler
-        if self._searched.keys() <= frozen.params.keys():
-            # A trial asks its sampler for values when it is made, and a grid would move on.
-            self._study.sampler = optuna.samplers.RandomSampler()
-        try:
-            return optuna.trial.Trial(self._study, frozen._trial_id)
-        finally:
-            self._study.sampler = sampler
+        return optuna.trial.Trial(self._study, self._stopped.pop(0)._trial_id)
 
     def _jobs(self, asked: Sequence[optuna.trial.Trial]) -> list[Job | None]:
         """The jobs of trials, checked and announced; None for one whose settings cannot work.
 
         Raises ConfigError or HydraException where no trial of this search could.
         """
-        try:
-            given = self._sweeper._configure_trials(list(asked), self._searched, self._fixed)
-        except ValueError as error:
-            name = self._study.study_name
-            raise ConfigError(f"hydra.sweeper.study_name={name}: {error}") from error
         jobs: list[Job | None] = []
         refused: dict[str, str] = {}
-        for trial, overrides in zip(asked, map(tuple, given), strict=True):
+        for trial in asked:
+            overrides = self._overrides(trial)
             folder = job_folder(trial.number, overrides)
             self._listed[folder] = overrides
             try:
@@ -304,8 +317,7 @@ class Trials:
             except ConfigError as error:
                 refused[folder] = str(error)
             except HydraException as error:
-                # A setting or a choice that does not exist is the same for every trial.
-                if not isinstance(error.__cause__, ValidationError):
+                if not _is_of_a_value(error):
                     raise
                 refused[folder] = in_one_line(error)
             jobs.append(None)
@@ -318,6 +330,67 @@ class Trials:
         for folder, reason in refused.items():
             record_unstarted(self._folder / folder, RunState.failed, reason)
         return jobs
+
+    def _overrides(self, trial: optuna.trial.Trial) -> tuple[str, ...]:
+        """Draw the values of a trial that has none yet. Raises ConfigError."""
+        try:
+            for key, distribution in self._space.distributions.items():
+                trial._suggest(key, distribution)
+            if self._custom is not None:
+                self._custom(self._master, trial)
+        except ValueError as error:
+            name = self._study.study_name
+            raise ConfigError(f"hydra.sweeper.study_name={name}: {error}") from error
+        return self._space.drawn(trial.params)
+
+    def _let_trials_report(self, study: str) -> None:
+        """Give the study's place to the trials, which are to ask its pruner.
+
+        Raises ConfigError for a storage that they cannot reach.
+        """
+        storage = self._sweeper.storage or ""
+        if not storage:
+            raise ConfigError("hydra/sweeper/pruner needs a hydra.sweeper.storage for its study")
+        elsewhere = getattr(self._sweeper.launcher, "jobs_run_elsewhere", False)
+        if elsewhere and storage.startswith("sqlite"):
+            raise ConfigError(
+                f"hydra.sweeper.storage={storage}: trials on several machines cannot share this "
+                "file, as hydra/sweeper/pruner needs it; one that they can is "
+                "hydra.sweeper.storage=journal:///multirun/optuna.journal"
+            )
+        with read_write(self._master), open_dict(self._master):
+            where = {"storage": absolute(storage), "study_name": study}
+            self._master.hydra.sweeper.update(where)
+            self._master.hydra.overrides.hydra += [
+                f"hydra.sweeper.{key}='{value}'" for key, value in where.items()
+            ]
+
+    def _check_any(self) -> None:
+        """Raises ConfigError or HydraException for what is wrong with every trial."""
+        try:
+            self._checks.job(0, self._space.first())
+        except SweepError:
+            raise
+        except ConfigError:
+            return  # with other values it may be right
+        except HydraException as error:
+            if not _is_of_a_value(error):
+                raise
+
+
+def _is_of_a_value(error: HydraException) -> bool:
+    """Whether another value might do: a setting or a choice that does not exist never does."""
+    return isinstance(error.__cause__, ValidationError)
+
+
+def _custom_search_space(name: str | None) -> Callable[..., None] | None:
+    """The function of the user's that draws values itself, given the settings and the trial."""
+    try:
+        return get_method(name) if name else None
+    except Exception as error:
+        raise ConfigError(
+            f"hydra.sweeper.custom_search_space={name}: {first_line(error)}"
+        ) from None
 
 
 def list_what_began(sweep: Path) -> None:
@@ -334,65 +407,26 @@ def listed_and_begun(sweep: Path) -> list[ListedJob]:
     return []
 
 
-def _objective(folder: Path) -> float | None:
-    """What a trial came to; None if it did not complete, or left no record."""
+def _record(folder: Path) -> RunRecord:
+    """The record of a trial, empty if it left none that can be read."""
     with contextlib.suppress(ValueError):
-        record = read_record(folder)
-        if record is not None and record.status is RunState.completed:
-            return record.objective
-    return None
+        return read_record(folder) or RunRecord()
+    return RunRecord()
 
 
 def _has_ended(folder: Path) -> bool:
-    """Whether a trial completed, failed or was lost: not one that was stopped or not begun."""
-    with contextlib.suppress(ValueError):
-        record = read_record(folder)
-        if record is not None:
-            return record.status in (RunState.completed, RunState.failed)
-    return read_heartbeat(folder).sign is RunState.lost
+    """Whether a trial completed, failed, was pruned or lost: not one stopped or not begun."""
+    state = _record(folder).status or read_heartbeat(folder).sign
+    return state in (RunState.completed, RunState.failed, RunState.pruned, RunState.lost)
 
 
-@contextlib.contextmanager
-def _alone(storage: str, study: str) -> Iterator[bool]:
-    """Keep other commands off a study that is in a file; whether that can be had.
-
-    Raises ConfigError where one is at work on it.
-    """
-    if not storage.startswith(SQLITE):
-        yield False
-        return
-    file = Path(storage.removeprefix(SQLITE))
-    lock = FileLock(file.with_name(f".{file.name}-{short_hash(study)}.lock"))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"study {study} is being searched by another command: wait for it, or give this one "
-            "a hydra.sweeper.study_name of its own"
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"hydra.sweeper.storage={storage} cannot be written ({error.strerror})"
-        ) from error
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def best_command(given: Sequence[str], best: Mapping[str, Any], threads: int | None = None) -> str:
+def best_command(space: Space, best: Mapping[str, Any], threads: int | None = None) -> str:
     """The command line of one run with the values that a search found best.
 
-    `given` are the overrides of the search: what it searched gives way, what it was told stays. So
-    do the `threads` that its launcher gave each trial, as other ones give other bits.
+    What the search was given stays. So do the `threads` that its launcher gave each trial, as other
+    ones give other bits.
     """
-    fixed = []
-    for override in OverridesParser.create().parse_overrides(list(given)):
-        key = override.get_key_element()
-        if not override.is_sweep_override() and not key.startswith("hydra") and key not in best:
-            fixed.append(override.input_line or "")
-    found = [f"{key}={value}" for key, value in best.items()]
-    if threads is not None and not any(given.startswith("threads=") for given in fixed + found):
-        found.append(f"threads={threads}")
-    return shlex.join(["python", "train.py", *fixed, *found])
+    overrides = [o for o in space.drawn(best) if not o.lstrip("+~").startswith("hydra")]
+    if threads is not None and not any(o.startswith("threads=") for o in overrides):
+        overrides.append(f"threads={threads}")
+    return shlex.join(["python", "train.py", *overrides])

@@ -40,7 +40,7 @@ from proglayer.config import (
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, with_type
-from proglayer.launch.common import jobs_at_once, sole_writer, threads_per_job
+from proglayer.launch.common import jobs_at_once, params_as_overrides, sole_writer, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.overrides import no_match, parse
@@ -80,7 +80,7 @@ class ProductSweeper(Sweeper, Protocol):
     """With its settings. `pairs` are keys whose values go together."""
 
     max_batch_size: int | None
-    params: dict[str, str]
+    params: dict[str, Any]
     pairs: list[list[str]]
 
 
@@ -91,6 +91,10 @@ OBJECTIVE = "phases.-1.best.validation_loss"
 # Checked in a quarter of an hour.
 MOST_JOBS = 10_000
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
+
+
+class SweepError(ConfigError):
+    """What is wrong with every job of a sweep, whatever its values are."""
 
 
 class Composed:
@@ -257,7 +261,7 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
     Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
     """
     loader = sweeper.hydra_context.config_loader
-    given = [f"{key}={value}" for key, value in sweeper.params.items()]
+    given = params_as_overrides(sweeper.params)
     named = {override.get_key_element() for override in parse(list(arguments))}
     given = [text for text in given if text.partition("=")[0] not in named]
     axes: dict[str, list[str]] = {}
@@ -337,9 +341,9 @@ class Checks:
         return Job(folder, overrides, tuple(launched), config, corpus, phases, completed)
 
     def _check_hydra(self, composed: DictConfig, folder: Path) -> None:
-        """Raise ConfigError for settings of Hydra that would end or change a sweep half-way."""
+        """Raise SweepError for settings of Hydra that would end or change a sweep half-way."""
         if Path(composed.hydra.sweep.dir) != self._folder:
-            raise ConfigError(
+            raise SweepError(
                 f"hydra.sweep.dir={composed.hydra.sweep.dir} is another folder than "
                 f"{self._folder}: a sweep has one, so its name can depend on no setting"
             )
@@ -347,7 +351,7 @@ class Checks:
             if OmegaConf.to_yaml(composed.hydra[part]) != OmegaConf.to_yaml(
                 self._master.hydra[part]
             ):
-                raise ConfigError(
+                raise SweepError(
                     f"hydra.{part}: one job has other settings of it than the sweep: give them on "
                     "the command line, not in an experiment that is swept over"
                 )
@@ -359,26 +363,22 @@ class Checks:
             for part in (composed.hydra.job.env_set, composed.hydra.job_logging):
                 OmegaConf.to_container(part, resolve=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key or 'hydra.job'}: {first_line(error)}") from error
+            raise SweepError(f"{error.full_key or 'hydra.job'}: {first_line(error)}") from error
         finally:
             HydraConfig.instance().cfg = before
             OmegaConf.set_readonly(composed.hydra, None)  # Hydra sets it with its configuration
 
 
 def _check_objective(config: Config, corpus: Corpus, phases: tuple[Phase, ...]) -> None:
-    """Raise ConfigError where `objective` names no number of the record that comes."""
-    from proglayer.run.experiment import check_objective
-    from proglayer.store.record import CorpusRecord, PeakMemory, RunRecord
+    """Raise SweepError where `objective` names no number of the record that comes."""
+    from proglayer.run.experiment import check_objective, corpus_record
+    from proglayer.store.record import PeakMemory, RunRecord
 
-    known = CorpusRecord(
-        name=corpus.name,
-        fingerprint=corpus.fingerprint,
-        vocab_size=corpus.vocab_size,
-        seq_len=config.data.seq_len,
-        train_windows=len(corpus.train),
-        validation_windows=len(corpus.validation),
-    )
-    check_objective(config, RunRecord(corpus=known), phases, PeakMemory(process=1.0))
+    record = RunRecord(seed=config.seed, corpus=corpus_record(config, corpus))
+    try:
+        check_objective(config, record, phases, PeakMemory(process=1.0, device=1.0))
+    except ConfigError as error:
+        raise SweepError(str(error)) from error
 
 
 def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:

@@ -62,6 +62,7 @@ from proglayer.report.tables import (
     unique,
     versions_table,
 )
+from proglayer.report.trials import study_files, trials_section
 from proglayer.results import Results, load, plain_values, write_csv
 from proglayer.results.formatting import listed, ranges, text_of
 from proglayer.store.reading import read_yaml
@@ -150,11 +151,17 @@ def _is_page(path: Path) -> bool:
         return f"<title>{TITLE}</title>".encode() in file.read(8192)
 
 
+def _in_sweeps(results: Results) -> list[str]:
+    """The folders of the runs that are jobs of a sweep."""
+    return results.runs.loc[results.runs["sweep"].notna(), "folder"].tolist()
+
+
 def _all_it_depends_on(results: Results, margins: Margins) -> str:
     """A hash of what was read of the runs, how their sweeps were started, the margins, the code."""
     digest = hashlib.sha256(f"{margins} {results.fingerprint()}".encode())
-    in_sweeps = results.runs.loc[results.runs["sweep"].notna(), "folder"]
-    started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps.tolist()}
+    in_sweeps = _in_sweeps(results)
+    started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps}
+    started |= set(study_files(in_sweeps))
     code = [
         p for p in Path(__file__).parent.parent.rglob("*") if p.suffix in (".py", ".css", ".js")
     ]
@@ -283,6 +290,8 @@ class _Report:
             if inside := self._per_condition(section, tables):
                 opened = nothing and section == self._founding
                 blocks.append(Collapsible(title, inside, section=True, open=opened))
+        if trials := trials_section(study_files(_in_sweeps(self.results)), self.gallery):
+            blocks.append(Collapsible("Search", trials, section=True, open=True))
         blocks.append(Collapsible("All runs", self._all_runs(), section=True))
         if ended := self._not_completed():
             blocks.append(Collapsible("What did not complete", ended, section=True, open=True))

@@ -219,7 +219,14 @@ def prepare(config: Config, record: RunRecord) -> Ready:
         phase.windows(len(corpus.train))
     here = machine.describe_machine(device)
     record.machine = here
-    record.corpus = CorpusRecord(
+    record.corpus = corpus_record(config, corpus)
+    check_objective(config, record, phases, machine.peak_memory_mb(device))
+    return Ready(device, here, corpus, phases)
+
+
+def corpus_record(config: Config, corpus: Corpus) -> CorpusRecord:
+    """What the record says of a corpus."""
+    return CorpusRecord(
         name=corpus.name,
         fingerprint=corpus.fingerprint,
         vocab_size=corpus.vocab_size,
@@ -227,8 +234,6 @@ def prepare(config: Config, record: RunRecord) -> Ready:
         train_windows=len(corpus.train),
         validation_windows=len(corpus.validation),
     )
-    check_objective(config, record, phases, machine.peak_memory_mb(device))
-    return Ready(device, here, corpus, phases)
 
 
 class Walk:
