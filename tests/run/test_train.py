@@ -187,7 +187,9 @@ def test_a_fault_of_ours_is_recorded_with_its_traceback(
 def test_a_model_that_memory_cannot_hold_is_told_in_one_line(
     train: Command, tmp_path: Path
 ) -> None:
-    done = train("-m", *SHORT, "model.dim=65536,8", "model.ffn_multiple=1024", "hydra.sweep.dir=sizes")
+    done = train(
+        "-m", *SHORT, "model.dim=65536,8", "model.ffn_multiple=1024", "hydra.sweep.dir=sizes"
+    )
     assert done.status == 1
     large, small = results(tmp_path / "sizes")
     assert large["status"] == "failed"
