@@ -218,7 +218,7 @@ def _totals(results: Results) -> str:
 def _held(runs: pd.DataFrame) -> str:
     """How many runs a scheduler has in hand, and since when the first of them.
 
-    It tells nobody when it forgets one, so that a reader must judge whether that is too long.
+    A scheduler reports to nobody that it lost one: the reader judges whether that is too long.
     """
     held = (RunState.preempted, RunState.pending)
     signs = [sign for status, sign in rows_of(runs, "status", "last_sign") if status in held]

@@ -201,7 +201,7 @@ def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
     assert results.exits.groupby(["run", "phase"]).size().tolist() == [3, 4, 3]
 
 
-def test_settings_that_vary_stand_before_the_figures_and_constant_ones_at_the_end(
+def test_settings_that_vary_stand_before_the_metrics_and_constant_ones_at_the_end(
     tmp_path: Path,
 ) -> None:
     base = settings()
@@ -291,7 +291,7 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     }
     assert results.left_out.empty
     assert row(results, "sweep/1_abc")["reason"] == "the loss became NaN"
-    # failed in its second phase: the first one's figures, the epochs of both, no change
+    # failed in its second phase: the first one's metrics, the epochs of both, no change
     failed = row(results, "sweep/1_abc")
     assert (failed["first_perplexity"], failed["epochs"], failed["seconds"]) == (980.0, 6, 66.0)
     assert pd.isna(failed["last_perplexity"])
@@ -545,7 +545,7 @@ def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> 
         rf"no sign of life since \d{{4}}(-\d\d){{2}} \d\d:\d\d UTC \(it ran on {lost['host']}\)",
         lost["reason"],
     )
-    # what it trained before it was lost is told, and that it did not end well
+    # what it trained before it was lost is known, and that it did not end well
     assert lost["epochs"] == 6
     assert results.failures == 1
     (folder / "metrics.csv").touch()
@@ -989,11 +989,11 @@ def test_watching_waits_for_a_scheduler_and_tells_since_when(
     monkeypatch.setattr(summary.time, "sleep", look)
     assert main([str(sweep), "--watch"]) == 130
     lines = capsys.readouterr().out.splitlines()
-    told = [line for line in lines if "3 runs: 1 completed, 1 preempted, 1 pending" in line]
+    found = [line for line in lines if "3 runs: 1 completed, 1 preempted, 1 pending" in line]
     # once, for nothing changes
-    assert len(told) == 1
+    assert len(found) == 1
     since = load(sweep).runs["last_sign"].min()
-    assert f"2 in the hands of a scheduler since {since:%Y-%m-%d %H:%M} UTC" in told[0]
+    assert f"2 in the hands of a scheduler since {since:%Y-%m-%d %H:%M} UTC" in found[0]
     assert "in the hands of a scheduler" in printed(load(sweep), 160)
 
 
@@ -1028,8 +1028,8 @@ def test_runs_that_were_in_the_store_do_not_shorten_the_time_left(tmp_path: Path
         made_up(sweep / f"{number}_abc", seed=number, reused=3, seconds=0.1)
     made_up(sweep / "4_abc", seed=4, status="running")
     list_jobs(sweep, *(f"{number}_abc" for number in range(6)))
-    told = summary._time_left(load(sweep).runs)
-    assert "what the 1 completed took (90.0 s each)" in told
+    left = summary._time_left(load(sweep).runs)
+    assert "what the 1 completed took (90.0 s each)" in left
     shutil.rmtree(sweep / "0_abc")
     assert "not known" in summary._time_left(load(sweep).runs)
 
@@ -1112,9 +1112,9 @@ def test_a_pile_of_everything_is_told_by_the_command(
     last = shown.out.splitlines()[-1]
     assert last == "6 runs: 2 completed, 1 failed, 1 lost, 1 interrupted, 1 not started"
     with open(csv_folder / "left_out.csv", newline="") as file:
-        told = {row["folder"]: row["kind"] for row in csv.DictReader(file)}
-    assert told == {"cut": "damaged", "future": "newer", "photos": "foreign"}
-    for folder in told:
+        listed = {row["folder"]: row["kind"] for row in csv.DictReader(file)}
+    assert listed == {"cut": "damaged", "future": "newer", "photos": "foreign"}
+    for folder in listed:
         assert f"left out: {folder}: " in shown.out
 
 
