@@ -51,14 +51,18 @@ PASSAGE = 16
 # Stored tokens are gone through in pieces of this many.
 PIECE_TOKENS = 2**18
 SECONDS_BETWEEN_NOTES = 5.0
+# The test text has at most so many windows for each of the validation text.
+MOST_TEST_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token windows of a training and a validation text.
+    """Token windows of a training, a validation and a test text.
 
-    `train` and `validation` are int32 of shape (windows, seq_len + 1), memory-mapped and
-    read-only: the input of a window is `[:-1]`, its target `[1:]`.
+    `train`, `validation` and `test` are int32 of shape (windows, seq_len + 1), memory-mapped and
+    read-only: the input of a window is `[:-1]`, its target `[1:]`. The test windows are what
+    follows the validation windows in the validation split, so that no epoch is chosen by them;
+    None where those take the whole split.
 
     `vocab_size` counts the entries of the vocabulary, `<unk>` = 0 and `<pad>` = 1 included.
     `fingerprint` hashes both token streams, the vocabulary, the length and the number of windows:
@@ -71,6 +75,7 @@ class Corpus:
     vocab_size: int
     fingerprint: str
     folder: Path
+    test: np.ndarray | None = None
 
     def words(self) -> list[str]:
         """The vocabulary; a word's place is its id."""
@@ -122,6 +127,9 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
                 "of it: raise it, or set data.validation_samples"
             )
     validation = _windows(entry.validation, length, wanted, asked, "validation", source)
+    # They follow from the split and the number of validation windows, which the fingerprint holds.
+    rest = entry.validation[len(validation) * length :]
+    count = min(len(rest) // length, MOST_TEST_SHARE * len(validation))
     identity = {
         "train": entry.meta["train"]["sha256"],
         "validation": entry.meta["validation"]["sha256"],
@@ -136,6 +144,7 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
         vocab_size=entry.meta["vocabulary"]["entries"],
         fingerprint=_hash_json(identity),
         folder=entry.folder,
+        test=rest[: count * length].reshape(count, length) if count else None,
     )
 
 

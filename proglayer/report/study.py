@@ -362,17 +362,28 @@ def _value(value: Any) -> str:
 
 def _add_ends(runs: Frame, phases: Frame) -> None:
     """How each run ended, and its changes from the first phase; none for a run of one phase."""
-    last = phases.sort_values("phase", kind="stable").drop_duplicates("run", keep="last")
-    last = last.set_index("run")[["stopped", "epochs"]].reindex(runs["run"].to_numpy())
+    phases = phases.sort_values("phase", kind="stable")
+    first, last = (
+        phases.drop_duplicates("run", keep=which).set_index("run").reindex(runs["run"].to_numpy())
+        for which in ("first", "last")
+    )
     runs["stopped"] = last["stopped"].to_numpy(dtype=object)
     runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
-    runs["judged_on"] = "validation"
     runs["validation_accuracy"] = runs["last_accuracy_percent"].astype("float64")
     runs["validation_loss"] = runs["last_loss"].astype("float64")
-    runs["end_accuracy"], runs["end_loss"] = runs["validation_accuracy"], runs["validation_loss"]
+    # Runs of a time without a test text cannot be compared on one.
+    tested = bool(len(runs)) and bool(last["test_loss"].notna().all())
+    runs["judged_on"] = "test" if tested else "validation"
+
+    def judged(ends: Frame, name: str, otherwise: str) -> np.ndarray:
+        column = ends[f"test_{name}"].to_numpy() if tested else runs[otherwise]
+        return np.asarray(column, dtype=float)
+
+    runs["end_accuracy"] = judged(last, "accuracy_percent", "last_accuracy_percent")
+    runs["end_loss"] = judged(last, "loss", "last_loss")
     steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
-    before = runs["first_accuracy_percent"].astype("float64").where(steps)
-    fall = stats.loss_change_nats(runs["first_loss"].astype("float64"), runs["end_loss"])
+    before = np.where(steps, judged(first, "accuracy_percent", "first_accuracy_percent"), math.nan)
+    fall = stats.loss_change_nats(judged(first, "loss", "first_loss"), runs["end_loss"])
     runs[ACCURACY.change] = stats.accuracy_change_points(before / 100, runs["end_accuracy"] / 100)
     runs[LOSS.change] = fall.where(steps)
     runs[PERPLEXITY.change] = -100 * np.expm1(-runs[LOSS.change])
@@ -467,7 +478,8 @@ def binomial_errors(runs: Frame) -> Frame:
     rows = []
     for model, group in runs.groupby("model", sort=False):
         accuracy = float(np.nanmean(group["end_accuracy"]))
-        tokens = group["validation_tokens"].dropna()
+        text = group["judged_on"].iloc[0]
+        tokens = (group[f"{text}_windows"] * group["seq_len"]).dropna()
         if len(tokens) and math.isfinite(accuracy):
             count, share = int(tokens.min()), accuracy / 100
             error = stats.binomial_error(share, count)

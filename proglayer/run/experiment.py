@@ -36,6 +36,7 @@ from proglayer.store.record import (
     BestEpoch,
     Changes,
     CorpusRecord,
+    EpochOnTest,
     ExitRecord,
     GrowthRecord,
     Heartbeat,
@@ -233,6 +234,7 @@ def corpus_record(config: Config, corpus: Corpus) -> CorpusRecord:
         seq_len=config.data.seq_len,
         train_windows=len(corpus.train),
         validation_windows=len(corpus.validation),
+        test_windows=None if corpus.test is None else len(corpus.test),
     )
 
 
@@ -295,6 +297,7 @@ class Walk:
                     )
                     assert stopped is not None, "a trajectory has no end of its own"
                     exits = trajectory.finish(stopped.best.epoch)
+                    test = trajectory.test(stopped.best.epoch)
                 except Diverged:
                     self._keep_last_good(trajectory, previous)
                     raise
@@ -317,6 +320,7 @@ class Walk:
                         trajectory.work,
                         stopped,
                         exits,
+                        test,
                         memory,
                         growth,
                     )
@@ -410,6 +414,7 @@ def _phase_record(
     work: Work,
     stopped: Stopped,
     exits: list[ExitMetrics],
+    test: ExitMetrics | None,
     peak_memory_mb: PeakMemory,
     growth: GrowthRecord | None = None,
 ) -> PhaseRecord:
@@ -462,6 +467,12 @@ def _phase_record(
             peak_memory_mb=peak_memory_mb,
         ),
         growth=growth,
+        test=test
+        and EpochOnTest(
+            test_loss=test.loss,
+            test_perplexity=perplexity(test.loss),
+            test_accuracy_percent=100 * test.accuracy,
+        ),
     )
 
 
@@ -506,8 +517,9 @@ def check_objective(
         growth = None
         if phase.growth is not None:
             growth = _growth_record(2.0, exits, stopped, [1.0])
+        test = exits[-1] if record.corpus.test_windows else None
         records.append(
-            _phase_record(phase, flops, "", Work(), stopped, exits, peak_memory_mb, growth)
+            _phase_record(phase, flops, "", Work(), stopped, exits, test, peak_memory_mb, growth)
         )
     changes = Changes.between(records[0].best, records[-1].best)
     try:

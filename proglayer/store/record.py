@@ -173,6 +173,7 @@ class CorpusRecord:
     seq_len: int | None
     train_windows: int | None
     validation_windows: int | None
+    test_windows: int | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +184,15 @@ class BestEpoch:
     validation_loss: float | None
     validation_perplexity: float | None
     validation_accuracy_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochOnTest:
+    """Metrics of a phase's selected epoch on the test text, which no epoch is selected by."""
+
+    test_loss: float | None
+    test_perplexity: float | None
+    test_accuracy_percent: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +275,7 @@ class PhaseRecord:
     tokens_per_second: float | None
     work: PhaseWork
     growth: GrowthRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
+    test: EpochOnTest | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)

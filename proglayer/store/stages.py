@@ -7,6 +7,7 @@ A stage is a folder of files that are never changed once written:
     exits-0002.<hash>.json                 every exit, evaluated at a selected epoch (0: the start)
     gradients-0001.<hash>.json             the new layers' part of the gradient right after a growth
     optimizer-0002.<hash>.safetensors      what the optimizer of a later phase takes over
+    test-0002.<hash>.json                  the last exit on the test text, at a selected epoch
     weights-0002.<hash>.safetensors        the model after an epoch that a stopping rule can select
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
     used/1f3a9c2b4d5e.<hash>.json          a run that reads this stage

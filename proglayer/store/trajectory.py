@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -194,6 +195,32 @@ class Trajectory:
         self.stage.write(name, "safetensors", safetensors.torch.save(state))
         return state
 
+    def test(self, selected: int) -> ExitMetrics | None:
+        """The last exit's metrics on the test text after the `selected` epoch of a phase that
+        ended; None without such a text. Evaluated once and stored.
+        """
+        if self.corpus.test is None:
+            return None
+
+        def form(plain: dict[str, Any]) -> ExitMetrics:
+            return ExitMetrics(**plain)
+
+        name = f"test-{selected:04d}"
+        metrics = self.stage.read_json(name, form)
+        if metrics is None:
+            self._own(until=lambda: False)
+            metrics = self.stage.read_json(name, form)
+        if metrics is None:
+            model = restored(
+                self.phase.layers, asdict(self.phase.architecture), self.weights(selected)
+            )
+            last = [self.phase.exits - 1]
+            (metrics,) = self._evaluate(
+                model.to(self.device), last, self._training, tokens=self.corpus.test
+            )
+            self.stage.write_json(name, asdict(metrics))
+        return metrics
+
     def weights_file(self, epoch: int) -> Path:
         """The stored file of the model after `epoch`, read to its end; trained again if damaged."""
         if self._read_weights(epoch) is None:
@@ -347,6 +374,7 @@ class Trajectory:
         exits: list[int],
         training: Training | None,
         frozen: FrozenStates | None = None,
+        tokens: np.ndarray | None = None,
     ) -> list[ExitMetrics]:
         return evaluate(
             model,
@@ -356,6 +384,7 @@ class Trajectory:
             exits,
             between_batches=lambda: self._check_stop(training),
             frozen=frozen,
+            tokens=tokens,
         )
 
     def _evaluate_exits(self, state: dict[str, Tensor]) -> list[ExitMetrics]:

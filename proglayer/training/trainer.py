@@ -240,13 +240,15 @@ def evaluate(
     exits: Iterable[int],
     between_batches: Callable[[], None] | None = None,
     frozen: FrozenStates | None = None,
+    tokens: np.ndarray | None = None,
 ) -> list[ExitMetrics]:
-    """Validation loss and accuracy at each of `exits`, over all validation windows, in one pass.
+    """Loss and accuracy at each of `exits`, over all validation windows, in one pass.
 
     `frozen` are hidden states of the validation windows that are kept, where they hold `exits`.
+    With `tokens`, (n, t + 1), it is over these windows instead.
     """
     exits = list(exits)
-    windows = Windows(corpus.validation, device)
+    windows = Windows(corpus.validation if tokens is None else tokens, device)
     workspace = Workspace()
     model.eval()
     nll_e: Tensor | None = None
@@ -268,9 +270,9 @@ def evaluate(
                 between_batches()
     assert nll_e is not None
     assert correct_e is not None
-    tokens = len(windows) * windows.seq_len
+    count = len(windows) * windows.seq_len
     return [
-        ExitMetrics(e, nll / tokens, correct / tokens)
+        ExitMetrics(e, nll / count, correct / count)
         for e, nll, correct in zip(exits, nll_e.tolist(), correct_e.tolist(), strict=True)
     ]
 
