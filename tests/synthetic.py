@@ -17,6 +17,7 @@ from proglayer.store.record import (
     Changes,
     CorpusRecord,
     Environment,
+    EpochOnTest,
     ExitRecord,
     GitState,
     ListedJob,
@@ -62,6 +63,14 @@ def metrics(
         "validation_perplexity": math.exp(loss) if perplexity is None else perplexity,
         "validation_accuracy_percent": accuracy_percent,
     }
+
+
+def on_test(loss: float) -> EpochOnTest:
+    """What a phase has on the test text at this loss."""
+    accuracy = 100 * (0.16 + (6.9 - loss) / 20)
+    return EpochOnTest(
+        test_loss=loss, test_perplexity=math.exp(loss), test_accuracy_percent=accuracy
+    )
 
 
 def phase_record(
@@ -185,12 +194,14 @@ def run(
     *overrides: str,
     status: str = "completed",
     losses: Sequence[Sequence[float]] | None = None,
+    test_losses: Sequence[float] | None = None,
     **extra: Any,
 ) -> Path:
     """One run of `experiment` as it might have gone; its phases are those that it plans.
 
     With `losses`, each phase's validation losses are these; it stopped for want of improvement if
     the last is not the lowest, else at `max_epochs`. Accuracy falls by 5 points a nat.
+    With `test_losses`, each phase's selected epoch has that one on a test text.
     """
     own = [f"experiment={experiment}", f"model={model}", f"seed={seed}", *overrides]
     settings = config(*own[:2], *overrides)
@@ -234,6 +245,7 @@ def run(
             rates=phase.rates,
             exit_weights=list(phase.exit_weights),
             stopped="no improvement in 1 epoch" if best < count else f"max_epochs={count} reached",
+            test=None if test_losses is None else on_test(test_losses[phase.index]),
             exits=[
                 ExitRecord(
                     layer=phase.layers - gap,

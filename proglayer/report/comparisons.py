@@ -18,7 +18,7 @@ import pandas as pd
 
 from proglayer.report import ledger, stats, study
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins
-from proglayer.results import keys_and_values
+from proglayer.results import NOT_THE_EXPERIMENT, keys_and_values
 
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9
@@ -276,7 +276,9 @@ def within_budget(own: BySeed, other: BySeed, epochs: Epochs, measure: ledger.Me
     """
     found: BySeed = {}
     for seed, run in other.items():
-        budget = float(own.get(seed, {}).get(measure.column, math.nan))
+        partner = own.get(seed)
+        known = partner is not None and pd.notna(partner[measure.column])
+        budget = float(partner[measure.column]) if partner and known else math.nan
         final = [e for e in epochs[run["run"]] if e["layers"] == run["last_layers"]]
         spent = final[-1][measure.column] if final else math.nan
         # The two sums were added up in different orders.
@@ -327,7 +329,8 @@ def _command(
     runs: Frame, like: str, experiments: Sequence[str], models: Sequence[str], *extra: str
 ) -> str:
     """The command that gives the runs of these experiments, otherwise as the variant `like`."""
-    named = {"experiment", "model", "seed", *(text.split("=")[0] for text in extra)}
+    named = {"experiment", "model", "seed", *NOT_THE_EXPERIMENT}
+    named |= {text.split("=")[0] for text in extra}
     rows = runs[runs["variant"] == like]
     first = rows["overrides"].dropna().iloc[:1].tolist()
     kept = [f"{k}={v}" for k, v in keys_and_values(shlex.split("".join(first))) if k not in named]
@@ -423,7 +426,12 @@ def label(row: Mapping[str, Any]) -> str:
 def answer(rows: Frame) -> str:
     """One sentence on a claim in a condition: what was found in each model, with its numbers."""
     if rows["reason"].astype(bool).all():
-        return " ".join(dict.fromkeys(rows["reason"]))
+        # One command for all models that lack the same.
+        reasons: dict[str, list[str]] = {}
+        for row in rows.to_dict("records"):
+            alike = row["reason"].replace(f" model={row['model']} ", " model={} ")
+            reasons.setdefault(alike, []).append(row["model"])
+        return " ".join(text.replace("{}", ",".join(own)) for text, own in reasons.items())
     parts: list[str] = []
     before = ""
     for row in rows.to_dict("records"):
@@ -548,7 +556,6 @@ def limits(made: Frame) -> list[str]:
             model = f", {study.model_name(row['model'])}" if row["model"] else ""
             notes.append(
                 f"Outlying in {label(row)}{model}: {values} points; the others' median is "
-                f"{own.drop(apart).median():+.2g}. With such seeds intervals cover less often "
-                "than they say."
+                f"{own.drop(apart).median():+.2g}. The mean is of both kinds of runs."
             )
     return notes

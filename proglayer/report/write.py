@@ -793,7 +793,7 @@ def _noise_of_text(condition: _Condition, margins: Margins) -> list[str]:
     tokens, error = errors["tokens"].min(), errors["error_of_difference"].max()
     tested = condition.runs["judged_on"].iloc[0] == "test"
     text = (
-        f"All is judged on {'a test' if tested else 'the validation'} text of {tokens:,} tokens"
+        f"Judged on {'a test' if tested else 'the validation'} text of {tokens:,} tokens"
         f"{'' if tested else ', which also chose the epochs (these runs have no test text)'}. "
         "Another text of that size would "
         f"move a difference by up to ±{error:.2g} points (standard error, McNemar, if the models "

@@ -195,6 +195,21 @@ def test_validation_gets_a_fifth_of_the_samples_unless_told(tmp_path):
     assert len(open_corpus(release(folder, samples=19)).train) == 19
 
 
+def test_the_test_windows_follow_the_validation_windows_and_change_nothing_else(tmp_path):
+    """What no epoch is selected by: after validation, at most four times as much, else nothing."""
+    folder = write_release(tmp_path / "release")
+    stream = open_corpus(release(folder)).validation.reshape(-1)
+    assert open_corpus(release(folder)).test is None  # validation takes all
+    for count in (2, 5, 20):
+        found = open_corpus(release(folder, validation_samples=count))
+        assert np.array_equal(found.validation.reshape(-1), stream[: 5 * count])
+        rest = stream[5 * count :][: 4 * 5 * count]
+        assert found.test is not None
+        assert np.array_equal(found.test.reshape(-1), rest)
+        assert found.test.shape[1] == 5
+        assert not found.test.flags.writeable
+
+
 def test_seq_len_and_samples_share_one_cache_entry(tmp_path):
     folder = write_release(tmp_path / "text")
     notes: list[str] = []

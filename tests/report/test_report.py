@@ -543,6 +543,12 @@ def test_from_scratch_at_an_equal_budget_tells_which_seeds_failed(tmp_path: Path
     stepwise = claims[claims["claim"] == comparisons.STEPWISE.title]
     assert set(stepwise["n"]) == {1}
     assert set(stepwise["left_out"]) == {"2 failed"}
+    # one that never began has neither a budget nor a record
+    synthetic.sweep(sweep.parent / "t", ["original", "control_from_scratch"], [STANDARD], (4,))
+    shutil.rmtree(sweep.parent / "t" / "0_aaaaaa")
+    claims = claims_of(load(sweep, tmp_path / "x", sweep.parent / "t"))
+    stepwise = claims[claims["claim"] == comparisons.STEPWISE.title]
+    assert set(stepwise["left_out"]) == {"2 failed, 1 waiting"}
 
 
 def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> None:
@@ -789,6 +795,47 @@ def test_the_noise_of_the_text_stands_beside_the_margin(sweep: Path, tmp_path: P
     assert "The margin of 0.1 points is below what this text can surely show" in text
     wide = write_report([sweep], tmp_path / "b", Margins(points=2.0), png=False).parent
     assert "below what this text" not in page_of(wide).text
+
+
+def test_what_is_judged_is_judged_on_the_test_text(tmp_path: Path) -> None:
+    """From scratch was lucky on the text that chose its epoch; on the test text it is no better."""
+    for seed in range(8):
+        by = wobble(seed)
+        for experiment, losses, on_test in (
+            ("original", [[6.0, 5.9, 6.0], [5.6, 5.5, 5.6]], [5.9, 5.5 + by]),
+            ("control_from_scratch", [[6.0, 5.4, 5.9]], [5.52]),
+        ):
+            synthetic.run(tmp_path / f"{experiment}{seed}", experiment, STANDARD, seed,
+                          losses=losses, test_losses=on_test)  # fmt: skip
+    made = claims_of(load(tmp_path))
+    [row] = made[made["n"] > 1].to_dict("records")
+    assert (row["verdict"], row["measured"]) == ("better", "at equal tokens and compute")
+    assert row["mean"] == pytest.approx(0.1 - 5 * np.mean([wobble(seed) for seed in range(8)]))
+    # the founding experiment's tables keep to the validation text
+    page = page_of(write_report([tmp_path], tmp_path / "a", png=False).parent)
+    assert page.table("Phase", "Layers")[1]["Best PPL"].startswith(f"{np.exp(5.5):,.2f}")
+    # beside a run of before, there is no test text that all have
+    synthetic.run(tmp_path / "old", "split_lr", STANDARD, 1)
+    made = claims_of(load(tmp_path))
+    assert made[made["n"] > 1]["verdict"].tolist() == ["worse"]
+    text = page_of(write_report([tmp_path], tmp_path / "b", png=False).parent).text
+    assert "which also chose the epochs (these runs have no test text)" in text
+
+
+def test_an_epoch_that_its_run_did_not_select_is_compared_on_the_validation_text(
+    tmp_path: Path,
+) -> None:
+    for seed in range(3):
+        for experiment, losses, on_test in (
+            ("original", [[6.0, 5.9, 6.0], [5.6, 5.5 + wobble(seed), 5.6]], [7.0, 7.0]),
+            ("control_from_scratch", [[6.0, 5.6, 5.6, 5.6, 5.6, 5.6, 5.6, 5.0, 5.9]], [5.0]),
+        ):
+            synthetic.run(tmp_path / f"{experiment}{seed}", experiment, STANDARD, seed,
+                          losses=losses, test_losses=on_test)  # fmt: skip
+    made = claims_of(load(tmp_path))
+    made = made[made["n"] > 1]
+    assert made["measured"].tolist() == ["at equal tokens and compute, on the validation text"]
+    assert made["mean"].tolist() == [pytest.approx(0.5, abs=0.02)]
 
 
 def test_a_run_of_one_phase_has_not_changed(tmp_path: Path) -> None:

@@ -510,3 +510,27 @@ def test_progress_is_shown(tmp_path: Path) -> None:
     with steps:
         next(steps.epochs())
     assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the store's weights, under the same key; a stage of before gets it when it is read."""
+    phase = planned()
+    before, state, _ = followed(tmp_path, phase)
+    selected = before.best.epoch
+    with trajectory(tmp_path, phase) as without:
+        assert without.test(selected) is None
+    other = tiny_corpus(seed=3)
+    tested = replace(CORPUS, test=other.validation)
+    monkeypatch.setattr(f"{__name__}.CORPUS", tested)
+    with trajectory(tmp_path, phase) as steps:
+        assert steps.key == without.key
+        found = steps.test(selected)
+    model = restored(phase.layers, asdict(phase.architecture), state)
+    swapped = replace(CORPUS, validation=other.validation)
+    [expected] = evaluate(model, phase, swapped, torch.device("cpu"), [phase.layers - 1])
+    assert found == expected
+    monkeypatch.setattr("proglayer.store.trajectory.evaluate", None)
+    with trajectory(tmp_path, phase) as again:
+        assert again.test(selected) == expected
