@@ -2,7 +2,8 @@
 
 import sys
 
-from proglayer.store.stages import main
+from proglayer.errors import run_command
+from proglayer.store.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

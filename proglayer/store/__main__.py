@@ -1,7 +1,137 @@
-"""`python -m proglayer.store list | verify | prune`."""
+"""`python -m proglayer.store list | verify | prune`: what is there, is it whole, make room."""
 
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from proglayer.store.stages import main
+from proglayer.console import Columns, console, one_line, table
+from proglayer.errors import print_error, run_command
+from proglayer.store.listing import StageInfo, contents_of, delete, prunable, verify
+from proglayer.store.marker import MARKER, NotAStoreError, read_marker
+from proglayer.store.stages import FORMAT
 
-sys.exit(main())
+# So many names of what is not ours are printed.
+MOST_NAMED = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 1 if files were damaged, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proglayer.store", description="Trained phases."
+    )
+    parser.add_argument("action", choices=("list", "verify", "prune"))
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"),
+        help="the store (default: $PROGLAYER_STAGES, else multirun/.stages)",
+    )
+    parser.add_argument("--max-size", type=_bytes, help="prune: keep at most this much, as in 20GB")
+    parser.add_argument(
+        "--max-age", type=_seconds, help="prune: keep nothing older, as in 30d, 12h"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="prune: say what would go")
+    options = parser.parse_args(arguments)
+    if options.action == "prune" and options.max_size is None and options.max_age is None:
+        parser.error("prune needs --max-size or --max-age")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        if not options.dir.is_dir():
+            raise NotAStoreError(f"no store at {options.dir}: name one with --dir")
+        if options.action != "list" and read_marker(options.dir) is None:
+            raise NotAStoreError(
+                f"{options.dir} does not say that it is a store (it has no {MARKER}), so "
+                "nothing in it is changed: name a store with --dir; a run marks the one that "
+                "it uses, if nothing else is in it"
+            )
+    except NotAStoreError as error:
+        print_error(str(error))
+        return 2
+    contents = contents_of(options.dir)
+    stages = sorted(contents.stages, key=lambda info: info.age)
+    damaged = 0
+    if options.action == "list":
+        _list(stages)
+    elif options.action == "verify":
+        damaged = _verify(stages)
+    else:
+        _prune(prunable(stages, options.max_size, options.max_age), options.dry_run)
+    _print_foreign(contents.foreign)
+    return int(damaged > 0)
+
+
+def _list(stages: Sequence[StageInfo]) -> None:
+    columns: Columns = (
+        ("stage", "text", lambda info: info.stage.key[:12]),
+        ("what", "long", lambda info: info.title),
+        ("epochs", "number", lambda info: str(info.epochs)),
+        ("MB", "number", lambda info: f"{info.size / 1e6:,.1f}"),
+        ("age", "number", lambda info: _age(info.age)),
+        ("used by", "long", lambda info: _users(info.users)),
+    )
+    out = console()
+    out.print(table(stages, columns))
+    out.print(f"{len(stages)} stages, {sum(info.size for info in stages) / 1e6:,.1f} MB")
+
+
+def _age(seconds: float) -> str:
+    days, left = divmod(int(seconds), 86_400)
+    return f"{days} d" if days else f"{left // 3600} h {left % 3600 // 60} min"
+
+
+def _users(runs: Sequence[Path]) -> str:
+    return ", ".join(sorted("/".join(run.parts[-2:]) for run in runs)) or "nothing"
+
+
+def _verify(stages: Sequence[StageInfo]) -> int:
+    """Read what this version can read. Returns how many files were damaged."""
+    ours = [info for info in stages if info.description.get("format", FORMAT) == FORMAT]
+    damaged = sum(len(verify(info.stage)) for info in ours)
+    print(f"{len(ours)} stages read, {damaged} damaged files set aside")
+    if len(ours) < len(stages):
+        print(f"{len(stages) - len(ours)} stages of another version left unread")
+    return damaged
+
+
+def _prune(stages: Sequence[StageInfo], dry_run: bool) -> None:
+    freed = 0
+    for info in stages:
+        if dry_run or delete(info.stage):
+            freed += info.size
+            print(f"{'would delete' if dry_run else 'deleted'} {info.stage.key}: {info.title}")
+    print(f"{freed / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'}")
+
+
+def _print_foreign(foreign: Sequence[Path]) -> None:
+    if foreign:
+        print(f"{len(foreign)} foreign files and folders, left as they are:")
+    for path in foreign[:MOST_NAMED]:
+        print(f"  {one_line(str(path))}")
+    if len(foreign) > MOST_NAMED:
+        print(f"  and {len(foreign) - MOST_NAMED} more")
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is no size: write 500MB, 20GB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _seconds(text: str) -> float:
+    units = {"d": 86_400, "h": 3_600, "m": 60}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([dhm])", text.strip().lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is no age: write 30d, 12h, 5m")
+    return float(match[1]) * units[match[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

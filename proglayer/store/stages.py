@@ -15,17 +15,10 @@ A stage is a folder of files that are never changed once written:
 Every file is written to a temporary name, synced and renamed. The hash in its name is of FORMAT,
 its stage, its name and its content, so what is damaged, cut short, or of another stage or version
 shows when it is read. It is then set aside under `.damaged` and counts as not there.
-
-A store is a folder that says so: it holds MARKER, which the first run that uses it writes. In it,
-what does not carry all our marks is foreign: a stage's folder is named by the hash of its
-description, and files are named as above. What is foreign is never deleted, moved or followed.
-
-    python -m proglayer.store list | verify | prune      what is there, is it whole, make room
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -34,10 +27,8 @@ import logging
 import os
 import re
 import secrets
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +37,7 @@ from filelock import FileLock, Timeout
 from proglayer import files
 from proglayer.errors import StoreError
 from proglayer.files import TEMPORARY, TEMPORARY_FORM
+from proglayer.store.reading import read_json
 from proglayer.store.record import JOBS, RESULT, read_jobs
 
 log = logging.getLogger(__name__)
@@ -54,20 +46,15 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 DAMAGED = ".damaged"
 LOCK = "lock"
-# What makes a folder a store, and the form of what lies in it: raise the number by hand.
+# What makes a folder a store, and what holds one that is private to a run: see `marker`.
 MARKER = ".proglayer-store.json"
-STORE_FORMAT = 1
-SAYS = "a store of trained phases"
+IN_USE = ".proglayer-store.lock"
 SETTING = "stages.dir"
 # Apart from the rest: a thousand runs may read a stage, and every look for a file lists its folder.
 USED = "used"
 # So long after a run began to read a stage, it no longer counts that the run might come back.
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 FORGET_AFTER_S = 30 * 86_400.0
-# A run that reuses nothing has a store of its own in its folder, of this and a random name.
-PRIVATE = ".stages"
-IN_USE = ".proglayer-store.lock"
-# So many names of what is not ours are printed.
-MOST_NAMED = 20
 
 # The whole names of ours.
 KEY_FORM = r"[0-9a-f]{32}"
@@ -82,10 +69,6 @@ STORED_FORM = re.compile(
 )
 
 T = TypeVar("T")
-
-
-class NotAStoreError(StoreError):
-    """A folder that is no store, or not this run's: the message says which and what to do."""
 
 
 def stage_key(description: dict[str, Any]) -> str:
@@ -164,16 +147,24 @@ class Stage:
         return Stage(self.store, f"{self.key}/{USED}")
 
     def mark_used(self, run: Path) -> None:
-        """Note that the run in the folder `run` reads this stage."""
+        """Note that the run in the folder `run` reads this stage, where that can be written.
+
+        Without the note `prune` does not know of the run, which then trains again what is missing.
+        """
         folder = str(run.resolve())
         name = hashlib.sha256(folder.encode()).hexdigest()[:12]
-        self.notes.write_json(name, {"run": folder})
+        try:
+            self.notes.write_json(name, {"run": folder})
+        except StoreError as error:
+            # A store that holds everything may be read-only.
+            if getattr(error.__cause__, "errno", None) not in READ_ONLY:
+                raise
 
     def readers(self) -> Iterator[tuple[Path, float]]:
         """The folders of all runs that read this stage, and how many seconds ago they began to."""
         for note in self.notes._files(""):
             with contextlib.suppress(FileNotFoundError):
-                if run := _unverified(note).get("run"):
+                if run := read_unverified(note).get("run"):
                     yield Path(run), time.time() - note.stat().st_mtime
 
     def users(self) -> list[Path]:
@@ -208,7 +199,7 @@ class Stage:
     def description(self) -> dict[str, Any] | None:
         """What the stage is; None unless its key is the hash of that."""
         for path in self._files("stage."):
-            description = _unverified(path)
+            description = read_unverified(path)
             with contextlib.suppress(ValueError):
                 if description and stage_key(description) == self.key:
                     return description
@@ -335,385 +326,17 @@ def is_stored(store: Path, path: Path) -> bool:
     return STORED_FORM.fullmatch(path.relative_to(store).as_posix()) is not None
 
 
-# ---------------------------------------------------------------------------------------------
-# What makes a folder a store
-
-
-@dataclass(frozen=True)
-class Marker:
-    """What MARKER says; `run` is the folder of the run that the store is private to, if it is."""
-
-    format: int
-    run: str | None = None
-
-
-def read_marker(store: Path) -> Marker | None:
-    """What makes a folder a store; None where it is none. Raises NotAStoreError.
-
-    That is for a store of a later version, and for a file of this name that is none of ours.
-    """
-    path = store / MARKER
-    if not os.path.lexists(path):
-        return None
-    content = _unverified(path) if files.is_ours(path, files.everything) else {}
-    form, run = content.get("format"), content.get("run")
-    if content.get("proglayer") != SAYS or type(form) is not int:
-        raise NotAStoreError(
-            f"{path} does not say that its folder is a store: move it, or point {SETTING} elsewhere"
-        )
-    if form > STORE_FORMAT:
-        raise NotAStoreError(
-            f"{store} is a store of a later version: update, or point {SETTING} elsewhere"
-        )
-    return Marker(form, run if isinstance(run, str) else None)
-
-
-def open_store(store: Path) -> None:
-    """Make a folder ready for a run, which adds stages to it and changes nothing else there.
-
-    A new or empty folder becomes a store, and so does one that holds nothing but stages, as earlier
-    versions left it. One that holds other things, too, can be used, but is not made a store: no
-    command deletes anything in it. Raises NotAStoreError.
-    """
-    marker = read_marker(store)
-    if marker is not None and marker.run is not None:
-        raise NotAStoreError(
-            f"{store} is private to the run in {marker.run}, which deletes it at its end: point "
-            f"{SETTING} elsewhere"
-        )
-    if marker is None and _holds_stages_alone(store):
-        # One that takes no marker takes no stages either, which is told then, or it needs none.
-        with contextlib.suppress(StoreError):
-            _write_marker(store)
-
-
-def _write_marker(store: Path, **more: str) -> None:
-    content = {"proglayer": SAYS, "format": STORE_FORMAT, **more}
-    data = json.dumps(content, indent=1).encode() + b"\n"
-    files.write_atomically(store / MARKER, data, SETTING, _is_marker)
-
-
-def _is_marker(path: Path) -> bool:
-    return _unverified(path).get("proglayer") == SAYS
-
-
-def _holds_stages_alone(store: Path) -> bool:
-    """Whether nothing in a folder is foreign; so for one that is not there."""
-    if not store.is_dir():
-        return not os.path.lexists(store)
-    try:
-        entries = list(os.scandir(store))
-        return not any(True for entry in entries for _ in _foreign(store, entry))
-    except OSError:
-        return False
-
-
-def _foreign(store: Path, entry: os.DirEntry[str]) -> Iterator[Path]:
-    """What is foreign of an entry of a store's folder: itself, or something in it."""
-    path = Path(entry.path)
-    if entry.is_file(follow_symlinks=False) and is_stored(store, path):
-        return
-    if not entry.is_dir(follow_symlinks=False):
-        yield path
-    elif re.fullmatch(KEY_FORM, entry.name):
-        stage = Stage(store, entry.name)
-        if stage.names("") and stage.description is None and not stage.is_proven:
-            yield path
-        else:
-            yield from stage.foreign()
-    elif entry.name != DAMAGED:
-        yield path
-
-
-class PrivateStore:
-    """The store of a run that reuses nothing, in its own folder; `folder` is where.
-
-    Its name is random, and it says whose it is, so nothing else is ever taken for it and deleted.
-    One that an interrupted try of the same run left is used again, unless another process is at it.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self._run = str(run.resolve())
-        for folder in sorted(run.glob(f"{PRIVATE}-*")):
-            if self._belongs(folder) and self._take(folder):
-                return
-        folder = run / f"{PRIVATE}-{secrets.token_hex(8)}"
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise files.cannot_write(run, error, "hydra.run.dir or hydra.sweep.dir") from error
-        _write_marker(folder, run=self._run)
-        if not self._take(folder):
-            raise StoreError(f"{folder} was taken by another process just now: start again")
-
-    def __enter__(self) -> PrivateStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def delete(self) -> None:
-        """Delete what runs stored in it, and the folder unless something else lies there."""
-        files.delete_folder(self.folder, lambda path: is_stored(self.folder, path))
-
-    def _belongs(self, folder: Path) -> bool:
-        with contextlib.suppress(StoreError):
-            marker = read_marker(folder) if files.is_folder(folder) else None
-            return marker is not None and marker.run == self._run
-        return False
-
-    def _take(self, folder: Path) -> bool:
-        lock = FileLock(folder / IN_USE)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        if not self._belongs(folder):  # deleted meanwhile
-            lock.release()
-            files.delete_folder(folder, files.named(re.escape(IN_USE)))
-            return False
-        self.folder, self._lock = folder, lock
-        return True
-
-
-# ---------------------------------------------------------------------------------------------
-# python -m proglayer.stages
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A stage as the store lists it: `size` in bytes, `age` in seconds since its last writing."""
-
-    stage: Stage
-    description: dict[str, Any]
-    epochs: int
-    size: int
-    age: float
-    users: tuple[Path, ...]
-
-    @property
-    def is_described(self) -> bool:
-        """Whether its key is the hash of its description: else nothing of it is deleted."""
-        return bool(self.description)
-
-    @property
-    def title(self) -> str:
-        """What it is, for people."""
-        phase = self.description.get("phase")
-        if not phase:
-            return "(not described)"
-        parts = [
-            f"phase {phase['index'] + 1}",
-            f"{phase['layers']} layers",
-            f"seed {phase['seed']}",
-        ]
-        parts.append(f"dim {phase['architecture']['dim']}")
-        trained = sum(weight > 0 for weight in phase["exit_weights"])
-        parts.append("1 exit" if trained == 1 else f"{trained} exits")
-        return ", ".join(parts)
-
-
-@dataclass
-class Contents:
-    """What lies in a store: stages, and what is not ours."""
-
-    stages: list[Kept] = field(default_factory=list)
-    foreign: list[Path] = field(default_factory=list)
-
-
-def look_over(store: Path) -> Contents:
-    """Every stage of a store, in no order, and everything foreign in it."""
-    contents = Contents()
-    for entry in list(os.scandir(store)) if store.is_dir() else ():
-        foreign: list[Path] = []
-        with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
-            foreign = list(_foreign(store, entry))
-            is_stage = re.fullmatch(KEY_FORM, entry.name) and Path(entry.path) not in foreign
-            if is_stage and (kept := _kept(Stage(store, entry.name))):
-                contents.stages.append(kept)
-        contents.foreign += foreign
-    contents.foreign.sort()
-    return contents
-
-
-def stages_in(store: Path) -> list[Kept]:
-    """Every stage of a store, in no order."""
-    return look_over(store).stages
-
-
-def _kept(stage: Stage) -> Kept | None:
-    """A stage as the store lists it; None for what is left of a deleted one."""
-    own = stage._files("")
-    if not own:
-        return None
-    stats = [path.stat() for path in [*own, *stage.notes._files("")]]
-    return Kept(
-        stage,
-        stage.description or {},
-        len(stage.names("epoch-")),
-        sum(stat.st_size for stat in stats),
-        time.time() - max(stat.st_mtime for stat in stats),
-        tuple(stage.users()),
-    )
-
-
-def prunable(stages: Sequence[Kept], max_bytes: int | None, max_age_s: float | None) -> list[Kept]:
-    """The stages to delete, oldest first, so that the rest keep to both limits.
-
-    What an unfinished run reads stays, and so does every stage that it grew from.
-    """
-    by_key = {kept.stage.key: kept for kept in stages}
-    needed: set[str] = set()
-    for kept in stages:
-        key: str | None = kept.stage.key if kept.stage.needed else None
-        while key in by_key and key not in needed:
-            needed.add(key)
-            parent = by_key[key].description.get("parent")
-            key = parent["key"] if isinstance(parent, dict) else None
-    total = sum(kept.size for kept in stages)
-    chosen = []
-    for kept in sorted(stages, key=lambda kept: -kept.age):
-        too_old = max_age_s is not None and kept.age > max_age_s
-        too_much = max_bytes is not None and total > max_bytes
-        if kept.is_described and kept.stage.key not in needed and (too_old or too_much):
-            chosen.append(kept)
-            total -= kept.size
-    return chosen
-
-
-def verify(stage: Stage) -> list[str]:
-    """Read every file of a stage; the names of those that were damaged, now set aside.
-
-    A job at work may take files away meanwhile: they are no damage.
-    """
-    parts = (stage, stage.notes)
-    for part in parts:
-        for name in part.names(""):
-            part.read(name)
-    return [name for part in parts for name in part.damaged]
-
-
-def delete(stage: Stage) -> bool:
-    """Delete a stage's files, unless a process is writing it right now or a run came to need it.
-
-    The lock's file stays: others may be waiting at it, and must meet at the same one. So does what
-    is not ours.
-    """
-    if stage.description is None or not stage.lock(0):
-        return False
-    try:
-        if stage.needed:
-            return False
-        for part in (stage, stage.notes):
-            for path in part._files(""):
-                files.delete(path, part._is_ours)
-    finally:
-        stage.unlock()
-    return True
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Gives the exit status: 1 if files were damaged, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proglayer.stages", description="Trained phases."
-    )
-    parser.add_argument("action", choices=("list", "verify", "prune"))
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        default=Path(os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"),
-        help="the store (default: $PROGLAYER_STAGES, else multirun/.stages)",
-    )
-    parser.add_argument("--max-size", type=_bytes, help="prune: keep at most this much, as in 20GB")
-    parser.add_argument(
-        "--max-age", type=_seconds, help="prune: keep nothing older, as in 30d, 12h"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="prune: say what would go")
-    options = parser.parse_args(arguments)
-    if options.action == "prune" and options.max_size is None and options.max_age is None:
-        parser.error("prune needs --max-size or --max-age")
-    if not options.dir.is_dir():
-        print(f"error: no store at {options.dir}: name one with --dir", file=sys.stderr)
-        return 2
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if options.action != "list":
-        try:
-            if read_marker(options.dir) is None:
-                raise NotAStoreError(
-                    f"{options.dir} does not say that it is a store (it has no {MARKER}), so "
-                    "nothing in it is changed: name a store with --dir; a run marks the one that "
-                    "it uses, if nothing else is in it"
-                )
-        except NotAStoreError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    contents = look_over(options.dir)
-    stages = sorted(contents.stages, key=lambda kept: kept.age)
-    if options.action == "list":
-        _print(stages)
-        _print_foreign(contents.foreign)
-        return 0
-    if options.action == "verify":
-        ours = [kept for kept in stages if kept.description.get("format", FORMAT) == FORMAT]
-        damaged = sum(len(verify(kept.stage)) for kept in ours)
-        print(f"{len(ours)} stages read, {damaged} damaged files set aside")
-        if len(ours) < len(stages):
-            print(f"{len(stages) - len(ours)} stages of another version left unread")
-        _print_foreign(contents.foreign)
-        return int(damaged > 0)
-    freed = 0
-    for kept in prunable(stages, options.max_size, options.max_age):
-        if options.dry_run or delete(kept.stage):
-            freed += kept.size
-            print(
-                f"{'would delete' if options.dry_run else 'deleted'} {kept.stage.key}: {kept.title}"
-            )
-    print(f"{freed / 1e6:,.1f} MB {'would be freed' if options.dry_run else 'freed'}")
-    _print_foreign(contents.foreign)
-    return 0
-
-
-def _print(stages: Sequence[Kept]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in ("stage", "what", "epochs", "MB", "age", "used by"):
-        table.add_column(name, justify="right" if name in ("epochs", "MB", "age") else "left")
-    for kept in stages:
-        days, seconds = divmod(int(kept.age), 86_400)
-        age = f"{days} d" if days else f"{seconds // 3600} h {seconds % 3600 // 60} min"
-        users = ", ".join(sorted("/".join(run.parts[-2:]) for run in kept.users))
-        row = (kept.stage.key[:12], kept.title, str(kept.epochs), f"{kept.size / 1e6:,.1f}", age)
-        table.add_row(*row, users or "nothing")
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
-    total = sum(kept.size for kept in stages)
-    console.print(f"{len(stages)} stages, {total / 1e6:,.1f} MB")
-
-
-def _print_foreign(foreign: Sequence[Path]) -> None:
-    from proglayer.console import one_line
-
-    if foreign:
-        print(f"{len(foreign)} foreign files and folders, left as they are:")
-    for path in foreign[:MOST_NAMED]:
-        print(f"  {one_line(str(path))}")
-    if len(foreign) > MOST_NAMED:
-        print(f"  and {len(foreign) - MOST_NAMED} more")
-
-
-def _unverified(path: Path | None) -> dict[str, Any]:
+def read_unverified(path: Path | None) -> dict[str, Any]:
     """A file's plain data, for looking over a store: whatever cannot be read is empty."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_text()) if path is not None else {}
+    with contextlib.suppress(OSError, ValueError):
+        content = read_json(path) if path is not None else {}
         return content if isinstance(content, dict) else {}
     return {}
 
 
 def _status(run: Path) -> str | None:
     """How a run ended; None without a record."""
-    return _unverified(run / RESULT).get("status")
+    return read_unverified(run / RESULT).get("status")
 
 
 def _has_jobs_left(sweep: Path) -> bool:
@@ -724,19 +347,3 @@ def _has_jobs_left(sweep: Path) -> bool:
         return any(not (sweep / job.folder / RESULT).exists() for job in read_jobs(sweep))
     except (OSError, ValueError):
         return True
-
-
-def _bytes(text: str) -> int:
-    units = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
-    match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip().upper())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text} is no size: write 500MB, 20GB")
-    return int(float(match[1]) * units[match[2]])
-
-
-def _seconds(text: str) -> float:
-    units = {"d": 86_400, "h": 3_600, "m": 60}
-    match = re.fullmatch(r"([0-9.]+) *([dhm])", text.strip().lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text} is no age: write 30d, 12h, 5m")
-    return float(match[1]) * units[match[2]]

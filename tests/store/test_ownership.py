@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from proglayer.config import ConfigError
+from proglayer.errors import StoreError
 from proglayer.run.experiment import run
-from proglayer.store import stages
+from proglayer.store import marker
+from proglayer.store.__main__ import main
+from proglayer.store.marker import PrivateStore, open_store
 from proglayer.store.record import BestEpoch, RunState, read_jobs, read_record
-from proglayer.store.stages import MARKER, PrivateStore, Stage, StoreError, main, open_store
+from proglayer.store.stages import MARKER, Stage
 from proglayer.training.trainer import Training
 
 from ..helpers import ROOT, SHORT, Command, config, results
@@ -424,14 +427,14 @@ def test_a_private_store_deleted_meanwhile_is_not_taken(
 ) -> None:
     with PrivateStore(tmp_path) as one:
         kept = one.folder
-    real = stages.FileLock.acquire
+    real = marker.FileLock.acquire
 
-    def and_then_it_goes(lock: stages.FileLock, **how: float) -> object:
+    def and_then_it_goes(lock: marker.FileLock, **how: float) -> object:
         shutil.rmtree(kept, ignore_errors=True)
         return real(lock, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.FileLock, "acquire", and_then_it_goes)
+        patch.setattr(marker.FileLock, "acquire", and_then_it_goes)
         with PrivateStore(tmp_path) as two:
             assert two.folder != kept
             assert not kept.exists()

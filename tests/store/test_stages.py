@@ -17,17 +17,13 @@ from typing import Any
 import pytest
 
 from proglayer.run.experiment import run
+from proglayer.store import __main__ as command
 from proglayer.store import stages
+from proglayer.store.__main__ import main
+from proglayer.store.listing import prunable, stages_in, verify
+from proglayer.store.marker import open_store
 from proglayer.store.record import ListedJob, RunRecord, RunState, write_jobs, write_record
-from proglayer.store.stages import (
-    Stage,
-    main,
-    open_store,
-    prunable,
-    stage_key,
-    stages_in,
-    verify,
-)
+from proglayer.store.stages import Stage, stage_key
 
 from ..helpers import config
 
@@ -172,14 +168,14 @@ def test_pruning_asks_again_before_it_deletes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = stage(tmp_path / "store", "a", 10, 9)
-    chosen = stages.prunable
+    chosen = command.prunable
 
     def then_a_run_begins(*arguments: Any) -> Any:
         found = chosen(*arguments)
         run_folder(tmp_path / "run", None, kept)
         return found
 
-    monkeypatch.setattr(stages, "prunable", then_a_run_begins)
+    monkeypatch.setattr(command, "prunable", then_a_run_begins)
     assert main(["prune", "--dir", str(tmp_path / "store"), "--max-size", "0"]) == 0
     assert kept.names("state")
 
