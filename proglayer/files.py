@@ -134,6 +134,9 @@ def link_or_copy(source: Path, final: Path, setting: str, ours: Ours) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
+        # Who edits one of two links edits the other, too.
+        with contextlib.suppress(OSError):
+            os.chmod(temporary, 0o444)
         os.replace(temporary, final)
     except OSError as error:
         raise cannot_write(final.parent, error, setting) from error

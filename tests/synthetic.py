@@ -14,7 +14,6 @@ import yaml
 from proglayer.config import to_plain
 from proglayer.store.record import (
     BestEpoch,
-    Changes,
     CorpusRecord,
     Environment,
     EpochOnTest,
@@ -28,6 +27,7 @@ from proglayer.store.record import (
     PhaseWork,
     RunRecord,
     RunState,
+    changes_of,
     write_jobs,
     write_metrics,
     write_record,
@@ -178,7 +178,7 @@ def leave(
             validation_windows=windows[1],
         ),
         phases=recorded,
-        changes=Changes.between(recorded[0].best, recorded[-1].best) if completed else None,
+        changes=changes_of(recorded) if completed else None,
         ended="2026-03-01T12:01:30+00:00",
         seconds=90.0,
     )

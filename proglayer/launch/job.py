@@ -115,7 +115,8 @@ def _run_job(settings: DictConfig) -> float | None:
         if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
             return None
-        from proglayer.run.experiment import Deferred, run
+        from proglayer.run.experiment import run
+        from proglayer.run.session import Deferred
 
         threads = config.threads or (None if single else threads_per_job(hydra.launcher))
         config = replace(config, threads=threads)

@@ -54,6 +54,7 @@ from proglayer.store.record import (
     ListedJob,
     RecordError,
     RunState,
+    has_whole_weights,
     note_failed_job,
     read_heartbeat,
     read_record,
@@ -566,4 +567,5 @@ def _completed(folder: Path, config: Config) -> bool:
         record is not None
         and record.status is RunState.completed
         and record.config == to_plain(config)
+        and has_whole_weights(folder, record)
     )

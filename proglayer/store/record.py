@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -43,7 +44,7 @@ HEARTBEAT_EVERY_S = 10.0
 # A shared file system may show a change of time a minute late.
 LOST_AFTER_S = 120.0
 # Raise by hand when a reader of older records would misread a newer one.
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 
 FOLDER_SETTINGS = "hydra.run.dir or hydra.sweep.dir"
 SWEEP = "hydra.sweep.dir"
@@ -280,8 +281,9 @@ class PhaseRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What changed from the first phase to the last: a plus is an improvement in each but the loss,
-    which is given as after - before. None where a metric of either is not finite.
+    """What changed from the first phase to the last: plus is an improvement in each. Accuracy in
+    percentage points, perplexity in percent of the first, loss in nats per token. None where a
+    metric of either phase is not finite.
     """
 
     accuracy_points: float | None
@@ -299,8 +301,13 @@ class Changes:
             perplexity_percent=None
             if perplexity is None or not first.validation_perplexity
             else perplexity / first.validation_perplexity * 100,
-            loss_nats=_difference(first.validation_loss, last.validation_loss),
+            loss_nats=_difference(last.validation_loss, first.validation_loss),
         )
+
+
+def changes_of(phases: Sequence[PhaseRecord]) -> Changes | None:
+    """What changed from the first of these phases to the last; None unless there are several."""
+    return Changes.between(phases[0].best, phases[-1].best) if len(phases) > 1 else None
 
 
 def _difference(before: float | None, after: float | None) -> float | None:
@@ -312,7 +319,8 @@ class RunRecord:
     """`result.json`. What a run that never started leaves is in its first fields alone.
 
     `config` and `choices` are the settings and the group options it was composed from; `objective`
-    is the metric that the setting of this name points to. Times are ISO 8601 in UTC.
+    is the metric that the setting of this name points to. `changes` are those of a completed run of
+    several phases. `weights_sha256` is the hash of WEIGHTS. Times are ISO 8601 in UTC.
     """
 
     format: int = RECORD_FORMAT
@@ -330,6 +338,7 @@ class RunRecord:
     corpus: CorpusRecord | None = None
     phases: list[PhaseRecord] = field(default_factory=list)
     changes: Changes | None = field(default=None, metadata=OMITTED_IF_NONE)
+    weights_sha256: str | None = field(default=None, metadata=OMITTED_IF_NONE)
     traceback: str | None = field(default=None, metadata=OMITTED_IF_NONE)
     ended: str | None = None
     seconds: float | None = None
@@ -366,9 +375,23 @@ def read_record(folder: Path) -> RunRecord | None:
     if status is None or not status.is_end or not isinstance(plain.get("phases"), list):
         raise RecordError("damaged", f"{RESULT} does not say how the run ended")
     try:
-        return from_dict(RunRecord, plain)
+        record = from_dict(RunRecord, plain)
     except RecordError as error:
         raise RecordError("damaged", f"{RESULT} holds {error}") from error
+    # Format 1 gave the change of the loss the other sign, and runs of one phase changes of 0.
+    record.changes = record.changes and changes_of(record.phases)
+    return record
+
+
+def has_whole_weights(folder: Path, record: RunRecord) -> bool:
+    """Whether a run's weights are still what it left. Older records have no hash to tell by."""
+    try:
+        with open(folder / WEIGHTS, "rb") as file:
+            if record.weights_sha256 is None:
+                return True
+            return hashlib.file_digest(file, "sha256").hexdigest() == record.weights_sha256
+    except OSError:
+        return False
 
 
 def read_plain(folder: Path) -> Any:

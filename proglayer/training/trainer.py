@@ -153,14 +153,15 @@ class Training:
                 looked = now = time.perf_counter()
             self.seconds = seconds_before + now - started
             if after_step is not None:
-                speed = (self.step - first_step) * phase.batch_size * self.windows.seq_len
+                windows = min(self.step * phase.batch_size, len(self.windows))
+                tokens = (windows - first_step * phase.batch_size) * self.windows.seq_len
                 after_step(
                     Progress(
                         self.epoch + 1,
                         self.step,
                         self.steps_per_epoch,
                         mean,
-                        speed / max(now - started, 1e-9),
+                        tokens / max(now - started, 1e-9),
                     )
                 )
         # A gate opens within the first epoch, so that what is evaluated and stored has none.

@@ -18,6 +18,7 @@ import torch
 from proglayer import load_run
 from proglayer.config import ConfigError, to_config
 from proglayer.run import experiment, loggers
+from proglayer.run.session import Deferred
 from proglayer.store.record import HeartbeatContent, RunState, read_heartbeat, read_record
 from proglayer.store.stages import Stage
 
@@ -178,7 +179,7 @@ def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) ->
         *TINY, "model.exit_weights=uniform", "logger=[mlflow]", f"stages.dir={stage.store}"
     )
     (tmp_path / "run").mkdir()
-    with pytest.raises(experiment.Deferred):
+    with pytest.raises(Deferred):
         experiment.run(settings, tmp_path / "run", may_wait=False)
     assert mlflow_runs(tmp_path / "run") == []
     assert read_heartbeat(tmp_path / "run").sign is RunState.deferred

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from proglayer.store.stages import Stage, StoreError, verify
-from proglayer.store.trajectory import Interrupted, Machine, NotMoved, Trajectory, Watch, describe
+from proglayer.errors import StoreError
+from proglayer.store.listing import verify
+from proglayer.store.stages import Stage
+from proglayer.store.trajectory import Hooks, Interrupted, Machine, NotMoved, Trajectory, describe
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import carried_tensors
@@ -55,10 +57,10 @@ def trajectory(
     start: Callable[[], Transformer] | None = None,
     **others: Any,
 ) -> Trajectory:
-    watch = Watch(StopAt(stop_at), lambda progress: None, lambda text: None)
+    hooks = Hooks(StopAt(stop_at), lambda progress: None, lambda text: None)
     return Trajectory(
         store, None, start or (lambda: build(phase)), phase, CORPUS, torch.device("cpu"), HERE,
-        checkpoint_every_s, watch, **others,
+        checkpoint_every_s, hooks, **others,
     )  # fmt: skip
 
 
@@ -99,8 +101,8 @@ def test_a_second_reader_trains_nothing_and_changes_no_file(tmp_path: Path) -> N
     before = files(tmp_path)
     second = followed(tmp_path, planned())
     assert_same(first, second)
-    assert len(first[2].work.trained) == 3
-    assert not second[2].work.trained
+    assert len(first[2].counts.trained) == 3
+    assert not second[2].counts.trained
     assert files(tmp_path) == before
 
 
@@ -198,7 +200,7 @@ def test_what_the_optimizer_carries_resumes_bit_for_bit(tmp_path: Path) -> None:
         selected = follow(first.stop, parent.epochs()).best.epoch
         parent.finish(selected)
         weights, kept = parent.weights(selected), parent.optimizer_state(selected)
-    assert parent.work.epochs_replayed == 0
+    assert parent.counts.epochs_replayed == 0
     # Where it was not stored it is trained again.
     with trajectory(tmp_path / "bare", first) as bare:
         follow(first.stop, bare.epochs())
@@ -254,10 +256,10 @@ def test_a_longer_patience_continues_and_a_shorter_one_reads(tmp_path: Path) -> 
     assert len(short[0].epochs) < len(alone[0].epochs)
     long = followed(shared, patient)
     assert_same(alone, long)
-    assert len(long[2].work.trained) == len(alone[0].epochs) - len(short[0].epochs)
+    assert len(long[2].counts.trained) == len(alone[0].epochs) - len(short[0].epochs)
     again = followed(shared, base)
     assert_same(short, again)
-    assert not again[2].work.trained
+    assert not again[2].counts.trained
 
 
 def test_weights_that_no_one_kept_are_trained_again(tmp_path: Path) -> None:
@@ -361,7 +363,7 @@ def test_files_of_another_form_are_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epoch-0001", "exits", "weights", "state"])
-def test_what_cannot_be_read_is_made_anew(
+def test_what_cannot_be_read_is_trained_again(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     phase = planned()
@@ -428,15 +430,15 @@ def test_an_improvement_below_min_delta_keeps_both_epochs(tmp_path: Path) -> Non
     assert losses[2] < losses[1] < losses[0]
     first = followed(tmp_path / "shared", short)
     assert (first[0].best.epoch, len(first[0].epochs)) == (1, 3)
-    assert first[2].work.epochs_replayed == 0
+    assert first[2].counts.epochs_replayed == 0
     on = followed(tmp_path / "shared", patient)
     assert_same(alone, on)
-    assert on[2].work.trained == {4, 5, 6}
-    assert on[2].work.epochs_replayed == 0
+    assert on[2].counts.trained == {4, 5, 6}
+    assert on[2].counts.epochs_replayed == 0
     # Who goes by the lowest loss finds its weights too.
     lowest = followed(tmp_path / "shared", replace(patient, stop=StoppingRule(6, 1, 0.0)))
-    assert not lowest[2].work.trained
-    assert lowest[2].work.epochs_replayed == 0
+    assert not lowest[2].counts.trained
+    assert lowest[2].counts.epochs_replayed == 0
 
 
 def test_a_removed_file_is_made_again(tmp_path: Path) -> None:
@@ -506,7 +508,7 @@ def test_progress_is_shown(tmp_path: Path) -> None:
     seen: list[Progress] = []
     phase = planned()
     steps = trajectory(tmp_path, phase)
-    steps._watch.on_step = seen.append
+    steps._hooks.on_step = seen.append
     with steps:
         next(steps.epochs())
     assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]

@@ -1,0 +1,258 @@
+"""What surrounds a run while its phases are walked through, and how it ends.
+
+A session shows that the run is alive, holds what is process-wide, listens to signals, writes and
+shows each epoch, and turns whatever ends the walk into the run's record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from proglayer.config import Config, stages_dir, to_plain
+from proglayer.errors import ConfigError, UserError
+from proglayer.files import NotOursError
+from proglayer.run import gpu_slots, machine
+from proglayer.run.loggers import Loggers
+from proglayer.run.progress import RunDisplay
+from proglayer.store.marker import PrivateStore, open_store
+from proglayer.store.record import (
+    Heartbeat,
+    MetricsRow,
+    RunRecord,
+    RunState,
+    check_folder,
+    remove_record,
+    write_heartbeat,
+    write_metrics,
+    write_record,
+)
+from proglayer.store.trajectory import Counts, Hooks, Interrupted
+from proglayer.training.plan import Phase
+from proglayer.training.stopping import EpochMetrics, perplexity
+from proglayer.training.trainer import ExitMetrics
+
+log = logging.getLogger(__name__)
+
+# Called with each row of `metrics.csv` once it is written. Returns why the run is to end early, or
+# None for it to go on.
+Prune = Callable[[MetricsRow], str | None]
+
+
+class Deferred(Exception):
+    """The run needs a phase that another job is training, and was told not to wait for it."""
+
+
+class Pruned(Exception):
+    """The search that the run belongs to gave it up. The message says why."""
+
+
+class Session:
+    """The surroundings of one run; `record` is what it will leave."""
+
+    def __init__(
+        self, config: Config, folder: Path, record: RunRecord, may_wait: bool, prune: Prune | None
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.record = record
+        self.begun = False
+        self.signals = machine.StopSignals()
+        self._may_wait = may_wait
+        self._prune = prune
+        self._rows: list[MetricsRow] = []
+        self._private: PrivateStore | None = None
+        # What is held while the phases are walked through, and what until the record is written.
+        self._during_walk = contextlib.ExitStack()
+        self._until_recorded = contextlib.ExitStack()
+
+    def begin(self, phases: int, device: torch.device) -> None:
+        """Open everything that the walk needs. From here on every end is recorded.
+
+        Raises Interrupted, ConfigError or StoreError.
+        """
+        remove_record(self.folder)
+        self.begun = True
+        plain = to_plain(self.config)
+        choices = self.record.choices or {}
+        self._loggers = Loggers(self.config.logger, self.folder, plain, choices)
+        self._during_walk.enter_context(self.signals)
+        self._display = self._during_walk.enter_context(RunDisplay(phases))
+        slot = gpu_slots.hold(
+            device, self.config.jobs_per_gpu, self.signals.received, self._display.note
+        )
+        self.record.gpu = self._during_walk.enter_context(slot)
+        if self.config.reuse:
+            self.store = Path(stages_dir(self.config))
+            open_store(self.store)
+        else:
+            self._private = self._until_recorded.enter_context(PrivateStore(self.folder))
+            self.store = self._private.folder
+
+    # -- while the phases are walked through ----------------------------------------------------
+
+    @property
+    def hooks(self) -> Hooks:
+        """How a trajectory reaches this session."""
+        return Hooks(self.signals.received, self._display.step, self._wait)
+
+    def phase(self, phase: Phase) -> None:
+        """A phase begins."""
+        self._display.phase(phase)
+
+    def epoch(
+        self, phase: Phase, counts: Counts, metrics: EpochMetrics, best: EpochMetrics
+    ) -> None:
+        """Write and show an epoch that was trained or read. Raises Pruned."""
+        reused = metrics.epoch not in counts.trained
+        is_best = best.epoch == metrics.epoch
+        self._display.epoch(metrics, best, reused)
+        if is_best:
+            self._rows = [
+                replace(row, best=False) if row.phase == phase.index + 1 else row
+                for row in self._rows
+            ]
+        row = MetricsRow(
+            phase=phase.index + 1,
+            layers=phase.layers,
+            epoch=metrics.epoch,
+            train_loss=metrics.train_loss,
+            validation_loss=metrics.validation_loss,
+            validation_perplexity=metrics.validation_perplexity,
+            validation_accuracy_percent=100 * metrics.validation_accuracy,
+            train_tokens=metrics.train_tokens,
+            train_seconds=round(metrics.train_seconds, 3),
+            evaluation_seconds=round(metrics.evaluation_seconds, 3),
+            best=is_best,
+            reused=reused,
+        )
+        self._rows.append(row)
+        write_metrics(self.folder, self._rows)
+        self._loggers.epoch(row)
+        if self._prune is not None and (reason := self._prune(row)) is not None:
+            raise Pruned(reason)
+
+    def start(self, phase: Phase, last: ExitMetrics) -> None:
+        """Write and show the model right after a growth as epoch 0 of its phase."""
+        self._rows.append(
+            MetricsRow(
+                phase=phase.index + 1,
+                layers=phase.layers,
+                epoch=0,
+                train_loss=None,
+                validation_loss=last.loss,
+                validation_perplexity=perplexity(last.loss),
+                validation_accuracy_percent=100 * last.accuracy,
+                train_tokens=0,
+                train_seconds=0.0,
+                evaluation_seconds=0.0,
+                best=False,
+                reused=False,
+            )
+        )
+        write_metrics(self.folder, self._rows)
+        self._display.note(
+            f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "
+            f"perplexity {perplexity(last.loss):.2f}"
+        )
+
+    def _wait(self, reason: str) -> None:
+        if not self._may_wait:
+            raise Deferred(reason)
+        self._display.note(reason)
+
+    # -- how it ends ----------------------------------------------------------------------------
+
+    def explain(self, error: Exception) -> RunState:
+        """Put into the record why the run ends so, and say it. Returns the state it ends in."""
+        if isinstance(error, Pruned):
+            self.record.reason = str(error)
+            self._display.note(str(error))
+            return RunState.pruned
+        if isinstance(error, Interrupted):
+            self.record.reason = str(error)
+            if self.signals.scheduler is None:
+                self._display.note(f"{error}; the same command goes on from here")
+                return RunState.interrupted
+            self._display.note(f"{error}; it goes on when its scheduler starts it again")
+            return RunState.preempted
+        can_be_mended = isinstance(error, UserError)
+        reason = str(error) if can_be_mended else None
+        if reason is None and self.begun:
+            reason = machine.out_of_memory(error)
+        if reason is None:
+            self.record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.record.traceback = traceback.format_exc()
+            log.exception("the run failed")
+        else:
+            self.record.reason = reason
+            log.error("%s", reason)
+        return RunState.failed
+
+    def defer(self, reason: Deferred) -> None:
+        """Leave no record: the run comes back."""
+        self._display.note(f"{reason}: this one comes back later")
+        self._loggers.discard()
+        write_heartbeat(self.folder, RunState.deferred)
+
+    def end(self, state: RunState, seconds: float) -> None:
+        """Leave the record."""
+        self.record.status = state
+        self.record.ended = now()
+        self.record.seconds = seconds
+        write_record(self.folder, self.record)
+        if self.begun:
+            self._loggers.end(self.record)
+        if self._private is not None and state in (RunState.completed, RunState.pruned):
+            self._private.delete()
+
+
+@contextlib.contextmanager
+def session(
+    config: Config, folder: Path, record: RunRecord, may_wait: bool, prune: Prune | None
+) -> Iterator[Session]:
+    """Surround the walk through a run's phases.
+
+    What the block raises is in the record and goes no further, but for a UserError before
+    `Session.begin`, which leaves no record, and for Deferred.
+    """
+    started = time.perf_counter()
+    try:
+        check_folder(folder)
+    except NotOursError as error:
+        raise ConfigError(str(error)) from error
+    current = Session(config, folder, record, may_wait, prune)
+    with (
+        Heartbeat(folder),
+        machine.switches(config.threads, config.precision),
+        current._until_recorded,
+    ):
+        with current._during_walk:
+            try:
+                yield current
+                state = RunState.completed
+            except Deferred as reason:
+                current.defer(reason)
+                raise
+            except Exception as error:
+                if not current.begun:
+                    if isinstance(error, UserError):
+                        raise
+                    remove_record(folder)
+                state = current.explain(error)
+        current.end(state, time.perf_counter() - started)
+    if current.signals.scheduler is not None:
+        current.signals.scheduler()
+
+
+def now() -> str:
+    """The time as a record writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,108 @@
+"""Weights and training states as bytes: safetensors files with plain data beside the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from proglayer.training.model import Transformer, restored
+from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
+from proglayer.training.plan import Phase, described
+from proglayer.training.trainer import Training
+
+# The entry of a file's metadata that holds what is not a tensor.
+ABOUT = "proglayer"
+
+# Tensors by name.
+Tensors = dict[str, Tensor]
+
+
+def on_cpu(tensors: Mapping[str, Tensor], copy: bool = False) -> Tensors:
+    """The tensors on the CPU; they share storage with the given ones unless `copy`."""
+    return {
+        name: value.detach().to("cpu", copy=copy).contiguous() for name, value in tensors.items()
+    }
+
+
+def trainable_parameters(training: Training) -> Tensors:
+    """The parameters that the phase trains, by name."""
+    return {n: p for n, p in training.model.named_parameters() if p.requires_grad}
+
+
+def pack_weights(phase: Phase, weights: Tensors) -> bytes:
+    """The file of a phase's model."""
+    return _pack(weights, {"architecture": described(phase.architecture), "layers": phase.layers})
+
+
+def load_model(content: bytes) -> Transformer:
+    """The model in a file of weights, on the CPU. Raises ValueError or KeyError."""
+    about = _about(content)
+    return restored(about["layers"], about["architecture"], safetensors.torch.load(content))
+
+
+def pack_training(training: Training, best: tuple[int, Tensors] | None) -> bytes:
+    """Everything that training changes, for going on from exactly here.
+
+    best: the selected epoch so far and its trainable weights, where they are stored nowhere else.
+    """
+    tensors = {"loss_sum": training.loss_sum}
+    tensors |= {f"model/{name}": value for name, value in trainable_parameters(training).items()}
+    for name, value in optimizer_tensors(training.optimizer).items():
+        tensors[f"optimizer/{name}"] = value
+    about: dict[str, Any] = {"seconds": training.seconds}
+    if training.gradient_shares and training.epoch == 0:
+        about["gradient_shares"] = [float(share) for share in training.gradient_shares]
+    if best is not None:
+        about["best_epoch"] = best[0]
+        tensors |= {f"best/{name}": value for name, value in best[1].items()}
+    return _pack(on_cpu(tensors), about)
+
+
+def pack_optimizer(training: Training) -> bytes:
+    """The optimizer's state, for a later phase that takes it over."""
+    return safetensors.torch.save(on_cpu(optimizer_tensors(training.optimizer)))
+
+
+def load_training(training: Training, content: bytes) -> tuple[int, Tensors] | None:
+    """Put a stored state into `training`, but for its position. Returns `best` of `pack_training`.
+
+    Raises ValueError, and changes nothing, unless the tensors are those that `training` trains.
+    """
+    parts: dict[str, Tensors] = {"loss_sum": {}, "model": {}, "optimizer": {}, "best": {}}
+    for name, value in safetensors.torch.load(content).items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = value
+    about = _about(content)
+    parameters = trainable_parameters(training)
+    shapes = {name: value.shape for name, value in parameters.items()}
+    optimized = {name.rpartition("/")[0] for name in parts["optimizer"]}
+    if {n: v.shape for n, v in parts["model"].items()} != shapes or optimized != shapes.keys():
+        raise ValueError("other tensors than the phase trains")
+    loss_sum, seconds = parts["loss_sum"][""], about["seconds"]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(parts["model"][name])
+    load_optimizer_tensors(training.optimizer, parts["optimizer"])
+    training.loss_sum = loss_sum.to(training.device)
+    training.seconds = seconds
+    training.gradient_shares = [torch.tensor(share) for share in about.get("gradient_shares", [])]
+    return (about["best_epoch"], parts["best"]) if "best_epoch" in about else None
+
+
+def _pack(tensors: Tensors, about: dict[str, Any]) -> bytes:
+    """A safetensors file; equal content gives equal bytes.
+
+    The plain data is one entry of the file's metadata, since those come in no fixed order.
+    """
+    return safetensors.torch.save(tensors, {ABOUT: json.dumps(about, sort_keys=True)})
+
+
+def _about(content: bytes) -> dict[str, Any]:
+    """The plain data of such a file: it begins with a length of 8 bytes, then a header in JSON."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][ABOUT])
