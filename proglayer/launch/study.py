@@ -256,8 +256,7 @@ def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:
             log.warning("epoch not reported to the study (%s)", first_line(error))
             return None
         name = settings._target_.rpartition(".")[2]
-        return (
-            f"pruned by {name} after {step} epochs, with a {column} of {getattr(row, column):.6g}"
-        )
+        epochs = "1 epoch" if step == 1 else f"{step} epochs"
+        return f"pruned by {name} after {epochs}, with a {column} of {getattr(row, column):.6g}"
 
     return prune
