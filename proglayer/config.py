@@ -342,7 +342,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Who else is told of a run's figures as they come."""
+    """Who else gets a run's metrics as they come."""
 
     tensorboard: bool
     mlflow: bool

@@ -75,7 +75,7 @@ def plain_cell(cell: str | Text) -> Text:
 
 
 class LogFile(logging.FileHandler):
-    """The log of a run, which a full disk does not end: told once, in a line."""
+    """The log of a run, which a full disk does not end: one line says so, once."""
 
     _told = False
 

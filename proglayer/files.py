@@ -1,7 +1,7 @@
 """The only way by which files are written over, moved or deleted.
 
 Runs, stores and reports lie in folders that a user names, beside files that are not ours. So every
-function here is told how ours are known, and leaves alone what is not: a file that does not look
+function here is given how ours are known, and leaves alone what is not: a file that does not look
 so, and whatever is no regular file. A link is never followed. No other module of the package
 changes a file that is there; a test holds that.
 """

@@ -194,7 +194,7 @@ def _pruning(sweeper: DictConfig, objective: str, folder: Path) -> Callable[...,
 def leave_report(folder: Path, *before: Path) -> None:
     """Write the report of a run or a sweep into its folder, and say where it is.
 
-    `before` are folders of what belongs to it. Whatever goes wrong with the report is told in a
+    `before` are folders of what belongs to it. Whatever goes wrong with the report is a
     line of the log: it changes nothing about the runs.
     """
     try:
@@ -263,7 +263,7 @@ def explain(error: Exception) -> str | None:
 
 
 def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
-    """Leave the record of a job that ended before its first phase, or that never told how."""
+    """Leave the record of a job that ended before its first phase, or that never said how."""
     log.error("%s", reason)
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     write_record(folder, RunRecord(status=status, reason=reason, ended=ended))

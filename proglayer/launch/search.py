@@ -1,8 +1,8 @@
 """A search by Optuna: its trials are jobs like those of any sweep.
 
-What is asked of the study, launched and told to it is done here, so that a trial is checked and
-submitted as a sweep's job is, one that cannot work is a failed trial, and one that was stopped goes
-on when the command is given again.
+Asking the study, launching, and telling it what came out are done here, so that a trial is checked
+and submitted as a sweep's job is, one that cannot work is a failed trial, and one that was stopped
+goes on when the command is given again.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
 
 
 def _executor(launcher: Launcher, code: Path) -> Any:
-    """submitit's, told to import from `code` and from nothing that lies where the job starts."""
+    """submitit's, set to import from `code` and from nothing that lies where the job starts."""
     import submitit
 
     asked = dict(launcher.settings)

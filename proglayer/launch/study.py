@@ -247,7 +247,7 @@ def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:
         nonlocal step
         step += 1
         try:
-            # A trial that is gone on with begins by telling what it told before.
+            # A trial that is gone on with begins by reporting what it reported before.
             if step not in reported:
                 trial.report(sign * getattr(row, column), step)
             if step < max(reported, default=0) or not trial.should_prune():

@@ -39,7 +39,7 @@ ORIGINAL = "original"
 FROM_SCRATCH = "control_from_scratch"
 KEEP_TRAINING = "control_keep_training"
 UNFROZEN = "control_unfrozen"
-# The order in which variants are told; others follow in the order of their runs.
+# The order of variants in a report; others follow in the order of their runs.
 ORDER = (
     ORIGINAL,
     "more_layers",
@@ -117,7 +117,7 @@ def founding() -> dict[str, Any]:
 
 # --- arms -----------------------------------------------------------------------------------------
 
-# What an arm is not told apart by: where and how it runs, its seed, and what its corpus's
+# What does not make another arm: where and how it runs, its seed, and what its corpus's
 # fingerprint covers.
 _ASIDE = {f"config.{name}" for name in (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT, "seed")}
 _NO_VARIATION = {"seed", "model", "experiment", "data"}
@@ -192,21 +192,21 @@ def arms(results: Results) -> Arms:
     return Arms(runs, names, _lacking(runs, every[every["status"] != RunState.completed]))
 
 
-# What a run's place in the study is told by, its seed apart.
+# What a run's place in the study follows from, its seed apart.
 _ARM = ["condition", "variant", "model"]
 
 
 def _lacking(runs: Frame, others: Frame) -> Frame:
     """Those of `others`, which did not complete, that belong to the arms of `runs`.
 
-    A run belongs to an arm that was told the same: by its configuration, or, where the run never
+    A run belongs to an arm with the same settings: by its configuration, or, where the run never
     began, by its overrides.
     """
     settings = [c for c in runs.columns if c.startswith("config.")]
     columns = [c for c in settings if c not in _ASIDE]
     configured = others["config.seed"].notna()
     arms: Frame = runs.drop_duplicates(_ARM)
-    # What a run of an arm is told by before it ends; it has no figures.
+    # What a run of an arm is known by before it ends; it has no metrics.
     known = [*_ARM, "experiment", "base", "grows", "phases", "first_layers", "last_layers"]
     known += ["corpus_fingerprint", *settings]
     keys: tuple[tuple[Frame, Callable[[Frame], Frame]], ...] = (
@@ -228,7 +228,7 @@ def _lacking(runs: Frame, others: Frame) -> Frame:
 
 
 def _without_seed(overrides: Any) -> str:
-    """What a run was told, whatever its seed, and where and how it was to run."""
+    """What was asked of a run, whatever its seed, and where and how it was to run."""
     given = [] if pd.isna(overrides) else shlex.split(overrides)
     aside = {"seed", *NOT_THE_EXPERIMENT}
     return shlex.join(sorted(f"{k}={v}" for k, v in keys_and_values(given) if k not in aside))
@@ -315,7 +315,7 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
         fewest: Frame = pd.Series([own[index] for index in arm.index]).groupby(arm.to_numpy()).min()
         plain = [number for number in first if fewest[number] == fewest.min()]
         plain_arm = plain[0] if len(plain) == 1 else None
-        told: dict[int, str] = {}
+        numbered: dict[int, str] = {}
         base_row = None if plain_arm is None else first[plain_arm]
         for number, row in first.items():
             if number == plain_arm:
@@ -323,9 +323,9 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
             else:
                 parts = _parts(row, base_row, choices, varying)
                 label = _label(" ".join([*([str(experiment)] if experiment else []), *parts]))
-            told[number] = f"{label} ({number + 1})" if label in told.values() else label
+            numbered[number] = f"{label} ({number + 1})" if label in numbered.values() else label
         for index, number in arm.items():
-            labels[index] = told[number]
+            labels[index] = numbered[number]
             base[index] = number == plain_arm
     return labels, base
 
@@ -345,9 +345,9 @@ def _parts(
         return base is None or _value(row[column]) != _value(base[column])
 
     groups = [group for group in choices if differs(GROUPS[group])]
-    told = [f"{group}={_value(row[GROUPS[group]])}" for group in groups]
+    chosen = [f"{group}={_value(row[GROUPS[group]])}" for group in groups]
     rest = [c for c in settings if c.split(".")[1] not in groups and differs(c)]
-    return told + _values(row, rest)
+    return chosen + _values(row, rest)
 
 
 def _values(row: Frame, columns: Iterable[str]) -> list[str]:

@@ -84,8 +84,8 @@ def _history(gallery: Gallery, name: str, study: dict[str, Any]) -> Picture:
         axes.set_ylabel(study["objective"].rpartition(".")[2].replace("_", " "))
         axes.legend(loc="best")
 
-    told = f"best {best[-1]:.6g} in trial {numbers[int(np.argmax(values == best[-1]))]}"
-    alt = f"Objective of {len(done)} completed trials in their order: {told}"
+    found = f"best {best[-1]:.6g} in trial {numbers[int(np.argmax(values == best[-1]))]}"
+    alt = f"Objective of {len(done)} completed trials in their order: {found}"
     return gallery.draw(name, "The search's history", alt, 3.0, paint, row_labels=True)
 
 
@@ -98,7 +98,7 @@ def _importances(gallery: Gallery, name: str, study: dict[str, Any]) -> Picture:
         axes.grid(False, axis="y")
         axes.set_xlabel("importance (share of the variation)")
 
-    told = "; ".join(f"{key} {share:.2f}" for key, share in reversed(shares))
+    listed = "; ".join(f"{key} {share:.2f}" for key, share in reversed(shares))
     height = 0.9 + 0.3 * len(shares)
     title = "What the objective hangs on"
-    return gallery.draw(name, title, f"{title}: {told}", height, paint, row_labels=True)
+    return gallery.draw(name, title, f"{title}: {listed}", height, paint, row_labels=True)

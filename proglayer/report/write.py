@@ -640,24 +640,26 @@ class _Report:
     def _not_completed(self) -> list[Block]:
         """Runs that ended otherwise, and what could not be read, with reasons."""
         runs = self.results.runs
-        told: Frame = runs[
+        unfinished: Frame = runs[
             ~runs["status"].isin([RunState.completed, RunState.running, RunState.waiting])
         ]
         blocks: list[Block] = []
-        if len(told):
+        if len(unfinished):
             # Failures first: an interruption cures itself.
-            told = told.sort_values("status", kind="stable")
+            unfinished = unfinished.sort_values("status", kind="stable")
             rows = [
                 [row["run"], row["status"], text_of(row["overrides"]), text_of(row["reason"])]
-                for row in told.head(MOST_ENDED).to_dict("records")
+                for row in unfinished.head(MOST_ENDED).to_dict("records")
             ]
             columns = [("Run", "name"), ("Status", "name")]
             columns += [("Overrides", "prose"), ("Reason", "prose")]
             title = "Runs that ended otherwise"
             blocks.append(Table(title, columns, rows, sortable=True))
-            if len(told) > MOST_ENDED:
-                blocks.append(_left_to("runs.csv", len(told) - MOST_ENDED, "runs"))
-            for row in told[told["traceback"].notna()].head(MOST_TRACEBACKS).to_dict("records"):
+            if len(unfinished) > MOST_ENDED:
+                blocks.append(_left_to("runs.csv", len(unfinished) - MOST_ENDED, "runs"))
+            for row in (
+                unfinished[unfinished["traceback"].notna()].head(MOST_TRACEBACKS).to_dict("records")
+            ):
                 text = row["traceback"]
                 if len(text) > LONGEST_TRACEBACK:
                     text = f"...{text[-LONGEST_TRACEBACK:]}"
@@ -707,8 +709,8 @@ def _ends_of_exits(results: Results, condition: _Condition) -> Frame:
     exits = exits.rename(columns={"validation_accuracy_percent": "accuracy_percent"})
     last = (exits["phase"] == exits["phases"]).fillna(False).astype(bool)
     first = (exits["phase"] == 1) & ~last
-    told = pd.concat([exits[first].assign(when="first"), exits[last].assign(when="last")])
-    return told.dropna(subset="accuracy_percent")
+    shown = pd.concat([exits[first].assign(when="first"), exits[last].assign(when="last")])
+    return shown.dropna(subset="accuracy_percent")
 
 
 def _trained_parameters(results: Results, condition: _Condition, shown: Sequence[str]) -> Frame:
@@ -718,20 +720,20 @@ def _trained_parameters(results: Results, condition: _Condition, shown: Sequence
     table = padded.fillna(runs["vocab_size"].astype("float64")) * runs["config.model.dim"]
     own = runs[["run", "variant"]].assign(table=table.astype("float64"))
     own["order"] = range(len(own))
-    told: Frame = results.phases.drop(columns="variant").merge(own, on="run")
-    told = told.sort_values(["order", "phase"], kind="stable")
-    told["embedding"] = told["table"].where(told["rate_embedding"].notna(), 0.0)
-    told["head"] = told["table"].where(told["rate_head"].notna(), 0.0)
-    told["layers"] = told["parameters_trainable"].astype("float64") - told[
+    part: Frame = results.phases.drop(columns="variant").merge(own, on="run")
+    part = part.sort_values(["order", "phase"], kind="stable")
+    part["embedding"] = part["table"].where(part["rate_embedding"].notna(), 0.0)
+    part["head"] = part["table"].where(part["rate_head"].notna(), 0.0)
+    part["layers"] = part["parameters_trainable"].astype("float64") - part[
         ["embedding", "head"]
     ].sum(axis=1)
-    told["total"] = told["parameters_total"].astype("float64")
-    told["label"] = [
+    part["total"] = part["parameters_total"].astype("float64")
+    part["label"] = [
         f"{variant}, {phase} {text_of(name)}".rstrip()
-        for variant, phase, name in zip(told["variant"], told["phase"], told["name"], strict=True)
+        for variant, phase, name in zip(part["variant"], part["phase"], part["name"], strict=True)
     ]
-    told = told[["label", "layers", "embedding", "head", "total"]].dropna()
-    return told[(told["layers"] >= 0) & (told["total"] > 0)].reset_index(drop=True)
+    part = part[["label", "layers", "embedding", "head", "total"]].dropna()
+    return part[(part["layers"] >= 0) & (part["total"] > 0)].reset_index(drop=True)
 
 
 def _commands(runs: Frame) -> list[str]:

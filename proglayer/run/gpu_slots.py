@@ -98,20 +98,20 @@ def _take(
 ) -> tuple[FileLock, int, float]:
     """The lock of a free slot, the index of its GPU, and the seconds that it took to get it."""
     started = time.monotonic()
-    told = False
+    waited = False
     # An empty GPU comes before a second place on one.
     slots = [(index, place) for place in range(jobs_per_gpu) for index in range(len(names))]
     while True:
         for index, place in slots:
             lock = _locked(f"{re.sub('[^A-Za-z0-9-]', '_', names[index])}.{place}")
             if lock is not None:
-                return lock, index, time.monotonic() - started if told else 0.0
-        if not told:
+                return lock, index, time.monotonic() - started if waited else 0.0
+        if not waited:
             on_wait(
                 f"waiting for a GPU: {len(names)} here, each with as many jobs as "
                 f"jobs_per_gpu={jobs_per_gpu} allows"
             )
-            told = True
+            waited = True
         if signal := stop_requested():
             raise Interrupted(f"stopped by {signal}")
         time.sleep(LOOK_AGAIN_S)

@@ -1,9 +1,9 @@
-"""Others that are told of a run's figures as they come: TensorBoard and MLflow.
+"""Others that get a run's metrics as they come: TensorBoard and MLflow.
 
-Each epoch is told as the row that `metrics.csv` gets (without `best`, which a later epoch may still
-change), at a step that counts the epochs of all phases together from 1. At the end come the best
-epoch of each phase, as `best/...` at the phase's number, and what changed from the first phase to
-the last, as `changes/...`. Stored epochs are told like those that were trained.
+Each epoch is given as the row that `metrics.csv` gets (without `best`, which a later epoch may
+still change), at a step that counts the epochs of all phases together from 1. At the end come
+the best epoch of each phase, as `best/...` at the phase's number, and what changed from the first phase to
+the last, as `changes/...`. Stored epochs are given like those that were trained.
 
 The record in the run's folder never depends on any of this: a logger that fails is dropped, with
 one line of warning.
@@ -28,8 +28,8 @@ from proglayer.store.record import MetricsRow, RunRecord, RunState
 
 log = logging.getLogger(__name__)
 
-# One figure: its name, its value, its step.
-Figure = tuple[str, float, int]
+# One metric: its name, its value, its step.
+Metric = tuple[str, float, int]
 
 EVENTS = "events.out.tfevents."
 # By this in its first event, an event file is known as ours.
@@ -58,20 +58,20 @@ class Loggers:
     def epoch(self, row: MetricsRow) -> None:
         """An epoch is done: `row` is what `metrics.csv` gets of it."""
         self._epochs += 1
-        figures = {name: value for name, value in asdict(row).items() if name != "best"}
-        self._tell([(name, float(value), self._epochs) for name, value in figures.items()])
+        metrics = {name: value for name, value in asdict(row).items() if name != "best"}
+        self._log([(name, float(value), self._epochs) for name, value in metrics.items()])
 
     def end(self, record: RunRecord) -> None:
         """The run ended with this record."""
-        figures: list[Figure] = [
+        metrics: list[Metric] = [
             (f"best/{name}", value, number)
             for number, phase in enumerate(record.phases, start=1)
             for name, value in asdict(phase.best).items()
         ]
         if record.changes:
             changes = asdict(record.changes).items()
-            figures += [(f"changes/{name}", value, len(record.phases)) for name, value in changes]
-        self._tell([figure for figure in figures if figure[1] is not None])
+            metrics += [(f"changes/{name}", value, len(record.phases)) for name, value in changes]
+        self._log([metric for metric in metrics if metric[1] is not None])
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
                 logger.end(record.status)
@@ -84,10 +84,10 @@ class Loggers:
                 logger.discard()
         self._loggers = {}
 
-    def _tell(self, figures: list[Figure]) -> None:
+    def _log(self, metrics: list[Metric]) -> None:
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
-                logger.figures(figures)
+                logger.metrics(metrics)
 
     @contextlib.contextmanager
     def _may_fail(self, name: str) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Loggers:
             yield
         except Exception as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            log.warning("logger=%s is told no more of this run (%s)", name, what)
+            log.warning("logger=%s gets no more of this run (%s)", name, what)
             self._loggers.pop(name, None)
 
 
@@ -122,9 +122,9 @@ class TensorBoard:
         )
         self._write([first])
 
-    def figures(self, figures: list[Figure]) -> None:
+    def metrics(self, metrics: list[Metric]) -> None:
         now = time.time()
-        self._write(self._scalar(name, value, step, now) for name, value, step in figures)
+        self._write(self._scalar(name, value, step, now) for name, value, step in metrics)
 
     def end(self, status: RunState | None) -> None:
         """An event file has no end."""
@@ -133,8 +133,8 @@ class TensorBoard:
         files.delete(self._path, _is_event_file)
 
     def _scalar(self, name: str, value: float, step: int, now: float) -> Any:
-        figure = self._summary.Summary.Value(tag=name, simple_value=value)
-        summary = self._summary.Summary(value=[figure])
+        metric = self._summary.Summary.Value(tag=name, simple_value=value)
+        summary = self._summary.Summary(value=[metric])
         return self._event.Event(wall_time=now, step=step, summary=summary)
 
     def _write(self, events: Iterable[Any]) -> None:
@@ -167,7 +167,7 @@ class MLflow:
         }
         store: Path | None = None
         if uri != "databricks" and urlsplit(uri).scheme in ("", "file"):
-            # MLflow wants to be told that a store of files is meant.
+            # MLflow wants it said that a store of files is meant.
             self._environment["MLFLOW_ALLOW_FILE_STORE"] = "true"
             store = Path(unquote(urlsplit(uri).path))
             store.parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +187,11 @@ class MLflow:
             for start in range(0, len(params), 100):  # as many as MLflow takes at once
                 self._client.log_batch(self._run, params=params[start : start + 100])
 
-    def figures(self, figures: list[Figure]) -> None:
+    def metrics(self, metrics: list[Metric]) -> None:
         now = int(1000 * time.time())
         with self._set():
-            metrics = [self._metric(name, value, now, step) for name, value, step in figures]
-            self._client.log_batch(self._run, metrics=metrics)
+            batch = [self._metric(name, value, now, step) for name, value, step in metrics]
+            self._client.log_batch(self._run, metrics=batch)
 
     def end(self, status: RunState | None) -> None:
         ends: dict[RunState | None, str] = {

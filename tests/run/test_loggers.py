@@ -219,19 +219,19 @@ def test_a_logger_that_is_not_installed_is_told_before_anything_trains(
 def test_a_logger_that_fails_is_dropped_with_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    written = loggers.TensorBoard.figures
+    written = loggers.TensorBoard.metrics
 
-    def full(logger: loggers.TensorBoard, figures: list[loggers.Figure]) -> None:
+    def full(logger: loggers.TensorBoard, figures: list[loggers.Metric]) -> None:
         if figures[0][2] == 3:
             raise OSError(errno.ENOSPC, "No space\nleft on device")
         written(logger, figures)
 
-    monkeypatch.setattr(loggers.TensorBoard, "figures", full)
+    monkeypatch.setattr(loggers.TensorBoard, "metrics", full)
     folder = run("run")
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     why = "OSError: [Errno 28] No space left on device"
-    assert warning == f"logger=tensorboard is told no more of this run ({why})"
+    assert warning == f"logger=tensorboard gets no more of this run ({why})"
     assert len(in_tensorboard(folder)["epoch"]) == 2
     assert in_mlflow(folder) == recorded(folder)
 
@@ -245,7 +245,7 @@ def test_a_store_that_cannot_be_written_ends_no_run(
     folder = run("run", told=("mlflow",))
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warning.startswith("logger=mlflow is told no more of this run (")
+    assert warning.startswith("logger=mlflow gets no more of this run (")
 
 
 @for_mlflow
