@@ -1,9 +1,9 @@
 """Others that get a run's metrics as they come: TensorBoard and MLflow.
 
 Each epoch is given as the row that `metrics.csv` gets (without `best`, which a later epoch may
-still change), at a step that counts the epochs of all phases together from 1. At the end come
-the best epoch of each phase, as `best/...` at the phase's number, and what changed from the first phase to
-the last, as `changes/...`. Stored epochs are given like those that were trained.
+still change), at a step that counts the epochs of all phases together from 1. At the end come the
+best epoch of each phase, as `best/...` at the phase's number, and what changed from the first
+phase to the last, as `changes/...`. Stored epochs are given like those that were trained.
 
 The record in the run's folder never depends on any of this: a logger that fails is dropped, with
 one line of warning.

@@ -48,7 +48,7 @@ Prune = Callable[[MetricsRow], str | None]
 
 
 class Deferred(Exception):
-    """The run needs a phase that another job is training, and was told not to wait for it."""
+    """The run needs a phase that another job is training, and was asked not to wait for it."""
 
 
 class Pruned(Exception):

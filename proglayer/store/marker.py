@@ -85,7 +85,7 @@ def open_store(store: Path) -> None:
             f"{SETTING} elsewhere"
         )
     if marker is None and _holds_stages_alone(store):
-        # One that takes no marker takes no stages either, which is told then, or it needs none.
+        # One that takes no marker takes no stages either, which is said then, or it needs none.
         with contextlib.suppress(StoreError):
             _write_marker(store)
 
