@@ -266,4 +266,4 @@ def test_mlflows_settings_are_the_users_and_the_process_keeps_none_of_ours(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "another"))
     run("run", given=("mlflow",))
     assert not (tmp_path / "another").exists()
-    assert "logger=mlflow is told no more" in caplog.text
+    assert "logger=mlflow gets no more" in caplog.text
