@@ -152,10 +152,12 @@ class ExitWeights(Enum):
 class Precision(Enum):
     """What the matrix products are computed in. Weights and optimizer state stay float32.
 
-    `tf32` rounds the factors of a float32 product and sums in float32: to 10 bits on an NVIDIA GPU,
-    to 8 or 16 (bfloat16, once or twice) on a CPU with matrix units.
+    `auto` takes what the processor has units for: bfloat16 on a CPU, tf32 on an NVIDIA GPU, else
+    float32. `tf32` rounds the factors of a float32 product and sums in float32: to 10 bits on an
+    NVIDIA GPU, to 8 or 16 (bfloat16, once or twice) on a CPU with matrix units.
     """
 
+    auto = "auto"
     float32 = "float32"
     tf32 = "tf32"
     bfloat16 = "bfloat16"

@@ -26,6 +26,7 @@ from .helpers import config
 BASE = ("phase=grow_once", "freeze=none", "lr.schedule=cosine", "initial_layers=3")
 STEPS = "[{existing: 1, embedding: false, head: true}]"
 MACHINE = Machine("cpu", "a processor", 2, torch.__version__)
+PRECISIONS = {p.name: p for p in Precision if p is not Precision.auto}
 
 # What the key holds of the settings themselves, by a value that differs from BASE. What follows a
 # value are other settings, without which this one has nothing to act on.
@@ -175,7 +176,7 @@ def test_a_setting_at_its_old_value_keeps_the_old_keys(overrides: tuple[str, ...
 
 
 def test_each_precision_has_a_key_of_its_own() -> None:
-    assert len({keys(config(*BASE, f"precision={name}")) for name in Precision.__members__}) == 3
+    assert len({keys(config(*BASE, f"precision={name}")) for name in PRECISIONS}) == 3
 
 
 @pytest.mark.parametrize("name", sorted(STOPPING | HARMLESS))
@@ -225,8 +226,13 @@ def test_a_precision_without_units_is_warned_of(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     cpu = torch.device("cpu")
-    assert {p for p in Precision if machine.precision_warning(cpu, p)} == warned
+    assert {p for p in PRECISIONS.values() if machine.precision_warning(cpu, p)} == warned
     assert machine.precision_warning(torch.device("cuda"), Precision.bfloat16) is None
+    picked, line = machine.with_precision(config(*BASE, "precision=auto", "device=cpu"))
+    assert (picked.precision is Precision.float32) == (Precision.bfloat16 in warned)
+    assert line
+    assert line.startswith(f"precision=auto is {picked.precision.name} here: ")
+    assert all(unit in line for unit, there in units.items() if there and "bf16" in unit)
 
 
 def test_bfloat16_on_a_cpu_has_a_key_of_its_arithmetic() -> None:
@@ -265,7 +271,7 @@ def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:
     try:
         for found in (False, True, False):
             matmul.allow_tf32 = found
-            for precision in Precision:
+            for precision in PRECISIONS.values():
                 with pytest.raises(RuntimeError, match="fails"), switches(3, precision):
                     assert torch.get_num_threads() == 3
                     assert matmul.allow_tf32 is (precision is not Precision.float32)

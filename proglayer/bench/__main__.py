@@ -116,7 +116,7 @@ def configs(overrides: Sequence[str], vocab_size: int) -> dict[str, list[Config]
         for model, precision in itertools.product(models, precisions):
             chosen = {"model": model, "precision": precision, **given}
             settings = compose("config", [f"{name}={value}" for name, value in chosen.items()])
-            found[model].append(to_config(settings))
+            found[model].append(machine.with_precision(to_config(settings))[0])
     return found
 
 

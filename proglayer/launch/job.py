@@ -106,7 +106,12 @@ def _run_job(settings: DictConfig) -> float | None:
 
         warn_of_unknown()
     try:
-        config = to_config(settings)
+        from proglayer.console import tell
+        from proglayer.run.machine import with_precision
+
+        config, picked = with_precision(to_config(settings))
+        if picked:
+            tell(picked)
         _warn_of_changes()
         if config.plan:
             print_plan(config)

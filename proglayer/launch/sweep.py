@@ -507,14 +507,15 @@ def stored_progress(jobs: Sequence[Job], launcher: DictConfig) -> dict[Any, Phas
 
     phases: dict[Any, PhaseProgress] = {}
     for job in jobs:
-        config = job.config
+        config, _ = machine.with_precision(job.config)
         device = machine.pick_device(config.device, config.precision)
         threads = config.threads or threads_per_job(launcher)
         with machine.switches(threads, config.precision):
             here = machine.describe_machine(device)
         parent: tuple[str, int] | None = None
         reachable = config.reuse
-        for depth, phase in enumerate(job.phases, start=1):
+        for depth, planned in enumerate(job.phases, start=1):
+            phase = replace(planned, precision=config.precision)
             flops = training_flops(phase, config.data.seq_len, len(job.corpus.train))
             progress = PhaseProgress(flops.head + flops.body, phase.stop.max_epochs)
             if reachable:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from proglayer import files
-from proglayer.config import Config, to_plain
+from proglayer.config import Config, Precision, to_plain
 from proglayer.console import tell
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError
@@ -161,6 +161,7 @@ def prepare(config: Config, record: RunRecord) -> Setup:
 
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
+    assert config.precision is not Precision.auto, "machine.with_precision comes before"
     device = machine.pick_device(config.device, config.precision)
     if warning := machine.precision_warning(device, config.precision):
         tell(warning)

@@ -14,12 +14,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proglayer.config import ConfigError, Device, Precision
+from proglayer.config import Config, ConfigError, Device, Precision
 from proglayer.run.signals import stop_signals
 from proglayer.store.record import Environment, Machine, PeakMemory, Scheduler
 
@@ -51,20 +52,44 @@ def pick_device(wanted: Device, precision: Precision) -> torch.device:
     return torch.device(wanted.name)
 
 
+def bfloat16_units(products: bool = False) -> list[str]:
+    """What computes in bfloat16 on this processor, by the names of its flags.
+
+    products: of float32 factors; without AMX or ARM's the library keeps them in float32.
+    """
+    units = ("amx_bf16", "bf16") if products else ("amx_bf16", "avx512_bf16", "bf16")
+    capabilities = torch.cpu.get_capabilities()
+    return [unit for unit in units if capabilities.get(unit)]
+
+
+def with_precision(config: Config) -> tuple[Config, str | None]:
+    """The settings with a precision instead of `auto`, and a line that says which and why.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if config.precision is not Precision.auto:
+        return config, None
+    device = pick_device(config.device, Precision.float32)
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8:  # Ampere
+        picked, why = Precision.tf32, "this GPU has units for it"
+    elif device.type == "cpu" and (units := bfloat16_units()):
+        picked, why = Precision.bfloat16, f"this processor has {', '.join(units)}"
+    else:
+        picked, why = Precision.float32, f"this {device.type} has no units for less"
+    return replace(config, precision=picked), f"precision=auto is {picked.name} here: {why}"
+
+
 def precision_warning(device: torch.device, precision: Precision) -> str | None:
     """What tells a user that float32 is faster here, from the processor's flags; None if not."""
     if device.type != "cpu" or precision is Precision.float32:
         return None
-    capabilities = torch.cpu.get_capabilities()
-    # Without AMX the library computes float32 products in float32 however it is asked.
-    units = (
-        ("amx_bf16", "bf16") if precision is Precision.tf32 else ("amx_bf16", "avx512_bf16", "bf16")
-    )
-    if any(capabilities.get(unit) for unit in units):
+    products = precision is Precision.tf32
+    if bfloat16_units(products):
         return None
+    units = "amx_bf16 or bf16" if products else "amx_bf16 or avx512_bf16 or bf16"
     return (
         f"warning: precision={precision.name}: this processor has no units for it "
-        f"({' or '.join(units)}), so precision=float32 is as fast or faster"
+        f"({units}), so precision=float32 is as fast or faster"
     )
 
 

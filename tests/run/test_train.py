@@ -69,6 +69,21 @@ def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
     assert [int(row["epoch"]) for row in best_rows] == [p["best_epoch"] for p in record["phases"]]
 
 
+def test_an_automatic_precision_is_said_and_recorded(train: Command, tmp_path: Path) -> None:
+    from proglayer.run.machine import with_precision
+
+    automatic = "precision=auto", "device=cpu"
+    picked = with_precision(config(*automatic))[0].precision.name
+    assert f"precision=auto is {picked} here: " in train(*SHORT, *automatic, "plan=true").out
+    for command in (*automatic, "hydra.run.dir=run"), (f"precision={picked}", "hydra.run.dir=two"):
+        done = train(*SHORT, *command)
+        assert done.status == 0, done.err
+    (record,), (other,) = (results(tmp_path / name) for name in ("run", "two"))
+    assert record["config"]["precision"] == picked
+    assert record["weights_sha256"] == other["weights_sha256"]
+    assert other["phases"][0]["stage"] == record["phases"][0]["stage"]
+
+
 def test_the_model_comes_back_and_scores_what_the_record_says(
     train: Command, tmp_path: Path
 ) -> None:
