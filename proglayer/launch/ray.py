@@ -40,6 +40,9 @@ def launch(
     launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
 ) -> list[JobReturn]:
     """Run the jobs as tasks of Ray; wait for all. Raises ConfigError where there is no cluster."""
+    if launcher.settings["ray"]["init"]["address"] == "local":
+        # Ray's default here; given, it is not warned of. Ray reads it when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray import cloudpickle
 
@@ -82,8 +85,6 @@ def _connect(settings: Mapping[str, Any]) -> None:
     if address == "local":
         # Ray would set aside a third of the memory for objects that tasks share: a few kB here.
         settings = {"object_store_memory": 80_000_000, "include_dashboard": False, **settings}
-        # Ray's default here; given, it is not warned of.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if port.isdecimal():

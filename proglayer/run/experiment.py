@@ -378,7 +378,7 @@ def load_run(folder: str | Path) -> Transformer:
     """The model that a run left in its folder, on the CPU, ready to evaluate.
 
     Raises FileNotFoundError where the run left none, and StoreError where the file is not what the
-    run left.
+    run left, or no model.
     """
     path = Path(folder) / WEIGHTS
     if not path.exists():
@@ -389,4 +389,7 @@ def load_run(folder: str | Path) -> Transformer:
             f"{path} is not what the run left there, but damaged or written over: the command of "
             "the run, given again, puts it back"
         )
-    return load_model(path.read_bytes()).eval()
+    try:
+        return load_model(path.read_bytes()).eval()
+    except ValueError as error:
+        raise StoreError(f"{path} is no model that a run left ({error})") from error

@@ -120,7 +120,8 @@ def _print_foreign(foreign: Sequence[Path]) -> None:
 def _bytes(text: str) -> int:
     units = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
-    if not match:
+    # 20 without a unit would be 20 bytes, and nearly everything would go.
+    if not match or (text.strip()[-1].isdecimal() and float(match[1])):
         raise argparse.ArgumentTypeError(f"{text} is no size: write 500MB, 20GB")
     return int(float(match[1]) * units[match[2]])
 

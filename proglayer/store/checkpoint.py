@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from proglayer.errors import first_line
 from proglayer.training.model import Transformer, restored
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
 from proglayer.training.plan import Phase, described
@@ -40,9 +41,16 @@ def pack_weights(phase: Phase, weights: Tensors) -> bytes:
 
 
 def load_model(content: bytes) -> Transformer:
-    """The model in a file of weights, on the CPU. Raises ValueError or KeyError."""
-    about = _about(content)
-    return restored(about["layers"], about["architecture"], safetensors.torch.load(content))
+    """The model in a file of weights, on the CPU. Raises ValueError for any other file."""
+    try:
+        tensors = safetensors.torch.load(content)
+        about = _about(content)
+        layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+        if about["layers"] != layers:  # before so many are made
+            raise ValueError(f"it says that it has {about['layers']} layers, and holds {layers}")
+        return restored(layers, about["architecture"], tensors)
+    except Exception as error:  # a file from elsewhere may hold anything
+        raise ValueError(first_line(error)) from error
 
 
 def pack_training(training: Training, best: tuple[int, Tensors] | None) -> bytes:

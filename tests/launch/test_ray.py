@@ -247,6 +247,18 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> No
     assert all(reused[::2])
 
 
+def test_plain_ray_needs_no_variable_of_its_own(tmp_path: Path) -> None:
+    variables = {name: ENVIRONMENT[name] for name in ENVIRONMENT if "RAY_AUTH" not in name}
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *SHORT, "phase.max_epochs=1", RAY]
+    done = subprocess.run(
+        [*command, "seed=1,2", "hydra.sweep.dir=s", "hydra.launcher.ray.init.num_cpus=1"],
+        cwd=tmp_path, env=variables | {"HOME": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.lower()
+    assert [r["status"] for r in results(tmp_path / "s")] == ["completed"] * 2
+
+
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     given = f"hydra.launcher.ray.init.address=127.0.0.1:{free_port()}"
     out = ended(sweep(tmp_path, *SHORT, "seed=1,2", RAY, given, stages="stages"), status=1)

@@ -104,6 +104,37 @@ def test_the_model_comes_back_and_scores_what_the_record_says(
     assert last.loss == record["phases"][-1]["best"]["validation_loss"]
 
 
+def test_a_file_that_claims_to_be_a_model_is_refused_at_once(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from proglayer import load_run
+    from proglayer.errors import StoreError
+
+    architecture = {"vocab_size": 3, "dim": 2, "num_heads": 1, "ffn_multiple": 1}
+    architecture |= {"rotary_base": 1e4, "norm_eps": 1e-6}
+    claims: list[object] = [
+        {"layers": 200_000, "architecture": architecture},
+        {"layers": 0, "architecture": architecture | {"vocab_size": 10**12}},
+        {"layers": 0, "architecture": architecture | {"num_heads": 0}},
+        {"layers": 0, "architecture": architecture | {"dim": "many"}},
+        {"layers": 0, "architecture": None},
+        [],
+    ]
+    file = tmp_path / "weights.safetensors"
+    for claim in claims:
+        tensors = {"embedding.weight": torch.zeros(3, 2), "head.weight": torch.zeros(3, 2)}
+        save_file(tensors, file, {"proglayer": json.dumps(claim)})
+        started = time.monotonic()
+        with pytest.raises(StoreError, match="is no model that a run left"):
+            load_run(tmp_path)
+        assert time.monotonic() - started < 10
+    for content in (b"", b"text", b"\xff" * 9, (2**62).to_bytes(8, "little")):
+        file.unlink()
+        file.write_bytes(content)
+        with pytest.raises(StoreError, match="is no model that a run left"):
+            load_run(tmp_path)
+
+
 def test_a_sweep_shares_its_first_phase_and_changes_no_bit(train: Command, tmp_path: Path) -> None:
     assert train("-m", *SHORT, "added_layers=1,3", "hydra.sweep.dir=sweep").status == 0
     one, three = results(tmp_path / "sweep")

@@ -221,7 +221,17 @@ def test_pruning_leaves_a_stage_that_is_being_written(tmp_path: Path) -> None:
     busy.unlock()
 
 
-@pytest.mark.parametrize("arguments", [["prune"], ["prune", "--max-size", "much"], ["burn"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune"],
+        ["prune", "--max-size", "much"],
+        ["prune", "--max-size", "20"],
+        ["prune", "--max-size", "1.2.3GB"],
+        ["prune", "--max-age", "30"],
+        ["burn"],
+    ],
+)
 def test_bad_arguments(tmp_path: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--dir", str(tmp_path)])
