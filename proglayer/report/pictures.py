@@ -330,6 +330,8 @@ def learning_curve(
     models = list(dict.fromkeys(curves["model"]))
     lengths = curves.groupby("phase")["epoch"].max()
     starts = lengths.cumsum().shift(fill_value=0)
+    # Epoch 0 is the model right after the growth, which stands where the phase before ends.
+    jumps = set(curves.loc[curves["epoch"] == 0, "phase"])
     curves = curves.assign(at=curves["epoch"] + curves["phase"].map(starts))
     ends = curves.sort_values("phase").drop_duplicates("phase")
     marks = {row.phase: (row.phase_name, row.layers) for row in ends.itertuples()}
@@ -355,7 +357,7 @@ def learning_curve(
         low, high = limits
         axes.set_ylim(low - 0.04 * (high - low), high + 0.2 * (high - low))
         for phase, (what, layers) in marks.items():
-            at = float(starts[phase]) + 0.5
+            at = float(starts[phase]) + (0 if phase in jumps else 0.5)
             if phase > 1:
                 axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (3, 2)))
             axes.annotate(
