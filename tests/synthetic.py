@@ -19,6 +19,7 @@ from proglayer.store.record import (
     EpochOnTest,
     ExitRecord,
     GitState,
+    GrowthRecord,
     ListedJob,
     Machine,
     MetricsRow,
@@ -32,7 +33,7 @@ from proglayer.store.record import (
     write_metrics,
     write_record,
 )
-from proglayer.training.plan import parameter_counts, plan, training_flops
+from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
 
 from .helpers import config
 
@@ -106,6 +107,20 @@ def phase_record(
             seconds_waited=0.0,
             peak_memory_mb=PeakMemory(process=memory_mb),
         ),
+    )
+
+
+def growth_record(
+    phase: Phase, before: float, after: float, curve: Sequence[float], cost: Cost
+) -> GrowthRecord:
+    """What a growth from the loss `before` to `after` leaves; `curve` follows it."""
+    back = next((epoch for epoch, loss in enumerate(curve, start=1) if loss < before), None)
+    return GrowthRecord(
+        loss_before=before,
+        loss_after=after,
+        exit_losses_after=[after] * phase.layers,
+        tokens_to_recovery=None if back is None else back * cost.tokens,
+        gradient_share_new=[0.2, 0.4],
     )
 
 
@@ -195,13 +210,15 @@ def run(
     status: str = "completed",
     losses: Sequence[Sequence[float]] | None = None,
     test_losses: Sequence[float] | None = None,
+    shock: float | None = None,
     **extra: Any,
 ) -> Path:
     """One run of `experiment` as it might have gone; its phases are those that it plans.
 
     With `losses`, each phase's validation losses are these; it stopped for want of improvement if
     the last is not the lowest, else at `max_epochs`. Accuracy falls by 5 points a nat.
-    With `test_losses`, each phase's selected epoch has that one on a test text.
+    With `test_losses`, each phase's selected epoch has that one on a test text. With `shock`, each
+    growth raises the loss by so much, and what is measured at its moment is recorded.
     """
     own = [f"experiment={experiment}", f"model={model}", f"seed={seed}", *overrides]
     settings = config(*own[:2], *overrides)
@@ -254,7 +271,16 @@ def run(
                 for gap in reversed(range(phase.layers))
             ],
         )
-        phases.append(recorded)
+        growth = None
+        if phase.growth is not None and shock is not None:
+            before = phases[-1].best.validation_loss or math.nan
+            growth = growth_record(phase, before, before + shock, curve, cost)
+            at_once = metrics(before + shock, 100 * (0.16 + (6.9 - before - shock) / 20))
+            row = metrics_row(recorded, 0, cost, BestEpoch(train_loss=None, **at_once))
+            rows.append(
+                dataclasses.replace(row, train_tokens=0, train_seconds=0.0, evaluation_seconds=0.0)
+            )
+        phases.append(dataclasses.replace(recorded, growth=growth))
         rows += [
             metrics_row(
                 recorded,

@@ -226,6 +226,7 @@ def forest(
     rows: Sequence[dict[str, Any]],
     margin: float,
     unit: str,
+    better: str = "right",
 ) -> Picture:
     """Means with their intervals and seeds: a line for each label, a mark for each model in it.
 
@@ -266,7 +267,7 @@ def forest(
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         _tick(axes.xaxis, 5)
-        axes.set_xlabel(f"{unit} (right: better)")
+        axes.set_xlabel(f"{unit} ({better}: better)")
         if models:
             _legend(axes, len(models))
 

@@ -52,6 +52,7 @@ def _variant(row: Row) -> str:
     return variant_name(row["variant"])
 
 
+GROWTH_FIGURES = ("loss_before", "loss_after", "shock_nats", "accuracy_points", "share_new")
 ARM: Columns = (("Variant", "name", _variant), ("Model", "name", _model))
 COMPUTE: Columns = (
     ("Tokens", "figure", _large("tokens")),
@@ -284,6 +285,53 @@ def _plan(row: Row) -> Cell:
     return Cell("" if math.isnan(seeds) else comparisons.plan(*row["plan"]), _sort(seeds))
 
 
+def growth_table(growths: Frame) -> Table:
+    """Every arm's growths, of `growth.growths`, over its seeds."""
+    rows = []
+    for (variant, model, phase), arm in growths.groupby(["variant", "model", "phase"], sort=False):
+        tokens = arm["tokens_to_recovery"].dropna().to_numpy(dtype=float)
+        rows.append(
+            {
+                "variant": variant,
+                "model": model,
+                "growth": f"{phase}: {listed(unique(arm['layers']), 3)} layers",
+                "seeds": str(len(arm)),
+                "recovery": Cell(_recovery(tokens), _sort(tokens.mean() if len(tokens) else None)),
+                **{name: arm[name].to_numpy(dtype=float) for name in GROWTH_FIGURES},
+            }
+        )
+
+    def described(name: str, decimals: int, scale: float = 1) -> Callable[[Row], Cell]:
+        def cell(row: Row) -> Cell:
+            found = stats.summary(row[name])
+            return Cell(_interval(vars(found), decimals, scale), _sort(found.mean))
+
+        return cell
+
+    def share(row: Row) -> Cell:
+        text, sort = described("share_new", 0, 100)(row)
+        return Cell(text.replace("+", ""), sort)
+
+    columns: Columns = [
+        *ARM,
+        ("Phase", "name", _text("growth")),
+        ("Seeds", "figure", _text("seeds")),
+        ("Loss before", "figure", lambda row: _mean(row["loss_before"], ".3f")),
+        ("Loss after", "figure", lambda row: _mean(row["loss_after"], ".3f")),
+        ("Loss rose by, nats", "figure", described("shock_nats", 3)),
+        ("Accuracy: change, points", "figure", described("accuracy_points", 2)),
+        ("Back after, tokens", "figure", lambda row: row["recovery"]),
+        ("Gradient in new layers, %", "figure", share),
+    ]
+    note = (
+        "At the last exit, before the first step after the growth, against the selected epoch of "
+        "the phase before. Back after: training tokens until an epoch ended below the loss before. "
+        "Gradient in new layers: their share of the gradient's norm over "
+        "the first steps. Means ± standard deviation over seeds, with their 95 % intervals."
+    )
+    return _table("What growing did at once", rows, columns, note, sortable=True)
+
+
 # --- compute --------------------------------------------------------------------------------------
 
 
@@ -433,6 +481,17 @@ def versions_table(runs: Frame) -> Table:
 
 
 # --- numbers --------------------------------------------------------------------------------------
+
+
+def _recovery(tokens: np.ndarray) -> str:
+    """Mean and 95 % interval of tokens; where any are infinite, in how many seeds they are."""
+    if never := int(np.isinf(tokens).sum()):
+        return f"never in {never} of {len(tokens)}"
+    found = stats.summary(tokens)
+    if not found.n:
+        return ""
+    between = f" ({engineering(found.low)} to {engineering(found.high)})" if found.n > 1 else ""
+    return engineering(found.mean) + between
 
 
 def _mean(values: Any, form: str, unit: str = "") -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from proglayer import files
-from proglayer.report import comparisons, ledger, study
+from proglayer.report import comparisons, growth, ledger, stats, study
 from proglayer.report.page import (
     Block,
     Bullets,
@@ -50,6 +50,7 @@ from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins, mode
 from proglayer.report.tables import (
     changes_table,
     comparisons_table,
+    growth_table,
     model_table,
     parameters_table,
     phase_table,
@@ -261,6 +262,7 @@ class _Report:
         for condition in self.conditions:
             compute = self.compute[condition.number]
             keep("changes", condition, study.changes(condition.asked))
+            keep("growth", condition, growth.growths(self.results, condition.runs))
             keep("ledger", condition, compute.spent)
             keep("to_target", condition, compute.reached)
             keep("speed_up", condition, compute.speed_up)
@@ -284,6 +286,7 @@ class _Report:
             ("The comparisons, in numbers", self._comparisons, "comparisons.csv"),
             ("The founding experiment's tables", self._founding, "phases.csv"),
             ("From the first phase to the last", self._changes, "changes.csv"),
+            ("At the moment of growth", self._growth, "growth.csv"),
             ("Learning curves", self._learning_curves, "epochs.csv and exits.csv"),
             ("Compute", self._ledger, "ledger.csv, to_target.csv and speed_up.csv"),
         ):
@@ -505,6 +508,31 @@ class _Report:
             blocks.append(Pictures(pictures))
         blocks.append(changes_table(changes, shown))
         return blocks + _more_variants(condition, "changes.csv")
+
+    # --- growth -----------------------------------------------------------------------------------
+
+    def _growth(self, condition: _Condition) -> list[Block]:
+        growths = growth.growths(self.results, condition.runs)
+        growths = growths[growths["variant"].isin(condition.variants[:MOST_VARIANTS])]
+        if growths.empty:
+            return []
+        several = growths.groupby(["variant", "model"])["phase"].nunique().max() > 1
+        rows = []
+        for (variant, model, phase), arm in growths.groupby(
+            ["variant", "model", "phase"], sort=False
+        ):
+            shock = stats.summary(arm["shock_nats"])
+            label = variant_name(variant) + (f", phase {phase}" if several else "")
+            seeds = arm["shock_nats"].dropna().tolist()
+            if shock.n:
+                rows.append({"label": label, "model": model, "seeds": seeds, **vars(shock)})
+        blocks: list[Block] = [growth_table(growths)]
+        if rows:
+            title = "The loss at the moment of growth rose by: mean, 95 % interval, and seeds"
+            name, margin = f"growth{condition.slug}", self.margins.nats
+            picture = forest(self.gallery, name, title, rows, margin, "nats", better="left")
+            blocks.insert(0, Pictures([picture]))
+        return blocks + _more_variants(condition, "growth.csv")
 
     # --- learning curves --------------------------------------------------------------------------
 
