@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -549,7 +549,22 @@ JUDGED = (
 )
 
 
-def judge(comparisons: Iterable[Comparison], alpha: float = ALPHA) -> pd.DataFrame:
+class Levels(NamedTuple):
+    """The levels at which a family of comparisons is judged.
+
+    difference, alone: of a two-sided test of no difference, in the family and by itself.
+    equivalence: of each of the two one-sided tests of equivalence.
+    """
+
+    family: int
+    difference: float
+    equivalence: float
+    alone: float = ALPHA
+
+
+def judge(
+    comparisons: Iterable[Comparison], alpha: float = ALPHA, levels: Levels | None = None
+) -> pd.DataFrame:
     """Judge comparisons as one family, at the level alpha / their number (Bonferroni).
 
     Tests of difference and tests of equivalence are corrected apart, so that the chance of any
@@ -562,43 +577,47 @@ def judge(comparisons: Iterable[Comparison], alpha: float = ALPHA) -> pd.DataFra
     3. the difference is significant: *better* if it is a plus, else *worse*;
     4. *unclear*. That is no finding of "no difference".
 
+    Args:
+        levels: others to judge at, for what is looked at more than once.
+
     Returns:
-        one row per comparison, with the columns JUDGED. `low` and `high` are the interval that
+        one row per comparison, with the columns JUDGED. Corrected p-values are alpha where the
+        level is reached. `low` and `high` are the interval that
         belongs to the verdict: of confidence 1 - 2 alpha / family and within the margin if that is
         *same*, else of confidence 1 - alpha / family, which holds 0 just if that is *unclear* (or
         the whole margin and more). nan where every seed shows the same difference.
     """
     comparisons = list(comparisons)
-    family = sum(comparison.n >= 2 for comparison in comparisons)
+    if levels is None:
+        family = sum(comparison.n >= 2 for comparison in comparisons)
+        levels = Levels(family, alpha / max(1, family), alpha / max(1, family))
     rows = []
     for own in comparisons:
-        p, equivalence_p = (
-            min(1.0, max(1, family) * value) for value in (own.p, own.equivalence_p)
-        )
-        sides = 1
+        p = min(1.0, alpha / levels.difference * own.p)
+        equivalence_p = min(1.0, alpha / levels.equivalence * own.equivalence_p)
+        confidence = 1 - levels.difference
         if own.n < 2:
             verdict = Verdict.untested
             p = equivalence_p = math.nan
         elif equivalence_p <= alpha:
-            verdict, sides = Verdict.same, 2
+            verdict, confidence = Verdict.same, 1 - 2 * levels.equivalence
         elif p <= alpha:
             verdict = Verdict.better if own.mean > 0 else Verdict.worse
         else:
             verdict = Verdict.unclear
-        confidence = 1 - sides * alpha / max(1, family)
         rows.append(
             {
                 "verdict": str(verdict),
                 **{name: getattr(own, name) for name in ("n", "dropped", "left_out", "mean", "sd")},
                 **dict(zip(("low", "high"), own.interval(confidence), strict=True)),
                 "confidence": confidence,
-                **dict(zip(("low_95", "high_95"), own.interval(0.95), strict=True)),
+                **dict(zip(("low_95", "high_95"), own.interval(1 - levels.alone), strict=True)),
                 "p": own.p,
                 "p_adjusted": p,
                 "equivalence_p": own.equivalence_p,
                 "equivalence_p_adjusted": equivalence_p,
                 "margin": own.margin,
-                "family": family,
+                "family": levels.family,
             }
         )
     return pd.DataFrame(rows, columns=list(JUDGED))
