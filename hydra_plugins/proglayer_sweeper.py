@@ -12,12 +12,19 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class ProglayerSweeperConf:
-    """Hydra's basic sweeper with its grammar, and `pairs`: keys whose values go together."""
+    """Hydra's basic sweeper with its grammar, and what a product of all values does not say.
+
+    pairs: keys whose values go together.
+    blocks: several sweeps in one, each with settings of its own, written as `params` are.
+    filter: an expression; combinations for which it does not hold are left out.
+    """
 
     _target_: str = "hydra_plugins.proglayer_sweeper.ProglayerSweeper"
     max_batch_size: int | None = None
     params: Any = None
     pairs: list[list[str]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    filter: str | None = None
 
 
 class ProglayerSweeper(BasicSweeper):
@@ -28,9 +35,13 @@ class ProglayerSweeper(BasicSweeper):
         max_batch_size: int | None,
         params: dict[str, Any] | None = None,
         pairs: list[list[str]] | None = None,
+        blocks: list[dict[str, Any]] | None = None,
+        filter: str | None = None,
     ) -> None:
         super().__init__(max_batch_size, params)
         self.pairs = [list(group) for group in pairs or []]
+        self.blocks = [dict(block) for block in blocks or []]
+        self.filter = filter
 
     def sweep(self, arguments: list[str]) -> Any:
         from proglayer.launch.sweep import sweep

@@ -128,7 +128,7 @@ def _problems(override: Override, groups: dict[str, list[str]]) -> Iterator[str]
         return
     is_group, is_setting = key in groups or key == "local", key in KNOWN
     if override.package is not None:
-        yield f"{text}: a group cannot be put elsewhere: write {key}={_plain(value)}"
+        yield f"{text}: a group cannot be put elsewhere: write {key}={plain(value)}"
     elif override.is_delete():
         yield f"{text}: nothing can be deleted: leave it out, or give it another value"
     elif not is_group and not is_setting and (override.is_add() or override.is_force_add()):
@@ -149,7 +149,7 @@ def _choice_problems(key: str, text: str, value: object, choices: list[str]) -> 
         chosen = [None]
     if isinstance(value, dict):
         return
-    for each in map(_plain, chosen):
+    for each in map(plain, chosen):
         if isinstance(each, str):
             stem = each.rsplit("/", 1)[-1].removesuffix(".yaml")
             if stem != each and stem in choices:
@@ -165,7 +165,8 @@ def _choice_problems(key: str, text: str, value: object, choices: list[str]) -> 
             yield f"{text}: {key} takes one of its choices ({', '.join(choices)}){near}"
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A value of an override as Python has it: text without its quotes."""
     return value.text if isinstance(value, QuotedString) else value
 
 

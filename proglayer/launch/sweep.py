@@ -9,6 +9,7 @@ the jobs' plans form), and the jobs that only read what those have trained come 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
 import logging
 import math
@@ -42,8 +43,10 @@ from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, with_type
 from proglayer.launch.common import jobs_at_once, params_as_overrides, sole_writer, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
+from proglayer.launch.filter import SETTING as FILTER
+from proglayer.launch.filter import Filter
 from proglayer.launch.job import leave_report, record_unstarted
-from proglayer.launch.overrides import no_match, parse
+from proglayer.launch.overrides import no_match, parse, plain
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
@@ -78,11 +81,13 @@ class Sweeper(Protocol):
 
 
 class ProductSweeper(Sweeper, Protocol):
-    """With its settings. `pairs` are keys whose values go together."""
+    """With its settings: see `ProglayerSweeperConf`."""
 
     max_batch_size: int | None
     params: dict[str, Any]
     pairs: list[list[str]]
+    blocks: list[dict[str, Any]]
+    filter: str | None
 
 
 # How Hydra's settings of a sweep begin.
@@ -259,16 +264,46 @@ def _record_fault(folder: Path, job: JobReturn) -> None:
 def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
     """The overrides of each job: the product of all swept values, paired keys moving together.
 
-    Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
+    With blocks it is the union of a product for each, which have the other overrides in common.
+    What the filter does not hold for is left out.
+
+    Raises ConfigError for pairs, blocks or a filter that do not fit what is given.
     """
+    common = _keyed(params_as_overrides(sweeper.params))
+    asked = _keyed(arguments)
+    blocks = [_keyed(params_as_overrides(block)) for block in sweeper.blocks]
+    for block in blocks:
+        if twice := sorted(asked.keys() & block.keys()):
+            raise ConfigError(
+                f"hydra.sweeper.blocks gives {twice[0]}, and so does the command line: keep one"
+            )
+    all_axes = [_axes(sweeper, common | block | asked) for block in blocks or [{}]]
+    for key in (key for group in sweeper.pairs for key in group):
+        if not any(key in axes for axes in all_axes):
+            raise ConfigError(f"hydra.sweeper.pairs names {key}, which has no values here")
+    products = [_paired(axes, sweeper.pairs) for axes in all_axes]
+    if sum(math.prod(map(len, product)) for product in products) > MOST_JOBS:
+        raise ConfigError(f"these are more than {MOST_JOBS:,} jobs: give them as several sweeps")
+    jobs: dict[frozenset[str], tuple[str, ...]] = {}
+    for choice in itertools.chain.from_iterable(itertools.product(*each) for each in products):
+        overrides = tuple(itertools.chain(*choice))
+        jobs.setdefault(frozenset(overrides), overrides)
+    if sweeper.filter is None:
+        return list(jobs.values())
+    return _kept(Filter(str(sweeper.filter)), list(jobs.values()))
+
+
+def _keyed(overrides: Sequence[str]) -> dict[str, str]:
+    """Overrides by the setting that they give."""
+    return dict(zip((o.get_key_element() for o in parse(overrides)), overrides, strict=True))
+
+
+def _axes(sweeper: ProductSweeper, overrides: dict[str, str]) -> dict[str, list[str]]:
+    """The override for each value of each setting. Raises ConfigError for one without any."""
     loader = sweeper.hydra_context.config_loader
-    given = params_as_overrides(sweeper.params)
-    named = {override.get_key_element() for override in parse(list(arguments))}
-    given = [text for text in given if text.partition("=")[0] not in named]
+    parser = OverridesParser.create(config_loader=loader)
     axes: dict[str, list[str]] = {}
-    for override in OverridesParser.create(config_loader=loader).parse_overrides(
-        [*given, *arguments]
-    ):
+    for override in parser.parse_overrides(list(overrides.values())):
         key = override.get_key_element()
         if not override.is_sweep_override():
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
@@ -283,9 +318,21 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
         if not axes[key]:
             choices = loader.get_group_options(override.key_or_group)
             raise ConfigError(no_match(override.input_line or key, choices))
-    products: list[list[tuple[str, ...]]] = []
-    paired: dict[str, list[str]] = {}
-    for group in sweeper.pairs:
+    return axes
+
+
+def _paired(
+    axes: dict[str, list[str]], pairs: Sequence[Sequence[str]]
+) -> list[list[tuple[str, ...]]]:
+    """What the product is of: the values of each setting, or of several that move together.
+
+    Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
+    """
+    factors: list[list[tuple[str, ...]]] = []
+    paired: dict[str, Sequence[str]] = {}
+    for group in pairs:
+        if not any(key in axes for key in group):
+            continue  # another block has them
         for key in group:
             if key not in axes:
                 raise ConfigError(f"hydra.sweeper.pairs names {key}, which has no values here")
@@ -301,12 +348,28 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
     for key, values in axes.items():
         group = paired.get(key)
         if group is None:
-            products.append([(value,) for value in values])
+            factors.append([(value,) for value in values])
         elif key == group[0]:
-            products.append(list(zip(*(axes[name] for name in group), strict=True)))
-    if math.prod(map(len, products)) > MOST_JOBS:
-        raise ConfigError(f"these are more than {MOST_JOBS:,} jobs: give them as several sweeps")
-    return [tuple(itertools.chain(*choice)) for choice in itertools.product(*products)]
+            factors.append(list(zip(*(axes[name] for name in group), strict=True)))
+    return factors
+
+
+def _kept(keeps: Filter, jobs: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The jobs that a filter keeps. Raises ConfigError where it names what no job is given."""
+    distinct = dict.fromkeys(itertools.chain.from_iterable(jobs))
+    read = {o.input_line: (o.key_or_group, plain(o.value())) for o in parse(list(distinct))}
+    settings = [dict(read[override] for override in job) for job in jobs]
+    known = {name for each in settings for name in each}
+    for name in sorted(keeps.names - known):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{FILTER} names {name}, which has no value here{hint} (text is written in quotes)"
+        )
+    kept = [job for job, given in zip(jobs, settings, strict=True) if keeps.keeps(given)]
+    if not kept:
+        raise ConfigError(f"{FILTER} keeps none of {len(jobs)} jobs")
+    return kept
 
 
 class Checks:
