@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proglayer.console import console
-from proglayer.errors import file_problem, print_error, run_command
+from proglayer.errors import UserError, file_problem, print_error, run_command
+from proglayer.results.difference import difference, difference_table
 from proglayer.results.frames import load
 from proglayer.results.summary import MOST_ROWS, print_results, watch
 
@@ -27,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0; 1 if a run failed, was lost or left a record that cannot be read; "
         "2 if a folder is not there, holds no run or cannot be written.",
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="a sweep, a run, or a pile")
+    parser.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="compare two runs: settings, code, figures"
+    )
     parser.add_argument(
         "--all", action="store_true", help=f"show every run, also of more than {MOST_ROWS}"
     )
@@ -38,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--every", metavar="SECONDS", type=float, default=5.0, help="how often --watch looks (5)"
     )
     options = parser.parse_args(arguments)
+    if options.diff:
+        if options.folders or options.watch or options.csv or options.parquet:
+            parser.error("--diff takes two runs and nothing else")
+        return run_command(lambda: _diff(*options.diff))
+    if not options.folders:
+        parser.error("name a FOLDER, or two runs with --diff")
     if not options.every > 0:
         parser.error("--every must be more than 0 seconds")
     for form in ("csv", "parquet"):
@@ -48,6 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"a file: write --{form} {folder.with_suffix('')}"
             )
     return run_command(lambda: _run(options))
+
+
+def _diff(a: str, b: str) -> int:
+    try:
+        rows = difference(a, b)
+    except (OSError, UserError) as error:
+        problem = file_problem(error) if isinstance(error, OSError) else None
+        print_error(problem or str(error))
+        return NOT_DONE
+    console().print(difference_table(rows, a, b))
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

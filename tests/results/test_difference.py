@@ -1,0 +1,79 @@
+"""Two runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proglayer.results.__main__ import main
+from proglayer.results.difference import Row, difference
+from proglayer.store.record import GitState
+
+from .test_results import made_up, settings
+
+
+def test_settings_and_figures_that_differ_are_named(tmp_path: Path) -> None:
+    made_up(tmp_path / "a", perplexities=(980.0, 970.0))
+    made_up(
+        tmp_path / "b",
+        model="deep_supervision",
+        plain=settings("model=deep_supervision", "lr.base=2e-3"),
+        perplexities=(980.0, 975.0, 960.0),
+    )
+    rows = difference(tmp_path / "a", tmp_path / "b")
+    assert [row for row in rows if row.part == "setting"] == [
+        Row("setting", "model", "standard", "deep_supervision"),
+        Row("setting", "lr.base", "0.001", "0.002"),
+        Row("setting", "model.exit_weights", "last", "uniform"),
+    ]
+    figures = {(row.part, row.name): row[2:] for row in rows}
+    assert figures["phase 1", "validation_perplexity"] == ("980.00", "980.00", "0")
+    assert figures["phase 2", "validation_perplexity"] == ("970.00", "975.00", "+5.00")
+    assert figures["phase 2", "stage"] == ("000000000000", "000000000000", "the same")
+    assert figures["phase 3", "validation_perplexity"] == ("", "960.00", "")
+    assert ("phase 1", "test_loss") not in figures, "neither run has it"
+
+
+def test_the_code_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, commit in (("a", "a" * 40), ("b", "b" * 40)):
+        made_up(tmp_path / name, git=GitState(commit=commit, changed=False))
+    assert main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert f"git diff {'a' * 12} {'b' * 12}" in out
+    assert "no setting differs" in out
+    code = [row for row in difference(tmp_path / "a", tmp_path / "b") if row.part == "code"]
+    assert [row.name for row in code] == ["git_commit"]
+
+
+def test_a_run_that_has_not_ended_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
+    made_up(tmp_path / "a")
+    made_up(tmp_path / "b", status="failed")
+    rows = difference(tmp_path / "a", tmp_path / "b")
+    assert rows[0] == Row("run", "status", "completed", "failed")
+
+
+def test_what_is_no_single_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (1, 2):
+        made_up(tmp_path / "sweep" / str(seed), seed=seed)
+    (tmp_path / "empty").mkdir()
+    made_up(tmp_path / "cut")
+    record = tmp_path / "cut" / "result.json"
+    record.write_bytes(record.read_bytes()[:200])
+    one = str(tmp_path / "sweep" / "1")
+    for other, problem in (
+        ("sweep", "holds 2 runs (1, 2, ...): name one of them"),
+        ("empty", "no run in"),
+        ("gone", "there is no folder"),
+        ("cut", "result.json"),
+    ):
+        assert main(["--diff", one, str(tmp_path / other)]) == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main([one, "--diff", one, one])
+    with pytest.raises(SystemExit):
+        main([])
