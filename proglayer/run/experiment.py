@@ -42,8 +42,9 @@ from proglayer.store.record import (
     read_record,
 )
 from proglayer.store.trajectory import Counts, Trajectory
+from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
-from proglayer.training.model import Transformer, restored
+from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
 from proglayer.training.stopping import EpochMetrics, Stopped, follow, perplexity
@@ -127,7 +128,7 @@ def train_phases(setup: Setup, current: Session) -> Ended:
     return previous
 
 
-def starting_model(phase: Phase, previous: Ended | None) -> Transformer:
+def starting_model(phase: Phase, previous: Ended | None) -> Model:
     """The model that `phase` begins with: untrained, or the last one's selected epoch, grown."""
     if previous is None:
         return build(phase)
@@ -374,7 +375,7 @@ def _objective(record: RunRecord, path: str) -> float | None:
         return None
 
 
-def load_run(folder: str | Path) -> Transformer:
+def load_run(folder: str | Path) -> Model:
     """The model that a run left in its folder, on the CPU, ready to evaluate.
 
     Raises FileNotFoundError where the run left none, and StoreError where the file is not what the

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from proglayer.errors import first_line
-from proglayer.training.model import Transformer, restored
+from proglayer.training.build import restored
+from proglayer.training.model import Model
 from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
 from proglayer.training.plan import Phase, described
 from proglayer.training.trainer import Training
@@ -40,7 +41,7 @@ def pack_weights(phase: Phase, weights: Tensors) -> bytes:
     return _pack(weights, {"architecture": described(phase.architecture), "layers": phase.layers})
 
 
-def load_model(content: bytes) -> Transformer:
+def load_model(content: bytes) -> Model:
     """The model in a file of weights, on the CPU. Raises ValueError for any other file."""
     try:
         tensors = safetensors.torch.load(content)

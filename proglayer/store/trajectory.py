@@ -34,8 +34,9 @@ from proglayer.store.checkpoint import (
 )
 from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
+from proglayer.training.build import restored
 from proglayer.training.frozen import FrozenStates
-from proglayer.training.model import Transformer, restored
+from proglayer.training.model import Model
 from proglayer.training.optim import trains
 from proglayer.training.plan import Phase, Precision, described
 from proglayer.training.stopping import EpochMetrics, best_of, follow
@@ -98,7 +99,7 @@ class Trajectory:
         self,
         store: Path,
         parent: tuple[str, int] | None,
-        start: Callable[[], Transformer],
+        start: Callable[[], Model],
         phase: Phase,
         corpus: Corpus,
         device: torch.device,
@@ -361,7 +362,7 @@ class Trajectory:
 
     def _evaluate(
         self,
-        model: Transformer,
+        model: Model,
         exits: list[int],
         training: Training | None,
         frozen: FrozenStates | None = None,
@@ -378,10 +379,10 @@ class Trajectory:
             tokens=tokens,
         )
 
-    def _evaluate_exits(self, model: Transformer, training: Training | None) -> list[ExitMetrics]:
+    def _evaluate_exits(self, model: Model, training: Training | None) -> list[ExitMetrics]:
         return self._evaluate(model, list(range(self.phase.exits)), training)
 
-    def _model(self, weights: Tensors) -> Transformer:
+    def _model(self, weights: Tensors) -> Model:
         model = restored(self.phase.layers, asdict(self.phase.architecture), weights)
         return model.to(self.device)
 

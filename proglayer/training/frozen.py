@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from proglayer.config import ConfigError
-from proglayer.training.model import Transformer
+from proglayer.training.model import Model
 from proglayer.training.plan import Phase, lowest_trained
 
 SHARE_OF_FREE_MEMORY = 0.25
@@ -50,7 +50,7 @@ class FrozenStates:
         self.kept = [e for e in range(self.first) if e in exits or e == self.first - 1]
         self._states: list[Tensor] | None = None
 
-    def hidden(self, model: Transformer, window_n: Tensor) -> dict[int, Tensor]:
+    def hidden(self, model: Model, window_n: Tensor) -> dict[int, Tensor]:
         """Hidden states (n, t, d) by exit, of the windows of these numbers.
 
         The first call computes them for all. Raises ConfigError where they find no room.
@@ -64,10 +64,10 @@ class FrozenStates:
         return found
 
     @torch.no_grad()
-    def _compute(self, model: Transformer) -> list[Tensor]:
+    def _compute(self, model: Model) -> list[Tensor]:
         states: list[Tensor] = []
         for window_n in torch.arange(self.windows).split(self.phase.batch_size):
-            x_ntd = model.embedding(self.inputs(window_n))
+            x_ntd = model.embed(self.inputs(window_n))
             below = model.layers_from(0, x_ntd, self.first)
             hidden_entd = [below[e] for e in self.kept]
             if not states:

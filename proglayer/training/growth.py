@@ -6,35 +6,33 @@ To add an operator: a name in `config.GrowthInit`, where its layers come from in
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from torch import nn
 
 from proglayer.config import GrowthInit
-from proglayer.training.model import Layer, Transformer, initialize
-from proglayer.training.plan import Architecture, Growth, Phase, layer_sources
+from proglayer.training.build import empty
+from proglayer.training.model import Model
+from proglayer.training.plan import Growth, Phase, layer_sources
 from proglayer.training.streams import stream
 
 
-def build(phase: Phase) -> Transformer:
+def build(phase: Phase) -> Model:
     """An untrained model for the first phase of a plan, on the CPU.
 
     Embedding, head and each layer draw from streams of their own, so models of different depth
     share what they have in common.
     """
-    model = _empty(phase.architecture, phase.layers)
-    dim = phase.architecture.dim
-    initialize(model.embedding, dim, stream(phase.seed, "embedding", phase.index))
-    initialize(model.head, dim, stream(phase.seed, "head", phase.index))
-    initialize(model.norm, dim, stream(phase.seed, "norm", phase.index))
+    model = empty(phase.architecture, phase.layers)
+    for name, part in model.named_children():
+        if name != "layers":
+            model.initialize(part, stream(phase.seed, name, phase.index))
     for number, layer in enumerate(model.layers):
-        initialize(layer, dim, stream(phase.seed, "layer", phase.index, number))
+        model.initialize(layer, stream(phase.seed, "layer", phase.index, number))
     return model
 
 
 @torch.no_grad()
-def grow(model: Transformer, phase: Phase) -> Transformer:
+def grow(model: Model, phase: Phase) -> Model:
     """The model that `phase` starts with: `model` with the phase's growth, as new tensors.
 
     Embedding, head, final norm and old layers keep their values bit for bit, and the old layers
@@ -62,30 +60,25 @@ def grow(model: Transformer, phase: Phase) -> Transformer:
     growth = phase.growth
     if growth is None:
         return model
-    device = model.head.weight.device
-    grown = _empty(phase.architecture, phase.layers).to(device)
-    for name in ("embedding", "norm", "head"):
-        getattr(grown, name).load_state_dict(getattr(model, name).state_dict())
+    device = model.head_weight.device
+    grown = empty(phase.architecture, phase.layers).to(device)
+    for name, part in model.named_children():
+        if name != "layers":
+            grown.get_submodule(name).load_state_dict(part.state_dict())
     sources = layer_sources(len(model.layers), growth)
     added = 0
     for layer, source in zip(grown.layers, sources, strict=True):
-        assert isinstance(layer, Layer)
         if source.layer is not None:
             layer.load_state_dict(model.layers[source.layer].state_dict())
         else:
-            cpu_layer = layer.cpu()
             draw = stream(phase.seed, "layer", phase.index, added)
-            initialize(cpu_layer, phase.architecture.dim, draw)
+            grown.initialize(layer.cpu(), draw)
             layer.to(device)
         if source.new:
             if growth.noise:
                 _add_noise(layer, growth.noise, stream(phase.seed, "noise", phase.index, added))
             if growth.init is GrowthInit.zero:
-                layer.attention.o.weight.zero_()
-                layer.ffn.w2.weight.zero_()
-                if not layer.pre_norm:
-                    layer.norm1.weight.fill_(1)
-                    layer.norm2.weight.fill_(1)
+                grown.silence(layer)
             added += 1
     return grown
 
@@ -102,17 +95,9 @@ def gate_value(growth: Growth | None, step: int) -> float | None:
 
 
 def _add_noise(layer: nn.Module, share: float, generator: torch.Generator) -> None:
-    """Mix the layer's matrices with noise of their own scale; its gains stay."""
-    for part in layer.modules():
-        if isinstance(part, nn.Linear):
-            weight = part.weight
+    """Mix the layer's matrices with noise of their own scale; gains and biases stay."""
+    for weight in layer.parameters():
+        if weight.ndim > 1:
             noise = torch.randn(weight.shape, generator=generator).to(weight.device)
             scale = weight.square().mean().sqrt()
             weight.mul_(1 - share).add_(noise * scale, alpha=share)
-
-
-def _empty(architecture: Architecture, layers: int) -> Transformer:
-    """A model whose weights are not set yet (made on `meta`, so that nothing is drawn twice)."""
-    with torch.device("meta"):
-        model = Transformer(layers=layers, **asdict(architecture))
-    return model.to_empty(device="cpu")

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from proglayer.training.model import Transformer
+from proglayer.training.model import Model
 from proglayer.training.plan import AdamW, Phase, Role, Source, layer_sources
 
 # What AdamW remembers of a parameter.
@@ -34,7 +34,7 @@ def trains(name: str, phase: Phase) -> bool:
     return getattr(phase.rates, role) is not None
 
 
-def set_trainable(model: Transformer, phase: Phase) -> dict[str, Tensor]:
+def set_trainable(model: Model, phase: Phase) -> dict[str, Tensor]:
     """Mark what trains in `phase`, drop left-over gradients; gives the trainable set by name."""
     trainable = {}
     for name, parameter in model.named_parameters():
@@ -45,15 +45,14 @@ def set_trainable(model: Transformer, phase: Phase) -> dict[str, Tensor]:
     return trainable
 
 
-def decayed(name: str, settings: AdamW) -> bool:
-    """Whether weight decay acts on the parameter called `name`."""
+def decayed(name: str, parameter: Tensor, settings: AdamW) -> bool:
+    """Whether weight decay acts on the parameter called `name`: gains and biases are vectors."""
     if name.startswith("embedding."):
         return settings.decay_embedding
-    is_gain = any(part.startswith("norm") for part in name.split("."))
-    return settings.decay_norms or not is_gain
+    return settings.decay_norms or parameter.ndim > 1
 
 
-def build_optimizer(model: Transformer, phase: Phase) -> torch.optim.AdamW:
+def build_optimizer(model: Model, phase: Phase) -> torch.optim.AdamW:
     """A fresh AdamW over exactly the trainable set, one group for each role that trains (two where
     weight decay leaves out some of it).
 
@@ -66,8 +65,8 @@ def build_optimizer(model: Transformer, phase: Phase) -> torch.optim.AdamW:
     for role, decays in itertools.product(Role, (True, False)):
         names = [
             name
-            for name in trainable
-            if role_of(name, phase) is role and decayed(name, settings) is decays
+            for name, parameter in trainable.items()
+            if role_of(name, phase) is role and decayed(name, parameter, settings) is decays
         ]
         if names:
             rate = getattr(phase.rates, role)

@@ -37,7 +37,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the model is at any depth; the keyword arguments of `model.Transformer`."""
+    """What the model is at any depth; the keyword arguments of `transformer.Transformer`."""
 
     vocab_size: int
     dim: int

@@ -22,7 +22,7 @@ from proglayer.errors import UserError
 from proglayer.training.frozen import FrozenStates
 from proglayer.training.growth import gate_value
 from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
-from proglayer.training.model import Transformer
+from proglayer.training.model import Model
 from proglayer.training.optim import build_optimizer, set_rates, start_from
 from proglayer.training.plan import Phase, Precision, Role
 from proglayer.training.streams import stream
@@ -76,7 +76,7 @@ class Training:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         phase: Phase,
         corpus: Corpus,
         device: torch.device,
@@ -199,7 +199,7 @@ class Training:
                 ]
                 return linear_cross_entropy(
                     [self.model.read(hidden_ntd).flatten(0, 1) for hidden_ntd in states],
-                    self.model.head.weight,
+                    self.model.head_weight,
                     target_nt.reshape(-1),
                     [weights[e] for e in exits],
                     count=False,
@@ -234,7 +234,7 @@ class Training:
 
 
 def evaluate(
-    model: Transformer,
+    model: Model,
     phase: Phase,
     corpus: Corpus,
     device: torch.device,
@@ -261,7 +261,7 @@ def evaluate(
                 hidden_entd = model(input_nt) if frozen is None else frozen.hidden(model, batch)
                 result = evaluate_exits(
                     [model.read(hidden_entd[e]).flatten(0, 1) for e in exits],
-                    model.head.weight,
+                    model.head_weight,
                     target_nt.reshape(-1),
                     workspace=workspace,
                 )
@@ -321,13 +321,13 @@ def _frozen_states(phase: Phase, windows: Windows, exits: Sequence[int]) -> Froz
     return FrozenStates(phase, exits, len(windows), lambda window_n: windows.batch(window_n)[0])
 
 
-def set_gate(model: Transformer, phase: Phase, step: int) -> None:
+def set_gate(model: Model, phase: Phase, step: int) -> None:
     """Give the model its gate at optimizer step `step` of `phase`: none any more once it is 1."""
     value = gate_value(phase.growth, step)
     if value is None:
         model.gate, model.gated_layers = None, ()
     else:
-        device = model.head.weight.device
+        device = model.head_weight.device
         model.gate, model.gated_layers = torch.tensor(value, device=device), phase.new_layers
 
 
@@ -338,7 +338,7 @@ def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
-def compiled(model: Transformer) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def compiled(model: Model) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The model's forward pass by `torch.compile`, made anew.
 
     The first call with tokens of a new shape compiles; it raises NotCompiled where that fails.

@@ -19,8 +19,9 @@ from proglayer.errors import StoreError
 from proglayer.store.listing import verify
 from proglayer.store.stages import Stage
 from proglayer.store.trajectory import Hooks, Interrupted, Machine, NotMoved, Trajectory, describe
+from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
-from proglayer.training.model import Transformer, restored
+from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, Rates, StoppingRule, plan
 from proglayer.training.stopping import EpochMetrics, Stopped, follow
@@ -54,7 +55,7 @@ def trajectory(
     phase: Phase,
     stop_at: int | None = None,
     checkpoint_every_s: float = 1e9,
-    start: Callable[[], Transformer] | None = None,
+    start: Callable[[], Model] | None = None,
     **others: Any,
 ) -> Trajectory:
     hooks = Hooks(StopAt(stop_at), lambda progress: None, lambda text: None)
@@ -125,7 +126,7 @@ def test_a_gate_goes_on_where_it_stood(tmp_path: Path) -> None:
         CORPUS.vocab_size,
     )
 
-    def start() -> Transformer:
+    def start() -> Model:
         return grow(build(first), second)
 
     whole = followed(tmp_path / "whole", second, start=start)
@@ -139,7 +140,7 @@ def test_a_gate_goes_on_where_it_stood(tmp_path: Path) -> None:
         assert_same(whole, followed(store, second, start=start))
 
 
-def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Transformer]]:
+def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Model]]:
     first, second = plan(config(*TINY, "phase.max_epochs=2", *overrides), CORPUS.vocab_size)
     return first, second, lambda: grow(build(first), second)
 

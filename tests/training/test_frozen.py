@@ -12,7 +12,7 @@ from torch import Tensor
 from proglayer.config import ConfigError
 from proglayer.training import frozen
 from proglayer.training.growth import build, grow
-from proglayer.training.model import Transformer
+from proglayer.training.model import Model
 from proglayer.training.plan import Phase, evaluation_flops, plan, training_flops
 from proglayer.training.trainer import Training, evaluate
 
@@ -26,7 +26,7 @@ def planned(*overrides: str) -> tuple[Phase, ...]:
     return plan(config(*TINY, *overrides), CORPUS.vocab_size)
 
 
-def grown(*overrides: str) -> tuple[Transformer, Phase]:
+def grown(*overrides: str) -> tuple[Model, Phase]:
     """An initial model after an epoch and a growth, and the phase that goes on with it."""
     initial, phase = planned(*overrides)
     training = Training(build(initial), initial, CORPUS, CPU)
@@ -34,7 +34,7 @@ def grown(*overrides: str) -> tuple[Transformer, Phase]:
     return grow(training.model, phase), phase
 
 
-def train(model: Transformer, phase: Phase, epochs: int = 2) -> tuple[list[float], list[Tensor]]:
+def train(model: Model, phase: Phase, epochs: int = 2) -> tuple[list[float], list[Tensor]]:
     """Losses and metrics of each epoch, and the weights after the last."""
     training = Training(model, phase, CORPUS, CPU)
     losses = []

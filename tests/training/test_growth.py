@@ -9,7 +9,7 @@ import torch
 
 from proglayer.config import ConfigError, GrowthInit
 from proglayer.training.growth import build, gate_value, grow
-from proglayer.training.model import Transformer
+from proglayer.training.model import Model
 from proglayer.training.plan import Phase, layer_sources, placements, plan
 from proglayer.training.trainer import Training, evaluate, set_gate
 
@@ -24,7 +24,7 @@ def planned(*overrides: str) -> tuple[Phase, ...]:
     return plan(config(*TINY, *overrides), CORPUS.vocab_size)
 
 
-def trained(phase: Phase) -> Transformer:
+def trained(phase: Phase) -> Model:
     """A model whose gains are no longer 1 and whose layers differ."""
     training = Training(build(phase), phase, CORPUS, CPU)
     training.train_epoch()
@@ -32,7 +32,7 @@ def trained(phase: Phase) -> Transformer:
     return training.model
 
 
-def grown(norm: str, *overrides: str) -> tuple[Transformer, Transformer, Phase]:
+def grown(norm: str, *overrides: str) -> tuple[Model, Model, Phase]:
     """A trained model of 3 layers, what it grew into, and the phase that begins there."""
     first, second, *_ = planned(f"model.norm={norm}", *overrides)
     old = trained(first)
@@ -43,13 +43,13 @@ def tokens() -> torch.Tensor:
     return torch.from_numpy(CORPUS.validation[:, :-1].copy()).long()
 
 
-def logits(model: Transformer) -> list[torch.Tensor]:
+def logits(model: Model) -> list[torch.Tensor]:
     """At every exit."""
     with torch.no_grad():
         return [model.head(model.read(hidden)) for hidden in model(tokens())]
 
 
-def pattern(old: Transformer, new: Transformer) -> str:
+def pattern(old: Model, new: Model) -> str:
     """The old layer whose tensors each new one has, `r` where none."""
 
     def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -117,8 +117,8 @@ def test_a_stack_is_the_old_layers_applied_to_their_own_exit(norm: str) -> None:
     assert torch.equal(new(tokens())[-1], again)
 
 
-def _through(model: Transformer, hidden_ntd: torch.Tensor) -> torch.Tensor:
-    from proglayer.training.model import rotary_tables
+def _through(model: Model, hidden_ntd: torch.Tensor) -> torch.Tensor:
+    from proglayer.training.transformer import rotary_tables
 
     cos, sin = rotary_tables(hidden_ntd.shape[1], model.head_dim, model.rotary_base, CPU)
     for layer in model.layers:
@@ -271,7 +271,7 @@ def test_an_exit_of_a_pre_norm_model_is_read_through_the_final_norm() -> None:
 
 
 def test_a_layer_is_pre_norm_where_that_is_asked_for() -> None:
-    from proglayer.training.model import rotary_tables
+    from proglayer.training.transformer import rotary_tables
 
     layer = build(planned("model.norm=pre")[0]).layers[0]
     x = torch.randn(2, 5, 8)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from proglayer.config import GrowthInit
+from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
-from proglayer.training.model import Transformer, restored, rotary_tables, rotate
 from proglayer.training.plan import Phase, parameter_counts, placements, plan
+from proglayer.training.transformer import Transformer, rotary_tables, rotate
 
 from ..helpers import TINY, config, experiments
 

@@ -314,7 +314,7 @@ def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None
 def _empty(phase: Phase) -> torch.nn.Module:
     from dataclasses import asdict
 
-    from proglayer.training.model import Transformer
+    from proglayer.training.transformer import Transformer
 
     return Transformer(layers=phase.layers, **asdict(phase.architecture))
 
