@@ -205,7 +205,7 @@ def measure(
         square = [torch.randn(side, side, dtype=dtype, device=device) for _ in range(3)]
         ours = trainings[precision] = new_training(Training, phase, seq_len, steps, device)
         dense = new_training(DenseTraining, phase, seq_len, steps, device)
-        head_vd = ours.model.head.weight.detach().to(dtype)
+        head_vd = ours.model.head_weight.detach().to(dtype)
         with machine.switches(None, precision):
             cut = cuts[precision] = best_blocking(phase, seq_len, head_vd)
         logits = [Products(windows * seq_len, False, False)]
