@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +41,51 @@ def console() -> Console:
         highlight=False,
         soft_wrap=not file.isatty(),
     )
+
+
+@contextlib.contextmanager
+def going_on_unread() -> Iterator[None]:
+    """Let a block go on where standard output can no longer be written, as when its reader ended.
+
+    Without it `| head -1`, or a full disk for the output, would end hours of training. Standard
+    error says so, once. Nothing changes where standard output is no file of the system.
+    """
+    before = sys.stdout
+    try:
+        number = before.fileno()
+    except (OSError, ValueError):
+        yield
+        return
+    before.flush()
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(number, "wb", closefd=False)),
+        encoding=before.encoding,
+        errors="replace",
+        line_buffering=True,
+    )
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
+
+
+class _Output(io.FileIO):
+    def write(self, data: Any) -> int:
+        """Called by the buffer above it. After the first error all goes nowhere."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                print(
+                    f"warning: the output cannot be written any more ({error.strerror}): going on "
+                    "without it",
+                    file=sys.stderr,
+                )
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
 
 
 def tell(text: str) -> None:

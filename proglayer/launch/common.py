@@ -30,6 +30,7 @@ from hydra.core.utils import (
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from proglayer.console import going_on_unread
 from proglayer.errors import ConfigError, with_type
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,14 @@ def launch(
         returns.append(job.run())
         configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
     return returns
+
+
+@contextlib.contextmanager
+def unread(master: DictConfig) -> Iterator[None]:
+    """Let a sweep, and Hydra's log of it, go on where nobody reads its output any more."""
+    with going_on_unread():
+        configure_log(master.hydra.hydra_logging, master.hydra.verbose)
+        yield
 
 
 class FolderInUse(ConfigError):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 from proglayer import files
 from proglayer.config import Config, OnError, to_config, to_plain
@@ -36,6 +36,8 @@ from proglayer.launch.composing import file_problem as settings_file_problem
 from proglayer.launch.overrides import check_arguments
 from proglayer.launch.snapshot import changed_files
 from proglayer.store.record import (
+    METRICS,
+    RESULT,
     RecordError,
     RunRecord,
     RunState,
@@ -69,12 +71,28 @@ COMPOSERS = ("compose_config", "load_sweep_config")
 MOST_NAMED = 8
 # What lies in the folder `hydra.output_subdir` of a run.
 WRITTEN_BY_HYDRA = r"(config|hydra|overrides)\.yaml"
-# What was not there before the run that starts, of what Hydra makes for it.
-_made: set[Path] = set()
+# What is printed where there is no log: for a plan, and for a run that does not start.
+NO_LOG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"console": {"format": "%(levelname)s: %(message)s"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "console"}},
+    "root": {"level": "WARNING", "handlers": ["console"]},
+}
 
 
 class Beforehand(Callback):
-    """Looks at what is there before Hydra makes anything for a run."""
+    """Decides whether a single run starts before Hydra makes anything for it.
+
+    Hydra would write over the settings and go on with the log that another command keeps in the
+    same folder; and a plan would need a folder that can be written.
+    """
+
+    # What was not there before, of what Hydra makes for the run.
+    made: ClassVar[set[Path]] = set()
+    refusal: ClassVar[ConfigError | None] = None
+    # Held until the run has ended.
+    lock: ClassVar[contextlib.ExitStack] = contextlib.ExitStack()
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Called by Hydra."""
@@ -82,8 +100,26 @@ class Beforehand(Callback):
         folder = Path(config.hydra.run.dir).absolute()
         names = f"{config.hydra.job.name}.log", config.hydra.output_subdir
         paths = [folder, *(folder / name for name in names if name)]
-        _made.clear()
-        _made.update(path for path in paths if not path.exists())
+        self.lock.close()
+        self.made.clear()
+        Beforehand.refusal = None
+        new = [path for path in paths if not path.exists()]
+        try:
+            settings = to_config(config)
+            if not settings.plan:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock.enter_context(sole_writer(folder, "hydra.run.dir"))
+                _check_other_run(folder, settings)
+                self.made.update(new)
+                return
+        except ConfigError as error:
+            Beforehand.refusal = error
+        except OSError:  # Hydra comes upon the same
+            return
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.run.dir = "."
+            config.hydra.output_subdir = None
+            config.hydra.job_logging = NO_LOG
 
 
 def run_job(settings: DictConfig) -> float | None:
@@ -92,9 +128,17 @@ def run_job(settings: DictConfig) -> float | None:
     A single run that fails ends the process with status 1, an interrupted one with 130. In a
     sweep a failed job is in its record, and the sweep goes on.
     """
+    hydra = HydraConfig.get()
+    single = hydra.mode is not RunMode.MULTIRUN
     # A relative path means the folder of the command, also with hydra.job.chdir=true.
-    with contextlib.chdir(HydraConfig.get().runtime.cwd):
-        return _run_job(settings)
+    with contextlib.chdir(hydra.runtime.cwd), Beforehand.lock:
+        try:
+            return _run_job(settings)
+        except BaseException:
+            folder = Path(hydra.runtime.output_dir)
+            if single and not any((folder / name).exists() for name in (RESULT, METRICS)):
+                _leave_nothing(folder)
+            raise
 
 
 def _run_job(settings: DictConfig) -> float | None:
@@ -105,8 +149,11 @@ def _run_job(settings: DictConfig) -> float | None:
         from proglayer.versions import warn_of_unknown
 
         warn_of_unknown()
+        if Beforehand.refusal is not None:
+            print_error(str(Beforehand.refusal))
+            sys.exit(FAILED)
     try:
-        from proglayer.console import tell
+        from proglayer.console import going_on_unread, tell
         from proglayer.run.machine import with_precision
 
         config, picked = with_precision(to_config(settings))
@@ -115,7 +162,6 @@ def _run_job(settings: DictConfig) -> float | None:
         _warn_of_changes()
         if config.plan:
             print_plan(config)
-            _leave_nothing(folder)
             return None
         if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
@@ -131,28 +177,26 @@ def _run_job(settings: DictConfig) -> float | None:
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         overrides = list(hydra.overrides.task)
-        where = "hydra.run.dir" if single else "hydra.sweep.dir"
         # A job that was deferred, or that a scheduler holds, would find nobody to start it again.
         held = read_heartbeat(folder).sign in (RunState.deferred, RunState.pending)
         prune = None if single else _pruning(hydra.sweeper, config.objective, folder)
+        # The folder of a single run is locked already.
+        lock = (
+            contextlib.nullcontext()
+            if single
+            else sole_writer(folder, "hydra.sweep.dir", LOCK_WAIT_S)
+        )
         try:
-            with sole_writer(folder, where, LOCK_WAIT_S):
-                if single:
-                    _check_other_run(folder, config)
+            with lock, going_on_unread():
                 outcome = run(
                     config, folder, overrides, choices, may_wait=single or held, prune=prune
                 )
         except Deferred:
             return None
         except FolderInUse as error:
-            if single:
-                raise
             log.error("%s", error)  # whoever works there writes the record
             return None
     except (ConfigError, StoreError) as error:
-        # A store that could not be written comes after the start: what the run left stays.
-        if single and isinstance(error, ConfigError):
-            _leave_nothing(folder)
         if single:
             print_error(str(error))
             sys.exit(FAILED)
@@ -175,9 +219,11 @@ def _check_other_run(folder: Path, config: Config) -> None:
     """Raise ConfigError where a folder holds what a run with other settings came to."""
     with contextlib.suppress(RecordError):
         record = read_record(folder)
-        plain = to_plain(config)
         if record is None or record.status is not RunState.completed or not record.config:
             return
+        from proglayer.run.machine import with_precision
+
+        plain = to_plain(with_precision(config)[0])
         compared = [name for name in plain if name not in NO_OTHER_RUN]
         if other := [name for name in compared if record.config.get(name) != plain[name]]:
             raise ConfigError(
@@ -287,9 +333,9 @@ def _warn_of_changes() -> None:
 
 def _leave_nothing(folder: Path) -> None:
     """Take away what Hydra made for a run that was not started. What was there before stays."""
-    for path in _made - {folder}:
+    for path in Beforehand.made - {folder}:
         if not files.delete_folder(path, files.named(WRITTEN_BY_HYDRA)):
             with contextlib.suppress(OSError):
                 files.delete(path, files.named(r".*\.log"))
-    if folder in _made:
+    if folder in Beforehand.made:
         files.delete_if_empty(folder)

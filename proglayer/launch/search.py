@@ -24,7 +24,7 @@ from proglayer import files
 from proglayer.config import OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.common import params_as_overrides, threads_per_job
+from proglayer.launch.common import params_as_overrides, threads_per_job, unread
 from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.space import Space, read_space, with_params
@@ -106,7 +106,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
             "such as 'lr.base=tag(log,interval(1e-4,1e-2))'"
         )
     name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(space.given)))}"
-    with alone(sweeper.storage or "", name) as by_itself:
+    with unread(master), alone(sweeper.storage or "", name) as by_itself:
         trials = Trials(sweeper, space, name, by_itself)
         folders = trials.folders()
         stopped = False

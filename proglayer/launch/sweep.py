@@ -41,7 +41,13 @@ from proglayer.config import (
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, with_type
-from proglayer.launch.common import jobs_at_once, params_as_overrides, sole_writer, threads_per_job
+from proglayer.launch.common import (
+    jobs_at_once,
+    params_as_overrides,
+    sole_writer,
+    threads_per_job,
+    unread,
+)
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.filter import SETTING as FILTER
 from proglayer.launch.filter import Filter
@@ -164,6 +170,11 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     Raises ConfigError with every problem of every job before anything is launched. Ends the
     process with status 1 if a job failed, after the table of all jobs.
     """
+    with contextlib.nullcontext() if sweeper.config.plan else unread(sweeper.config):
+        return _sweep(sweeper, arguments)
+
+
+def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     warn_of_unknown()
     given: Any = OmegaConf.to_container(sweeper.config.hydra.overrides.hydra, resolve=False)
     named = [text for text in map(str, given) if text.startswith("hydra.sweep.subdir")]

@@ -62,10 +62,46 @@ def test_a_mistake_leaves_a_finished_run_in_the_same_folder(
 ) -> None:
     assert train(*QUICK, "hydra.run.dir=run").status == 0
     before = contents(tmp_path / "run")
-    assert train(*QUICK, "model.num_heads=3", "hydra.run.dir=run").status == 1
-    after = contents(tmp_path / "run")
-    assert after.keys() == before.keys()
-    assert after["train.log"] == before["train.log"]
+    for other in "model.num_heads=3", "seed=5":
+        assert train(*QUICK, other, "hydra.run.dir=run").status == 1
+        assert contents(tmp_path / "run") == before
+
+
+def test_a_plan_needs_no_folder_that_can_be_written(train: Command) -> None:
+    done = train(*QUICK, "plan=true", "hydra.run.dir=/proc/nowhere")
+    assert (done.status, done.err) == (0, "")
+    assert "1 initial" in done.out
+
+
+def test_an_error_that_nobody_foresaw_leaves_no_folder_of_a_run_that_did_not_begin(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("proglayer.run.experiment.run", fails)
+    with pytest.raises(ZeroDivisionError):
+        train(*QUICK, "hydra.run.dir=run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("jobs", [(), ("-m", "seed=1,2")])
+def test_a_command_whose_output_nobody_reads_goes_on_and_says_so(
+    tmp_path: Path, jobs: tuple[str, ...]
+) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *jobs, *QUICK]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    broken = "warning: the output cannot be written any more (Broken pipe): going on without it\n"
+    assert (process.returncode, said) == (0, broken)
+    assert {r["status"] for r in results(tmp_path)} == {"completed"}
+    assert len(results(tmp_path)) == (2 if jobs else 1)
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -168,8 +204,11 @@ def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
             done = train(*jobs, *QUICK, "reuse=false", f"{setting}={folder}")
         assert done.status == 1
         assert f"{setting}={folder}: another command is at work in this folder" in done.err
-        assert not list(folder.rglob("result.json"))
-        assert not list(folder.rglob("heartbeat.json"))
+        if jobs:
+            assert not list(folder.rglob("result.json"))
+            assert not list(folder.rglob("heartbeat.json"))
+        else:
+            assert not list(folder.iterdir())
 
 
 def test_settings_edited_while_jobs_of_joblib_wait_change_none(tmp_path: Path) -> None:
