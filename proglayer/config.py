@@ -191,6 +191,7 @@ class ModelConfig:
     vocab_size: Annotated[int | None, Bounds(least=3, most=INT32)]
     exit_weights: Any
     norm: Norm = Norm.post
+    checkpoint_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,9 @@ class BudgetOverrides:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """Which phases there are, and what each may spend."""
+    """Which phases there are, and what each may spend. A batch's gradient comes from `accumulate`
+    parts of it, one after another.
+    """
 
     schedule: PhaseSchedule
     batch_size: Annotated[int, Bounds(least=1, most=INT32)]
@@ -240,6 +243,7 @@ class PhaseConfig:
     samples: Annotated[int | None, Bounds(least=1, most=INT32)]
     initial: BudgetOverrides
     grown: BudgetOverrides
+    accumulate: Annotated[int, Bounds(least=1, most=65_536)] = 1
 
 
 @dataclass(frozen=True)
@@ -630,6 +634,7 @@ def _problems(config: Config) -> Iterator[str]:
         own = getattr(config.phase, part).exit_weights
         if own is not None:
             yield from _exit_weight_problems(f"phase.{part}", own)
+    yield from _batch_problems(config.phase)
     yield from _growth_problems(config)
     yield from _data_problems(config.data)
     yield from _rate_problems(config.lr)
@@ -688,6 +693,14 @@ def _layer_problems(config: Config) -> Iterator[str]:
             )
         elif not grows and step.existing == 0 and not step.embedding and not step.head:
             yield f"freeze.steps[{number}] freezes everything: nothing would train"
+
+
+def _batch_problems(phase: PhaseConfig) -> Iterator[str]:
+    parts = max(1, phase.accumulate)
+    sizes = {"": phase, "initial.": phase.initial, "grown.": phase.grown}
+    for part, size in ((part, own.batch_size) for part, own in sizes.items()):
+        if size is not None and size % parts:
+            yield f"phase.accumulate={parts} does not divide phase.{part}batch_size={size}"
 
 
 # What the layers of these operators start from is an old layer.

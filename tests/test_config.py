@@ -119,6 +119,8 @@ MISTAKES = {
     "initial_layers=-1": "initial_layers=-1 must be from 0 to 4,096",
     "added_layers=-2": "added_layers=-2 must be from 0 to 4,096",
     "added_layers=0": "added_layers=0 adds nothing",
+    "phase.accumulate=3": "phase.accumulate=3 does not divide phase.batch_size=64",
+    "phase.accumulate=0": "phase.accumulate=0 must be from 1 to 65,536",
     "model.num_heads=3": "model.num_heads=3 does not divide model.dim=64",
     "model.dim=12": "rotary embedding needs an even number",
     "model.vocab_size=1": "model.vocab_size=1",

@@ -43,6 +43,7 @@ IN_THE_PHASES = {
     "model.exit_weights": "uniform",
     "phase.schedule": "keep_training",
     "phase.batch_size": "32",
+    "phase.accumulate": "2",
     "phase.samples": "10",
     "phase.max_epochs": "3",  # by the cosine's end; with a constant rate it only stops
     "phase.initial.batch_size": "32",
@@ -72,6 +73,7 @@ IN_THE_PHASES = {
     "growth.block": "2 growth.init=middle added_layers=2",
     "growth.gate_steps": "5 growth.init=gate",
     "model.norm": "pre",
+    "model.checkpoint_activations": "true",
     "freeze.steps": STEPS,
     "lr.base": "0.5",
     "lr.factor.new": "0.5",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Model(nn.Module):
@@ -34,6 +35,8 @@ class Model(nn.Module):
         # While a growth's gate opens: the layers behind it, and its value (a scalar tensor).
         self.gated_layers: tuple[int, ...] = ()
         self.gate: Tensor | None = None
+        # Whether what a layer computes is formed again in the backward pass instead of kept.
+        self.checkpoint_activations = False
 
     @abstractmethod
     def beside(self, x_ntd: Tensor) -> dict[str, Any]:
@@ -75,9 +78,17 @@ class Model(nn.Module):
         x_ntd: what layer `first` reads.
         """
         beside = self.beside(x_ntd)
+        checkpointed = self.checkpoint_activations and torch.is_grad_enabled()
         exits = []
         for number, layer in enumerate(self.layers[first:end], start=first):
-            y_ntd = layer(x_ntd, **beside)
+            if checkpointed:
+                # Formed again in the backward pass (Chen et al. 2016, "Training deep nets with
+                # sublinear memory cost"). No layer draws random numbers.
+                y_ntd = checkpoint(
+                    layer, x_ntd, use_reentrant=False, preserve_rng_state=False, **beside
+                )
+            else:
+                y_ntd = layer(x_ntd, **beside)
             if self.gate is not None and number in self.gated_layers:
                 y_ntd = self.gate * y_ntd + (1 - self.gate) * x_ntd
             x_ntd = y_ntd

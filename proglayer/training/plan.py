@@ -208,6 +208,8 @@ class Phase:
     curriculum: ExitCurriculum = ExitCurriculum()
     detached: bool = False
     cache_frozen: bool = False
+    accumulate: int = 1
+    checkpoint_activations: bool = False
 
     @property
     def exits(self) -> int:
@@ -497,6 +499,8 @@ def _common(config: Config, own: BudgetOverrides, initial: bool) -> dict[str, An
             loss.gradual_steps if loss.curriculum is Curriculum.gradual else 0,
         ),
         "detached": loss.detach,
+        "accumulate": config.phase.accumulate,
+        "checkpoint_activations": config.model.checkpoint_activations,
         "stop": StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
     }
 
@@ -566,7 +570,7 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 
     something below it trains. Only exits with a weight are read, and of those the ones that the
     curriculum reads in this epoch (1 is the first). Causal attention is counted
     over the whole square, as the usual formula 4 x tokens x dim does. What `cache_frozen` keeps
-    runs once a phase and is left out.
+    runs once a phase and is left out; so is what `checkpoint_activations` forms a second time.
     """
     tokens = phase.windows(train_windows) * seq_len
     token_product = 2 * phase.architecture.vocab_size * phase.architecture.dim

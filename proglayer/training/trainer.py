@@ -85,6 +85,7 @@ class Training:
         self.phase = phase
         self.device = device
         self.model = model.to(device)
+        self.model.checkpoint_activations = phase.checkpoint_activations
         self.optimizer = build_optimizer(self.model, phase)
         start_from(self.optimizer, carried or {})
         self.body = compiled(self.model) if phase.compile else self.model
@@ -124,17 +125,21 @@ class Training:
         started, seconds_before, first_step = looked, self.seconds, self.step
         while self.step < self.steps_per_epoch:
             batch = order[self.step * phase.batch_size : (self.step + 1) * phase.batch_size]
-            with record_function("data"):
-                input_nt, target_nt = self.windows.batch(batch)
             done = self.epoch * self.steps_per_epoch + self.step
             set_rates(self.optimizer, phase.schedule.factor(done, self.steps_per_epoch))
             set_gate(self.model, phase, done)
 
             for parameter in self.trainable:
                 parameter.grad = None
-            loss = self.loss(input_nt, target_nt, phase.exit_weights_at(done), batch)
-            with record_function("body backward"):
-                loss.backward()
+            for part in batch.tensor_split(min(phase.accumulate, len(batch))):
+                with record_function("data"):
+                    input_nt, target_nt = self.windows.batch(part)
+                share = len(part) / len(batch)
+                weights = [share * weight for weight in phase.exit_weights_at(done)]
+                loss = self.loss(input_nt, target_nt, weights, part)
+                with record_function("body backward"):
+                    loss.backward()
+                self.loss_sum += loss.detach() * (len(batch) * self.windows.seq_len)
             if phase.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
                 self.gradient_shares.append(gradient_share(self.optimizer))
             if phase.optimizer.clip_norm is not None:
@@ -143,7 +148,6 @@ class Training:
             with record_function("optimizer"):
                 self.optimizer.step()
 
-            self.loss_sum += loss.detach() * target_nt.numel()
             self.step += 1
             now = time.perf_counter()
             mean = None

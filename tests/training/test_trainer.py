@@ -311,6 +311,57 @@ def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None
             training.finish_epoch()
 
 
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("model", ["standard", "deep_supervision"])
+def test_a_batch_in_parts_is_the_same_training_within_rounding(parts: int, model: str) -> None:
+    whole, in_parts = (
+        Training(build(phase), phase, CORPUS, CPU)
+        for phase in (
+            planned(f"model={model}")[0],
+            planned(f"model={model}", f"phase.accumulate={parts}")[0],
+        )
+    )
+    for training in (whole, in_parts):  # 40 windows: the last batch of 16 is one of 8
+        training.train_epoch()
+    assert in_parts.steps_per_epoch == whole.steps_per_epoch == 3
+    assert in_parts.mean_loss() == pytest.approx(whole.mean_loss(), rel=1e-6)
+    for (name, p), q in zip(
+        in_parts.model.named_parameters(), whole.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_no_more_windows_than_a_part_has_are_run_at_once() -> None:
+    (phase,) = planned("phase=from_scratch", "phase.accumulate=4")
+    training = Training(build(phase), phase, CORPUS, CPU)
+    sizes: list[int] = []
+    training.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    training.train_epoch()
+    assert sizes == [4] * 8 + [2] * 4
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_activations_formed_again_give_the_same_bits(norm: str) -> None:
+    kept, again = (
+        Training(build(phase), phase, CORPUS, CPU)
+        for phase in (
+            planned(f"model.norm={norm}", f"model.checkpoint_activations={value}")[0]
+            for value in ("false", "true")
+        )
+    )
+    calls = [0, 0]
+
+    def count(number: int) -> None:
+        calls[number] += 1
+
+    for number, training in enumerate((kept, again)):
+        training.model.layers[0].ffn.w1.register_forward_hook(lambda *_, n=number: count(n))
+        training.train_epoch()
+    assert calls == [3, 6]
+    for p, q in zip(kept.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def _empty(phase: Phase) -> torch.nn.Module:
     from dataclasses import asdict
 
