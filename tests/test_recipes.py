@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from proglayer.training.plan import Phase, plan
+from proglayer.training.plan import Phase, plan, training_flops
 
-from .helpers import ROOT, config
+from .helpers import ROOT, Command, config, epochs_trained, results
 
 # Of each phase: layers, the layers that are new in it, what is frozen, the rate of what is new (of
 # the head, where no layer is).
@@ -87,3 +88,49 @@ def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
         assert len(growth["exit_losses_after"]) == phase["layers"]
         shock = growth["loss_after"] - growth["loss_before"]
         assert (shock == 0) is (name in ("llama_pro", "gated"))
+
+
+# -- growth_timing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "within"), [("standard", 0.032), ("deep_supervision", 1e-9)])
+def test_moments_of_growth_spend_the_same_operations(model: str, within: float) -> None:
+    text = (ROOT / "conf" / "experiment" / "recipe" / "growth_timing.yaml").read_text()
+    lengths = [
+        [int(number) for number in given.split(",")]
+        for given in re.findall(r"phase\.(?:initial|grown)\.max_epochs=([\d,]+)", text)
+    ]
+    initial, grown = lengths[:2] if model == "standard" else lengths[2:]
+    phases = plan(config("experiment=recipe/growth_timing", f"model={model}"), 8192)
+    flops = [sum(vars(training_flops(phase, 32, 3000)).values()) for phase in phases]
+    spent = [a * flops[0] + b * flops[1] for a, b in zip(initial, grown, strict=True)]
+    mean = sum(spent) / len(spent)
+    assert len(spent) == 6
+    assert max(abs(each / mean - 1) for each in spent) < within
+
+
+def test_the_moments_of_growth_share_one_initial_trajectory_a_seed(
+    train: Command, tmp_path: Path
+) -> None:
+    small = [each for each in SMALL if not each.startswith(("phase.initial", "phase.grown"))]
+    moments = ("phase.initial.max_epochs=1,2,3", "phase.grown.max_epochs=3,2,1")
+    pairs = "hydra.sweeper.pairs=[[phase.initial.max_epochs,phase.grown.max_epochs]]"
+    done = train(
+        "-m", "experiment=recipe/growth_timing", *small, *moments, pairs, "seed=0,1",
+        "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    records = results(tmp_path / "sweep")
+    assert len(records) == 6
+    alone = sum(phase["epochs"] for record in records for phase in record["phases"])
+    trained = epochs_trained(records)
+    initial = {record["phases"][0]["stage"] for record in records}
+    assert [trained[stage] for stage in initial] == [3, 3]
+    # Moments whose initial phases selected the same epoch share what is grown from it as well.
+    grown: dict[str, int] = {}
+    for record in records:
+        phase = record["phases"][1]
+        grown[phase["stage"]] = max(phase["epochs"], grown.get(phase["stage"], 0))
+    assert trained == dict.fromkeys(initial, 3) | grown
+    assert alone == 24
+    assert sum(trained.values()) <= 18

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from proglayer import files
+from proglayer.report import stats
 from proglayer.report.page import Picture
 from proglayer.report.study import DEEP, STANDARD, Frame, model_name, variant_name
 
@@ -550,6 +551,37 @@ def engineering(value: float) -> str:
         if abs(value) >= 10**power:
             return f"{value / 10**power:.3g} {letter}"
     return f"{value:.3g}"
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+def over_seeds(
+    gallery: Gallery, name: str, title: str, values: Frame, x_label: str, y_label: str
+) -> Picture:
+    """A line of means with their 95 % intervals, and a dot for each seed.
+
+    Args:
+        values: `x`, `y`; a row a seed.
+    """
+    at = pd.DataFrame({x: vars(stats.summary(own)) for x, own in values.groupby("x")["y"]}).T
+    x = at.index.to_numpy(float)
+
+    def paint(axes: Axes) -> None:
+        beside = values["x"] + 0.015 * (x.max() - x.min())
+        axes.plot(beside, values["y"], "o", color=BLUE, alpha=0.55, markersize=3, mew=0)
+        axes.vlines(x, at["low"], at["high"], color=BLUE, linewidth=2)
+        label = "mean, 95 % interval, and seeds"
+        axes.plot(x, at["mean"].to_numpy(float), color=BLUE, marker="o", linewidth=1, label=label)
+        _tick(axes.xaxis, 8, whole=True)
+        axes.set_xlabel(x_label)
+        _tick(axes.yaxis, 5)
+        axes.set_ylabel(y_label)
+        _legend(axes, 1)
+
+    shown_in_words = "; ".join(f"{x:g}: {mean:.4g}" for x, mean in at["mean"].items())
+    alt = f"{title}; {y_label} by {x_label}: {shown_in_words}"
+    return gallery.draw(name, title, alt, 3.1, paint)
 
 
 # --- parameters -----------------------------------------------------------------------------------

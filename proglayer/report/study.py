@@ -165,10 +165,10 @@ def arms(results: Results) -> Arms:
     unnamed = runs["experiment"] == ""
     if unnamed.any() and not differs_from_original(runs[unnamed]):
         runs.loc[unnamed, "experiment"] = ORIGINAL
-    swept = _swept(runs)
-    conditions = [column for column in swept if _is_condition(runs, column)]
+    varied = swept(runs)
+    conditions = [column for column in varied if _is_condition(runs, column)]
     runs["condition"], names = _conditions(runs, conditions)
-    runs["variant"], runs["base"] = _variants(runs, [c for c in swept if c not in conditions])
+    runs["variant"], runs["base"] = _variants(runs, [c for c in varied if c not in conditions])
     phases: Frame = results.phases
     grown = set(phases.loc[phases["new_layers"].map(bool), "run"])
     runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
@@ -252,7 +252,8 @@ def _label(text: Any) -> str:
     return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
 
 
-def _swept(runs: Frame) -> list[str]:
+def swept(runs: Frame) -> list[str]:
+    """The columns of settings that differ between these runs, those of place and text apart."""
     return [
         column
         for column in runs.columns
@@ -285,7 +286,7 @@ def _conditions(runs: Frame, columns: Sequence[str]) -> tuple[Frame, tuple[str, 
     names: list[str] = []
     for _, row in runs.loc[~numbers.duplicated()].iterrows():
         corpus = row["corpus"] if pd.notna(row["corpus"]) else "unknown corpus"
-        names.append(_label(" ".join([str(corpus), *_values(row, [*columns, *shown])])))
+        names.append(_label(" ".join([str(corpus), *values_text(row, [*columns, *shown])])))
     for number, name in enumerate(names):
         if names.count(name) > 1:
             names[number] = f"{name} ({number + 1})"
@@ -347,10 +348,11 @@ def _parts(
     groups = [group for group in choices if differs(GROUPS[group])]
     chosen = [f"{group}={_value(row[GROUPS[group]])}" for group in groups]
     rest = [c for c in settings if c.split(".")[1] not in groups and differs(c)]
-    return chosen + _values(row, rest)
+    return chosen + values_text(row, rest)
 
 
-def _values(row: Frame, columns: Iterable[str]) -> list[str]:
+def values_text(row: Frame, columns: Iterable[str]) -> list[str]:
+    """Settings of a run as text, `growth.init=stack`; `columns` are those of `Results.runs`."""
     return [f"{c.removeprefix('config.')}={_value(row[c])}" for c in columns]
 
 
@@ -449,8 +451,8 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
 
 def differing(runs: Frame, reference: str) -> dict[str, str]:
     """Variant -> the settings in which it differs from `reference`, whatever the model."""
-    swept = [column for column in _swept(runs) if column != "config.model.exit_weights"]
-    first = runs.drop_duplicates("variant").set_index("variant")[swept].map(_value)
+    varied = [column for column in swept(runs) if column != "config.model.exit_weights"]
+    first = runs.drop_duplicates("variant").set_index("variant")[varied].map(_value)
     differs = (first != first.loc[reference]).to_dict("index")
     return {
         variant: ", ".join(name.removeprefix("config.") for name, other in own.items() if other)

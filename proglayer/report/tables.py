@@ -285,18 +285,24 @@ def _plan(row: Row) -> Cell:
     return Cell("" if math.isnan(seeds) else comparisons.plan(*row["plan"]), _sort(seeds))
 
 
-def growth_table(growths: Frame) -> Table:
-    """Every arm's growths, of `growth.growths`, over its seeds."""
+def growth_table(growths: Frame, mixing: Frame) -> Table:
+    """Every arm's growths, of `growth.growths`, over its seeds.
+
+    Args:
+        mixing: of `growth.mixing`; it counts from a run's last growth.
+    """
+    last = growths["phase"] == growths.groupby("run")["phase"].transform("max")
+    growths = growths.assign(mixing=growths["run"].map(mixing).where(last))
     rows = []
     for (variant, model, phase), arm in growths.groupby(["variant", "model", "phase"], sort=False):
-        tokens = arm["tokens_to_recovery"].dropna().to_numpy(dtype=float)
         rows.append(
             {
                 "variant": variant,
                 "model": model,
                 "growth": f"{phase}: {listed(unique(arm['layers']), 3)} layers",
                 "seeds": str(len(arm)),
-                "recovery": Cell(_recovery(tokens), _sort(tokens.mean() if len(tokens) else None)),
+                "recovery": _tokens(arm["tokens_to_recovery"]),
+                "mixing": _tokens(arm["mixing"]),
                 **{name: arm[name].to_numpy(dtype=float) for name in GROWTH_FIGURES},
             }
         )
@@ -321,14 +327,20 @@ def growth_table(growths: Frame) -> Table:
         ("Loss rose by, nats", "figure", described("shock_nats", 3)),
         ("Accuracy: change, points", "figure", described("accuracy_points", 2)),
         ("Back after, tokens", "figure", lambda row: row["recovery"]),
+        *([("As from scratch after", "figure", lambda row: row["mixing"])] if len(mixing) else []),
         ("Gradient in new layers, %", "figure", share),
     ]
     note = (
         "At the last exit, before the first step after the growth, against the selected epoch of "
         "the phase before. Back after: training tokens until an epoch ended below the loss before. "
-        "Gradient in new layers: their share of the gradient's norm over "
-        "the first steps. Means ± standard deviation over seeds, with their 95 % intervals."
+        "Gradient in new layers: their share of its norm over the first steps. Means ± standard "
+        "deviation over seeds, with their 95 % intervals."
     )
+    if len(mixing):
+        note += (
+            " As from scratch after: tokens until the loss is, within the margin, that of training "
+            "from scratch with as many operations."
+        )
     return _table("What growing did at once", rows, columns, note, sortable=True)
 
 
@@ -483,15 +495,16 @@ def versions_table(runs: Frame) -> Table:
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def _recovery(tokens: np.ndarray) -> str:
+def _tokens(values: Frame) -> Cell:
     """Mean and 95 % interval of tokens; where any are infinite, in how many seeds they are."""
+    tokens = values.dropna().to_numpy(dtype=float)
     if never := int(np.isinf(tokens).sum()):
-        return f"never in {never} of {len(tokens)}"
+        return Cell(f"never in {never} of {len(tokens)}", math.inf)
     found = stats.summary(tokens)
     if not found.n:
-        return ""
+        return Cell("", "")
     between = f" ({engineering(found.low)} to {engineering(found.high)})" if found.n > 1 else ""
-    return engineering(found.mean) + between
+    return Cell(engineering(found.mean) + between, found.mean)
 
 
 def _mean(values: Any, form: str, unit: str = "") -> str:

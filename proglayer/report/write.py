@@ -44,6 +44,7 @@ from proglayer.report.pictures import (
     by_exit,
     forest,
     learning_curve,
+    over_seeds,
     parameters,
 )
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins, model_name, variant_name
@@ -526,13 +527,58 @@ class _Report:
             seeds = arm["shock_nats"].dropna().tolist()
             if shock.n:
                 rows.append({"label": label, "model": model, "seeds": seeds, **vars(shock)})
-        blocks: list[Block] = [growth_table(growths)]
+        scratch = study.controls(condition.runs, study.FROM_SCRATCH)
+        mixing = growth.mixing(condition.runs, condition.curves, scratch, self.margins.nats)
+        blocks: list[Block] = [growth_table(growths, mixing)]
         if rows:
             title = "The loss at the moment of growth rose by: mean, 95 % interval, and seeds"
             name, margin = f"growth{condition.slug}", self.margins.nats
             picture = forest(self.gallery, name, title, rows, margin, "nats", better="left")
             blocks.insert(0, Pictures([picture]))
-        return blocks + _more_variants(condition, "growth.csv")
+        return blocks + _more_variants(condition, "growth.csv") + self._timing(condition)
+
+    def _timing(self, condition: _Condition) -> list[Block]:
+        """When to grow, where that was varied, and how early the arms are in their final order."""
+        blocks: list[Block] = []
+        pictures: list[Picture] = []
+        if found := growth.timings(condition.runs, condition.curves):
+            blocks.append(Heading("When to grow", level=3))
+            blocks += [Paragraph(timing.sentence()) for timing in found]
+            over = max(timing.longest for timing in found) - 1
+            blocks.append(
+                Paragraph(
+                    "Losses are the lowest of the final depth within the operations that the "
+                    f"shortest run spent; the longest spent {100 * over:.1f} % more. Differences "
+                    "are paired by seed; their intervals hold together with 95 % for all pairs.",
+                    muted=True,
+                )
+            )
+        for number, timing in enumerate(found[:MOST_MODELS], start=1):
+            name = self._free(f"valley{condition.slug}-{number}")
+            values = timing.losses.melt(var_name="x", value_name="y")
+            title = f"{timing.title}: the loss against the moment of growth"
+            x_label, y_label = "epochs before the growth", "validation loss (nats)"
+            pictures.append(over_seeds(self.gallery, name, title, values, x_label, y_label))
+        growing = condition.runs[condition.runs["grows"]]
+        for model in condition.models[:MOST_MODELS]:
+            arms = growing.loc[growing["model"] == model, "variant"].nunique()
+            curves = condition.curves[condition.curves["model"] == model]
+            if arms < growth.FEWEST_RANKED or (ranks := growth.ranking(curves)).empty:
+                continue
+            blocks.append(
+                Paragraph(
+                    f"{model_name(model)}: the order of the {curves['variant'].nunique()} arms is "
+                    f"the final one in every seed from epoch {growth.settled(ranks)} of "
+                    f"{ranks['step'].max()} on."
+                )
+            )
+            name = self._free(_slug(f"ranking-{model}") + condition.slug)
+            values = ranks.rename(columns={"step": "x", "tau": "y"}).dropna()
+            if len(values):
+                title = f"{model_name(model)}: how early the arms are in their final order"
+                x_label, y_label = "epochs trained", "Kendall's tau with the final order"
+                pictures.append(over_seeds(self.gallery, name, title, values, x_label, y_label))
+        return blocks + ([Pictures(pictures)] if pictures else [])
 
     # --- learning curves --------------------------------------------------------------------------
 
