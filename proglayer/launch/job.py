@@ -263,13 +263,15 @@ def print_plan(config: Config) -> None:
     """Print a run's phases and what they cost."""
     from proglayer.console import console, tell
     from proglayer.data.corpus import open_corpus
+    from proglayer.launch.stored import StoredPlans
     from proglayer.run.progress import plan_table
     from proglayer.training.plan import plan
 
     corpus = open_corpus(config.data, tell)
     windows = len(corpus.train), len(corpus.validation)
     phases = plan(config, corpus.vocab_size)
-    console().print(plan_table(phases, config.data.seq_len, *windows, "plan"))
+    stored = StoredPlans().of(config, corpus, phases)
+    console().print(plan_table(phases, config.data.seq_len, *windows, "plan", stored))
 
 
 def train(main: Callable[[], Any]) -> int:

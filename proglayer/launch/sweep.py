@@ -34,7 +34,6 @@ from proglayer.config import (
     Config,
     DataConfig,
     short_hash,
-    stages_dir,
     to_config,
     to_plain,
 )
@@ -53,6 +52,7 @@ from proglayer.launch.filter import SETTING as FILTER
 from proglayer.launch.filter import Filter
 from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.overrides import no_match, parse, plain
+from proglayer.launch.stored import StoredPlans, follow_store
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
@@ -184,9 +184,14 @@ def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
         )
     jobs = check(sweeper, expand(sweeper, arguments))
     if jobs[0].config.plan:
+        here = not getattr(sweeper.launcher, "jobs_run_elsewhere", False)
+        threads = threads_per_job(sweeper.config.hydra.launcher)
+        look = StoredPlans()
         for job in jobs:
             windows = len(job.corpus.train), len(job.corpus.validation)
-            table = plan_table(job.phases, job.config.data.seq_len, *windows, job.title)
+            config = replace(job.config, threads=job.config.threads or threads)
+            stored = look.of(config, job.corpus, job.phases) if here else []
+            table = plan_table(job.phases, config.data.seq_len, *windows, job.title, stored)
             console().print(table)
         return []
 
@@ -576,31 +581,19 @@ def stored_progress(jobs: Sequence[Job], launcher: DictConfig) -> dict[Any, Phas
 
     Raises ConfigError for a device that is not here.
     """
-    from proglayer.run import machine
-    from proglayer.store.trajectory import stored_epochs
-
     phases: dict[Any, PhaseProgress] = {}
     for job in jobs:
-        config, _ = machine.with_precision(job.config)
-        device = machine.pick_device(config.device, config.precision)
-        threads = config.threads or threads_per_job(launcher)
-        with machine.switches(threads, config.precision):
-            here = machine.describe_machine(device)
-        parent: tuple[str, int] | None = None
-        reachable = config.reuse
-        for depth, planned in enumerate(job.phases, start=1):
-            phase = replace(planned, precision=config.precision)
-            flops = training_flops(phase, config.data.seq_len, len(job.corpus.train))
-            progress = PhaseProgress(flops.head + flops.body, phase.stop.max_epochs)
-            if reachable:
-                store, fingerprint = Path(stages_dir(config)), job.corpus.fingerprint
-                found = stored_epochs(store, parent, phase, fingerprint, here)
+        config = replace(job.config, threads=job.config.threads or threads_per_job(launcher))
+        stored = follow_store(config, job.corpus, job.phases)
+        for depth, (planned, found) in enumerate(zip(job.phases, stored, strict=True), start=1):
+            flops = training_flops(planned, config.data.seq_len, len(job.corpus.train))
+            progress = PhaseProgress(flops.head + flops.body, planned.stop.max_epochs)
+            if found is not None:
                 seconds = sum(e.train_seconds + e.evaluation_seconds for e in found.epochs)
-                complete = reachable = found.selected is not None
+                complete = found.selected is not None
                 progress = replace(
                     progress, epochs=len(found.epochs), seconds=seconds, complete=complete
                 )
-                parent = found.key, found.selected or 0
             # Jobs that share a phase may stop it differently: it is complete when all would.
             before = phases.get(prefix := prefix_of(job, depth))
             if before is None or (before.complete and not progress.complete):

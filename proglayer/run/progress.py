@@ -148,9 +148,17 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
 
 
 def plan_table(
-    phases: Sequence[Phase], seq_len: int, train_windows: int, validation_windows: int, title: str
+    phases: Sequence[Phase],
+    seq_len: int,
+    train_windows: int,
+    validation_windows: int,
+    title: str,
+    stored: Sequence[tuple[str, str | None]] = (),
 ) -> Table:
-    """A run's phases before anything is trained: what each trains and what it costs."""
+    """A run's phases before anything is trained: what each trains and what it costs.
+
+    stored: for each phase, what the store has of it, and why it has not.
+    """
     costs = [
         (
             phase,
@@ -177,9 +185,16 @@ def plan_table(
         ("body GFLOP", "number", lambda row: f"{row[2].body / 1e9:,.1f}"),
         ("evaluation GFLOP", "number", lambda row: f"{(row[3].head + row[3].body) / 1e9:,.1f}"),
     )
+    if stored:
+        columns = (*columns, ("stored", "text", lambda row: stored[row[0].index][0]))
     shown = table(costs, columns, title)
-    warnings = [warning for phase in phases if (warning := schedule_warning(phase))]
-    shown.caption = "\n".join(warnings) or None
+    lines = [warning for phase in phases if (warning := schedule_warning(phase))]
+    lines += [
+        f"phase {number} is not stored; the nearest stage: {why}"
+        for number, (_, why) in enumerate(stored, start=1)
+        if why
+    ]
+    shown.caption = "\n".join(map(printable, lines)) or None
     return shown
 
 

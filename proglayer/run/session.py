@@ -108,6 +108,10 @@ class Session:
         """A phase begins."""
         self._display.phase(phase)
 
+    def note(self, text: str) -> None:
+        """A line on the screen and in the log."""
+        self._display.note(text)
+
     def epoch(
         self, phase: Phase, counts: Counts, metrics: EpochMetrics, best: EpochMetrics
     ) -> None:

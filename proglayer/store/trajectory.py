@@ -487,16 +487,21 @@ class StoredEpochs:
     rule reads them, and the epoch that the rule selects, None while it would read on.
     """
 
-    key: str
+    description: dict[str, Any]
     epochs: tuple[EpochMetrics, ...]
     selected: int | None
+
+    @property
+    def key(self) -> str:
+        return stage_key(self.description)
 
 
 def stored_epochs(
     store: Path, parent: tuple[str, int] | None, phase: Phase, fingerprint: str, machine: Machine
 ) -> StoredEpochs:
     """Read as much of a trajectory as is stored, training nothing."""
-    stage = Stage(store, stage_key(describe(parent, phase, fingerprint, machine)))
+    description = describe(parent, phase, fingerprint, machine)
+    stage = Stage(store, stage_key(description))
     epochs: list[EpochMetrics] = []
 
     def recorded() -> Iterator[EpochMetrics]:
@@ -505,7 +510,7 @@ def stored_epochs(
             yield metrics
 
     stopped = follow(phase.stop, recorded())
-    return StoredEpochs(stage.key, tuple(epochs), stopped.best.epoch if stopped else None)
+    return StoredEpochs(description, tuple(epochs), stopped.best.epoch if stopped else None)
 
 
 def describe(
