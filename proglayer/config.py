@@ -81,6 +81,10 @@ class DataSource(Enum):
     hub = "hub"
 
 
+# Values of data.tokenizer that name no tokenizer of others.
+WORDS, BPE, MODEL = "words", "bpe", "model"
+
+
 class PhaseSchedule(Enum):
     """Which phases a run has."""
 
@@ -196,7 +200,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The corpus: its source, how it is cut into words and windows, and how much is used."""
+    """The corpus: its source, how it is cut into tokens and windows, and how much is used.
+
+    `tokenizer` is words, bpe, model, or a folder or a name on the hub.
+    """
 
     source: DataSource
     seq_len: Annotated[int, Bounds(least=1, most=2**20)]
@@ -215,6 +222,8 @@ class DataConfig:
     validation_split: str
     text_column: str
     cache_dir: str | None
+    tokenizer: str = WORDS
+    tokenizer_revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ Every source gives the same thing, a `Corpus`. Text becomes words by one rule: l
 setting), split on white space. Line ends are white space like any other and there is no token for
 them, so the words of a split form one stream, however its text was cut into lines, rows or files.
 The vocabulary is `<unk>` = 0, `<pad>` = 1, then every word of train and then of validation in
-order of first appearance; rare words can be left out of it (`min_count`, `max_vocab`).
+order of first appearance; rare words can be left out of it (`min_count`, `max_vocab`). Or text
+becomes subwords, which is `subwords`'s business.
 
 The two streams are stored once, as int32 arrays, in a cache that depends on the text and the
-tokenisation only. Windows are a view of the memory-mapped stream, so `seq_len` and `samples` cost
-nothing to change, and opening a stored corpus imports neither `datasets` nor pyarrow.
+tokenisation only. Beside them lies how many bytes of text each token of validation stands for, so
+that losses of different tokenizers compare as bits per byte. Windows are a view of the
+memory-mapped stream, so `seq_len` and `samples` cost nothing to change, and opening a stored corpus
+imports neither `datasets` nor pyarrow.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from proglayer import files
-from proglayer.config import DataConfig
+from proglayer.config import WORDS, DataConfig
+from proglayer.data import subwords
 from proglayer.data.sources import TextSource, open_source
+from proglayer.data.subwords import TOKENIZER_FILE, Subwords, open_subwords
 from proglayer.errors import DISK_FULL, ConfigError, first_line
 
 Notify = Callable[[str], None]
@@ -48,6 +53,10 @@ CHECKED_BYTES = 64 * 2**20
 # warned of. WikiText-2 has none, pydocs 6 % of phrases that docstrings repeat.
 NOTED_OVERLAP = 0.1
 PASSAGE = 16
+# Such a passage in bytes, for tokens that are shorter.
+PASSAGE_BYTES = 96
+# A word with the white space before it, which is split off otherwise.
+SPACED_WORD = re.compile(r"\s*\S+")
 # Stored tokens are gone through in pieces of this many.
 PIECE_TOKENS = 2**18
 SECONDS_BETWEEN_NOTES = 5.0
@@ -64,9 +73,15 @@ class Corpus:
     follows the validation windows in the validation split, so that no epoch is chosen by them;
     None where those take the whole split.
 
-    `vocab_size` counts the entries of the vocabulary, `<unk>` = 0 and `<pad>` = 1 included.
-    `fingerprint` hashes both token streams, the vocabulary, the length and the number of windows:
-    it is equal where the training data are equal, and knows nothing of where they lay.
+    `vocab_size` counts the entries of the vocabulary; of words, `<unk>` = 0 and `<pad>` = 1 are
+    among them. `fingerprint` hashes both token streams, the vocabulary (or the tokenizer's file),
+    the length and the number of windows: it is equal where the training data are equal, and knows
+    nothing of where they lay.
+
+    `validation_bytes` and `test_bytes` count the bytes of text, in UTF-8, that the targets of those
+    windows stand for: a word with the white space before it, a subword from the end of the one
+    before to its own. None where a text prepared by an earlier version is no longer to be had.
+    `validation_unknown` counts the targets that are `<unk>`, which say nothing of their text.
     """
 
     name: str
@@ -76,9 +91,22 @@ class Corpus:
     fingerprint: str
     folder: Path
     test: np.ndarray | None = None
+    tokenizer: str = WORDS
+    validation_bytes: int | None = None
+    test_bytes: int | None = None
+    validation_unknown: int | None = None
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The `tokenizer.json` that made the tokens, None of words."""
+        return None if self.tokenizer == WORDS else self.folder / TOKENIZER_FILE
 
     def words(self) -> list[str]:
-        """The vocabulary; a word's place is its id."""
+        """The vocabulary; an entry's place is its id."""
+        if self.tokenizer_file is not None:
+            content = self.tokenizer_file.read_bytes()
+            tokenizer = subwords.load_tokenizer(content, str(self.tokenizer_file))
+            return [tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
         text = (self.folder / "vocabulary.txt").read_bytes().decode("utf-8", "surrogatepass")
         return text.split("\n")
 
@@ -95,9 +123,14 @@ def open_corpus(data: DataConfig, notify: Notify | None = None) -> Corpus:
     notify = notify or _silent
     cache = _cache_folder(data)
     source = open_source(data, cache / "hashes")
-    folder = cache / "corpora" / _entry_name(source, data)
+    chosen = open_subwords(data)
+    folder = cache / "corpora" / _entry_name(source, data, chosen)
     with _cache_errors(folder.parent):
-        entry = _read_entry(folder, notify) or _prepare_once(folder, source, data, notify)
+        entry = _read_entry(folder, notify)
+        if entry is None:
+            entry = _prepare_once(folder, source, data, chosen, notify)
+        elif "validation_bytes" not in entry.meta:
+            entry = _count_bytes_once(entry, source, notify)
     if share := entry.meta.get("validation_in_train"):
         notify(
             f"warning: {source.label}: {share:.0%} of the validation text is training text, too: "
@@ -114,7 +147,8 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
     """The windows that the settings ask for, or a ConfigError that says how many there are."""
     length = data.seq_len + 1
     asked = f"data.samples={data.samples}"
-    train = _windows(entry.train, length, data.samples, asked, "train", source)
+    unit = _unit(data)
+    train = _windows(entry.train, length, data.samples, asked, "train", source, unit)
     wanted = data.validation_samples
     if wanted is not None:
         asked = f"data.validation_samples={wanted}"
@@ -126,10 +160,19 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
                 f"data.samples={data.samples} leaves no window for validation, which gets a fifth "
                 "of it: raise it, or set data.validation_samples"
             )
-    validation = _windows(entry.validation, length, wanted, asked, "validation", source)
+    validation = _windows(entry.validation, length, wanted, asked, "validation", source, unit)
     # They follow from the split and the number of validation windows, which the fingerprint holds.
     rest = entry.validation[len(validation) * length :]
     count = min(len(rest) // length, MOST_TEST_SHARE * len(validation))
+    test = rest[: count * length].reshape(count, length) if count else None
+    words = data.tokenizer == WORDS
+
+    def bytes_of(windows: np.ndarray | None, first: int) -> int | None:
+        if entry.bytes is None or windows is None:
+            return None
+        own = entry.bytes[first : first + windows.size].reshape(windows.shape)
+        return int(own[:, 1:].sum(dtype=np.int64))
+
     identity = {
         "train": entry.meta["train"]["sha256"],
         "validation": entry.meta["validation"]["sha256"],
@@ -144,18 +187,32 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
         vocab_size=entry.meta["vocabulary"]["entries"],
         fingerprint=_hash_json(identity),
         folder=entry.folder,
-        test=rest[: count * length].reshape(count, length) if count else None,
+        test=test,
+        tokenizer=data.tokenizer,
+        validation_bytes=bytes_of(validation, 0),
+        test_bytes=bytes_of(test, validation.size),
+        validation_unknown=int((validation[:, 1:] == UNK).sum()) if words else None,
     )
 
 
+def _unit(data: DataConfig) -> str:
+    return "words" if data.tokenizer == WORDS else "tokens"
+
+
 def _windows(
-    stream: np.ndarray, length: int, wanted: int | None, asked: str, split: str, source: TextSource
+    stream: np.ndarray,
+    length: int,
+    wanted: int | None,
+    asked: str,
+    split: str,
+    source: TextSource,
+    unit: str,
 ) -> np.ndarray:
     """The first `wanted` windows of `length` tokens, a view of the stream; None: all of them."""
     available = len(stream) // length
     if available == 0:
         raise ConfigError(
-            f"data.seq_len={length - 1} needs {length} words for one window, but {source.label} "
+            f"data.seq_len={length - 1} needs {length} {unit} for one window, but {source.label} "
             f"has {len(stream)} for {split}: take a smaller data.seq_len, or {source.more[split]}"
         )
     if wanted is None:
@@ -164,7 +221,7 @@ def _windows(
         setting = "data.samples" if split == "train" else "data.validation_samples"
         raise ConfigError(
             f"{asked} asks for {wanted} windows, but {source.label} has {available} for {split} "
-            f"({len(stream)} words in windows of {length}): set {setting}={available} or fewer, "
+            f"({len(stream)} {unit} in windows of {length}): set {setting}={available} or fewer, "
             f"or {source.more[split]}"
         )
     return stream[: wanted * length].reshape(wanted, length)
@@ -172,19 +229,22 @@ def _windows(
 
 # ---------------------------------------------------------------------------------------------
 # The cache: one folder for each text and tokenisation, holding train.npy, validation.npy,
-# vocabulary.txt (one word a line, a word's line is its id) and meta.json, which is written last.
+# validation_bytes.npy (the bytes of each token of validation), vocabulary.txt (one word a line, a
+# word's line is its id) or tokenizer.json, and meta.json, which is written last.
 
-ENTRY_FORM = r"(train|validation)\.npy|vocabulary\.txt|meta\.json"
+VOCABULARY_FILE = "vocabulary.txt"
+ENTRY_FORM = r"(train|validation|validation_bytes)\.npy|vocabulary\.txt|(tokenizer|meta)\.json"
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A stored corpus: its meta data and the two memory-mapped streams."""
+    """A stored corpus: its meta data and the memory-mapped streams."""
 
     folder: Path
     meta: dict[str, Any]
     train: np.ndarray
     validation: np.ndarray
+    bytes: np.ndarray | None = None
 
 
 def _cache_folder(data: DataConfig) -> Path:
@@ -202,15 +262,17 @@ def _cache_folder(data: DataConfig) -> Path:
         ) from error
 
 
-def _entry_name(source: TextSource, data: DataConfig) -> str:
+def _entry_name(source: TextSource, data: DataConfig, chosen: Subwords | None) -> str:
     """The name for reading, then a hash of all that the streams depend on."""
-    identity = {
-        "format": CACHE_FORMAT,
-        "text": source.key,
-        "lowercase": data.lowercase,
-        "min_count": data.min_count,
-        "max_vocab": data.max_vocab,
-    }
+    identity = {"format": CACHE_FORMAT, "text": source.key}
+    if chosen is None:
+        identity |= {
+            "lowercase": data.lowercase,
+            "min_count": data.min_count,
+            "max_vocab": data.max_vocab,
+        }
+    else:
+        identity["tokenizer"] = chosen.key
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', source.name)}-{_hash_json(identity)[:24]}"
 
 
@@ -224,9 +286,11 @@ def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
         if signed["sha256"] != _hash_json(meta):
             raise ValueError("meta.json does not match its own hash")
         streams = {split: _read_stream(folder, split, meta) for split in SPLITS}
-        vocabulary = (folder / "vocabulary.txt").read_bytes()
-        if hashlib.sha256(vocabulary).hexdigest() != meta["vocabulary"]["sha256"]:
-            raise ValueError("vocabulary.txt does not match its hash")
+        if meta.get("validation_bytes"):
+            streams["bytes"] = _read_stream(folder, "validation_bytes", meta)
+        vocabulary = folder / meta["vocabulary"].get("file", VOCABULARY_FILE)
+        if hashlib.sha256(vocabulary.read_bytes()).hexdigest() != meta["vocabulary"]["sha256"]:
+            raise ValueError(f"{vocabulary.name} does not match its hash")
     except PermissionError:
         raise  # nothing wrong with it, but it belongs to someone else
     except Exception as error:  # the many ways in which NumPy and json object to damage
@@ -251,8 +315,9 @@ def _read_stream(folder: Path, split: str, meta: dict[str, Any]) -> np.ndarray:
     return stream
 
 
-def _prepare_once(folder: Path, source: TextSource, data: DataConfig, notify: Notify) -> _Entry:
-    """Prepare the entry under a lock, unless another process did so in the meantime."""
+@contextmanager
+def _alone(folder: Path, source: TextSource, notify: Notify) -> Iterator[str]:
+    """Hold the lock of an entry. Gives the name of folders for what is not yet part of it."""
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -264,15 +329,25 @@ def _prepare_once(folder: Path, source: TextSource, data: DataConfig, notify: No
         lock.acquire()
     partial_name = f"{folder.name}.partial"
     try:
-        entry = _read_entry(folder, _silent)
-        if entry is not None:
-            return entry
         # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
         for leftover in folder.parent.glob(f"{partial_name}-*"):
             if re.fullmatch(rf"{re.escape(partial_name)}-[0-9a-f]{{16}}", leftover.name):
                 files.delete_folder(leftover, files.everything)
+        yield partial_name
+    finally:
+        lock.release()
+
+
+def _prepare_once(
+    folder: Path, source: TextSource, data: DataConfig, chosen: Subwords | None, notify: Notify
+) -> _Entry:
+    """Prepare the entry under a lock, unless another process did so in the meantime."""
+    with _alone(folder, source, notify) as partial_name:
+        entry = _read_entry(folder, _silent)
+        if entry is not None:
+            return entry
         with files.new_folder(folder.parent, partial_name) as partial:
-            _prepare(partial, source, data, notify)
+            _prepare(partial, source, data, chosen, notify)
             if not files.delete_folder(folder, files.named(ENTRY_FORM)):
                 raise ConfigError(
                     f"data.cache_dir: the cached corpus in {folder} is damaged, and other files "
@@ -280,20 +355,80 @@ def _prepare_once(folder: Path, source: TextSource, data: DataConfig, notify: No
                 )
             files.put_in_place(partial, folder)
         _sync_folder(folder.parent)
-    finally:
-        lock.release()
     entry = _read_entry(folder, notify)
     if entry is None:
         raise ConfigError(f"data.cache_dir: {folder} can't be read back after writing it")
     return entry
 
 
-def _prepare(folder: Path, source: TextSource, data: DataConfig, notify: Notify) -> None:
+def _count_bytes_once(entry: _Entry, source: TextSource, notify: Notify) -> _Entry:
+    """The entry of words that an earlier version prepared, with the bytes that it did not count.
+
+    Who has prepared a text keeps it: the entry stays without them where the text is no longer to be
+    had, which it then says, or where nobody may write there.
+    """
+    folder, meta, stream = entry.folder, dict(entry.meta), "validation_bytes"
+    ours = files.named(r"meta\.json")
+    try:
+        with _alone(folder, source, notify) as partial_name:
+            now = _read_entry(folder, _silent)
+            if now is None or stream in now.meta:
+                return now or entry
+            notify(f"{source.name}: counting the bytes of its validation text")
+            with files.new_folder(folder.parent, partial_name) as partial:
+                pieces = _ending_in_white_space(source.pieces("validation", partial))
+                counted = partial / f"{stream}.npy"
+                try:
+                    meta[stream] = _write_stream(counted, _bytes_of_words(pieces))
+                    if meta[stream]["words"] != meta["validation"]["words"]:
+                        raise ConfigError("its text is another one now")
+                    files.delete(folder / counted.name, files.everything)
+                    files.move(counted, folder / counted.name, files.everything)
+                except ConfigError as error:
+                    notify(f"{source.name}: no bits per byte ({first_line(error)})")
+                    meta[stream] = None
+            files.write_atomically(folder / "meta.json", _signed(meta), "data.cache_dir", ours)
+        return _read_entry(folder, notify) or entry
+    except OSError as error:
+        notify(f"{source.name}: no bits per byte ({first_line(error)})")
+        return entry
+
+
+def _prepare(
+    folder: Path, source: TextSource, data: DataConfig, chosen: Subwords | None, notify: Notify
+) -> None:
     """Write an entry into the empty `folder`, holding the vocabulary and a piece in memory."""
     started = time.monotonic()
     notify(f"{source.name}: preparing {source.label}")
     scratch = folder / "scratch"
     scratch.mkdir()
+
+    def text(split: str) -> Iterator[str]:
+        return _ending_in_white_space(source.pieces(split, scratch))
+
+    if chosen is None:
+        meta = _prepare_words(folder, scratch, text, source, data, notify)
+    else:
+        meta = _prepare_subwords(folder, text, source, chosen, notify)
+    files.delete_folder(scratch, files.everything)
+    _write_file(folder / "meta.json", _signed(meta))
+    _sync_folder(folder)
+    notify(
+        f"{source.name}: {meta['train']['words']:,} training and {meta['validation']['words']:,} "
+        f"validation {_unit(data)}, {meta['vocabulary']['entries']:,} vocabulary entries, "
+        f"prepared in {time.monotonic() - started:.1f} s"
+    )
+
+
+def _prepare_words(
+    folder: Path,
+    scratch: Path,
+    text: Callable[[str], Iterator[str]],
+    source: TextSource,
+    data: DataConfig,
+    notify: Notify,
+) -> dict[str, Any]:
+    """Write the streams and the vocabulary of words. Returns what meta.json says of them."""
     ids = _growing_vocabulary()
     meta: dict[str, Any] = {}
     for split in SPLITS:
@@ -301,18 +436,17 @@ def _prepare(folder: Path, source: TextSource, data: DataConfig, notify: Notify)
 
         def tokens(split: str = split, note: _Notes = note) -> Iterator[np.ndarray]:
             total = 0
-            for piece in source.pieces(split, scratch):
+            for piece in text(split):
                 words = (piece.lower() if data.lowercase else piece).split()
                 yield np.fromiter(map(ids.__getitem__, words), "<i4", len(words))
                 total += len(words)
                 note(f"{total:,} words")
 
         meta[split] = _write_stream(folder / f"{split}.npy", tokens())
-        if meta[split]["words"] == 0:
-            raise ConfigError(f"{source.label} has no words for {split}: {source.more[split]}")
-    seen = _share_in_train(folder / "train.npy", folder / "validation.npy")
-    overlap = {"validation_in_train": round(seen, 3)} if seen > NOTED_OVERLAP else {}
-
+        _check_not_empty(meta, split, "words", source)
+    in_bytes = _bytes_of_words(text("validation"))
+    meta["validation_bytes"] = _write_stream(folder / "validation_bytes.npy", in_bytes)
+    meta |= _overlap(folder, PASSAGE)
     vocabulary = list(ids)
     if data.min_count > 1 or data.max_vocab is not None:
         counts = np.zeros(len(vocabulary), np.int64)
@@ -328,25 +462,96 @@ def _prepare(folder: Path, source: TextSource, data: DataConfig, notify: Notify)
             renumbered = (new_ids[piece] for piece in _stream_pieces(all_words))
             meta[split] = _write_stream(folder / all_words.name, renumbered)
         vocabulary = [vocabulary[i] for i in kept]
-    files.delete_folder(scratch, files.everything)
-
     # A docstring may hold half a surrogate pair, which strict UTF-8 can't express.
     encoded = "\n".join(vocabulary).encode("utf-8", "surrogatepass")
-    meta["vocabulary"] = {
-        "entries": len(vocabulary),
-        "bytes": len(encoded),
-        "sha256": hashlib.sha256(encoded).hexdigest(),
+    meta["vocabulary"] = _write_vocabulary(folder / VOCABULARY_FILE, encoded, len(vocabulary))
+    return meta
+
+
+def _prepare_subwords(
+    folder: Path,
+    text: Callable[[str], Iterator[str]],
+    source: TextSource,
+    chosen: Subwords,
+    notify: Notify,
+) -> dict[str, Any]:
+    """Write the streams and the tokenizer of subwords. Returns what meta.json says of them."""
+    content = chosen.content
+    if content is None:
+        assert chosen.size is not None
+        notify(f"{source.name}: training a BPE of {chosen.size:,} entries")
+        content = subwords.train_bpe(text("train"), chosen.size)
+    tokenizer = subwords.load_tokenizer(content, chosen.label)
+    meta: dict[str, Any] = {}
+
+    def noted(stream: Iterable[np.ndarray], split: str) -> Iterator[np.ndarray]:
+        note, total = _Notes(notify, f"{source.name}: {split}"), 0
+        for ids in stream:
+            yield ids
+            total += len(ids)
+            note(f"{total:,} tokens")
+
+    def validation() -> Iterator[np.ndarray]:
+        # Written as they come: the text is tokenized once.
+        with _StreamFile(folder / "validation_bytes.npy") as sizes:
+            for ids, size in subwords.encode_with_bytes(tokenizer, text("validation")):
+                sizes.write(size)
+                yield ids
+        meta["validation_bytes"] = sizes.meta
+
+    for split, stream in (
+        ("train", subwords.encode(tokenizer, text("train"))),
+        ("validation", validation()),
+    ):
+        meta[split] = _write_stream(folder / f"{split}.npy", noted(stream, split))
+        _check_not_empty(meta, split, "text", source)
+    sizes = np.load(folder / "validation_bytes.npy", mmap_mode="r")
+    meta |= _overlap(folder, max(PASSAGE, round(PASSAGE_BYTES / max(1, sizes.mean()))))
+    size = subwords.entries(tokenizer)
+    meta["vocabulary"] = _write_vocabulary(folder / TOKENIZER_FILE, content, size)
+    return meta
+
+
+def _check_not_empty(meta: dict[str, Any], split: str, what: str, source: TextSource) -> None:
+    if meta[split]["words"] == 0:
+        raise ConfigError(f"{source.label} has no {what} for {split}: {source.more[split]}")
+
+
+def _ending_in_white_space(pieces: Iterable[str]) -> Iterator[str]:
+    """The text with a line end where it lacks one: what ends without any ends its document."""
+    for piece in pieces:
+        yield piece if not piece or piece[-1].isspace() else piece + "\n"
+
+
+def _bytes_of_words(pieces: Iterable[str]) -> Iterator[np.ndarray]:
+    """How many bytes of text, in UTF-8, each word takes with the white space before it."""
+    before = 0
+    for piece in pieces:
+        words = SPACED_WORD.findall(piece)
+        sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
+        total = len(piece.encode("utf-8", "surrogatepass"))
+        after = total - sum(sizes)
+        if sizes:
+            sizes[0] += before
+            before = 0
+        before += after
+        yield np.array(sizes, "<i4")
+
+
+def _write_vocabulary(path: Path, content: bytes, entries: int) -> dict[str, Any]:
+    """Write the vocabulary's file; gives what meta.json says of it."""
+    _write_file(path, content)
+    about = {
+        "entries": entries,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
     }
-    _write_file(folder / "vocabulary.txt", encoded)
-    meta |= overlap
-    signed = {"meta": meta, "sha256": _hash_json(meta)}
-    _write_file(folder / "meta.json", json.dumps(signed, indent=1).encode())
-    _sync_folder(folder)
-    notify(
-        f"{source.name}: {meta['train']['words']:,} training and {meta['validation']['words']:,} "
-        f"validation words, {len(vocabulary):,} vocabulary entries, "
-        f"prepared in {time.monotonic() - started:.1f} s"
-    )
+    return about if path.name == VOCABULARY_FILE else about | {"file": path.name}
+
+
+def _signed(meta: dict[str, Any]) -> bytes:
+    """The content of meta.json, with a hash of its own."""
+    return json.dumps({"meta": meta, "sha256": _hash_json(meta)}, indent=1).encode()
 
 
 def _growing_vocabulary() -> dict[str, int]:
@@ -368,28 +573,48 @@ def _kept_words(counts: np.ndarray, min_count: int, max_vocab: int | None) -> np
     return np.concatenate([np.arange(len(SPECIAL_WORDS)), ids])
 
 
-def _write_stream(path: Path, pieces: Iterable[np.ndarray]) -> dict[str, Any]:
-    """Write a one-dimensional int32 .npy file; gives its words and the hash of its tokens.
+class _StreamFile:
+    """A one-dimensional int32 .npy file in the writing; afterwards `meta` says what it holds.
 
     Written and not memory-mapped: a full disk is then an error and no signal.
     """
-    words, digest = 0, hashlib.sha256()
 
-    def header() -> None:  # NumPy leaves room in it for a length of any size
-        about = {"descr": "<i4", "fortran_order": False, "shape": (words,)}
-        np.lib.format.write_array_header_1_0(file, about)
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb")  # noqa: SIM115
+        self._count, self._digest = 0, hashlib.sha256()
+        self._header()
 
-    with open(path, "xb") as file:
-        header()
+    def _header(self) -> None:  # NumPy leaves room in it for a length of any size
+        about = {"descr": "<i4", "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._file, about)
+
+    def write(self, piece: np.ndarray) -> None:
+        tokens = piece.tobytes()
+        self._file.write(tokens)
+        self._digest.update(tokens)
+        self._count += len(piece)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"words": self._count, "sha256": self._digest.hexdigest()}
+
+    def __enter__(self) -> _StreamFile:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.seek(0)
+                self._header()
+                _flush(self._file)
+
+
+def _write_stream(path: Path, pieces: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Write a stream of int32; gives its length, as `words`, and the hash of its values."""
+    with _StreamFile(path) as file:
         for piece in pieces:
-            tokens = piece.tobytes()
-            file.write(tokens)
-            digest.update(tokens)
-            words += len(piece)
-        file.seek(0)
-        header()
-        _flush(file)
-    return {"words": words, "sha256": digest.hexdigest()}
+            file.write(piece)
+    return file.meta
 
 
 def _stream_pieces(path: Path) -> Iterator[np.ndarray]:
@@ -399,26 +624,28 @@ def _stream_pieces(path: Path) -> Iterator[np.ndarray]:
         yield stream[first : first + PIECE_TOKENS]
 
 
-def _share_in_train(train: Path, validation: Path) -> float:
-    """The share of a thousand passages of validation, PASSAGE words each, that train has as well.
+def _overlap(folder: Path, length: int) -> dict[str, float]:
+    """The share of a thousand passages of validation that train has as well, if that is much.
 
-    By hashes of all passages of train, which takes a tenth of the time of preparing the text.
+    A passage has `length` tokens. By hashes of all passages of train, which takes a tenth of the
+    time of preparing the text.
     """
-    held = np.load(validation, mmap_mode="r")
-    if len(held) < PASSAGE:
-        return 0.0
-    starts = np.unique(np.linspace(0, len(held) - PASSAGE, 1000, dtype=np.int64))
-    passages = np.unique(_hashes(sliding_window_view(held, PASSAGE)[starts]))
+    held = np.load(folder / "validation.npy", mmap_mode="r")
+    if len(held) < length:
+        return {}
+    starts = np.unique(np.linspace(0, len(held) - length, 1000, dtype=np.int64))
+    passages = np.unique(_hashes(sliding_window_view(held, length)[starts]))
     seen = np.zeros(len(passages), bool)
     rest = np.empty(0, "<i4")
-    for piece in _stream_pieces(train):
+    for piece in _stream_pieces(folder / "train.npy"):
         tokens = np.concatenate([rest, piece])
-        rest = tokens[1 - PASSAGE :]
-        if len(tokens) >= PASSAGE:
-            hashes = _hashes(sliding_window_view(tokens, PASSAGE))
+        rest = tokens[1 - length :]
+        if len(tokens) >= length:
+            hashes = _hashes(sliding_window_view(tokens, length))
             place = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
             seen[place[passages[place] == hashes]] = True
-    return float(seen.mean())
+    share = float(seen.mean())
+    return {"validation_in_train": round(share, 3)} if share > NOTED_OVERLAP else {}
 
 
 def _hashes(passages: np.ndarray) -> np.ndarray:

@@ -268,6 +268,8 @@ CHANGES = {
     "files": ("notes.txt",),
     "train_split": "validation",
     "validation_split": "train",
+    "tokenizer": "bpe",
+    "tokenizer_revision": "main",
 }
 # Read where the text comes from a single data set or file, from a table, and from the hub.
 ELSEWHERE = {"held_out", "text_column", "repository", "configuration", "revision", "cache_dir"}

@@ -1,0 +1,298 @@
+"""Subword tokens: a byte-level BPE of the corpus's own, or the tokenizer of a folder or of the hub.
+
+The library `tokenizers` does the work; it is imported when a text is tokenized and not before. It
+reads `tokenizer.json`, which every fast tokenizer of `transformers` has, and runs nobody's code.
+
+A tokenizer is given the text as it is: case, white space and line ends stay. No token is added to
+it, neither at the start nor between documents; a special token that the text itself spells out,
+such as `<|endoftext|>`, becomes that token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from proglayer.config import BPE, MODEL, WORDS, DataConfig
+from proglayer.errors import ConfigError, first_line
+from proglayer.versions import install_command
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+# The vocabulary of a byte-level BPE begins with all bytes.
+ALL_BYTES = 256
+# A pair of tokens that occurs once in all the text is no subword.
+LEAST_PAIRS = 2
+# The library works on so many parts of the text at once, which bounds the memory that takes.
+PART_CHARACTERS = 2**14
+PARTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Subwords:
+    """A way to cut text into subwords, as the settings name it.
+
+    `content` is that of its `tokenizer.json`, None for a BPE of `size` entries that is to be
+    trained. `label` is for messages, `key` plain data that tells one tokenizer from another.
+    """
+
+    label: str
+    content: bytes | None
+    size: int | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Equal where the tokens of a text are equal, wherever the tokenizer lay."""
+        if self.content is None:
+            return {"bpe": self.size}
+        return {"sha256": hashlib.sha256(self.content).hexdigest()}
+
+
+def open_subwords(data: DataConfig) -> Subwords | None:
+    """What `data.tokenizer` names; None for words.
+
+    Raises ConfigError where it can't be had, or other settings do not go with it.
+    """
+    name = data.tokenizer
+    if name == WORDS:
+        _refuse_revision(data)
+        return None
+    if name == MODEL:  # to_config has put the model's own in its place, if it has one
+        raise ConfigError(
+            "data.tokenizer=model takes the tokenizer of model.path, which is not set: take "
+            "model=causal_lm, or another tokenizer"
+        )
+    if data.min_count > 1:
+        raise ConfigError(
+            f"data.min_count={data.min_count} changes nothing with data.tokenizer={name}: only "
+            "data.tokenizer=words leaves rare words out"
+        )
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ConfigError(f"data.tokenizer={name} needs the extra hf: {install_command('hf')}")
+    if name == BPE:
+        _refuse_revision(data)
+        return Subwords("data.tokenizer=bpe", None, _bpe_size(data))
+    folder = Path(os.path.expanduser(name))
+    if name and folder.is_dir():
+        _refuse_revision(data)
+        return Subwords(f"data.tokenizer={name}", read_tokenizer_file(folder, "data.tokenizer"))
+    if name and folder.exists():
+        raise ConfigError(
+            f"data.tokenizer={name} is a file: give the folder that holds {TOKENIZER_FILE}"
+        )
+    return Subwords(f"data.tokenizer={name}", _from_hub(data))
+
+
+def read_tokenizer_file(folder: Path, setting: str) -> bytes:
+    """The content of a folder's `tokenizer.json`. Raises ConfigError, which names `setting`."""
+    path = folder / TOKENIZER_FILE
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{setting}={folder} holds no {TOKENIZER_FILE}: save_pretrained of a fast tokenizer "
+            "of transformers writes one"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
+
+
+def load_tokenizer(content: bytes, label: str) -> Tokenizer:
+    """The tokenizer of this `tokenizer.json`. Raises ConfigError, which begins with `label`."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises no narrower one
+        raise ConfigError(
+            f"{label}: its {TOKENIZER_FILE} is damaged, or of no tokenizer ({first_line(error)})"
+        ) from error
+    # A text is encoded whole: these may be stored with a tokenizer, and cut or fill each part.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # It would add special tokens, and set the ends of tokens before their white space.
+    tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
+def train_bpe(pieces: Iterable[str], size: int) -> bytes:
+    """A byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of up to `size` entries.
+
+    Words are first set apart by GPT-2's rule. What memory it takes grows with the different words
+    of the text alone. The same text gives the same file.
+
+    Returns:
+        the content of its `tokenizer.json`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=LEAST_PAIRS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(parts(pieces), trainer)
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def entries(tokenizer: Tokenizer) -> int:
+    """How many ids there are, those without a token among them included."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of a text, some at a time, on all cores."""
+    for batch in _batches(parts(pieces)):
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        yield np.concatenate([np.array(each.ids, "<i4") for each in encodings])
+
+
+def encode_with_bytes(
+    tokenizer: Tokenizer, pieces: Iterable[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The ids of a text as `encode` gives them, and how many bytes of it each stands for.
+
+    These are the bytes from the end of the token before to its own end, in UTF-8: so they add up
+    to the text, also where the tokenizer drops or changes characters. Of a character in several
+    tokens all bytes count with the first.
+    """
+    before = 0
+    for batch in _batches(parts(pieces)):
+        ids, sizes = [], []
+        for text, each in zip(
+            batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True
+        ):
+            characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
+            width = 1 + sum((characters >= first).astype(np.int64) for first in (128, 2048, 65536))
+            reached = np.concatenate([[0], np.cumsum(width)])
+            ends = np.array([end for _, end in each.offsets], np.int64)
+            ends = reached[np.maximum.accumulate(ends)] if len(ends) else ends
+            own = np.diff(ends, prepend=0)
+            if len(own):
+                own[0] += before
+                before = 0
+            before += int(reached[-1] - (ends[-1] if len(ends) else 0))
+            ids.append(np.array(each.ids, "<i4"))
+            sizes.append(own.astype("<i4"))
+        yield np.concatenate(ids), np.concatenate(sizes)
+
+
+def parts(pieces: Iterable[str]) -> Iterator[str]:
+    """The text of `pieces` in parts that can be encoded by themselves.
+
+    Where it is cut follows from the text alone, however `pieces` cut it. A part begins with a line
+    or, where no line ends, with a space before a word: there the rules of GPT-2, Llama 3 and their
+    like end a token, too.
+    """
+    text, held, length = "", [], 0
+    for piece in pieces:
+        held.append(piece)
+        length += len(piece)
+        if length > PART_CHARACTERS:
+            text, start = "".join(held), 0
+            while len(text) - start > PART_CHARACTERS:
+                cut = _cut(text, start)
+                yield _encodable(text[start:cut])
+                start = cut
+            held, length = [text[start:]], len(text) - start
+    if length:
+        yield _encodable("".join(held))
+
+
+def _cut(text: str, start: int) -> int:
+    """Where a part ends that begins at `start`."""
+    end = start + PART_CHARACTERS
+    for mark, kept in (("\n", 1), (" ", 0)):
+        at = end
+        while (at := text.rfind(mark, start + 1, at)) != -1:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + kept
+    return end
+
+
+def _encodable(text: str) -> str:
+    """Text without halves of surrogate pairs: a docstring may hold some, UTF-8 has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _batches(parts: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(islice(parts, PARTS_AT_ONCE)):
+        yield batch
+
+
+def _bpe_size(data: DataConfig) -> int:
+    size = data.max_vocab
+    if size is None:
+        raise ConfigError(
+            "data.tokenizer=bpe needs a size: set data.max_vocab, for example data.max_vocab=4096"
+        )
+    if size <= ALL_BYTES:
+        raise ConfigError(
+            f"data.max_vocab={size} is too small for data.tokenizer=bpe, whose first {ALL_BYTES} "
+            f"entries are the bytes: take {ALL_BYTES + 1} or more"
+        )
+    return size
+
+
+def _refuse_revision(data: DataConfig) -> None:
+    if data.tokenizer_revision is not None:
+        raise ConfigError(
+            f"data.tokenizer_revision={data.tokenizer_revision} is not for "
+            f"data.tokenizer={data.tokenizer}: it needs the name of a tokenizer on the hub"
+        )
+
+
+def _from_hub(data: DataConfig) -> bytes:
+    """The `tokenizer.json` of a repository of the hub, from its local cache where it is there."""
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    label = f"data.tokenizer={data.tokenizer}"
+    if data.tokenizer_revision is not None:
+        label += f" data.tokenizer_revision={data.tokenizer_revision}"
+    known = f"it is none of {WORDS}, {BPE}, {MODEL}, nor a folder in {os.getcwd()}"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.tokenizer):
+        raise ConfigError(f"{label}: {known}, nor a name on the hub such as owner/name")
+    quiet = not utils.are_progress_bars_disabled()
+    if quiet:
+        utils.disable_progress_bars()
+    try:
+        for cached in (True, False):
+            try:
+                path = huggingface_hub.hf_hub_download(
+                    data.tokenizer,
+                    TOKENIZER_FILE,
+                    revision=data.tokenizer_revision,
+                    local_files_only=cached,
+                )
+                return Path(path).read_bytes()
+            except utils.LocalEntryNotFoundError:
+                if not cached:
+                    raise
+    except Exception as error:  # of the network, the hub, its cache, the name
+        raise ConfigError(
+            f"{label}: {known}, and the hub gives no such tokenizer ({first_line(error)})"
+        ) from error
+    finally:
+        if quiet:
+            utils.enable_progress_bars()
+    raise AssertionError("it was returned or raised")
