@@ -266,12 +266,15 @@ def print_plan(config: Config) -> None:
     from proglayer.launch.stored import StoredPlans
     from proglayer.run.progress import plan_table
     from proglayer.training.plan import plan
+    from proglayer.training.unused import unused_settings
 
     corpus = open_corpus(config.data, tell)
     windows = len(corpus.train), len(corpus.validation)
     phases = plan(config, corpus.vocab_size)
     stored = StoredPlans().of(config, corpus, phases)
     console().print(plan_table(phases, config.data.seq_len, *windows, "plan", stored))
+    if unused := unused_settings(config, phases, corpus.vocab_size):
+        tell(unused)
 
 
 def train(main: Callable[[], Any]) -> int:

@@ -73,6 +73,7 @@ from proglayer.store.record import (
     write_submissions,
 )
 from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
+from proglayer.training.unused import unused_settings
 from proglayer.versions import warn_of_unknown
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,8 @@ def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
             stored = look.of(config, job.corpus, job.phases) if here else []
             table = plan_table(job.phases, config.data.seq_len, *windows, job.title, stored)
             console().print(table)
+            if unused := unused_settings(config, job.phases, job.corpus.vocab_size):
+                console().print(unused, markup=False)
         return []
 
     waiting = [job for job in in_launch_order(jobs) if not job.completed]

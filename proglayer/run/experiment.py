@@ -50,6 +50,7 @@ from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
 from proglayer.training.stopping import EpochMetrics, Stopped, follow, perplexity
 from proglayer.training.trainer import Diverged, ExitMetrics
+from proglayer.training.unused import unused_settings
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +177,8 @@ def prepare(config: Config, record: RunRecord) -> Setup:
     phases = plan(config, corpus.vocab_size)
     for phase in phases:
         phase.windows(len(corpus.train))
+    if unused := unused_settings(config, phases, corpus.vocab_size):
+        tell(unused)
     setup = Setup(device, machine.describe_machine(device), corpus, phases)
     record.machine = setup.machine
     record.corpus = corpus_record(config, corpus)

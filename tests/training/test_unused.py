@@ -1,0 +1,57 @@
+"""What a run is told of settings that none of its phases depends on."""
+
+import pytest
+
+from proglayer.training.plan import plan
+from proglayer.training.unused import unused_settings
+
+from ..helpers import config, experiments
+
+UNTRAINED = "(no phase after the first trains it)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ((), None),
+        (("lr.factor.new=0.5",), None),
+        (
+            ("lr.factor.existing=0.5",),
+            f"lr.factor.existing=0.5 {UNTRAINED}",
+        ),
+        (("lr.factor.existing=0.5", "freeze=none"), None),
+        (("growth.block=2",), "growth.block=2"),
+        (("growth=middle", "growth.block=2"), None),
+        (("growth=stack", "phase=keep_training"), "growth.init=stack"),
+        (
+            ("growth=gate", "growth.gate_steps=5", "phase=from_scratch"),
+            "growth.init=gate, growth.gate_steps=5",
+        ),
+        (("loss.rotate_every=2",), "loss.rotate_every=2"),
+        (("loss.curriculum=rotate", "loss.rotate_every=2"), None),
+        (("lr.decay_share=0.5",), "lr.decay_share=0.5"),
+        (("lr.decay_share=0.5", "lr.grown.schedule=wsd"), None),
+        (("lr.grown.warmup_steps=3", "phase=from_scratch"), "lr.grown.warmup_steps=3"),
+        (("phase.grown.batch_size=2", "phase=from_scratch"), "phase.grown.batch_size=2"),
+        (("phase.initial.max_epochs=50", "phase.max_epochs=50"), None),
+        (("phase.grown.exit_weights=last",), None),
+        (("optimizer.carry=existing", "phase=from_scratch"), "optimizer.carry=existing"),
+        (("optimizer.decay_norms=false",), None),
+        (("cache_frozen=true", "phase=from_scratch"), "cache_frozen=True"),
+        (("cache_frozen=true", "freeze=existing"), None),
+    ],
+)
+def test_what_changes_no_phase_is_named(overrides: tuple[str, ...], named: str | None) -> None:
+    settings = config(*overrides)
+    said = unused_settings(settings, plan(settings, 100), 100)
+    assert said == (None if named is None else f"without effect in this run: {named}")
+
+
+def test_of_the_study_only_the_split_rates_have_a_part_without_effect() -> None:
+    for experiment in experiments():
+        settings = config(f"experiment={experiment}")
+        said = unused_settings(settings, plan(settings, 100), 100)
+        assert (said is not None) == (experiment == "split_lr"), said
+        if said is not None:
+            assert "lr.factor.existing=0.01" in said
+            assert "lr.factor.embedding=0.01" in said
