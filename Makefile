@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench check lint format env clean
+.PHONY: help run test bench docs check lint format env clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: $(STAMP) ## all tests, files in parallel (ARGS="-k growth"; ARGS="-n 0 --p
 
 bench: $(STAMP) ## how near a training step is to what this machine can do (ARGS="--short")
 	$(BIN)/python -m proglayer.bench $(ARGS)
+
+docs: $(STAMP) ## the documentation site, into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server -d build/site"
 
 check: $(STAMP) ## style, formatting and types, changing nothing
 	$(BIN)/ruff check .

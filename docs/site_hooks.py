@@ -1,0 +1,275 @@
+"""What MkDocs runs while it builds the site: pages made from `conf/` and from the schema.
+
+The recipes are the opening comments of the files in `conf/experiment`, the settings those of
+`proglayer.config` with their bounds, the values of `conf/` and the comments beside them: what is
+written once there is read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from proglayer.config import Bounds, Config  # noqa: E402
+
+CONF = ROOT / "conf"
+# The files whose values a run has when nothing is chosen, and what of the schema they set.
+DEFAULTS = {
+    "config": "",
+    "model/standard": "model",
+    "data/pydocs": "data",
+    "phase/grow_once": "phase",
+    "growth/random": "growth",
+    "freeze/existing": "freeze",
+    "lr/reduced": "lr",
+}
+SECTIONS = (
+    ("The founding experiment", "original"),
+    ("Its follow-ups", ""),
+    ("Its controls", "control_"),
+    ("Published recipes, and questions about them", "recipe/"),
+)
+LABELS = ("Cost", "Expect", "Time", "Departs from it")
+DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+# -- what MkDocs calls -----------------------------------------------------------------------------
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show the findings once there are any."""
+    if (Path(config.docs_dir) / "findings.md").exists():
+        assert config.nav is not None
+        config.nav.insert(1, {"Findings": "findings.md"})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made here."""
+    for name, text in (("recipes.md", recipes()), ("settings.md", settings())):
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put drawn diagrams in the place of Mermaid's text, which a reader would need a network for,
+    and leave links to files of the code as text.
+    """
+    markdown = DIAGRAM.sub(lambda found: _drawn(found[1], page), markdown)
+    return re.sub(r"\[([^]]*)\]\(\.\./(?!.*\.md)[^)]*\)", r"\1", markdown)
+
+
+def diagram_file(text: str) -> str:
+    """The name of the picture of a diagram: its text's hash, so that an old one is not shown."""
+    return f"diagram-{hashlib.sha256(text.encode()).hexdigest()[:8]}.svg"
+
+
+def _drawn(text: str, page: Page) -> str:
+    name = diagram_file(text)
+    if not (ROOT / "docs" / "pictures" / name).exists():
+        raise PluginError(
+            f"{page.file.src_path}: a diagram is not drawn: run python scripts/draw_diagrams.py"
+        )
+    # A click shows it in its own size.
+    return f"[![Diagram](pictures/{name}){{ .diagram }}](pictures/{name})"
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+
+def recipes() -> str:
+    """The page of all files of conf/experiment: what each asks, its command, what to expect."""
+    parts = [
+        "# Recipes",
+        "Each is a file of `conf/experiment`: a question as a few settings, with a command that is "
+        "complete. `plan=true` shows what it would train and what that costs, and a report at its "
+        "end says what came of it.",
+    ]
+    files = {
+        path.relative_to(CONF / "experiment").with_suffix("").as_posix(): path
+        for path in sorted((CONF / "experiment").rglob("*.yaml"))
+    }
+    for title, prefix in SECTIONS:
+        own = [
+            name for name in files if (name.startswith(prefix) if prefix else _is_follow_up(name))
+        ]
+        parts.append(f"## {title}")
+        parts += [_recipe(name, files[name]) for name in own]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_follow_up(name: str) -> bool:
+    return not any(name.startswith(prefix) for _, prefix in SECTIONS if prefix)
+
+
+def _recipe(name: str, path: Path) -> str:
+    """One recipe, from the comment that its file opens with."""
+    question, command, rest = opening(path)
+    lines = [f"### {name}", question, f"```\n{command}\n```", *rest]
+    return "\n\n".join(line for line in lines if line)
+
+
+def opening(path: Path) -> tuple[str, str, list[str]]:
+    """The parts of the comment that a file of settings opens with: what it asks, its command, and
+    what it says of cost and expectation, a paragraph each.
+    """
+    before: list[str] = []
+    command: list[str] = []
+    after: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("#")
+        if text.strip() == "@package _global_":
+            continue
+        if text.startswith("   ") and not after:
+            command.append(text.strip())
+        elif text.startswith("   "):
+            after.append(f"`{text.strip()}`")
+        else:
+            (after if command else before).append(text.strip())
+    labels = "|".join(LABELS)
+    said = re.split(rf"(?<=\.) (?=(?:{labels})\b)|^(?=(?:{labels})\b)", " ".join(after))
+    paragraphs = [re.sub(rf"^({labels})\b", r"**\1**", each) for each in said if each]
+    return " ".join(before), " \\\n    ".join(command), paragraphs
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def settings() -> str:
+    """The page of all settings: what each takes, its value when nothing is given, what it means."""
+    values, comments = _values_and_comments()
+    parts = [
+        "# Settings",
+        "Every setting of a run, as it is written on the command line: `python train.py "
+        "lr.base=3e-3`. Values are those without any choice of a group; `python train.py --cfg job "
+        "experiment=...` prints those of a choice. What is out of its bounds is refused before "
+        "anything starts, in one line.",
+    ]
+    for section, schema in _sections(Config):
+        parts.append(f"## {section or 'A run'}")
+        if schema is not Config and schema.__doc__:
+            parts.append(" ".join(schema.__doc__.split()))
+        rows = ["| setting | takes | value | |", "|---|---|---|---|"]
+        for name, kind, bounds in _leaves(schema, f"{section}." if section else ""):
+            value = values.get(name, _MISSING)
+            shown = "" if value is _MISSING else f"`{_yaml(value)}`"
+            takes = _takes(kind, bounds)
+            cells = f"`{name}`", takes, shown, _comment(comments.get(name, ""), takes)
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("\n".join(rows))
+    parts.append(_groups())
+    return "\n\n".join(parts) + "\n"
+
+
+_MISSING = object()
+
+
+def _groups() -> str:
+    """The choices of each group, with the first line of its file's comment."""
+    rows = ["## Groups", "Written `group=choice`.", "| group | choice | |\n|---|---|---|"]
+    lines = []
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        if folder.name in ("experiment", "hydra", "local"):
+            continue
+        for file in sorted(folder.glob("*.yaml")):
+            comment = []
+            for line in file.read_text(encoding="utf-8").splitlines():
+                if not line.startswith("# ") or line.startswith("#   "):
+                    break
+                comment.append(line.removeprefix("# "))
+            text = re.split(r"(?<=\.) ", " ".join(comment).replace("|", "\\|"))[0]
+            lines.append(f"| `{folder.name}` | `{file.stem}` | {text} |")
+    return "\n\n".join(rows) + "\n" + "\n".join(lines)
+
+
+def _sections(schema: type) -> Iterator[tuple[str, Any]]:
+    """The schema itself, then each of its parts."""
+    yield "", schema
+    for name, kind in get_type_hints(schema).items():
+        if is_dataclass(kind):
+            yield name, kind
+
+
+def _leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any, Bounds | None]]:
+    """Each setting of a part of the schema: its name, type and bounds."""
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        bounds = None
+        if get_origin(hint) is Annotated:
+            hint, bounds = get_args(hint)[:2]
+        if not is_dataclass(hint):
+            yield prefix + name, hint, bounds
+        elif prefix:
+            yield from _leaves(hint, f"{prefix}{name}.")
+
+
+def _takes(kind: Any, bounds: Bounds | None) -> str:
+    options = [option for option in get_args(kind) if option is not NoneType]
+    null = ", or null" if NoneType in get_args(kind) else ""
+    if get_origin(kind) is list:
+        return "a list"
+    if kind is Any:
+        return "a name or a list of numbers"
+    named = [option for option in options or [kind] if isinstance(option, type)]
+    for option in named:
+        if issubclass(option, Enum):
+            return ", ".join(option.__members__) + null
+    words = {int: "a whole number", float: "a number", bool: "true, false", str: "text"}
+    text = " or ".join(words[option] for option in named if option in words)
+    return f"{text}{f' {bounds}' if bounds else ''}{null}"
+
+
+def _comment(text: str, takes: str) -> str:
+    """The comment beside a setting, without the choices that stand in the column before it."""
+    text = re.sub(rf"^{re.escape(takes.removesuffix(', or null'))}(: |; |$)", "", text)
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+
+
+def _values_and_comments() -> tuple[dict[str, Any], dict[str, str]]:
+    """What `conf/` gives each setting, and the comment that stands beside it."""
+    values: dict[str, Any] = {}
+    comments: dict[str, str] = {}
+    for file, prefix in DEFAULTS.items():
+        text = (CONF / f"{file}.yaml").read_text(encoding="utf-8")
+        path: list[tuple[int, str]] = []
+        if prefix:
+            path = [(-1, prefix)]
+        for line in text.splitlines():
+            found = re.match(r"( *)([a-z_0-9]+):(?: ([^#]*))?(?:# (.*))?$", line)
+            if not found or line.startswith("defaults"):
+                continue
+            indent = len(found[1])
+            path = [each for each in path if each[0] < indent] + [(indent, found[2])]
+            if found[4]:
+                comments[".".join(name for _, name in path)] = found[4].strip()
+        values |= _flat(yaml.safe_load(text), prefix)
+    return values, comments
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    flat = {name: value}
+    if isinstance(value, dict):
+        for key, part in value.items():
+            flat |= _flat(part, f"{name}.{key}" if name else str(key))
+    return flat

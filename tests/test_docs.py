@@ -1,0 +1,94 @@
+"""The documentation site: everything in it is there, and nothing of it is elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from proglayer.config import setting_names
+
+from .helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["site_hooks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_recipe_is_shown_with_its_question_and_command(hooks: ModuleType) -> None:
+    page = hooks.recipes()
+    files = (ROOT / "conf" / "experiment").rglob("*.yaml")
+    for path in files:
+        name = path.relative_to(ROOT / "conf" / "experiment").with_suffix("").as_posix()
+        section = page.split(f"\n### {name}\n")[1].split("\n### ")[0].split("\n## ")[0]
+        question, command, rest = hooks.opening(path)
+        assert question in section
+        assert command.startswith("python train.py -m ")
+        assert name in command, "its own command"
+        assert f"```\n{command}\n```" in section
+        assert any(line.startswith("**Expect**") for line in rest)
+        # Nothing of the comment is lost on the way.
+        comment = re.match(r"(#.*\n)+", path.read_text())
+        assert comment is not None
+        _, *words = re.sub(r"^# (@package )?|[#\\]", "", comment[0], flags=re.MULTILINE).split()
+        shown = re.sub(r"\*\*|[`\\]", "", " ".join([question, command, *rest])).split()
+        assert words == shown
+
+
+def test_each_setting_is_shown_with_its_value_and_bounds(hooks: ModuleType) -> None:
+    page = hooks.settings()
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", page, re.MULTILINE))
+    sections = {
+        name for name in setting_names() if any(n.startswith(f"{name}.") for n in setting_names())
+    }
+    assert set(setting_names()) - sections <= rows.keys()
+    assert rows["lr.base"].startswith("a number above 0 up to 1e+15 | `0.001` |")
+    assert rows["model.dim"].startswith("a whole number from 1 to 65,536 | `64` |")
+    assert rows["phase.patience"].endswith("before a phase stops")
+    assert rows["device"].startswith("auto, cpu, cuda, mps | `auto` |")
+
+
+def test_the_site_builds_and_asks_no_other_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        text = page.read_text()
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*?\bsrc=\"?(https?:[^\" >]+)", text)
+        loaded += re.findall(r"<link[^>]*?\bhref=\"?(https?:[^\" >]+)", text)
+        assert not loaded, page
+        assert "mermaid" not in re.sub(r"<nav.*?</nav>", "", text, flags=re.DOTALL), page
+
+
+def test_the_pages_name_commands_and_files_that_are_there() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        if page.name == "notes.md":  # they name what was once there
+            continue
+        text = page.read_text()
+        for path in re.findall(r"`((?:conf|docs|proglayer|scripts|tests)/[\w./-]+)`", text):
+            if not path.endswith(("default.yaml", "/")):
+                assert (ROOT / path).exists(), f"{page.name} names {path}"
+        for module in re.findall(r"python -m (proglayer[.\w]*)", text):
+            assert importlib.util.find_spec(f"{module}.__main__"), f"{page.name}: {module}"
