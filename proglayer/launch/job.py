@@ -66,6 +66,8 @@ NO_OTHER_RUN = (
 # A worker whose parent was killed needs so long at most to store its state.
 LOCK_WAIT_S = 20.0
 # Functions of Hydra's in which settings are composed.
+# Those that refuse options which do not go together.
+RUNNERS = ("_run_hydra", "shell_completion")
 COMPOSERS = ("compose_config", "load_sweep_config")
 # Of files that changed while a job was waiting, so many are named.
 MOST_NAMED = 8
@@ -103,8 +105,8 @@ class Beforehand(Callback):
         self.lock.close()
         self.made.clear()
         Beforehand.refusal = None
-        new = [path for path in paths if not path.exists()]
         try:
+            new = [path for path in paths if not path.exists()]
             settings = to_config(config)
             if not settings.plan:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +312,10 @@ def explain(error: Exception) -> str | None:
         return in_one_line(error) if settings_file_problem(error) else None
     if isinstance(error, COMPOSING_ERRORS):
         return in_one_line(error)
-    if any(frame.name in COMPOSERS for frame in traceback.extract_tb(error.__traceback__)):
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and names[-1] in RUNNERS:
+        return str(error)
+    if any(name in COMPOSERS for name in names):
         return f"the settings cannot be composed ({with_type(error)})"
     if isinstance(error, OSError):
         advice = "if results go there, choose hydra.run.dir, or hydra.sweep.dir in a sweep"

@@ -37,6 +37,9 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     options, unknown = get_args_parser().parse_known_intermixed_args(list(arguments))
     if options.multirun and (options.cfg or options.info):
         raise ConfigError("-m shows nothing of --cfg or --info: leave out one of them")
+    if options.experimental_rerun:
+        # Hydra would unpickle the file, which may run any code.
+        raise ConfigError("--experimental-rerun is not taken: give the command of the run again")
     if unknown:
         raise ConfigError(f"there is no option {unknown[0]}: see python train.py --help")
     given = list(options.overrides)

@@ -85,6 +85,26 @@ def test_options_may_stand_anywhere() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--resolve"], "--resolve flag can only be used"),
+        (["--run", "-m"], "Only one of --run, --multirun"),
+        (["--shell-completion"], "Expecting one subcommand"),
+        (["--experimental-rerun=words.pickle"], "--experimental-rerun is not taken"),
+        (["--config-dir=nowhere"], "not found"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_in_a_line(
+    train: Command, options: list[str], said: str
+) -> None:
+    done = train(*options, "plan=true")
+    assert done.status == 1
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
     ("typed", "hint"),
     [
         ("data.files=[a=1.txt]", 'data.files=["a=1.txt"]'),
