@@ -108,6 +108,12 @@ class ProglayerSlurmLauncher(_OurLauncher):
     # This process cannot know the machines that jobs run on.
     jobs_run_elsewhere = True
 
+    def check(self) -> None:
+        """Raise ConfigError where no Slurm answers."""
+        from proglayer.launch.slurm import check
+
+        check()
+
     def in_queue(self) -> dict[str, str]:
         """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds."""
         from proglayer.launch.slurm import in_queue

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -194,6 +195,17 @@ def delete_folder(folder: Path, ours: Ours) -> bool:
                     delete(Path(parent, name), ours)
             delete_if_empty(Path(parent))
     return not os.path.lexists(folder)
+
+
+def delete_left_over(folder: Path, older_than_s: float = 0.0) -> None:
+    """Delete the temporary files in a folder that processes which were killed left there.
+
+    older_than_s: how old they are to be where others may be writing there now.
+    """
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.lstat(path).st_ctime >= older_than_s:
+                delete(path, named(TEMPORARY_FORM))
 
 
 def delete_if_empty(folder: Path) -> None:

@@ -180,6 +180,18 @@ def test_a_folder_goes_without_what_is_not_ours(tmp_path: Path) -> None:
     assert (kept / "1.ours").exists()
 
 
+def test_what_a_killed_process_left_goes_and_no_other_file(tmp_path: Path) -> None:
+    left_over = tmp_path / f"{files.TEMPORARY}123-0123abcd"
+    mine = [tmp_path / name for name in (".tmp-mine", ".tmp-1-0123abcd.txt", "tmp")]
+    for path in (left_over, *mine):
+        path.touch()
+    files.delete_left_over(tmp_path, older_than_s=60)
+    assert left_over.exists()
+    files.delete_left_over(tmp_path)
+    files.delete_left_over(tmp_path / "nowhere")
+    assert sorted(tmp_path.iterdir()) == sorted(mine)
+
+
 def test_a_new_folder_is_gone_unless_it_was_put_in_place(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "in", "name") as made:
         (made / "file").write_text("")

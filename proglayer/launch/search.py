@@ -42,6 +42,7 @@ from proglayer.launch.sweep import (
     Job,
     Sweeper,
     SweepError,
+    check_launcher,
     job_folder,
     launch,
     list_jobs,
@@ -105,6 +106,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
             "hydra/sweeper=optuna has nothing to search: give a setting several values, "
             "such as 'lr.base=tag(log,interval(1e-4,1e-2))'"
         )
+    check_launcher(sweeper)
     name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(space.given)))}"
     with unread(master), alone(sweeper.storage or "", name) as by_itself:
         trials = Trials(sweeper, space, name, by_itself)

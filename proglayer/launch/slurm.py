@@ -27,7 +27,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from proglayer import files
 from proglayer.console import console
-from proglayer.errors import ConfigError, StoreError
+from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import (
@@ -63,6 +63,8 @@ IDS = "slurm.json"
 is_ids = files.begins_with(b'{"')
 # What a job of Slurm prints, as links in its folder.
 OUTPUTS = {"stdout": "slurm.out", "stderr": "slurm.err"}
+# Each job in the queue of this user: its number and its script.
+QUEUE = ("squeue", "--noheader", "--array", "--me", "--format=%i %o")
 # Slurm's MaxArraySize, unless it is set, is one more.
 LONGEST_ARRAY = 1000
 # A shared file system may show a job's last files a little after Slurm tells that it ended.
@@ -153,6 +155,16 @@ def launch(
         raise
     until = time.monotonic() + LATE_S
     return [_ended(sweep / name, ids[name], until) for name in jobs]
+
+
+def check() -> None:
+    """Raise ConfigError where Slurm does not answer. Comes before anything is left for it."""
+    try:
+        subprocess.run(QUEUE, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
+        reason = lines[-1] if lines else first_line(error)
+        raise ConfigError(f"hydra/launcher=slurm: no Slurm answers here ({reason})") from error
 
 
 def _jobs(number: int) -> str:
@@ -271,7 +283,7 @@ def _queue(launcher: Launcher) -> set[str] | None:
     """
     from submitit.core.utils import JobPaths
 
-    answer = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %o")
+    answer = _ask(*QUEUE)
     if answer is None:
         return None
     scripts = JobPaths.get_first_id_independent_folder(launcher.settings["submitit_folder"])

@@ -58,6 +58,7 @@ from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
 from proglayer.run.signals import interrupt_on_signals
 from proglayer.store.record import (
+    SUBMITTED,
     SWEEP,
     Heartbeat,
     ListedJob,
@@ -201,6 +202,8 @@ def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     waiting = [job for job in in_launch_order(jobs) if not job.completed]
     # With nothing to run, torch, which knows the machine's part in the keys, is not needed at all.
     work = describe_work(sweeper, jobs) if waiting else None
+    if waiting:
+        check_launcher(sweeper)
     folder = open_folder(sweeper.config)
     with sole_writer(folder, "hydra.sweep.dir"):
         return _run(sweeper, folder, jobs, waiting, work)
@@ -210,6 +213,8 @@ def _run(
     sweeper: ProductSweeper, folder: Path, jobs: list[Job], waiting: list[Job], work: str | None
 ) -> list[JobReturn]:
     """Launch the jobs that wait, in their order, and sum all up."""
+    for part in folder, folder / SUBMITTED:
+        files.delete_left_over(part)
     not_held = without_held(sweeper, waiting)
     list_jobs(folder, {job.folder: job.overrides for job in jobs}, not_held)
     say = console().print
@@ -520,6 +525,12 @@ def _writing(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"hydra.sweep.dir={folder} cannot be written ({error.strerror}): choose another"
         ) from error
+
+
+def check_launcher(sweeper: Sweeper) -> None:
+    """Raise ConfigError where the launcher can start nothing here, before anything is left."""
+    if (own := getattr(sweeper.launcher, "check", None)) is not None:
+        own()
 
 
 def without_held(sweeper: Sweeper, jobs: Sequence[Job]) -> list[Job]:

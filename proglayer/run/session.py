@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from proglayer import files
 from proglayer.config import Config, stages_dir, to_plain
 from proglayer.errors import ConfigError, UserError
 from proglayer.files import NotOursError
@@ -233,6 +234,7 @@ def session(
         check_folder(folder)
     except NotOursError as error:
         raise ConfigError(str(error)) from error
+    files.delete_left_over(folder)
     current = Session(config, folder, record, may_wait, prune)
     with (
         Heartbeat(folder),

@@ -19,10 +19,11 @@ import io
 import json
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -715,7 +716,7 @@ def job_state(
         host = record.environment.host if record.environment else None
         return JobState(record.status, record.reason, host)
     if not folder.exists():
-        if since := _lost_since(sweep_sign):
+        if since := _lost_since(sweep_sign, folder.parent):
             return JobState(RunState.not_started, f"its sweep shows no sign of life since {since}")
         return JobState(RunState.waiting)
     heartbeat = read_heartbeat(folder)
@@ -726,21 +727,35 @@ def job_state(
     if heartbeat.sign is RunState.pending:
         return JobState(RunState.pending, None, host)
     if heartbeat.sign is RunState.deferred:
-        if since := _lost_since(sweep_sign):
+        if since := _lost_since(sweep_sign, folder.parent):
             reason = f"put off, and its sweep shows no sign of life since {since}"
             return JobState(RunState.lost, reason, host)
         return JobState(RunState.deferred, None, host)
-    if since := _lost_since(last_sign):
+    if since := _lost_since(last_sign, folder):
         where = f" (it ran on {host})" if host else ""
         return JobState(RunState.lost, f"no sign of life since {since}{where}", host)
     return JobState(RunState.running, None, host)
 
 
-def _lost_since(sign: datetime | None) -> str | None:
+def _lost_since(sign: datetime | None, folder: Path) -> str | None:
     """When a job without a record, or its sweep, last showed life, if that is too long ago."""
-    if sign is None or (datetime.now(UTC) - sign).total_seconds() <= LOST_AFTER_S:
+    now = datetime.now(UTC)
+    if sign is None or (now - sign).total_seconds() <= LOST_AFTER_S:
+        return None
+    if (_clock_of(folder) or now) - sign <= timedelta(seconds=LOST_AFTER_S):
         return None
     return f"{sign:%Y-%m-%d %H:%M} UTC"
+
+
+def _clock_of(folder: Path) -> datetime | None:
+    """The time by the clock that dates the files of a folder, which on a network file system is
+    another machine's; None where no file can be made there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as unnamed:
+            return datetime.fromtimestamp(os.fstat(unnamed.fileno()).st_mtime, UTC)
+    except (OSError, ValueError, OverflowError):
+        return None
 
 
 # -- between dataclasses and plain data -----------------------------------------------------------

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from proglayer import files
 from proglayer.errors import StoreError
-from proglayer.files import TEMPORARY, TEMPORARY_FORM
+from proglayer.files import TEMPORARY_FORM
 from proglayer.store.reading import read_json
 from proglayer.store.record import JOBS, RESULT, read_jobs
 
@@ -305,8 +305,9 @@ class Stage:
         except OSError as error:
             raise files.cannot_write(self.folder, error, SETTING) from error
         self._lock = lock
-        for left_over in self.folder.glob(f"{TEMPORARY}*"):
-            files.delete(left_over, files.named(TEMPORARY_FORM))
+        files.delete_left_over(self.folder)
+        # Notes are written without the lock.
+        files.delete_left_over(self.notes.folder, older_than_s=86_400.0)
         return True
 
     @property

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -550,6 +551,24 @@ def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> 
     assert results.failures == 1
     (folder / "metrics.csv").touch()
     assert ends(load(tmp_path / "pile")) == {"run": "running"}
+
+
+def test_a_run_is_alive_by_the_clock_that_dates_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=3 * record.LOST_AFTER_S)
+
+    folder = made_up(tmp_path / "pile" / "run", status="running")
+    write_heartbeat(folder, RunState.running)
+    monkeypatch.setattr(record, "datetime", Ahead)
+    assert ends(load(tmp_path / "pile")) == {"run": "running"}
+    aged(folder, record.LOST_AFTER_S + 1)
+    before = sorted(folder.rglob("*"))
+    assert ends(load(tmp_path / "pile")) == {"run": "lost"}
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
