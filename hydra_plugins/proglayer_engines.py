@@ -8,6 +8,7 @@ not installed is a class all the same, one that says what to install.
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 
-def _needs(choice: str, extra: str) -> Any:
+def _check_installed(choice: str, extra: str, module: str) -> None:
+    """Raise ConfigError without the module that an extra brings; warn of an unknown version."""
     from proglayer.errors import ConfigError
-    from proglayer.versions import install_command
+    from proglayer.versions import install_command, warn_of_unknown
 
-    return ConfigError(f"{choice} is not installed: {install_command(extra)}")
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{choice} is not installed: {install_command(extra)}")
+    warn_of_unknown(extra)
 
 
 class OurChoices(SearchPathPlugin):
@@ -55,12 +59,8 @@ class _OurLauncher(Launcher):
     needs: str | None = None
 
     def __init__(self, **settings: Any) -> None:
-        from proglayer.versions import warn_of_unknown
-
         if self.extra is not None:
-            if importlib.util.find_spec(self.needs or self.extra) is None:
-                raise _needs(f"hydra/launcher={self.extra}", self.extra)
-            warn_of_unknown(self.extra)
+            _check_installed(f"hydra/launcher={self.extra}", self.extra, self.needs or self.extra)
         self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
 
     def setup(
@@ -121,37 +121,23 @@ class ProglayerSlurmLauncher(_OurLauncher):
         return in_queue(self)
 
 
+@dataclass(eq=False)
 class ProglayerOptunaSweeper(Sweeper):
     """A search by Optuna. Its settings are explained in conf/hydra/sweeper/optuna.yaml."""
 
-    def __init__(
-        self,
-        sampler: DictConfig,
-        pruner: DictConfig,
-        direction: Any,
-        storage: str | None,
-        study_name: str | None,
-        n_trials: int,
-        n_jobs: int,
-        max_failure_rate: float,
-        params: DictConfig | None,
-        custom_search_space: str | None,
-    ) -> None:
-        from proglayer.versions import warn_of_unknown
+    sampler: DictConfig
+    pruner: DictConfig
+    direction: Any
+    storage: str | None
+    study_name: str | None
+    n_trials: int
+    n_jobs: int
+    max_failure_rate: float
+    params: DictConfig | None
+    custom_search_space: str | None
 
-        if importlib.util.find_spec("optuna") is None:
-            raise _needs("hydra/sweeper=optuna", "optuna")
-        warn_of_unknown("optuna")
-        self.sampler = sampler
-        self.pruner = pruner
-        self.direction = direction
-        self.storage = storage
-        self.study_name = study_name
-        self.n_trials = n_trials
-        self.n_jobs = n_jobs
-        self.max_failure_rate = max_failure_rate
-        self.params = params
-        self.custom_search_space = custom_search_space
+    def __post_init__(self) -> None:
+        _check_installed("hydra/sweeper=optuna", "optuna", "optuna")
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

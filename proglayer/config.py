@@ -16,7 +16,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass, replace
 from enum import Enum
 from types import NoneType, UnionType
@@ -506,6 +506,18 @@ def setting_names(schema: type = Config, prefix: str = "") -> list[str]:
             assert isinstance(kind, type)
             names += setting_names(kind, f"{prefix}{name}.")
     return names
+
+
+def flat_settings(
+    settings: dict[str, Any], prefix: str = "", whole: Container[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """The dotted name and the value of each setting; those in `whole` may hold a mapping."""
+    for part, value in settings.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, dict) and name not in whole:
+            yield from flat_settings(value, f"{name}.", whole)
+        else:
+            yield name, value
 
 
 def nearest_setting(name: str) -> str | None:

@@ -14,23 +14,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
-from pathlib import Path
-from typing import Any
 
 from hydra.core.utils import JobReturn
 
 from proglayer.errors import ConfigError
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
-from proglayer.run.signals import stop_signals
+from proglayer.run.signals import on_signals, stop_signals
 from proglayer.store.record import HEARTBEAT, RESULT, RunState, mark_lost, read_heartbeat
 
 # How often a worker looks whether its parent lives.
 LOOK_S = 1.0
-# Whole numbers that `hydra.launcher` may give as text, as in pre_dispatch='2*n_jobs'.
-COUNTS = ("pre_dispatch", "batch_size", "max_nbytes")
-
 # The signals that this worker got.
 _stops: list[int] = []
 
@@ -82,12 +77,18 @@ def launch(
 
     sweep = start(launcher)
     settings = dict(launcher.settings) | {"backend": "loky"}  # threads would share Hydra's state
-    for name in COUNTS:
-        if str(settings.get(name)).isdecimal():
-            settings[name] = int(settings[name])
     parent = os.getpid()
+    stops: list[int] = []
+
+    def hold_back(number: int, *_: object) -> None:
+        stops.append(number)
+        for worker in multiprocessing.active_children():
+            if worker.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, number)
+
     try:
-        with _held_back() as stops:
+        with on_signals(hold_back):
             returns = joblib.Parallel(**settings)(
                 joblib.delayed(run_in_worker)(job, parent)
                 for job in jobs_of(launcher, job_overrides, first_number)
@@ -96,7 +97,10 @@ def launch(
     except BrokenExecutor as error:
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
-        _mark_lost(sweep)
+        for sign in sweep.glob(f"*/{HEARTBEAT}"):
+            deferred = read_heartbeat(sign.parent).sign is RunState.deferred
+            if not deferred and not (sign.parent / RESULT).exists():
+                mark_lost(sign.parent, "its process was killed")
         raise ConfigError(
             "a worker of joblib was killed, and the others with it (by the system, for want of "
             "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"
@@ -106,40 +110,3 @@ def launch(
         get_reusable_executor().shutdown(kill_workers=True)
         raise KeyboardInterrupt
     return ended
-
-
-def _mark_lost(sweep: Path) -> None:
-    for sign in sweep.glob(f"*/{HEARTBEAT}"):
-        deferred = read_heartbeat(sign.parent).sign is RunState.deferred
-        if not deferred and not (sign.parent / RESULT).exists():
-            mark_lost(sign.parent, "its process was killed")
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[list[int]]:
-    """Keep the first signal to stop in the list that is given, and pass SIGINT on to this process's
-    children. Outside the main thread nothing is held back.
-    """
-    stops: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stops
-        return
-    before: dict[int, Any] = {}
-
-    def hold(number: int, _: object) -> None:
-        stops.append(number)
-        restore()
-        for worker in multiprocessing.active_children():
-            if worker.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.pid, number)
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before |= {number: signal.signal(number, hold) for number in stop_signals()}
-    try:
-        yield stops
-    finally:
-        restore()

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from proglayer import files
-from proglayer.config import short_hash
+from proglayer.config import flat_settings, short_hash
 from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.results import NOT_THE_EXPERIMENT
 from proglayer.store.record import METRICS_COLUMNS, STUDY, SWEEP, MetricsRow
@@ -132,11 +132,11 @@ def shared_settings(
     """
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
-    plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     own = {*searched, *NOT_THE_EXPERIMENT} - {"objective"}
     settings = {
         key: value
-        for key, value in _flat(plain)
+        for key, value in flat_settings(plain)
         if not any(key == name or key.startswith(f"{name}.") for name in own)
     }
     return {"searched": ",".join(sorted(searched)), "direction": direction} | settings
@@ -160,15 +160,6 @@ def keep_shared(study: optuna.Study, shared: dict[str, Any]) -> None:
         now = ", ".join(f"{key}={shared.get(key)}" for key in keys[:MOST_NAMED])
         raise ConfigError(f"study {name} has trials with {then}, not {now}: {other}")
     study.set_user_attr(SHARED, shared)
-
-
-def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every setting."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def write_study(folder: Path, study: optuna.Study, objective: str) -> None:

@@ -56,7 +56,7 @@ from proglayer.launch.stored import StoredPlans, follow_store
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
-from proglayer.run.signals import interrupt_on_signals
+from proglayer.run.signals import interrupt, on_signals
 from proglayer.store.record import (
     SUBMITTED,
     SWEEP,
@@ -261,7 +261,7 @@ def launch(sweeper: Sweeper, jobs: Sequence[Job], at_once: int | None = None) ->
         size = at_once or len(left)
         for batch in (left[start : start + size] for start in range(0, len(left), size)):
             overrides = [job.launched for job in batch]
-            with interrupt_on_signals():
+            with on_signals(interrupt, once=False):
                 returns = sweeper.launcher.launch(overrides, len(ended) + len(deferred))
             for job, job_return in zip(batch, returns, strict=True):
                 if _deferred(folder / job.folder):

@@ -8,14 +8,13 @@
 
 from proglayer.results.columns import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, plain_values
 from proglayer.results.frames import Results, load, write_csv
-from proglayer.results.reader import flat_settings, keys_and_values
+from proglayer.results.reader import keys_and_values
 
 __all__ = [
     "GROUPS",
     "NOT_THE_EXPERIMENT",
     "PLACE_OF_TEXT",
     "Results",
-    "flat_settings",
     "keys_and_values",
     "load",
     "plain_values",

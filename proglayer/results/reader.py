@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
-from proglayer.config import with_defaults
+from proglayer.config import flat_settings, with_defaults
 from proglayer.results.columns import (
     COLUMNS,
     DTYPES,
@@ -113,7 +113,7 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         }
     if isinstance(settings, dict):
         settings = with_defaults(settings) if settings else settings
-        flat = list(flat_settings(settings))
+        flat = list(flat_settings(settings, whole=SETTINGS))
         if len(flat) > MOST_SETTINGS:
             raise RecordError("damaged", f"it has more than {MOST_SETTINGS:,} settings")
         run |= {f"config.{as_text(n)}": CLEAN[SETTINGS.get(n, str)](value) for n, value in flat}
@@ -336,20 +336,14 @@ def _is_ours(settings: Any) -> bool:
     return isinstance(settings, dict) and {"initial_layers", "added_layers"} <= settings.keys()
 
 
-def flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted name and the value of each setting."""
-    for name, value in settings.items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in SETTINGS:
-            yield from flat_settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def experiment_key(settings: dict[str, Any], fingerprint: Any) -> str:
     """The same for two runs that are the same experiment, on the same text, with the same seed."""
     aside = NOT_THE_EXPERIMENT + (PLACE_OF_TEXT if fingerprint else ())
-    flat = {name: value for name, value in flat_settings(settings) if name not in aside}
     # 1 and 1.0 are the same rate, whether JSON or YAML held it.
-    same = {n: as_float(v) if SETTINGS.get(n) is float else v for n, v in flat.items()}
+    same = {
+        name: as_float(value) if SETTINGS.get(name) is float else value
+        for name, value in flat_settings(settings, whole=SETTINGS)
+        if name not in aside
+    }
     text = json.dumps([same, fingerprint], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -16,14 +16,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from proglayer import files
-from proglayer.config import LoggerConfig
+from proglayer.config import LoggerConfig, flat_settings
 from proglayer.store.record import MetricsRow, RunRecord, RunState
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class MLflow:
             tags = {"proglayer.folder": str(folder.resolve()), **choices}
             run = self._client.create_run(experiment, run_name=folder.name, tags=tags)
             self._run = run.info.run_id
-            params = [Param(name, str(value)) for name, value in _flat(settings)]
+            params = [Param(name, str(value)) for name, value in flat_settings(settings)]
             for start in range(0, len(params), 100):  # as many as MLflow takes at once
                 self._client.log_batch(self._run, params=params[start : start + 100])
 
@@ -229,11 +229,3 @@ class MLflow:
         finally:
             for name in ours:
                 os.environ.pop(name, None)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -12,7 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision
-from proglayer.run.signals import stop_signals
+from proglayer.run.signals import on_signals
 from proglayer.store.record import Environment, Machine, PeakMemory, Scheduler
 
 
@@ -172,7 +171,7 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
-class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
+class StopSignals:
     """Notes the first of the signals that ask to stop instead of ending at once.
 
     A second one acts as it would have without this. Outside the main thread nothing is noted.
@@ -184,33 +183,21 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
 
     def __init__(self) -> None:
         self._received: str | None = None
-        self._before: dict[int, Any] = {}
         self.scheduler: Callable[[], object] | None = None
 
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def noted(self) -> contextlib.AbstractContextManager[None]:
+        """Note signals while the block lasts."""
+        return on_signals(self._note)
 
     def received(self) -> str | None:
         """The name of the signal that asked to stop, if one did."""
         return self._received
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note(self, number: int, frame: object, before: Any) -> None:
         self._received = signal.Signals(number).name
-        before = self._before[number]
         ours = str(getattr(before, "__module__", "")).startswith("proglayer.")
         if callable(before) and not ours and self._received.startswith("SIGUSR"):
             self.scheduler = functools.partial(before, number, frame)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -85,7 +85,7 @@ class Session:
         plain = to_plain(self.config)
         choices = self.record.choices or {}
         self._loggers = Loggers(self.config.logger, self.folder, plain, choices)
-        self._during_walk.enter_context(self.signals)
+        self._during_walk.enter_context(self.signals.noted())
         self._display = self._during_walk.enter_context(RunDisplay(phases))
         slot = gpu_slots.hold(
             device, self.config.jobs_per_gpu, self.signals.received, self._display.note

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
@@ -23,18 +22,33 @@ def stop_signals() -> list[int]:
 
 
 @contextlib.contextmanager
-def interrupt_on_signals() -> Iterator[None]:
-    """Have each of these signals act as Ctrl-C does. Outside the main thread nothing changes."""
+def on_signals(act: Callable[[int, object, Any], object], once: bool = True) -> Iterator[None]:
+    """Have these signals call `act` until the block ends. Outside the main thread nothing changes.
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
+    act: is given a signal's number, the frame, and the handler that it would have had.
+    once: whether a second signal acts as it would have without this.
+    """
+    before: dict[int, Any] = {}
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in stop_signals()}
-    try:
-        yield
-    finally:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        if once:
+            restore()
+        act(number, frame, before[number])
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in stop_signals():
+                before[number] = signal.getsignal(number)
+                signal.signal(number, handle)
+        yield
+    finally:
+        restore()
+
+
+def interrupt(*_: object) -> NoReturn:
+    """Act as Ctrl-C does."""
+    raise KeyboardInterrupt

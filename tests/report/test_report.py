@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from proglayer.config import to_plain
+from proglayer.config import flat_settings, to_plain
 from proglayer.files import everything
 from proglayer.launch import job as entrance
 from proglayer.report import comparisons, ledger, page, stats, study
@@ -31,7 +31,7 @@ from proglayer.report import write as reporting
 from proglayer.report.__main__ import main
 from proglayer.report.study import DEEP, STANDARD, Margins
 from proglayer.report.write import write_report
-from proglayer.results import NOT_THE_EXPERIMENT, flat_settings, load, write_csv
+from proglayer.results import NOT_THE_EXPERIMENT, load, write_csv
 from proglayer.store.record import read_jobs, write_jobs
 
 from .. import synthetic
