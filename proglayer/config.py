@@ -16,8 +16,8 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Container, Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass, replace
 from enum import Enum
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -459,17 +459,26 @@ def to_config(settings: DictConfig) -> Config:
     return config
 
 
-def to_plain(settings: Any) -> Any:
-    """A dataclass of settings as what JSON can hold: enums by name, tuples as lists."""
-    if is_dataclass(settings) and not isinstance(settings, type):
-        return {f.name: to_plain(getattr(settings, f.name)) for f in fields(settings)}
-    if isinstance(settings, Enum):
-        return settings.name
-    if isinstance(settings, (list, tuple)):
-        return [to_plain(item) for item in settings]
-    if isinstance(settings, dict):
-        return {key: to_plain(value) for key, value in settings.items()}
-    return settings
+def to_plain(
+    value: Any,
+    written: Callable[[Field[Any], Any], bool] = lambda *_: True,
+    leaf: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """A dataclass as plain data: enums by their value, tuples as lists.
+
+    written: whether a field with this value is part of it.
+    leaf: what becomes of a value that holds no others.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        items = [(f, getattr(value, f.name)) for f in fields(value)]
+        return {f.name: to_plain(item, written, leaf) for f, item in items if written(f, item)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item, written, leaf) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_plain(item, written, leaf) for key, item in value.items()}
+    return leaf(value)
 
 
 def from_plain(plain: dict[str, Any]) -> Config:

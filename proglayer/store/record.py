@@ -17,12 +17,13 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,7 @@ from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from proglayer import files
+from proglayer.config import to_plain
 from proglayer.store.reading import read_json
 from proglayer.training.plan import Rates
 
@@ -499,9 +501,9 @@ METRICS_COLUMNS = tuple(column.name for column in fields(MetricsRow))
 def write_metrics(folder: Path, rows: Iterable[MetricsRow]) -> None:
     """Write every epoch so far; a reader sees the old rows or the new ones, never half a row."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(METRICS_COLUMNS)
-    writer.writerows([getattr(row, name) for name in METRICS_COLUMNS] for row in rows)
+    writer = csv.DictWriter(text, METRICS_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(vars, rows))
     data = text.getvalue().encode()
     files.write_atomically(folder / METRICS, data, FOLDER_SETTINGS, is_of_run)
 
@@ -662,10 +664,7 @@ def remove_heartbeat(folder: Path) -> None:
 
 def mark_lost(folder: Path, reason: str) -> None:
     """Say of a run without a record that nobody is at work on it, nor will be, and why."""
-    before = read_heartbeat(folder)
-    lost = HeartbeatContent(
-        sign=RunState.lost, host=before.host, process=before.process, reason=reason
-    )
+    lost = replace(read_heartbeat(folder), sign=RunState.lost, reason=reason)
     _write_heartbeat(folder, lost)
 
 
@@ -762,23 +761,15 @@ def _clock_of(folder: Path) -> datetime | None:
 
 
 def to_dict(value: Any) -> Any:
-    """A dataclass of this module as plain data that JSON can hold."""
-    if is_dataclass(value) and not isinstance(value, type):
-        plain = {}
-        for each in fields(value):
-            item = getattr(value, each.name)
-            if item is not None or not each.metadata.get("omitted_if_none"):
-                plain[each.name] = to_dict(item)
-        return plain
-    if isinstance(value, StrEnum):
-        return value.value
-    if isinstance(value, float):
-        return None if value - value != 0 else value
-    if isinstance(value, Mapping):
-        return {key: to_dict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_dict(item) for item in value]
-    return value
+    """A dataclass of this module as plain data that JSON can hold: what is not finite is null."""
+
+    def written(each: Field[Any], item: Any) -> bool:
+        return item is not None or not each.metadata.get("omitted_if_none")
+
+    def finite(item: Any) -> Any:
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return to_plain(value, written, finite)
 
 
 def from_dict(kind: type[T], plain: Any) -> T:

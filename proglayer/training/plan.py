@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from enum import Enum, StrEnum
+from dataclasses import MISSING, dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from proglayer.config import (
@@ -23,6 +23,7 @@ from proglayer.config import (
     PhaseSchedule,
     Precision,
     ScheduleShape,
+    to_plain,
 )
 
 
@@ -310,15 +311,7 @@ def described(value: Any) -> Any:
     A field that has a default is left out where it has that value: a phase that does not use what
     a later version brought keeps its key.
     """
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: described(getattr(value, f.name))
-            for f in fields(value)
-            if f.default is MISSING or getattr(value, f.name) != f.default
-        }
-    if isinstance(value, (list, tuple)):
-        return [described(item) for item in value]
-    return value.name if isinstance(value, Enum) else value
+    return to_plain(value, lambda field, item: field.default is MISSING or item != field.default)
 
 
 def placements(layers: int, growth: Growth) -> tuple[int, ...]:
