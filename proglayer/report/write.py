@@ -165,7 +165,9 @@ def _all_it_depends_on(results: Results, margins: Margins) -> str:
     started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps}
     started |= set(study_files(in_sweeps))
     code = [
-        p for p in Path(__file__).parent.parent.rglob("*") if p.suffix in (".py", ".css", ".js")
+        p
+        for p in Path(__file__).parent.parent.rglob("*")
+        if p.suffix in (".py", ".css", ".js", ".jinja")
     ]
     for path in (*sorted(started), *sorted(code)):
         digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
