@@ -99,6 +99,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `1,200 runs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 # Title, kind ("text", "number" or "long": text that is cut or folds where room is scarce), and what
 # makes a cell of a row.
 Columns = Sequence[tuple[str, str, Callable[[Any], str | Text]]]

@@ -26,7 +26,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from proglayer import files
-from proglayer.console import console
+from proglayer.console import console, counted
 from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
 from proglayer.launch.snapshot import snapshot_code
@@ -139,13 +139,13 @@ def launch(
     new = [SlurmJob(job) for name, job in jobs.items() if name not in ids]
     say = console().print
     if ids:
-        say(f"in Slurm's queue already: {_jobs(len(ids))}", markup=False)
+        say(f"in Slurm's queue already: {counted(len(ids), 'job')}", markup=False)
     if new:
         try:
             ids |= _submit(launcher, sweep, new)
         except StoreError as error:
             raise ConfigError(str(error)) from error
-        say(f"handed over to Slurm: {_jobs(len(new))}", markup=False)
+        say(f"handed over to Slurm: {counted(len(new), 'job')}", markup=False)
     command = shlex.join(["python", "-m", "proglayer.results", os.path.relpath(sweep), "--watch"])
     say(f"{command} follows them from any shell", markup=False)
     try:
@@ -165,10 +165,6 @@ def check() -> None:
         lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
         reason = lines[-1] if lines else first_line(error)
         raise ConfigError(f"hydra/launcher=slurm: no Slurm answers here ({reason})") from error
-
-
-def _jobs(number: int) -> str:
-    return f"{number} job{'' if number == 1 else 's'}"
 
 
 def in_queue(launcher: Launcher) -> dict[str, str]:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from proglayer import files
 from proglayer.config import flat_settings, short_hash
+from proglayer.console import counted
 from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.results import NOT_THE_EXPERIMENT
 from proglayer.store.record import METRICS_COLUMNS, STUDY, SWEEP, MetricsRow
@@ -247,7 +248,7 @@ def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:
             log.warning("epoch not reported to the study (%s)", first_line(error))
             return None
         name = settings._target_.rpartition(".")[2]
-        epochs = "1 epoch" if step == 1 else f"{step} epochs"
+        epochs = counted(step, "epoch")
         return f"pruned by {name} after {epochs}, with a {column} of {getattr(row, column):.6g}"
 
     return prune

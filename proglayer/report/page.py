@@ -176,12 +176,13 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )
-    environment.filters |= {"anchor": _anchor, "breakable": _breakable, "md": _marked}
+    environment.filters |= {"anchor": anchor, "breakable": _breakable, "md": _marked}
     environment.filters |= {"kind": lambda block: type(block).__name__, "fence": _fence}
     return environment
 
 
-def _anchor(text: str) -> str:
+def anchor(text: str) -> str:
+    """Text as the name of an element or a file."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

@@ -10,6 +10,7 @@ input gives equal bytes. Matplotlib takes half a second to import and is, where 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -135,6 +136,8 @@ class Gallery:
     ) -> Picture:
         """Draw one panel with `paint`, write `<name>.svg` and `<name>.png`, give it for a page.
 
+        A name that another picture has gets a number.
+
         The panel stands where figures beside it have room; with `row_labels`, where the names at
         its left end. To measure those takes as long as to draw.
         """
@@ -142,6 +145,8 @@ class Gallery:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        name = next(n for n in itertools.chain([name], numbered) if n not in self.names)
         with mpl.rc_context(RC), warnings.catch_warnings():
             # A glyph that the font lacks is a box in the PNG, and right in a browser.
             warnings.simplefilter("ignore")

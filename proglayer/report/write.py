@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from proglayer import files
+from proglayer.console import counted
 from proglayer.report import comparisons, growth, ledger, stats, study
 from proglayer.report.page import (
     Block,
@@ -35,6 +35,7 @@ from proglayer.report.page import (
     SideBySide,
     Summary,
     Table,
+    anchor,
     to_html,
     to_markdown,
 )
@@ -196,6 +197,10 @@ class _Condition:
     def slug(self) -> str:
         return f"-{self.number + 1}" if self.number else ""
 
+    def more_variants(self, tables: str) -> list[Block]:
+        """That a section does not show all variants, if it does not."""
+        return _left_to(tables, len(self.variants) - MOST_VARIANTS, "variants")
+
 
 @dataclass(frozen=True, eq=False)
 class _Compute:
@@ -318,20 +323,18 @@ class _Report:
                 blocks.append(Heading(f"On {condition.name}", level=3))
             blocks += inside
         others = self.conditions[MOST_CONDITIONS:]
-        if others and blocks:
-            names = listed([c.name for c in others], 6)
-            blocks.append(_left_to(tables, len(others), "conditions", names))
-        return blocks
+        names = listed([c.name for c in others], 6)
+        return blocks and blocks + _left_to(tables, len(others), "conditions", names)
 
     def _lead(self) -> str:
         runs = self.results.runs
         counts = Counter(runs["status"].tolist())
         how = ", ".join(f"{number:,} {status}" for status, number in sorted(counts.items()))
-        parts = [f"{_count(len(runs), 'run')}{f' ({how})' if how else ''}"]
+        parts = [f"{counted(len(runs), 'run')}{f' ({how})' if how else ''}"]
         if len(self.arms.runs):
             arms = self.arms.runs
-            of = f"{_count(arms['variant'].nunique(), 'variant')} and "
-            parts.append(of + _count(arms["model"].nunique(), "model"))
+            of = f"{counted(arms['variant'].nunique(), 'variant')} and "
+            parts.append(of + counted(arms["model"].nunique(), "model"))
             parts.append(f"seeds {ranges(arms['seed'])}")
             parts.append("on " + listed([c.name for c in self.conditions], 3))
         return "; ".join(parts) + "."
@@ -367,8 +370,7 @@ class _Report:
         margin = self.margins.points
         picture = forest(self.gallery, "claims", title, rows, margin, "points of accuracy")
         blocks.append(Summary(self._findings(), [picture]))
-        if len(made) > MOST_JUDGED:
-            blocks.append(_left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons"))
+        blocks += _left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons")
         notes = [comparisons.how_judged(made, self.margins)]
         notes += comparisons.limits(made)
         for condition in self.conditions[:MOST_CONDITIONS]:
@@ -422,7 +424,7 @@ class _Report:
         ]
         if items:
             blocks.append(Collapsible("The settings in which the two differ", [Bullets(items)]))
-        return blocks + (_more_variants(condition, "comparisons.csv") if blocks else [])
+        return blocks and blocks + condition.more_variants("comparisons.csv")
 
     # --- the founding experiment's tables ---------------------------------------------------------
 
@@ -460,9 +462,7 @@ class _Report:
         for variant in others[:MOST_VARIANTS]:
             inside = self._tables_of(condition, variant, published=False)
             blocks.append(Collapsible(variant_name(variant), inside))
-        if len(others) > MOST_VARIANTS:
-            blocks.append(_left_to("phases.csv", len(others) - MOST_VARIANTS, "variants"))
-        return blocks
+        return blocks + _left_to("phases.csv", len(others) - MOST_VARIANTS, "variants")
 
     def _tables_of(self, condition: _Condition, variant: str, published: bool) -> list[Block]:
         runs = condition.runs[condition.runs["variant"] == variant]
@@ -510,7 +510,7 @@ class _Report:
                 pictures.append(forest(self.gallery, name, title, rows, margin, metric.unit))
             blocks.append(Pictures(pictures))
         blocks.append(changes_table(changes, shown))
-        return blocks + _more_variants(condition, "changes.csv")
+        return blocks + condition.more_variants("changes.csv")
 
     # --- growth -----------------------------------------------------------------------------------
 
@@ -537,7 +537,7 @@ class _Report:
             name, margin = f"growth{condition.slug}", self.margins.nats
             picture = forest(self.gallery, name, title, rows, margin, "nats", better="left")
             blocks.insert(0, Pictures([picture]))
-        return blocks + _more_variants(condition, "growth.csv") + self._timing(condition)
+        return blocks + condition.more_variants("growth.csv") + self._timing(condition)
 
     def _timing(self, condition: _Condition) -> list[Block]:
         """When to grow, where that was varied, and how early the arms are in their final order."""
@@ -556,7 +556,7 @@ class _Report:
                 )
             )
         for number, timing in enumerate(found[:MOST_MODELS], start=1):
-            name = self._free(f"valley{condition.slug}-{number}")
+            name = f"valley{condition.slug}-{number}"
             values = timing.losses.melt(var_name="x", value_name="y")
             title = f"{timing.title}: the loss against the moment of growth"
             x_label, y_label = "epochs before the growth", "validation loss (nats)"
@@ -574,7 +574,7 @@ class _Report:
                     f"{ranks['step'].max()} on."
                 )
             )
-            name = self._free(_slug(f"ranking-{model}") + condition.slug)
+            name = _slug(f"ranking-{model}") + condition.slug
             values = ranks.rename(columns={"step": "x", "tau": "y"}).dropna()
             if len(values):
                 title = f"{model_name(model)}: how early the arms are in their final order"
@@ -599,13 +599,13 @@ class _Report:
             slug = f"{_slug(variant)}{condition.slug}" or str(number)
             own = curves[curves["variant"] == variant]
             if len(own):
-                name = self._free(f"curve-{slug}")
+                name = f"curve-{slug}"
                 by_epoch.append(
                     learning_curve(self.gallery, name, variant_name(variant), own, limits)
                 )
             own_exits = exits[exits["variant"] == variant]
             if len(own_exits):
-                name = self._free(f"exits-{slug}")
+                name = f"exits-{slug}"
                 by_exits.append(by_exit(self.gallery, name, variant_name(variant), own_exits))
         blocks: list[Block] = []
         if by_epoch:
@@ -629,15 +629,7 @@ class _Report:
                 )
             )
             blocks.append(Pictures(by_exits))
-        return blocks + _more_variants(condition, "epochs.csv and exits.csv")
-
-    def _free(self, name: str) -> str:
-        """A file name that no picture has yet."""
-        number, free = 1, name
-        while free in self.gallery.names:
-            number += 1
-            free = f"{name}-{number}"
-        return free
+        return blocks + condition.more_variants("epochs.csv and exits.csv")
 
     # --- compute ----------------------------------------------------------------------------------
 
@@ -659,7 +651,7 @@ class _Report:
         if len(found.speed_up):
             gains = found.speed_up[found.speed_up["variant"].isin(shown)]
             blocks.append(speed_up_table(gains))
-        blocks += _more_variants(condition, "ledger.csv, to_target.csv and speed_up.csv")
+        blocks += condition.more_variants("ledger.csv, to_target.csv and speed_up.csv")
         blocks.append(Heading("Loss against compute", level=3))
         if study.has_seeds(runs):
             blocks.append(
@@ -671,9 +663,8 @@ class _Report:
                 )
             )
         blocks.append(self._against_compute(condition, ledger.FLOPS))
-        if undrawn := condition.models[MOST_MODELS:]:
-            names = listed([model_name(model) for model in undrawn], 6)
-            blocks.append(_left_to("epochs.csv", len(undrawn), "models", names))
+        undrawn = [model_name(model) for model in condition.models[MOST_MODELS:]]
+        blocks += _left_to("epochs.csv", len(undrawn), "models", listed(undrawn, 6))
         if len(condition.variants) > 1:
             others = (ledger.BODY, ledger.TOKENS, ledger.SECONDS)
             inside = [self._against_compute(condition, measure) for measure in others]
@@ -698,7 +689,6 @@ class _Report:
             ]
             if own[measure.column].notna().any():
                 name = _slug(f"loss-{model}-{measure.column}") + condition.slug
-                name = self._free(name)
                 title = f"{model_name(model)}: loss against {measure.name}"
                 unit = f"{measure.name} ({measure.unit})" if measure.unit == "s" else measure.name
                 pictures.append(
@@ -731,8 +721,7 @@ class _Report:
             columns += [("Overrides", "prose"), ("Reason", "prose")]
             title = "Runs that ended otherwise"
             blocks.append(Table(title, columns, rows, sortable=True))
-            if len(unfinished) > MOST_ENDED:
-                blocks.append(_left_to("runs.csv", len(unfinished) - MOST_ENDED, "runs"))
+            blocks += _left_to("runs.csv", len(unfinished) - MOST_ENDED, "runs")
             for row in (
                 unfinished[unfinished["traceback"].notna()].head(MOST_TRACEBACKS).to_dict("records")
             ):
@@ -745,8 +734,7 @@ class _Report:
             rows = left_out[["folder", "kind", "reason"]].head(MOST_ENDED).to_numpy().tolist()
             columns = [("Folder", "name"), ("Kind", "name"), ("Reason", "prose")]
             blocks.append(Table("Left out, for it cannot be read", columns, rows))
-            if len(left_out) > MOST_ENDED:
-                blocks.append(_left_to("left_out.csv", len(left_out) - MOST_ENDED, "folders"))
+            blocks += _left_to("left_out.csv", len(left_out) - MOST_ENDED, "folders")
         return blocks
 
     # --- how to reproduce it ----------------------------------------------------------------------
@@ -757,8 +745,7 @@ class _Report:
         blocks: list[Block] = []
         if commands:
             blocks.append(Code("\n".join(commands[:MOST_COMMANDS])))
-            if len(commands) > MOST_COMMANDS:
-                blocks.append(_left_to("runs.csv", len(commands) - MOST_COMMANDS, "commands"))
+            blocks += _left_to("runs.csv", len(commands) - MOST_COMMANDS, "commands")
         blocks.append(versions_table(runs))
         blocks.append(
             Bullets(
@@ -906,29 +893,21 @@ def _second_look(runs: Frame, out: Path) -> str:
         return ""
     error = LOOKS_PERCENT[min(looks, len(LOOKS_PERCENT) - 1)]
     return (
-        f"Second look: {_count(looks, 'report')} had already shown part of these runs when the "
+        f"Second look: {counted(looks, 'report')} had already shown part of these runs when the "
         "others began. If more seeds were run because of what they showed, false differences "
         f"occur in up to about {error:g} % of such studies instead of 5 %. Judge new seeds alone, "
         "or plan the total beforehand with a sequential design."
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _left_to(tables: str, number: int, noun: str, names: str = "") -> Paragraph:
-    """What is not shown: how many, perhaps which, and in what tables they are."""
+def _left_to(tables: str, number: int, noun: str, names: str = "") -> list[Block]:
+    """What is not shown, if anything: how many, perhaps which, and in what tables they are."""
+    if number <= 0:
+        return []
     are = f"{noun} are" if number != 1 else f"{noun.removesuffix('s')} is"
     which = f" ({names})" if names else ""
-    return Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", muted=True)
-
-
-def _more_variants(condition: _Condition, tables: str) -> list[Block]:
-    """That a section does not show all variants, if it does not."""
-    more = len(condition.variants) - MOST_VARIANTS
-    return [_left_to(tables, more, "variants")] if more > 0 else []
+    return [Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", muted=True)]
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-") or "arm"
+    return anchor(text)[:60].strip("-") or "arm"

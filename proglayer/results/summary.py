@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from proglayer.console import Columns, console, one_line, plain_cell, table
+from proglayer.console import Columns, console, counted, one_line, plain_cell, table
 from proglayer.results.columns import rows_of
 from proglayer.results.formatting import duration, number_text, pair
 from proglayer.results.frames import Results, load, what_varied
@@ -211,8 +211,7 @@ def _totals(results: Results) -> str:
     parts = [f"{counts[status]} {status}" for status in STYLE if status in counts]
     repeats = results.runs["duplicate_of"].notna().tolist().count(True)
     parts += [f"{repeats} repeat another's settings and seed"] if repeats else []
-    number = len(results.runs)
-    return f"{number} run{'' if number == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
+    return counted(len(results.runs), "run") + (f": {', '.join(parts)}" if parts else "")
 
 
 def _held(runs: pd.DataFrame) -> str:
