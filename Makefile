@@ -42,7 +42,7 @@ format: $(STAMP) ## mend style and formatting where a tool can
 
 env: $(STAMP) ## make or renew .venv with the pinned versions (PYTHON=python3.13)
 
-# An environment of another Python or a broken one is made anew; a good one is only brought up to
+# An environment of another Python or a broken one is made again; a good one is only brought up to
 # date. The stamp comes last, so an interrupted installation goes on at the next call.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; name a Python 3.11 to 3.13: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""The settings of a run: one typed schema, checked once at the entrance.
+"""The settings of a run: one typed schema, checked once where they come in.
 
 Settings travel schema (types) -> YAML (values) -> command line (overrides) and are merged there
 by Hydra. `to_config` turns the result into the frozen dataclasses below, and checks every rule

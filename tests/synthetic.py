@@ -290,12 +290,12 @@ def run(
             )
             for epoch, (loss, accuracy) in enumerate(zip(curve, accuracies, strict=True), start=1)
         ]
-    told: dict[str, Any] = {
+    given: dict[str, Any] = {
         "overrides": own,
         "choices": {"model": model, "data": "pydocs", "experiment": experiment or None},
     }
     plain = to_plain(settings) | {"seed": seed}
-    return leave(folder, plain, phases, rows, status=status, **(told | extra))
+    return leave(folder, plain, phases, rows, status=status, **(given | extra))
 
 
 def sweep(

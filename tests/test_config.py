@@ -1,4 +1,4 @@
-"""The entrance: composition, types, rules, and what a mistake is told."""
+"""Settings: composition, types, rules, and what a mistake is answered."""
 
 from __future__ import annotations
 
@@ -169,11 +169,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("override", "told"), MISTAKES.items())
-def test_a_setting_that_cannot_work_is_named(override: str, told: str) -> None:
+@pytest.mark.parametrize(("override", "message"), MISTAKES.items())
+def test_a_setting_that_cannot_work_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         config(override)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 

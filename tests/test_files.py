@@ -33,7 +33,7 @@ OF_MODULES = {
 }
 # What changes a file without this module, and why it is no other's.
 ALLOWED = {
-    # The kernel's switch that starts counting peak memory anew.
+    # The kernel's switch that starts counting peak memory from zero.
     ("proglayer/run/machine.py", "write_text"),
     # To the end of the event file that it made.
     ("proglayer/run/loggers.py", "open ab"),

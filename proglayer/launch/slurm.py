@@ -274,8 +274,8 @@ def _wait(launcher: Launcher, ids: set[str]) -> None:
 def _queue(launcher: Launcher) -> set[str] | None:
     """The numbers of the jobs in the queue, also running ones, that this sweep's folder submitted.
 
-    Numbers begin anew when a cluster is set up anew, so they alone would not do. None where Slurm
-    does not answer.
+    Numbers begin at 1 again when a cluster is set up again, so they alone would not do. None where
+    Slurm does not answer.
     """
     from submitit.core.utils import JobPaths
 

@@ -88,7 +88,7 @@ RC: Any = {
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How a series is drawn."""
 
     colour: str
@@ -96,10 +96,10 @@ class Look:
     dashes: str
 
 
-MODEL_LOOKS = {STANDARD: Look(BLUE, "o", "-"), DEEP: Look(VERMILLION, "D", "-")}
+MODEL_STYLES = {STANDARD: Style(BLUE, "o", "-"), DEEP: Style(VERMILLION, "D", "-")}
 # Seven colours, then again with dashes and other markers.
-LOOKS = tuple(
-    Look(colour, marker, dashes)
+STYLES = tuple(
+    Style(colour, marker, dashes)
     for markers, dashes in (("oDs^vPX", "-"), ("s^vPXoD", "--"), ("vPXoDs^", ":"))
     for colour, marker in zip(
         (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK), markers, strict=True
@@ -107,9 +107,9 @@ LOOKS = tuple(
 )
 
 
-def _look_of_model(models: Sequence[str], model: str) -> Look:
-    others = [name for name in models if name not in MODEL_LOOKS]
-    return MODEL_LOOKS.get(model) or LOOKS[2 + others.index(model) % (len(LOOKS) - 2)]
+def _style_of_model(models: Sequence[str], model: str) -> Style:
+    others = [name for name in models if name not in MODEL_STYLES]
+    return MODEL_STYLES.get(model) or STYLES[2 + others.index(model) % (len(STYLES) - 2)]
 
 
 class Gallery:
@@ -250,21 +250,21 @@ def forest(
         named: set[str] = set()
         for row in rows:
             model = row["model"]
-            look = _look_of_model(models, model) if model else Look(INK, "s", "-")
+            style = _style_of_model(models, model) if model else Style(INK, "s", "-")
             place = models.index(model) / max(1, len(models) - 1) - 0.5 if model else 0
             height = labels.index(row["label"]) + spread * place
             seeds = np.asarray(row["seeds"], dtype=float)
-            dots = {"color": look.colour, "linestyle": "none", "marker": "o", "markersize": 3}
+            dots = {"color": style.colour, "linestyle": "none", "marker": "o", "markersize": 3}
             axes.plot(seeds, np.full(len(seeds), height + 0.13), alpha=0.55, mew=0, **dots)
             if np.isfinite(row["low"]):
-                axes.hlines(height, row["low"], row["high"], color=look.colour, linewidth=2)
+                axes.hlines(height, row["low"], row["high"], color=style.colour, linewidth=2)
             axes.plot(
                 [row["mean"]],
                 [height],
                 linestyle="none",
-                marker=look.marker,
+                marker=style.marker,
                 markersize=5.5,
-                color=look.colour,
+                color=style.colour,
                 label=model_name(model) if model and model not in named else None,
             )
             named.add(model)
@@ -345,19 +345,19 @@ def learning_curve(
 
     def paint(axes: Axes) -> None:
         for model in models:
-            look = _look_of_model(models, model)
+            style = _style_of_model(models, model)
             own = curves[curves["model"] == model]
             for phase, part in own.groupby("phase"):
                 at = part.groupby("at")["loss"].agg(["mean", "std", "size"])
                 whole = at[at["size"] == part["seed"].nunique()]
                 x, mean = whole.index.to_numpy(float), whole["mean"].to_numpy(float)
                 sd = whole["std"].fillna(0).to_numpy(float)
-                axes.fill_between(x, mean - sd, mean + sd, color=look.colour, alpha=0.2, lw=0)
+                axes.fill_between(x, mean - sd, mean + sd, color=style.colour, alpha=0.2, lw=0)
                 axes.plot(
                     x,
                     mean,
-                    color=look.colour,
-                    marker=look.marker,
+                    color=style.colour,
+                    marker=style.marker,
                     markersize=3.2 if len(whole) < 30 else 0,
                     label=model_name(model) if phase == own["phase"].min() else None,
                 )
@@ -415,7 +415,7 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
 
     def paint(axes: Axes) -> None:
         for model in models:
-            look = _look_of_model(models, model)
+            style = _style_of_model(models, model)
             for when in steps:
                 own = exits[(exits["model"] == model) & (exits["when"] == when)]
                 at = own.groupby("layer")["accuracy_percent"].agg(["mean", "min", "max"])
@@ -424,15 +424,15 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
                     f"{model_name(model)}, {when} phase" if len(steps) > 1 else model_name(model)
                 )
                 x = at.index.to_numpy(float)
-                axes.vlines(x, at["min"], at["max"], color=look.colour, linewidth=1, alpha=0.6)
+                axes.vlines(x, at["min"], at["max"], color=style.colour, linewidth=1, alpha=0.6)
                 axes.plot(
                     x,
                     at["mean"].to_numpy(float),
-                    color=look.colour,
+                    color=style.colour,
                     linestyle="--" if hollow else "-",
-                    marker=look.marker,
+                    marker=style.marker,
                     markersize=5,
-                    markerfacecolor="none" if hollow else look.colour,
+                    markerfacecolor="none" if hollow else style.colour,
                     label=label,
                 )
                 means = ", ".join(f"{value:.2f}" for value in at["mean"])
@@ -466,21 +466,21 @@ def against_compute(
     Args:
         curves: of one model, with `variant`.
         column: of `ledger.MEASURES`.
-        order: variants in the order that gives them their looks.
+        order: variants in the order that gives them their styles.
     """
     steps = _in_hand(curves.dropna(subset=[column]), column)
     shown = [variant for variant in order if variant in set(steps["variant"])]
 
     def paint(axes: Axes) -> None:
         for variant in shown:
-            look = LOOKS[list(order).index(variant) % len(LOOKS)]
+            style = STYLES[list(order).index(variant) % len(STYLES)]
             own = steps[steps["variant"] == variant]
             axes.plot(
                 own["compute"].to_numpy(float),
                 own["loss"].to_numpy(float),
-                color=look.colour,
-                linestyle=look.dashes,
-                marker=look.marker,
+                color=style.colour,
+                linestyle=style.dashes,
+                marker=style.marker,
                 markersize=7,
                 markevery=np.flatnonzero(own["ended"]).tolist(),
                 linewidth=1.3,

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
@@ -219,8 +218,15 @@ def _mark_duplicates(runs: Rows) -> None:
 
 # --- metrics.csv ----------------------------------------------------------------------------------
 
-_EPOCH_COLUMNS = {name: column for name, column in COLUMNS["epochs"].items() if column.path}
-_ARROW = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_EPOCHS = pa.schema({name: _ARROW[column.kind] for name, column in COLUMNS["epochs"].items()})
+_CSV = {
+    "read_options": pyarrow.csv.ReadOptions(use_threads=False),
+    "parse_options": pyarrow.csv.ParseOptions(ignore_empty_lines=False),
+    "convert_options": pyarrow.csv.ConvertOptions(
+        column_types=_EPOCHS, include_columns=_EPOCHS.names[1:], include_missing_columns=True
+    ),
+}
 # The columns that say which epoch a row is: each row has them.
 _NEEDED = ("phase", "layers", "epoch")
 # 400,000 epochs.
@@ -230,73 +236,25 @@ MOST_SETTINGS = 1_000
 
 
 def _read_epochs(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, Rows]:
-    """The epochs in the `metrics.csv` of each; files of one header are parsed together."""
-    tables: list[pa.Table] = []
+    """The epochs in the `metrics.csv` of each, and which cannot be read."""
+    tables = [_EPOCHS.empty_table()]
     left_out: Rows = []
-    by_header: dict[bytes, list[tuple[str, bytes]]] = {}
-
-    def leave_out(name: str, why: str) -> None:
-        reason = f"{METRICS} cannot be read ({why}): its epochs are left out"
-        left_out.append(row_left_out(name, "damaged", reason))
-
     for folder in folders:
         try:
             content = read_regular(Path(folder.path, METRICS), MOST_BYTES_OF_METRICS)
-            header, _, body = content.replace(b"\r\n", b"\n").partition(b"\n")
+            rows = pyarrow.csv.read_csv(io.BytesIO(content), **_CSV)
+            if any(rows[name].null_count for name in _NEEDED):
+                raise ValueError("a row names no phase, layers or epoch")
+            runs = pa.repeat(pa.scalar(as_text(folder.name)), len(rows))
+            tables.append(rows.add_column(0, "run", runs))
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except OSError as error:
-            leave_out(folder.name, error.strerror or str(error))
-            continue
-        body = body if not body or body.endswith(b"\n") else body + b"\n"
-        by_header.setdefault(header, []).append((folder.name, body))
-    for header, bodies in by_header.items():
-        try:
-            tables.append(_parsed_epochs(header, bodies))
-        except ValueError:  # Arrow's own is one of these
-            for name, body in bodies:
-                try:
-                    tables.append(_parsed_epochs(header, [(name, body)]))
-                except ValueError as error:
-                    leave_out(name, brief(error))
-    if not tables:
-        return to_frame("epochs", []), left_out
+        except (OSError, ValueError) as error:  # Arrow's own is one of these
+            why = error.strerror if isinstance(error, OSError) else brief(error)
+            reason = f"{METRICS} cannot be read ({why}): its epochs are left out"
+            left_out.append(row_left_out(folder.name, "damaged", reason))
     types = {pa.string(): DTYPES[str], pa.int64(): DTYPES[int], pa.bool_(): DTYPES[bool]}
-    epochs = pa.concat_tables(tables).to_pandas(types_mapper=types.get)
-    if len(tables) > 1:
-        place = {as_text(folder.name): number for number, folder in enumerate(folders)}
-        order = np.argsort([place[name] for name in epochs["run"]], kind="stable")
-        epochs = epochs.iloc[order].reset_index(drop=True)
-    return without_gaps(epochs), left_out
-
-
-def _parsed_epochs(header: bytes, bodies: Sequence[tuple[str, bytes]]) -> pa.Table:
-    """Rows of CSV under one header, as the table of epochs. Raises ValueError."""
-    types = {name: _ARROW[column.kind] for name, column in _EPOCH_COLUMNS.items()}
-    names = header.decode().split(",")
-    if missing := [name for name in _NEEDED if name not in names]:
-        raise ValueError(f"it has no column {missing[0]}")
-    counts = [body.count(b"\n") for _, body in bodies]
-    known = {name: kind for name, kind in types.items() if name in names}
-    table = pa.schema(known).empty_table()
-    if sum(counts):
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(b"".join(body for _, body in bodies)),
-            read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=known, include_columns=list(known)
-            ),
-        )
-    if table.num_rows != sum(counts):
-        raise ValueError("it has empty lines")
-    if any(table[name].null_count for name in _NEEDED):
-        raise ValueError("a row names no phase, layers or epoch")
-    runs = np.repeat(np.array([as_text(name) for name, _ in bodies], dtype=object), counts)
-    columns = {
-        name: table[name] if name in known else pa.nulls(len(runs), kind)
-        for name, kind in types.items()
-    }
-    return pa.table({"run": pa.array(runs, pa.string()), **columns})
+    return without_gaps(pa.concat_tables(tables).to_pandas(types_mapper=types.get)), left_out
 
 
 # --- overrides and settings -----------------------------------------------------------------------

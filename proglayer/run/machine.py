@@ -201,7 +201,7 @@ class StopSignals:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start counting peak memory anew, where the system can."""
+    """Start counting peak memory from zero, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):

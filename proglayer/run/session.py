@@ -125,20 +125,7 @@ class Session:
                 replace(row, best=False) if row.phase == phase.index + 1 else row
                 for row in self._rows
             ]
-        row = MetricsRow(
-            phase=phase.index + 1,
-            layers=phase.layers,
-            epoch=metrics.epoch,
-            train_loss=metrics.train_loss,
-            validation_loss=metrics.validation_loss,
-            validation_perplexity=metrics.validation_perplexity,
-            validation_accuracy_percent=100 * metrics.validation_accuracy,
-            train_tokens=metrics.train_tokens,
-            train_seconds=round(metrics.train_seconds, 3),
-            evaluation_seconds=round(metrics.evaluation_seconds, 3),
-            best=is_best,
-            reused=reused,
-        )
+        row = _row(phase, metrics, is_best, reused)
         self._rows.append(row)
         write_metrics(self.folder, self._rows)
         self._loggers.epoch(row)
@@ -147,22 +134,9 @@ class Session:
 
     def start(self, phase: Phase, last: ExitMetrics) -> None:
         """Write and show the model right after a growth as epoch 0 of its phase."""
-        self._rows.append(
-            MetricsRow(
-                phase=phase.index + 1,
-                layers=phase.layers,
-                epoch=0,
-                train_loss=None,
-                validation_loss=last.loss,
-                validation_perplexity=perplexity(last.loss),
-                validation_accuracy_percent=100 * last.accuracy,
-                train_tokens=0,
-                train_seconds=0.0,
-                evaluation_seconds=0.0,
-                best=False,
-                reused=False,
-            )
-        )
+        at_once = EpochMetrics(0, 0.0, last.loss, last.accuracy, 0, 0.0, 0.0)
+        row = _row(phase, at_once, is_best=False, reused=False)
+        self._rows.append(replace(row, train_loss=None))
         write_metrics(self.folder, self._rows)
         self._display.note(
             f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "
@@ -257,6 +231,23 @@ def session(
         current.end(state, time.perf_counter() - started)
     if current.signals.scheduler is not None:
         current.signals.scheduler()
+
+
+def _row(phase: Phase, metrics: EpochMetrics, is_best: bool, reused: bool) -> MetricsRow:
+    return MetricsRow(
+        phase=phase.index + 1,
+        layers=phase.layers,
+        epoch=metrics.epoch,
+        train_loss=metrics.train_loss,
+        validation_loss=metrics.validation_loss,
+        validation_perplexity=metrics.validation_perplexity,
+        validation_accuracy_percent=100 * metrics.validation_accuracy,
+        train_tokens=metrics.train_tokens,
+        train_seconds=round(metrics.train_seconds, 3),
+        evaluation_seconds=round(metrics.evaluation_seconds, 3),
+        best=is_best,
+        reused=reused,
+    )
 
 
 def now() -> str:

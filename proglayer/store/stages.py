@@ -260,12 +260,12 @@ class Stage:
         except OSError as error:
             self._leave_out(path, f"{why}, and it cannot be set aside ({error.strerror})")
         else:
-            log.warning("%s: %s; set aside in %s, made anew", path, why, aside)
+            log.warning("%s: %s; set aside in %s, made again", path, why, aside)
         self.damaged.append(path.name)
 
     def _leave_out(self, path: Path, why: str) -> None:
         self._left_out.add(path)
-        log.warning("%s: %s; it is made anew", path, why)
+        log.warning("%s: %s; it is made again", path, why)
 
     def _files(self, prefix: str) -> list[Path]:
         """The stage's own files, which no link leads to."""

@@ -343,7 +343,7 @@ def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextMa
 
 
 def compiled(model: Model) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The model's forward pass by `torch.compile`, made anew.
+    """The model's forward pass by `torch.compile`, made again.
 
     The first call with tokens of a new shape compiles; it raises NotCompiled where that fails.
     """

@@ -145,7 +145,7 @@ def test_trials_at_once_share_phases_and_are_all_told(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (["lr.bse=choice(1,2)"], "there is no setting lr.bse; did you mean lr.base?"),
         (["lr.base=1e-3"], "hydra/sweeper=optuna has nothing to search"),
@@ -181,7 +181,7 @@ def test_a_search_that_cannot_work_says_why_and_runs_nothing(
     train: Command,
     tmp_path: Path,
     given: list[str],
-    told: str,
+    message: str,
 ) -> None:
     old = sqlite3.connect(tmp_path / "old.db")
     old.executescript((ROOT / "tests/fixtures/earlier/optuna-2.10.sql").read_text())
@@ -191,7 +191,7 @@ def test_a_search_that_cannot_work_says_why_and_runs_nothing(
     assert done.status == 1
     (line,) = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
     assert "Traceback" not in done.err
     assert not list(tmp_path.glob("a/*/result.json"))
     # No trial is spent on it.
@@ -345,7 +345,7 @@ def test_a_trial_and_its_command_are_the_same_run(train: Command, tmp_path: Path
 def test_a_named_study_takes_trials_of_its_own_search_alone(train: Command, tmp_path: Path) -> None:
     named = (*GRID, "hydra.sweeper.study_name=rates", "initial_layers=1", "hydra.sweep.dir=a")
     assert train(*named, "lr.base=1e-3,2e-3", "hydra.sweeper.n_trials=1").status == 0
-    for other, told in (
+    for other, message in (
         (
             ["lr.base=1e-3,2e-3", "objective=phases.-1.best.validation_accuracy_percent"],
             "study rates has trials with objective=phases.-1.best.validation_loss, not "
@@ -357,7 +357,7 @@ def test_a_named_study_takes_trials_of_its_own_search_alone(train: Command, tmp_
     ):
         done = train(*named, *other)
         assert done.status == 1
-        assert told in done.err
+        assert message in done.err
         assert len(done.err.splitlines()) == 1
         assert "a hydra.sweeper.study_name of its own" in done.err
     # Where and how trials run is no part of them; neither is how wide is searched.

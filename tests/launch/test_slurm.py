@@ -57,8 +57,8 @@ def need_slurm() -> None:
         except subprocess.TimeoutExpired:
             pytest.skip(f"no Slurm here: apt-get {command[0]} took more than 180 s")
         if done.returncode and command[0] == "install":
-            told = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            pytest.skip(f"no Slurm here, and it cannot be installed: {told[-1]}")
+            answer = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            pytest.skip(f"no Slurm here, and it cannot be installed: {answer[-1]}")
 
 
 SBIN = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -186,8 +186,8 @@ PartitionName=urgent Nodes=ALL State=UP PriorityTier=9
 
     def state(self, number: str) -> dict[str, str]:
         """What Slurm says of a job, such as its JobState."""
-        told = self.ask("scontrol", "show", "job", "--oneliner", number)
-        return dict(re.findall(r"(\w+)=(\S*)", told))
+        answer = self.ask("scontrol", "show", "job", "--oneliner", number)
+        return dict(re.findall(r"(\w+)=(\S*)", answer))
 
     def until(self, seen: Callable[[], Any], seconds: float, *lines: str) -> None:
         """Wait until `seen` gives something; with `lines`, one on every line for each node."""
@@ -363,8 +363,8 @@ def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
     assert status == 0, out
     assert int(cluster.state(first)["Restarts"]) >= 2
     assert int(cluster.state(second)["Restarts"]) >= 1
-    told = next(sweep.folder.glob("1_*/train.log")).read_text()
-    assert "stopped by SIGUSR2; it goes on when its scheduler starts it again" in told
+    log = next(sweep.folder.glob("1_*/train.log")).read_text()
+    assert "stopped by SIGUSR2; it goes on when its scheduler starts it again" in log
     for job in ("0", "1"):
         assert figures(sweep.record(job)) == undisturbed[0]
         trained = sum(p["work"]["epochs_trained"] for p in sweep.record(job)["phases"])
@@ -482,7 +482,7 @@ def test_a_job_whose_node_died_is_lost_and_the_same_command_resumes_it(
     cluster.daemons[node].kill()
     cluster.daemons.pop(node).wait()
     kill_all_of(number)
-    # Nobody has told the table: the job's last sign of life grows old.
+    # The table knows of nothing: the job's last sign of life grows old.
     long_ago = time.time() - 300
     (folder,) = sweep.folder.glob("0_*")
     for path in folder.rglob("*"):

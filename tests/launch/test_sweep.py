@@ -311,18 +311,18 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
     )
     assert done.status == 1
     lines = done.err.splitlines()
-    for told in (
+    for message in (
         "seed=soon does not fit",
         "growth has no choice clone",
         "lr.base=-1.0 must be above 0",
     ):
-        assert sum(told in line for line in lines) == 1, done.err
+        assert sum(message in line for line in lines) == 1, done.err
     assert all(line.startswith("error: ") for line in lines)
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("data.path=~/x", """data.path=~/x: Hydra cannot read this; write 'data.path="~/x"'"""),
         ("freeze.steps=[{existing: 1}]", "freeze.steps[0].embedding has no value: give it one"),
@@ -331,9 +331,9 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
 def test_a_value_that_is_cut_short_or_wants_quotes_is_told_as_such(
     train: Command,
     given: str,
-    told: str,
+    message: str,
 ) -> None:
-    assert train(given).err == f"error: {told}\n"
+    assert train(given).err == f"error: {message}\n"
 
 
 def test_the_value_with_quotes_is_read() -> None:
@@ -413,8 +413,8 @@ def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
     monkeypatch.setattr("proglayer.data.corpus.open_corpus", slowly)
     monkeypatch.setattr("proglayer.launch.sweep.open_corpus", slowly)
     for given in (["seed=1"], ["-m", "seed=1,2"]):
-        told, planned = train(*given, *QUICK, "plan=true").out.split("\n", 1)
-        assert told.endswith("counting words")
+        progress, planned = train(*given, *QUICK, "plan=true").out.split("\n", 1)
+        assert progress.endswith("counting words")
         # Of two jobs with one corpus, once.
         assert "counting words" not in planned
 

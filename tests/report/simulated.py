@@ -2,7 +2,7 @@
 
 `python -m tests.report.simulated` prints a row per cell. The runs, phases and epochs are those that
 `synthetic` makes, read and sorted into arms as for a report. Each study draws their accuracies and
-losses anew. The first of each cell go the way of a report from there, to the verdicts on the
+losses afresh. The first of each cell go the way of a report from there, to the verdicts on the
 claims; all are judged by a vectorised twin, which must agree with those.
 """
 

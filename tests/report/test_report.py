@@ -24,7 +24,7 @@ import yaml
 
 from proglayer.config import flat_settings, to_plain
 from proglayer.files import everything
-from proglayer.launch import job as entrance
+from proglayer.launch import job
 from proglayer.report import comparisons, ledger, page, stats, study
 from proglayer.report import pictures as figures
 from proglayer.report import write as reporting
@@ -152,8 +152,8 @@ def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report
         for model, group in original.groupby("model")
     }
     changes = pd.read_csv(report / "tables" / "changes.csv")
-    told = changes[(changes["variant"] == "original") & (changes["metric"] == "accuracy")]
-    for row in told.to_dict("records"):
+    table = changes[(changes["variant"] == "original") & (changes["metric"] == "accuracy")]
+    for row in table.to_dict("records"):
         expected = stats.summary(by_model[row["model"]].to_numpy(dtype=float))
         assert row["mean"] == pytest.approx(expected.mean)
         assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
@@ -214,9 +214,9 @@ def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
 def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
     results = load(sweep)
     runs = results.runs
-    told = pd.read_csv(report / "tables" / "ledger.csv").set_index(["variant", "model"])
+    table = pd.read_csv(report / "tables" / "ledger.csv").set_index(["variant", "model"])
     for (experiment, model), arm in runs.groupby(["experiment", "model"]):
-        row = told.loc[(experiment, model)]
+        row = table.loc[(experiment, model)]
         phases = results.phases[results.phases["run"].isin(arm["run"])]
         seeds = len(arm)
         assert row["tokens"] == phases["train_tokens"].sum() / seeds
@@ -284,17 +284,17 @@ def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> 
 def one_arm(
     variant: str, *points: tuple[float, float], layers: Any = 4
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A run of one arm, and its course of (compute, loss)."""
+    """A run of one arm, and its curve of (compute, loss)."""
     last = {"last_layers": 4, "last_loss": min(loss for _, loss in points)}
     run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1} | last])
-    course = pd.DataFrame(points, columns=["compute", "loss"]).assign(layers=layers)
-    measures = {m.column: course["compute"] for m in ledger.MEASURES}
-    return run, course.assign(run=variant, **measures)
+    curve = pd.DataFrame(points, columns=["compute", "loss"]).assign(layers=layers)
+    measures = {m.column: curve["compute"] for m in ledger.MEASURES}
+    return run, curve.assign(run=variant, **measures)
 
 
 def reached(target: float, *points: tuple[float, float], layers: Any = 4) -> float | None:
-    told = ledger.to_target(*one_arm("arm", *points, layers=layers), {STANDARD: target}).iloc[0]
-    return None if not told["reached"] else told["flops"]
+    found = ledger.to_target(*one_arm("arm", *points, layers=layers), {STANDARD: target}).iloc[0]
+    return None if not found["reached"] else found["flops"]
 
 
 def test_a_target_is_reached_between_two_measurements() -> None:
@@ -320,8 +320,8 @@ def test_measurements_that_are_not_finite_are_passed_over() -> None:
 def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
     arms = [one_arm("scratch", *scratch), one_arm("grown", *grown)]
     runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
-    told = ledger.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
-    return told["mean"] if told["reached"] else None
+    found = ledger.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
+    return found["mean"] if found["reached"] else None
 
 
 def test_the_speed_up_is_that_of_the_stacking_literature() -> None:
@@ -429,7 +429,7 @@ def test_what_was_swept_across_experiments_is_a_condition_and_the_rest_a_variant
 
 def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
     """And what this module takes for its settings is what `experiment=original` sets."""
-    told = study.founding()["settings"]
+    settings = study.founding()["settings"]
     of_file = to_plain(config("experiment=original"))
     apart = (*NOT_THE_EXPERIMENT, "seed", "model.exit_weights", "model.vocab_size")
     set_there = {
@@ -437,10 +437,10 @@ def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
         for name, value in flat_settings(of_file)
         if name not in apart and not name.startswith("data.")
     }
-    assert {n: v for n, v in told.items() if n != "freeze.steps"} == {
+    assert {n: v for n, v in settings.items() if n != "freeze.steps"} == {
         n: v for n, v in set_there.items() if n != "freeze.steps"
     }
-    assert json.loads(told["freeze.steps"]) == json.loads(set_there["freeze.steps"])
+    assert json.loads(settings["freeze.steps"]) == json.loads(set_there["freeze.steps"])
 
 
 def test_a_plain_run_is_the_original_and_stands_beside_the_published_one(tmp_path: Path) -> None:
@@ -478,12 +478,12 @@ def test_runs_on_other_texts_do_not_compare(tmp_path: Path) -> None:
 def test_a_sweep_without_an_experiment_is_told_by_what_it_varies(tmp_path: Path) -> None:
     for added in (1, 3):
         for seed in (1, 2):
-            told = {
+            given = {
                 "choices": {"model": STANDARD, "data": "pydocs", "experiment": None},
                 "overrides": [f"added_layers={added}", f"seed={seed}"],
             }
             synthetic.run(tmp_path / f"{added}{seed}", "original", STANDARD, seed,
-                        f"added_layers={added}", **told)  # fmt: skip
+                        f"added_layers={added}", **given)  # fmt: skip
     runs = study.arms(load(tmp_path)).runs
     assert list(runs["variant"].unique()) == ["added_layers=1", "added_layers=3"]
     page = page_of(write_report([tmp_path], tmp_path / "report").parent)
@@ -559,8 +559,8 @@ def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> N
         page.text
     )
     assert "depth and width was run for wider: run experiment=control_keep" in page.text
-    told = pd.read_csv(tmp_path / "a" / "tables" / "comparisons.csv")
-    pairs = set(zip(told["a"], told["b"], strict=True))
+    table = pd.read_csv(tmp_path / "a" / "tables" / "comparisons.csv")
+    pairs = set(zip(table["a"], table["b"], strict=True))
     assert ("original", "control_from_scratch") in pairs
     assert not pairs & {(name, "control_from_scratch") for name in ("more_layers", "wider")}
     # more layers grow from what keeps training, wider does not
@@ -573,9 +573,9 @@ def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> N
         six = "added_layers=3"
         synthetic.run(tmp_path / "six" / str(seed), "control_from_scratch", STANDARD, seed, six)
     write_report([sweep, tmp_path / "six"], tmp_path / "b", png=False)
-    told = pd.read_csv(tmp_path / "b" / "tables" / "comparisons.csv")
-    told = told[told["b"].astype(str).str.startswith("control_from")]
-    found = dict(zip(told["a"], told["b"], strict=True))
+    table = pd.read_csv(tmp_path / "b" / "tables" / "comparisons.csv")
+    table = table[table["b"].astype(str).str.startswith("control_from")]
+    found = dict(zip(table["a"], table["b"], strict=True))
     assert found["more_layers"] == "control_from_scratch added_layers=3"
     speed_up = pd.read_csv(tmp_path / "b" / "tables" / "speed_up.csv")
     assert set(speed_up["variant"]) == {"original", "more_layers"}
@@ -587,9 +587,9 @@ def test_variants_are_set_against_each_other_in_every_metric(sweep: Path) -> Non
     by_seed = runs[runs["model"] == DEEP].set_index(["variant", "seed"])
     own, other = by_seed.loc["original"], by_seed.loc["control_from_scratch"]
     before = other["last_perplexity"]
-    told = others_of(results)
-    told = told[(told["model"] == DEEP) & (told["measured"] == "each at its own end")]
-    [found] = told["comparisons"]
+    judged = others_of(results)
+    judged = judged[(judged["model"] == DEEP) & (judged["measured"] == "each at its own end")]
+    [found] = judged["comparisons"]
     for metric, expected in (
         (study.ACCURACY, own["last_accuracy_percent"] - other["last_accuracy_percent"]),
         (study.PERPLEXITY, (before - own["last_perplexity"]) / before * 100),
@@ -1268,7 +1268,7 @@ def test_the_entrance_does_not_pay_for_the_report() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
-    assert entrance.leave_report.__doc__
+    assert job.leave_report.__doc__
 
 
 # --- in a browser ---------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from proglayer.results.__main__ import main
 from proglayer.results.difference import Row, difference
 from proglayer.store.record import GitState
 
-from .test_results import made_up, settings
+from .test_results import settings, write_run
 
 
 def test_settings_and_figures_that_differ_are_named(tmp_path: Path) -> None:
-    made_up(tmp_path / "a", perplexities=(980.0, 970.0))
-    made_up(
+    write_run(tmp_path / "a", perplexities=(980.0, 970.0))
+    write_run(
         tmp_path / "b",
         model="deep_supervision",
         plain=settings("model=deep_supervision", "lr.base=2e-3"),
@@ -37,7 +37,7 @@ def test_settings_and_figures_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_the_code_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, commit in (("a", "a" * 40), ("b", "b" * 40)):
-        made_up(tmp_path / name, git=GitState(commit=commit, changed=False))
+        write_run(tmp_path / name, git=GitState(commit=commit, changed=False))
     assert main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     out = capsys.readouterr().out
     assert f"git diff {'a' * 12} {'b' * 12}" in out
@@ -47,8 +47,8 @@ def test_the_code_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run_that_has_not_ended_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
-    made_up(tmp_path / "a")
-    made_up(tmp_path / "b", status="failed")
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", status="failed")
     rows = difference(tmp_path / "a", tmp_path / "b")
     assert rows[0] == Row("run", "status", "completed", "failed")
 
@@ -57,9 +57,9 @@ def test_what_is_no_single_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed in (1, 2):
-        made_up(tmp_path / "sweep" / str(seed), seed=seed)
+        write_run(tmp_path / "sweep" / str(seed), seed=seed)
     (tmp_path / "empty").mkdir()
-    made_up(tmp_path / "cut")
+    write_run(tmp_path / "cut")
     record = tmp_path / "cut" / "result.json"
     record.write_bytes(record.read_bytes()[:200])
     one = str(tmp_path / "sweep" / "1")

@@ -98,7 +98,7 @@ def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> Ph
     )
 
 
-def made_up(
+def write_run(
     folder: Path,
     seed: int = 1,
     model: str = "standard",
@@ -160,7 +160,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
-    made_up(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
+    write_run(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
     (tmp_path / "sweep" / "multirun.yaml").touch()
     run = row(load(tmp_path), "sweep/0_abc")
     assert run["sweep"] == "sweep"
@@ -186,8 +186,8 @@ def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
 
 
 def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
-    made_up(tmp_path / "a", seed=1)
-    made_up(tmp_path / "b", seed=2, perplexities=(900.0,))
+    write_run(tmp_path / "a", seed=1)
+    write_run(tmp_path / "b", seed=2, perplexities=(900.0,))
     results = load(tmp_path)
     assert results.phases[["run", "phase", "layers"]].to_numpy().tolist() == [
         ["a", 1, 3],
@@ -206,8 +206,8 @@ def test_settings_that_vary_stand_before_the_metrics_and_constant_ones_at_the_en
     tmp_path: Path,
 ) -> None:
     base = settings()
-    made_up(tmp_path / "a", seed=1, plain=base)
-    made_up(tmp_path / "b", seed=1, plain=with_setting(base, "lr.base", 0.01))
+    write_run(tmp_path / "a", seed=1, plain=base)
+    write_run(tmp_path / "b", seed=1, plain=with_setting(base, "lr.base", 0.01))
     results = load(tmp_path)
     assert results.varied == ["config.lr.base"]
     columns = results.runs.columns.tolist()
@@ -221,9 +221,9 @@ def test_types_depend_on_the_runs_only_in_that_integers_are_plain_where_none_is_
 ) -> None:
     full, none = tmp_path / "full", tmp_path / "none"
     none.mkdir()
-    made_up(full / "a", seed=1)
-    made_up(full / "b", seed=2, status="failed")
-    made_up(full / "c", seed=3, status="running")
+    write_run(full / "a", seed=1)
+    write_run(full / "b", seed=2, status="failed")
+    write_run(full / "c", seed=3, status="running")
     plain = {"Int64": "int64", "boolean": "bool"}
     for name in ("runs", "phases", "epochs", "exits", "left_out"):
         many, nothing = getattr(load(full), name), getattr(load(none), name)
@@ -240,15 +240,15 @@ def test_types_depend_on_the_runs_only_in_that_integers_are_plain_where_none_is_
 
 def test_runs_are_in_the_order_of_their_numbers(tmp_path: Path, no_fsync: None) -> None:
     for number in (10, 2, 1):
-        made_up(tmp_path / f"{number}_abc", seed=number)
+        write_run(tmp_path / f"{number}_abc", seed=number)
     results = load(tmp_path)
     assert results.runs["seed"].tolist() == [1, 2, 10]
     assert results.epochs["run"].unique().tolist() == ["1_abc", "2_abc", "10_abc"]
 
 
 def test_folders_that_overlap_are_read_once_and_several_are_told_apart(tmp_path: Path) -> None:
-    made_up(tmp_path / "x" / "0_abc", seed=1)
-    made_up(tmp_path / "y" / "0_abc", seed=2)
+    write_run(tmp_path / "x" / "0_abc", seed=1)
+    write_run(tmp_path / "y" / "0_abc", seed=2)
     x, y = tmp_path / "x", tmp_path / "y"
     assert ends(load(x)).keys() == {"0_abc"}
     assert ends(load(x / "0_abc")).keys() == {"0_abc"}
@@ -258,9 +258,9 @@ def test_folders_that_overlap_are_read_once_and_several_are_told_apart(tmp_path:
 
 
 def test_stages_and_hidden_folders_are_not_entered(tmp_path: Path) -> None:
-    made_up(tmp_path / "run")
-    made_up(tmp_path / ".stages" / "x")
-    made_up(tmp_path / "run" / "stages" / "x")
+    write_run(tmp_path / "run")
+    write_run(tmp_path / ".stages" / "x")
+    write_run(tmp_path / "run" / "stages" / "x")
     results = load(tmp_path)
     assert ends(results).keys() == {"run"}
     assert results.left_out.empty
@@ -271,15 +271,15 @@ def test_stages_and_hidden_folders_are_not_entered(tmp_path: Path) -> None:
 
 def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    made_up(sweep / "0_abc", seed=0)
-    made_up(sweep / "1_abc", seed=1, status="failed")
-    made_up(sweep / "2_abc", seed=2, status="interrupted")
-    made_up(sweep / "3_abc", seed=3, status="running", reused=0)
+    write_run(sweep / "0_abc", seed=0)
+    write_run(sweep / "1_abc", seed=1, status="failed")
+    write_run(sweep / "2_abc", seed=2, status="interrupted")
+    write_run(sweep / "3_abc", seed=3, status="running", reused=0)
     (sweep / "4_abc").mkdir()
     list_jobs(sweep, "0_abc", "1_abc", "2_abc", "3_abc", "4_abc", "5_abc")
     other = with_setting(settings(), "model.dim", 128)
     other["new_idea"] = {"strength": 3}
-    made_up(tmp_path / "single", seed=9, plain=other)
+    write_run(tmp_path / "single", seed=9, plain=other)
     results = load(tmp_path)
     assert ends(results) == {
         "single": "completed",
@@ -310,7 +310,7 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
 
 
 def test_a_job_that_failed_before_its_first_phase_still_tells_its_settings(tmp_path: Path) -> None:
-    folder = made_up(tmp_path / "run", seed=4, overrides=["seed=4", "model.dim=63"])
+    folder = write_run(tmp_path / "run", seed=4, overrides=["seed=4", "model.dim=63"])
     (folder / "metrics.csv").unlink()
     reason = "model.num_heads=4 does not divide model.dim=63"
     ended = "2026-03-01T12:00:00+00:00"
@@ -321,7 +321,7 @@ def test_a_job_that_failed_before_its_first_phase_still_tells_its_settings(tmp_p
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    made_up(tmp_path / "pile" / "good")
+    write_run(tmp_path / "pile" / "good")
     pile = tmp_path / "pile"
     (pile / "photos" / "2024").mkdir(parents=True)
     (pile / "photos" / "2024" / "a.jpg").touch()
@@ -337,11 +337,11 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (pile / "link").symlink_to(pile / "good")
     (pile / "jobs.json").write_text("[1]")
     (pile / "report").mkdir()
-    future = made_up(pile / "future", seed=2)
+    future = write_run(pile / "future", seed=2)
     edit(future, format=RECORD_FORMAT + 1)
-    no_end = made_up(pile / "no_end", seed=3)
+    no_end = write_run(pile / "no_end", seed=3)
     edit(no_end, status="exploded")
-    bad_phase = made_up(pile / "bad_phase", seed=4)
+    bad_phase = write_run(pile / "bad_phase", seed=4)
     edit(bad_phase, phases=["one"])
     os.mkdir(os.fsencode(pile) + b"/caf\xe9")
     results = load(pile)
@@ -369,7 +369,7 @@ def edit(folder: Path, **changed: Any) -> None:
 
 
 def test_a_record_cut_short_anywhere_is_left_out_and_named(tmp_path: Path) -> None:
-    folder = made_up(tmp_path / "pile" / "run")
+    folder = write_run(tmp_path / "pile" / "run")
     whole = (folder / "result.json").read_bytes().rstrip()
     for length in [0, 1, 2, len(whole) - 1, *range(10, len(whole) - 1, 397)]:
         (folder / "result.json").write_bytes(whole[:length])
@@ -386,7 +386,7 @@ def test_a_record_cut_short_anywhere_is_left_out_and_named(tmp_path: Path) -> No
 
 
 def test_a_record_with_anything_in_any_place_is_read_or_named(tmp_path: Path) -> None:
-    folder = made_up(tmp_path / "run")
+    folder = write_run(tmp_path / "run")
     result = json.loads((folder / "result.json").read_text())
 
     def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -419,8 +419,8 @@ def test_a_record_with_anything_in_any_place_is_read_or_named(tmp_path: Path) ->
 
 
 def test_damaged_metrics_cost_their_own_epochs_only(tmp_path: Path) -> None:
-    made_up(tmp_path / "a", seed=1)
-    made_up(tmp_path / "c", seed=3)
+    write_run(tmp_path / "a", seed=1)
+    write_run(tmp_path / "c", seed=3)
     header, *rows = (tmp_path / "a" / "metrics.csv").read_text().splitlines()
     for content in (
         "",
@@ -432,7 +432,7 @@ def test_damaged_metrics_cost_their_own_epochs_only(tmp_path: Path) -> None:
         "step,loss\n1,2\n",
         "\0\xff",
     ):
-        folder = made_up(tmp_path / "b", seed=2)
+        folder = write_run(tmp_path / "b", seed=2)
         (folder / "metrics.csv").write_text(content, encoding="latin-1")
         results = load(tmp_path)
         assert set(results.epochs["run"]) == {"a", "c"}
@@ -462,9 +462,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_settings_that_no_parser_should_follow_are_named_and_hide_nothing(
     tmp_path: Path, content: str
 ) -> None:
-    made_up(tmp_path / "good", seed=1)
+    write_run(tmp_path / "good", seed=1)
     for name in ("config", "overrides", "hydra"):
-        folder = made_up(tmp_path / name, seed=2, status="running")
+        folder = write_run(tmp_path / name, seed=2, status="running")
         (folder / ".hydra" / f"{name}.yaml").write_text(content)
     results = load(tmp_path)
     assert set(ends(results)) == {"good", "overrides", "hydra"}
@@ -474,7 +474,7 @@ def test_settings_that_no_parser_should_follow_are_named_and_hide_nothing(
 
 def test_what_is_no_regular_file_or_too_large_is_named_and_hides_nothing(tmp_path: Path) -> None:
     pile = tmp_path / "pile"
-    made_up(pile / "good", seed=1)
+    write_run(pile / "good", seed=1)
     records = {
         "device": lambda path: path.symlink_to("/dev/zero"),
         "pipe": os.mkfifo,
@@ -482,11 +482,11 @@ def test_what_is_no_regular_file_or_too_large_is_named_and_hides_nothing(tmp_pat
         "settings": lambda path: edit(path.parent, config=dict.fromkeys(map(str, range(2_000)))),
     }
     for name, spoil in records.items():
-        path = made_up(pile / name, seed=2) / "result.json"
+        path = write_run(pile / name, seed=2) / "result.json"
         if name != "settings":
             path.unlink()
         spoil(path)
-    metrics = made_up(pile / "metrics", seed=3) / "metrics.csv"
+    metrics = write_run(pile / "metrics", seed=3) / "metrics.csv"
     metrics.unlink()
     metrics.symlink_to("/dev/zero")
     deep = pile.joinpath(*["deep"] * 300)
@@ -502,12 +502,12 @@ def test_what_is_no_regular_file_or_too_large_is_named_and_hides_nothing(tmp_pat
 
 
 def test_numbers_and_times_at_the_edge_are_shown_or_missing(tmp_path: Path) -> None:
-    folder = made_up(tmp_path / "pile" / "run", status="completed")
+    folder = write_run(tmp_path / "pile" / "run", status="completed")
     phases = json.loads((folder / "result.json").read_text())["phases"]
     for phase in phases:
         phase |= {"train_tokens": 2**63 - 1, "train_seconds": 1e308, "epochs": 2**62}
     edit(folder, phases=phases, started="0001-01-01T00:00:00+14:00", seed=2**63)
-    going_on = made_up(tmp_path / "pile" / "going_on", status="running")
+    going_on = write_run(tmp_path / "pile" / "going_on", status="running")
     for path in (going_on / "metrics.csv", going_on / ".hydra" / "config.yaml"):
         os.utime(path, (2**40, 2**40))
     results = load(tmp_path / "pile")
@@ -531,7 +531,7 @@ def aged(folder: Path, seconds: float) -> None:
 
 
 def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> None:
-    folder = made_up(tmp_path / "pile" / "run", status="running")
+    folder = write_run(tmp_path / "pile" / "run", status="running")
     aged(folder, 600)
     write_heartbeat(folder, RunState.running)
     # a long epoch, but somebody is at work
@@ -572,7 +572,7 @@ def test_a_run_is_alive_by_the_clock_that_dates_its_files(
 
 
 def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
-    folder = made_up(tmp_path / "pile" / "run", status="running")
+    folder = write_run(tmp_path / "pile" / "run", status="running")
     for content in (b"", b"{", b"[1]", b"\xff", b'{"sign": 3, "host": {"a": 1}}', b"[" * 100_000):
         aged(folder, 600)
         (folder / "heartbeat.json").write_bytes(content)
@@ -582,11 +582,13 @@ def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
 
 
 def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) -> None:
-    queued = made_up(tmp_path / "queued", seed=1, status="running")
+    queued = write_run(tmp_path / "queued", seed=1, status="running")
     (queued / "metrics.csv").unlink()
     write_heartbeat(queued, RunState.pending)
     aged(queued, 1e6)
-    stopped = made_up(tmp_path / "stopped", seed=2, status="preempted", reason="stopped by SIGTERM")
+    stopped = write_run(
+        tmp_path / "stopped", seed=2, status="preempted", reason="stopped by SIGTERM"
+    )
     aged(stopped, 1e6)
     results = load(tmp_path)
     assert ends(results) == {"queued": "pending", "stopped": "preempted"}
@@ -612,8 +614,8 @@ def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) ->
 
 def test_jobs_wait_only_while_their_sweep_lives(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    made_up(sweep / "0_abc", seed=0)
-    job = made_up(sweep / "1_abc", seed=1, status="running")
+    write_run(sweep / "0_abc", seed=0)
+    job = write_run(sweep / "1_abc", seed=1, status="running")
     list_jobs(sweep, "0_abc", "1_abc", "2_abc")
     aged(sweep, 600)
     dead = load(sweep)
@@ -630,7 +632,7 @@ def test_a_job_put_off_is_lost_with_its_sweep_and_one_that_a_scheduler_holds_is_
     tmp_path: Path,
 ) -> None:
     sweep = tmp_path / "sweep"
-    jobs = [made_up(sweep / f"{n}_abc", seed=n, status="running") for n in (0, 1)]
+    jobs = [write_run(sweep / f"{n}_abc", seed=n, status="running") for n in (0, 1)]
     list_jobs(sweep, "0_abc", "1_abc")
     write_heartbeat(jobs[0], RunState.deferred)
     write_heartbeat(jobs[1], RunState.pending)
@@ -724,11 +726,11 @@ def test_of_runs_with_the_same_settings_the_newest_completed_one_counts(tmp_path
     base = settings()
     elsewhere = with_setting(base, "stages.dir", "elsewhere")
     elsewhere = with_setting(with_setting(elsewhere, "threads", 4), "checkpoint_every_s", 5)
-    made_up(tmp_path / "a", seed=1, plain=base, ended="2026-03-01T10:00:00+00:00")
-    made_up(tmp_path / "b", seed=1, plain=elsewhere, ended="2026-03-02T10:00:00+00:00")
-    made_up(tmp_path / "c", seed=1, status="failed", ended="2026-03-03T10:00:00+00:00")
-    made_up(tmp_path / "d", seed=2, plain=base)
-    made_up(tmp_path / "e", seed=1, plain=with_setting(base, "phase.patience", 5))
+    write_run(tmp_path / "a", seed=1, plain=base, ended="2026-03-01T10:00:00+00:00")
+    write_run(tmp_path / "b", seed=1, plain=elsewhere, ended="2026-03-02T10:00:00+00:00")
+    write_run(tmp_path / "c", seed=1, status="failed", ended="2026-03-03T10:00:00+00:00")
+    write_run(tmp_path / "d", seed=2, plain=base)
+    write_run(tmp_path / "e", seed=1, plain=with_setting(base, "phase.patience", 5))
     results = load(tmp_path)
     counts = dict(zip(results.runs["run"], results.runs["duplicate_of"].fillna("-"), strict=True))
     assert counts == {"a": "b", "b": "-", "c": "b", "d": "-", "e": "-"}
@@ -774,7 +776,7 @@ def test_a_formula_and_a_script_are_text_in_csv(tmp_path: Path) -> None:
     texts = [FORMULA, "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "'quoted", SCRIPT, "plain"]
     for number, text in enumerate(texts):
         plain = with_setting(settings(), "data.text_column", text)
-        made_up(tmp_path / "pile" / f"{number}", number, plain=plain, overrides=[text])
+        write_run(tmp_path / "pile" / f"{number}", number, plain=plain, overrides=[text])
     load(tmp_path / "pile").to_csv(tmp_path / "csv")
     with open(tmp_path / "csv" / "runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -791,8 +793,8 @@ def test_a_formula_and_a_script_are_text_in_csv(tmp_path: Path) -> None:
 
 
 def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
-    made_up(tmp_path / "pile" / "a", seed=1, overrides=[FORMULA])
-    made_up(tmp_path / "pile" / "b", seed=2, status="failed")
+    write_run(tmp_path / "pile" / "a", seed=1, overrides=[FORMULA])
+    write_run(tmp_path / "pile" / "b", seed=2, status="failed")
     (tmp_path / "pile" / "empty").mkdir()
     results = load(tmp_path / "pile")
     results.to_parquet(tmp_path / "parquet")
@@ -802,7 +804,7 @@ def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
 
 
 def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> None:
-    base = made_up(tmp_path / "0", epochs=20, perplexities=(980.0, 975.0, 970.0, 965.0))
+    base = write_run(tmp_path / "0", epochs=20, perplexities=(980.0, 975.0, 970.0, 965.0))
     result = json.loads((base / "result.json").read_text())
     metrics = (base / "metrics.csv").read_bytes()
     for number in range(300):
@@ -834,10 +836,10 @@ def printed(results: Results, width: int) -> str:
 def mixed(tmp_path: Path) -> Path:
     sweep = tmp_path / "sweep"
     reason = "the loss became NaN " * 20
-    made_up(sweep / "0_abcdef", seed=0, reused=3)
-    made_up(sweep / "1_abcdef", seed=1, model="deep_supervision", status="failed", reason=reason)
-    made_up(sweep / "2_abcdef", seed=2, status="interrupted", reason="SIGTERM\n\x1b[31mred\x07")
-    made_up(sweep / "3_abcdef", seed=3, status="running", perplexities=(980.0, 950.0))
+    write_run(sweep / "0_abcdef", seed=0, reused=3)
+    write_run(sweep / "1_abcdef", seed=1, model="deep_supervision", status="failed", reason=reason)
+    write_run(sweep / "2_abcdef", seed=2, status="interrupted", reason="SIGTERM\n\x1b[31mred\x07")
+    write_run(sweep / "3_abcdef", seed=3, status="running", perplexities=(980.0, 950.0))
     list_jobs(sweep, "0_abcdef", "1_abcdef", "2_abcdef", "3_abcdef", "4_abcdef")
     return sweep
 
@@ -869,9 +871,9 @@ def test_the_table_tells_what_varied_and_how_it_went(mixed: Path) -> None:
 
 def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
     base = ["data.samples=300", "optimizer.beta1=0.8", "lr.factor.new=2"]
-    made_up(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
-    made_up(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
-    made_up(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
+    write_run(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
+    write_run(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
+    write_run(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
     assert what_varied(load(tmp_path).runs) == {
         "head": ["1", "2", "2"],
         "freeze": ["none", "", ""],
@@ -879,8 +881,8 @@ def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
 
 
 def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:
-    made_up(tmp_path / "0", overrides=["data.path=[red]a path[/red]"])
-    made_up(tmp_path / "1[/b]\x1b[31m", overrides=[f"data.path={SCRIPT}"])
+    write_run(tmp_path / "0", overrides=["data.path=[red]a path[/red]"])
+    write_run(tmp_path / "1[/b]\x1b[31m", overrides=[f"data.path={SCRIPT}"])
     text = printed(load(tmp_path), 160)
     assert "[red]a path[/red]" in text
     assert "1[/b]" in text
@@ -890,7 +892,7 @@ def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:
 
 def test_jobs_of_several_sweeps_are_told_by_the_sweeps_tokens(tmp_path: Path) -> None:
     for sweep in ("2026-01-31_12-00-00_1f3a9c", "2026-01-31_12-00-00_0b77e1", "by_hand"):
-        made_up(tmp_path / sweep / "0_5d41ab")
+        write_run(tmp_path / sweep / "0_5d41ab")
     lines = printed(load(tmp_path), 80).splitlines()
     names = [line.split()[1] for line in lines if "0_5d41ab" in line]
     assert names == ["0b77e1/0_5d41ab", "1f3a9c/0_5d41ab", "by_hand/0_5d41ab"]
@@ -928,7 +930,7 @@ def test_print_summary_tells_whether_any_failed(
     mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert print_summary(mixed)
-    made_up(tmp_path / "good" / "0")
+    write_run(tmp_path / "good" / "0")
     assert not print_summary(tmp_path / "good")
     assert "completed" in capsys.readouterr().out
 
@@ -940,17 +942,17 @@ def test_watching_ends_with_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep"
-    made_up(sweep / "0_abc", seed=0, status="running", epochs=2)
+    write_run(sweep / "0_abc", seed=0, status="running", epochs=2)
     list_jobs(sweep, "0_abc", "1_abc")
     # what happens between two looks
     later = [
         lambda: None,
-        lambda: made_up(sweep / "0_abc", seed=0, status="running"),
+        lambda: write_run(sweep / "0_abc", seed=0, status="running"),
         lambda: (
-            made_up(sweep / "0_abc", seed=0),
-            made_up(sweep / "1_abc", seed=1, status="running"),
+            write_run(sweep / "0_abc", seed=0),
+            write_run(sweep / "1_abc", seed=1, status="running"),
         ),
-        lambda: made_up(sweep / "1_abc", seed=1, status="failed"),
+        lambda: write_run(sweep / "1_abc", seed=1, status="failed"),
     ]
     monkeypatch.setattr(summary.time, "sleep", lambda _: later.pop(0)())
     assert main([str(sweep), "--watch"]) == 1
@@ -977,8 +979,8 @@ def test_watching_a_killed_sweep_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep"
-    made_up(sweep / "0_abc", seed=0)
-    write_heartbeat(made_up(sweep / "1_abc", seed=1, status="running"), RunState.running)
+    write_run(sweep / "0_abc", seed=0)
+    write_heartbeat(write_run(sweep / "1_abc", seed=1, status="running"), RunState.running)
     list_jobs(sweep, "0_abc", "1_abc", "2_abc")
     monkeypatch.setattr(summary.time, "sleep", lambda _: aged(sweep, 600))
     assert main([str(sweep), "--watch"]) == 1
@@ -993,11 +995,11 @@ def test_watching_waits_for_a_scheduler_and_tells_since_when(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep"
-    write_heartbeat(made_up(sweep / "0_abc", seed=0, status="running"), RunState.pending)
+    write_heartbeat(write_run(sweep / "0_abc", seed=0, status="running"), RunState.pending)
     stopped = "2026-03-01T12:01:30+00:00"
-    made_up(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
+    write_run(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
     aged(sweep, 40 * 24 * 3600)
-    made_up(sweep / "2_abc", seed=2)
+    write_run(sweep / "2_abc", seed=2)
     looks = []
 
     def look(_: float) -> None:
@@ -1032,9 +1034,9 @@ def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
 
 def test_no_time_left_is_made_up(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    made_up(sweep / "0_abc", status="running")
+    write_run(sweep / "0_abc", status="running")
     assert "not known" in summary._time_left(load(sweep).runs)
-    made_up(sweep / "0_abc")
+    write_run(sweep / "0_abc")
     assert summary._time_left(load(sweep).runs) == ""
     list_jobs(sweep, "0_abc", "1_abc")
     assert summary._time_left(load(sweep).runs) == "nothing is running"
@@ -1042,10 +1044,10 @@ def test_no_time_left_is_made_up(tmp_path: Path) -> None:
 
 def test_runs_that_were_in_the_store_do_not_shorten_the_time_left(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    made_up(sweep / "0_abc", seconds=90.0)
+    write_run(sweep / "0_abc", seconds=90.0)
     for number in range(1, 4):
-        made_up(sweep / f"{number}_abc", seed=number, reused=3, seconds=0.1)
-    made_up(sweep / "4_abc", seed=4, status="running")
+        write_run(sweep / f"{number}_abc", seed=number, reused=3, seconds=0.1)
+    write_run(sweep / "4_abc", seed=4, status="running")
     list_jobs(sweep, *(f"{number}_abc" for number in range(6)))
     left = summary._time_left(load(sweep).runs)
     assert "what the 1 completed took (90.0 s each)" in left
@@ -1070,7 +1072,7 @@ def test_control_c_ends_watching_without_a_word(
 def test_the_command_ends_with_what_happened(
     mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_up(tmp_path / "good" / "0")
+    write_run(tmp_path / "good" / "0")
     assert main([str(tmp_path / "good")]) == 0
     assert main([str(mixed)]) == 1
     capsys.readouterr()
@@ -1106,7 +1108,7 @@ def test_a_file_is_no_folder_for_the_tables(
 def test_closed_and_full_outputs_end_the_command_in_a_line(
     tmp_path: Path, shell: str, status: int
 ) -> None:
-    made_up(tmp_path / "0", status="failed")
+    write_run(tmp_path / "0", status="failed")
     command = shlex.join([sys.executable, "-m", "proglayer.results", str(tmp_path)])
     shell = f"{shell.format(command)}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
@@ -1120,9 +1122,9 @@ def test_a_pile_of_everything_is_told_by_the_command(
 ) -> None:
     """A killed sweep with failures, other settings, no run, a cut record, one of the future."""
     aged(mixed, 600)
-    made_up(tmp_path / "other", plain=with_setting(settings(), "model.dim", 128))
-    made_up(tmp_path / "cut").joinpath("result.json").write_text('{"format": 1, "sta')
-    edit(made_up(tmp_path / "future"), format=RECORD_FORMAT + 1)
+    write_run(tmp_path / "other", plain=with_setting(settings(), "model.dim", 128))
+    write_run(tmp_path / "cut").joinpath("result.json").write_text('{"format": 1, "sta')
+    edit(write_run(tmp_path / "future"), format=RECORD_FORMAT + 1)
     (tmp_path / "photos").mkdir()
     csv_folder = tmp_path / "report"
     assert main([str(tmp_path), "--csv", str(csv_folder)]) == 1

@@ -23,7 +23,7 @@ from ..helpers import ROOT, SHORT, config
 
 GPU = torch.device("cuda")
 
-# Eight jobs in a process each, on a machine with four GPUs, which hold their places until told.
+# Eight jobs in a process each, on a machine with four GPUs, which hold their places until released.
 EIGHT_JOBS = """
 import contextlib, os, sys, time
 from pathlib import Path
@@ -33,15 +33,15 @@ from tests.helpers import config
 from tests.helpers import SHORT
 
 folder = Path(sys.argv[1])
-told = os.open(folder / "told", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+events = os.open(folder / "events", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 @contextlib.contextmanager
 def use(index):
-    os.write(told, f"on {index} {job} {os.getpid()}\\n".encode())
+    os.write(events, f"on {index} {job} {os.getpid()}\\n".encode())
     while not (folder / "go").exists():
         time.sleep(0.01)
     yield
-    os.write(told, f"off {index} {job} {os.getpid()}\\n".encode())
+    os.write(events, f"off {index} {job} {os.getpid()}\\n".encode())
 
 slots.gpus = lambda device: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
 slots.use = use
@@ -73,22 +73,22 @@ def test_eight_jobs_on_four_gpus_never_share_one_and_a_killed_one_frees_its(tmp_
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def told(count: int) -> list[tuple[str, int, int, int]]:
-        """What the jobs have told: on or off, which GPU, which job, which process."""
-        parts = map(str.split, lines("told", " ", count))
+    def events(count: int) -> list[tuple[str, int, int, int]]:
+        """What the jobs have written: on or off, which GPU, which job, which process."""
+        parts = map(str.split, lines("events", " ", count))
         return [(word, int(gpu), int(job), int(pid)) for word, gpu, job, pid in parts]
 
     place = "waiting for a GPU: 4 here, each with as many jobs as jobs_per_gpu=1"
     assert len(lines("out", place, 4)) == 4
-    assert sorted(gpu for _, gpu, _, _ in told(4)) == [0, 1, 2, 3]
-    _, freed, killed, worker = told(4)[2]
+    assert sorted(gpu for _, gpu, _, _ in events(4)) == [0, 1, 2, 3]
+    _, freed, killed, worker = events(4)[2]
     os.kill(worker, signal.SIGKILL)
-    assert told(5)[4][:2] == ("on", freed)
+    assert events(5)[4][:2] == ("on", freed)
     (tmp_path / "go").touch()
     assert process.wait(timeout=100) == 0
 
     holder: dict[int, int] = {}
-    for word, gpu, job, _ in told(15):
+    for word, gpu, job, _ in events(15):
         if word == "on":
             assert holder.get(gpu, killed) == killed, f"{job} while {holder[gpu]} holds {gpu}"
             holder[gpu] = job

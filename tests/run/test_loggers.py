@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow are told what the record says, and can do a run no harm."""
+"""TensorBoard and MLflow are given what the record says, and can do a run no harm."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ for_mlflow = pytest.mark.skipif(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """A run on a tiny corpus in a folder of that name, told to those of BOTH that are there."""
+    """A run on a tiny corpus in a folder of that name, given to those of BOTH that are there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
 
 def recorded(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What the record of a run says: name -> (step, value), as a logger is to be told."""
+    """What the record of a run says: name -> (step, value), as a logger is to be given."""
     with open(folder / "metrics.csv") as file:
         # An evaluation before the first step is no epoch, and goes to no logger.
         rows = [row for row in csv.DictReader(file) if row["epoch"] != "0"]
@@ -108,10 +108,10 @@ def mlflow_client(folder: Path) -> Any:
 
 def in_mlflow(folder: Path) -> dict[str, list[tuple[int, float]]]:
     client = mlflow_client(folder)
-    (told,) = mlflow_runs(folder)
+    (logged,) = mlflow_runs(folder)
     return {
-        name: [(m.step, m.value) for m in client.get_metric_history(told.info.run_id, name)]
-        for name in told.data.metrics
+        name: [(m.step, m.value) for m in client.get_metric_history(logged.info.run_id, name)]
+        for name in logged.data.metrics
     }
 
 
@@ -122,7 +122,7 @@ def as_float32(figures: dict[str, list[tuple[int, float]]]) -> dict[str, list[tu
     }
 
 
-# --- what is told ---------------------------------------------------------------------------------
+# --- what is logged -------------------------------------------------------------------------------
 
 
 @for_tensorboard
@@ -139,11 +139,11 @@ def test_tensorboard_reads_what_the_record_says(run: Run) -> None:
 def test_mlflow_reads_what_the_record_says(run: Run) -> None:
     folder = run("run", given=("mlflow",))
     assert in_mlflow(folder) == recorded(folder)
-    (told,) = mlflow_runs(folder)
-    assert (told.info.run_name, told.info.status) == ("run", "FINISHED")
-    assert told.data.tags["model"] == "deep_supervision"
-    assert told.data.params["model.dim"] == "8"
-    assert told.data.params["lr.factor.head"] == "0.1"
+    (logged,) = mlflow_runs(folder)
+    assert (logged.info.run_name, logged.info.status) == ("run", "FINISHED")
+    assert logged.data.tags["model"] == "deep_supervision"
+    assert logged.data.params["model.dim"] == "8"
+    assert logged.data.params["lr.factor.head"] == "0.1"
 
 
 @for_tensorboard
@@ -186,7 +186,7 @@ def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) ->
     assert read_record(tmp_path / "run") is None
     stage.unlock()
     experiment.run(settings, tmp_path / "run", may_wait=False)
-    assert [told.info.status for told in mlflow_runs(tmp_path / "run")] == ["FINISHED"]
+    assert [run.info.status for run in mlflow_runs(tmp_path / "run")] == ["FINISHED"]
     assert read_heartbeat(tmp_path / "run") == HeartbeatContent()
 
 
@@ -194,10 +194,10 @@ def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) ->
 
 
 def test_loggers_change_no_bit(run: Run) -> None:
-    told, alone = run("told", "reuse=false"), run("alone", "reuse=false", given=())
-    results = [json.loads((folder / "result.json").read_text()) for folder in (told, alone)]
+    logged, alone = run("logged", "reuse=false"), run("alone", "reuse=false", given=())
+    results = [json.loads((folder / "result.json").read_text()) for folder in (logged, alone)]
     assert [p["exits"] for p in results[0]["phases"]] == [p["exits"] for p in results[1]["phases"]]
-    ours, theirs = (load_run(folder).state_dict() for folder in (told, alone))
+    ours, theirs = (load_run(folder).state_dict() for folder in (logged, alone))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list(alone.glob("events*"))
 

@@ -1,4 +1,4 @@
-"""The command line, end to end: runs, sweeps, records, and what a mistake is told."""
+"""The command line, end to end: runs, sweeps, records, and what a mistake is answered."""
 
 from __future__ import annotations
 
@@ -250,13 +250,13 @@ def test_memory_that_runs_out_is_told_however_it_is_reported() -> None:
     from proglayer.run.machine import out_of_memory
 
     cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a")
-    told = out_of_memory(cuda)
-    assert told is not None
-    assert told.startswith("not enough memory for 20.00 GiB more: lower phase.batch_size")
+    message = out_of_memory(cuda)
+    assert message is not None
+    assert message.startswith("not enough memory for 20.00 GiB more: lower phase.batch_size")
     for error in MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"):
-        told = out_of_memory(error)
-        assert told is not None
-        assert told.startswith("not enough memory: lower phase.batch_size")
+        message = out_of_memory(error)
+        assert message is not None
+        assert message.startswith("not enough memory: lower phase.batch_size")
     for error in RuntimeError("shapes"), OSError(errno.ENOSPC, "No space left on device"):
         assert out_of_memory(error) is None
 
@@ -458,9 +458,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("overrides", "told"), MISTAKES.items(), ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES.items(), ids=lambda v: str(v)[:40])
 def test_a_mistake_gets_a_line_and_leaves_nothing(
-    train: Command, tmp_path: Path, overrides: tuple[str, ...], told: str
+    train: Command, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     if torch.cuda.is_available() and "device=cuda" in overrides:
         pytest.skip("there is a GPU here")
@@ -470,7 +470,7 @@ def test_a_mistake_gets_a_line_and_leaves_nothing(
     lines = [line for line in done.err.splitlines() if line.strip()]
     assert len(lines) == 1, done.err
     assert lines[0].startswith("error: ")
-    assert told in lines[0]
+    assert message in lines[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -167,7 +167,7 @@ def test_a_run_adds_to_a_folder_of_other_things_and_touches_none(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ('{"proglayer": "a store of trained phases", "format": 99}', "of a later version"),
         ('{"name": "shop"}', "does not say that its folder is a store"),
@@ -176,15 +176,15 @@ def test_a_run_adds_to_a_folder_of_other_things_and_touches_none(
     ],
 )
 def test_a_marker_of_another_kind_is_refused_by_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
 ) -> None:
     kept = stage(tmp_path, "a", 10, 9)
     (tmp_path / MARKER).write_text(content)
     before = tree(tmp_path)
     for action in (PRUNE, ("verify",)):
         assert main([*action, "--dir", str(tmp_path)]) == 2
-        assert told in capsys.readouterr().err
-    with pytest.raises(StoreError, match=told):
+        assert message in capsys.readouterr().err
+    with pytest.raises(StoreError, match=message):
         open_store(tmp_path)
     assert tree(tmp_path) == before
     assert kept.names("state")
@@ -230,8 +230,8 @@ def test_nothing_foreign_in_a_store_is_deleted_moved_or_followed(
         )
     } - {f"store/{ours[0].key}/used/{path.name}" for path in ours[0].notes._files("")}
     assert main(["verify", "--dir", str(store)]) == 0
-    told = capsys.readouterr().out
-    assert "3 stages read, 0 damaged" in told
+    out = capsys.readouterr().out
+    assert "3 stages read, 0 damaged" in out
     assert tree(tmp_path).keys() - before.keys() <= {f"store/{o.key}/lock" for o in ours}
     assert main([*PRUNE, "--dir", str(store)]) == 0
     after = tree(tmp_path)
@@ -239,7 +239,7 @@ def test_nothing_foreign_in_a_store_is_deleted_moved_or_followed(
     assert not any(made._files("") for made in ours)
     assert "store/.damaged" not in after
     for name in ("corpora", linked.key, "e" * 32, f"{ours[0].key}/report.v2.pdf"):
-        assert str(store / name) in told
+        assert str(store / name) in out
     assert "foreign files and folders, left as they are" in capsys.readouterr().out
 
 
@@ -386,7 +386,7 @@ def test_an_interrupted_run_that_reuses_nothing_goes_on(
     assert [best for _, best in on] == [best for _, best in whole]
     assert on[0][0] == whole[0][0] - 1
     assert tree(private).keys() == {"why.txt"}
-    # In the copy it trains anew, as what lies there was made by another.
+    # In the copy it trains again, as what lies there was made by another.
     assert run(settings, tmp_path / "copy").status is RunState.completed
     assert trained(tmp_path / "copy")[0][0] == whole[0][0]
     assert tree(tmp_path / "copy" / private.name) == copied
