@@ -242,7 +242,11 @@ def _read_epochs(folders: Sequence[RunFolder]) -> tuple[pd.DataFrame, Rows]:
     for folder in folders:
         try:
             content = read_regular(Path(folder.path, METRICS), MOST_BYTES_OF_METRICS)
-            rows = pyarrow.csv.read_csv(io.BytesIO(content), **_CSV)
+            whole = content if content.endswith(b"\n") else content + b"\n"
+            names = whole.splitlines()[0].decode().split(",")
+            if missing := [name for name in _NEEDED if name not in names]:
+                raise ValueError(f"it has no column {missing[0]}")
+            rows = pyarrow.csv.read_csv(io.BytesIO(whole), **_CSV)
             if any(rows[name].null_count for name in _NEEDED):
                 raise ValueError("a row names no phase, layers or epoch")
             runs = pa.repeat(pa.scalar(as_text(folder.name)), len(rows))
