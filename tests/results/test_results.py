@@ -814,13 +814,13 @@ def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> 
         (folder / "result.json").write_text(json.dumps(result, indent=2))
         (folder / "metrics.csv").write_bytes(metrics)
     load()
-    began = time.perf_counter()
+    began = time.process_time()
     first = load(tmp_path)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     assert len(first.epochs) == 24_000
     assert first.runs["duplicate_of"].isna().all()
     # about 0.3 s on one core; 10,000 runs may take 20 s, which is 0.6 s for these
-    assert took < 3.0
+    assert took < 3.0, took
 
 
 # --- the table ------------------------------------------------------------------------------------
