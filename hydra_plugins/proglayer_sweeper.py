@@ -1,4 +1,4 @@
-"""Where Hydra looks for plugins: its name for the sweeper, which lives in `proglayer.launch.sweep`.
+"""Where Hydra looks for plugins: its names for the sweepers that live in `proglayer.launch`.
 
 Hydra imports this module at every start, so nothing heavy is imported at its top.
 """
@@ -47,6 +47,35 @@ class ProglayerSweeper(BasicSweeper):
         from proglayer.launch.sweep import sweep
 
         return sweep(self, arguments)  # pyright: ignore[reportArgumentType]  # set up by Hydra
+
+
+class ProglayerSettleSweeper(ProglayerSweeper):
+    """Adds seeds until claims are settled; see conf/hydra/sweeper/settle.yaml."""
+
+    def __init__(
+        self,
+        first: int,
+        step: int,
+        most: int,
+        first_seed: int,
+        margin: float,
+        hours: float | None,
+        operations: float | None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.first = first
+        self.step = step
+        self.most = most
+        self.first_seed = first_seed
+        self.margin = margin
+        self.hours = hours
+        self.operations = operations
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from proglayer.launch.settle import settle
+
+        settle(self, arguments)  # pyright: ignore[reportArgumentType]  # set up by Hydra
 
 
 ConfigStore.instance().store(

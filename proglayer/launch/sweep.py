@@ -15,7 +15,7 @@ import logging
 import math
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -178,25 +178,9 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
 
 def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     warn_of_unknown()
-    given: Any = OmegaConf.to_container(sweeper.config.hydra.overrides.hydra, resolve=False)
-    named = [text for text in map(str, given) if text.startswith("hydra.sweep.subdir")]
-    if named:
-        raise ConfigError(
-            f"{named[0]}: folders of jobs are named by number and overrides: leave it out"
-        )
-    jobs = check(sweeper, expand(sweeper, arguments))
+    jobs = check(Checks(sweeper), enumerate(expand(sweeper, arguments)))
     if jobs[0].config.plan:
-        here = not getattr(sweeper.launcher, "jobs_run_elsewhere", False)
-        threads = threads_per_job(sweeper.config.hydra.launcher)
-        look = StoredPlans()
-        for job in jobs:
-            windows = len(job.corpus.train), len(job.corpus.validation)
-            config = replace(job.config, threads=job.config.threads or threads)
-            stored = look.of(config, job.corpus, job.phases) if here else []
-            table = plan_table(job.phases, config.data.seq_len, *windows, job.title, stored)
-            console().print(table)
-            if unused := unused_settings(config, job.phases, job.corpus.vocab_size):
-                console().print(unused, markup=False)
+        print_plans(sweeper, jobs)
         return []
 
     waiting = [job for job in in_launch_order(jobs) if not job.completed]
@@ -207,6 +191,27 @@ def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
     folder = open_folder(sweeper.config)
     with sole_writer(folder, "hydra.sweep.dir"):
         return _run(sweeper, folder, jobs, waiting, work)
+
+
+def given_to_hydra(sweeper: Sweeper, setting: str) -> str | None:
+    """The override on the command line that begins with a setting of Hydra's."""
+    given: Any = OmegaConf.to_container(sweeper.config.hydra.overrides.hydra, resolve=False)
+    return next((text for text in map(str, given) if text.startswith(setting)), None)
+
+
+def print_plans(sweeper: Sweeper, jobs: Iterable[Job]) -> None:
+    """Print the phases of each job, what they cost, and what of them is stored here."""
+    here = not getattr(sweeper.launcher, "jobs_run_elsewhere", False)
+    threads = threads_per_job(sweeper.config.hydra.launcher)
+    look = StoredPlans()
+    for job in jobs:
+        windows = len(job.corpus.train), len(job.corpus.validation)
+        config = replace(job.config, threads=job.config.threads or threads)
+        stored = look.of(config, job.corpus, job.phases) if here else []
+        table = plan_table(job.phases, config.data.seq_len, *windows, job.title, stored)
+        console().print(table)
+        if unused := unused_settings(config, job.phases, job.corpus.vocab_size):
+            console().print(unused, markup=False)
 
 
 def _run(
@@ -400,6 +405,10 @@ class Checks:
     """Composes and plans jobs one by one, opening each corpus once."""
 
     def __init__(self, sweeper: Sweeper) -> None:
+        if named := given_to_hydra(sweeper, "hydra.sweep.subdir"):
+            raise ConfigError(
+                f"{named}: folders of jobs are named by number and overrides: leave it out"
+            )
         self._master = sweeper.config
         self._folder = Path(sweeper.config.hydra.sweep.dir)
         self._loader = Composed(sweeper.hydra_context.config_loader)
@@ -469,12 +478,11 @@ def _check_objective(config: Config, corpus: Corpus, phases: tuple[Phase, ...]) 
         raise SweepError(str(error)) from error
 
 
-def check(sweeper: Sweeper, all_overrides: Sequence[tuple[str, ...]]) -> list[Job]:
-    """Every job of a sweep. Raises ConfigError with the problems of all of them."""
-    checks = Checks(sweeper)
+def check(checks: Checks, numbered: Iterable[tuple[int, tuple[str, ...]]]) -> list[Job]:
+    """The jobs with these numbers and overrides. Raises ConfigError with the problems of all."""
     jobs: list[Job] = []
     problems: dict[str, str] = {}
-    for number, overrides in enumerate(all_overrides):
+    for number, overrides in numbered:
         try:
             jobs.append(checks.job(number, overrides))
         except (ConfigError, *COMPOSING_ERRORS) as error:

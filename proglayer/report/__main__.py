@@ -27,25 +27,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--margin",
         metavar="POINTS",
         type=float,
-        default=Margins().points,
-        help="a difference in accuracy within this many points counts as none (%(default)s)",
+        help="a difference in accuracy within this many points counts as none "
+        f"({Margins().points:g}, or what the study was settled with)",
     )
     parser.add_argument(
         "--margin-loss",
         metavar="NATS",
         type=float,
-        default=Margins().nats,
-        help="the same for the loss, and so for perplexity (%(default)s, 1 %% of perplexity)",
+        help="the same for the loss, and so for perplexity "
+        f"({Margins().nats:g}, 1 %% of perplexity)",
     )
     options = parser.parse_args(arguments)
     for name, value in (("--margin", options.margin), ("--margin-loss", options.margin_loss)):
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"{name}={value:g} must be more than 0")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        margins = Margins(options.margin, options.margin_loss)
+        given = {"points": options.margin, "nats": options.margin_loss}
+        given = {name: value for name, value in given.items() if value is not None}
+        margins = Margins(**given) if given else None
         page = write_report(options.folders, options.out, margins)
     except KeyboardInterrupt:
         return 130

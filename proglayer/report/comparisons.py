@@ -20,6 +20,10 @@ from proglayer.report import ledger, stats, study
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins
 from proglayer.results import NOT_THE_EXPERIMENT, keys_and_values
 
+NO_SECOND_LOOK = (
+    "Do not add seeds to these and judge again: a plain test does not pay for a second look. Run "
+    "new seeds with hydra/sweeper=settle, which does."
+)
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9
 # What is read of the runs: to select rows of all two hundred columns takes most of the time.
@@ -77,10 +81,11 @@ class Question:
     claim: str = ""
     condition: str = ""
     reason: str = ""  # why it is not made, and what to run
+    budgets: tuple[str, ...] = ()  # tokens, compute: what the two are equal in
 
 
-def judge(questions: Iterable[Question]) -> Frame:
-    """Judge all these as one family, by their accuracy.
+def judge(questions: Iterable[Question], levels: stats.Levels | None = None) -> Frame:
+    """Judge all these as one family, by their accuracy; at `levels` if they are given.
 
     Returns:
         one row per question: `claim`, `condition`, `a`, `b`, `model`, `measured`, `reason`, the
@@ -93,7 +98,7 @@ def judge(questions: Iterable[Question]) -> Frame:
         [[getattr(q, name) for name in names] for q in questions], columns=list(names)
     )
     made = [q.comparisons.get(study.ACCURACY.name, nothing) for q in questions]
-    return pd.concat([labels, stats.judge(made)], axis="columns")
+    return pd.concat([labels, stats.judge(made, levels=levels)], axis="columns")
 
 
 # --- the claims -----------------------------------------------------------------------------------
@@ -248,10 +253,11 @@ def _within(
         for name, found in alike.items():
             # An epoch that its run did not select has no figures on the test text.
             judged = all(run["selected"] for run in found.values())
+            budgets = tuple(name.removeprefix("at equal ").split(" and "))
             comparisons = _ends(own, found, margins, "end" if judged else "validation")
             if not judged and any(run["judged_on"] == "test" for run in own.values()):
                 name += ", on the validation text"
-            questions.append(Question(a, b, model, name, comparisons))
+            questions.append(Question(a, b, model, name, comparisons, budgets=budgets))
     return questions
 
 
@@ -423,6 +429,13 @@ def label(row: Mapping[str, Any]) -> str:
     return f"{study.variant_name(row['a'])} − {study.variant_name(row['b'])}"
 
 
+def described_as(row: Mapping[str, Any]) -> str:
+    """What a comparison is of, in which model, and what the two are equal in."""
+    where = row["measured"] if row["measured"].startswith("at ") else ""
+    model = study.model_name(row["model"]) if row["model"] else ""
+    return ", ".join(part for part in (label(row), model, where) if part)
+
+
 def answer(rows: Frame) -> str:
     """One sentence on a claim in a condition: what was found in each model, with its numbers."""
     if rows["reason"].astype(bool).all():
@@ -501,30 +514,34 @@ def plan(seeds: float, low: float, high: float) -> str:
     return f"{text(seeds)} ({text(low)} to {text(high)})"
 
 
+def level_of(row: Mapping[str, Any]) -> float:
+    """The level at which a difference is judged."""
+    return row.get("level", stats.ALPHA / max(1, row["family"]))
+
+
 def how_judged(made: Frame, margins: Margins) -> str:
     """What the words and the lines of the first picture mean."""
-    family = int(made["family"].max())
-    together = (
-        f"; {family} comparisons are judged together, so that all lines hold with 95 %"
-        if family > 1
-        else ""
-    )
-    wide = percent(1 - stats.ALPHA / family)
-    narrow = percent(1 - 2 * stats.ALPHA / family)
+    family, looks = int(made["family"].max()), "look" in made
+    levels = sorted({level_of(row) for row in made.to_dict("records")}, reverse=True)
+
+    def confidence(sides: int) -> str:
+        return " to ".join(dict.fromkeys(percent(1 - sides * levels[end]) for end in (0, -1)))
+
+    what = [f"{family} comparisons"] * (family > 1) + ["all looks"] * looks
+    together = f"; {' and '.join(what)} are judged together, so that all lines hold with 95 %"
     return (
         f"Differences under {margins.points:g} points are treated as equal (shaded). Dots are "
-        f"seeds. A line is the interval that the verdict rests on: {wide}, or {narrow} for “same”"
-        f"{together}. Unclear means that the data do not tell; it does not mean that there is no "
-        "difference."
+        f"seeds. A line is the interval that the verdict rests on: {confidence(1)}, or "
+        f"{confidence(2)} for “same”{together if what else ''}. Unclear means that the data do not "
+        "tell; it does not mean that there is no difference."
     )
 
 
 def limits(made: Frame) -> list[str]:
     """What these seeds can show, what it would take to know more, and which seeds stand apart."""
-    level = stats.ALPHA / max(1, int(made["family"].max()))
     notes = []
     records = made.to_dict("records")
-    shown = [stats.smallest_difference(row["sd"], row["n"], alpha=level) for row in records]
+    shown = [stats.smallest_difference(row["sd"], row["n"], alpha=level_of(row)) for row in records]
     shown = [value for value in shown if math.isfinite(value)]
     if shown:
         seeds = sorted({row["n"] for row in records})
@@ -537,16 +554,16 @@ def limits(made: Frame) -> list[str]:
         )
     unclear = [row for row in records if row["verdict"] == stats.Verdict.unclear]
     plans = [
-        stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level) for row in unclear
+        stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level_of(row))
+        for row in unclear
     ]
     plans = [own for own in plans if not math.isnan(own[0])]
     if plans:
         notes.append(
             f"To settle all that is unclear takes about {plan(*max(plans))} seeds in all, with a "
             "power of 80 % for a difference of the margin, or for none; so few seeds show the "
-            "spread, and so that number, only roughly. Do not add seeds to these and judge again: "
-            "a plain test does not pay for a second look. Run new seeds, or use a sequential "
-            "design."
+            "spread, and so that number, only roughly."
+            + ("" if "look" in made else f" {NO_SECOND_LOOK}")
         )
     for row in records:
         apart = row["comparisons"][study.ACCURACY.name].outlying

@@ -197,7 +197,7 @@ def comparisons_table(title: str, judged: Frame) -> Table:
     for row in judged.to_dict("records"):
         own = row["comparisons"]
         accuracy = own.get(study.ACCURACY.name)
-        level = stats.ALPHA / max(1, row["family"])
+        level = comparisons.level_of(row)
         found: Row = dict.fromkeys(("effect_size", "sign_flip_p", "detectable"), math.nan)
         found["plan"] = (math.nan,) * 3
         if accuracy is not None:
@@ -240,13 +240,14 @@ def comparisons_table(title: str, judged: Frame) -> Table:
         ("Seeds to plan, in all", "figure", _plan),
         *((m.heading, "figure screen", described(m)) for m in (study.PERPLEXITY, study.LOSS)),
     ]
+    looks = " and all looks" if "look" in judged else ""
     note = (
-        f"Judged by accuracy as one family of {_family(judged)} (Bonferroni). Same: the interval "
-        "lies within the margin. Detectable: the smallest true difference that so many seeds would "
-        "find with a power of 80 %. Seeds to plan: how many in all, not added to these, would "
-        "settle with that power whether there is a difference of the margin or none; the range "
-        "comes from a spread that is known only roughly. Perplexity and loss: mean and 95 % "
-        "interval, without a verdict."
+        f"Judged by accuracy as one family of {_family(judged)}{looks} (Bonferroni). Same: the "
+        "interval lies within the margin. Detectable: the smallest true difference that so many "
+        "seeds would find with a power of 80 %. Seeds to plan: how many in all, not added to "
+        "these, would settle with that power whether there is a difference of the margin or none; "
+        "the range comes from a spread that is known only roughly. Perplexity and loss: mean and "
+        "95 % interval, without a verdict."
     )
     return _table(title, rows, columns, note, sortable=True)
 

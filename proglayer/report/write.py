@@ -21,7 +21,7 @@ import pandas as pd
 
 from proglayer import files
 from proglayer.console import counted
-from proglayer.report import comparisons, growth, ledger, stats, study
+from proglayer.report import comparisons, growth, ledger, sequential, stats, study
 from proglayer.report.page import (
     Block,
     Bullets,
@@ -76,8 +76,15 @@ MARKDOWN = "report.md"
 TITLE = "Study report"
 FIGURES_IN = "figures"
 TABLES_IN = "tables"
+# The overrides of Hydra's that say which jobs a sweep has.
+OF_SWEEPER = ("hydra/sweeper", "hydra.sweeper")
 # Whoever names the folder of a report.
 NAMED_BY = "-o or hydra.run.dir"
+
+NOT_SETTLED = (
+    "The other comparisons are judged by plain tests with the seeds that the claims took. As that "
+    "number followed from what was seen, they describe rather than settle."
+)
 
 # What a page can hold and a reader can read; the rest is counted, and whole in the tables.
 MOST_CONDITIONS = 4
@@ -103,7 +110,8 @@ def write_report(
 
     Args:
         folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
-        margins: differences within them count as none.
+        margins: differences within them count as none; None for the usual ones, or those of a
+            study that was looked at again and again.
         png: draw each figure as PNG, too. It takes long, and the page has no use of it.
         overwrite: also a report in `out` that was made from the very same runs by this very code;
             without it such a report is left as it is.
@@ -113,18 +121,24 @@ def write_report(
 
     Raises:
         OSError: for a folder that is not there, or that cannot be written.
-        ValueError: if the folders hold no run at all.
+        ValueError: if the folders hold no run at all, or looks at a study that cannot be read.
     """
     results = load(*folders)
     if results.runs.empty and not results.failures:
         raise ValueError(f"no run in {', '.join(map(str, folders))}")
-    out, margins = Path(out), margins or Margins()
+    looks = sequential.looks_of(results)
+    if looks and margins and margins.points != looks.margin:
+        raise ValueError(
+            f"--margin={margins.points:g}: this study was looked at with a margin of "
+            f"{looks.margin:g} points: leave that out, or give --margin={looks.margin:g}"
+        )
+    out, margins = Path(out), margins or (Margins(points=looks.margin) if looks else Margins())
     page = out / PAGE
     mark = f"<!-- made from {_all_it_depends_on(results, margins)} -->\n"
     if not overwrite and page.is_file() and page.read_bytes().endswith(mark.encode()):
         return page
     ours = _open_folder(out)
-    report = _Report(results, Gallery(out / FIGURES_IN, ours, png), out, margins)
+    report = _Report(results, Gallery(out / FIGURES_IN, ours, png), out, margins, looks)
     lead, blocks = report.document()
     report.write_tables(ours)
     markdown = to_markdown(TITLE, lead, blocks).encode()
@@ -165,6 +179,7 @@ def _all_it_depends_on(results: Results, margins: Margins) -> str:
     in_sweeps = _in_sweeps(results)
     started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps}
     started |= set(study_files(in_sweeps))
+    started |= {folder / sequential.LOOKS for folder in sequential.sweeps_with_looks(results)}
     code = [
         p
         for p in Path(__file__).parent.parent.rglob("*")
@@ -215,11 +230,19 @@ class _Compute:
 class _Report:
     """One report in the making: what was read, what is drawn, the tables that go with it."""
 
-    def __init__(self, results: Results, gallery: Gallery, out: Path, margins: Margins) -> None:
+    def __init__(
+        self,
+        results: Results,
+        gallery: Gallery,
+        out: Path,
+        margins: Margins,
+        looks: sequential.Looks | None,
+    ) -> None:
         self.results = results
         self.gallery = gallery
         self.out = out
         self.margins = margins
+        self.looks = looks
         self.arms = study.arms(results)
         self.curves = ledger.curves(results, self.arms.runs)
         self.conditions = [
@@ -233,7 +256,11 @@ class _Report:
             rest = comparisons.others(condition.asked, own, margins)
             claims += [comparisons.named(question, condition.name) for question in own]
             others += [comparisons.named(question, condition.name) for question in rest]
-        self.claims = comparisons.judge(claims)
+        if looks is None:
+            self.claims = comparisons.judge(claims)
+        else:
+            asked = [(condition.name, condition.asked) for condition in self.conditions]
+            self.claims = sequential.judge(asked, self.curves, margins, looks)
         self.others = comparisons.judge(others)
         self.compute = {c.number: self._compute(c) for c in self.conditions}
 
@@ -372,13 +399,24 @@ class _Report:
         blocks.append(Summary(self._findings(), [picture]))
         blocks += _left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons")
         notes = [comparisons.how_judged(made, self.margins)]
+        notes += [sequential.in_words(self.looks)] if self.looks else []
         notes += comparisons.limits(made)
         for condition in self.conditions[:MOST_CONDITIONS]:
             prefix = f"On {condition.name}: " if several else ""
             notes += [prefix + text for text in _noise_of_text(condition, self.margins)]
-        notes += [text for text in (_second_look(self.arms.runs, self.out),) if text]
+        notes += [text for text in (self._second_look(),) if text]
         blocks.append(Bullets([*notes, *singles], muted=True))
         return blocks
+
+    def _second_look(self) -> str:
+        if self.looks:
+            return ""
+        if sequential.sweeps_with_looks(self.results):
+            return (
+                "Some of these runs are of a study that was looked at while seeds were added. "
+                "Joined with others, its looks are not paid for here: its own report judges it."
+            )
+        return _second_look(self.arms.runs, self.out)
 
     def _findings(self) -> list[Finding]:
         findings = []
@@ -402,6 +440,8 @@ class _Report:
         shown = others[others["a"].isin(condition.variants[:MOST_VARIANTS])]
         if len(shown):
             blocks.append(comparisons_table("The other comparisons", shown))
+            if self.looks:
+                blocks.append(Paragraph(NOT_SETTLED, muted=True))
         runs = condition.runs
         growing = runs.loc[runs["grows"], "variant"].unique().tolist()
         for experiment in (study.FROM_SCRATCH, study.KEEP_TRAINING):
@@ -818,8 +858,9 @@ def _commands(runs: Frame) -> list[str]:
 def _sweep_command(folder: str) -> str | None:
     """What a sweep was started with, as Hydra recorded it; None where that cannot be read."""
     try:
-        given = read_yaml(Path(folder, "multirun.yaml"))["hydra"]["overrides"]["task"]
-        return f"python train.py -m {shlex.join(map(str, given))}"
+        given = read_yaml(Path(folder, "multirun.yaml"))["hydra"]["overrides"]
+        sweeper = [own for own in map(str, given["hydra"]) if own.startswith(OF_SWEEPER)]
+        return f"python train.py -m {shlex.join([*sweeper, *map(str, given['task'])])}"
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -896,7 +937,7 @@ def _second_look(runs: Frame, out: Path) -> str:
         f"Second look: {counted(looks, 'report')} had already shown part of these runs when the "
         "others began. If more seeds were run because of what they showed, false differences "
         f"occur in up to about {error:g} % of such studies instead of 5 %. Judge new seeds alone, "
-        "or plan the total beforehand with a sequential design."
+        "or have hydra/sweeper=settle add seeds, which pays for its looks."
     )
 
 

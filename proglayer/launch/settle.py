@@ -1,0 +1,416 @@
+"""A study that adds seeds until the claims that its report judges are settled.
+
+Seeds come in batches; after each the claims are judged at levels that pay for the looks, and arms
+that no open claim needs get no more seeds. Its jobs are those of any sweep. When it was looked at
+is in `looks.json` in its folder; everything else follows from the runs, so the same command goes on
+from there, and its report finds the same verdicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from omegaconf import open_dict, read_write
+
+from proglayer.config import short_hash
+from proglayer.console import console
+from proglayer.errors import ConfigError
+from proglayer.launch.common import sole_writer, unread
+from proglayer.launch.job import leave_report
+from proglayer.launch.sweep import (
+    Checks,
+    Job,
+    ProductSweeper,
+    check,
+    describe_work,
+    expand,
+    given_to_hydra,
+    in_launch_order,
+    launch,
+    list_jobs,
+    open_folder,
+    print_plans,
+    summarize,
+    without_held,
+)
+from proglayer.results import keys_and_values
+from proglayer.store.record import (
+    JOBS,
+    Heartbeat,
+    RecordError,
+    RunState,
+    read_jobs,
+    read_record,
+)
+from proglayer.versions import warn_of_unknown
+
+if TYPE_CHECKING:
+    from proglayer.report.sequential import Looks
+    from proglayer.results import Results
+
+
+class SettleSweeper(ProductSweeper, Protocol):
+    """A sweeper of Hydra's with the settings of conf/hydra/sweeper/settle.yaml."""
+
+    first: int
+    step: int
+    most: int
+    first_seed: int
+    margin: float
+    hours: float | None
+    operations: float | None
+
+
+def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
+    """Run batches of seeds until every claim is settled, or `most` or a budget is reached.
+
+    Ends the process with status 1 if a job failed, after the table of all jobs. Raises ConfigError
+    for settings or arms that no claim can be settled with, and where a batch did not end.
+    """
+    with contextlib.nullcontext() if sweeper.config.plan else unread(sweeper.config):
+        _settle(sweeper, arguments)
+
+
+def _settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
+    warn_of_unknown()
+    looks = _looks(sweeper)
+    arms = _arms(sweeper, arguments)
+    _name_folder(sweeper, arms)
+    checks = Checks(sweeper)
+    firsts = check(checks, [(index, _with_seed(arm, 0, looks)) for index, arm in enumerate(arms)])
+    say = console().print
+    if firsts[0].config.plan:
+        print_plans(sweeper, firsts)
+        at = ", ".join(map(str, looks.design.looks))
+        say(f"these {len(arms)} arms, looked at with {at} seeds", markup=False)
+        return
+    folder = open_folder(sweeper.config)
+    with sole_writer(folder, "hydra.sweep.dir"):
+        study = Study(sweeper, checks, folder, arms, looks)
+        stopped = False
+        try:
+            while study.next_batch():
+                pass
+        except KeyboardInterrupt:
+            stopped = True
+            raise
+        finally:
+            failed = summarize(folder)
+            # As after a sweep: where it was interrupted, the same command reports at its end.
+            if firsts[0].config.report and not stopped:
+                leave_report(folder)
+        for line in study.outcome():
+            say(line, markup=False)
+    if failed:
+        sys.exit(1)
+
+
+def _looks(sweeper: SettleSweeper) -> Looks:
+    """The looks that are asked for, none taken. Raises ConfigError for settings out of range."""
+    from proglayer.report.sequential import Design, Looks
+
+    def whole(value: object, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    def above_zero(value: Any) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and 0 < float(value) < math.inf
+
+    first = sweeper.first
+    for setting, fits, wanted in (
+        ("first", whole(first, 2), "a whole number of seeds, at least 2"),
+        ("step", whole(sweeper.step, 1), "a whole number of seeds, at least 1"),
+        ("most", whole(sweeper.most, 2), "a whole number of seeds, at least 2"),
+        ("first_seed", whole(sweeper.first_seed, 0), "a whole number, at least 0"),
+        ("margin", above_zero(sweeper.margin), "points of accuracy, more than 0"),
+        ("hours", sweeper.hours is None or above_zero(sweeper.hours), "more than 0, or null"),
+        (
+            "operations",
+            sweeper.operations is None or above_zero(sweeper.operations),
+            "more than 0, or null",
+        ),
+    ):
+        if not fits:
+            raise ConfigError(f"hydra.sweeper.{setting}={getattr(sweeper, setting)}: {wanted}")
+    if sweeper.most < first:
+        raise ConfigError(
+            f"hydra.sweeper.most={sweeper.most} is less than hydra.sweeper.first={first}"
+        )
+    design = Design(first, sweeper.step, sweeper.most)
+    return Looks(design, sweeper.first_seed, float(sweeper.margin))
+
+
+def _arms(sweeper: SettleSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each arm. Raises ConfigError for a seed, or arms that test no claim."""
+    from proglayer.report import study
+
+    arms = expand(sweeper, arguments)
+    if any(text.lstrip("+~").partition("=")[0] == "seed" for arm in arms for text in arm):
+        raise ConfigError(
+            "seed: hydra/sweeper=settle chooses the seeds itself: leave it out, or set "
+            "hydra.sweeper.first_seed"
+        )
+    values = [dict(keys_and_values(arm)) for arm in arms]
+    models = {own.get("model", study.STANDARD) for own in values}
+    experiments = {own.get("experiment", study.ORIGINAL) for own in values}
+    compared = {study.UNFROZEN, study.FROM_SCRATCH} & experiments
+    if not ({study.STANDARD, study.DEEP} <= models or (study.ORIGINAL in experiments and compared)):
+        raise ConfigError(
+            "hydra/sweeper=settle: these arms test no claim: give both models "
+            f"(model={study.STANDARD},{study.DEEP}), or experiment={study.ORIGINAL} with a control "
+            f"({study.UNFROZEN}, {study.FROM_SCRATCH})"
+        )
+    return arms
+
+
+def _with_seed(arm: tuple[str, ...], number: int, looks: Looks) -> tuple[str, ...]:
+    return *arm, f"seed={looks.first_seed + number}"
+
+
+def _name_folder(sweeper: SettleSweeper, arms: Sequence[tuple[str, ...]]) -> None:
+    """Give the study the folder in which the same command finds it again."""
+    master = sweeper.config
+    if given_to_hydra(sweeper, "hydra.sweep.dir"):
+        return
+    name = f"settle_{short_hash(f'{list(arms)} {sweeper.first_seed}')}"
+    folder = Path(master.hydra.sweep.dir).with_name(name)
+    with read_write(master), open_dict(master):
+        master.hydra.sweep.dir = str(folder)
+        master.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+
+
+class Cost(NamedTuple):
+    """What training took: hours with evaluation, and floating-point operations."""
+
+    hours: float
+    operations: float
+
+    def __mul__(self, runs: float) -> Cost:
+        return Cost(self.hours * runs, self.operations * runs)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.hours + other.hours, self.operations + other.operations)
+
+    def __str__(self) -> str:
+        return f"{self.hours:.3g} hours and {self.operations:.3g} operations"
+
+
+class Study:
+    """The study in a sweep's folder: the looks that it had, and what they leave open."""
+
+    def __init__(
+        self,
+        sweeper: SettleSweeper,
+        checks: Checks,
+        folder: Path,
+        arms: Sequence[tuple[str, ...]],
+        looks: Looks,
+    ) -> None:
+        from proglayer.report.sequential import read_looks
+
+        self._sweeper = sweeper
+        self._checks = checks
+        self._folder = folder
+        self._arms = arms
+        try:
+            before = read_looks(folder)
+            listed = read_jobs(folder) if (folder / JOBS).exists() else []
+        except RecordError as error:
+            raise ConfigError(f"hydra.sweep.dir={folder}: {error}") from error
+        self._listed: dict[str, Sequence[str]] = {job.folder: job.overrides for job in listed}
+        if before is not None and before.taken:
+            _check_same(before, looks)
+            looks = before
+        self._looks = looks
+        self._judge()
+
+    def _judge(self) -> None:
+        """Read the runs, judge the claims at the looks so far, and see which arms are needed."""
+        from proglayer.report import ledger, study
+        from proglayer.report.sequential import is_open, judge
+        from proglayer.results import load
+
+        self._needed = list(range(len(self._arms)))
+        self._rows: list[dict[str, Any]] = []
+        if not self._looks.taken:
+            return
+        results: Any = load(self._folder)
+        self._spent = _spent(results)
+        self._runs = int((results.runs["status"] == RunState.completed).sum())
+        arms = study.arms(results)
+        conditions = [(name, arms.asked(n)) for n, name in enumerate(arms.conditions)]
+        margins = study.Margins(points=self._looks.margin)
+        claims = judge(conditions, ledger.curves(results, arms.runs), margins, self._looks)
+        self._rows = claims.to_dict("records")
+        wanted: set[tuple[str, str, str]] = set()
+        for row in self._rows:
+            if is_open(row):
+                both = [row["model"]] if row["model"] else [study.STANDARD, study.DEEP]
+                variants = [row["a"], row["b"]] if row["model"] else [row["a"]]
+                wanted |= {(row["condition"], v, model) for v in variants for model in both}
+        needed = set()
+        for run in arms.runs.to_dict("records"):
+            if (arms.conditions[run["condition"]], run["variant"], run["model"]) in wanted:
+                needed.add(int(Path(run["folder"]).name.partition("_")[0]) % len(self._arms))
+        self._needed = sorted(needed)
+
+    def next_batch(self) -> bool:
+        """Run a batch of seeds and look at the study; False where none is to be run."""
+        from proglayer.report.sequential import write_looks
+
+        looks, number = self._looks, len(self._looks.taken)
+        before = looks.taken[-1] if number else 0
+        if not self._needed or before == looks.design.most:
+            return False
+        seeds = looks.design.looks[number]
+        if number and self._budget_in_the_way():
+            return False
+        jobs = check(
+            self._checks,
+            [
+                (seed * len(self._arms) + arm, _with_seed(self._arms[arm], seed, looks))
+                for seed in range(before, seeds)
+                for arm in self._needed
+            ],
+        )
+        write_looks(self._folder, looks)
+        self._run(jobs)
+        self._looks = replace(looks, taken=(*looks.taken, seeds))
+        write_looks(self._folder, self._looks)
+        self._judge()
+        self._say_look()
+        return True
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Run what did not complete of a batch. Raises ConfigError where a job does not end."""
+        waiting = [job for job in in_launch_order(jobs) if not job.completed]
+        work = describe_work(self._sweeper, jobs) if waiting else None
+        self._listed |= {job.folder: job.overrides for job in jobs}
+        list_jobs(self._folder, self._listed, without_held(self._sweeper, waiting))
+        say = console().print
+        say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} finished before", markup=False)
+        if work:
+            say(work, markup=False)
+        with Heartbeat(self._folder):
+            launch(self._sweeper, waiting, self._sweeper.max_batch_size)
+        states = [_state(self._folder / job.folder) for job in jobs]
+        if left := sum(s not in (RunState.completed, RunState.failed) for s in states):
+            raise ConfigError(
+                f"{left} of {len(jobs)} jobs of this batch did not end, so the claims are not "
+                "judged: the same command goes on with them"
+            )
+        if RunState.completed not in states:
+            raise ConfigError("every job of this batch failed, for the reasons in the table")
+
+    def _next_cost(self) -> Cost:
+        """What the next batch takes, as the runs so far did."""
+        number = len(self._looks.taken)
+        seeds = self._looks.design.looks[number] - self._looks.taken[-1]
+        return self._spent * (seeds * len(self._needed) / max(1, self._runs))
+
+    def _budget_in_the_way(self) -> str | None:
+        """The setting of the budget that the next batch would exceed."""
+        whole = self._spent + self._next_cost()
+        for name in ("hours", "operations"):
+            budget = getattr(self._sweeper, name)
+            if budget is not None and getattr(whole, name) > budget:
+                return f"hydra.sweeper.{name}={budget:g}"
+        return None
+
+    def _say_look(self) -> None:
+        from proglayer.report.sequential import is_open
+
+        made = sum(bool(row["comparisons"]) for row in self._rows)
+        left = sum(map(is_open, self._rows))
+        console().print(
+            f"looked at {self._looks.taken[-1]} seeds: {made - left} of {made} comparisons settled"
+            + (f"; {len(self._needed)} of {len(self._arms)} arms are still needed" if left else ""),
+            markup=False,
+        )
+
+    def outcome(self) -> list[str]:
+        """What is settled, what is not, and what it would take further, in lines."""
+        from proglayer.report import comparisons, stats
+        from proglayer.report.sequential import is_open, is_settled
+
+        looks, lines, plans = self._looks, [], []
+        several = len({row["condition"] for row in self._rows}) > 1
+        for row in self._rows:
+            on = f" on {row['condition']}" if several else ""
+            if not row["comparisons"]:
+                lines.append(f"{row['claim']}{on}: {row['reason']}")
+                continue
+            what = f"{row['claim']}{on}: {comparisons.described_as(row)}: {comparisons.clause(row)}"
+            if is_settled(row):
+                lines.append(f"settled at {row['look']} seeds: {what}")
+                continue
+            level = looks.design.levels(len(looks.design.looks) - 1, row["family"]).difference
+            plan = stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level)
+            known = not math.isnan(plan[0])
+            plans += [plan] if known else []
+            takes = f"; it takes about {comparisons.plan(*plan)} seeds in all" if known else ""
+            lines.append(f"open: {what}{takes}")
+        if not any(map(is_open, self._rows)):
+            return [*lines, "every claim that can be tested is settled"]
+        if looks.taken[-1] == looks.design.most:
+            return [
+                *lines,
+                f"hydra.sweeper.most={looks.design.most} is reached, and all of the error spent: "
+                "to know more, plan a study of new seeds, with a larger most and "
+                f"hydra.sweeper.first_seed={looks.first_seed + looks.design.most}",
+            ]
+        seeds = looks.design.looks[len(looks.taken)] - looks.taken[-1]
+        return [
+            *lines,
+            f"{self._budget_in_the_way()} is spent ({self._spent}): {seeds} more seeds in "
+            f"{len(self._needed)} arms take about {self._next_cost()}; with a larger budget the "
+            "same command goes on",
+        ]
+
+
+def _check_same(before: Looks, asked: Looks) -> None:
+    """Raise ConfigError where a study that was looked at is to be looked at otherwise."""
+    for name in ("first", "step", "most"):
+        then, now = getattr(before.design, name), getattr(asked.design, name)
+        if then != now:
+            raise _other(name, then, now)
+    for name in ("first_seed", "margin"):
+        then, now = getattr(before, name), getattr(asked, name)
+        if then != now:
+            raise _other(name, then, now)
+
+
+def _other(name: str, then: float, now: float) -> ConfigError:
+    return ConfigError(
+        f"hydra.sweeper.{name}={now:g}: this study was looked at with {then:g}, and what its looks "
+        "may spend follows from that: leave it, or run a study of new seeds "
+        "(hydra.sweeper.first_seed)"
+    )
+
+
+def _state(folder: Path) -> RunState | None:
+    """How a job ended; None where it has no record that can be read."""
+    try:
+        record = read_record(folder)
+    except RecordError:
+        return None
+    return record.status if record else None
+
+
+def _spent(results: Results) -> Cost:
+    """What the phases of these runs took when they were trained, each counted once."""
+    phases: Any = results.phases
+    own = phases["run"] + " " + phases["phase"].astype(str)
+    stage = phases["stage"].astype(object).where(phases["stage"].notna(), own)
+    columns = ["train_seconds", "evaluation_seconds", "train_flops_head", "train_flops_body"]
+    took: Any = phases[columns].astype("float64").groupby(stage.to_numpy()).max().sum()
+    return Cost(
+        float(took["train_seconds"] + took["evaluation_seconds"]) / 3600,
+        float(took["train_flops_head"] + took["train_flops_body"]),
+    )

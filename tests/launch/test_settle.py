@@ -1,0 +1,214 @@
+"""Studies that add seeds until their claims are settled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proglayer.errors import ConfigError
+from proglayer.launch.settle import Study
+from proglayer.report.sequential import Design, Looks, read_looks, write_looks
+from proglayer.report.write import write_report
+
+from .. import synthetic
+from ..helpers import SHORT, Command, assert_same_bits, results
+from .test_sweep import command
+
+BOTH = "model=standard,deep_supervision"
+SETTLE = (
+    "hydra/sweeper=settle", *SHORT, "threads=1", BOTH, "experiment=original", "phase.max_epochs=3",
+    "hydra.sweeper.first=2", "hydra.sweeper.step=1", "hydra.sweeper.most=3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "hydra.sweeper.first=1",
+        "hydra.sweeper.first=five",
+        "hydra.sweeper.first=5",  # more than most
+        "hydra.sweeper.step=0",
+        "hydra.sweeper.most=3.5",
+        "hydra.sweeper.first_seed=-1",
+        "hydra.sweeper.margin=0",
+        "hydra.sweeper.margin=nan",
+        "hydra.sweeper.hours=0",
+        "hydra.sweeper.operations=many",
+        "seed=1,2",
+        "+hydra.sweeper.params.seed=3",
+        "hydra.sweep.subdir=x",
+    ],
+)
+def test_a_setting_that_cannot_work_is_named_in_one_line(
+    train: Command, tmp_path: Path, given: str
+):
+    done = train("-m", *SETTLE, given, "hydra.sweep.dir=s")
+    assert done.status == 1
+    assert not (tmp_path / "s").exists()
+    (line,) = done.err.splitlines()
+    named = {
+        "hydra.sweeper.first=5": "hydra.sweeper.most=3",
+        "+hydra.sweeper.params.seed=3": "seed",
+    }
+    assert line.startswith(f"error: {named.get(given, given.split('=')[0])}"), line
+
+
+def test_arms_that_test_no_claim_are_refused(train: Command, tmp_path: Path):
+    done = train("-m", *(given for given in SETTLE if given != BOTH))
+    assert done.status == 1
+    assert done.err.startswith("error: hydra/sweeper=settle: these arms test no claim: give both")
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_a_plan_says_when_it_looks(train: Command, tmp_path: Path):
+    done = train("-m", *SETTLE, "plan=true")
+    assert done.status == 0, done.err
+    assert "these 2 arms, looked at with 2, 3 seeds" in done.out
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tmp_path: Path):
+    """And on workers as in one process."""
+    pytest.importorskip("joblib")
+    whole = train("-m", *SETTLE, "hydra.sweep.dir=s")
+    assert whole.status == 0, whole.err
+
+    folder = tmp_path / "other"
+    folder.mkdir()
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s")
+    process = command(folder, *SETTLE, *joblib)
+    # Until its second batch has begun.
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("s/4_*/metrics.csv")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    looks = read_looks(folder / "s")
+    assert looks is not None
+    assert looks.taken == (2,)
+
+    again = command(folder, *SETTLE, *joblib)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    for name in ("looks.json", "jobs.json"):
+        assert (folder / "s" / name).read_bytes() == (tmp_path / "s" / name).read_bytes()
+    records = results(tmp_path / "s")
+    assert len(records) == 6
+    assert_same_bits(results(folder / "s"), records)
+    told = [line for line in whole.out.splitlines() if line.startswith(("open", "settled"))]
+    assert told
+    assert told == [line for line in output.splitlines() if line.startswith(("open", "settled"))]
+    # The claims as the report finds them.
+    reports = [write_report([at / "s"], at / "r", png=False) for at in (tmp_path, folder)]
+    tables = [page.with_name("tables") / "comparisons.csv" for page in reports]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+    assert "Looked at with 2, 3 seeds, of at most 3." in reports[0].read_text()
+
+
+def test_a_larger_budget_goes_on_and_other_looks_are_refused(train: Command, tmp_path: Path):
+    settle = ("-m", *SETTLE, "hydra.sweeper.operations=1")
+    done = train(*settle)
+    assert done.status == 0, done.err
+    assert "hydra.sweeper.operations=1 is spent" in done.out.splitlines()[-1]
+    (folder,) = (tmp_path / "multirun").glob("settle_*")
+    assert len(results(folder)) == 4
+    for given in ("first=3", "step=2", "most=5", "margin=0.2"):
+        refused = train(*settle, f"hydra.sweeper.{given}")
+        assert refused.status == 1
+        (line,) = refused.err.splitlines()
+        assert line.startswith(f"error: hydra.sweeper.{given}: this study was looked at with"), line
+
+    # With a margin as wide as this all is the same; it is another study, on other seeds.
+    wide = ("hydra.sweeper.margin=90", "hydra.sweeper.first_seed=2", "hydra.sweep.dir=wide")
+    settled = train("-m", *SETTLE, *wide)
+    assert settled.status == 0, settled.err
+    lines = settled.out.splitlines()
+    assert lines[-1] == "every claim that can be tested is settled"
+    assert any(line.startswith("settled at 2 seeds: Deep supervision helps") for line in lines)
+    assert {record["seed"] for record in results(tmp_path / "wide")} == {2, 3}
+
+    largest = train(*settle[:-1], "hydra.sweeper.operations=1e15")
+    assert largest.status == 0, largest.err
+    assert "hydra.sweeper.most=3 is reached" in largest.out.splitlines()[-1]
+    assert len(results(folder)) == 6
+
+
+ARMS = [
+    ("original", "standard"), ("original", "deep_supervision"),
+    ("control_unfrozen", "standard"), ("control_unfrozen", "deep_supervision"),
+]  # fmt: skip
+
+
+def study(folder: Path, seeds: int, taken: tuple[int, ...], **failing: Any) -> Study:
+    """A study in which one comparison is noise and the two others are plain after a few seeds."""
+    draw = np.random.default_rng(0)
+    for seed in range(seeds):
+        for number, (experiment, model) in enumerate(ARMS):
+            frozen = experiment == "original"
+            # In nats; 0.2 of them are a point.
+            lower = 0.3 * (model == "deep_supervision") * (1 + frozen)
+            noise = 0.2 if model == "standard" and not frozen else 0.01
+            loss = 6.8 - lower + noise * draw.normal()
+            epochs = (
+                [loss + 0.1, loss, loss + 0.1] if experiment == "original" else [loss, loss + 1]
+            )
+            name = f"{seed * len(ARMS) + number}_x"
+            status = "failed" if failing.get("seed") == seed else "completed"
+            synthetic.run(
+                folder / name, experiment, model, seed, losses=[[6.9, 7.0], epochs], status=status
+            )
+    looks = Looks(Design(4, 2, 8), first_seed=0, margin=0.1)
+    if taken:
+        write_looks(folder, Looks(looks.design, 0, 0.1, taken))
+    sweeper: Any = SimpleNamespace(hours=None, operations=None)
+    checks: Any = None
+    return Study(sweeper, checks, folder, [() for _ in ARMS], looks)
+
+
+def test_arms_that_no_open_claim_needs_are_dropped(tmp_path: Path):
+    found = study(tmp_path, 4, (4,))
+    verdicts = {(row["claim"], row["model"]): row["verdict"] for row in found._rows}
+    assert verdicts == {
+        ("Deep supervision helps when layers are added", ""): "better",
+        ("Existing layers must be stable", "standard"): "unclear",
+        ("Existing layers must be stable", "deep_supervision"): "better",
+        ("Stepwise training works", ""): "not tested",
+    }
+    assert [ARMS[arm] for arm in found._needed] == [ARMS[0], ARMS[2]]
+
+
+def test_what_is_settled_keeps_the_verdict_and_interval_of_its_look(tmp_path: Path):
+    first = study(tmp_path, 6, (4,))._rows
+    second = study(tmp_path, 6, (4, 6))._rows
+    for before, after in zip(first, second, strict=True):
+        settled = before["verdict"] in ("better", "same within the margin")
+        assert after.get("look") == (4 if settled else 6) or not after["comparisons"]
+        assert not settled or (after["n"], after["low"]) == (4, before["low"])
+        assert after["n"] == (4 if settled else 6) or not after["comparisons"]
+    # The looks share the 5 %: three comparisons (tokens are not asked for here), of 8 seeds.
+    assert [row["level"] for row in first if row["comparisons"]] == [0.05 / 3 * 4 / 8] * 3
+
+
+def test_a_seed_that_failed_is_counted_and_left_out(tmp_path: Path):
+    found = study(tmp_path, 4, (4,), seed=2)
+    made = [row for row in found._rows if row["comparisons"]]
+    assert [(row["n"], row["dropped"], row["left_out"]) for row in made] == [(3, 1, "1 failed")] * 3
+
+
+def test_damaged_looks_are_refused(tmp_path: Path):
+    study(tmp_path, 1, (4,))
+    (tmp_path / "looks.json").write_text(json.dumps({"first": 4, "step": 2}))
+    with pytest.raises(ConfigError, match="looks.json cannot be read"):
+        study(tmp_path, 1, ())
+    with pytest.raises(ValueError, match="looks.json cannot be read"):
+        write_report([tmp_path], tmp_path / "r", png=False)
