@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -206,8 +207,10 @@ def ranking(curves: Frame) -> Frame:
         `step` (epochs of training, all phases), `seed`, `tau` (nan where all arms are equal);
         empty below FEWEST_RANKED arms.
     """
-    from scipy.stats import kendalltau
+    import scipy.stats
 
+    # Its own types lack what it returns.
+    kendalltau: Any = scipy.stats.kendalltau
     own = curves[curves["epoch"] > 0].sort_values("step", kind="stable")
     own = own.assign(lowest=own.groupby(["run", "phase"])["loss"].cummin())
     wide = own.pivot_table("lowest", ["variant", "seed"], "step", observed=True)
@@ -218,7 +221,7 @@ def ranking(curves: Frame) -> Frame:
     steps = wide.columns.get_level_values("step").unique().sort_values()
     shown = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, MOST_STEPS)})
     rows = [
-        [int(step), seed, float(kendalltau(losses[step], losses[steps[-1]])[0])]
+        [int(step), seed, float(kendalltau(losses[step], losses[steps[-1]]).statistic)]
         for seed, losses in wide.iterrows()
         for step in shown
     ]

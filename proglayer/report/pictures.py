@@ -564,29 +564,59 @@ def engineering(value: float) -> str:
 def over_seeds(
     gallery: Gallery, name: str, title: str, values: Frame, x_label: str, y_label: str
 ) -> Picture:
-    """A line of means with their 95 % intervals, and a dot for each seed.
+    """Lines of means with their 95 % intervals; a dot for each seed where there is one line.
 
     Args:
-        values: `x`, `y`; a row a seed.
+        values: `x`, `y`, a row a seed; with `arm`, a line each; with `at`, what a point of a line
+            stands for where seeds differ in `x`, too.
     """
-    at = pd.DataFrame({x: vars(stats.summary(own)) for x, own in values.groupby("x")["y"]}).T
-    x = at.index.to_numpy(float)
+    arms: dict[str, Frame] = (
+        dict(iter(values.groupby("arm", sort=False))) if "arm" in values else {}
+    )
+    at = "at" if "at" in values else "x"
+    means = {
+        arm: own.groupby(at)
+        .agg(x=("x", "mean"))
+        .join(pd.DataFrame({k: vars(stats.summary(y)) for k, y in own.groupby(at)["y"]}).T)
+        for arm, own in (arms or {"mean, 95 % interval, and seeds": values}).items()
+    }
+
+    step = 0.015 * (values["x"].max() - values["x"].min())
+    # Points of several lines at one place stand beside each other.
+    apart = step if values.groupby(at)["x"].nunique().max() == 1 else 0.0
 
     def paint(axes: Axes) -> None:
-        beside = values["x"] + 0.015 * (x.max() - x.min())
-        axes.plot(beside, values["y"], "o", color=BLUE, alpha=0.55, markersize=3, mew=0)
-        axes.vlines(x, at["low"], at["high"], color=BLUE, linewidth=2)
-        label = "mean, 95 % interval, and seeds"
-        axes.plot(x, at["mean"].to_numpy(float), color=BLUE, marker="o", linewidth=1, label=label)
+        for number, (arm, mean) in enumerate(means.items()):
+            look = LOOKS[number % len(LOOKS)]
+            x = mean["x"].to_numpy(float) + apart * (number - (len(means) - 1) / 2)
+            if not arms:
+                beside = values["x"] + step
+                axes.plot(beside, values["y"], "o", color=look.colour, alpha=0.55, ms=3, mew=0)
+            axes.vlines(x, mean["low"], mean["high"], color=look.colour, linewidth=2, alpha=0.7)
+            axes.plot(
+                x,
+                mean["mean"].to_numpy(float),
+                color=look.colour,
+                linestyle=look.dashes,
+                marker=look.marker,
+                markersize=4.5,
+                linewidth=1,
+                label=_wrapped(arm, 30),
+            )
         _tick(axes.xaxis, 8, whole=True)
         axes.set_xlabel(x_label)
         _tick(axes.yaxis, 5)
         axes.set_ylabel(y_label)
-        _legend(axes, 1)
+        _legend(axes, 2 if len(means) > 1 else 1)
 
-    shown_in_words = "; ".join(f"{x:g}: {mean:.4g}" for x, mean in at["mean"].items())
+    shown_in_words = "; ".join(
+        (f"{arm}: " if arms else "")
+        + ", ".join(f"{x:.3g}: {y:.4g}" for x, y in zip(mean["x"], mean["mean"], strict=True))
+        for arm, mean in means.items()
+    )
+    lines = sum(1 + _wrapped(arm, 30).count("\n") for arm in means) / 2
     alt = f"{title}; {y_label} by {x_label}: {shown_in_words}"
-    return gallery.draw(name, title, alt, 3.1, paint)
+    return gallery.draw(name, title, alt, 2.9 + 0.17 * lines, paint)
 
 
 # --- parameters -----------------------------------------------------------------------------------

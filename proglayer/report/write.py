@@ -21,7 +21,7 @@ import pandas as pd
 
 from proglayer import files
 from proglayer.console import counted
-from proglayer.report import comparisons, growth, ledger, sequential, stats, study
+from proglayer.report import comparisons, early_exit, growth, ledger, sequential, stats, study
 from proglayer.report.page import (
     Block,
     Bullets,
@@ -174,12 +174,13 @@ def _in_sweeps(results: Results) -> list[str]:
 
 
 def _all_it_depends_on(results: Results, margins: Margins) -> str:
-    """A hash of what was read of the runs, how their sweeps were started, the margins, the code."""
+    """A hash of all that was read of the runs and of their sweeps, the margins, the code."""
     digest = hashlib.sha256(f"{margins} {results.fingerprint()}".encode())
     in_sweeps = _in_sweeps(results)
     started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps}
     started |= set(study_files(in_sweeps))
     started |= {folder / sequential.LOOKS for folder in sequential.sweeps_with_looks(results)}
+    started |= {Path(folder) / early_exit.EXITS for folder in results.runs["folder"]}
     code = [
         p
         for p in Path(__file__).parent.parent.rglob("*")
@@ -298,6 +299,10 @@ class _Report:
             compute = self.compute[condition.number]
             keep("changes", condition, study.changes(condition.asked))
             keep("growth", condition, growth.growths(self.results, condition.runs))
+            worth = early_exit.worth(condition.runs)
+            keep("exits_worth", condition, worth.exits)
+            keep("early_exit", condition, worth.early_exit)
+            keep("changed_layers", condition, worth.changed_layers)
             keep("ledger", condition, compute.spent)
             keep("to_target", condition, compute.reached)
             keep("speed_up", condition, compute.speed_up)
@@ -323,6 +328,7 @@ class _Report:
             ("From the first phase to the last", self._changes, "changes.csv"),
             ("At the moment of growth", self._growth, "growth.csv"),
             ("Learning curves", self._learning_curves, "epochs.csv and exits.csv"),
+            ("What exits are worth", self._exits, "early_exit.csv and changed_layers.csv"),
             ("Compute", self._ledger, "ledger.csv, to_target.csv and speed_up.csv"),
         ):
             if inside := self._per_condition(section, tables):
@@ -670,6 +676,21 @@ class _Report:
             )
             blocks.append(Pictures(by_exits))
         return blocks + condition.more_variants("epochs.csv and exits.csv")
+
+    def _exits(self, condition: _Condition) -> list[Block]:
+        """What `python -m proglayer.exits` measured of these runs, if it did."""
+        shown = condition.runs["variant"].isin(condition.variants[:MOST_VARIANTS])
+        found = early_exit.worth(condition.runs[shown])
+        if found.exits.empty:
+            return []
+        note = (
+            "A token is predicted at the lowest exit that gives its guess at least so much "
+            "probability, every layer having seen the tokens before. On the validation text; means "
+            "over seeds with 95 % intervals."
+        )
+        pictures = early_exit.pictures(self.gallery, found, condition.slug)
+        blocks = [Bullets(early_exit.sentences(found)), Paragraph(note, muted=True)]
+        return [*blocks, Pictures(pictures), *condition.more_variants("early_exit.csv")]
 
     # --- compute ----------------------------------------------------------------------------------
 

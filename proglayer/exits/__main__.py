@@ -1,0 +1,168 @@
+"""`python -m proglayer.exits RUN... -o exits/`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from proglayer import files
+from proglayer.config import from_plain, with_defaults
+from proglayer.console import tell
+from proglayer.data import Corpus, open_corpus
+from proglayer.errors import (
+    ConfigError,
+    StoreError,
+    UserError,
+    first_line,
+    print_error,
+    run_command,
+)
+from proglayer.report import early_exit, study
+from proglayer.report.early_exit import Measured
+from proglayer.report.pictures import Gallery
+from proglayer.report.study import Frame
+from proglayer.results import load, write_csv
+from proglayer.store.record import RecordError, RunRecord, read_record
+
+OUT = "-o"
+FAILED, NOTHING = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Gives its exit status: 1 if a run could not be measured, 2 if none could."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proglayer.exits",
+        description="Measure what the exits of finished runs are worth, and train nothing: "
+        "accuracy and loss against layers used, guesses that the last exit accepts, the loss "
+        "without a layer and with neighbours swapped. Tables as CSV, and pictures with intervals "
+        "over seeds. What was measured is kept in each run's folder, for the next time and for its "
+        "report.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="a run, a sweep, or a pile")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="exits", help="where the results go (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _measure_all(options.folders, Path(options.out)))
+
+
+def _measure_all(folders: Sequence[str], out: Path) -> int:
+    try:
+        runs = study.arms(load(*folders)).runs
+    except OSError as error:
+        print_error(first_line(error))
+        return NOTHING
+    try:
+        if runs.empty:
+            raise ConfigError(f"no completed run in {', '.join(folders)}")
+        ours = _open_folder(out)
+        corpus: Corpus | None = None
+        measured: dict[str, Measured] = {}
+        failed = 0
+        _check_texts(runs)
+        for row in runs[["run", "folder"]].itertuples():
+            folder = Path(str(row.folder))
+            try:
+                record = _record(folder)
+                found = early_exit.kept(folder, record.weights_sha256)
+                if found is None:
+                    corpus = corpus or _corpus(folder, record)
+                    found = _measured(folder, record, corpus)
+                    tell(f"measured {row.run}")
+                measured[str(row.run)] = found
+            except ConfigError:
+                raise  # the text, which all need
+            except (UserError, OSError, ValueError, RecordError) as error:
+                print_error(f"{folder}: {first_line(error)}")
+                failed += 1
+        if not measured:
+            return NOTHING
+    except ConfigError as error:
+        print_error(str(error))
+        return NOTHING
+    found = early_exit.worth(runs, measured)
+    tables = {name: table for name, table in vars(found).items() if len(table)}
+    for name, table in tables.items():
+        write_csv(table, out / f"{name}.csv", ours)
+    drawn = early_exit.pictures(Gallery(out, ours), found)
+    print("\n".join(early_exit.sentences(found)))
+    print(f"{out}: {len(tables)} tables and {len(drawn)} pictures")
+    return FAILED if failed else 0
+
+
+def _open_folder(out: Path) -> files.Ours:
+    """What knows the files of this command in a folder: those beside a table of ours.
+
+    Raises StoreError where other files have the names of ours.
+    """
+    table = out / "exits.csv"
+    is_table = files.begins_with(b"variant,model,seed,run,layer,")
+    known = files.is_ours(table, is_table)
+    for path in sorted([*out.glob("*.csv"), *out.glob("*.svg"), *out.glob("*.png")]):
+        if not known and path.stem in early_exit.NAMES:
+            files.check_ours(path, lambda _: False, OUT)
+    out.mkdir(parents=True, exist_ok=True)
+    return lambda _: known or files.is_ours(table, is_table)
+
+
+def _check_texts(runs: Frame) -> None:
+    """Raise ConfigError where these runs are of several texts: their figures do not compare."""
+    texts = runs.drop_duplicates("corpus_fingerprint")
+    if len(texts) > 1:
+        named = ", ".join(
+            f"{row.corpus} {str(row.corpus_fingerprint)[:8]} ({row.run})"
+            for row in texts.itertuples()
+        )
+        raise ConfigError(
+            f"these runs are of {len(texts)} texts, whose figures do not compare: {named}; give "
+            "runs of one text"
+        )
+
+
+def _record(folder: Path) -> RunRecord:
+    record = read_record(folder)
+    if record is None or record.config is None or record.corpus is None or not record.phases:
+        raise RecordError("damaged", "its record names no settings, text or phases")
+    return record
+
+
+def _corpus(folder: Path, record: RunRecord) -> Corpus:
+    """The text that a run trained on. Raises ConfigError where it is not to be had."""
+    assert record.config is not None
+    assert record.corpus is not None
+    try:
+        data = from_plain(with_defaults(record.config)).data
+        corpus = open_corpus(data, tell)
+    except ConfigError as error:
+        raise ConfigError(f"the text of {folder} is not to be had: {error}") from error
+    if corpus.fingerprint != record.corpus.fingerprint:
+        raise ConfigError(
+            f"the text of {folder} is not to be had: {corpus.name} is another one here than it was "
+            "for the run (another Python, or changed files)"
+        )
+    return corpus
+
+
+def _measured(folder: Path, record: RunRecord, corpus: Corpus) -> Measured:
+    """Measure a run's model, and keep that in its folder where it can be written."""
+    from proglayer.config import Device, Precision
+    from proglayer.exits.measure import measure
+    from proglayer.run.experiment import load_run
+    from proglayer.run.machine import pick_device
+    from proglayer.training.trainer import Windows
+
+    device = pick_device(Device.auto, Precision.float32)
+    model = load_run(folder).to(device)
+    trained = [weight > 0 for weight in record.phases[-1].exit_weights or []]
+    found = measure(model, Windows(corpus.validation, device), trained)
+    try:
+        early_exit.keep(folder, record.weights_sha256, found)
+    except StoreError as error:
+        tell(f"warning: measured, and not kept: {first_line(error)}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

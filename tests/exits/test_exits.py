@@ -1,0 +1,305 @@
+"""What exits are worth: figures against the plain way to have them, files, pictures, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from proglayer import load_run
+from proglayer.exits import measure
+from proglayer.exits.__main__ import main
+from proglayer.report import early_exit
+from proglayer.report.write import write_report
+from proglayer.run.experiment import run
+from proglayer.training.growth import build
+from proglayer.training.model import Model
+from proglayer.training.plan import plan
+from proglayer.training.trainer import Windows, evaluate
+
+from ..helpers import TINY, config, tiny_corpus
+
+CPU = torch.device("cpu")
+CORPUS = tiny_corpus()
+(PHASE,) = plan(config(*TINY, "phase=from_scratch", "added_layers=1"), CORPUS.vocab_size)
+WORDS = " ".join(f"{a} {b} {(a + b) % 40}" for a in range(40) for b in range(17))
+SMALL = (
+    "data=text", "data.samples=40", "data.validation_samples=16", "data.seq_len=8",
+    "data.held_out=0.3", "model.dim=16", "phase.max_epochs=2", "phase.batch_size=16",
+    "threads=1", "report=false", "device=cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Four layers whose exits do not agree: random, with a head that tells words apart."""
+    drawn = build(PHASE)
+    with torch.no_grad():
+        drawn.head_weight.mul_(4)
+    return drawn.eval()
+
+
+@pytest.fixture(scope="module")
+def windows() -> Windows:
+    return Windows(CORPUS.validation, CPU)
+
+
+@pytest.fixture(scope="module")
+def logits(model: Model) -> torch.Tensor:
+    """All logits at once: (exits, tokens, vocabulary)."""
+    tokens = torch.from_numpy(CORPUS.validation[:, :-1]).long()
+    with torch.no_grad():
+        return torch.stack(
+            [model.read(h).flatten(0, 1) @ model.head_weight.T for h in model(tokens)]
+        )
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_all_logits_and_of_the_trainers_evaluation(
+    model: Model, windows: Windows, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "CHUNK_BYTES", 4 * 30 * 7)  # chunks of seven tokens
+    scores = measure.score(model, windows)
+    probabilities = logits.softmax(dim=2)
+    assert torch.equal(scores.guess_em, logits.argmax(dim=2))
+    torch.testing.assert_close(scores.confidence_em.float(), probabilities.amax(dim=2))
+    expected = evaluate(model, PHASE, CORPUS, CPU, range(4))
+    assert scores.nll_em.mean(dim=1).tolist() == pytest.approx([e.loss for e in expected], rel=1e-5)
+    right = (scores.guess_em == scores.target_m).double().mean(dim=1).tolist()
+    assert right == pytest.approx([e.accuracy for e in expected])
+
+
+def test_each_token_leaves_at_the_first_exit_that_is_sure(
+    model: Model, windows: Windows, logits: torch.Tensor
+) -> None:
+    scores = measure.score(model, windows)
+    depths = torch.arange(1, 5)
+    probabilities = logits.softmax(dim=2)
+    target = scores.target_m.tolist()
+    used = []
+    for threshold in (0.3, 0.5):
+        layers, right, nll = [], [], []
+        for token in range(len(target)):
+            for exit in range(4):
+                p = probabilities[exit, token]
+                if exit == 3 or float(p.max()) >= threshold:
+                    layers.append(exit + 1)
+                    right.append(int(p.argmax()) == target[token])
+                    nll.append(-float(p[target[token]].log()))
+                    break
+        found = measure.early_exit(scores, depths, threshold)
+        assert found.layers == pytest.approx(sum(layers) / len(layers))
+        assert found.accuracy_percent == pytest.approx(100 * sum(right) / len(right))
+        assert found.loss == pytest.approx(sum(nll) / len(nll), rel=1e-4)
+        used.append(found.layers)
+    assert 1 < used[0] < used[1] < 4
+
+
+def test_the_ends_of_the_thresholds_are_the_first_and_the_last_exit(
+    model: Model, windows: Windows
+) -> None:
+    found = measure.measure(model, windows, [False, False, False, True])
+    first, last = found.early_exit[0], found.early_exit[-1]
+    assert (first.layers, last.layers) == (1, 4)
+    assert first.loss == pytest.approx(found.exits[0].loss)
+    assert last.loss == pytest.approx(found.exits[-1].loss)
+    assert [each.trained for each in found.exits] == [False, False, False, True]
+    assert found.exits[-1].accepted_percent == 100
+    scores = measure.score(model, windows)
+    same = (scores.guess_em[0] == scores.guess_em[-1]).double().mean()
+    assert found.exits[0].accepted_percent == pytest.approx(100 * float(same))
+
+
+def test_a_layer_left_out_and_neighbours_swapped_are_models_of_these_layers(
+    model: Model, windows: Windows
+) -> None:
+    before = list(model.layers)
+    found = measure.measure(model, windows, [True] * 4).changed_layers
+    assert list(model.layers) == before
+    kinds = [(each.change, each.layer) for each in found]
+    assert kinds == [
+        *(("left out", layer) for layer in (1, 2, 3, 4)),
+        *(("swapped with the next", layer) for layer in (1, 2, 3)),
+    ]
+    tokens = torch.from_numpy(CORPUS.validation[:, :-1]).long()
+    for each, order in zip(
+        found, ("123", "023", "013", "012", "1023", "0213", "0132"), strict=True
+    ):
+        with torch.no_grad():
+            hidden = model.embed(tokens)
+            for number in map(int, order):
+                (hidden,) = model.layers_from(number, hidden, number + 1)
+            logits = model.read(hidden).flatten(0, 1) @ model.head_weight.T
+        loss = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(CORPUS.validation[:, 1:]).long().reshape(-1)
+        )
+        assert each.loss == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_model_without_layers_has_one_exit_and_nothing_to_leave_out(windows: Windows) -> None:
+    bigram = config(*TINY, "phase=from_scratch", "initial_layers=0", "added_layers=0")
+    (phase,) = plan(bigram, CORPUS.vocab_size)
+    found = measure.measure(build(phase), windows, [True])
+    assert [each.layer for each in found.exits] == [0]
+    assert found.changed_layers == []
+    assert {each.layers for each in found.early_exit} == {0}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Standard and deep supervision, two seeds each."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text(WORDS)
+    for name in ("standard", "deep_supervision"):
+        for seed in (1, 2):
+            own = (f"model={name}", f"seed={seed}", f"data.files=[{folder / 'text.txt'}]")
+            settings = config(*SMALL, *own, f"stages.dir={folder / 'stages'}")
+            path = folder / "pile" / f"{name}{seed}"
+            path.mkdir(parents=True)
+            run(settings, path, own[:2], {"model": name})
+    return folder / "pile"
+
+
+@pytest.fixture(scope="module")
+def done(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "exits"
+    assert main([str(runs), "-o", str(out)]) == 0
+    return out
+
+
+def test_the_command_leaves_tables_and_pictures(runs: Path, done: Path) -> None:
+    exits = pd.read_csv(done / "exits.csv")
+    assert len(exits) == 4 * 4  # runs and exits: three layers and the grown one
+    record = json.loads((runs / "standard1" / "result.json").read_text())
+    own = exits[exits["run"] == "standard1"]
+    recorded = [each["validation_loss"] for each in record["phases"][-1]["exits"]]
+    assert own["loss"].tolist() == pytest.approx(recorded, rel=1e-5)
+    assert own["trained"].tolist() == [False, False, False, True]
+    assert exits.loc[exits["run"] == "deep_supervision1", "trained"].all()
+    early = pd.read_csv(done / "early_exit.csv")
+    assert len(early) == 4 * len(measure.THRESHOLDS)
+    changed = pd.read_csv(done / "changed_layers.csv")
+    assert len(changed) == 4 * (4 + 3)
+    assert (changed["loss_rise"] != 0).all()
+    names = [name for name in early_exit.NAMES if "-" in name or name == "acceptance"]
+    for name in names:
+        for form in ("svg", "png"):
+            assert (done / f"{name}.{form}").is_file()
+
+
+def test_what_was_measured_is_not_measured_again(
+    runs: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("it was measured")
+
+    before = {path.name: path.read_bytes() for path in done.iterdir()}
+    monkeypatch.setattr(measure, "score", fail)
+    assert main([str(runs), "-o", str(done)]) == 0
+    assert {path.name: path.read_bytes() for path in done.iterdir()} == before
+
+
+def test_other_weights_are_measured_anew(runs: Path, done: Path) -> None:
+    kept = early_exit.kept(runs / "standard1", None)
+    assert kept is None
+    record = json.loads((runs / "standard1" / "result.json").read_text())
+    assert early_exit.kept(runs / "standard1", record["weights_sha256"]) is not None
+
+
+def test_a_report_shows_what_was_measured(runs: Path, done: Path, tmp_path: Path) -> None:
+    page = write_report([runs], tmp_path / "report")
+    text = (page.parent / "report.md").read_text()
+    assert "## What exits are worth" in text
+    assert (page.parent / "figures" / "early-exit-accuracy.svg").is_file()
+    assert "Deep supervision: within 0.1 points of all 4 layers'" in text
+    # It is made anew once other exits are measured, and left as it is otherwise.
+    stamp = page.stat().st_mtime_ns
+    write_report([runs], tmp_path / "report", overwrite=False)
+    assert page.stat().st_mtime_ns == stamp
+    kept = (runs / "standard1" / "exits.json").read_bytes()
+    try:
+        (runs / "standard1" / "exits.json").unlink()
+        write_report([runs], tmp_path / "report", overwrite=False)
+        assert page.stat().st_mtime_ns != stamp
+    finally:
+        (runs / "standard1" / "exits.json").write_bytes(kept)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_run_without_weights_is_named_and_the_others_are_measured(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pile = shutil.copytree(runs, tmp_path / "pile")
+    (pile / "standard1" / "weights.safetensors").unlink()
+    (pile / "standard1" / "exits.json").unlink(missing_ok=True)
+    assert main([str(pile), "-o", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in error if line.startswith("error: ")]
+    assert "standard1 holds no weights.safetensors" in line
+    assert set(pd.read_csv(tmp_path / "out" / "exits.csv")["run"]) == {
+        "standard2", "deep_supervision1", "deep_supervision2",
+    }  # fmt: skip
+
+
+def test_runs_of_several_texts_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pile = shutil.copytree(runs, tmp_path / "pile")
+    path = pile / "standard1" / "result.json"
+    record = json.loads(path.read_text())
+    record["corpus"]["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(record))
+    assert main([str(pile), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: these runs are of 2 texts")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_text_that_is_not_to_be_had_is_told(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = shutil.copytree(runs / "standard1", tmp_path / "one")
+    (one / "exits.json").unlink(missing_ok=True)
+    path = one / "result.json"
+    record = json.loads(path.read_text())
+    record["config"]["data"]["files"] = [str(tmp_path / "gone.txt")]
+    path.write_text(json.dumps(record))
+    assert main([str(one), "-o", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the text of {one} is not to be had: ")
+    (tmp_path / "gone.txt").write_text(WORDS.replace("7", "8"))
+    assert main([str(one), "-o", str(tmp_path / "out")]) == 2
+    assert "is another one here" in capsys.readouterr().err
+
+
+def test_folders_without_a_run_and_files_of_others_are_told(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'nothing'}\n"
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 2
+    assert "no completed run" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "exits.csv").write_text("my,own\n")
+    assert main([str(runs), "-o", str(tmp_path / "mine")]) == 1
+    assert "was not written by proglayer" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "exits.csv").read_text() == "my,own\n"
+
+
+def test_a_model_is_the_same_after_it_was_measured(runs: Path, windows: Windows) -> None:
+    model = load_run(runs / "standard1")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measure.measure(model, windows, [True])
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
