@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
+import multiprocessing
+import os
 import re
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from proglayer import load_run
+from proglayer.config import Config
+from proglayer.run.experiment import run
+from proglayer.store.record import Machine
+from proglayer.store.stages import stage_key
+from proglayer.store.trajectory import Trajectory, describe
 from proglayer.training.plan import Phase, plan, training_flops
+from proglayer.training.trainer import Progress, Training
 
 from .helpers import ROOT, Command, config, epochs_trained, results
 
@@ -67,20 +81,23 @@ def test_a_recipe_opens_with_command_cost_and_expectation(name: str) -> None:
     assert "Expect:" in text
 
 
-@pytest.mark.parametrize("name", SHORTENED)
-def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
-    from proglayer import load_run
-    from proglayer.run.experiment import run
+def settings(name: str, store: Path) -> Config:
+    """A recipe at a size that trains in a moment: 2 epochs of 3 steps a phase."""
+    own = ["growth.gate_steps=3"] if name == "gated" else []
+    return config(f"experiment=recipe/{name}", *SMALL, *own, f"stages.dir={store}")
 
-    overrides = [f"experiment=recipe/{name}", *SMALL, f"stages.dir={tmp_path / 'stages'}"]
-    if name == "gated":
-        overrides.append("growth.gate_steps=2")
-    run(config(*overrides), tmp_path)
-    record = json.loads((tmp_path / "result.json").read_text())
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_a_recipe_runs_from_end_to_end_and_killed_in_its_middle_gives_the_same_bits(
+    name: str, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(settings(name, tmp_path / "a"), whole)
+    record = json.loads((whole / "result.json").read_text())
     assert record["status"] == "completed", record["reason"]
     phases = record["phases"]
     assert [phase["layers"] for phase in phases] == [phase[0] for phase in SHORTENED[name]]
-    assert len(load_run(tmp_path).layers) == phases[-1]["layers"]
+    assert len(load_run(whole).layers) == phases[-1]["layers"]
     for phase in phases[1:]:
         if "growth" not in phase:
             continue
@@ -88,6 +105,58 @@ def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
         assert len(growth["exit_losses_after"]) == phase["layers"]
         shock = growth["loss_after"] - growth["loss_before"]
         assert (shock == 0) is (name in ("llama_pro", "gated"))
+    # Killed in the middle of an epoch, the one after a growth where there is one.
+    middle = 3 * sum(phase["epochs"] for phase in phases) // 2 + 2
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=run_until_killed, args=(name, tmp_path / "b", killed, middle))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert not (killed / "result.json").exists()
+    assert list((tmp_path / "b").glob("*/state-*"))
+    run(settings(name, tmp_path / "b"), killed)
+    assert lasting(killed) == lasting(whole)
+    one, two = (folder / "weights.safetensors" for folder in (whole, killed))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def run_until_killed(name: str, store: Path, folder: Path, step: int) -> None:
+    """A run that kills its process right after this step; state is stored after every one."""
+    after_step, steps = Trajectory._after_step, itertools.count(1)
+
+    def killing(trajectory: Trajectory, training: Training, progress: Progress) -> None:
+        after_step(trajectory, training, progress)
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trajectory._after_step = killing
+    folder.mkdir()
+    run(replace(settings(name, store), checkpoint_every_s=0.0), folder)
+
+
+def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Phases and epochs of a run, times and the account of who trained them apart."""
+    phases = json.loads((folder / "result.json").read_text())["phases"]
+    for phase in phases:
+        for name in ("work", "train_seconds", "evaluation_seconds", "tokens_per_second"):
+            del phase[name]
+    head, *rows = csv.reader((folder / "metrics.csv").read_text().splitlines())
+    kept = [n for n, name in enumerate(head) if name != "reused" and not name.endswith("seconds")]
+    return phases, [[row[n] for n in kept] for row in rows]
+
+
+def test_recipes_that_begin_alike_share_their_first_phase() -> None:
+    machine = Machine("cpu", "a cpu", 1, "2.13.0")
+    first: dict[str, set[str]] = {}
+    for name in SHORTENED:
+        phase = plan(config(f"experiment=recipe/{name}"), 8192)[0]
+        first.setdefault(stage_key(describe(None, phase, "text", machine)), set()).add(name)
+    shared = [names for names in first.values() if len(names) > 1]
+    assert sorted(map(sorted, shared)) == [
+        ["exits_only", "gated", "growth_timing", "loss_by_phase"],
+        ["llama_pro", "midas"],
+    ]
+    assert len(first) == len(SHORTENED) - 4
 
 
 # -- growth_timing ---------------------------------------------------------------------------------

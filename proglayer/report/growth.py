@@ -76,7 +76,7 @@ def mixing(runs: Frame, curves: Frame, scratch: Mapping[str, str], margin: float
         tokens by run; inf for never. Runs without such a partner are left out.
     """
     place = {(r.variant, r.model, r.seed): r.run for r in runs.itertuples()}
-    by_run = dict(iter(curves.groupby("run", sort=False)))
+    by_run = dict(iter(curves.groupby("run", sort=False))) if scratch else {}
     found = {}
     for row in runs[runs["variant"].isin(scratch)].itertuples():
         other = by_run.get(place.get((scratch[row.variant], row.model, row.seed), ""))
