@@ -59,6 +59,7 @@ def tiny_corpus(
         vocab_size=vocab_size,
         fingerprint=digest,
         folder=Path(),
+        validation_bytes=5 * windows * seq_len,
     )
 
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ValidationError
 
 from proglayer import files
-from proglayer.config import OnError, short_hash
+from proglayer.config import BPE, OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.common import params_as_overrides, threads_per_job, unread
@@ -107,6 +107,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
             "such as 'lr.base=tag(log,interval(1e-4,1e-2))'"
         )
     check_launcher(sweeper)
+    _check_objective(space, master)
     name = sweeper.study_name or f"proglayer_{short_hash(without_hydra(sorted(space.given)))}"
     with unread(master), alone(sweeper.storage or "", name) as by_itself:
         trials = Trials(sweeper, space, name, by_itself)
@@ -140,6 +141,22 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
         text = OmegaConf.to_yaml(OmegaConf.create(found)).encode()
         best_file = folders[-1] / "optimization_results.yaml"
         files.write_over(best_file, text, files.begins_with(b"name: optuna"), SWEEP)
+
+
+# Figures per token, and the settings that say what a token is (of bpe, its size does, too).
+PER_TOKEN = ("loss", "perplexity", "accuracy_percent")
+OF_TOKENS = ("data.tokenizer", "data.tokenizer_revision")
+
+
+def _check_objective(space: Space, master: DictConfig) -> None:
+    """Raise ConfigError where trials of different tokenizers would be told apart by a loss."""
+    own = (*OF_TOKENS, "data.max_vocab") if master.data.tokenizer == BPE else OF_TOKENS
+    searched = [name for name in own if name in space.distributions]
+    if searched and master.objective.endswith(PER_TOKEN):
+        raise ConfigError(
+            f"objective={master.objective} is per token, so it does not compare what "
+            f"{searched[0]} makes: take objective=phases.-1.best.validation_bits_per_byte"
+        )
 
 
 def _check_settings(sweeper: OptunaSweeper) -> None:

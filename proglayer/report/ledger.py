@@ -78,7 +78,7 @@ def spent(results: Results, runs: Frame) -> Frame:
     Returns:
         one row per arm: `variant`, `model`, `seeds`, `phases`, `epochs`, `tokens`, `flops`,
         `flops_without_head`, `train_seconds`, `evaluation_seconds`, `seconds`,
-        `seconds_saved` (by reuse), `loss`, `perplexity` (of the last phase).
+        `seconds_saved` (by reuse), `loss`, `perplexity`, `bits_per_byte` (of the last phase).
     """
     own = results.phases[results.phases["run"].isin(runs["run"])]
     seconds = own.groupby("run")[["train_seconds", "evaluation_seconds"]].sum(min_count=1)
@@ -95,6 +95,7 @@ def spent(results: Results, runs: Frame) -> Frame:
         "seconds_saved": "seconds_saved",
         "loss": "last_loss",
         "perplexity": "last_perplexity",
+        "bits_per_byte": "last_bits_per_byte",
     }
     numbers = table[list(figures.values())].astype("float64")
     numbers.columns = list(figures)

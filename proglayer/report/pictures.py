@@ -587,18 +587,18 @@ def over_seeds(
 
     def paint(axes: Axes) -> None:
         for number, (arm, mean) in enumerate(means.items()):
-            look = LOOKS[number % len(LOOKS)]
+            style = STYLES[number % len(STYLES)]
             x = mean["x"].to_numpy(float) + apart * (number - (len(means) - 1) / 2)
             if not arms:
                 beside = values["x"] + step
-                axes.plot(beside, values["y"], "o", color=look.colour, alpha=0.55, ms=3, mew=0)
-            axes.vlines(x, mean["low"], mean["high"], color=look.colour, linewidth=2, alpha=0.7)
+                axes.plot(beside, values["y"], "o", color=style.colour, alpha=0.55, ms=3, mew=0)
+            axes.vlines(x, mean["low"], mean["high"], color=style.colour, linewidth=2, alpha=0.7)
             axes.plot(
                 x,
                 mean["mean"].to_numpy(float),
-                color=look.colour,
-                linestyle=look.dashes,
-                marker=look.marker,
+                color=style.colour,
+                linestyle=style.dashes,
+                marker=style.marker,
                 markersize=4.5,
                 linewidth=1,
                 label=_wrapped(arm, 30),

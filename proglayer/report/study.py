@@ -383,6 +383,7 @@ def _add_ends(runs: Frame, phases: Frame) -> None:
 
     runs["end_accuracy"] = judged(last, "accuracy_percent", "last_accuracy_percent")
     runs["end_loss"] = judged(last, "loss", "last_loss")
+    runs["end_bits_per_byte"] = judged(last, "bits_per_byte", "last_bits_per_byte")
     steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
     before = np.where(steps, judged(first, "accuracy_percent", "first_accuracy_percent"), math.nan)
     fall = stats.loss_change_nats(judged(first, "loss", "first_loss"), runs["end_loss"])

@@ -21,7 +21,16 @@ import pandas as pd
 
 from proglayer import files
 from proglayer.console import counted
-from proglayer.report import comparisons, early_exit, growth, ledger, sequential, stats, study
+from proglayer.report import (
+    comparisons,
+    early_exit,
+    growth,
+    ledger,
+    sequential,
+    stats,
+    study,
+    tokenizers,
+)
 from proglayer.report.page import (
     Block,
     Bullets,
@@ -62,6 +71,7 @@ from proglayer.report.tables import (
     speed_up_table,
     spent_table,
     target_table,
+    tokenizers_table,
     unique,
     versions_table,
 )
@@ -263,6 +273,7 @@ class _Report:
             asked = [(condition.name, condition.asked) for condition in self.conditions]
             self.claims = sequential.judge(asked, self.curves, margins, looks)
         self.others = comparisons.judge(others)
+        self.tokenizers = tokenizers.across(self.arms)
         self.compute = {c.number: self._compute(c) for c in self.conditions}
 
     def _condition(self, number: int, name: str) -> _Condition:
@@ -312,6 +323,8 @@ class _Report:
             tables["comparisons"] = [described]
             if len(by_seed):
                 tables["differences"] = [by_seed]
+        if len(self.tokenizers):
+            tables["tokenizers"] = [self.tokenizers]
         for name, parts in tables.items():
             write_csv(pd.concat(parts, ignore_index=True), folder / f"{name}.csv", ours)
 
@@ -322,6 +335,9 @@ class _Report:
         blocks: list[Block] = self._first_screen()
         # A reader of one run, or of single seeds, came for its figures.
         nothing = not (self.claims["n"] > 1).any()
+        if between := self._between_tokenizers():
+            title = "Between tokenizers"
+            blocks.append(Collapsible(title, between, section=True, open=True))
         for title, section, tables in (
             ("The comparisons, in numbers", self._comparisons, "comparisons.csv"),
             ("The founding experiment's tables", self._founding, "phases.csv"),
@@ -341,6 +357,21 @@ class _Report:
             blocks.append(Collapsible("What did not complete", ended, section=True, open=True))
         blocks.append(Collapsible("How to reproduce it", self._reproduce(), section=True))
         return self._lead(), blocks
+
+    def _between_tokenizers(self) -> list[Block]:
+        """Bits per byte of the texts that were cut by several tokenizers."""
+        if self.tokenizers.empty:
+            return []
+        blocks: list[Block] = [
+            Paragraph(
+                "Loss, perplexity and accuracy are per token: between tokenizers they do not "
+                "compare, and no comparison of theirs is made here. Bits per byte of the text do."
+            )
+        ]
+        if self.tokenizers["mean"].isna().all():
+            return [*blocks, Paragraph("None of these runs recorded them.")]
+        blocks.append(tokenizers_table(self.tokenizers.head(MOST_RUNS)))
+        return blocks + _left_to("tokenizers.csv", len(self.tokenizers) - MOST_RUNS, "arms")
 
     def _per_condition(
         self, section: Callable[[_Condition], list[Block]], tables: str

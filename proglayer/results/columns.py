@@ -86,6 +86,7 @@ METRIC_COLUMNS = (
     *("last_layers", "last_loss", "last_perplexity", "last_accuracy_percent"),
     *("phases", "epochs", "epochs_reused", "seconds", "seconds_saved", "wall_seconds", "tokens"),
     *("flops", "flops_without_head", "peak_memory_mb"),
+    *("first_bits_per_byte", "last_bits_per_byte"),
 )
 _RUN_COLUMNS = {
     **_computed(str, "overrides"),
@@ -108,6 +109,7 @@ _RUN_COLUMNS = {
     ),
     **_computed(int, "first_layers last_layers phases epochs epochs_reused tokens"),
     **dict.fromkeys(METRIC_COLUMNS[4:7] + METRIC_COLUMNS[8:11], Column(float)),
+    **_computed(float, "first_bits_per_byte last_bits_per_byte"),
     **_computed(float, "seconds seconds_saved flops flops_without_head peak_memory_mb"),
     **_computed(int, "seed validation_tokens"),
     **dict.fromkeys(GROUPS.values(), Column(str)),

@@ -12,6 +12,7 @@ from rich.table import Table
 from proglayer.console import Columns, table
 from proglayer.errors import UserError
 from proglayer.results.columns import GROUPS, plain_values
+from proglayer.results.formatting import tokenizer_of
 from proglayer.results.frames import Results, load
 from proglayer.store.record import RunState
 
@@ -32,17 +33,22 @@ FIGURES = {
     "validation_loss": ".4f",
     "validation_perplexity": ",.2f",
     "validation_accuracy_percent": ".2f",
+    "validation_bits_per_byte": ".4f",
     "test_loss": ".4f",
     "test_perplexity": ",.2f",
     "test_accuracy_percent": ".2f",
+    "test_bits_per_byte": ".4f",
     "train_tokens": ",d",
     "train_seconds": ",.1f",
     "tokens_per_second": ",.0f",
 }
+# Those that are per token: of different tokenizers they do not compare.
+PER_TOKEN = ("train_loss", "validation_loss", "validation_perplexity", "test_loss")
+PER_TOKEN += ("validation_accuracy_percent", "test_perplexity", "test_accuracy_percent")
 
 
 class Row(NamedTuple):
-    """A line of the comparison. `change` is B − A where both are numbers."""
+    """A line of the comparison. `change` is B − A where both are numbers that compare."""
 
     part: str
     name: str
@@ -61,9 +67,9 @@ def difference(a: str | Path, b: str | Path) -> list[Row]:
         FileNotFoundError, NotADirectoryError: for a folder that is not there.
         UserError: for one that holds no run, or several.
     """
-    ours, theirs = _one_run(a), _one_run(b)
+    both = _one_run(a), _one_run(b)
     rows: list[Row] = []
-    first, second = _first_row(ours.runs), _first_row(theirs.runs)
+    first, second = (_first_row(each.runs) for each in both)
     settings = sorted(name for name in first | second if name.startswith("config."))
     ends = [_text(run["status"], "status") for run in (first, second)]
     if ends != [RunState.completed] * 2:
@@ -73,13 +79,19 @@ def difference(a: str | Path, b: str | Path) -> list[Row]:
             values = [_text(run.get(name), name) for run in (first, second)]
             if values[0] != values[1]:
                 rows.append(Row(part, name.removeprefix("config."), *values))
-    phases = [{row["phase"]: row for row in _rows(each.phases)} for each in (ours, theirs)]
+    phases = [{row["phase"]: row for row in _rows(each.phases)} for each in both]
+    tokenizers = [tokenizer_of(run) for run in (first, second)]
+    other_tokens = len(set(tokenizers)) > 1
+    if other_tokens:
+        rows.append(Row("code", "tokenizer", tokenizers[0], tokenizers[1], "compare bits per byte"))
     for phase in sorted(phases[0] | phases[1]):
         pair = [each.get(phase, {}) for each in phases]
         for name, form in FIGURES.items():
             values = [row.get(name) for row in pair]
             if values != [None, None]:
-                rows.append(Row(f"phase {phase}", name, *_figures(name, values, form)))
+                ours, theirs, change = _figures(name, values, form)
+                compare = not other_tokens or name not in PER_TOKEN
+                rows.append(Row(f"phase {phase}", name, ours, theirs, change if compare else ""))
     return rows
 
 

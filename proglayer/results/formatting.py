@@ -33,6 +33,12 @@ def pair(row: Mapping[str, Any], name: str, form: str) -> str:
     return first if last in ("", first) else f"{first} → {last}"
 
 
+def tokenizer_of(row: Mapping[str, Any]) -> str:
+    """What cut a run's text, with the size of its vocabulary; records without it are of words."""
+    name, size = text_of(row["tokenizer"]) or "words", number_text(row["vocab_size"], ",d")
+    return f"{name} ({size})" if size else name
+
+
 def text_of(value: Any) -> str:
     """A value as text; nothing for one that is missing."""
     return "" if pd.isna(value) else str(value)

@@ -161,7 +161,7 @@ def _of_record(record: RunRecord, phases: Rows) -> dict[str, Any]:
     ends += [("last", phases[-1])] if phases and completed else []
     for which, phase in ends:
         run[f"{which}_layers"] = phase["layers"]
-        for name in ("loss", "perplexity", "accuracy_percent"):
+        for name in ("loss", "perplexity", "accuracy_percent", "bits_per_byte"):
             run[f"{which}_{name}"] = phase[f"validation_{name}"]
     if completed:
         run["epochs"] = _total(phases, "epochs")

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from proglayer.console import Columns, console, counted, one_line, plain_cell, table
 from proglayer.results.columns import rows_of
-from proglayer.results.formatting import duration, number_text, pair
+from proglayer.results.formatting import duration, number_text, pair, text_of, tokenizer_of
 from proglayer.results.frames import Results, load, what_varied
 from proglayer.store.record import RunState
 
@@ -110,6 +110,8 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
     def varied(title: str) -> Callable[[dict[str, Any]], Text]:
         return lambda row: _cut(row["varied"][title])
 
+    # Losses and perplexities of different tokenizers do not compare.
+    bits = ("bits/byte", "number", lambda row: pair(row, "bits_per_byte", ".3f"))
     # Of sweeps that Hydra named, the token is enough to tell them apart.
     columns: Columns = (
         ("job", "long", lambda row: _cut(STAMP.sub("", row["run"]))),
@@ -118,6 +120,7 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
         ("layers", "number", lambda row: pair(row, "layers", "d")),
         ("perplexity", "number", lambda row: row["progress"] or pair(row, "perplexity", ",.2f")),
         ("accuracy %", "number", lambda row: pair(row, "accuracy_percent", ".2f")),
+        *([bits] if len({tokenizer_of(row) for row in rows if text_of(row["corpus"])}) > 1 else []),
         ("change, points", "number", number("accuracy_points", "+.2f")),
         ("perplexity fell by, %", "number", number("perplexity_percent", ".2f")),
         ("epochs", "number", number("epochs", "d")),
@@ -135,7 +138,7 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
 # The columns that give way in a narrow table, the first one first; then those of what varied.
 GIVE_WAY = (
     *("reused", "saved", "epochs", "perplexity fell by, %", "change, points", "layers", "time"),
-    *("accuracy %", "perplexity"),
+    *("accuracy %", "perplexity", "bits/byte"),
 )
 
 

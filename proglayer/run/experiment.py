@@ -125,10 +125,11 @@ def train_phases(setup: Setup, current: Session) -> Ended:
             test = trajectory.test(stopped.best.epoch)
             growth = _growth_record(trajectory, previous, stopped)
         memory = machine.peak_memory_mb(setup.device)
-        shape = setup.corpus.train.shape
+        corpus = current.record.corpus
+        assert corpus is not None, "it was opened"
         key, counts = trajectory.key, trajectory.counts
         current.record.phases.append(
-            _phase_record(phase, shape, key, counts, stopped, exits, test, memory, growth)
+            _phase_record(phase, corpus, key, counts, stopped, exits, test, memory, growth)
         )
         previous = Ended(trajectory, stopped.best.epoch, stopped.best.validation_loss)
     assert previous is not None, "a plan has a phase"
@@ -196,6 +197,10 @@ def corpus_record(config: Config, corpus: Corpus) -> CorpusRecord:
         train_windows=len(corpus.train),
         validation_windows=len(corpus.validation),
         test_windows=None if corpus.test is None else len(corpus.test),
+        tokenizer=corpus.tokenizer,
+        validation_bytes=corpus.validation_bytes,
+        test_bytes=corpus.test_bytes,
+        validation_unknown=corpus.validation_unknown,
     )
 
 
@@ -249,7 +254,7 @@ def keep_weights(trajectory: Trajectory, epoch: int, folder: Path) -> str:
 
 def _phase_record(
     phase: Phase,
-    train_shape: tuple[int, ...],
+    corpus: CorpusRecord,
     stage: str,
     counts: Counts,
     stopped: Stopped,
@@ -258,10 +263,10 @@ def _phase_record(
     peak_memory_mb: PeakMemory,
     growth: GrowthRecord | None,
 ) -> PhaseRecord:
-    """What the record says of a phase. `train_shape` is (windows, seq_len + 1)."""
+    """What the record says of a phase."""
     parameters = parameter_counts(phase)
-    windows, width = train_shape
-    flops = [training_flops(phase, width - 1, windows, epoch.epoch) for epoch in stopped.epochs]
+    windows, seq_len = corpus.train_windows or 0, corpus.seq_len or 0
+    flops = [training_flops(phase, seq_len, windows, epoch.epoch) for epoch in stopped.epochs]
     train_seconds = sum(epoch.train_seconds for epoch in stopped.epochs)
     tokens = sum(epoch.train_tokens for epoch in stopped.epochs)
     reused = [epoch for epoch in stopped.epochs if epoch.epoch not in counts.trained]
@@ -284,6 +289,9 @@ def _phase_record(
             validation_loss=stopped.best.validation_loss,
             validation_perplexity=stopped.best.validation_perplexity,
             validation_accuracy_percent=100 * stopped.best.validation_accuracy,
+            validation_bits_per_byte=corpus.bits_per_byte(
+                stopped.best.validation_loss, "validation"
+            ),
         ),
         exits=[
             ExitRecord(
@@ -291,6 +299,7 @@ def _phase_record(
                 validation_loss=exit.loss,
                 validation_perplexity=perplexity(exit.loss),
                 validation_accuracy_percent=100 * exit.accuracy,
+                validation_bits_per_byte=corpus.bits_per_byte(exit.loss, "validation"),
             )
             for exit in exits
         ],
@@ -314,6 +323,7 @@ def _phase_record(
             test_loss=test.loss,
             test_perplexity=perplexity(test.loss),
             test_accuracy_percent=100 * test.accuracy,
+            test_bits_per_byte=corpus.bits_per_byte(test.loss, "test"),
         ),
     )
 
@@ -349,8 +359,8 @@ def check_objective(
 
     `record` is what is known before the first phase, the corpus at least.
     """
-    assert record.corpus is not None
-    shape = record.corpus.train_windows or 0, config.data.seq_len + 1
+    corpus = record.corpus
+    assert corpus is not None
     epoch = EpochMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1.0)
     stopped = Stopped(epoch, (epoch,), "")
     records = []
@@ -364,9 +374,9 @@ def check_objective(
             gradient_share_new=[1.0],
         )
         growth = growth if phase.growth is not None else None
-        test = exits[-1] if record.corpus.test_windows else None
+        test = exits[-1] if corpus.test_windows else None
         records.append(
-            _phase_record(phase, shape, "", Counts(), stopped, exits, test, peak_memory_mb, growth)
+            _phase_record(phase, corpus, "", Counts(), stopped, exits, test, peak_memory_mb, growth)
         )
     changes = changes_of(records)
     try:

@@ -59,7 +59,8 @@ class Loggers:
         """An epoch is done: `row` is what `metrics.csv` gets of it."""
         self._epochs += 1
         metrics = {name: value for name, value in asdict(row).items() if name != "best"}
-        self._log([(name, float(value), self._epochs) for name, value in metrics.items()])
+        known = [(name, value) for name, value in metrics.items() if value is not None]
+        self._log([(name, float(value), self._epochs) for name, value in known])
 
     def end(self, record: RunRecord) -> None:
         """The run ended with this record."""

@@ -125,7 +125,7 @@ class Session:
                 replace(row, best=False) if row.phase == phase.index + 1 else row
                 for row in self._rows
             ]
-        row = _row(phase, metrics, is_best, reused)
+        row = self._row(phase, metrics, is_best, reused)
         self._rows.append(row)
         write_metrics(self.folder, self._rows)
         self._loggers.epoch(row)
@@ -135,13 +135,34 @@ class Session:
     def start(self, phase: Phase, last: ExitMetrics) -> None:
         """Write and show the model right after a growth as epoch 0 of its phase."""
         at_once = EpochMetrics(0, 0.0, last.loss, last.accuracy, 0, 0.0, 0.0)
-        row = _row(phase, at_once, is_best=False, reused=False)
+        row = self._row(phase, at_once, is_best=False, reused=False)
         self._rows.append(replace(row, train_loss=None))
         write_metrics(self.folder, self._rows)
         self._display.note(
             f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "
             f"perplexity {perplexity(last.loss):.2f}"
         )
+
+    def _row(self, phase: Phase, metrics: EpochMetrics, is_best: bool, reused: bool) -> MetricsRow:
+        return MetricsRow(
+            phase=phase.index + 1,
+            layers=phase.layers,
+            epoch=metrics.epoch,
+            train_loss=metrics.train_loss,
+            validation_loss=metrics.validation_loss,
+            validation_perplexity=metrics.validation_perplexity,
+            validation_accuracy_percent=100 * metrics.validation_accuracy,
+            train_tokens=metrics.train_tokens,
+            train_seconds=round(metrics.train_seconds, 3),
+            evaluation_seconds=round(metrics.evaluation_seconds, 3),
+            best=is_best,
+            reused=reused,
+            validation_bits_per_byte=self._bits_per_byte(metrics.validation_loss),
+        )
+
+    def _bits_per_byte(self, loss: float) -> float | None:
+        corpus = self.record.corpus
+        return corpus.bits_per_byte(loss, "validation") if corpus else None
 
     def _wait(self, reason: str) -> None:
         if not self._may_wait:
@@ -231,23 +252,6 @@ def session(
         current.end(state, time.perf_counter() - started)
     if current.signals.scheduler is not None:
         current.signals.scheduler()
-
-
-def _row(phase: Phase, metrics: EpochMetrics, is_best: bool, reused: bool) -> MetricsRow:
-    return MetricsRow(
-        phase=phase.index + 1,
-        layers=phase.layers,
-        epoch=metrics.epoch,
-        train_loss=metrics.train_loss,
-        validation_loss=metrics.validation_loss,
-        validation_perplexity=metrics.validation_perplexity,
-        validation_accuracy_percent=100 * metrics.validation_accuracy,
-        train_tokens=metrics.train_tokens,
-        train_seconds=round(metrics.train_seconds, 3),
-        evaluation_seconds=round(metrics.evaluation_seconds, 3),
-        best=is_best,
-        reused=reused,
-    )
 
 
 def now() -> str:

@@ -28,7 +28,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from proglayer import files
 from proglayer.config import to_plain
@@ -169,7 +169,12 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecord:
-    """What was trained and validated on. `seq_len` in tokens."""
+    """What was trained and validated on. `seq_len` in tokens.
+
+    The bytes are those of the text that the targets of the windows stand for, in UTF-8;
+    `validation_unknown` counts the targets that are `<unk>`, of words. Records without `tokenizer`
+    are of words.
+    """
 
     name: str | None
     fingerprint: str | None
@@ -178,6 +183,25 @@ class CorpusRecord:
     train_windows: int | None
     validation_windows: int | None
     test_windows: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    tokenizer: str | None = field(default=None, metadata=OMITTED_IF_NONE)
+    validation_bytes: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    test_bytes: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    validation_unknown: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+
+    def bits_per_byte(self, loss: float, on: Literal["validation", "test"]) -> float | None:
+        """A loss on this text, in nats per token, as bits per byte; None of unknown bytes.
+
+        It is loss x tokens / (bytes x ln 2): unlike a loss per token it does not depend on how long
+        tokens are.
+        """
+        windows, size = (
+            (self.validation_windows, self.validation_bytes)
+            if on == "validation"
+            else (self.test_windows, self.test_bytes)
+        )
+        if not windows or not self.seq_len or not size:
+            return None
+        return loss * windows * self.seq_len / (size * math.log(2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +212,7 @@ class BestEpoch:
     validation_loss: float | None
     validation_perplexity: float | None
     validation_accuracy_percent: float | None
+    validation_bits_per_byte: float | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +222,7 @@ class EpochOnTest:
     test_loss: float | None
     test_perplexity: float | None
     test_accuracy_percent: float | None
+    test_bits_per_byte: float | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +233,7 @@ class ExitRecord:
     validation_loss: float | None
     validation_perplexity: float | None
     validation_accuracy_percent: float | None
+    validation_bits_per_byte: float | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,6 +520,7 @@ class MetricsRow:
     evaluation_seconds: float | None
     best: bool | None
     reused: bool | None
+    validation_bits_per_byte: float | None = None
 
 
 METRICS_COLUMNS = tuple(column.name for column in fields(MetricsRow))

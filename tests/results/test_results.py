@@ -561,7 +561,7 @@ def test_a_run_is_alive_by_the_clock_that_dates_its_files(
         def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) + timedelta(seconds=3 * record.LOST_AFTER_S)
 
-    folder = made_up(tmp_path / "pile" / "run", status="running")
+    folder = write_run(tmp_path / "pile" / "run", status="running")
     write_heartbeat(folder, RunState.running)
     monkeypatch.setattr(record, "datetime", Ahead)
     assert ends(load(tmp_path / "pile")) == {"run": "running"}

@@ -1,0 +1,236 @@
+"""Between tokenizers: bits per byte, in records, frames, the table, the report and a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from proglayer.config import to_plain
+from proglayer.report import study, tokenizers, write_report
+from proglayer.results import load
+from proglayer.results.difference import difference
+from proglayer.results.summary import summary_table
+from proglayer.store.record import CorpusRecord, RunRecord, read_record, write_record
+
+from ..helpers import SHORT, Command, config
+from ..helpers import results as records
+from ..synthetic import run
+
+# Of a text of 100,000 bytes: tokens of a window are 32.
+TEXTS: dict[str, dict[str, Any]] = {
+    "words": {"windows": 500, "bytes": 90_000, "vocab_size": 8192, "unknown": 800},
+    "bpe": {"windows": 600, "bytes": 80_000, "vocab_size": 4096, "unknown": None},
+}
+
+
+def leave(folder: Path, tokenizer: str, seed: int, loss: float, recorded: bool = True) -> Path:
+    """A run on one of TEXTS that ends with this validation loss."""
+    text = TEXTS[tokenizer]
+    overrides = [f"data.tokenizer={tokenizer}", f"data.max_vocab={text['vocab_size']}"]
+    corpus = CorpusRecord(
+        name="pydocs",
+        fingerprint=tokenizer * 8,
+        vocab_size=text["vocab_size"],
+        seq_len=32,
+        train_windows=3000,
+        validation_windows=text["windows"],
+        tokenizer=tokenizer if recorded else None,
+        validation_bytes=text["bytes"] if recorded else None,
+        validation_unknown=text["unknown"] if recorded else None,
+    )
+    losses = [[loss + 0.2, loss + 0.1], [loss + 0.1, loss]]
+    run(folder, "original", "standard", seed, *overrides, losses=losses, corpus=corpus)
+    if recorded:
+        record = read_record(folder)
+        assert record is not None
+        write_record(folder, with_bits(record, corpus))
+    return folder
+
+
+def with_bits(record: RunRecord, corpus: CorpusRecord) -> RunRecord:
+    phases = []
+    for phase in record.phases:
+        bits = corpus.bits_per_byte(phase.best.validation_loss or math.nan, "validation")
+        best = dataclasses.replace(phase.best, validation_bits_per_byte=bits)
+        phases.append(dataclasses.replace(phase, best=best))
+    return dataclasses.replace(record, phases=phases)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Path:
+    for tokenizer, loss in (("words", 5.0), ("bpe", 3.0)):
+        for seed in (1, 2, 3):
+            leave(tmp_path / "runs" / f"{tokenizer}{seed}", tokenizer, seed, loss + seed / 100)
+    return tmp_path / "runs"
+
+
+def bits(tokenizer: str, loss: float) -> float:
+    text = TEXTS[tokenizer]
+    return loss / math.log(2) * text["windows"] * 32 / text["bytes"]
+
+
+def test_bits_per_byte_by_hand() -> None:
+    """100 windows of 8 targets, a bit each, over 200 bytes are 4 bits a byte."""
+    corpus = CorpusRecord(
+        name=None, fingerprint=None, vocab_size=None, seq_len=8, train_windows=1,
+        validation_windows=100, validation_bytes=200, test_windows=50, test_bytes=800,
+    )  # fmt: skip
+    assert corpus.bits_per_byte(math.log(2), "validation") == pytest.approx(4)
+    assert corpus.bits_per_byte(2 * math.log(2), "test") == pytest.approx(1)
+    unknown = dataclasses.replace(corpus, validation_bytes=None, test_windows=None)
+    assert unknown.bits_per_byte(1.0, "validation") is None
+    assert unknown.bits_per_byte(1.0, "test") is None
+
+
+def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Path) -> None:
+    done = train(
+        *SHORT, "data.tokenizer=bpe", "data.max_vocab=300", "hydra.run.dir=run",
+        "objective=phases.-1.best.validation_bits_per_byte",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    (record,) = records(tmp_path / "run")
+    corpus = record["corpus"]
+    assert corpus["tokenizer"] == "bpe"
+    assert 256 < corpus["vocab_size"] <= 300
+    # By hand: 32 windows of 32 targets for validation, the bytes of the text that they spell.
+    tokens = 32 * 32
+    assert tokens <= corpus["validation_bytes"] <= 20 * tokens
+    per_nat = tokens / corpus["validation_bytes"] / math.log(2)
+    for phase in record["phases"]:
+        for figures in (phase["best"], *phase["exits"]):
+            expected = figures["validation_loss"] * per_nat
+            assert figures["validation_bits_per_byte"] == pytest.approx(expected)
+        on_test = phase["test"]
+        expected = on_test["test_loss"] * 4 * tokens / corpus["test_bytes"] / math.log(2)
+        assert on_test["test_bits_per_byte"] == pytest.approx(expected)
+    assert record["objective"] == record["phases"][-1]["best"]["validation_bits_per_byte"]
+    frames = load(tmp_path / "run")
+    for frame in (frames.epochs, frames.exits, frames.phases):
+        losses = frame["validation_loss"].astype(float)
+        assert frame["validation_bits_per_byte"].tolist() == pytest.approx(
+            (losses * per_nat).tolist()
+        )
+    (last,) = frames.runs["last_bits_per_byte"]
+    assert last == record["objective"]
+
+
+def test_an_untrained_model_costs_what_its_vocabulary_says(train: Command, tmp_path: Path) -> None:
+    """One that knows nothing has a loss of little over ln V a token, whatever the tokens are."""
+    done = train(*SHORT, "lr.base=1e-6", "phase.max_epochs=1", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    (record,) = records(tmp_path / "run")
+    corpus, best = record["corpus"], record["phases"][0]["best"]
+    assert corpus["tokenizer"] == "words"
+    assert 0 < corpus["validation_unknown"] < 32 * 32
+    expected = math.log2(corpus["vocab_size"]) * 32 * 32 / corpus["validation_bytes"]
+    assert expected < best["validation_bits_per_byte"] < 1.2 * expected
+
+
+def test_the_report_compares_tokenizers_in_bits_per_byte_alone(both: Path) -> None:
+    arms = study.arms(load(both))
+    found = tokenizers.across(arms)
+    assert len(arms.conditions) == 2
+    rows = {row["tokenizer"]: row for row in found.to_dict("records")}
+    assert rows.keys() == {"words (8,192)", "bpe (4,096)"}
+    words, bpe = rows["words (8,192)"], rows["bpe (4,096)"]
+    assert words["mean"] == pytest.approx(bits("words", 5.02))
+    assert bpe["mean"] == pytest.approx(bits("bpe", 3.02))
+    expected = bpe["mean"] - words["mean"]
+    first, second = (words, bpe) if math.isnan(words["difference"]) else (bpe, words)
+    assert abs(second["difference"]) == pytest.approx(abs(expected))
+    assert math.isnan(first["difference"])
+    assert words["unknown"] == pytest.approx(800 / (500 * 32))
+    assert math.isnan(bpe["unknown"])
+    page = write_report([both], both.parent / "report", png=False)
+    text = (page.parent / "report.md").read_text()
+    assert "Between tokenizers" in text
+    assert "they do not compare, and no comparison of theirs is made here" in " ".join(text.split())
+    assert f"{bpe['mean']:.4f}" in text
+    kept = pd.read_csv(page.parent / "tables" / "tokenizers.csv")
+    assert sorted(kept["mean"]) == pytest.approx(sorted([words["mean"], bpe["mean"]]))
+    # Nothing else sets one against the other: each table is of one condition at a time.
+    for name in ("changes", "ledger", "to_target"):
+        table = pd.read_csv(page.parent / "tables" / f"{name}.csv")
+        assert set(table["condition"]) == set(arms.conditions)
+
+
+def test_runs_that_recorded_no_bytes_are_not_compared_and_that_is_said(tmp_path: Path) -> None:
+    for tokenizer in TEXTS:
+        leave(tmp_path / "runs" / tokenizer, tokenizer, 1, 4.0, recorded=False)
+    frames = load(tmp_path / "runs")
+    assert frames.runs["last_bits_per_byte"].isna().all()
+    assert frames.runs["tokenizer"].isna().all()
+    page = write_report([tmp_path / "runs"], tmp_path / "report", png=False)
+    text = " ".join((page.parent / "report.md").read_text().split())
+    assert "between tokenizers they do not compare" in text
+    assert "None of these runs recorded them." in text
+
+
+def test_one_tokenizer_has_no_such_section(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        leave(tmp_path / "runs" / str(seed), "bpe", seed, 3.0)
+    page = write_report([tmp_path / "runs"], tmp_path / "report", png=False)
+    assert "Between tokenizers" not in (page.parent / "report.md").read_text()
+
+
+def test_two_texts_of_words_are_no_two_tokenizers(tmp_path: Path) -> None:
+    """Words of another text are another vocabulary, but nothing that compares."""
+    leave(tmp_path / "runs" / "a", "words", 1, 4.0)
+    settings = config("data=text", "data.files=[a.txt]")
+    folder = leave(tmp_path / "runs" / "b", "words", 1, 4.0)
+    plain = json.loads((folder / "result.json").read_text())
+    plain["config"]["data"] = to_plain(settings)["data"]
+    plain["corpus"] |= {"name": "text", "fingerprint": "e" * 64, "vocab_size": 900}
+    (folder / "result.json").write_text(json.dumps(plain))
+    assert tokenizers.across(study.arms(load(tmp_path / "runs"))).empty
+
+
+def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
+    both: Path, tmp_path: Path
+) -> None:
+    def heads(folder: Path) -> str:
+        out = Console(width=200, record=True, file=io.StringIO())
+        out.print(summary_table(folder))
+        return out.export_text()
+
+    assert "bits/byte" in heads(both)
+    leave(tmp_path / "alone" / "a", "bpe", 1, 3.0)
+    leave(tmp_path / "alone" / "b", "bpe", 2, 3.0)
+    assert "bits/byte" not in heads(tmp_path / "alone")
+
+
+def test_two_runs_side_by_side_do_not_subtract_figures_per_token(both: Path) -> None:
+    rows = {(row.part, row.name): row for row in difference(both / "words1", both / "bpe1")}
+    for name in ("validation_loss", "validation_perplexity", "validation_accuracy_percent"):
+        row = rows["phase 2", name]
+        assert row.a
+        assert row.b
+        assert row.change == ""
+    change = bits("bpe", 3.01) - bits("words", 5.01)
+    assert float(rows["phase 2", "validation_bits_per_byte"].change) == pytest.approx(
+        change, abs=1e-4
+    )
+    assert rows["code", "tokenizer"].change == "compare bits per byte"
+    same = {(row.part, row.name): row for row in difference(both / "bpe1", both / "bpe2")}
+    assert same["phase 2", "validation_loss"].change == "+0.0100"
+
+
+def test_a_search_over_tokenizers_does_not_go_by_a_loss(train: Command) -> None:
+    search = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "data.max_vocab=300")
+    done = train(*search, "data.tokenizer=words,bpe")
+    assert done.status == 1
+    assert [line for line in done.err.splitlines() if line.startswith("error: ")] == [
+        "error: objective=phases.-1.best.validation_loss is per token, so it does not compare what "
+        "data.tokenizer makes: take objective=phases.-1.best.validation_bits_per_byte"
+    ]
+    done = train(*search[:3], "data.tokenizer=bpe", "data.max_vocab=300,400")
+    assert done.status == 1
+    assert "does not compare what data.max_vocab makes" in done.err
