@@ -47,7 +47,7 @@ SHORTENED = {
     "control_bigram": [(0, "", "", 1e-3)],
 }
 SMALL = (
-    "data=text", f"data.files=[{ROOT / 'README.md'}]", "data.samples=40",
+    "data=text", f"data.files=[{ROOT / 'docs' / 'report.md'}]", "data.samples=40",
     "data.validation_samples=10", "data.seq_len=16", "data.held_out=0.3", "model.dim=16",
     "phase.max_epochs=2", "phase.initial.max_epochs=null", "phase.grown.max_epochs=null",
     "phase.batch_size=16", "threads=1", "report=false",
