@@ -172,7 +172,8 @@ def settings() -> str:
             value = values.get(name, _MISSING)
             shown = "" if value is _MISSING else f"`{_yaml(value)}`"
             takes = _takes(kind, bounds)
-            cells = f"`{name}`", takes, shown, _comment(comments.get(name, ""), takes)
+            said = _comment(comments.get(name, ""), takes) or _choices_are(kind)
+            cells = f"`{name}`", takes, shown, said
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(rows))
     parts.append(_groups())
@@ -239,7 +240,14 @@ def _takes(kind: Any, bounds: Bounds | None) -> str:
 def _comment(text: str, takes: str) -> str:
     """The comment beside a setting, without the choices that stand in the column before it."""
     text = re.sub(rf"^{re.escape(takes.removesuffix(', or null'))}(: |; |$)", "", text)
-    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
+    return re.sub(r"docs/(\w+\.md)", r"[more](\1)", text)
+
+
+def _choices_are(kind: Any) -> str:
+    """What the choices of a setting are about, by the schema."""
+    enums = (each for each in get_args(kind) or (kind,) if isinstance(each, type))
+    said = [each.__doc__ or "" for each in enums if issubclass(each, Enum)]
+    return " ".join(said[0].split()) if said else ""
 
 
 def _yaml(value: Any) -> str:
