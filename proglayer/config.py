@@ -557,7 +557,11 @@ def value_problem(error: BaseException) -> str | None:
     found = re.search(
         r"alue '(.*?)'( of type|, expected| is not| is incompat)|value: (.*)", str(error)
     )
-    given = (found[1] or found[3]) if found else None
+    return misfit(name, (found[1] or found[3]) if found else None)
+
+
+def misfit(name: str, given: str | None) -> str | None:
+    """What a setting takes that was given something else; None where there is no such setting."""
     schema: Any = Config
     bounds = None
     for part in name.split("."):
@@ -572,7 +576,7 @@ def value_problem(error: BaseException) -> str | None:
         bounds = _bounds_of(schema)
         if bounds is not None:
             schema = get_args(schema)[0]
-    setting = name if given is None else f"{name}={_shortened(given)}"
+    setting = name if given is None else f"{name}={shortened(given)}"
     return f"{setting} does not fit: it takes {_expected(name, schema, bounds)}"
 
 
@@ -682,7 +686,7 @@ def _bound_problems(settings: Any, prefix: str = "") -> Iterator[str]:
         elif bounds is not None and value is not None and not bounds.hold(value):
             null = ", or null" if NoneType in get_args(get_args(kind)[0]) else ""
             hint = f" ({bounds.hint})" if bounds.hint else ""
-            yield f"{name}={_shortened(value)} must be {bounds}{null}{hint}"
+            yield f"{name}={shortened(value)} must be {bounds}{null}{hint}"
 
 
 def _bounds_of(kind: Any) -> Bounds | None:
@@ -690,8 +694,9 @@ def _bounds_of(kind: Any) -> Bounds | None:
     return next((each for each in get_args(kind) if isinstance(each, Bounds)), None)
 
 
-def _shortened(value: Any) -> str:
-    text = str(value)
+def shortened(value: Any) -> str:
+    """A value as an error shows it."""
+    text = str(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
@@ -778,12 +783,12 @@ def _exit_weight_problems(part: str, weights: Any) -> Iterator[str]:
     if isinstance(weights, (list, tuple)):
         numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
         if len(numbers) != len(weights) or not weights:
-            yield f"{part}.exit_weights={_shortened(weights)} must be numbers, one for each layer"
+            yield f"{part}.exit_weights={shortened(weights)} must be numbers, one for each layer"
         elif not all(0 <= w <= LARGE for w in numbers):
-            yield f"{part}.exit_weights={_shortened(weights)} must be numbers from 0 to {LARGE:g}"
+            yield f"{part}.exit_weights={shortened(weights)} must be numbers from 0 to {LARGE:g}"
     elif not (isinstance(weights, str) and weights in ExitWeights.__members__):
         names = ", ".join(ExitWeights.__members__)
-        yield f"{part}.exit_weights={_shortened(weights)} is none of {names}, nor a list of numbers"
+        yield f"{part}.exit_weights={shortened(weights)} is none of {names}, nor a list of numbers"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:

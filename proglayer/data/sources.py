@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from proglayer import files
-from proglayer.config import DataConfig, DataSource
+from proglayer.config import DataConfig, DataSource, shortened
 from proglayer.errors import DISK_FULL, ConfigError, first_line
 
 # Part of the key of pydocs: raise it when other text is taken from the standard library.
@@ -105,9 +105,9 @@ def open_source(data: DataConfig, hashes: Path) -> TextSource:
             wanted = " or ".join(
                 f"data={source.name}" for source in DataSource if source in sources
             )
+            given = shortened(getattr(data, setting))
             raise ConfigError(
-                f"data.{setting}={getattr(data, setting)} is not for data={data.source.name}: "
-                f"it needs {wanted}"
+                f"data.{setting}={given} is not for data={data.source.name}: it needs {wanted}"
             )
     if data.source is DataSource.pydocs:
         return _pydocs(data)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, cast
 
 from hydra.core.singleton import Singleton
@@ -201,7 +202,10 @@ def jobs_at_once(launcher: Mapping[str, Any]) -> int:
 
     joblib's `n_jobs` counts back from the number of cores when it is negative.
     """
-    jobs = 1 if launcher.get("n_jobs") is None else int(launcher["n_jobs"])
+    given = launcher.get("n_jobs")
+    if not isinstance(given, (int, NoneType)) or isinstance(given, bool):
+        raise ConfigError(f"hydra.launcher.n_jobs={given} is no whole number of jobs at once")
+    jobs = 1 if given is None else given
     if jobs == 0:
         raise ConfigError("hydra.launcher.n_jobs=0 runs nothing: give at least 1, or -1 for all")
     return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
@@ -215,6 +219,12 @@ def threads_per_job(launcher: Mapping[str, Any]) -> int | None:
     of_ray = (launcher.get("ray") or {}).get("remote") or {}
     asked = launcher.get("cpus_per_task") or of_ray.get("num_cpus")
     if asked:
-        return max(1, int(asked))
+        try:
+            return max(1, int(asked))
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"hydra.launcher: a job cannot have {asked} cores: give a number (cpus_per_task, "
+                "or ray.remote.num_cpus)"
+            ) from None
     at_once = jobs_at_once(launcher)
     return max(1, cores() // at_once) if at_once > 1 else None

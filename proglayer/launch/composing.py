@@ -7,21 +7,23 @@ line ends in "Key 'experiment' is not in struct". So the files are looked at onc
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml.parser import ParserError
 
-from proglayer.config import value_problem
+from proglayer.config import Config, misfit, value_problem
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.overrides import unknown_setting, unreadable
+from proglayer.launch.overrides import KNOWN, unknown_setting, unreadable
 
 HEADER = "# @package _global_"
 # Groups whose files set what they like, at the top level.
@@ -37,9 +39,11 @@ def in_one_line(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, ConfigError):
             return str(cause)
+        file = re.search(r"In '([^']+)': \w+ raised while composing", str(error))
         if problem := value_problem(cause):
-            file = re.search(r"In '([^']+)': \w+ raised while composing", str(error))
             return f"conf/{file[1]}.yaml: {problem}" if file else problem
+        if file and (problem := _shape_problem(_conf() / f"{file[1]}.yaml")):
+            return problem
         if problem := file_problem(cause):
             return problem
         cause = cause.__cause__ or cause.__context__
@@ -50,7 +54,8 @@ def in_one_line(error: BaseException) -> str:
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
     unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
     if unknown:
-        return unknown_setting(unknown.group(2))
+        files = _files() if unknown[2] in KNOWN or unknown[2] in GLOBAL_GROUPS else ()
+        return next(filter(None, map(_shape_problem, files)), unknown_setting(unknown[2]))
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
     if missing and "Available options in" in whole:
         group, choice = missing.groups()
@@ -58,6 +63,10 @@ def in_one_line(error: BaseException) -> str:
         options = listed.splitlines()[1:]
         options = [option.strip() for option in options if option.strip()]
         close = difflib.get_close_matches(choice, options, n=1)
+        close = [
+            path.relative_to(_conf() / group).with_suffix("").as_posix()
+            for path in _conf().glob(f"{group}/*/{glob.escape(choice)}.yaml")
+        ] or close
         near = f"; did you mean {group}={close[0]}?" if close else ""
         return f"{group} has no choice {choice}{near} (choices: {', '.join(options)})"
     if first.startswith("Ambiguous value"):
@@ -93,6 +102,40 @@ def file_problem(error: BaseException) -> str | None:
     return next(filter(None, map(_header_problem, _files(group[2].split(".")[0]))), None)
 
 
+def _shape_problem(path: Path) -> str | None:
+    """What is wrong with the shape of the settings in a file, as far as one can tell by reading."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if isinstance(content, list):
+        return f"{path}: settings are lines of 'name: value', not a list"
+    problem = next(_misshapen(content, Config), None) if isinstance(content, dict) else None
+    return problem and f"{path}: {problem}"
+
+
+def _misshapen(content: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
+    """Settings of groups that are no groups, lists that are none, and names with dots in them."""
+    kinds = get_type_hints(schema)
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        kind = kinds.get(str(key))
+        if kind is None and name in GLOBAL_GROUPS:
+            yield f"{name} is chosen in the list of defaults: - override /{name}: {value}"
+        elif kind is None and name in KNOWN:
+            group, _, leaf = name.rpartition(".")
+            yield f"{name} is written as {group.replace('.', ': {')}: {{{leaf}: {value}}}" + "}" * (
+                group.count(".")
+            )
+        elif is_dataclass(kind) and isinstance(value, dict):
+            assert isinstance(kind, type)
+            yield from _misshapen(value, kind, f"{name}.")
+        elif is_dataclass(kind) or (get_origin(kind) is list and not isinstance(value, list)):
+            near = f"; to choose a file: defaults: [override /{name}: {value}]"
+            choice = isinstance(value, str) and not prefix
+            yield f"{misfit(name, str(value))}{near if choice else ''}"
+
+
 def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "not YAML"
     if "'\\t'" in problem:
@@ -106,7 +149,11 @@ def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
 
 def _files(group: str = "**") -> Iterator[Path]:
     """The files of settings of a group, or all, beside the script that runs."""
-    yield from sorted((Path(sys.argv[0]).absolute().parent / "conf").glob(f"{group}/*.yaml"))
+    yield from sorted(_conf().glob(f"{group}/*.yaml"))
+
+
+def _conf() -> Path:
+    return Path(sys.argv[0]).absolute().parent / "conf"
 
 
 def _not_utf8(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import OverrideParseException
 
-from proglayer.config import nearest_setting, setting_names
+from proglayer.config import misfit, nearest_setting, setting_names
 from proglayer.errors import ConfigError
 
 # Hydra's parser takes 17 s for a text of 1 MB, and 20 ms for a further override.
@@ -25,8 +25,17 @@ MOST_OVERRIDES = 500
 LONGEST_OVERRIDE = 32_768
 # Groups of Hydra that are easily written like settings.
 HYDRA_GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging")
-# Names of other tools.
-ALIASES = {"learning_rate": "lr.base", "lr": "lr.base", "epochs": "phase.max_epochs"}
+# Names of other tools, in small letters.
+ALIASES = {
+    "learning_rate": "lr.base",
+    "lr": "lr.base",
+    "epochs": "phase.max_epochs",
+    **dict.fromkeys(("heads", "n_heads", "n_head", "num_heads"), "model.num_heads"),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "width"), "model.dim"),
+    **dict.fromkeys(("layers", "n_layers", "n_layer", "num_layers", "depth"), "initial_layers"),
+    **dict.fromkeys(("gpu", "gpus", "cuda"), "device"),
+    **dict.fromkeys(("output", "output_dir", "out_dir", "dir"), "hydra.run.dir"),
+}
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
@@ -41,7 +50,12 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
         # Hydra would unpickle the file, which may run any code.
         raise ConfigError("--experimental-rerun is not taken: give the command of the run again")
     if unknown:
-        raise ConfigError(f"there is no option {unknown[0]}: see python train.py --help")
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        setting = f"{name}={value or '...'}"
+        near = f": a setting has no dashes: {setting}" if name in {*KNOWN, *ALIASES} else ""
+        raise ConfigError(
+            f"there is no option {unknown[0]}{near or ': see python train.py --help'}"
+        )
     given = list(options.overrides)
     if len(given) > MOST_OVERRIDES:
         raise ConfigError(
@@ -85,6 +99,15 @@ def unreadable(override: str) -> str:
     name = re.sub(r"\[(\d+)\]", r".\1", key.strip().rstrip(":"))
     plain = value.lstrip("= ").strip()
     candidates = [f"{name}={plain}"]
+    if override[0] in "'\"" and override[-1] == override[0]:  # of a shell that keeps them
+        candidates.insert(0, override[1:-1])
+    if plain.endswith(","):
+        candidates.append(f"{name}={plain.rstrip(',')}")
+    if plain.startswith("(") and plain.endswith(")"):
+        candidates.append(f"{name}=[{plain[1:-1]}]")
+    takes = misfit(name, plain) or "a text"
+    if "text" not in takes and "another value" not in takes:
+        candidates.append("")  # no quotes make a number of it
     if plain.startswith("[") and plain.endswith("]"):
         items = (item.strip().strip("'\"") for item in plain[1:-1].split(","))
         candidates.append(f"{name}=[{','.join(map(_quoted, items))}]")
@@ -92,6 +115,8 @@ def unreadable(override: str) -> str:
         candidates.append(f"{name}={_quoted(plain)}")
     readable = OverridesParser.create()
     for candidate in candidates:
+        if not candidate:
+            return takes
         try:
             readable.parse_overrides([candidate])
         except OverrideParseException:
@@ -200,12 +225,17 @@ def unknown_setting(name: str) -> str:
         return f"there is no setting {name} with the {part} that is chosen (hydra/{part}=...)"
     if name.startswith("hydra."):
         return f"there is no setting {name}: to add it, write +{name}"
-    near = ALIASES.get(name) or nearest_setting(name)
+    plain = name.lower().replace("-", "_")
+    near = plain if plain in KNOWN else ALIASES.get(plain) or nearest_setting(name)
     return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
 
 
 def no_match(override: str, choices: Sequence[str]) -> str:
-    """That a sweep over the choices of a group has no values."""
+    """That a sweep over a setting, or over the choices of a group, has no values."""
+    if not choices:
+        return f"{override} gives no value"
+    if "/" in override:
+        return f"{override} matches no choice: a glob looks into no folder, so name each choice"
     return f"{override} matches no choice (choices: {', '.join(choices)})"
 
 

@@ -160,7 +160,6 @@ class Session:
             validation_bits_per_byte=self._bits_per_byte(metrics.validation_loss),
         )
 
-
     def _bits_per_byte(self, loss: float) -> float | None:
         corpus = self.record.corpus
         return corpus.bits_per_byte(loss, "validation") if corpus else None

@@ -106,7 +106,8 @@ def prunable(
         while key in by_key and key not in needed:
             needed.add(key)
             parent = by_key[key].description.get("parent")
-            key = parent["key"] if isinstance(parent, dict) else None
+            key = parent.get("key") if isinstance(parent, dict) else None
+            key = key if isinstance(key, str) else None
     total = sum(info.size for info in stages)
     chosen = []
     for info in sorted(stages, key=lambda info: -info.age):

@@ -164,7 +164,8 @@ class Stage:
         """The folders of all runs that read this stage, and how many seconds ago they began to."""
         for note in self.notes._files(""):
             with contextlib.suppress(FileNotFoundError):
-                if run := read_unverified(note).get("run"):
+                run = read_unverified(note).get("run")
+                if isinstance(run, str) and run and "\0" not in run:
                     yield Path(run), time.time() - note.stat().st_mtime
 
     def users(self) -> list[Path]:

@@ -27,6 +27,13 @@ BROKEN = {
     "latin": (HEADER + b"seed: 3 # \xe9\n", "latin.yaml, line 2: this is not UTF-8"),
     "slash": (HEADER + b"defaults:\n  - override freeze: none\n", "override /freeze"),
     "key": (HEADER + b"modle:\n  dim: 8\n", "no setting modle; did you mean model?"),
+    "number": (HEADER + b"lr: 0.1\n", "lr=0.1 does not fit: it takes settings of its own: lr.base"),
+    "choice": (HEADER + b"model: standard\n", "defaults: [override /model: standard]"),
+    "deep": (HEADER + b"lr: {factor: 1}\n", "lr.factor=1 does not fit: it takes settings of its"),
+    "dots": (HEADER + b"lr.factor.new: 2\n", "lr.factor.new is written as lr: {factor: {new: 2}}"),
+    "pairs": (HEADER + b"- seed: 1\n", "settings are lines of 'name: value'"),
+    "steps": (HEADER + b"freeze: {steps: {existing: 0}}\n", "it takes a list, as in"),
+    "own": (HEADER + b"experiment: original\n", "- override /experiment: original"),
 }
 
 

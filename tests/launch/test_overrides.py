@@ -112,6 +112,9 @@ def test_options_that_mean_nothing_are_refused_in_a_line(
         ("data.path=~/x", 'data.path="~/x"'),
         ("data.path=a=b", 'data.path="a=b"'),
         ("seed==1", "seed=1"),
+        ("'seed=1'", "seed=1"),
+        ("added_layers=1,", "added_layers=1"),
+        ("model.exit_weights=(1,2)", "model.exit_weights=[1,2]"),
         ("freeze.steps[0].existing=1", "freeze.steps.0.existing=1"),
     ],
 )
@@ -222,3 +225,32 @@ def test_closed_output_and_a_deleted_folder(
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith(err)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lr.base=10^-3"], "lr.base=10^-3 does not fit: it takes a number above 0"),
+        (["--lr=0.1"], "there is no option --lr=0.1: a setting has no dashes: lr=0.1"),
+        (["--seed", "3"], "there is no option --seed: a setting has no dashes: seed=..."),
+        (["SEED=3"], "did you mean seed?"),
+        (["learning-rate=3"], "did you mean lr.base?"),
+        (["n_heads=2"], "did you mean model.num_heads?"),
+        (["gpu=1"], "did you mean device?"),
+        (["experiment=g_stack"], "did you mean experiment=recipe/g_stack?"),
+        (["-m", "seed=range(5,0)"], "seed=range(5,0) gives no value"),
+        (["-m", "experiment=glob(recipe/*)"], "a glob looks into no folder"),
+        (["-m", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=two"], "n_jobs=two"),
+        (["-m", "seed=1,2", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=a"], "have a c"),
+        (["data.files=[a,b]"], "data.files=['a', 'b'] is not for data=pydocs"),
+    ],
+)
+def test_first_tries_are_answered_with_what_to_write(
+    train: Command, arguments: list[str], said: str
+) -> None:
+    if "hydra/launcher=slurm" in arguments:
+        pytest.importorskip("submitit")
+    done = train(*arguments, "plan=true")
+    assert done.status == 1
+    assert done.err.splitlines()[0].startswith("error: ")
+    assert said in done.err

@@ -367,3 +367,21 @@ def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path, model
     )
     assert len(states[0]) == 4
     assert states[1] <= states[0]
+
+
+def test_what_a_note_or_a_parent_should_not_hold_hides_no_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    junk: list[object] = [{}, [], True, 1, "", "\0", None, {"key": {}}, {"key": []}]
+    for number, wrong in enumerate(junk):
+        description = {"number": number, "parent": wrong, "format": stages.FORMAT}
+        stage = Stage(store, stage_key(description))
+        stage.write_json("stage", description)
+        stage.notes.write_json(f"{number:012x}", {"run": wrong})
+    open_store(store)
+    for action in (["list"], ["verify"], ["prune", "--max-size", "1GB"]):
+        assert main([*action, "--dir", str(store)]) == 0
+        assert not capsys.readouterr().err
+    assert main(["list", "--dir", str(store)]) == 0
+    assert f"{len(junk)} stages" in capsys.readouterr().out
