@@ -86,6 +86,7 @@ MARKDOWN = "report.md"
 TITLE = "Study report"
 FIGURES_IN = "figures"
 TABLES_IN = "tables"
+LOOKS = "looks"
 # The overrides of Hydra's that say which jobs a sweep has.
 OF_SWEEPER = ("hydra/sweeper", "hydra.sweeper")
 # Whoever names the folder of a report.
@@ -147,8 +148,9 @@ def write_report(
     mark = f"<!-- made from {_all_it_depends_on(results, margins)} -->\n"
     if not overwrite and page.is_file() and page.read_bytes().endswith(mark.encode()):
         return page
+    seen = _seen(out)
     ours = _open_folder(out)
-    report = _Report(results, Gallery(out / FIGURES_IN, ours, png), out, margins, looks)
+    report = _Report(results, Gallery(out / FIGURES_IN, ours, png), out, margins, looks, seen)
     lead, blocks = report.document()
     report.write_tables(ours)
     markdown = to_markdown(TITLE, lead, blocks).encode()
@@ -248,6 +250,7 @@ class _Report:
         out: Path,
         margins: Margins,
         looks: sequential.Looks | None,
+        seen: _Seen | None,
     ) -> None:
         self.results = results
         self.gallery = gallery
@@ -255,6 +258,7 @@ class _Report:
         self.margins = margins
         self.looks = looks
         self.arms = study.arms(results)
+        self.looks_before = _looks_before(seen, self.arms.runs) if seen and not looks else []
         self.curves = ledger.curves(results, self.arms.runs)
         self.conditions = [
             self._condition(number, name) for number, name in enumerate(self.arms.conditions)
@@ -298,7 +302,7 @@ class _Report:
         """The frames of the results, and what was found in all conditions, as CSV."""
         folder = self.out / TABLES_IN
         self.results.to_csv(folder, ours)
-        tables: dict[str, list[Frame]] = {}
+        tables: dict[str, list[Frame]] = {LOOKS: [pd.DataFrame({"seeds": self.looks_before})]}
 
         def keep(name: str, condition: _Condition, table: Frame) -> None:
             if len(table):
@@ -453,7 +457,7 @@ class _Report:
                 "Some of these runs are of a study that was looked at while seeds were added. "
                 "Joined with others, its looks are not paid for here: its own report judges it."
             )
-        return _second_look(self.arms.runs, self.out)
+        return _second_look(self.arms.runs, self.out, self.looks_before)
 
     def _findings(self) -> list[Finding]:
         findings = []
@@ -911,7 +915,8 @@ def _sweep_command(folder: str) -> str | None:
     """What a sweep was started with, as Hydra recorded it; None where that cannot be read."""
     try:
         given = read_yaml(Path(folder, "multirun.yaml"))["hydra"]["overrides"]
-        sweeper = [own for own in map(str, given["hydra"]) if own.startswith(OF_SWEEPER)]
+        of_hydra = map(str, given.get("hydra") or [])
+        sweeper = [own for own in of_hydra if own.startswith(OF_SWEEPER)]
         return f"python train.py -m {shlex.join([*sweeper, *map(str, given['task'])])}"
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -969,7 +974,50 @@ def _noise_of_text(condition: _Condition, margins: Margins) -> list[str]:
 LOOKS_PERCENT = (5.0, 8.3, 10.7, 12.6, 14.2)
 
 
-def _second_look(runs: Frame, out: Path) -> str:
+@dataclass(frozen=True)
+class _Seen:
+    """What an earlier report in the same folder had: of all runs, and of completed ones, the names
+    of their folders; and how many seeds each report before it had, after which seeds were added.
+    """
+
+    listed: frozenset[str]
+    completed: frozenset[str]
+    looks: tuple[int, ...]
+
+
+def _place(folder: str) -> str:
+    """What a run's folder is called in its sweep's, from wherever the report is made."""
+    return "/".join(Path(folder).parts[-2:])
+
+
+def _seen(out: Path) -> _Seen | None:
+    if not files.is_ours(out / PAGE, _is_page):
+        return None
+    try:
+        runs = pd.read_csv(out / TABLES_IN / "runs.csv", usecols=["folder", "status"], dtype=str)
+        looks = pd.read_csv(out / TABLES_IN / f"{LOOKS}.csv")["seeds"]
+    except (OSError, ValueError, KeyError):
+        return None
+    completed = runs["folder"][runs["status"] == RunState.completed]
+    return _Seen(
+        frozenset(map(_place, runs["folder"])),
+        frozenset(map(_place, completed)),
+        tuple(int(seeds) for seeds in looks),
+    )
+
+
+def _looks_before(seen: _Seen, runs: Frame) -> list[int]:
+    """How many seeds earlier reports of a part of these runs had when more seeds were added."""
+    places = runs["folder"].map(_place)
+    if not places.isin(seen.completed).any():
+        return []
+    runs = runs.assign(before=places.isin(seen.completed), added=~places.isin(seen.listed))
+    arms = runs.groupby(["condition", "variant", "model"])[["before", "added"]].sum()
+    more = arms[(arms["before"] > 1) & (arms["added"] > 0)]
+    return [*seen.looks, *([int(more["before"].max())] if len(more) else [])]
+
+
+def _second_look(runs: Frame, out: Path, looks_before: Sequence[int]) -> str:
     """A warning where seeds were added to some that a report had already shown."""
     batches: dict[str, list[Any]] = {}
     for row in runs[["sweep", "folder", "started", "ended"]].to_dict("records"):
@@ -977,7 +1025,7 @@ def _second_look(runs: Frame, out: Path) -> str:
         batch = folder.parent if isinstance(row["sweep"], str) else folder
         seen = batches.setdefault(str(batch), [row["started"], row["ended"]])
         seen[0], seen[1] = min(seen[0], row["started"]), max(seen[1], row["ended"])
-    looks = 0
+    looks = len(looks_before)
     for batch, (_, ended) in batches.items():
         report = Path(batch) / "report" / PAGE
         later = any(started > ended for started, _ in batches.values())
@@ -985,9 +1033,10 @@ def _second_look(runs: Frame, out: Path) -> str:
     if not looks:
         return ""
     error = LOOKS_PERCENT[min(looks, len(LOOKS_PERCENT) - 1)]
+    seeds = f" (of {listed(list(map(str, looks_before)), 20)} seeds)" if looks_before else ""
     return (
-        f"Second look: {counted(looks, 'report')} had already shown part of these runs when the "
-        "others began. If more seeds were run because of what they showed, false differences "
+        f"Second look: {counted(looks, 'report')}{seeds} had already shown part of these runs when "
+        "the others began. If more seeds were run because of what they showed, false differences "
         f"occur in up to about {error:g} % of such studies instead of 5 %. Judge new seeds alone, "
         "or have hydra/sweeper=settle add seeds, which pays for its looks."
     )

@@ -775,6 +775,28 @@ def test_seeds_that_were_added_to_a_reported_study_are_a_second_look(tmp_path: P
     assert "Second look" not in text("e", later)
 
 
+def test_seeds_that_were_added_to_a_report_in_its_own_folder_are_a_second_look(
+    tmp_path: Path,
+) -> None:
+    def text(study: str, seeds: tuple[int, ...], *models: str) -> str:
+        for seed in seeds:
+            for model in models:
+                synthetic.run(tmp_path / study / f"{seed}-{model}", "original", model, seed)
+        page = write_report([tmp_path / study], tmp_path / "s" / "report", png=False)
+        return page_of(page.parent).text
+
+    assert "Second look" not in text("s", (1, 2), STANDARD)
+    # Another arm of the same seeds, and the same runs again, are no seeds that were added.
+    assert "Second look" not in text("s", (1, 2), DEEP)
+    assert "Second look: 1 report (of 2 seeds) had already shown" in text("s", (3,), STANDARD)
+    more = text("s", (3, 4), STANDARD, DEEP)
+    assert "Second look: 2 reports (of 2, 3 seeds) had already shown" in more
+    assert "up to about 10.7 %" in more
+    assert "Second look: 2 reports (of 2, 3 seeds) had already shown" in text("s", ())
+    # Another study in its place.
+    assert "Second look" not in text("t", (1, 2, 3), STANDARD, DEEP)
+
+
 def test_a_seed_that_collapses_is_named_and_every_seed_is_drawn(tmp_path: Path) -> None:
     folder = known(tmp_path, {
         "original": lambda seed: [[6.0, 5.9, 6.0], [5.6, (7.0 if seed == 3 else 5.5), 7.1]],
