@@ -127,27 +127,39 @@ def _recipe(name: str, path: Path) -> str:
 
 def opening(path: Path) -> tuple[str, str, list[str]]:
     """The parts of the comment that a file of settings opens with: what it asks, its command, and
-    what it says of cost and expectation, a paragraph each.
+    what it says after that, a paragraph for each label.
     """
     before: list[str] = []
     command: list[str] = []
-    after: list[str] = []
+    after: list[list[str]] = [[]]
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        text = line.removeprefix("#")
+        text = line.removeprefix("#").removesuffix("\\").rstrip()
         if text.strip() == "@package _global_":
             continue
-        if text.startswith("   ") and not after:
+        if text.startswith("   ") and after == [[]]:
             command.append(text.strip())
-        elif text.startswith("   "):
-            after.append(f"`{text.strip()}`")
-        else:
-            (after if command else before).append(text.strip())
+        elif not command:
+            before.append(text.strip())
+        elif text:
+            after[-1].append(text)
+        elif after[-1]:
+            after.append([])
+    rest = [paragraph for lines in after if lines for paragraph in _paragraphs(lines)]
+    return " ".join(filter(None, before)), " \\\n    ".join(command), rest
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Lines of a comment as paragraphs, one for each label; a command where all are set in."""
+    if all(line.startswith("   ") for line in lines):
+        return ["```\n" + " \\\n    ".join(line.strip() for line in lines) + "\n```"]
+    text = " ".join(
+        f"`{line.strip()}`" if line.startswith("   ") else line.strip() for line in lines
+    )
     labels = "|".join(LABELS)
-    said = re.split(rf"(?<=\.) (?=(?:{labels})\b)|^(?=(?:{labels})\b)", " ".join(after))
-    paragraphs = [re.sub(rf"^({labels})\b", r"**\1**", each) for each in said if each]
-    return " ".join(before), " \\\n    ".join(command), paragraphs
+    said = re.split(rf"(?<=\.) (?=(?:{labels})\b)|^(?=(?:{labels})\b)", text)
+    return [re.sub(rf"^({labels})\b", r"**\1**", each) for each in said if each]
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -177,10 +189,38 @@ def settings() -> str:
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(rows))
     parts.append(_groups())
+    parts.append("## Sweepers and launchers")
+    parts.append(
+        "Written `hydra/sweeper=settle hydra.sweeper.most=30`; each is a file of `conf/hydra`."
+    )
+    for part in ("sweeper", "launcher"):
+        parts += [_engine(part, path) for path in sorted((CONF / "hydra" / part).glob("*.yaml"))]
     return "\n\n".join(parts) + "\n"
 
 
 _MISSING = object()
+
+
+def _engine(part: str, path: Path) -> str:
+    """A sweeper or launcher: what its file opens with, and its settings."""
+    about, command, rest = opening(path)
+    text = path.read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    comments = _comments(text, f"hydra.{part}")
+    rows = [
+        f"| `{name}` | `{_yaml(value)}` | {comments.get(name, '')} |"
+        for name, value in _flat(content, f"hydra.{part}").items()
+        if not isinstance(value, dict) and not name.endswith((".defaults", "._target_", ".blocks"))
+    ]
+    lines = [
+        f"### hydra/{part}={path.stem}",
+        about,
+        f"```\n{command}\n```" if command else "",
+        *rest,
+    ]
+    if rows:
+        lines.append("\n".join(["| setting | value | |", "|---|---|---|", *rows]))
+    return "\n\n".join(line for line in lines if line)
 
 
 def _groups() -> str:
@@ -260,19 +300,24 @@ def _values_and_comments() -> tuple[dict[str, Any], dict[str, str]]:
     comments: dict[str, str] = {}
     for file, prefix in DEFAULTS.items():
         text = (CONF / f"{file}.yaml").read_text(encoding="utf-8")
-        path: list[tuple[int, str]] = []
-        if prefix:
-            path = [(-1, prefix)]
-        for line in text.splitlines():
-            found = re.match(r"( *)([a-z_0-9]+):(?: ([^#]*))?(?:# (.*))?$", line)
-            if not found or line.startswith("defaults"):
-                continue
-            indent = len(found[1])
-            path = [each for each in path if each[0] < indent] + [(indent, found[2])]
-            if found[4]:
-                comments[".".join(name for _, name in path)] = found[4].strip()
         values |= _flat(yaml.safe_load(text), prefix)
+        comments |= _comments(text, prefix)
     return values, comments
+
+
+def _comments(text: str, prefix: str) -> dict[str, str]:
+    """The comment beside each setting of a file of settings."""
+    comments: dict[str, str] = {}
+    path = [(-1, prefix)] if prefix else []
+    for line in text.splitlines():
+        found = re.match(r"( *)([a-z_0-9]+):(?: ([^#]*))?(?:# (.*))?$", line)
+        if not found or line.startswith("defaults"):
+            continue
+        indent = len(found[1])
+        path = [each for each in path if each[0] < indent] + [(indent, found[2])]
+        if found[4]:
+            comments[".".join(name for _, name in path)] = found[4].strip()
+    return comments
 
 
 def _flat(value: Any, name: str) -> dict[str, Any]:

@@ -60,6 +60,20 @@ def test_each_setting_is_shown_with_its_value_and_bounds(hooks: ModuleType) -> N
     assert rows["device"].startswith("auto, cpu, cuda, mps | `auto` |")
 
 
+def test_each_sweeper_and_launcher_is_shown_with_its_settings(hooks: ModuleType) -> None:
+    page = hooks.settings()
+    for path in [
+        path
+        for part in ("sweeper", "launcher")
+        for path in (ROOT / "conf" / "hydra" / part).glob("*.yaml")
+    ]:
+        assert f"### hydra/{path.parent.name}={path.stem}\n" in page
+    assert "| `hydra.sweeper.n_trials` | `20` | of the study, those of" in page
+    # A second command of a file is one as well.
+    pruner = "python train.py -m hydra/sweeper=optuna hydra/sweeper/pruner=median \\\n"
+    assert f"\n```\n{pruner}" in page
+
+
 def test_the_site_builds_and_asks_no_other_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
