@@ -304,12 +304,13 @@ def sweep(
     models: Iterable[str] = ("standard", "deep_supervision"),
     seeds: Iterable[int] = (1, 2, 3, 4, 5),
     *overrides: str,
+    shock: float | None = None,
 ) -> Path:
-    """A completed sweep over all of them."""
+    """A completed sweep over all of them; `shock` as of `run`."""
     experiments, models, seeds = list(experiments), list(models), list(seeds)
     jobs = [(e, m, s) for e in experiments for m in models for s in seeds]
     for number, (experiment, model, seed) in enumerate(jobs):
-        run(folder / f"{number}_aaaaaa", experiment, model, seed, *overrides)
+        run(folder / f"{number}_aaaaaa", experiment, model, seed, *overrides, shock=shock)
     task = [
         f"experiment={','.join(experiments)}",
         f"model={','.join(models)}",

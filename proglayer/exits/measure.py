@@ -62,18 +62,21 @@ def score(model: Model, windows: Windows, exits: Sequence[int] | None = None) ->
             for hidden_rd, target_r in zip(
                 hidden_md.split(rows), target_m.split(rows), strict=True
             ):
-                parts[place].append(_scores(hidden_rd.float() @ head_vd.T, target_r).cpu())
+                parts[place].append(_scores(hidden_rd.float() @ head_vd.T, target_r))
     scores_e3m = torch.stack([torch.cat(own, dim=1) for own in parts])
     nll_em, confidence_em, guess_em = scores_e3m.unbind(dim=1)
     return TokenScores(nll_em, confidence_em, guess_em.long(), torch.cat(targets).cpu())
 
 
 def _scores(logits_rv: Tensor, target_r: Tensor) -> Tensor:
-    """Cross-entropy, confidence and guess of each row: (3, rows), float64, which holds any id."""
+    """Cross-entropy, confidence and guess of each row: (3, rows), on the CPU in float64, which
+    holds any id.
+    """
     log_z_r = logits_rv.logsumexp(dim=1)
     top_r, guess_r = logits_rv.max(dim=1)
     nll_r = log_z_r - logits_rv.gather(1, target_r[:, None])[:, 0]
-    return torch.stack([nll_r.double(), (top_r - log_z_r).exp().double(), guess_r.double()])
+    scores = nll_r, (top_r - log_z_r).exp(), guess_r
+    return torch.stack([each.cpu().double() for each in scores])
 
 
 def measure(model: Model, windows: Windows, trained: Sequence[bool]) -> Measured:

@@ -154,11 +154,13 @@ def sentences(found: Worth) -> list[str]:
         good = means[means["accuracy_percent"] >= whole - WITHIN_POINTS]
         least = good.loc[good["layers"].idxmin()]
         first = exits.loc[exits["layer"] == exits["layer"].min(), "accepted_percent"].mean()
+        count = arm["seed"].nunique()
+        seeds = f"{count} seed{'s' * (count != 1)}"
         texts.append(
             f"{variant_name(str(variant))}, {model_name(str(model))}: within {WITHIN_POINTS:g} "
             f"points of all {of} layers' {whole:.2f} % with {least['layers']:.2f} layers a token "
-            f"(from a confidence of {least.name:g} on); the last exit accepts {first:.0f} % of "
-            f"the first one's guesses."
+            f"(from a confidence of {least.name:g} on; mean over {seeds}); "
+            f"the last exit accepts {first:.0f} % of the first one's guesses."
         )
     return texts
 

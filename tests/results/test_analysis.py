@@ -18,6 +18,7 @@ from ..synthetic import run, sweep
 
 FOLDER = Path("multirun/2026-01-31_12-00-00_1f3a9c")
 SEEDS = range(1, 5)
+MODELS = ("standard", "deep_supervision")
 
 
 @pytest.fixture
@@ -26,7 +27,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return sweep(tmp_path / FOLDER, ["original", "wider"], seeds=SEEDS)
 
 
-def test_each_analysis_takes_six_lines_at_most_and_runs(folder: Path) -> None:
+def test_each_analysis_takes_six_lines_at_most_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = sweep(tmp_path / FOLDER, ["original", "wider"], seeds=SEEDS, shock=0.3)
     matplotlib.use("Agg")
     begin, *analyses = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.DOTALL
@@ -49,6 +54,10 @@ def test_each_analysis_takes_six_lines_at_most_and_runs(folder: Path) -> None:
     assert names["paired"].loc["standard", "mean"] == pytest.approx(paired)
     deepest = names["by_exit"]["wider", "standard"].dropna().iloc[-1]
     assert deepest == pytest.approx(own[accuracy].mean())
+    shocks = names["shocks"]
+    assert shocks.index.tolist() == [(v, m) for v in ("original", "wider") for m in MODELS]
+    assert shocks["mean"].tolist() == pytest.approx([0.3] * 4)
+    assert shocks["count"].tolist() == [4] * 4
     # balanced arms: the coefficient is the difference of their means
     means = runs.groupby("variant", observed=True)[accuracy].mean()
     effect = names["fit"].params["C(variant)[T.wider]"]
