@@ -112,6 +112,36 @@ class Norm(Enum):
     pre = "pre"
 
 
+class ModelKind(Enum):
+    """The project's own transformer, or a causal language model of `transformers`."""
+
+    transformer = "transformer"
+    causal_lm = "causal_lm"
+
+
+class Family(Enum):
+    """Families of `transformers` that keep their layers in a list of equal blocks."""
+
+    llama = "llama"
+    mistral = "mistral"
+    qwen2 = "qwen2"
+    qwen3 = "qwen3"
+    gpt2 = "gpt2"
+    gpt_neox = "gpt_neox"
+
+
+# Those that learn a vector for each position, and those whose keys may have fewer heads.
+LEARNED_POSITIONS = (Family.gpt2,)
+FEWER_KEYS = (Family.llama, Family.mistral, Family.qwen2, Family.qwen3)
+
+
+class Weights(Enum):
+    """What the weights of a model of `transformers`, and their optimizer's state, are kept in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class GrowthPosition(Enum):
     """Where new layers go. `stack` and `middle` have places of their own."""
 
@@ -185,17 +215,29 @@ class OnError(Enum):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer. `exit_weights` is a name of `ExitWeights` or a list, bottom layer first."""
+    """The model. `exit_weights` is a name of `ExitWeights` or a list, bottom layer first.
 
-    dim: Annotated[int, Bounds(least=1, most=65_536)]
-    num_heads: Annotated[int, Bounds(least=1, most=65_536)]
-    ffn_multiple: Annotated[int, Bounds(least=1, most=1_024)]
-    rotary_base: Annotated[float, Bounds(above=0, most=LARGE)]
-    norm_eps: Annotated[float, Bounds(above=0, most=1)]
+    Of a `causal_lm`, either `path` is given, a checkpoint that has sizes of its own, or `family`
+    with sizes: an untrained one. A size that is null is the family's, or not asked for.
+    """
+
+    dim: Annotated[int | None, Bounds(least=1, most=65_536)]
+    num_heads: Annotated[int | None, Bounds(least=1, most=65_536)]
+    ffn_multiple: Annotated[int | None, Bounds(least=1, most=1_024)]
+    rotary_base: Annotated[float | None, Bounds(above=0, most=LARGE)]
+    norm_eps: Annotated[float | None, Bounds(above=0, most=1)]
     vocab_size: Annotated[int | None, Bounds(least=3, most=INT32)]
     exit_weights: Any
     norm: Norm = Norm.post
     checkpoint_activations: bool = False
+    kind: ModelKind = ModelKind.transformer
+    path: str | None = None
+    revision: str | None = None
+    family: Family | None = None
+    num_kv_heads: Annotated[int | None, Bounds(least=1, most=65_536)] = None
+    max_positions: Annotated[int | None, Bounds(least=1, most=INT32)] = None
+    untie: bool = False
+    weights: Weights = Weights.float32
 
 
 @dataclass(frozen=True)
@@ -228,10 +270,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BudgetOverrides:
-    """A phase's own budget and loss; null keeps what holds for all phases."""
+    """A phase's own budget and loss; null keeps what holds for all phases. With no epoch at all the
+    phase ends with the model that it starts with.
+    """
 
     batch_size: Annotated[int | None, Bounds(least=1, most=INT32)]
-    max_epochs: Annotated[int | None, Bounds(least=1, most=INT32)]
+    max_epochs: Annotated[int | None, Bounds(least=0, most=INT32)]
     patience: Annotated[int | None, Bounds(least=1, most=INT32)]
     min_delta: Annotated[float | None, Bounds(least=0, most=LARGE)]
     samples: Annotated[int | None, Bounds(least=1, most=INT32)]
@@ -378,7 +422,7 @@ class Config:
     """
 
     seed: Annotated[int, Bounds(least=0, most=2**63 - 1)]
-    initial_layers: Annotated[int, Bounds(least=0, most=4_096)]
+    initial_layers: Annotated[int | None, Bounds(least=0, most=4_096)]
     added_layers: Annotated[int, Bounds(least=0, most=4_096)]
     model: ModelConfig
     data: DataConfig
@@ -453,6 +497,9 @@ def to_config(settings: DictConfig) -> Config:
     if config.optimizer.clip_norm == math.inf:
         # PyTorch's "no clipping", which has a value of its own here; JSON has none for infinity.
         config = replace(config, optimizer=replace(config.optimizer, clip_norm=None))
+    if config.data.tokenizer == MODEL and config.model.path is not None:
+        own = {"tokenizer": config.model.path, "tokenizer_revision": config.model.revision}
+        config = replace(config, data=replace(config.data, **own))
     problems = list(_problems(config))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -661,15 +708,14 @@ def _problems(config: Config) -> Iterator[str]:
     yield from beyond
     # Rules that weigh numbers against each other make no sense of one beyond its bounds.
     if not any("layers" in line for line in beyond):
-        yield from _layer_problems(config)
+        yield from depth_problems(config)
     if not any(line.startswith("model.") for line in beyond):
-        yield from _model_problems(config.model)
+        yield from _model_problems(config)
     for part in ("initial", "grown"):
         own = getattr(config.phase, part).exit_weights
         if own is not None:
             yield from _exit_weight_problems(f"phase.{part}", own)
     yield from _batch_problems(config.phase)
-    yield from _growth_problems(config)
     yield from _data_problems(config.data)
     yield from _rate_problems(config.lr)
     yield from _logger_problems(config.logger)
@@ -700,10 +746,19 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
-def _layer_problems(config: Config) -> Iterator[str]:
+def depth_problems(config: Config) -> Iterator[str]:
+    """One line for each setting that cannot work with so many layers. Where a checkpoint says how
+    many there are, they are as many as any setting asks for until it has said so.
+    """
+    layers = math.inf if config.initial_layers is None else config.initial_layers
+    yield from _layer_problems(config, layers)
+    yield from _growth_problems(config, layers)
+
+
+def _layer_problems(config: Config, layers: float) -> Iterator[str]:
     schedule = config.phase.schedule
     initial = config.freeze.initial
-    if not initial.embedding and not initial.head and config.initial_layers == 0:
+    if not initial.embedding and not initial.head and layers == 0:
         yield "freeze.initial freezes everything of a model of initial_layers=0"
     grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if grows and config.added_layers == 0:
@@ -721,9 +776,9 @@ def _layer_problems(config: Config) -> Iterator[str]:
             continue
         if not isinstance(step.existing, int) or step.existing < 0:
             yield f"{setting} must be a number of layers from 0 up, or all"
-        elif step.existing >= max(1, config.initial_layers):
+        elif step.existing >= max(1, layers):
             yield (
-                f"{setting} leaves none of {config.initial_layers} existing layer(s) frozen: "
+                f"{setting} leaves none of {layers} existing layer(s) frozen: "
                 f"the schedule needs initial_layers={step.existing + 1} or more, or existing: all"
             )
         elif not grows and step.existing == 0 and not step.embedding and not step.head:
@@ -742,10 +797,10 @@ def _batch_problems(phase: PhaseConfig) -> Iterator[str]:
 COPYING = (GrowthInit.copy, GrowthInit.stack, GrowthInit.middle, GrowthInit.zero, GrowthInit.gate)
 
 
-def _growth_problems(config: Config) -> Iterator[str]:
+def _growth_problems(config: Config, layers: float) -> Iterator[str]:
     growth = config.growth
     grows = config.phase.schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
-    if grows and config.initial_layers == 0 and growth.init in COPYING:
+    if grows and layers == 0 and growth.init in COPYING:
         yield (
             f"growth.init={growth.init.name} has no layer to copy with initial_layers=0: "
             "take growth.init=random"
@@ -761,14 +816,84 @@ def _growth_problems(config: Config) -> Iterator[str]:
             f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}, "
             "which copies no layer"
         )
-    if growth.init is GrowthInit.middle and growth.block > max(1, config.initial_layers):
+    if growth.init is GrowthInit.middle and growth.block > max(1, layers):
         yield (
-            f"growth.block={growth.block} is more than the initial_layers={config.initial_layers} "
+            f"growth.block={growth.block} is more than the initial_layers={layers} "
             "that there are to repeat"
         )
 
 
-def _model_problems(model: ModelConfig) -> Iterator[str]:
+# What says how large an untrained model is; a checkpoint has sizes of its own.
+SIZES = ("dim", "num_heads", "ffn_multiple", "rotary_base", "norm_eps")
+# What only a model of `transformers` has.
+OF_CAUSAL_LM = ("path", "revision", "family", "num_kv_heads", "max_positions", "untie", "weights")
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.kind is ModelKind.causal_lm:
+        yield from _causal_lm_problems(config)
+    else:
+        for name in SIZES:
+            if getattr(model, name) is None:
+                yield f"model.{name} has no value: give it one"
+        defaults = {each.name: each.default for each in fields(ModelConfig)}
+        for name in OF_CAUSAL_LM:
+            if getattr(model, name) != defaults[name]:
+                yield f"model.{name} is of model=causal_lm, and changes nothing of this model"
+        if config.initial_layers is None:
+            yield "initial_layers=null takes all that model.path has: give a number, or a path"
+    yield from _head_problems(model)
+    yield from _exit_weight_problems("model", model.exit_weights)
+
+
+def _causal_lm_problems(config: Config) -> Iterator[str]:
+    model = config.model
+    if importlib.util.find_spec("transformers") is None:
+        yield f"model=causal_lm needs the extra hf: {install_command('hf')}"
+    if (model.path is None) is (model.family is None):
+        yield (
+            "model=causal_lm takes either model.path, a folder or a name of the hub, or "
+            "model.family, one of " + ", ".join(Family.__members__)
+        )
+        return
+    if model.norm is not Norm.pre:
+        yield f"model.norm={model.norm.name} does not go with model=causal_lm: leave it pre"
+    if model.path is not None:
+        if config.data.tokenizer == WORDS:
+            yield (
+                f"data.tokenizer={WORDS} does not go with model.path, which knows tokens of its "
+                "own: take data.tokenizer=model"
+            )
+        for name in (*SIZES, "vocab_size", "num_kv_heads", "max_positions"):
+            if getattr(model, name) is not None:
+                yield (
+                    f"model.{name} does not go with model.path, which has sizes of its own: leave "
+                    "it null"
+                )
+        return
+    if model.revision is not None:
+        yield "model.revision is of a model.path on the hub, and there is none"
+    if config.initial_layers is None:
+        yield "initial_layers=null takes all that model.path has, and there is none: give a number"
+    assert model.family is not None
+    for name in ("dim", "num_heads"):
+        if getattr(model, name) is None:
+            yield f"model.{name} has no value: model.family needs one"
+    if model.num_kv_heads is not None and model.family not in FEWER_KEYS:
+        yield f"model.num_kv_heads does not go with model.family={model.family.name}"
+    elif model.num_kv_heads and model.num_heads and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads="
+            f"{model.num_heads}"
+        )
+    if model.rotary_base is not None and model.family in LEARNED_POSITIONS:
+        yield f"model.rotary_base does not go with model.family={model.family.name}"
+
+
+def _head_problems(model: ModelConfig) -> Iterator[str]:
+    if model.dim is None or model.num_heads is None:
+        return
     if model.dim % model.num_heads:
         yield f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}"
     elif (model.dim // model.num_heads) % 2:
@@ -776,7 +901,6 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             f"model.dim={model.dim} over model.num_heads={model.num_heads} gives heads of "
             f"{model.dim // model.num_heads}: rotary embedding needs an even number"
         )
-    yield from _exit_weight_problems("model", model.exit_weights)
 
 
 def _exit_weight_problems(part: str, weights: Any) -> Iterator[str]:

@@ -24,6 +24,7 @@ from .helpers import config
 
 # With these, every setting below has something to act on.
 BASE = ("phase=grow_once", "freeze=none", "lr.schedule=cosine", "initial_layers=3")
+LLAMA = "model=causal_lm model.family=llama model.dim=16 model.num_heads=4"
 STEPS = "[{existing: 1, embedding: false, head: true}]"
 MACHINE = Machine("cpu", "a processor", 2, torch.__version__)
 PRECISIONS = {p.name: p for p in Precision if p is not Precision.auto}
@@ -74,6 +75,11 @@ IN_THE_PHASES = {
     "growth.gate_steps": "5 growth.init=gate",
     "model.norm": "pre",
     "model.checkpoint_activations": "true",
+    "model.family": f"qwen2 {LLAMA}",
+    "model.num_kv_heads": f"2 {LLAMA}",
+    "model.max_positions": f"64 {LLAMA}",
+    "model.untie": f"true {LLAMA} model.family=gpt2",
+    "model.weights": f"bfloat16 {LLAMA}",
     "freeze.steps": STEPS,
     "lr.base": "0.5",
     "lr.factor.new": "0.5",
@@ -110,6 +116,9 @@ PLACE_OF_THE_TEXT = {
     "data.train_split", "data.validation_split", "data.text_column", "data.cache_dir",
     "data.tokenizer_revision",
 }  # fmt: skip
+# Whose model it is, and where its weights lie: those are in the key by their hash, wherever they
+# lie: see test_causal_lm.
+PLACE_OF_THE_WEIGHTS = {"model.kind", "model.path", "model.revision"}
 # Read by the stopping rule alone, which reads a trajectory and changes none: see test_trajectory.
 STOPPING = {
     "phase.patience", "phase.min_delta", "phase.initial.patience", "phase.initial.min_delta",
@@ -141,6 +150,7 @@ def test_every_setting_is_classified_once() -> None:
         set(IN_THE_PHASES),
         set(IN_THE_TEXT),
         PLACE_OF_THE_TEXT,
+        PLACE_OF_THE_WEIGHTS,
         STOPPING,
         IN_THE_MACHINE,
         HARMLESS,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from proglayer.training.architecture import Architecture
 from proglayer.training.blocks import cache_bytes
 from proglayer.training.plan import Phase
 
@@ -127,6 +128,7 @@ class BodyProducts:
 
     def __init__(self, phase: Phase, seq_len: int, dtype: torch.dtype, device: torch.device):
         shape = phase.architecture
+        assert isinstance(shape, Architecture)
         windows, heads = phase.batch_size, shape.num_heads
         tokens, dim, hidden = windows * seq_len, shape.dim, shape.ffn_multiple * shape.dim
         per_head = dim // heads

@@ -614,7 +614,10 @@ def stored_progress(jobs: Sequence[Job], launcher: DictConfig) -> dict[Any, Phas
                 seconds = sum(e.train_seconds + e.evaluation_seconds for e in found.epochs)
                 complete = found.selected is not None
                 progress = replace(
-                    progress, epochs=len(found.epochs), seconds=seconds, complete=complete
+                    progress,
+                    epochs=sum(each.epoch > 0 for each in found.epochs),
+                    seconds=seconds,
+                    complete=complete,
                 )
             # Jobs that share a phase may stop it differently: it is complete when all would.
             before = phases.get(prefix := prefix_of(job, depth))

@@ -45,7 +45,7 @@ def estimate(
 
     Returns None while no phase is complete: how many epochs one takes is not known then.
     """
-    complete = [phase.epochs for phase in phases.values() if phase.complete]
+    complete = [phase.epochs for phase in phases.values() if phase.complete and phase.max_epochs]
     flops = sum(phase.epochs * phase.flops for phase in phases.values())
     seconds = sum(phase.seconds for phase in phases.values())
     if not complete or not seconds:
@@ -53,7 +53,7 @@ def estimate(
     expected = mean(complete)
 
     def left(phase: PhaseProgress) -> float:
-        if phase.complete:
+        if phase.complete or not phase.max_epochs:
             return 0.0
         epochs = min(max(expected - phase.epochs, 1.0), phase.max_epochs - phase.epochs)
         return epochs * phase.flops * seconds / flops

@@ -27,6 +27,7 @@ from proglayer.store.record import (
     FOLDER_SETTINGS,
     WEIGHTS,
     BestEpoch,
+    CheckpointRecord,
     CorpusRecord,
     EpochOnTest,
     ExitRecord,
@@ -116,7 +117,7 @@ def train_phases(setup: Setup, current: Session) -> Ended:
                 all_stored = False  # those that follow have another start
                 if why := Nearest(current.store).why_afresh(trajectory.description):
                     current.note(f"  not stored; the nearest stage: {why}")
-            if phase.growth is not None:
+            if phase.growth is not None and phase.stop.max_epochs:
                 current.start(phase, trajectory.start_exits()[-1])
             on_epoch = functools.partial(current.epoch, phase, trajectory.counts)
             stopped = follow(phase.stop, trajectory.epochs(), on_epoch)
@@ -183,8 +184,23 @@ def prepare(config: Config, record: RunRecord) -> Setup:
     setup = Setup(device, machine.describe_machine(device), corpus, phases)
     record.machine = setup.machine
     record.corpus = corpus_record(config, corpus)
+    record.checkpoint = checkpoint_record(config, phases[0])
     check_objective(config, record, phases, machine.peak_memory_mb(device))
     return setup
+
+
+def checkpoint_record(config: Config, first: Phase) -> CheckpointRecord | None:
+    """What the record says of the weights that a run began with; None for an untrained model."""
+    if first.checkpoint_folder is None:
+        return None
+    # Of the hub, a folder has the name of its commit.
+    of_hub = not Path(str(config.model.path)).expanduser().is_dir()
+    return CheckpointRecord(
+        path=config.model.path,
+        revision=Path(first.checkpoint_folder).name if of_hub else None,
+        sha256=first.checkpoint_sha256,
+        layers=first.layers,
+    )
 
 
 def corpus_record(config: Config, corpus: Corpus) -> CorpusRecord:
@@ -266,10 +282,11 @@ def _phase_record(
     """What the record says of a phase."""
     parameters = parameter_counts(phase)
     windows, seq_len = corpus.train_windows or 0, corpus.seq_len or 0
-    flops = [training_flops(phase, seq_len, windows, epoch.epoch) for epoch in stopped.epochs]
-    train_seconds = sum(epoch.train_seconds for epoch in stopped.epochs)
-    tokens = sum(epoch.train_tokens for epoch in stopped.epochs)
-    reused = [epoch for epoch in stopped.epochs if epoch.epoch not in counts.trained]
+    trained = [epoch for epoch in stopped.epochs if epoch.epoch]
+    flops = [training_flops(phase, seq_len, windows, epoch.epoch) for epoch in trained]
+    train_seconds = sum(epoch.train_seconds for epoch in trained)
+    tokens = sum(epoch.train_tokens for epoch in trained)
+    reused = [epoch for epoch in trained if epoch.epoch not in counts.trained]
     return PhaseRecord(
         index=phase.index,
         name=phase.name,
@@ -281,7 +298,7 @@ def _phase_record(
         rates=phase.rates,
         exit_weights=list(phase.exit_weights),
         stage=stage,
-        epochs=len(stopped.epochs),
+        epochs=len(trained),
         best_epoch=stopped.best.epoch,
         stopped=stopped.reason,
         best=BestEpoch(
@@ -307,7 +324,7 @@ def _phase_record(
         train_flops_head=sum(epoch.head for epoch in flops),
         train_flops_body=sum(epoch.body for epoch in flops),
         train_seconds=train_seconds,
-        evaluation_seconds=sum(epoch.evaluation_seconds for epoch in stopped.epochs),
+        evaluation_seconds=sum(epoch.evaluation_seconds for epoch in trained),
         tokens_per_second=tokens / train_seconds if train_seconds else None,
         work=PhaseWork(
             epochs_trained=len(counts.trained),

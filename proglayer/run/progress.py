@@ -16,6 +16,7 @@ from proglayer.errors import printable
 from proglayer.training.plan import (
     Phase,
     evaluation_flops,
+    memory_bytes,
     parameter_counts,
     schedule_warning,
     training_flops,
@@ -136,8 +137,10 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
             "stored" if reused else f"{metrics.train_seconds + metrics.evaluation_seconds:.1f} s"
         )
         star = " *" if best.epoch == metrics.epoch else ""
+        trained = metrics.train_loss is not None
+        loss = f"train loss {metrics.train_loss:.4f}" if trained else "not trained"
         self.note(
-            f"  epoch {metrics.epoch:>2}  train loss {metrics.train_loss:.4f}  "
+            f"  epoch {metrics.epoch:>2}  {loss}  "
             f"validation loss {metrics.validation_loss:.4f}  "
             f"perplexity {metrics.validation_perplexity:.2f}  "
             f"accuracy {100 * metrics.validation_accuracy:.2f} %  ({source}){star}"
@@ -181,6 +184,7 @@ def plan_table(
         ),
         ("rate: new, existing, embedding, head", "long", lambda row: _rates(row[0])),
         ("batches", "number", lambda row: str(row[0].steps_per_epoch(train_windows))),
+        ("about MB", "number", lambda row: f"{memory_bytes(row[0], seq_len) / 1e6:,.0f}"),
         ("head GFLOP", "number", lambda row: f"{row[2].head / 1e9:,.1f}"),
         ("body GFLOP", "number", lambda row: f"{row[2].body / 1e9:,.1f}"),
         ("evaluation GFLOP", "number", lambda row: f"{(row[3].head + row[3].body) / 1e9:,.1f}"),

@@ -117,7 +117,7 @@ class Session:
         self, phase: Phase, counts: Counts, metrics: EpochMetrics, best: EpochMetrics
     ) -> None:
         """Write and show an epoch that was trained or read. Raises Pruned."""
-        reused = metrics.epoch not in counts.trained
+        reused = metrics.epoch not in (0, *counts.trained)
         is_best = best.epoch == metrics.epoch
         self._display.epoch(metrics, best, reused)
         if is_best:

@@ -205,6 +205,19 @@ class CorpusRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """The weights of others that a run began with: where they were, and their first so many layers.
+
+    revision: the commit, of a name of the hub. sha256: of their settings and their files.
+    """
+
+    path: str | None
+    revision: str | None
+    sha256: str | None
+    layers: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BestEpoch:
     """Metrics of a phase's selected epoch. Losses in nats per token."""
 
@@ -366,6 +379,7 @@ class RunRecord:
     gpu: Gpu | None = None
     git: GitState | None = None
     corpus: CorpusRecord | None = None
+    checkpoint: CheckpointRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
     phases: list[PhaseRecord] = field(default_factory=list)
     changes: Changes | None = field(default=None, metadata=OMITTED_IF_NONE)
     weights_sha256: str | None = field(default=None, metadata=OMITTED_IF_NONE)
@@ -503,7 +517,8 @@ def _write_result(folder: Path, plain: dict[str, Any]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class MetricsRow:
     """One epoch. Phases, layers and epochs count from 1; `reused` epochs were read from the store.
-    Epoch 0 is the model right after a growth, before its first step: it is never the best.
+    Epoch 0 is the model right after a growth, before its first step: it is never the best, unless
+    the phase has no other epoch.
 
     `best` is whether it is the best epoch of its phase so far.
     """

@@ -129,13 +129,20 @@ class Trajectory:
     # -- how an epoch is obtained ---------------------------------------------------------------
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Epochs 1, 2, ... without end. Raises Interrupted, Diverged or StoreError."""
-        return map(self.epoch, itertools.count(1))
+        """Epochs 1, 2, ... without end, or epoch 0 where none is to be trained. Raises Interrupted,
+        Diverged or StoreError.
+        """
+        return map(self.epoch, itertools.count(self.phase.stop.first_epoch))
 
     def epoch(self, number: int) -> EpochMetrics:
         """One epoch: stored, or trained on from the last stored state before it."""
         while (metrics := self._stored_epoch(number)) is None:
-            if self._become_writer(unless=lambda: self._stored_epoch(number) is not None):
+            if number == 0:
+                last = self.start_exits()[-1]
+                start = EpochMetrics(0, None, last.loss, last.accuracy, 0, 0.0, 0.0)
+                self._become_writer()
+                self.stage.write_json("epoch-0000", asdict(start))
+            elif self._become_writer(unless=lambda: self._stored_epoch(number) is not None):
                 training = self._training_before(number)
                 self._train_to(training, number)
         return metrics
@@ -191,6 +198,8 @@ class Trajectory:
         Returns:
             those metrics, bottom exit first.
         """
+        if selected == 0:  # there is nothing that cannot be had as it was
+            return self.start_exits()
         if self._training is not None and _position(self._training) >= max(
             self._states(), default=(0, 0)
         ):
@@ -218,6 +227,8 @@ class Trajectory:
                 break
         if weights is not None:
             return weights
+        if epoch == 0:
+            return on_cpu(self._start().state_dict())
         if self._best is not None and self._best[0] == epoch and self._training is not None:
             return {**on_cpu(self._training.model.state_dict()), **self._best[1]}
         training = self._training_before(epoch)
@@ -505,7 +516,7 @@ def stored_epochs(
     epochs: list[EpochMetrics] = []
 
     def recorded() -> Iterator[EpochMetrics]:
-        while metrics := _read_epoch(stage, len(epochs) + 1):
+        while metrics := _read_epoch(stage, len(epochs) + phase.stop.first_epoch):
             epochs.append(metrics)
             yield metrics
 
@@ -523,6 +534,7 @@ def describe(
     """
     plain = described(phase)
     del plain["stop"]
+    plain.pop("checkpoint_folder", None)
     # Raised by hand where the products of one precision change, so that the others keep their keys.
     arithmetic = {}
     if machine.device == "cpu" and phase.precision is Precision.bfloat16:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from proglayer.training.architecture import Architecture, CausalLM
 from proglayer.training.model import Model
-from proglayer.training.plan import Architecture
 from proglayer.training.transformer import Transformer
 
 
-def empty(architecture: Architecture, layers: int) -> Model:
+def empty(architecture: Architecture | CausalLM, layers: int) -> Model:
     """A model on the CPU whose weights are not set yet."""
-    return _on_meta(asdict(architecture), layers).to_empty(device="cpu")
+    return _on_meta(asdict(architecture), layers).to_empty(device="cpu").settle()
+
+
+def loaded(architecture: CausalLM, layers: int, folder: str) -> Model:
+    """The model in a folder of `transformers`, its first so many layers. Raises ConfigError."""
+    from proglayer.training import causal_lm
+
+    return causal_lm.loaded(architecture, layers, Path(folder))
 
 
 def restored(layers: int, architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> Model:
@@ -27,10 +35,15 @@ def restored(layers: int, architecture: Mapping[str, Any], state: Mapping[str, T
     """
     model = _on_meta(architecture, layers)
     model.load_state_dict(state, assign=True)
-    return model
+    return model.settle()
 
 
 def _on_meta(architecture: Mapping[str, Any], layers: int) -> Model:
     """Without room for its tensors, so that nothing is drawn twice."""
+    if "family" in architecture:
+        # Importing the library takes seconds, so who does not ask for it does not.
+        from proglayer.training.causal_lm import on_meta
+
+        return on_meta(architecture, layers)
     with torch.device("meta"):
         return Transformer(layers=layers, **architecture)

@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 from proglayer.config import GrowthInit
-from proglayer.training.build import empty
+from proglayer.training.architecture import CausalLM
+from proglayer.training.build import empty, loaded
 from proglayer.training.model import Model
 from proglayer.training.plan import Growth, Phase, layer_sources
 from proglayer.training.streams import stream
 
 
 def build(phase: Phase) -> Model:
-    """An untrained model for the first phase of a plan, on the CPU.
+    """The model that the first phase of a plan starts with, on the CPU: untrained, or a checkpoint.
 
     Embedding, head and each layer draw from streams of their own, so models of different depth
     share what they have in common.
     """
+    if phase.checkpoint_folder is not None:
+        assert isinstance(phase.architecture, CausalLM)
+        return loaded(phase.architecture, phase.layers, phase.checkpoint_folder)
     model = empty(phase.architecture, phase.layers)
     for name, part in model.named_children():
         if name != "layers":

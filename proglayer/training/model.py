@@ -9,7 +9,7 @@ Shapes in names: n windows, t positions, d model dimension, v vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,10 @@ class Model(nn.Module):
         self.gate: Tensor | None = None
         # Whether what a layer computes is formed again in the backward pass instead of kept.
         self.checkpoint_activations = False
+
+    def settle(self) -> Self:
+        """Form what is computed from the architecture alone and stored nowhere. Returns itself."""
+        return self
 
     @abstractmethod
     def beside(self, x_ntd: Tensor) -> dict[str, Any]:

@@ -20,11 +20,16 @@ from proglayer.config import (
     ExitWeights,
     GrowthInit,
     GrowthPosition,
+    ModelConfig,
+    ModelKind,
     PhaseSchedule,
     Precision,
     ScheduleShape,
+    depth_problems,
     to_plain,
 )
+from proglayer.data.pretrained import open_pretrained
+from proglayer.training.architecture import Architecture, CausalLM
 
 
 class Role(StrEnum):
@@ -34,24 +39,6 @@ class Role(StrEnum):
     existing = "existing"
     embedding = "embedding"
     head = "head"  # with the norm that it reads through, where there is one
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the model is at any depth; the keyword arguments of `transformer.Transformer`."""
-
-    vocab_size: int
-    dim: int
-    num_heads: int
-    ffn_multiple: int
-    rotary_base: float
-    norm_eps: float
-    norm: str = "post"
-
-    @property
-    def final_norm(self) -> bool:
-        """Whether an exit reads the hidden state through a norm of its own."""
-        return self.norm == "pre"
 
 
 @dataclass(frozen=True)
@@ -177,6 +164,11 @@ class StoppingRule:
     patience: int
     min_delta: float
 
+    @property
+    def first_epoch(self) -> int:
+        """The first epoch that is read: 0, the model as it is, where none is trained."""
+        return min(1, self.max_epochs)
+
     def improves(self, loss: float, best: float) -> bool:
         """Whether an epoch with this validation loss is an improvement on the best so far."""
         return loss < best - self.min_delta
@@ -192,7 +184,7 @@ class Phase:
 
     index: int
     seed: int
-    architecture: Architecture
+    architecture: Architecture | CausalLM
     layers: int
     growth: Growth | None
     new_layers: tuple[int, ...]
@@ -211,6 +203,10 @@ class Phase:
     cache_frozen: bool = False
     accumulate: int = 1
     checkpoint_activations: bool = False
+    # The weights that the first phase starts with, where others trained them: their hash is part of
+    # what the phase depends on, and where they lie is not.
+    checkpoint_sha256: str | None = None
+    checkpoint_folder: str | None = None
 
     @property
     def exits(self) -> int:
@@ -275,17 +271,10 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
     Raises ConfigError where the settings and the corpus, or the depths, do not fit together.
     """
     vocab_size = _padded(config, vocab_size)
-    model = config.model
-    architecture = Architecture(
-        vocab_size,
-        model.dim,
-        model.num_heads,
-        model.ffn_multiple,
-        model.rotary_base,
-        model.norm_eps,
-        model.norm.name,
-    )
-    phases = tuple(_phases(config, architecture))
+    if config.model.kind is ModelKind.causal_lm:
+        phases = _causal_lm_phases(config, vocab_size)
+    else:
+        phases = tuple(_phases(config, _own_architecture(config.model, vocab_size)))
     for phase in phases:
         highest = phase.last_read
         above = [str(layer + 1) for layer in phase.trained_layers if layer > highest]
@@ -296,6 +285,46 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
                 f"in phase {phase.index + 1}"
             )
     return tuple(replace(phase, cache_frozen=_caches(config, phase)) for phase in phases)
+
+
+def _own_architecture(model: ModelConfig, vocab_size: int) -> Architecture:
+    sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
+    assert None not in sizes, "to_config refuses it"
+    return Architecture(vocab_size, *sizes, model.norm.name)  # pyright: ignore[reportArgumentType]
+
+
+def _causal_lm_phases(config: Config, vocab_size: int) -> tuple[Phase, ...]:
+    """The phases of a model of `transformers`, which is imported here."""
+    from proglayer.training.causal_lm import architecture_of
+
+    model, found = config.model, None
+    if model.path is not None:
+        found = open_pretrained(model.path, model.revision, weights=not config.plan)
+    architecture, depth = architecture_of(model, found, vocab_size, config.data.seq_len)
+    if depth is not None:
+        layers = depth if config.initial_layers is None else config.initial_layers
+        config = replace(config, initial_layers=layers)
+        if problems := list(depth_problems(config)):
+            raise ConfigError("\n".join(problems))
+    phases = tuple(_phases(config, architecture))
+    if depth is not None and phases[0].layers > depth:
+        raise ConfigError(
+            f"model.path={model.path} has {depth} layers, and the first phase asks for "
+            f"{phases[0].layers}: lower initial_layers, or take phase=grow_once"
+        )
+    for phase in phases:
+        if architecture.tied and phase.rates.embedding != phase.rates.head:
+            raise ConfigError(
+                f"phase {phase.index + 1} trains embedding and head apart, which are one tensor of "
+                f"this model: give them the same value in freeze.initial, in each of freeze.steps "
+                "and in lr.factor, or set model.untie=true"
+            )
+    if found is None or config.plan:
+        return phases
+    first = replace(
+        phases[0], checkpoint_sha256=found.sha256(), checkpoint_folder=str(found.folder)
+    )
+    return (first, *phases[1:])
 
 
 def _caches(config: Config, phase: Phase) -> bool:
@@ -387,9 +416,10 @@ def _padded(config: Config, vocab_size: int) -> int:
     return padded
 
 
-def _phases(config: Config, architecture: Architecture) -> Iterator[Phase]:
+def _phases(config: Config, architecture: Architecture | CausalLM) -> Iterator[Phase]:
     schedule = config.phase.schedule
     from_scratch = schedule is PhaseSchedule.from_scratch
+    assert config.initial_layers is not None, "to_config refuses it"
     layers = config.initial_layers + (config.added_layers if from_scratch else 0)
     yield Phase(
         index=0,
@@ -522,6 +552,9 @@ def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[fl
 # ---------------------------------------------------------------------------------------------
 # What a phase costs
 
+# The loss's buffer of exponentials on a CPU (`blocks.KEPT_BYTES`).
+MOST_BYTES_OF_LOSS = 150_000_000
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -539,21 +572,14 @@ class Flops:
     body: int
 
 
-def layer_parameters(architecture: Architecture) -> int:
-    """Parameters of one layer: four attention projections, a gated feed-forward, two gains."""
-    dim = architecture.dim
-    return 4 * dim**2 + 3 * architecture.ffn_multiple * dim**2 + 2 * dim
-
-
 def parameter_counts(phase: Phase) -> Counts:
     """Parameters of the model in `phase`, in all and those that train."""
-    table = phase.architecture.vocab_size * phase.architecture.dim
-    layer = layer_parameters(phase.architecture)
-    head = table + phase.architecture.dim * phase.architecture.final_norm
-    trainable = layer * len(phase.trained_layers)
-    trainable += table * (phase.rates.embedding is not None)
+    sizes = phase.architecture.sizes
+    head = sizes.norm + sizes.head
+    trainable = sizes.layer * len(phase.trained_layers)
+    trainable += sizes.embedding * (phase.rates.embedding is not None)
     trainable += head * (phase.rates.head is not None)
-    return Counts(total=table + head + layer * phase.layers, trainable=trainable)
+    return Counts(sizes.embedding + head + sizes.layer * phase.layers, trainable)
 
 
 def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 1) -> Flops:
@@ -575,19 +601,40 @@ def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 
         attached = not phase.detached or exit == phase.last_read
         to_hidden = (lowest <= exit and attached) or norm_trains
         head += token_product * read * (1 + (phase.rates.head is not None) + to_hidden)
-    matrices = 2 * tokens * (layer_parameters(phase.architecture) - 2 * phase.architecture.dim)
-    # Queries, keys and values read the layer's input; what the other matrices read is its own.
-    reading = 2 * tokens * 3 * phase.architecture.dim**2
-    scores = 4 * tokens * seq_len * phase.architecture.dim
+    sizes = phase.architecture.sizes
+    matrices, reading = 2 * tokens * sizes.matrices, 2 * tokens * sizes.reading
+    scores = 4 * tokens * seq_len * sizes.attention
     body = 0
     for layer in range(lowest if phase.cache_frozen else 0, min(phase.last_read + 1, phase.layers)):
         body += matrices + scores
         if lowest <= layer:
             body += 2 * scores
-            # In a pre-norm layer a gain that trains stands between the input and who reads it.
-            body += matrices - reading * (lowest == layer and not phase.architecture.final_norm)
+            body += matrices - reading * (lowest == layer)
             body += matrices * (layer in phase.trained_layers)
     return Flops(head=head, body=body)
+
+
+def memory_bytes(phase: Phase, seq_len: int) -> int:
+    """An estimate of the bytes that training holds at its peak, the process itself apart.
+
+    Weights; gradients and the two moments of what trains; what each layer above the lowest that
+    trains keeps for the backward pass (for each token, its inputs, queries, keys and values, and
+    the feed-forward's widths; with `checkpoint_activations` its input, and one layer all of that);
+    hidden states and their gradients at the exits; and the buffers of the loss.
+    """
+    shape = phase.architecture
+    sizes, counts, width = shape.sizes, parameter_counts(phase), shape.weight_bytes
+    parameters = width * (counts.total + 3 * counts.trainable)
+    tokens = phase.batch_size // phase.accumulate * seq_len
+    layer = 6 * shape.dim + 4 * sizes.attention + 4 * sizes.hidden
+    first = max(0, lowest_trained(phase))
+    layers = max(0, min(phase.last_read + 1, phase.layers) - first)
+    kept = layers * (shape.dim if phase.checkpoint_activations else layer)
+    kept += layer * (phase.checkpoint_activations and layers > 0)
+    exits = sum(weight > 0 for weight in phase.exit_weights)
+    kept += 3 * exits * shape.dim
+    buffers = min(MOST_BYTES_OF_LOSS, 4 * tokens * shape.vocab_size)
+    return parameters + width * tokens * kept + buffers
 
 
 def evaluation_flops(phase: Phase, seq_len: int, validation_windows: int) -> Flops:
@@ -596,12 +643,11 @@ def evaluation_flops(phase: Phase, seq_len: int, validation_windows: int) -> Flo
     What `cache_frozen` keeps runs once a phase and is left out.
     """
     tokens = validation_windows * seq_len
-    dim = phase.architecture.dim
-    layer = (
-        2 * tokens * (layer_parameters(phase.architecture) - 2 * dim) + 4 * tokens * seq_len * dim
-    )
+    sizes = phase.architecture.sizes
+    layer = 2 * tokens * sizes.matrices + 4 * tokens * seq_len * sizes.attention
     layers = phase.layers - (lowest_trained(phase) if phase.cache_frozen else 0)
-    return Flops(head=2 * tokens * phase.architecture.vocab_size * dim, body=layer * layers)
+    head = 2 * tokens * phase.architecture.vocab_size * phase.architecture.dim
+    return Flops(head=head, body=layer * layers)
 
 
 def lowest_trained(phase: Phase) -> int:

@@ -11,10 +11,13 @@ from proglayer.training.plan import StoppingRule
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch of training gave. Losses in nats per token, shares from 0 to 1."""
+    """What one epoch of training gave. Losses in nats per token, shares from 0 to 1.
+
+    Epoch 0 is the model that a phase starts with, and has no training loss.
+    """
 
     epoch: int
-    train_loss: float
+    train_loss: float | None
     validation_loss: float
     validation_accuracy: float
     train_tokens: int

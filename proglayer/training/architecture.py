@@ -1,0 +1,93 @@
+"""What a model is at any depth, as plain data: it is part of the key of what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's parts hold and what its products cost.
+
+    embedding, layer, norm, head: parameters of each, `norm` the final one's; those of a head that
+        is the embedding are 0.
+    matrices: of a layer's parameters, those of its matrices.
+    reading: of those, what multiplies the layer's input with nothing between that trains.
+    attention: heads times the dimension of a head.
+    hidden: the width of the feed-forward.
+    """
+
+    embedding: int
+    layer: int
+    norm: int
+    head: int
+    matrices: int
+    reading: int
+    attention: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The project's own model; the keyword arguments of `transformer.Transformer`."""
+
+    vocab_size: int
+    dim: int
+    num_heads: int
+    ffn_multiple: int
+    rotary_base: float
+    norm_eps: float
+    norm: str = "post"
+
+    # Its head is a matrix of its own, and its weights are float32.
+    tied = False
+    weight_bytes = 4
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether an exit reads the hidden state through a norm of its own."""
+        return self.norm == "pre"
+
+    @property
+    def sizes(self) -> Sizes:
+        """Four attention projections, a gated feed-forward and two gains make a layer."""
+        dim, table = self.dim, self.vocab_size * self.dim
+        matrices = 4 * dim**2 + 3 * self.ffn_multiple * dim**2
+        return Sizes(
+            embedding=table,
+            layer=matrices + 2 * dim,
+            norm=dim * self.final_norm,
+            head=table,
+            matrices=matrices,
+            # In a pre-norm layer a gain stands between the input and queries, keys and values.
+            reading=0 if self.final_norm else 3 * dim**2,
+            attention=dim,
+            hidden=self.ffn_multiple * dim,
+        )
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A causal language model of `transformers`.
+
+    family: its `model_type`.
+    settings: its configuration without its depth, as JSON with sorted keys.
+    tied: whether embedding and head are one tensor.
+    dtype: that of its weights.
+    """
+
+    family: str
+    vocab_size: int
+    dim: int
+    settings: str
+    tied: bool
+    sizes: Sizes
+    dtype: str = "float32"
+
+    # What the families have in common.
+    final_norm = True
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight."""
+        return 2 if self.dtype == "bfloat16" else 4

@@ -1,0 +1,394 @@
+"""Causal language models of `transformers`, met through the interface of `model`.
+
+The layers are the library's own, called one by one. What it draws, computes and names stays its
+business; here are the names of the parts of each family, and which of a layer's matrices write to
+the hidden state.
+
+Shapes in names: n windows, t positions, d model dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from proglayer.config import ConfigError, ModelConfig
+from proglayer.data.pretrained import Pretrained
+from proglayer.errors import first_line
+from proglayer.training.architecture import CausalLM, Sizes
+from proglayer.training.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its parts, by names in its base model and in a layer.
+
+    positions: the learned position embedding; None where positions are rotary.
+    outputs: a layer's projections that write to the hidden state.
+    norm_eps, hidden: settings that have names of their own.
+    """
+
+    tokens: str
+    layers: str
+    norm: str
+    outputs: tuple[str, ...]
+    positions: str | None = None
+    norm_eps: str = "rms_norm_eps"
+    hidden: str = "intermediate_size"
+
+
+LLAMA = Family("embed_tokens", "layers", "norm", ("self_attn.o_proj", "mlp.down_proj"))
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gpt2": Family(
+        "wte",
+        "h",
+        "ln_f",
+        ("attn.c_proj", "mlp.c_proj"),
+        positions="wpe",
+        norm_eps="layer_norm_epsilon",
+        hidden="n_inner",
+    ),
+    "gpt_neox": Family(
+        "embed_in",
+        "layers",
+        "final_layer_norm",
+        ("attention.dense", "mlp.dense_4h_to_h"),
+        norm_eps="layer_norm_eps",
+    ),
+}
+# Settings that say nothing of what is computed at a given depth, or that a growth changes.
+ASIDE = (
+    "architectures", "auto_map", "dtype", "torch_dtype", "layer_types", "max_window_layers",
+    "model_type", "n_layer", "num_hidden_layers", "num_labels", "id2label", "label2id",
+    "transformers_version", "use_cache", "_name_or_path", "chunk_size_feed_forward",
+    "output_attentions", "output_hidden_states", "return_dict", "problem_type",
+)  # fmt: skip
+# A run can only be repeated and resumed bit for bit if no layer draws random numbers.
+DROPOUTS = (
+    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEAST_POSITIONS = 1_024
+
+
+class CausalModel(Model):
+    """A model of `transformers` as the trainer sees it. Its tensors are the library's own.
+
+    Where embedding and head are one tensor, it is the embedding's, and there is no `head`.
+    """
+
+    embedding: nn.ModuleDict
+    rotary: nn.Module
+
+    def __init__(self, inner: PreTrainedModel, tied: bool) -> None:
+        super().__init__()
+        family = FAMILIES[inner.config.model_type]
+        base = inner.base_model
+        embeddings = {"tokens": base.get_submodule(family.tokens)}
+        if family.positions is not None:
+            embeddings["positions"] = base.get_submodule(family.positions)
+        self.outputs = family.outputs
+        self.embedding = nn.ModuleDict(embeddings)
+        layers = base.get_submodule(family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers
+        self.norm = base.get_submodule(family.norm)
+        self.tied = tied
+        if not tied:
+            self.head = _head(inner)
+        # It has buffers that are stored nowhere.
+        self.rotary = nn.Identity()
+        if family.positions is None:
+            self.rotary = base.get_submodule("rotary_emb")
+        # Not a part of this module: its parts are those above.
+        self._inner = [inner]
+
+    @property
+    def head_weight(self) -> Tensor:
+        weight = (self.embedding["tokens"] if self.tied else self.head).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def embed(self, tokens_nt: Tensor) -> Tensor:
+        x_ntd = self.embedding["tokens"](tokens_nt)
+        if "positions" in self.embedding:
+            x_ntd = x_ntd + self.embedding["positions"](self._positions(x_ntd))
+        return x_ntd
+
+    def beside(self, x_ntd: Tensor) -> dict[str, Any]:
+        # Without a mask, attention is causal over the whole window.
+        if isinstance(self.rotary, nn.Identity):
+            return {"attention_mask": None}
+        positions = self._positions(x_ntd)
+        return {
+            "attention_mask": None,
+            "position_ids": positions,
+            "position_embeddings": self.rotary(x_ntd, position_ids=positions),
+        }
+
+    def initialize(self, part: nn.Module, generator: torch.Generator) -> None:
+        """By the library's own rule, which draws from PyTorch's global generator: it is put back
+        to where it was.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            part.apply(self._inner[0]._init_weights)
+
+    @torch.no_grad()
+    def silence(self, layer: nn.Module) -> None:
+        for name in self.outputs:
+            for parameter in layer.get_submodule(name).parameters():
+                parameter.zero_()
+
+    def pretrained(self) -> PreTrainedModel:
+        """The library's model with these tensors, to generate with and to save."""
+        inner = self._inner[0]
+        if self.tied:
+            _head(inner).weight = self.head_weight
+        return inner.eval()
+
+    def settle(self) -> Self:
+        self.rotary.to_empty(device="cpu").apply(self._inner[0]._init_weights)
+        return self
+
+    @staticmethod
+    def _positions(x_ntd: Tensor) -> Tensor:
+        return torch.arange(x_ntd.shape[1], device=x_ntd.device)[None]
+
+
+def on_meta(architecture: Mapping[str, Any], layers: int) -> CausalModel:
+    """A model of `CausalLM` as plain data, without room for its tensors."""
+    from transformers import AutoModelForCausalLM
+
+    config = configuration(architecture["family"], json.loads(architecture["settings"]), layers)
+    with quiet(), torch.device("meta"):
+        dtype = DTYPES[architecture.get("dtype", "float32")]
+        inner = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return CausalModel(inner, architecture["tied"])
+
+
+def loaded(architecture: CausalLM, layers: int, folder: Path) -> CausalModel:
+    """The first so many layers of the model in `folder`, with its embedding, norm and head.
+
+    Raises ConfigError where its weights are damaged or not those of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = json.loads(architecture.settings)
+    # The files may hold one tensor where the model is to have two.
+    stored = settings | {"tie_word_embeddings": library_settings(folder)["tie_word_embeddings"]}
+    try:
+        with quiet():
+            inner, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+                folder,
+                config=configuration(architecture.family, stored, layers),
+                dtype=DTYPES[architecture.dtype],
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # the library raises many kinds
+        raise ConfigError(
+            f"model.path={folder}: its weights cannot be read ({first_line(error)})"
+        ) from error
+    if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"model.path={folder}: its weights lack {missing[0]}{more}: is it whole, and a causal "
+            "language model?"
+        )
+    if stored["tie_word_embeddings"] and not architecture.tied:
+        head = _head(inner)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        inner.config.tie_word_embeddings = False
+    return CausalModel(inner, architecture.tied)
+
+
+def _head(inner: PreTrainedModel) -> nn.Linear:
+    head = inner.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def library_settings(folder: Path) -> dict[str, Any]:
+    """All settings of the model in `folder`, by the library's names. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+    except Exception as error:  # the library raises many kinds
+        raise ConfigError(
+            f"model.path={folder}: its settings cannot be read ({first_line(error)})"
+        ) from error
+    return config.to_dict()
+
+
+def configuration(family: str, settings: Mapping[str, Any], layers: int) -> PretrainedConfig:
+    """The library's configuration of a model of so many layers."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **settings, num_hidden_layers=layers)
+
+
+def architecture_of(
+    model: ModelConfig, found: Pretrained | None, vocab_size: int, seq_len: int
+) -> tuple[CausalLM, int | None]:
+    """What the settings describe, and how many layers the checkpoint has.
+
+    found: the checkpoint; None for an untrained model.
+    vocab_size: entries that the text needs.
+
+    Raises ConfigError where settings, checkpoint and text do not fit together.
+    """
+    if found is None:
+        assert model.family is not None
+        family, layers = model.family.name, None
+        settings = _untrained(model, vocab_size, seq_len)
+    else:
+        family = _known_family(found, str(model.path))
+        settings = library_settings(found.folder)
+        layers = int(configuration(family, {}, 1).__class__(**settings).num_hidden_layers)
+    settings |= {name: 0.0 for name in DROPOUTS if name in settings}
+    if model.untie:
+        settings["tie_word_embeddings"] = False
+    settings = {name: value for name, value in settings.items() if name not in ASIDE}
+    what = f"model.path={model.path}" if found else f"model.family={family}"
+    config = configuration(family, settings, 1)
+    _check(what, config, vocab_size, seq_len)
+    tied = bool(config.tie_word_embeddings)
+    settings["tie_word_embeddings"] = tied
+    architecture = CausalLM(
+        family=family,
+        vocab_size=config.vocab_size,
+        dim=config.hidden_size,
+        settings=json.dumps(settings, sort_keys=True),
+        tied=tied,
+        sizes=_sizes(family, settings, tied),
+        dtype=model.weights.name,
+    )
+    return architecture, layers
+
+
+def _known_family(found: Pretrained, path: str) -> str:
+    """The family of a checkpoint. Raises ConfigError for one that is not known here."""
+    family = found.config.get("model_type")
+    if family in FAMILIES:
+        return family
+    known = ", ".join(FAMILIES)
+    if found.config.get("auto_map"):
+        raise ConfigError(
+            f"model.path={path} asks for code of its own, which is never run: take a model of one "
+            f"of the families {known}"
+        )
+    raise ConfigError(
+        f"model.path={path} is of the family {family}, which is no causal language model of one of "
+        f"the families {known}"
+    )
+
+
+def _untrained(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+    """The settings of an untrained model, by the library's names."""
+    assert model.family is not None
+    assert model.dim is not None
+    assert model.num_heads is not None
+    family = FAMILIES[model.family.name]
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": model.dim,
+        "num_attention_heads": model.num_heads,
+        "max_position_embeddings": model.max_positions or max(LEAST_POSITIONS, seq_len),
+        family.hidden: (model.ffn_multiple or 4) * model.dim,
+        family.norm_eps: 1e-6 if model.norm_eps is None else model.norm_eps,
+        # The library's own would be those of a tokenizer that is not this one.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family is LLAMA:
+        settings["num_key_value_heads"] = model.num_kv_heads or model.num_heads
+        settings["head_dim"] = model.dim // model.num_heads
+    if family.positions is None and model.rotary_base is not None:
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    config = configuration(model.family.name, settings, 1)
+    return config.to_dict()
+
+
+def _check(what: str, config: PretrainedConfig, vocab_size: int, seq_len: int) -> None:
+    """Raise ConfigError where a model does not fit the text, or cannot be grown."""
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"{what} knows {config.vocab_size:,} tokens, and the text has {vocab_size:,}: its "
+            "tokenizer is another one, so take data.tokenizer=model"
+        )
+    if seq_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_len={seq_len} is more than the {config.max_position_embeddings:,} positions "
+            f"of {what}"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and seq_len > window:
+        raise ConfigError(
+            f"data.seq_len={seq_len} is more than the attention window of {window:,} of {what}"
+        )
+    if len(set(getattr(config, "layer_types", None) or [])) > 1:
+        raise ConfigError(f"{what} has layers of several kinds, and only equal ones can be grown")
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ConfigError(f"{what} scales attention by a layer's number, which a growth changes")
+
+
+def _sizes(family: str, settings: Mapping[str, Any], tied: bool) -> Sizes:
+    """Counted in a model of one layer that has no room for its tensors."""
+    model = on_meta({"family": family, "settings": json.dumps(settings), "tied": tied}, 1)
+    config = model.pretrained().config
+    heads = config.num_attention_heads
+    weights = list(model.layers[0].parameters())
+
+    def count(part: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in part.parameters())
+
+    return Sizes(
+        embedding=count(model.embedding),
+        layer=count(model.layers[0]),
+        norm=count(model.norm),
+        head=0 if tied else model.head_weight.numel(),
+        matrices=sum(weight.numel() for weight in weights if weight.ndim > 1),
+        reading=0,
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        hidden=getattr(config, FAMILIES[family].hidden) or 4 * config.hidden_size,
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's progress bars and warnings: what matters is told by its results."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.CRITICAL)
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()

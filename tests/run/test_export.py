@@ -1,0 +1,146 @@
+"""A checkpoint of transformers, grown in a run, and what the library makes of the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from proglayer import export_run, load_run
+from proglayer.errors import ConfigError
+from proglayer.results import load
+from proglayer.run.__main__ import main
+from proglayer.run.experiment import run
+from proglayer.store.record import RunRecord, RunState, read_record
+
+from ..helpers import ROOT, config
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = (
+    "data=text", f"data.files=[{ROOT / 'docs' / 'report.md'}]", "data.samples=24",
+    "data.validation_samples=8", "data.seq_len=16", "data.held_out=0.3", "data.max_vocab=300",
+    "phase.batch_size=8", "phase.max_epochs=1", "lr.base=0.01", "lr.factor.new=1", "report=false",
+    "threads=1",
+)  # fmt: skip
+
+
+def checkpoint(folder: Path) -> Path:
+    """A tiny Llama with a tokenizer of its own, as transformers saves them."""
+    from tokenizers import Tokenizer
+
+    from proglayer.data.subwords import train_bpe
+
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(train_bpe([text], 320).decode())
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    made = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **sizes,
+            vocab_size=320,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
+def runs_to_its_end(folder: Path, *overrides: str) -> RunRecord:
+    record = run(
+        config(*TEXT, f"stages.dir={folder / 'stages'}", *overrides), folder / "run", overrides
+    )
+    assert record.status is RunState.completed, record.reason
+    return record
+
+
+def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "checkpoint")
+    overrides = (
+        "model=causal_lm", f"model.path={path}", "data.tokenizer=model", "initial_layers=null",
+        "phase.initial.max_epochs=0", "growth=zero", "growth.position=interleave",
+        "added_layers=2", "freeze=new_layers",
+    )  # fmt: skip
+    record = runs_to_its_end(tmp_path, *overrides)
+    first, second = record.phases
+    assert (first.epochs, first.best_epoch, first.train_tokens) == (0, 0, 0)
+    assert (first.layers, second.layers) == (3, 5)
+    assert second.growth is not None
+    assert second.growth.loss_before == second.growth.loss_after == first.best.validation_loss
+    assert second.best.validation_loss < first.best.validation_loss
+    read = read_record(tmp_path / "run")
+    assert read.checkpoint.layers == 3
+    assert read.checkpoint.path == str(path)
+    assert len(read.checkpoint.sha256) == 64
+    frames = load(tmp_path / "run")
+    assert list(frames.phases["epochs"]) == [0, 1]
+    assert list(frames.epochs["epoch"]) == [0, 0, 1]
+
+    to = export_run(tmp_path / "run", tmp_path / "grown")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    ours = load_run(tmp_path / "run")
+    tokens = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, ours.logits(tokens))
+    assert theirs.config.num_hidden_layers == 5
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    tokenizer = transformers.AutoTokenizer.from_pretrained(to)
+    inputs = tokenizer("The trainer takes a", return_tensors="pt")
+    assert inputs["input_ids"].shape[1] < 20
+    made = theirs.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    assert made.shape[1] == inputs["input_ids"].shape[1] + 5
+    with torch.no_grad():
+        assert int(ours.logits(inputs["input_ids"])[0, -1].argmax()) == made[0, -5]
+    card = (to / "README.md").read_text()
+    for told in (str(path), record.checkpoint.sha256, "growth.init=zero", "| 2 grown | 5 | 2, 5 |"):
+        assert told in card
+    with pytest.raises(ConfigError, match="is there already"):
+        export_run(tmp_path / "run", to)
+
+    # The same command finds all of it stored.
+    again = run(config(*TEXT, f"stages.dir={tmp_path / 'stages'}", *overrides), tmp_path / "again")
+    assert [phase.work.epochs_trained for phase in again.phases] == [0, 0]
+    assert again.weights_sha256 == record.weights_sha256
+
+
+def test_an_untrained_model_of_a_family_goes_to_the_library_with_its_bpe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = runs_to_its_end(
+        tmp_path, "model=causal_lm", "model.family=gpt_neox", "model.dim=16", "model.num_heads=2",
+        "initial_layers=2", "growth=stack", "data.tokenizer=bpe",
+    )  # fmt: skip
+    assert record.checkpoint is None
+    assert main([str(tmp_path / "run"), "-o", str(tmp_path / "out" / "grown")]) == 0
+    assert "grown" in capsys.readouterr().out
+    to = tmp_path / "out" / "grown"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(to)
+    text = "A report says what the data say."
+    tokens = torch.tensor([tokenizer(text)["input_ids"]])
+    assert tokenizer.decode(tokens[0]) == text
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, load_run(tmp_path / "run").logits(tokens))
+    assert json.loads((to / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_a_phase_without_epochs_is_one_of_our_own_model_too(tmp_path: Path) -> None:
+    record = runs_to_its_end(
+        tmp_path, "phase.initial.max_epochs=0", "model.dim=8", "model.num_heads=2",
+        "initial_layers=2", "growth=gate", "growth.gate_steps=2", "freeze=none",
+    )  # fmt: skip
+    first, second = record.phases
+    assert (first.epochs, second.epochs) == (0, 1)
+    assert second.growth.loss_before == second.growth.loss_after
+    with pytest.raises(ConfigError, match="the project's own model, which transformers does not"):
+        export_run(tmp_path / "run", tmp_path / "grown")

@@ -1,0 +1,534 @@
+"""Causal language models of transformers, grown and trained as our own model is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from proglayer.config import ConfigError
+from proglayer.store.checkpoint import load_model as load_stored
+from proglayer.store.checkpoint import load_training, pack_training, pack_weights
+from proglayer.store.trajectory import describe
+from proglayer.training.build import restored
+from proglayer.training.growth import build, grow
+from proglayer.training.model import Model
+from proglayer.training.plan import Phase, memory_bytes, parameter_counts, plan, training_flops
+from proglayer.training.trainer import Training, evaluate
+
+from ..helpers import ROOT, config, tiny_corpus
+
+transformers = pytest.importorskip("transformers")
+
+CPU = torch.device("cpu")
+CORPUS = tiny_corpus()
+# The three shapes that a family has: rotary with gains, learned positions with biases and a tied
+# head, and both branches side by side.
+FAMILIES = ("llama", "gpt2", "gpt_neox")
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3")
+SIZES = ("model.dim=16", "model.num_heads=2", "model.ffn_multiple=2", "initial_layers=3")
+SHORT = ("phase.batch_size=16", "phase.max_epochs=2", "lr.base=0.01")
+# What projects from a layer's two branches onto the hidden state.
+OUTPUTS = {
+    "llama": {"self_attn.o_proj.weight", "mlp.down_proj.weight"},
+    "gpt2": {"attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"},
+    "gpt_neox": {
+        "attention.dense.weight",
+        "attention.dense.bias",
+        "mlp.dense_4h_to_h.weight",
+        "mlp.dense_4h_to_h.bias",
+    },
+}
+
+
+def planned(*overrides: str, vocab_size: int = CORPUS.vocab_size) -> tuple[Phase, ...]:
+    return plan(config("model=causal_lm", *SHORT, *overrides), vocab_size)
+
+
+def of_family(family: str, *overrides: str) -> tuple[Phase, ...]:
+    untie = () if "model.untie=true" in overrides or family != "gpt2" else ("freeze=none",)
+    return planned(f"model.family={family}", *SIZES, *untie, *overrides)
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, CORPUS.vocab_size, (4, 8), generator=torch.Generator().manual_seed(1))
+
+
+def perturbed(model: Model) -> Model:
+    """The model with weights that are no initial ones, biases and gains among them."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+def start(family: str, *overrides: str) -> tuple[Model, Model, Phase]:
+    """An old model, the same grown, and the phase that grows it."""
+    first, second = of_family(family, "phase=grow_once", *overrides)[:2]
+    old = perturbed(build(first))
+    return old, grow(old, second), second
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of 4 layers as transformers itself makes and saves it."""
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def saved(family: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    names = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    names |= {"n_inner": 32} if family == "gpt2" else {"intermediate_size": 32}
+    names |= {"vocab_size": 32, "max_position_embeddings": 64, "bos_token_id": 0}
+    names |= {"eos_token_id": 0, "initializer_range": 0.3}
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **names)
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# What the adapter computes is what the library computes
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA])
+def test_logits_are_those_of_the_library(family: str) -> None:
+    model = perturbed(build(of_family(family)[0])).eval()
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens()), model.pretrained()(tokens()).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exit_is_final_norm_and_head_on_a_layers_output(family: str) -> None:
+    phase = of_family(family)[0]
+    model = perturbed(build(phase))
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("layers.2.")}
+    shorter = restored(2, asdict(phase.architecture), state)
+    with torch.no_grad():
+        read = torch.nn.functional.linear(model.read(model(tokens())[1]), model.head_weight)
+        assert torch.equal(shorter.logits(tokens()), read)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drawn_weights_repeat_and_leave_the_global_generator_alone(family: str) -> None:
+    phase = of_family(family)[0]
+    before = torch.get_rng_state()
+    one = build(phase)
+    torch.rand(3)
+    again, other = build(phase), build(replace(phase, seed=phase.seed + 1))
+    torch.set_rng_state(before)
+    torch.rand(3)
+    for (name, p), q, r in zip(
+        one.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+        assert p.ndim < 2 or not torch.equal(p, r), name
+
+
+# ---------------------------------------------------------------------------------------------
+# Growth
+
+
+@pytest.mark.parametrize("position", ["top", "bottom", "interleave"])
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA])
+def test_zero_keeps_the_function_bit_for_bit(family: str, position: str) -> None:
+    old, new, phase = start(family, "growth=zero", f"growth.position={position}", "added_layers=2")
+    with torch.no_grad():
+        assert torch.equal(old.logits(tokens()), new.logits(tokens()))
+    if family in OUTPUTS:
+        layer = new.layers[phase.new_layers[0]]
+        zero = {name for name, p in layer.named_parameters() if not p.any()}
+        assert zero == OUTPUTS[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gate_keeps_the_function_bit_for_bit(family: str) -> None:
+    old, new, phase = start(
+        family, "growth=gate", "growth.gate_steps=2", "growth.position=interleave"
+    )
+    new.gate, new.gated_layers = torch.tensor(0.0), phase.new_layers
+    with torch.no_grad():
+        assert torch.equal(old.logits(tokens()), new.logits(tokens()))
+        new.gate, new.gated_layers = None, ()
+        assert not torch.equal(old.logits(tokens()), new.logits(tokens()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pattern"),
+    [
+        (("growth=random", "added_layers=2"), [0, 1, 2, None, None]),
+        (("growth=copy", "added_layers=3", "growth.position=interleave"), [0, 0, 1, 1, 2, 2]),
+        (("growth=stack", "added_layers=3"), [0, 1, 2, 0, 1, 2]),
+        (("growth=middle", "added_layers=2"), [0, 1, 1, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_new_layers_come_from(
+    family: str, overrides: tuple[str, ...], pattern: list[int | None]
+) -> None:
+    old, new, _ = start(family, *overrides)
+
+    def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return all(torch.equal(p, q) for p, q in pairs)
+
+    found = [
+        next((n for n, source in enumerate(old.layers) if same(layer, source)), None)
+        for layer in new.layers
+    ]
+    assert found == pattern
+    places = [p.data_ptr() for model in (old, new) for p in model.parameters()]
+    assert len(set(places)) == len(places)
+    for name in ("embedding", "norm"):
+        assert same(old.get_submodule(name), new.get_submodule(name))
+    assert torch.equal(old.head_weight, new.head_weight)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_new_layers_train_and_the_loss_falls(family: str) -> None:
+    old, new, phase = start(
+        family, "growth=zero", "growth.position=interleave", "freeze=new_layers", "lr.factor.new=1"
+    )
+    last = [phase.exits - 1]
+    training = Training(new, phase, CORPUS, CPU)
+    (before,) = evaluate(training.model, phase, CORPUS, CPU, last)
+    frozen = {
+        name: p.clone() for name, p in training.model.named_parameters() if not p.requires_grad
+    }
+    new_layers = tuple(f"layers.{layer}." for layer in phase.new_layers)
+    for _ in range(2):
+        training.train_epoch()
+        training.finish_epoch()
+    (after,) = evaluate(training.model, phase, CORPUS, CPU, last)
+    assert after.loss < before.loss
+    for name, p in training.model.named_parameters():
+        assert p.requires_grad is name.startswith(new_layers), name
+        if not p.requires_grad:
+            assert torch.equal(p, frozen[name]), name
+            assert p.grad is None
+    assert {n for n in old.state_dict() if n.startswith("embedding")} <= frozen.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_resumes_bit_for_bit_and_is_stored_whole(family: str) -> None:
+    _, new, phase = start(family, "growth=copy", "freeze=none", "model=causal_lm")
+    state, architecture = new.state_dict(), asdict(phase.architecture)
+
+    def begun() -> Training:
+        copies = {name: value.clone() for name, value in state.items()}
+        return Training(restored(phase.layers, architecture, copies), phase, CORPUS, CPU)
+
+    class Stop(Exception):
+        pass
+
+    def stop(_: object) -> None:
+        raise Stop
+
+    whole, cut = begun(), begun()
+    whole.train_epoch()
+    with pytest.raises(Stop):
+        cut.train_epoch(stop)
+    resumed = begun()
+    load_training(resumed, pack_training(cut, None))
+    resumed.epoch, resumed.step = cut.epoch, cut.step
+    resumed.train_epoch()
+    for (name, p), q in zip(
+        whole.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+    stored = load_stored(pack_weights(phase, whole.model.state_dict()))
+    with torch.no_grad():
+        assert torch.equal(stored.logits(tokens()), whole.model.logits(tokens()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bfloat16_train_and_are_half_as_large(family: str) -> None:
+    phase = of_family(family, "model.weights=bfloat16")[0]
+    training = Training(build(phase), phase, CORPUS, CPU)
+    (before,) = evaluate(training.model, phase, CORPUS, CPU, [2])
+    training.train_epoch()
+    (after,) = evaluate(training.model, phase, CORPUS, CPU, [2])
+    assert after.loss < before.loss
+    assert {p.dtype for p in training.model.parameters()} == {torch.bfloat16}
+    assert phase.architecture.weight_bytes == 2
+    wide = len(pack_weights(of_family(family)[0], build(of_family(family)[0]).state_dict()))
+    assert len(pack_weights(phase, training.model.state_dict())) < 0.75 * wide
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_products_are_counted_as_they_are(family: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for phase in of_family(family, "growth=copy", "freeze=none"):
+        model = build(replace(phase, growth=None))
+        assert parameter_counts(phase).total == sum(p.numel() for p in model.parameters())
+        training = Training(model, phase, CORPUS, CPU)
+        counted = training_flops(phase, CORPUS.train.shape[1] - 1, len(CORPUS.train))
+        inputs = torch.zeros(len(CORPUS.train), 8, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            training.model(inputs)[-1].sum().backward()
+        found = counter.get_flop_counts()["Global"]
+        products = found.get(torch.ops.aten.mm, 0) + found.get(torch.ops.aten.addmm, 0)
+        # Attention's scores, forward and the gradients of both their factors.
+        scores = 3 * phase.layers * 4 * inputs.numel() * 8 * phase.architecture.sizes.attention
+        assert products == counted.body - scores
+
+
+# ---------------------------------------------------------------------------------------------
+# Embedding and head as one tensor
+
+
+@pytest.mark.parametrize(
+    "apart", ["freeze=existing", "freeze.initial.head=false", "lr.factor.head=1"]
+)
+def test_settings_that_would_part_a_tied_head_are_refused(apart: str) -> None:
+    with pytest.raises(ConfigError, match=r"embedding and head apart.*model\.untie=true"):
+        of_family("gpt2", "freeze=none", apart)
+
+
+def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    phase = of_family("gpt2", "model.untie=true", "freeze=existing")[0]
+    assert {"head.weight", "embedding.tokens.weight"} <= set(build(phase).state_dict())
+    path = saved("gpt2", tmp_path / "gpt2")
+    own = (f"model.path={path}", "data.tokenizer=model", "initial_layers=null")
+    tied, untied = (
+        build(planned(*own, *more)[0]) for more in (("freeze=none",), ("model.untie=true",))
+    )
+    with torch.no_grad():
+        assert torch.equal(tied.logits(tokens()), untied.logits(tokens()))
+        untied.head_weight.zero_()
+        assert untied.embedding.tokens.weight.any()
+        assert not untied.pretrained()(tokens()).logits.any()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def from_path(path: Path, *overrides: str) -> tuple[Phase, ...]:
+    untie = ("freeze=none",) if "gpt2" in path.name else ()
+    defaults = ("data.tokenizer=model", "initial_layers=null")
+    return planned(f"model.path={path}", *defaults, *untie, *overrides)
+
+
+def test_a_checkpoint_is_read_as_the_library_reads_it(checkpoint: Path) -> None:
+    phases = from_path(checkpoint, "growth=zero")
+    assert [phase.layers for phase in phases] == [4, 5]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model = build(phases[0])
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens()), theirs(tokens()).logits)
+    (shallow, _) = from_path(checkpoint, "growth=zero", "initial_layers=2")
+    lower = build(shallow)
+    assert len(lower.layers) == 2
+    for ours, read in zip(lower.layers, model.layers, strict=False):
+        for p, q in zip(ours.parameters(), read.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_what_a_checkpoint_holds_is_in_the_key_and_where_it_lies_is_not(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    from proglayer.store.record import Machine
+
+    def key(path: Path) -> str:
+        machine = Machine("cpu", "a processor", 2, "2.13.0")
+        return json.dumps(describe(None, from_path(path)[0], "a text", machine), sort_keys=True)
+
+    moved, other = tmp_path / checkpoint.name, tmp_path / f"other {checkpoint.name}"
+    for folder in (moved, other):
+        folder.mkdir()
+        for file in checkpoint.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    assert key(moved) == key(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    model.save_pretrained(other)
+    assert key(other) != key(checkpoint)
+
+
+def without_head(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if "layers.3.mlp" not in k}
+    save_file(kept, file, {"format": "pt"})
+
+
+def edited(**settings: object):
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return edit
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2_000])
+
+
+DAMAGE = {
+    "no settings": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "settings cut short": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "ll'),
+        "its config.json cannot be read",
+    ),
+    "an encoder": (edited(model_type="bert"), "family bert, which is no causal language model"),
+    "an unknown family": (edited(model_type="mine"), "family mine, which is no causal"),
+    "remote code": (
+        edited(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine"}),
+        "asks for code of its own, which is never run",
+    ),
+    "weights that can run code": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        r"holds no \*\.safetensors",
+    ),
+    "cut short": (cut_short, "its weights cannot be read"),
+    "a tensor missing": (without_head, r"its weights lack .*layers\.3\.mlp"),
+    "another shape": (edited(intermediate_size=48), "its weights"),
+    "too few tokens": (edited(vocab_size=8), "knows 8 tokens, and the text has 30"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_no_checkpoint_is_told_in_one_line(damage: str, tmp_path: Path) -> None:
+    change, line = DAMAGE[damage]
+    path = saved("llama", tmp_path / "llama")
+    change(path)
+    with pytest.raises(ConfigError, match=rf"^model\.path=\S+.*{line}") as told:
+        build(from_path(path)[0])
+    assert "\n" not in str(told.value)
+
+
+REFUSED = {
+    ("model.path=/no/such/folder", "data.tokenizer=model"): "is no folder, nor a name of the hub",
+    ("model.path=README.md", "data.tokenizer=model"): "model.path=README.md is a file",
+    (): "takes either model.path, a folder or a name of the hub, or model.family",
+    ("model.family=llama",): "model.dim has no value",
+    ("model.family=llama", *SIZES, "model.num_kv_heads=3"): "model.num_kv_heads=3 does not divide",
+    ("model.family=gpt2", *SIZES, "model.num_kv_heads=1"): "model.num_kv_heads does not go with",
+    ("model.family=gpt2", *SIZES, "model.rotary_base=9"): "model.rotary_base does not go with",
+    ("model.family=llama", *SIZES, "model.norm=post"): "model.norm=post does not go with",
+    ("model.family=llama", *SIZES, "initial_layers=null"): "initial_layers=null takes all that",
+    ("model.family=llama", *SIZES, "model.revision=main"): "model.revision is of a model.path",
+    ("model.family=llama", *SIZES, "data.seq_len=128", "model.max_positions=64"): "positions of",
+    ("model.path=docs", "data.tokenizer=model", "model.dim=8"): "model.dim does not go with",
+    ("model.path=docs",): "data.tokenizer=words does not go with model.path",
+    ("model.path=docs", "data.tokenizer=model", "model.revision=main"): "model.path=docs is a fold",
+    ("model=standard", "model.untie=true"): "model.untie is of model=causal_lm",
+    ("model=standard", "initial_layers=null"): "initial_layers=null takes all that",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_settings_that_do_not_go_together_are_told(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as told:
+        planned(*overrides)
+    assert REFUSED[overrides] in str(told.value)
+
+
+def test_depths_are_checked_against_the_checkpoint(checkpoint: Path) -> None:
+    steps = "[{existing: 4, embedding: true, head: true}]"
+    with pytest.raises(ConfigError, match="leaves none of 4 existing"):
+        from_path(checkpoint, f"freeze.steps={steps}")
+    with pytest.raises(ConfigError, match="has 4 layers, and the first phase asks for 5"):
+        from_path(checkpoint, "initial_layers=5")
+
+
+def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
+    )
+    config.cache_clear()
+    with pytest.raises(ConfigError, match=r"model=causal_lm needs the extra hf: pip install"):
+        of_family("llama")
+    config.cache_clear()
+
+
+def test_a_name_of_the_hub_is_pinned_to_the_commit_it_was_fetched_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from proglayer.data.pretrained import open_pretrained
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    path = saved("llama", tmp_path / commit)
+    asked: list[tuple[object, ...]] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = open_pretrained("owner/name", "main")
+    assert (found.folder, found.revision) == (path, commit)
+    open_pretrained("owner/name", None, weights=False)
+    assert asked == [("owner/name", "main", True), ("owner/name", None, False)]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is not paid for
+
+
+def test_a_plan_of_a_billion_parameters_takes_no_room() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first, second = planned(
+        "model.family=llama", "model.dim=2048", "model.num_heads=32", "model.num_kv_heads=8",
+        "initial_layers=16", "added_layers=2", "growth=zero", "freeze=none", "plan=true",
+        vocab_size=128_256,
+    )  # fmt: skip
+    layer = 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048
+    total = 2 * 128_256 * 2048 + 2048 + 16 * layer
+    assert parameter_counts(first).total == total > 1e9
+    assert parameter_counts(second).total == total + 2 * layer
+    assert training_flops(first, 128, 8).body > 6 * 8 * 128 * 16 * (layer - 2 * 2048)
+    # Weights, gradients and two moments of 4 bytes each, and what the backward pass needs.
+    assert 16 * total < memory_bytes(first, 128) < 40 * total
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def test_what_is_meant_to_save_memory_saves_it_by_estimate() -> None:
+    plain, *saving = (
+        memory_bytes(of_family("llama", "phase.batch_size=64", *more)[0], 512)
+        for more in (
+            (),
+            ("phase.accumulate=8",),
+            ("model.checkpoint_activations=true",),
+            ("model.weights=bfloat16",),
+        )
+    )
+    assert all(estimate < 0.75 * plain for estimate in saving)
+
+
+def test_who_does_not_ask_for_the_library_does_not_import_it() -> None:
+    script = """
+import sys
+from tests.helpers import config, tiny_corpus
+import proglayer.run.experiment, proglayer.launch.job
+from proglayer.training.growth import build
+from proglayer.training.plan import plan
+build(plan(config(), 30)[0])
+assert "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
