@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from omegaconf import open_dict, read_write
 
-from proglayer.config import short_hash
+from proglayer.config import OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError
 from proglayer.launch.common import sole_writer, unread
@@ -305,6 +305,8 @@ class Study:
                 f"{left} of {len(jobs)} jobs of this batch did not end, so the claims are not "
                 "judged: the same command goes on with them"
             )
+        if jobs[0].config.on_error is OnError.stop and RunState.failed in states:
+            raise ConfigError("a job failed, and on_error=stop: the same command goes on")
         if RunState.completed not in states:
             raise ConfigError("every job of this batch failed, for the reasons in the table")
 

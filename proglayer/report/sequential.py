@@ -70,10 +70,12 @@ class Looks:
 
 
 def read_looks(sweep: Path) -> Looks | None:
-    """The looks of the study in the folder of a sweep; None where it has no such file.
+    """The looks of the study in the folder of a sweep; None where it has no such file of ours.
 
-    Raises RecordError for a file that is none.
+    Raises RecordError for one that is damaged.
     """
+    if not files.is_ours(sweep / LOOKS, is_looks):
+        return None
     try:
         plain = json.loads((sweep / LOOKS).read_text(encoding="utf-8"))
         design = Design(*(int(plain[name]) for name in ("first", "step", "most")))
@@ -81,8 +83,6 @@ def read_looks(sweep: Path) -> Looks | None:
         if taken != design.looks[: len(taken)]:
             raise ValueError(f"{LOOKS} has other looks than its design")
         return Looks(design, int(plain["first_seed"]), float(plain["margin"]), taken)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError("damaged", f"{sweep / LOOKS} cannot be read ({error})") from error
 
@@ -101,7 +101,7 @@ def write_looks(sweep: Path, looks: Looks) -> None:
 def sweeps_with_looks(results: Results) -> list[Path]:
     """The folders, of the sweeps that these runs are of, that hold a study with looks."""
     own = results.runs.loc[results.runs["sweep"].notna(), "folder"]
-    return sorted({p for p in (Path(f).parent for f in own) if (p / LOOKS).is_file()})
+    return sorted({p for p in (Path(f).parent for f in own) if files.is_ours(p / LOOKS, is_looks)})
 
 
 def looks_of(results: Results) -> Looks | None:

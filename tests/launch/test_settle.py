@@ -145,6 +145,21 @@ def test_a_larger_budget_goes_on_and_other_looks_are_refused(train: Command, tmp
     assert len(results(folder)) == 6
 
 
+@pytest.mark.timeout(900)
+def test_a_batch_of_which_nothing_is_left_is_not_looked_at(train: Command, tmp_path: Path):
+    failing = ("-m", *SETTLE, "lr.base=1e12")
+    for given, why in (
+        ("go_on", "every job of this batch failed"),
+        ("stop", "3 of 4 jobs of this batch did not end"),
+    ):
+        done = train(*failing, f"on_error={given}", f"hydra.sweep.dir={given}")
+        assert done.status == 1
+        assert done.err.splitlines()[-1].startswith(f"error: {why}"), done.err
+        looks = read_looks(tmp_path / given)
+        assert looks is not None
+        assert looks.taken == ()
+
+
 ARMS = [
     ("original", "standard"), ("original", "deep_supervision"),
     ("control_unfrozen", "standard"), ("control_unfrozen", "deep_supervision"),
@@ -214,3 +229,6 @@ def test_damaged_looks_are_refused(tmp_path: Path):
         study(tmp_path, 1, ())
     with pytest.raises(ValueError, match="looks.json cannot be read"):
         write_report([tmp_path], tmp_path / "r", png=False)
+    # Another's file of that name is no business of a report's.
+    (tmp_path / "looks.json").write_text(json.dumps({"haircut": "short"}))
+    assert write_report([tmp_path], tmp_path / "r", png=False).is_file()
