@@ -372,6 +372,7 @@ def test_a_hostile_folder_is_read_in_time_and_left_as_it_is(
 REFUSED = (
     "is there and was not written by proglayer",
     "does not say that its folder is a store",
+    "is a store of a later version",
     "is a link, and no link is followed in a store",
     "cannot write to",
 )
@@ -449,9 +450,11 @@ def test_kills_of_a_sweep_change_no_bit(tmp_path: Path) -> None:
             [sys.executable, str(ROOT / "train.py"), *jobs, *joblib], cwd=killed,
             env=environment(killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240  # of a machine that is busy
         while process.poll() is None and not list(killed.glob("sweep/*/metrics.csv")):
-            assert time.monotonic() < until
+            if time.monotonic() > until:
+                process.kill()
+                raise AssertionError("no epoch after so long")
             time.sleep(0.02)
         time.sleep(source.uniform(0, 2))
         workers = list(filter(is_worker, children(process.pid)))

@@ -89,6 +89,8 @@ TABLES_IN = "tables"
 LOOKS = "looks"
 # The overrides of Hydra's that say which jobs a sweep has.
 OF_SWEEPER = ("hydra/sweeper", "hydra.sweeper")
+# Settings of Hydra that name a function, which is then called.
+NAMES_CODE = ("_target_", "custom_search_space")
 # Whoever names the folder of a report.
 NAMED_BY = "-o or hydra.run.dir"
 
@@ -907,7 +909,8 @@ def _commands(runs: Frame) -> list[str]:
             if swept[sweep] is not None:
                 commands[str(swept[sweep])] = None
                 continue
-        commands[f"python train.py {overrides or ''}".strip()] = None
+        words = shlex.join(filter(_only_sets, shlex.split(overrides or "")))
+        commands[f"python train.py {words}".strip()] = None
     return list(commands)
 
 
@@ -916,10 +919,20 @@ def _sweep_command(folder: str) -> str | None:
     try:
         given = read_yaml(Path(folder, "multirun.yaml"))["hydra"]["overrides"]
         of_hydra = map(str, given.get("hydra") or [])
-        sweeper = [own for own in of_hydra if own.startswith(OF_SWEEPER)]
-        return f"python train.py -m {shlex.join([*sweeper, *map(str, given['task'])])}"
+        words = [*of_hydra, *map(str, given["task"])]
+        return f"python train.py -m {shlex.join(filter(_only_sets, words))}"
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _only_sets(override: str) -> bool:
+    """Whether an override sets what a run or a search does, and names no code to run: a folder may
+    come from elsewhere, and its command is there to be pasted.
+    """
+    key = override.lstrip("+~").partition("=")[0]
+    if override.startswith("-") or any(name in override for name in NAMES_CODE):
+        return False
+    return not key.startswith("hydra") or key.startswith(OF_SWEEPER)
 
 
 # --- sentences ------------------------------------------------------------------------------------

@@ -364,6 +364,14 @@ def test_a_full_disk_costs_the_log_one_line_on_the_screen(
     )
 
 
+def test_a_log_holds_no_colours(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert train(*QUICK, "hydra.run.dir=run").status == 0
+    assert "\x1b" not in (tmp_path / "run/train.log").read_text()
+
+
 def test_a_warm_up_longer_than_a_phase_is_warned_of(
     train: Command,
 ) -> None:
