@@ -55,7 +55,7 @@ def test_each_setting_is_shown_with_its_value_and_bounds(hooks: ModuleType) -> N
     }
     assert set(setting_names()) - sections <= rows.keys()
     assert rows["lr.base"].startswith("a number above 0 up to 1e+15 | `0.001` |")
-    assert rows["model.dim"].startswith("a whole number from 1 to 65,536 | `64` |")
+    assert rows["model.dim"].startswith("a whole number from 1 to 65,536, or null | `64` |")
     assert rows["phase.patience"].endswith("before a phase stops")
     assert rows["device"].startswith("auto, cpu, cuda, mps | `auto` |")
 
