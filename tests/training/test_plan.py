@@ -12,7 +12,6 @@ from proglayer.training.plan import (
     Growth,
     Phase,
     evaluation_flops,
-    layer_parameters,
     parameter_counts,
     placements,
     plan,
@@ -30,7 +29,7 @@ def planned(*overrides: str, vocab_size: int = FOUNDING_VOCABULARY) -> tuple[Pha
 
 def test_parameter_counts_are_the_published_ones() -> None:
     initial, grown = planned("experiment=original")
-    assert layer_parameters(initial.architecture) == 65_664
+    assert initial.architecture.sizes.layer == 65_664
     assert parameter_counts(initial).total == parameter_counts(initial).trainable == 9_135_232
     counts = parameter_counts(grown)
     assert (counts.total, counts.trainable) == (9_200_896, 4_534_784)
