@@ -102,7 +102,7 @@ def outside_bounds(measured: Sequence[Measurement]) -> list[str]:
 
 
 def configs(overrides: Sequence[str], vocab_size: int) -> dict[str, list[Config]]:
-    """The settings of each model to measure, one for each precision."""
+    """The settings of each model to measure, one for each precision. Raises ConfigError."""
     given = {"experiment": "original", "model.vocab_size": str(vocab_size)}
     for override in overrides:
         name, _, given[name] = override.partition("=")

@@ -200,7 +200,8 @@ def cores() -> int:
 def jobs_at_once(launcher: Mapping[str, Any]) -> int:
     """How many jobs a launcher with these settings runs at once on one machine, as far as it says.
 
-    joblib's `n_jobs` counts back from the number of cores when it is negative.
+    joblib's `n_jobs` counts back from the number of cores when it is negative. Raises ConfigError
+    for 0.
     """
     given = launcher.get("n_jobs")
     if not isinstance(given, (int, NoneType)) or isinstance(given, bool):

@@ -28,6 +28,8 @@ from proglayer.launch.overrides import KNOWN, unknown_setting, unreadable
 HEADER = "# @package _global_"
 # Groups whose files set what they like, at the top level.
 GLOBAL_GROUPS = ("experiment", "local")
+# What OmegaConf says of a setting that there is not.
+UNKNOWN = re.compile(r"Key '[^']+' (?:is not in struct|not in '[^']*')\s+full_key: (\S+)")
 FILE_ERRORS = (yaml.YAMLError, UnicodeDecodeError, RecursionError)
 # What composing raises, but for OSError. OverflowError: an integer that no float can hold.
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, OverflowError, *FILE_ERRORS)
@@ -51,11 +53,10 @@ def in_one_line(error: BaseException) -> str:
     first = " ".join(first_line(error).split())
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
-    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: ([^\s]+)", whole)
-    unknown = unknown or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: ([^\s]+)", whole)
-    if unknown:
-        files = _files() if unknown[2] in KNOWN or unknown[2] in GLOBAL_GROUPS else ()
-        return next(filter(None, map(_shape_problem, files)), unknown_setting(unknown[2]))
+    if unknown := UNKNOWN.search(whole):
+        name = unknown[1]
+        files = _files() if name in KNOWN or name in GLOBAL_GROUPS else ()
+        return next(filter(None, map(_shape_problem, files)), unknown_setting(name))
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
     if missing and "Available options in" in whole:
         group, choice = missing.groups()
@@ -95,11 +96,11 @@ def file_problem(error: BaseException) -> str | None:
         return next(filter(None, map(_not_utf8, _files())), None)
     if isinstance(error, RecursionError):
         return _circle()
-    group = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", str(error))
-    group = group or re.search(r"Key '([^']+)' not in '[^']*'\s+full_key: (\S+)", str(error))
-    if group is None or group[2].split(".")[0] not in GLOBAL_GROUPS:
+    unknown = UNKNOWN.search(str(error))
+    group = unknown[1].split(".")[0] if unknown else None
+    if group not in GLOBAL_GROUPS:
         return None
-    return next(filter(None, map(_header_problem, _files(group[2].split(".")[0]))), None)
+    return next(filter(None, map(_header_problem, _files(group))), None)
 
 
 def _shape_problem(path: Path) -> str | None:

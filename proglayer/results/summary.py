@@ -183,6 +183,7 @@ def _reasons(runs: pd.DataFrame) -> list[Text]:
 
 
 def print_results(results: Results, out: Console, whole: bool = False) -> None:
+    """Print the table of the runs, what was left out, and a line of totals."""
     if len(results.runs):
         out.print(summary_table(results, out.width, whole))
     left_out = [

@@ -222,7 +222,8 @@ def session(
     """Surround the walk through a run's phases.
 
     What the block raises is in the record and goes no further, but for a UserError before
-    `Session.begin`, which leaves no record, and for Deferred.
+    `Session.begin`, which leaves no record, and for Deferred. Raises ConfigError where a user's
+    file lies in the place of one that the run would write.
     """
     started = time.perf_counter()
     try:

@@ -50,5 +50,5 @@ def on_signals(act: Callable[[int, object, Any], object], once: bool = True) -> 
 
 
 def interrupt(*_: object) -> NoReturn:
-    """Act as Ctrl-C does."""
+    """Act as Ctrl-C does: raises KeyboardInterrupt."""
     raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from proglayer.config import flat_settings
 from proglayer.store.stages import KEY_FORM, Stage
 
 # The stages written last that are looked at: reading their descriptions takes about 0.1 s.
@@ -67,9 +68,9 @@ class Nearest:
         Returns:
             `seed=1 there, 2 here`; None where nothing alike is stored.
         """
-        asked = _flat(description)
+        asked = dict(flat_settings(dict(description)))
         if self._known is None:
-            self._known = [_flat(each) for each in _descriptions(self._store)]
+            self._known = [dict(flat_settings(each)) for each in _descriptions(self._store)]
         apart = (_differences(known, asked) for known in self._known)
         nearest = min(apart, key=len, default={})
         if not 0 < len(nearest) <= MOST_DIFFERENCES:
@@ -91,16 +92,6 @@ def _descriptions(store: Path) -> Iterator[dict[str, Any]]:
     for _, key in heapq.nlargest(MOST_STAGES, stages):
         if description := Stage(store, key).description:
             yield description
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The values of nested data by their dotted names."""
-    if not isinstance(value, Mapping):
-        return {name: list(value) if isinstance(value, tuple) else value}
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flat(part, f"{name}.{key}" if name else str(key))
-    return flat
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
