@@ -790,7 +790,8 @@ def _batch_problems(phase: PhaseConfig) -> Iterator[str]:
     sizes = {"": phase, "initial.": phase.initial, "grown.": phase.grown}
     for part, size in ((part, own.batch_size) for part, own in sizes.items()):
         if size is not None and size % parts:
-            yield f"phase.accumulate={parts} does not divide phase.{part}batch_size={size}"
+            number = shortened(parts)
+            yield f"phase.accumulate={number} does not divide phase.{part}batch_size={size}"
 
 
 # What the layers of these operators start from is an old layer.

@@ -103,9 +103,12 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
     records = results(tmp_path / "whole_s")
     assert len(records) == 6
     assert_same_bits(results(tmp_path / "s"), records)
-    told = [line for line in whole.out.splitlines() if line.startswith(("open", "settled"))]
-    assert told
-    assert told == [line for line in again.out.splitlines() if line.startswith(("open", "settled"))]
+    first, second = (
+        [line for line in done.out.splitlines() if line.startswith(("open", "settled"))]
+        for done in (whole, again)
+    )
+    assert first
+    assert first == second
     # The claims as the report finds them.
     reports = [
         write_report([tmp_path / name], tmp_path / f"r_{name}", png=False)

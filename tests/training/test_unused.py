@@ -1,4 +1,4 @@
-"""What a run is told of settings that none of its phases depends on."""
+"""What a run says of settings that none of its phases depends on."""
 
 import pytest
 
