@@ -184,7 +184,6 @@ def plan_table(
         ),
         ("rate: new, existing, embedding, head", "long", lambda row: _rates(row[0])),
         ("batches", "number", lambda row: str(row[0].steps_per_epoch(train_windows))),
-        ("about MB", "number", lambda row: f"{memory_bytes(row[0], seq_len) / 1e6:,.0f}"),
         ("head GFLOP", "number", lambda row: f"{row[2].head / 1e9:,.1f}"),
         ("body GFLOP", "number", lambda row: f"{row[2].body / 1e9:,.1f}"),
         ("evaluation GFLOP", "number", lambda row: f"{(row[3].head + row[3].body) / 1e9:,.1f}"),
@@ -198,7 +197,9 @@ def plan_table(
         for number, (_, why) in enumerate(stored, start=1)
         if why
     ]
-    shown.caption = "\n".join(map(printable, lines)) or None
+    most = max(memory_bytes(phase, seq_len) for phase in phases)
+    lines.append(f"memory at the peak, by estimate: {most / 1e6:,.0f} MB beside the process itself")
+    shown.caption = "\n".join(map(printable, lines))
     return shown
 
 
