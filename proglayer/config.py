@@ -309,7 +309,7 @@ class GrowthConfig:
     position: GrowthPosition
     noise: Annotated[float, Bounds(least=0, most=1)] = 0.0
     block: Annotated[int, Bounds(least=1, most=4_096)] = 1
-    gate_steps: Annotated[int, Bounds(least=1, most=INT32)] = 100
+    gate_steps: Annotated[int, Bounds(least=1, most=INT32)] = 40
 
 
 @dataclass(frozen=True)

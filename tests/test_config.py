@@ -139,7 +139,7 @@ MISTAKES = {
     "data=text": "data.files is empty",
     "data=hub": "data.repository is empty",
     "phase.patience=0": "phase.patience=0",
-    "phase.grown.max_epochs=0": "phase.grown.max_epochs=0",
+    "phase.grown.max_epochs=-1": "phase.grown.max_epochs=-1",
     "phase.min_delta=-1": "phase.min_delta=-1",
     "phase.grown.exit_weights=most": "phase.grown.exit_weights=most is none of uniform",
     "loss.rotate_every=0": "loss.rotate_every=0 must be from 1",
