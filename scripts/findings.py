@@ -1,0 +1,328 @@
+"""Render `docs/findings.md` and its pictures from the data in `docs/findings/`.
+
+    python scripts/findings.py
+    python scripts/findings.py claims=DIR,DIR losses=DIR operators=DIR exits=DIR
+
+The second form first replaces the data of the parts that it names by what runs in those folders
+came to: the data frames of `proglayer.results`, without what says where they ran; for `exits`, the
+tables that `proglayer.exits` wrote. The text is `docs/findings/findings.md.jinja`; every number in
+it is an expression over the data.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from proglayer.report import comparisons, early_exit, ledger, stats, study
+from proglayer.report.pictures import Gallery, forest, learning_curve, over_seeds
+from proglayer.results import Results, load
+
+FINDINGS = Path(__file__).resolve().parents[1] / "docs" / "findings"
+FRAMES = ("runs", "phases", "epochs", "exits", "left_out")
+TABLES = ("exits", "early_exit", "changed_layers")
+# Where and when a run was made, which is nobody's business, and what it wrote of its making.
+PLACE = (
+    *("folder", "host", "node", "scheduler", "scheduler_job", "sweep", "platform", "started"),
+    *("ended", "last_sign", "reason", "traceback", "git_commit", "git_changed", "git_difference"),
+)
+MARGINS = study.Margins()
+# The 2 x 2: the loss of the initial phase, then that of the grown one.
+CELLS = {"last": "last layer", "uniform": "every layer"}
+
+
+def take(part: str, folders: list[str]) -> None:
+    """Replace the data of a part by what the runs in `folders` came to."""
+    if part == "exits":
+        (FINDINGS / part).mkdir(parents=True, exist_ok=True)
+        for name in TABLES:
+            shutil.copyfile(Path(folders[0]) / f"{name}.csv", FINDINGS / part / f"{name}.csv")
+        return
+    results = load(*folders).distinct()
+    runs = results.runs
+    empty = {name: pd.Series(pd.NA, runs.index, dtype="object") for name in PLACE if name in runs}
+    replace(results, runs=runs.assign(**empty)).to_parquet(FINDINGS / part)
+
+
+def read(part: str) -> Results:
+    """The data of a part."""
+    frames = {name: pd.read_parquet(FINDINGS / part / f"{name}.parquet") for name in FRAMES}
+    for frame in frames.values():
+        for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
+            frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]
+    return Results(**frames)
+
+
+class Claims:
+    """The founding experiment, its follow-ups and controls, under both models."""
+
+    def __init__(self, results: Results) -> None:
+        self.arms = study.arms(results)
+        self.runs = self.arms.of(0)
+        self.results = results
+        self.first = self.runs.iloc[0]
+        self.seconds = float(results.phases.drop_duplicates("stage")["train_seconds"].sum())
+        self.curves = ledger.curves(results, self.runs)
+        questions = comparisons.claimed(self.arms.asked(0), self.curves, MARGINS)
+        self.judged = comparisons.judge(questions)
+        others = comparisons.others(self.arms.asked(0), questions, MARGINS)
+        self.others = comparisons.judge(others)
+
+    def answers(self) -> list[tuple[str, str]]:
+        """Each claim with its sentence."""
+        return [
+            (claim.title, comparisons.answer(self.judged[self.judged["claim"] == claim.title]))
+            for claim in comparisons.CLAIMS
+        ]
+
+    def seeds(self, experiment: str) -> int:
+        """The seeds that both models completed."""
+        own = self.runs[self.runs["experiment"] == experiment]
+        return int(own.groupby("seed")["model"].nunique().eq(2).sum())
+
+    def change(self, experiment: str, model: str) -> stats.Summary:
+        """The change in accuracy of an arm over its seeds."""
+        own = (self.runs["experiment"] == experiment) & (self.runs["model"] == model)
+        return stats.summary(self.runs.loc[own, study.ACCURACY.change])
+
+    def limits(self) -> list[str]:
+        """What so many seeds can show, and what it takes to settle the claims."""
+        return comparisons.limits(self.judged[self.judged["n"] > 1])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each experiment: in each model its depths, accuracies and change."""
+        rows = []
+        for experiment in dict.fromkeys(self.runs["experiment"]):
+            own = self.runs[self.runs["experiment"] == experiment]
+            models = {}
+            for model in (study.STANDARD, study.DEEP):
+                arm = own[own["model"] == model]
+                if len(arm):
+                    models[model] = {
+                        "end": stats.summary(arm["end_accuracy"]),
+                        "loss": stats.summary(arm["end_loss"]),
+                        "change": stats.summary(arm[study.ACCURACY.change]),
+                    }
+            first = own.iloc[0]
+            name = study.variant_name(experiment)
+            rows.append({"name": name, "first": first, "seeds": self.seeds(experiment), **models})
+        return rows
+
+    def pictures(self, gallery: Gallery) -> None:
+        """The changes of every arm, the claims' differences, and the original's curves."""
+        grown = self.runs[self.runs["phases"] > 1]
+        rows = []
+        for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
+            values = arm[study.ACCURACY.change]
+            found = stats.summary(values)
+            label = study.variant_name(str(variant))
+            interval = {"mean": found.mean, "low": found.low, "high": found.high}
+            rows.append({"label": label, "model": model, **interval, "seeds": values.tolist()})
+        unit = "points of accuracy"
+        forest(gallery, "change-by-arm", "Change by arm", rows, MARGINS.points, unit)
+        made = self.judged[self.judged["n"] > 1].to_dict("records")
+        rows = [
+            {
+                "label": comparisons.label(row),
+                **{name: row[name] for name in ("model", "mean", "low", "high")},
+                "seeds": row["comparisons"][study.ACCURACY.name].differences.tolist(),
+            }
+            for row in made
+        ]
+        forest(gallery, "claims", "Differences in accuracy", rows, MARGINS.points, unit)
+        names = self.results.phases[["run", "phase", "name"]]
+        own = self.runs.loc[self.runs["experiment"] == study.ORIGINAL, ["run", "model", "seed"]]
+        curves = self.curves.merge(own, on="run").merge(names, on=["run", "phase"])
+        curves = curves.rename(columns={"name": "phase_name"}).astype({"phase_name": object})
+        limits = float(curves["loss"].min()), float(curves["loss"].max())
+        learning_curve(gallery, "learning-curves", "The original", curves, limits)
+
+
+class Losses:
+    """The 2 x 2 of losses: what the initial and the grown phase are trained with."""
+
+    def __init__(self, results: Results) -> None:
+        runs = study.arms(results).runs
+        names = [f"config.phase.{phase}.exit_weights" for phase in ("initial", "grown")]
+        known = runs[names].astype(str)
+        self.values = {
+            metric: runs.assign(initial=known[names[0]], grown=known[names[1]]).pivot_table(
+                index="seed", columns=["initial", "grown"], values=metric
+            )
+            for metric in ("end_accuracy", "end_loss")
+        }
+        # Seeds that have all four cells.
+        self.values = {name: cells.dropna() for name, cells in self.values.items()}
+        accuracy = self.values["end_accuracy"]
+        self.seeds = len(accuracy)
+        first, last = CELLS
+        effects = {
+            "trained with exits before the growth": accuracy[last].mean(axis=1)
+            - accuracy[first].mean(axis=1),
+            "growing with exits": accuracy.xs(last, axis=1, level=1).mean(axis=1)
+            - accuracy.xs(first, axis=1, level=1).mean(axis=1),
+            "both beyond their sum": (accuracy[last, last] - accuracy[last, first])
+            - (accuracy[first, last] - accuracy[first, first]),
+        }
+        made = [
+            stats.paired(own, pd.Series(0.0, own.index), margin=MARGINS.points)
+            for own in effects.values()
+        ]
+        self.effects = stats.judge(made).assign(name=list(effects), reason="").to_dict("records")
+
+    def cell(self, initial: str, grown: str, metric: str = "end_accuracy") -> stats.Summary:
+        """A figure of a cell over its seeds."""
+        return stats.summary(self.values[metric][initial, grown])
+
+
+class Operators:
+    """Growth operators: what happens at the growth, and where it ends."""
+
+    def __init__(self, results: Results) -> None:
+        runs = study.arms(results).runs
+        self.runs = runs.assign(init=runs["config.growth.init"].astype(str))
+        phases = results.phases[results.phases["loss_after"].notna()]
+        self.runs = self.runs.merge(
+            phases[["run", "loss_before", "loss_after", "tokens_to_recovery"]],
+            on="run",
+        )
+        by_seed = self.runs.pivot_table(index="seed", columns="init", values="end_accuracy")
+        others = [name for name in by_seed if name != "random"]
+        self.seeds = len(by_seed)
+        margin = MARGINS.points
+        made = [stats.paired(by_seed[name], by_seed["random"], margin=margin) for name in others]
+        self.against_random = {
+            row["init"]: row
+            for row in stats.judge(made).assign(init=others, reason="").to_dict("records")
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each operator."""
+        rows = []
+        for init, arm in self.runs.groupby("init"):
+            shock = arm["loss_after"] - arm["loss_before"]
+            back = arm["tokens_to_recovery"].astype("float64")
+            rows.append(
+                {
+                    "init": init,
+                    "seeds": len(arm),
+                    "shock": stats.summary(shock),
+                    "values": shock.tolist(),
+                    "recovered": int(back.notna().sum()),
+                    "tokens": float(back.median()) if back.notna().all() else None,
+                    "end": stats.summary(arm["end_accuracy"]),
+                    "loss": stats.summary(arm["end_loss"]),
+                    "against_random": self.against_random.get(str(init)),
+                }
+            )
+        return sorted(rows, key=lambda row: row["shock"].mean)
+
+    def pictures(self, gallery: Gallery) -> None:
+        """The rise of the loss at the growth, by operator."""
+        rows = [
+            {
+                "label": row["init"],
+                "model": "",
+                "mean": -row["shock"].mean,
+                "low": -row["shock"].high,
+                "high": -row["shock"].low,
+                "seeds": [-value for value in row["values"]],
+            }
+            for row in self.rows()
+        ]
+        title = "The change of the loss at the growth"
+        forest(gallery, "growth-shock", title, rows, 0.0, "fall of the loss, nats")
+
+
+class Exits:
+    """What the exits of the original's grown models are worth, as `proglayer.exits` measured it."""
+
+    def __init__(self) -> None:
+        tables = {name: pd.read_csv(FINDINGS / "exits" / f"{name}.csv") for name in TABLES}
+        self.found = early_exit.Worth(**tables)
+
+    def of(self, model: str, column: str) -> list[stats.Summary]:
+        """A column of the table by exit, bottom first, over seeds."""
+        own = self.found.exits[self.found.exits["model"] == model]
+        return [stats.summary(layer[column]) for _, layer in own.groupby("layer")]
+
+    def without(self, model: str) -> list[stats.Summary]:
+        """What the loss rises by without each layer, bottom first."""
+        changed = self.found.changed_layers
+        own = changed[(changed["model"] == model) & (changed["change"] == "left out")]
+        return [stats.summary(layer["loss_rise"]) for _, layer in own.groupby("layer")]
+
+    def sentences(self) -> list[str]:
+        """How many layers each model needs."""
+        return early_exit.sentences(self.found)
+
+    def pictures(self, gallery: Gallery) -> None:
+        """Accuracy against layers used."""
+        early = self.found.early_exit
+        early = early.assign(at=early["threshold"], x=early["layers"], y=early["accuracy_percent"])
+        early["arm"] = early["model"].map(study.model_name)
+        words = "layers used, mean over tokens", "validation accuracy (%)"
+        over_seeds(gallery, "early-exit", "Early exit", early, *words)
+
+
+def interval(found: stats.Summary, digits: int = 2, sign: bool = False) -> str:
+    """A mean with its 95 % interval."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if not found.n:
+        return ""
+    if not np.isfinite(found.low):
+        return format(found.mean, form)
+    return f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+
+def render(pictures: Path = FINDINGS) -> str:
+    """Draw the pictures into a folder. Returns the text."""
+    gallery = Gallery(pictures, lambda _: True, png=False)
+    claims, losses, operators = (
+        made(read(part))
+        for made, part in ((Claims, "claims"), (Losses, "losses"), (Operators, "operators"))
+    )
+    exits = Exits()
+    for part in (claims, operators, exits):
+        part.pictures(gallery)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FINDINGS),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "interval": interval,
+        "fixed": lambda value, digits: f"{value + 0:.{digits}f}",
+        "size": lambda value: f"{abs(value):.2f}",
+        "thousands": lambda value: f"{value:,}",
+    }
+    return environment.get_template("findings.md.jinja").render(
+        claims=claims,
+        losses=losses,
+        operators=operators,
+        exits=exits,
+        cells=CELLS,
+        clause=comparisons.clause,
+        margin=MARGINS.points,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Take new data for the parts that the arguments name, then write the page."""
+    for argument in arguments:
+        part, _, folders = argument.partition("=")
+        take(part, folders.split(","))
+    (FINDINGS.parent / "findings.md").write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
