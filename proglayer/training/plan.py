@@ -28,7 +28,6 @@ from proglayer.config import (
     depth_problems,
     to_plain,
 )
-from proglayer.data.pretrained import open_pretrained
 from proglayer.training.architecture import Architecture, CausalLM
 
 
@@ -299,6 +298,9 @@ def _causal_lm_phases(config: Config, vocab_size: int) -> tuple[Phase, ...]:
 
     model, found = config.model, None
     if model.path is not None:
+        # Its wing imports NumPy, which `train.py --help` and `--cfg job` are to be spared.
+        from proglayer.data.pretrained import open_pretrained
+
         found = open_pretrained(model.path, model.revision, weights=not config.plan)
     architecture, depth = architecture_of(model, found, vocab_size, config.data.seq_len)
     if depth is not None:
