@@ -38,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> None:
         ("~experiment", "nothing can be deleted"),
         ("model@other=standard", "a group cannot be put elsewhere: write model=standard"),
         ("+model@model.x=standard", "a group cannot be put elsewhere: write model=standard"),
-        ("model=null", "model takes one of its choices (deep_supervision, standard)"),
+        ("model=null", "model takes one of its choices (causal_lm, deep_supervision, standard)"),
         ("phase=[]", "phase takes one of its choices (from_scratch, "),
         ("phase=7", "phase takes one of its choices (from_scratch, "),
         ("lr=[{}]", "lr takes one of its choices"),

@@ -179,10 +179,12 @@ def test_trials_at_once_share_phases_and_are_all_told(
 )
 def test_a_search_that_cannot_work_says_why_and_runs_nothing(
     train: Command,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     given: list[str],
     message: str,
 ) -> None:
+    monkeypatch.setattr("proglayer.launch.slurm.check", lambda: None)  # as where it answers
     old = sqlite3.connect(tmp_path / "old.db")
     old.executescript((ROOT / "tests/fixtures/earlier/optuna-2.10.sql").read_text())
     old.close()
