@@ -52,14 +52,6 @@ DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # -- what MkDocs calls -----------------------------------------------------------------------------
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Show the findings once there are any."""
-    if (Path(config.docs_dir) / "findings.md").exists():
-        assert config.nav is not None
-        config.nav.insert(1, {"Findings": "findings.md"})
-    return config
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     for name, text in (("recipes.md", recipes()), ("settings.md", settings())):
