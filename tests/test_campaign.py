@@ -84,7 +84,7 @@ def check_told(faults: list[str], what: str, status: int, out: str, err: str) ->
         faults.append(f"{what}\nstatus {status} and {err[-300:]!r}")
 
 
-def told(faults: list[str]) -> str:
+def listed(faults: list[str]) -> str:
     """All of them, for a failed assertion."""
     return f"{len(faults)} faults\n\n" + "\n\n".join(faults)
 
@@ -178,7 +178,7 @@ def test_any_command_line_is_planned_or_refused_in_lines(train: Command, tmp_pat
             done = train(*BASE, *line, "plan=true")
             check_told(faults, what, done.status, done.out, done.err)
     after = contents(tmp_path)
-    assert not faults, told(faults)
+    assert not faults, listed(faults)
     assert {path: after.get(path) for path in before} == before
     assert not [path for path in after if path.endswith("weights.safetensors")]
 
@@ -191,7 +191,7 @@ def test_any_command_line_ends_as_a_command(tmp_path: Path) -> None:
         done = command(tmp_path, *BASE, *line, "plan=true")
         check_told(faults, " ".join(line)[:300], done.returncode, done.stdout, done.stderr)
     after = contents(tmp_path)
-    assert not faults, told(faults)
+    assert not faults, listed(faults)
     assert {path: after.get(path) for path in before} == before
 
 
@@ -225,7 +225,7 @@ def test_every_setting_at_every_edge_is_planned_or_refused_in_lines(
             if done.status and each.split("=")[0].split(".")[0] not in done.err:
                 faults.append(f"{each}\nis not named in {done.err!r}")
     after = contents(tmp_path)
-    assert not faults, told(faults)
+    assert not faults, listed(faults)
     assert {path: after.get(path) for path in before} == before
 
 
@@ -362,7 +362,7 @@ def test_a_hostile_folder_is_read_in_time_and_left_as_it_is(
                 faults.append(f"{what}\nchanged a file")
                 before = contents(folder)
         shutil.rmtree(folder)
-    assert not faults, told(faults)
+    assert not faults, listed(faults)
 
 
 # --- stores ---------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_a_damaged_store_changes_no_bit_and_nothing_foreign_goes(
         after = {path: path.read_bytes() if path.is_file() else None for path in mine}
         if after != before:
             faults.append(f"{what}\ntouched what is not ours")
-    assert not faults, told(faults)
+    assert not faults, listed(faults)
 
 
 # --- kills ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files of a user's that lie where commands write: each is left as it is, and told in a line."""
+"""Files of a user's that lie where commands write: each is left as it is, and named in a line."""
 
 from __future__ import annotations
 

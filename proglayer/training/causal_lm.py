@@ -380,7 +380,7 @@ def _sizes(family: str, settings: Mapping[str, Any], tied: bool) -> Sizes:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's progress bars and warnings: what matters is told by its results."""
+    """Without the library's progress bars and warnings: what matters is in its results."""
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()

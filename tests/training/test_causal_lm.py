@@ -409,9 +409,9 @@ def test_what_is_no_checkpoint_is_told_in_one_line(damage: str, tmp_path: Path) 
     change, line = DAMAGE[damage]
     path = saved("llama", tmp_path / "llama")
     change(path)
-    with pytest.raises(ConfigError, match=rf"^model\.path=\S+.*{line}") as told:
+    with pytest.raises(ConfigError, match=rf"^model\.path=\S+.*{line}") as error:
         build(from_path(path)[0])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 REFUSED = {
@@ -436,9 +436,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("overrides", REFUSED)
 def test_settings_that_do_not_go_together_are_told(overrides: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         planned(*overrides)
-    assert REFUSED[overrides] in str(told.value)
+    assert REFUSED[overrides] in str(error.value)
 
 
 def test_depths_are_checked_against_the_checkpoint(checkpoint: Path) -> None:
