@@ -434,15 +434,12 @@ def _prepare_words(
     for split in SPLITS:
         note = _Notes(notify, f"{source.name}: {split}")
 
-        def tokens(split: str = split, note: _Notes = note) -> Iterator[np.ndarray]:
-            total = 0
+        def tokens(split: str = split) -> Iterator[np.ndarray]:
             for piece in text(split):
                 words = (piece.lower() if data.lowercase else piece).split()
                 yield np.fromiter(map(ids.__getitem__, words), "<i4", len(words))
-                total += len(words)
-                note(f"{total:,} words")
 
-        meta[split] = _write_stream(folder / f"{split}.npy", tokens())
+        meta[split] = _write_stream(folder / f"{split}.npy", _noted(tokens(), note, "words"))
         _check_not_empty(meta, split, "words", source)
     in_bytes = _bytes_of_words(text("validation"))
     meta["validation_bytes"] = _write_stream(folder / "validation_bytes.npy", in_bytes)
@@ -484,13 +481,6 @@ def _prepare_subwords(
     tokenizer = subwords.load_tokenizer(content, chosen.label)
     meta: dict[str, Any] = {}
 
-    def noted(stream: Iterable[np.ndarray], split: str) -> Iterator[np.ndarray]:
-        note, total = _Notes(notify, f"{source.name}: {split}"), 0
-        for ids in stream:
-            yield ids
-            total += len(ids)
-            note(f"{total:,} tokens")
-
     def validation() -> Iterator[np.ndarray]:
         # Written as they come: the text is tokenized once.
         with _StreamFile(folder / "validation_bytes.npy") as sizes:
@@ -503,13 +493,23 @@ def _prepare_subwords(
         ("train", subwords.encode(tokenizer, text("train"))),
         ("validation", validation()),
     ):
-        meta[split] = _write_stream(folder / f"{split}.npy", noted(stream, split))
+        note = _Notes(notify, f"{source.name}: {split}")
+        meta[split] = _write_stream(folder / f"{split}.npy", _noted(stream, note, "tokens"))
         _check_not_empty(meta, split, "text", source)
     sizes = np.load(folder / "validation_bytes.npy", mmap_mode="r")
     meta |= _overlap(folder, max(PASSAGE, round(PASSAGE_BYTES / max(1, sizes.mean()))))
     size = subwords.entries(tokenizer)
     meta["vocabulary"] = _write_vocabulary(folder / TOKENIZER_FILE, content, size)
     return meta
+
+
+def _noted(stream: Iterable[np.ndarray], note: _Notes, unit: str) -> Iterator[np.ndarray]:
+    """The same parts of a stream, with a note of how much of it there was after each."""
+    total = 0
+    for ids in stream:
+        yield ids
+        total += len(ids)
+        note(f"{total:,} {unit}")
 
 
 def _check_not_empty(meta: dict[str, Any], split: str, what: str, source: TextSource) -> None:

@@ -22,11 +22,11 @@ from proglayer.config import OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError
 from proglayer.launch.common import sole_writer, unread
-from proglayer.launch.job import leave_report
 from proglayer.launch.sweep import (
     Checks,
     Job,
     ProductSweeper,
+    SummedUp,
     check,
     describe_work,
     expand,
@@ -36,7 +36,6 @@ from proglayer.launch.sweep import (
     list_jobs,
     open_folder,
     print_plans,
-    summarize,
     without_held,
 )
 from proglayer.results import keys_and_values
@@ -93,21 +92,12 @@ def _settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
     folder = open_folder(sweeper.config)
     with sole_writer(folder, "hydra.sweep.dir"):
         study = Study(sweeper, checks, folder, arms, looks)
-        stopped = False
-        try:
+        with SummedUp(folder, firsts[0].config.report) as ending:
             while study.next_batch():
                 pass
-        except KeyboardInterrupt:
-            stopped = True
-            raise
-        finally:
-            failed = summarize(folder)
-            # As after a sweep: where it was interrupted, the same command reports at its end.
-            if firsts[0].config.report and not stopped:
-                leave_report(folder)
         for line in study.outcome():
             say(line, markup=False)
-    if failed:
+    if ending.failed:
         sys.exit(1)
 
 

@@ -226,23 +226,28 @@ def _run(
     say(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} finished before", markup=False)
     if work:
         say(work, markup=False)
-    returns = []
-    stopped = False
-    try:
-        with Heartbeat(folder):
-            returns = launch(sweeper, waiting, sweeper.max_batch_size)
-    except KeyboardInterrupt:
-        stopped = True
-        raise
-    finally:
-        failed = summarize(folder)
-        # Also where a launcher failed. After Ctrl-C the table is enough, as in a search: the same
-        # command goes on, and reports at its end.
-        if jobs[0].config.report and not stopped:
-            leave_report(folder)
-    if failed:
+    with SummedUp(folder, jobs[0].config.report) as ending, Heartbeat(folder):
+        returns = launch(sweeper, waiting, sweeper.max_batch_size)
+    if ending.failed:
         sys.exit(1)
     return returns
+
+
+class SummedUp(contextlib.AbstractContextManager["SummedUp"]):
+    """Ends the jobs of a block with their table and, if `report` says so, their report.
+
+    Also where a launcher failed. After Ctrl-C the table is enough, as in a search: the same command
+    goes on, and reports at its end. After the block `failed` says whether any job did.
+    """
+
+    def __init__(self, folder: Path, report: bool) -> None:
+        self.folder, self.report = folder, report
+        self.failed = False
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.failed = summarize(self.folder)
+        if self.report and (kind is None or not issubclass(kind, KeyboardInterrupt)):
+            leave_report(self.folder)
 
 
 def launch(sweeper: Sweeper, jobs: Sequence[Job], at_once: int | None = None) -> list[JobReturn]:

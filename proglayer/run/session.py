@@ -134,9 +134,8 @@ class Session:
 
     def start(self, phase: Phase, last: ExitMetrics) -> None:
         """Write and show the model right after a growth as epoch 0 of its phase."""
-        at_once = EpochMetrics(0, 0.0, last.loss, last.accuracy, 0, 0.0, 0.0)
-        row = self._row(phase, at_once, is_best=False, reused=False)
-        self._rows.append(replace(row, train_loss=None))
+        at_once = EpochMetrics(0, None, last.loss, last.accuracy, 0, 0.0, 0.0)
+        self._rows.append(self._row(phase, at_once, is_best=False, reused=False))
         write_metrics(self.folder, self._rows)
         self._display.note(
             f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "

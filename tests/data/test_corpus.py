@@ -368,8 +368,8 @@ def test_eight_processes_at_once_prepare_once(tmp_path):
     ]
 
 
-def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
-    data = release(write_release(tmp_path / "text", TRAIN * 3_000))
+def kill_preparation(tmp_path: Path, data: DataConfig) -> Path:
+    """Kill a preparation while it writes the training tokens. Returns the cache, with a part."""
     cache = Path(data.cache_dir or "") / "corpora"
     process = start(tmp_path, [data])
     while not list(cache.glob("*.partial-*/train.npy")):
@@ -378,6 +378,12 @@ def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(list(cache.glob("*.partial-*"))) == 1
+    return cache
+
+
+def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
+    data = release(write_release(tmp_path / "text", TRAIN * 3_000))
+    cache = kill_preparation(tmp_path, data)
     corpus = open_corpus(data)
     assert len(corpus.train) == 3_000 * len(twin_words(TRAIN, True)) // 5
     assert sorted(path.name for path in cache.iterdir()) == sorted(

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from .test_corpus import (
     answers,
     damages,
     entry_folder,
+    kill_preparation,
     one_line,
     release,
     start,
@@ -420,14 +420,7 @@ def test_processes_at_once_train_one_tokenizer(tmp_path: Path) -> None:
 
 def test_killed_preparation_gives_the_corpus_of_an_uninterrupted_one(tmp_path: Path) -> None:
     data = bpe(write_release(tmp_path / "text", TRAIN * 700))
-    cache = Path(data.cache_dir or "") / "corpora"
-    process = start(tmp_path, [data])
-    while not list(cache.glob("*.partial-*/train.npy")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert len(list(cache.glob("*.partial-*"))) == 1
+    cache = kill_preparation(tmp_path, data)
     corpus = open_corpus(data)
     assert not list(cache.glob("*.partial-*"))
     other = open_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "other")))

@@ -8,7 +8,6 @@ arm that no open claim needs gets no more seeds.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from scipy import stats as sps
 from proglayer.report import stats, study
 from proglayer.report.sequential import Design
 
-from .simulated import DISTRIBUTIONS
+from .simulated import DISTRIBUTIONS, print_cells
 
 ARMS = 6
 # The arms that each comparison is of: the models in the original; original and unfrozen, original
@@ -158,14 +157,5 @@ CELLS += [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--studies", type=int, default=20_000)
-    studies = parser.parse_args().studies
-    for cell in CELLS:
-        found = simulate(**cell, studies=studies)
-        print(cell, {name: round(float(value), 4) for name, value in found.items()}, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_cells(__doc__, simulate, CELLS, studies=20_000)

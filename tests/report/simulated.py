@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +186,20 @@ CELLS: list[dict[str, Any]] = [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--studies", type=int, default=10_000)
+def print_cells(
+    description: str | None,
+    simulate: Callable[..., Any],
+    cells: list[dict[str, Any]],
+    studies: int,
+) -> None:
+    """A row for each cell of as many studies as the command line asks for, else `studies`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--studies", type=int, default=studies)
     studies = parser.parse_args().studies
-    for cell in CELLS:
+    for cell in cells:
         found = simulate(**cell, studies=studies)
         print(cell, {name: round(float(value), 4) for name, value in found.items()}, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    print_cells(__doc__, simulate, CELLS, studies=10_000)
