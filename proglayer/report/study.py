@@ -300,6 +300,8 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
     """
     labels = [""] * len(runs)
     base = [False] * len(runs)
+    read = ["condition", "experiment", "model", "overrides", *GROUPS.values(), *columns]
+    runs = runs[list(dict.fromkeys(read))]  # to select rows of all columns takes most of the time
     own = [_own_overrides(text) for text in runs["overrides"].fillna("")]
     group: Frame
     for (_, experiment, _), group in runs.groupby(["condition", "experiment", "model"], sort=False):

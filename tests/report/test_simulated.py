@@ -1,0 +1,37 @@
+"""The simulated studies go the way of a report: their figures might as well stand in records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from . import simulated
+
+
+@pytest.mark.parametrize(("epochs", "tested"), [(1, False), (3, True)])
+def test_a_study_put_into_the_frames_is_judged_as_its_records_are(
+    tmp_path: Path, epochs: int, tested: bool
+):
+    one = simulated.template(3, epochs, tested)
+    numbers = simulated.drawn(
+        one, 3, "heavy tails", studies=2, true=0.1, epochs=epochs, tested=tested
+    )
+    both = list(simulated.judged(simulated.studies_of(one, numbers)))
+    for study, in_frames in enumerate(both):
+        choices = [own[study].tolist() for own in numbers.choices]
+        test = None if numbers.test is None else numbers.test[study].tolist()
+        records = simulated.write(tmp_path / str(study), 3, choices, test)
+        (in_records,) = simulated.judged(records)
+        assert in_records["n"].tolist() == [3] * 5
+        pd.testing.assert_frame_equal(
+            in_frames.drop(columns="comparisons"), in_records.drop(columns="comparisons")
+        )
+
+
+def test_choosing_among_more_epochs_flatters_on_the_text_that_chooses_and_not_on_another():
+    on_validation = simulated.simulate(3, studies=30, epochs=10)
+    on_test = simulated.simulate(3, studies=30, epochs=10, tested=True)
+    assert on_validation["mean error"] < -0.08
+    assert abs(on_test["mean error"]) < 0.05
