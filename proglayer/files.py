@@ -229,7 +229,15 @@ def new_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, final: Path) -> None:
-    """Give a folder from `new_folder` its name. Raises OSError where something lies there."""
+    """Give a folder from `new_folder` its name. Raises OSError where something lies there.
+
+    Its files are as open to others as the folder is: a library that writes by way of a temporary
+    file leaves it to its owner alone.
+    """
+    mode = os.stat(folder).st_mode & 0o666
+    for path in folder.rglob("*"):
+        if is_ours(path, everything):
+            os.chmod(path, mode)
     os.rename(folder, final)  # onto an empty folder at most
 
 

@@ -208,6 +208,15 @@ def test_a_new_folder_is_gone_unless_it_was_put_in_place(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["file"]
 
 
+def test_what_is_put_in_place_is_as_open_as_other_files(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path, "name") as made:
+        (made / "file").touch(mode=0o600)
+        files.put_in_place(made, tmp_path / "final")
+    (tmp_path / "other").write_text("")
+    modes = {(tmp_path / name).stat().st_mode for name in ("final/file", "other")}
+    assert len(modes) == 1
+
+
 def test_a_link_that_is_there_already_stays_one_file(tmp_path: Path) -> None:
     source, final = tmp_path / "source", tmp_path / "final"
     source.write_text('{"ours": 1}')

@@ -87,6 +87,7 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     assert list(frames.epochs["epoch"]) == [0, 0, 1]
 
     to = export_run(tmp_path / "run", tmp_path / "grown")
+    assert len({path.stat().st_mode for path in to.iterdir()}) == 1
     theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
     ours = load_run(tmp_path / "run")
     tokens = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
