@@ -23,7 +23,8 @@ What makes it fast on a CPU, beside the chunks themselves:
   the gradient of a hidden state is (E @ head) / Z - head[target], and the head's is a product of E
   with hidden states that were divided by Z before.
 - No maximum is subtracted as long as sums stay far from the limits of float32. Whether they did is
-  checked after each chunk; if not, the chunk is done again with the maximum subtracted.
+  checked after each chunk. If not, as in most released models, the target's logit is subtracted,
+  which is known beforehand; and where that is too far below the others, the maximum.
 
 Shapes in names: n tokens, e exits, m rows (the tokens of all exits, stacked), d model dimension,
 v vocabulary, b blocks of the vocabulary, p parts of a block, one a thread. `x_nd` is a tensor of
@@ -311,6 +312,8 @@ class _Rows:
         # longer than the products.
         self.kept_dtype = dtype if self.device.type == "cpu" else self.sum_dtype
         self.rounded = self.kept_dtype != self.sum_dtype
+        # Whether a chunk was seen whose sums come too near the limits with nothing subtracted.
+        self.beyond = False
         self.head_grad_vd: Tensor | None = None
         self.head_grad_begun = False
         # Targets and what they add to their entries' gradient, beside the exponentials.
@@ -396,16 +399,20 @@ class _Rows:
             hidden_dm = hidden * LOG2_E if hidden.dtype == self.sum_dtype else hidden
             hidden_dm = hidden_dm.t().contiguous().to(self.dtype)
             # What is rounded to 8 bits, be it by 0.03, is an error of the loss only at the target.
-            toward = self.head_vd.detach()[target].to(self.sum_dtype) if self.rounded else None
-            exact = None if toward is None else (hidden * toward).sum(1) * LOG2_E
-            sums = None
+            toward = exact = sums = None
             if self.device.type == "cpu":
-                sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden, exact)
+                toward = self.head_vd.detach()[target].to(self.sum_dtype)
+                exact = (hidden * toward).sum(1) * LOG2_E
+                self.beyond |= bool((exact.exp2() > SAFE_HIGH).any())
+                if not self.beyond:
+                    sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden, exact)
             if sums is None and self.kept_dtype != self.sum_dtype:
                 # What is subtracted needs more bits: on with float32 exponentials.
                 self.flush(blocks)
                 self.kept_dtype = self.sum_dtype
                 blocks = self.blocks(len(target), to_head)
+            if exact is not None and self.beyond:
+                sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden, exact, exact)
             if sums is None:
                 sums = self.sums_shifted(blocks, hidden_dm, target, to_hidden)
             nll_m[rows] = sums.nll
@@ -460,11 +467,13 @@ class _Rows:
         hidden_dm: Tensor,
         target: Tensor,
         to_hidden: bool,
-        exact: Tensor | None,
+        exact: Tensor,
+        shift: Tensor | None = None,
     ) -> _Sums | None:
         """With no maximum subtracted. None if sums came too near the limits, or there is a tie.
 
-        `target` is sorted. `exact`: the targets' logits, where those of the products are rounded.
+        `target` is sorted. `exact`: the targets' logits, for where those of the products are
+        rounded. `shift`: what is subtracted from all logits of a row.
         """
         rows = len(target)
         # The last block may have fewer parts than the others.
@@ -480,6 +489,8 @@ class _Rows:
             blocks, places, sums_bpm.unbind(), best_bpm.unbind(), strict=True
         ):
             self.logits(block, hidden_dm)
+            if shift is not None:
+                block.exponentials_vm.sub_(shift)
             parts = len(block.exponentials)
             if len(place):
                 # The target is left out of everything here, and put in below.
@@ -495,11 +506,14 @@ class _Rows:
                     weighted_pdm[:parts], block.head.transpose(1, 2), block.exponentials
                 )
 
-        target_logit = torch.cat(target_logits) if exact is None else exact
+        target_logit = torch.cat(target_logits)
+        if self.rounded:
+            target_logit = exact if shift is None else exact - shift
         rest, target_exponential = sums_bpm.sum((0, 1)), target_logit.exp2()
         total = rest + target_exponential
         # A NaN fails this too.
         if not bool(((target_exponential >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
+            self.beyond = True
             return None
         correct = None
         if self.job.count:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from proglayer.training import loss
 from proglayer.training.blocks import (
     HUGE_PAGE_BYTES,
     KEPT_BYTES,
@@ -182,6 +183,31 @@ def test_tiny_and_huge_logits_neither_overflow_nor_lose_the_loss(
         assert_equal_to_dense(
             hidden_end, head_vd, target_n, [1, 1, 1], tolerance=tolerance, **chunks
         )
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [100.0, -100.0])
+@pytest.mark.parametrize("chunks", CHUNKS[:2], ids=str)
+def test_logits_far_from_zero_need_one_more_product_at_most(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, offset: float, chunks: dict
+) -> None:
+    """Released models have such logits. That of the target is subtracted, not the largest."""
+    monkeypatch.delattr(loss._Rows, "sums_shifted")
+    hidden_end, head_vd, target_n = problem(dtype=dtype)
+    with torch.no_grad():
+        head_vd[:, 0] = 10
+        for hidden_nd in hidden_end:
+            hidden_nd[:, 0] = offset / 10
+    assert_equal_to_dense(
+        hidden_end, head_vd, target_n, [0.2, 0.5, 0.3], tolerance=10 * TOLERANCE[dtype], **chunks
+    )
+    products = []
+    logits = loss._Rows.logits
+    monkeypatch.setattr(
+        loss._Rows, "logits", lambda self, *rest: (products.append(1), logits(self, *rest))
+    )
+    linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], rows=37, block=101)
+    assert len(products) == (3 if offset > 0 else 4)  # one is beyond what the target's logit tells
 
 
 @DTYPES
