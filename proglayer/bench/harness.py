@@ -108,6 +108,8 @@ def synthetic_corpus(vocab_size: int, seq_len: int, windows: int) -> Corpus:
 class DenseTraining(Training):
     """The same training with the logits of every exit materialised, differentiated by autograd."""
 
+    records = False
+
     def loss(
         self,
         input_nt: Tensor,

@@ -26,14 +26,16 @@ class Workspace:
     A buffer this large comes from the kernel as untouched pages every time it is allocated; keeping
     it saves those page faults. It holds nothing between calls that a caller may read. Not to be
     shared between threads.
+
+    held: the buffer of the last call, if there was one.
     """
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+        self.held: Tensor | None = None
 
     def buffer(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialised (rows, columns) tensor with the dtype and device of `like`."""
-        kept = self._buffer
+        kept = self.held
         size = rows * columns
         if (
             kept is None
@@ -41,10 +43,10 @@ class Workspace:
             or kept.dtype != like.dtype
             or kept.device != like.device
         ):
-            self._buffer = None  # free the old one first
+            self.held = None  # free the old one first
             # Made under inference mode it could not be written to outside of it.
             with torch.inference_mode(False):
-                kept = self._buffer = _large(size, like)
+                kept = self.held = _large(size, like)
         return kept[:size].view(rows, columns)
 
 

@@ -25,12 +25,15 @@ from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entr
 from proglayer.training.model import Model
 from proglayer.training.optim import build_optimizer, set_rates, start_from
 from proglayer.training.plan import Phase, Precision, Role
+from proglayer.training.recorded import RecordedSteps
 from proglayer.training.streams import stream
 
 # The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
 # that are on their way there, so within a short epoch there is none.
 LOOK_EVERY_S = 1.0
 LOOK_EVERY_ON_DEVICE_S = 60.0
+# Validation tokens at a time, at least, elsewhere than on the CPU.
+TOKENS_ON_DEVICE = 8192
 # Optimizer steps after a growth, within the first epoch, whose gradient's norm is kept.
 SHARE_STEPS = 10
 
@@ -74,6 +77,9 @@ class Training:
     its summed loss (tokens x nats). `seconds` is its training time so far.
     """
 
+    # Whether steps on a GPU may become CUDA graphs.
+    records = True
+
     def __init__(
         self,
         model: Model,
@@ -100,6 +106,9 @@ class Training:
             held = Windows(corpus.validation, device)
             self.frozen_validation = _frozen_states(phase, held, [phase.exits - 1])
         self.workspace = Workspace()
+        self.recorded = None
+        if self.records and device.type == "cuda" and phase.accumulate == 1 and not phase.compile:
+            self.recorded = RecordedSteps(self.trainable, self.workspace, device)
         self.steps_per_epoch = phase.steps_per_epoch(len(corpus.train))
         self.epoch = 0
         self.step = 0
@@ -132,14 +141,13 @@ class Training:
             for parameter in self.trainable:
                 parameter.grad = None
             for part in batch.tensor_split(min(phase.accumulate, len(batch))):
-                with record_function("data"):
-                    input_nt, target_nt = self.windows.batch(part)
                 share = len(part) / len(batch)
                 weights = [share * weight for weight in phase.exit_weights_at(done)]
-                loss = self.loss(input_nt, target_nt, weights, part)
-                with record_function("body backward"):
-                    loss.backward()
-                self.loss_sum += loss.detach() * (len(batch) * self.windows.seq_len)
+                if self.recorded is not None and model.gate is None:
+                    loss = self.recorded(self.backward, part, weights)
+                else:
+                    loss = self.backward(part, weights)
+                self.loss_sum += loss * (len(batch) * self.windows.seq_len)
             if phase.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
                 self.gradient_shares.append(gradient_share(self.optimizer))
             if phase.optimizer.clip_norm is not None:
@@ -170,6 +178,15 @@ class Training:
                 )
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
         set_gate(model, phase, self.epoch * self.steps_per_epoch + self.step)
+
+    def backward(self, window_n: Tensor, exit_weights: Sequence[float]) -> Tensor:
+        """Add the gradients of the loss of these windows; gives the loss, detached."""
+        with record_function("data"):
+            input_nt, target_nt = self.windows.batch(window_n)
+        loss = self.loss(input_nt, target_nt, exit_weights, window_n)
+        with record_function("body backward"):
+            loss.backward()
+        return loss.detach()
 
     def hidden(self, input_nt: Tensor, window_n: Tensor | None) -> Sequence[Tensor] | ByExit:
         """Hidden states by exit, at least those to be read, of the windows of these numbers."""
@@ -259,7 +276,11 @@ def evaluate(
     nll_e: Tensor | None = None
     correct_e: Tensor | None = None
     with torch.inference_mode():
-        for batch in torch.arange(len(windows)).split(phase.batch_size):
+        size = phase.batch_size
+        if device.type != "cpu":
+            # Few launches; what is kept of a batch are hidden states.
+            size = max(size, TOKENS_ON_DEVICE // windows.seq_len)
+        for batch in torch.arange(len(windows)).split(size):
             input_nt, target_nt = windows.batch(batch)
             with autocast(phase, device):
                 hidden_entd = model(input_nt) if frozen is None else frozen.hidden(model, batch)

@@ -14,6 +14,7 @@ from proglayer.config import Precision
 from proglayer.run.machine import switches
 from proglayer.training.growth import build, grow
 from proglayer.training.plan import Phase, plan
+from proglayer.training.recorded import MOST, WARM_UP
 from proglayer.training.trainer import Training, evaluate
 
 from ..helpers import TINY, config, tiny_corpus
@@ -27,17 +28,26 @@ def planned(*overrides: str) -> tuple[Phase, ...]:
     return plan(config(*TINY, *given), CORPUS.vocab_size)
 
 
-def trained(device: str, *overrides: str) -> dict[str, Tensor]:
-    """Weights, and the validation loss at each exit, after an epoch of each phase."""
+class Plain(Training):
+    """Steps launched kernel by kernel."""
+
+    records = False
+
+
+def trained(
+    device: str, *overrides: str, kind: type[Training] = Training, epochs: int = 1
+) -> dict[str, Tensor]:
+    """Weights, and the validation loss at each exit, after some epochs of each phase."""
     phases = planned(*overrides)
     model = build(phases[0])
     found: dict[str, Tensor] = {}
     with switches(None, phases[0].precision):
         for phase in phases:
             model = grow(model.cpu(), phase)
-            training = Training(model, phase, CORPUS, torch.device(device))
-            training.train_epoch()
-            training.finish_epoch()
+            training = kind(model, phase, CORPUS, torch.device(device))
+            for _ in range(epochs):
+                training.train_epoch()
+                training.finish_epoch()
             exits = evaluate(model, phase, CORPUS, training.device, range(phase.layers))
             found[f"losses {phase.index}"] = torch.tensor([each.loss for each in exits])
     return found | {name: weights.cpu() for name, weights in model.state_dict().items()}
@@ -60,6 +70,31 @@ def test_a_gpu_trains_as_the_cpu_does(precision: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize(
+    "given", [(), ("loss.curriculum=rotate",), ("growth=gate", "growth.gate_steps=2")]
+)
+def test_steps_as_graphs_give_the_bits_of_plain_ones(
+    precision: str, given: tuple[str, ...]
+) -> None:
+    given = (*given, f"precision={precision}")
+    recorded = trained("cuda", *given, epochs=4)
+    plain = trained("cuda", *given, kind=Plain, epochs=4)
+    assert all(torch.equal(recorded[name], plain[name]) for name in plain)
+
+
+@pytest.mark.gpu
+def test_few_kinds_of_steps_become_graphs() -> None:
+    phase = planned("loss.curriculum=rotate")[0]
+    training = Training(build(phase), phase, CORPUS, torch.device("cuda"))
+    for _ in range(4):
+        training.train_epoch()
+        training.finish_epoch()
+    assert training.recorded is not None
+    assert 1 < len(training.recorded.recorded) <= MOST
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_compiled_body_trains_as_the_plain_one() -> None:
     compiled, plain = trained("cuda", "compile=true"), trained("cuda")
@@ -77,8 +112,9 @@ def test_no_step_waits_for_the_device(device: str) -> None:
             torch.cuda.set_sync_debug_mode(mode)
 
     with switches(None, Precision.float32):
-        training.train_epoch()  # what is made once may wait
-        training.finish_epoch()
+        for _ in range(WARM_UP + 1):  # what is made once may wait
+            training.train_epoch()
+            training.finish_epoch()
         steps = 0
 
         def after_step(_: object) -> None:
