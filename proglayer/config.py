@@ -183,6 +183,16 @@ class ExitWeights(Enum):
     last = "last"
 
 
+class EvaluatedExits(Enum):
+    """The exits that are evaluated where a phase starts and at its end.
+
+    trained: those that its loss reads, and the last.
+    """
+
+    all = "all"
+    trained = "trained"
+
+
 class Precision(Enum):
     """What the matrix products are computed in. Weights and optimizer state stay float32.
 
@@ -230,6 +240,7 @@ class ModelConfig:
     exit_weights: Any
     norm: Norm = Norm.post
     checkpoint_activations: bool = False
+    evaluated_exits: EvaluatedExits = EvaluatedExits.all
     kind: ModelKind = ModelKind.transformer
     path: str | None = None
     revision: str | None = None

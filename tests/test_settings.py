@@ -124,6 +124,8 @@ STOPPING = {
     "phase.patience", "phase.min_delta", "phase.initial.patience", "phase.initial.min_delta",
     "phase.grown.patience", "phase.grown.min_delta",
 }  # fmt: skip
+# Read where a phase starts and at its end: see test_trajectory.
+EVALUATION = {"model.evaluated_exits"}
 # In the key as what they come to on this machine.
 IN_THE_MACHINE = {"device", "threads"}
 # About the process, not the training: the bits are the same with any value of theirs, shown by
@@ -152,6 +154,7 @@ def test_every_setting_is_classified_once() -> None:
         PLACE_OF_THE_TEXT,
         PLACE_OF_THE_WEIGHTS,
         STOPPING,
+        EVALUATION,
         IN_THE_MACHINE,
         HARMLESS,
     )
@@ -193,10 +196,10 @@ def test_each_precision_has_a_key_of_its_own() -> None:
     assert len({keys(config(*BASE, f"precision={name}")) for name in PRECISIONS}) == 3
 
 
-@pytest.mark.parametrize("name", sorted(STOPPING | HARMLESS))
+@pytest.mark.parametrize("name", sorted(STOPPING | EVALUATION | HARMLESS))
 def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
     values = {"plan": "true", "on_error": "stop", "reuse": "false", "report": "false"}
-    values["stages.dir"] = "elsewhere"
+    values |= {"stages.dir": "elsewhere", "model.evaluated_exits": "trained"}
     values |= {"logger.tensorboard": "true", "logger.mlflow": "true"}
     assert keys(config(*BASE, f"{name}={values.get(name, '3')}")) == keys(config(*BASE))
 

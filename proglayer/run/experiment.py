@@ -382,7 +382,7 @@ def check_objective(
     stopped = Stopped(epoch, (epoch,), "")
     records = []
     for phase in phases:
-        exits = [ExitMetrics(exit, 1.0, 1.0) for exit in range(phase.exits)]
+        exits = [ExitMetrics(exit, 1.0, 1.0) for exit in phase.evaluated_exits]
         growth = GrowthRecord(
             loss_before=1.0,
             loss_after=1.0,

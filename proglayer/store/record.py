@@ -263,7 +263,8 @@ class GrowthRecord:
 
     loss_before, loss_after: at the last exit of the old model's selected epoch, and of the grown
         model before its first step.
-    exit_losses_after: at each exit of the grown model before its first step, bottom first.
+    exit_losses_after: at each evaluated exit of the grown model before its first step, bottom
+        first.
     tokens_to_recovery: trained until the end of the first epoch below `loss_before`; None if never.
     gradient_share_new: over the first steps, the norm of the new layers' gradient over that of all
         that trains.

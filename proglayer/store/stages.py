@@ -5,6 +5,7 @@ A stage is a folder of files that are never changed once written:
     stage.<hash>.json                      what the stage is
     epoch-0003.<hash>.json                 metrics of one epoch
     exits-0002.<hash>.json                 every exit, evaluated at a selected epoch (0: the start)
+    trained-0002.<hash>.json               the same, where the trained exits alone are asked for
     gradients-0001.<hash>.json             the new layers' part of the gradient right after a growth
     optimizer-0002.<hash>.safetensors      what the optimizer of a later phase takes over
     test-0002.<hash>.json                  the last exit on the test text, at a selected epoch

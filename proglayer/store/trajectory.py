@@ -174,7 +174,7 @@ class Trajectory:
     # -- the moment of a growth -----------------------------------------------------------------
 
     def start_exits(self) -> list[ExitMetrics]:
-        """Every exit of the model that the phase starts with, before its first step."""
+        """The evaluated exits of the model that the phase starts with, before its first step."""
         while (exits := self._stored_exits(0)) is None:
             if self._become_writer(unless=lambda: self._stored_exits(0) is not None):
                 model = self._start().to(self.device)
@@ -193,7 +193,7 @@ class Trajectory:
 
     def finish(self, selected: int) -> list[ExitMetrics]:
         """Store what a later reader needs of a phase that ended: the last state, the selected
-        epoch's weights, and the metrics of each of its exits.
+        epoch's weights, and the metrics of its evaluated exits.
 
         Returns:
             those metrics, bottom exit first.
@@ -212,7 +212,13 @@ class Trajectory:
             exits = self._stored_exits(selected)
             if exits is None:
                 self._check_moved(weights)
-                exits = self._evaluate_exits(self._model(weights), self._training)
+                metrics = self._stored_epoch(selected)
+                if self.phase.evaluated_exits == [last := self.phase.exits - 1] and metrics:
+                    exits = [
+                        ExitMetrics(last, metrics.validation_loss, metrics.validation_accuracy)
+                    ]
+                else:
+                    exits = self._evaluate_exits(self._model(weights), self._training)
                 self._store_exits(selected, exits)
         if self._training is not None:
             # Those that training left on its way back to the selected epoch.
@@ -391,7 +397,7 @@ class Trajectory:
         )
 
     def _evaluate_exits(self, model: Model, training: Training | None) -> list[ExitMetrics]:
-        return self._evaluate(model, list(range(self.phase.exits)), training)
+        return self._evaluate(model, self.phase.evaluated_exits, training)
 
     def _model(self, weights: Tensors) -> Model:
         model = restored(self.phase.layers, asdict(self.phase.architecture), weights)
@@ -441,10 +447,14 @@ class Trajectory:
         def read(plain: dict[str, Any]) -> list[ExitMetrics]:
             return [ExitMetrics(**row) for row in plain["exits"]]
 
-        return self.stage.read_json(f"exits-{epoch:04d}", read)
+        return self.stage.read_json(self._exits_name(epoch), read)
 
     def _store_exits(self, epoch: int, exits: list[ExitMetrics]) -> None:
-        self.stage.write_json(f"exits-{epoch:04d}", {"exits": [asdict(exit) for exit in exits]})
+        self.stage.write_json(self._exits_name(epoch), {"exits": [asdict(exit) for exit in exits]})
+
+    def _exits_name(self, epoch: int) -> str:
+        # An exit's loss is rounded by what it is evaluated with, so neither file stands for both.
+        return f"{'exits' if self.phase.evaluates_all else 'trained'}-{epoch:04d}"
 
     def _stored_test(self, epoch: int) -> ExitMetrics | None:
         return self.stage.read_json(f"test-{epoch:04d}", lambda plain: ExitMetrics(**plain))
@@ -530,11 +540,12 @@ def describe(
     """Everything a trajectory depends on, as plain data: what its key is the hash of.
 
     `parent` is the key and the selected epoch of the phase before, None for an untrained model.
-    The stopping rule is left out: it only reads.
+    The stopping rule is left out, and which exits are evaluated: they only read.
     """
     plain = described(phase)
     del plain["stop"]
     plain.pop("checkpoint_folder", None)
+    plain.pop("evaluates_all", None)
     # Raised by hand where the products of one precision change, so that the others keep their keys.
     arithmetic = {}
     if machine.device == "cpu" and phase.precision is Precision.bfloat16:

@@ -17,6 +17,7 @@ from proglayer.config import (
     Config,
     ConfigError,
     Curriculum,
+    EvaluatedExits,
     ExitWeights,
     GrowthInit,
     GrowthPosition,
@@ -202,6 +203,8 @@ class Phase:
     cache_frozen: bool = False
     accumulate: int = 1
     checkpoint_activations: bool = False
+    # Whether every exit is evaluated where the phase starts and at its end, or the trained alone.
+    evaluates_all: bool = True
     # The weights that the first phase starts with, where others trained them: their hash is part of
     # what the phase depends on, and where they lie is not.
     checkpoint_sha256: str | None = None
@@ -216,6 +219,15 @@ class Phase:
     def last_read(self) -> int:
         """The highest exit that the loss reads. Where exits are detached, this one is not."""
         return max(exit for exit, weight in enumerate(self.exit_weights) if weight > 0)
+
+    @property
+    def evaluated_exits(self) -> list[int]:
+        """The exits that are evaluated where the phase starts and at its end, bottom first; the
+        last is one of them.
+        """
+        trained = {exit for exit, weight in enumerate(self.exit_weights) if weight > 0}
+        every = range(self.exits)
+        return [exit for exit in every if self.evaluates_all or exit in trained | {every[-1]}]
 
     def exit_weights_at(self, step: int) -> tuple[float, ...]:
         """The loss's weight at each exit at optimizer step `step` of the phase."""
@@ -526,6 +538,7 @@ def _common(config: Config, own: BudgetOverrides, initial: bool) -> dict[str, An
         "detached": loss.detach,
         "accumulate": config.phase.accumulate,
         "checkpoint_activations": config.model.checkpoint_activations,
+        "evaluates_all": config.model.evaluated_exits is EvaluatedExits.all,
         "stop": StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
     }
 

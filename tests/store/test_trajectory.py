@@ -505,6 +505,29 @@ def test_the_key_covers_all_but_the_stopping_rule() -> None:
         assert describe(None, phase, CORPUS.fingerprint, replace(HERE, **{field: different})) != key
 
 
+def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    """In one stage, and in either order: what was evaluated first does not tell in the second."""
+    asked = ("trained", "all", "trained"), ("all", "trained", "all")
+    losses = set()
+    for order in asked:
+        for evaluated in order:
+            phase = planned(f"model.evaluated_exits={evaluated}")
+            with trajectory(tmp_path / order[0], phase) as steps:
+                start = steps.start_exits()
+                stopped = follow(phase.stop, steps.epochs())
+                exits = steps.finish(stopped.best.epoch)
+            layers = [2] if evaluated == "trained" else [0, 1, 2]
+            assert [exit.exit for exit in exits] == [exit.exit for exit in start] == layers
+            losses.add((evaluated, *(exit.loss for exit in (*start, *exits))))
+            if evaluated == "trained":
+                assert exits[0].loss == stopped.best.validation_loss
+    assert len(losses) == 2
+    lowest = replace(planned("model.evaluated_exits=trained"), exit_weights=(1.0, 0.0, 0.0))
+    assert lowest.evaluated_exits == [0, 2]
+
+
 def test_progress_is_shown(tmp_path: Path) -> None:
     seen: list[Progress] = []
     phase = planned()
