@@ -1,11 +1,13 @@
 """Render `docs/findings.md` and its pictures from the data in `docs/findings/`.
 
     python scripts/findings.py
-    python scripts/findings.py claims=DIR,DIR losses=DIR operators=DIR exits=DIR
+    python scripts/findings.py claims=DIR,DIR settled=DIR losses=DIR operators=DIR timing=DIR \
+        rotating=DIR wikitext=DIR recipes=DIR exits=DIR
 
 The second form first replaces the data of the parts that it names by what runs in those folders
 came to: the data frames of `proglayer.results`, without what says where they ran; for `exits`, the
-tables that `proglayer.exits` wrote. The text is `docs/findings/findings.md.jinja`; every number in
+tables that `proglayer.exits` wrote; for `recipes`, what each experiment file came to, which the
+site shows beside it. The text is `docs/findings/findings.md.jinja`; every number in
 it is an expression over the data.
 """
 
@@ -21,7 +23,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from proglayer.report import comparisons, early_exit, ledger, stats, study
+from proglayer.report import comparisons, early_exit, growth, ledger, sequential, stats, study
 from proglayer.report.pictures import Gallery, forest, learning_curve, over_seeds
 from proglayer.results import Results, load
 
@@ -45,10 +47,29 @@ def take(part: str, folders: list[str]) -> None:
         for name in TABLES:
             shutil.copyfile(Path(folders[0]) / f"{name}.csv", FINDINGS / part / f"{name}.csv")
         return
+    if part == "settled":
+        (FINDINGS / part).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(folders[0]) / sequential.LOOKS, FINDINGS / part / sequential.LOOKS)
     results = load(*folders).distinct()
+    if part == "recipes":
+        by_experiment(results).to_csv(FINDINGS / "recipes.csv", index=False, float_format="%.4f")
+        return
     runs = results.runs
     empty = {name: pd.Series(pd.NA, runs.index, dtype="object") for name in PLACE if name in runs}
     replace(results, runs=runs.assign(**empty)).to_parquet(FINDINGS / part)
+
+
+def by_experiment(results: Results) -> pd.DataFrame:
+    """What the runs of each experiment file came to, a row for each model."""
+    runs = study.arms(results).runs
+    rows = []
+    for (experiment, model), arm in runs.groupby(["experiment", "model"], sort=True):
+        own: dict[str, Any] = {"experiment": experiment, "model": model, "seeds": len(arm)}
+        for name in ("end_accuracy", study.ACCURACY.change, "end_loss"):
+            found = stats.summary(arm[name])
+            own |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        rows.append(own)
+    return pd.DataFrame(rows).sort_values(["experiment", "model"], ascending=[True, False])
 
 
 def read(part: str) -> Results:
@@ -143,6 +164,64 @@ class Claims:
         curves = curves.rename(columns={"name": "phase_name"}).astype({"phase_name": object})
         limits = float(curves["loss"].min()), float(curves["loss"].max())
         learning_curve(gallery, "learning-curves", "The original", curves, limits)
+
+
+class Settled:
+    """The founding question, put to new seeds until it was settled."""
+
+    def __init__(self, results: Results) -> None:
+        looks = sequential.read_looks(FINDINGS / "settled")
+        assert looks is not None
+        arms = study.arms(results)
+        curves = ledger.curves(results, arms.runs)
+        margins = study.Margins(points=looks.margin)
+        judged = sequential.judge([("", arms.asked(0))], curves, margins, looks)
+        self.looks = looks
+        self.row = judged[judged["claim"] == comparisons.DEEP_HELPS.title].iloc[0]
+        self.settled = sequential.is_settled(self.row)
+
+
+class Timing:
+    """When to grow, at an equal budget."""
+
+    def __init__(self, results: Results) -> None:
+        runs = study.arms(results).runs
+        (self.found,) = growth.timings(runs, ledger.curves(results, runs))
+        phases = results.phases
+        self.epochs = int(phases["epochs"].sum())
+        self.trained = int(phases.drop_duplicates("stage")["epochs"].sum())
+
+    def pictures(self, gallery: Gallery) -> None:
+        """The valley: the loss at the equal budget against the moment of growth."""
+        values = self.found.losses.melt(var_name="x", value_name="y")
+        words = "epochs before the growth", "validation loss (nats)"
+        over_seeds(gallery, "growth-timing", "The moment of growth", values, *words)
+
+
+class Rotating:
+    """A curriculum that reads two exits a step against the loss at all of them."""
+
+    def __init__(self, results: Results) -> None:
+        runs = study.arms(results).runs
+        runs = runs.assign(curriculum=runs["config.loss.curriculum"].astype(str))
+        both = runs.pivot_table(index="seed", columns="curriculum", values="end_accuracy").dropna()
+        margin = MARGINS.points
+        made = stats.judge([stats.paired(both["rotate"], both["all"], margin=margin)])
+        self.row = made.assign(name="rotate", reason="").to_dict("records")[0]
+        self.ends = {name: stats.summary(both[name]) for name in both}
+        heads = results.phases.merge(runs[["run", "curriculum"]], on="run")
+        per_epoch = heads["train_flops_head"] / heads["epochs"]
+        share = per_epoch.groupby(heads["curriculum"]).mean()
+        self.head_share = float(share["rotate"] / share["all"])
+
+
+class Wikitext:
+    """The original on WikiText-2 at the founding size."""
+
+    def __init__(self, results: Results) -> None:
+        runs = study.arms(results).runs
+        self.runs = runs[runs["model"] == study.STANDARD]
+        self.change = stats.summary(self.runs[study.ACCURACY.change])
 
 
 class Losses:

@@ -342,7 +342,7 @@ def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
     # Slurm looks after limits twice a minute: the signal comes 20 to 50 s after a job's start.
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
     sweep = Sweep(cluster, tmp_path / "s", (*LONG, *limit, "stages.dir=a,b")).start()
-    cluster.until(lambda: sweep.epochs("0") > 2, 60)
+    cluster.until(lambda: sweep.epochs("0") > 2, 180)
     first, second = sweep.numbers
     cluster.ask("scontrol", "requeue", first)
     cluster.until(lambda: sweep.record("0").get("status") == "preempted", 20)
