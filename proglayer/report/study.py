@@ -238,7 +238,9 @@ def differs_from_original(runs: Frame) -> list[str]:
     """The settings, those of the text apart, in which any of these runs is not the original."""
     differing = []
     for name, value in founding()["settings"].items():
-        if any(_value(own) != _value(value) for own in runs[f"config.{name}"].unique()):
+        # Frames that an earlier version wrote lack a setting that came after it.
+        known = runs.get(f"config.{name}", pd.Series(dtype=object))
+        if any(_value(own) != _value(value) for own in known.unique()):
             differing.append(name)
     weights = zip(runs["model"], runs["config.model.exit_weights"], strict=True)
     if set(weights) - {(STANDARD, "last"), (DEEP, "uniform")}:
