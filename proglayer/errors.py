@@ -31,7 +31,9 @@ class StoreError(UserError, OSError):
 
 
 def run_command(
-    command: Callable[[], int | None], explain: Callable[[Exception], str | None] | None = None
+    command: Callable[[], int | None],
+    explain: Callable[[Exception], str | None] | None = None,
+    failed: int = FAILED,
 ) -> int:
     """Run a command and return its exit status.
 
@@ -40,6 +42,7 @@ def run_command(
     exception is a fault of the program and is raised, with its traceback.
 
     explain: returns the lines for other exceptions that a user can mend, None for the rest.
+    failed: the status where an error was printed.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the command began
@@ -69,7 +72,7 @@ def run_command(
         if isinstance(error, OSError) and error.filename is None:
             _discard_output()
         print_error(lines)
-        return FAILED
+        return failed
 
 
 def print_error(lines: str) -> None:

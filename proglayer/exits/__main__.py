@@ -11,14 +11,7 @@ from proglayer import files
 from proglayer.config import from_plain, with_defaults
 from proglayer.console import tell
 from proglayer.data import Corpus, open_corpus
-from proglayer.errors import (
-    ConfigError,
-    StoreError,
-    UserError,
-    first_line,
-    print_error,
-    run_command,
-)
+from proglayer.errors import ConfigError, StoreError, first_line, print_error, run_command
 from proglayer.report import early_exit, study
 from proglayer.report.early_exit import Measured
 from proglayer.report.pictures import Gallery
@@ -45,42 +38,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--out", metavar="DIR", default="exits", help="where the results go (%(default)s)"
     )
     options = parser.parse_args(arguments)
-    return run_command(lambda: _measure_all(options.folders, Path(options.out)))
+    return run_command(lambda: _measure_all(options.folders, Path(options.out)), failed=NOTHING)
 
 
 def _measure_all(folders: Sequence[str], out: Path) -> int:
-    try:
-        runs = study.arms(load(*folders)).runs
-    except OSError as error:
-        print_error(first_line(error))
-        return NOTHING
-    try:
-        if runs.empty:
-            raise ConfigError(f"no completed run in {', '.join(folders)}")
-        ours = _open_folder(out)
-        corpus: Corpus | None = None
-        measured: dict[str, Measured] = {}
-        failed = 0
-        _check_texts(runs)
-        for row in runs[["run", "folder"]].itertuples():
-            folder = Path(str(row.folder))
-            try:
-                record = _record(folder)
-                found = early_exit.kept(folder, record.weights_sha256)
-                if found is None:
-                    corpus = corpus or _corpus(folder, record)
-                    found = _measured(folder, record, corpus)
-                    tell(f"measured {row.run}")
-                measured[str(row.run)] = found
-            except ConfigError:
-                raise  # the text, which all need
-            except (UserError, OSError, ValueError, RecordError) as error:
-                print_error(f"{folder}: {first_line(error)}")
-                failed += 1
-        if not measured:
-            return NOTHING
-    except ConfigError as error:
-        print_error(str(error))
+    runs = study.arms(load(*folders)).runs
+    if runs.empty:
+        raise ConfigError(f"no completed run in {', '.join(folders)}")
+    ours = _open_folder(out)
+    corpus: Corpus | None = None
+    measured: dict[str, Measured] = {}
+    failed = 0
+    _check_texts(runs)
+    for row in runs[["run", "folder"]].itertuples():
+        folder = Path(str(row.folder))
+        try:
+            record = _record(folder)
+            found = early_exit.kept(folder, record.weights_sha256)
+            if found is None:
+                corpus = corpus or _corpus(folder, record)
+                found = _measured(folder, record, corpus)
+                tell(f"measured {row.run}")
+            measured[str(row.run)] = found
+        except ConfigError:
+            raise  # the text, which all need
+        except (OSError, ValueError) as error:
+            print_error(f"{folder}: {first_line(error)}")
+            failed += 1
+    if not measured:
         return NOTHING
     found = early_exit.worth(runs, measured)
     tables = {name: table for name, table in vars(found).items() if len(table)}

@@ -254,8 +254,7 @@ def leave_report(folder: Path, *before: Path) -> None:
         from proglayer.console import console
         from proglayer.report.write import write_report
 
-        folders = [*before, folder]
-        page = write_report(folders, folder / "report", png=False, overwrite=False)
+        page = write_report([*before, folder], folder / "report", png=False)
         console().print(f"report: {page}", markup=False)
     except Exception as error:
         log.warning("no report could be written (%s)", with_type(error))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Sequence
 
+from proglayer.errors import run_command
 from proglayer.report.study import Margins
 from proglayer.report.write import write_report
 
@@ -41,23 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("--margin", options.margin), ("--margin-loss", options.margin_loss)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"{name}={value:g} must be more than 0")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        given = {"points": options.margin, "nats": options.margin_loss}
-        given = {name: value for name, value in given.items() if value is not None}
-        margins = Margins(**given) if given else None
-        page = write_report(options.folders, options.out, margins)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError) as error:
-        strerror = error.strerror if isinstance(error, OSError) else None
-        where = f"{error.filename}: {strerror}" if strerror else str(error)  # type: ignore[attr-defined]
-        print(f"error: {where}", file=sys.stderr)
-        return 2
-    print(page)
-    return 0
+    given = {"points": options.margin, "nats": options.margin_loss}
+    given = {name: value for name, value in given.items() if value is not None}
+    margins = Margins(**given) if given else None
+    return run_command(lambda: print(write_report(options.folders, options.out, margins)), failed=2)
 
 
 if __name__ == "__main__":

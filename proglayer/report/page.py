@@ -139,11 +139,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
-def to_html(title: str, lead: str, blocks: Sequence[Block], end: str = "") -> str:
-    """One page that needs nothing else and asks for nothing: style, script and figures inside.
-
-    `end` is HTML that goes to its very end.
-    """
+def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
+    """One page that needs nothing else and asks for nothing: style, script and figures inside."""
     style, script = (
         resources.files("proglayer.report").joinpath(name).read_text(encoding="utf-8")
         for name in ("page.css", "page.js")
@@ -156,7 +153,7 @@ def to_html(title: str, lead: str, blocks: Sequence[Block], end: str = "") -> st
     )
     assets = {"style": Markup(style), "script": Markup(script), "policy": policy}
     page = _templates().get_template("page.html.jinja")
-    return page.render(title=title, lead=lead, blocks=blocks, **assets) + end
+    return page.render(title=title, lead=lead, blocks=blocks, **assets)
 
 
 def to_markdown(title: str, lead: str, blocks: Sequence[Block]) -> str:

@@ -420,7 +420,7 @@ def _share(part: int, whole: int) -> Cell:
 
 
 def parameters_table(trained: Frame) -> Table:
-    """What trains in each phase; see `pictures.parameters` for the columns."""
+    """What trains in each phase: parameters of layers, embedding and head, of `total`."""
     own = trained["layers"] + trained["embedding"] + trained["head"]
     columns = [
         ("Variant and phase", "name", _text("label")),
@@ -431,7 +431,7 @@ def parameters_table(trained: Frame) -> Table:
         ("Share", "figure", _number("share", ".1%")),
     ]
     rows = trained.assign(trained=own, share=own / trained["total"])
-    return _table("Trained parameters", rows, columns)
+    return _table("Parameters that train, phase by phase", rows, columns)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------

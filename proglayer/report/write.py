@@ -7,7 +7,6 @@ runs give equal files. What the tables show of the study's frames is in `proglay
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 from collections import Counter
@@ -21,6 +20,7 @@ import pandas as pd
 
 from proglayer import files
 from proglayer.console import counted
+from proglayer.errors import ConfigError
 from proglayer.report import (
     comparisons,
     early_exit,
@@ -55,7 +55,6 @@ from proglayer.report.pictures import (
     forest,
     learning_curve,
     over_seeds,
-    parameters,
 )
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, Margins, model_name, variant_name
 from proglayer.report.tables import (
@@ -117,7 +116,6 @@ def write_report(
     margins: Margins | None = None,
     *,
     png: bool = True,
-    overwrite: bool = True,
 ) -> Path:
     """Read the runs in `folders` and write their report into the folder `out`.
 
@@ -126,30 +124,25 @@ def write_report(
         margins: differences within them count as none; None for the usual ones, or those of a
             study that was looked at again and again.
         png: draw each figure as PNG, too. It takes long, and the page has no use of it.
-        overwrite: also a report in `out` that was made from the very same runs by this very code;
-            without it such a report is left as it is.
 
     Returns:
         the page's path.
 
     Raises:
         OSError: for a folder that is not there, or that cannot be written.
-        ValueError: if the folders hold no run at all, or looks at a study that cannot be read.
+        ConfigError: if the folders hold no run at all, or for another margin than a study's own.
+        RecordError: for looks at a study that cannot be read.
     """
     results = load(*folders)
     if results.runs.empty and not results.failures:
-        raise ValueError(f"no run in {', '.join(map(str, folders))}")
+        raise ConfigError(f"no run in {', '.join(map(str, folders))}")
     looks = sequential.looks_of(results)
     if looks and margins and margins.points != looks.margin:
-        raise ValueError(
+        raise ConfigError(
             f"--margin={margins.points:g}: this study was looked at with a margin of "
             f"{looks.margin:g} points: leave that out, or give --margin={looks.margin:g}"
         )
     out, margins = Path(out), margins or (Margins(points=looks.margin) if looks else Margins())
-    page = out / PAGE
-    mark = f"<!-- made from {_all_it_depends_on(results, margins)} -->\n"
-    if not overwrite and page.is_file() and page.read_bytes().endswith(mark.encode()):
-        return page
     seen = _seen(out)
     ours = _open_folder(out)
     report = _Report(results, Gallery(out / FIGURES_IN, ours, png), out, margins, looks, seen)
@@ -157,8 +150,8 @@ def write_report(
     report.write_tables(ours)
     markdown = to_markdown(TITLE, lead, blocks).encode()
     files.write_over(out / MARKDOWN, markdown, ours, NAMED_BY)
-    files.write_over(page, to_html(TITLE, lead, blocks, end=mark).encode(), ours, NAMED_BY)
-    return page
+    files.write_over(out / PAGE, to_html(TITLE, lead, blocks).encode(), ours, NAMED_BY)
+    return out / PAGE
 
 
 def _open_folder(out: Path) -> files.Ours:
@@ -180,29 +173,6 @@ def _open_folder(out: Path) -> files.Ours:
 def _is_page(path: Path) -> bool:
     with open(path, "rb") as file:
         return f"<title>{TITLE}</title>".encode() in file.read(8192)
-
-
-def _in_sweeps(results: Results) -> list[str]:
-    """The folders of the runs that are jobs of a sweep."""
-    return results.runs.loc[results.runs["sweep"].notna(), "folder"].tolist()
-
-
-def _all_it_depends_on(results: Results, margins: Margins) -> str:
-    """A hash of all that was read of the runs and of their sweeps, the margins, the code."""
-    digest = hashlib.sha256(f"{margins} {results.fingerprint()}".encode())
-    in_sweeps = _in_sweeps(results)
-    started = {Path(folder).parent / "multirun.yaml" for folder in in_sweeps}
-    started |= set(study_files(in_sweeps))
-    started |= {folder / sequential.LOOKS for folder in sequential.sweeps_with_looks(results)}
-    started |= {Path(folder) / early_exit.EXITS for folder in results.runs["folder"]}
-    code = [
-        p
-        for p in Path(__file__).parent.parent.rglob("*")
-        if p.suffix in (".py", ".css", ".js", ".jinja")
-    ]
-    for path in (*sorted(started), *sorted(code)):
-        digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,7 +326,9 @@ class _Report:
             if inside := self._per_condition(section, tables):
                 opened = nothing and section == self._founding
                 blocks.append(Collapsible(title, inside, section=True, open=opened))
-        if trials := trials_section(study_files(_in_sweeps(self.results)), self.gallery):
+        runs = self.results.runs
+        in_sweeps = runs.loc[runs["sweep"].notna(), "folder"]
+        if trials := trials_section(study_files(in_sweeps), self.gallery):
             blocks.append(Collapsible("Search", trials, section=True, open=True))
         blocks.append(Collapsible("All runs", self._all_runs(), section=True))
         if ended := self._not_completed():
@@ -769,13 +741,7 @@ class _Report:
             title = "Against operations without the head, tokens and time"
             blocks.append(Collapsible(title, inside))
         trained = _trained_parameters(self.results, condition, shown)
-        if len(trained):
-            title = "Parameters that train, phase by phase"
-            blocks.append(Heading(title, level=3))
-            blocks.append(parameters_table(trained))
-            name = f"parameters{condition.slug}"
-            blocks.append(Pictures([parameters(self.gallery, name, title, trained)]))
-        return blocks
+        return blocks + ([parameters_table(trained)] if len(trained) else [])
 
     def _against_compute(self, condition: _Condition, measure: ledger.Measure) -> Block:
         """Pictures of the loss against one measure, a model each."""

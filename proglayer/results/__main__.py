@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proglayer.console import console
-from proglayer.errors import UserError, file_problem, print_error, run_command
+from proglayer.errors import UserError, run_command
 from proglayer.results.difference import difference, difference_table
 from proglayer.results.frames import load
 from proglayer.results.summary import MOST_ROWS, print_results, watch
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.diff:
         if options.folders or options.watch or options.csv or options.parquet:
             parser.error("--diff takes two runs and nothing else")
-        return run_command(lambda: _diff(*options.diff))
+        return run_command(lambda: _diff(*options.diff), failed=NOT_DONE)
     if not options.folders:
         parser.error("name a FOLDER, or two runs with --diff")
     if not options.every > 0:
@@ -57,40 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--{form} takes a folder, for there are several tables, and {folder} looks like "
                 f"a file: write --{form} {folder.with_suffix('')}"
             )
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(options), failed=NOT_DONE)
 
 
 def _diff(a: str, b: str) -> int:
-    try:
-        rows = difference(a, b)
-    except (OSError, UserError) as error:
-        problem = file_problem(error) if isinstance(error, OSError) else None
-        print_error(problem or str(error))
-        return NOT_DONE
-    console().print(difference_table(rows, a, b))
+    console().print(difference_table(difference(a, b), a, b))
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
-    try:
-        out = console()
-        if options.watch:
-            results = watch(options.folders, options.every, out)
-        else:
-            results = load(*options.folders)
-        print_results(results, out, whole=options.all)
-        if results.runs.empty and not results.failures:
-            print_error(f"no run in {', '.join(options.folders)}")
-            return NOT_DONE
-        if options.csv:
-            results.to_csv(options.csv)
-        if options.parquet:
-            results.to_parquet(options.parquet)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            raise  # it was the output
-        print_error(file_problem(error) or str(error))
-        return NOT_DONE
+    out = console()
+    if options.watch:
+        results = watch(options.folders, options.every, out)
+    else:
+        results = load(*options.folders)
+    print_results(results, out, whole=options.all)
+    if results.runs.empty and not results.failures:
+        raise UserError(f"no run in {', '.join(options.folders)}")
+    if options.csv:
+        results.to_csv(options.csv)
+    if options.parquet:
+        results.to_parquet(options.parquet)
     return 1 if results.failures else 0
 
 

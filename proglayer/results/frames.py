@@ -6,8 +6,6 @@ recorded as tidy pandas frames.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import shlex
 from collections import Counter
@@ -88,15 +86,6 @@ class Results:
             if name != "left_out"
         }
         return replace(self, **frames)
-
-    def fingerprint(self) -> str:
-        """A hash of all that stands in the frames, and in their order."""
-        digest = hashlib.sha256()
-        for frame in self._frames().values():
-            content = io.BytesIO()
-            frame.to_feather(content, compression="uncompressed")
-            digest.update(content.getbuffer())
-        return digest.hexdigest()
 
     def to_csv(self, folder: str | Path, ours: files.Ours | None = None) -> None:
         """Write each frame as `<name>.csv` into `folder`, as `write_csv` does it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from proglayer.console import one_line
+from proglayer.errors import UserError
 from proglayer.store.record import HEARTBEAT, JOBS, METRICS, RESULT, as_text, read_jobs
 
 # Folders below folders that are searched for runs.
@@ -40,14 +41,22 @@ class RunFolder:
     configured: datetime | None = None
 
 
+class NoFolder(UserError, FileNotFoundError):
+    """There is nothing where runs were to be read."""
+
+
+class NotAFolder(UserError, NotADirectoryError):
+    """There is something else where runs were to be read."""
+
+
 def roots_of(folders: Sequence[str | Path]) -> list[str]:
     """The folders without repeats and without those inside another. Raises for one not there."""
     given: dict[str, str] = {}
     for folder in folders:
         if not os.path.exists(folder):
-            raise FileNotFoundError(f"there is no folder {folder}")
+            raise NoFolder(f"there is no folder {folder}")
         if not os.path.isdir(folder):
-            raise NotADirectoryError(f"{folder} is no folder")
+            raise NotAFolder(f"{folder} is no folder")
         given.setdefault(os.path.realpath(folder), str(folder))
     return [
         folder

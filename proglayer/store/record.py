@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 from proglayer import files
 from proglayer.config import to_plain
+from proglayer.errors import UserError
 from proglayer.store.reading import read_json
 from proglayer.training.plan import Rates
 
@@ -101,7 +102,7 @@ class RunState(StrEnum):
         )
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A file that is no record this version can read.
 
     kind: "damaged" (cut short, or values are missing), "newer" (of a later format) or "foreign"
