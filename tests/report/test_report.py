@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from proglayer.config import flat_settings, to_plain
 from proglayer.files import everything
