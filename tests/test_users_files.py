@@ -14,7 +14,7 @@ from proglayer.files import NotOursError
 from proglayer.launch import snapshot
 from proglayer.launch.slurm import OUTPUTS, _link_outputs
 from proglayer.results import load
-from proglayer.run.loggers import EVENTS, TensorBoard
+from proglayer.run.loggers import SUFFIX, TensorBoard
 from proglayer.store import record
 from proglayer.store.record import ListedJob, RunState, read_jobs, write_jobs
 
@@ -164,16 +164,14 @@ def test_two_that_submit_the_same_at_once_share_a_copy(
 
 def test_event_files_of_other_tools_stay(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    other = tmp_path / f"{EVENTS}1700000000.host.17.0"
-    other.write_bytes(b"another tool's")
-    TensorBoard(tmp_path)
-    (first,) = set(tmp_path.glob(f"{EVENTS}*")) - {other}
-    first.rename(first.with_name(f"{EVENTS}1700000001.host.18"))
-    TensorBoard(tmp_path)
-    left = {path.name for path in tmp_path.glob(f"{EVENTS}*")}
-    assert other.name in left
-    assert len(left) == 2
-    assert other.read_bytes() == b"another tool's"
+    others = {tmp_path / f"events.out.tfevents.1700000000.host.17{end}" for end in (".0", "")}
+    others |= {tmp_path / f"notes{SUFFIX}"}
+    for other in others:
+        other.write_bytes(b"another tool's")
+    for _ in range(2):
+        TensorBoard(tmp_path).end(None)
+        assert len(set(tmp_path.iterdir()) - others) == 1
+    assert {other.read_bytes() for other in others} == {b"another tool's"}
 
 
 def test_a_damaged_corpus_with_other_files_in_it_is_not_deleted(tmp_path: Path) -> None:

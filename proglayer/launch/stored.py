@@ -1,4 +1,4 @@
-"""What the store has of a job before it starts: for the plan, and for the time that is left."""
+"""What the store has of a job before it starts."""
 
 from __future__ import annotations
 

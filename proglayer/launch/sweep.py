@@ -41,7 +41,6 @@ from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, with_type
 from proglayer.launch.common import (
-    jobs_at_once,
     params_as_overrides,
     sole_writer,
     threads_per_job,
@@ -54,7 +53,6 @@ from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.overrides import no_match, parse, plain
 from proglayer.launch.stored import StoredPlans, follow_store
 from proglayer.run.code import git_difference, git_state
-from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
 from proglayer.run.signals import interrupt, on_signals
 from proglayer.store.record import (
@@ -73,7 +71,7 @@ from proglayer.store.record import (
     write_jobs,
     write_submissions,
 )
-from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
+from proglayer.training.plan import Phase, StoppingRule, plan
 from proglayer.training.unused import unused_settings
 from proglayer.versions import warn_of_unknown
 
@@ -583,52 +581,22 @@ def describe_work(sweeper: Sweeper, jobs: Sequence[Job]) -> str:
     Raises ConfigError for a device that is not here, where here is where the jobs run.
     """
     planned = sum(len(job.phases) for job in jobs)
-    runs = [[prefix_of(job, d) for d in range(1, 1 + len(job.phases))] for job in jobs]
-    distinct = {prefix for run in runs for prefix in run}
+    distinct = {prefix_of(job, d) for job in jobs for d in range(1, 1 + len(job.phases))}
     text = f"{planned} phases planned: {len(distinct)} distinct phases"
     if getattr(sweeper.launcher, "jobs_run_elsewhere", False):
         # What is stored is stored for a kind of machine, which may not be this one's.
         return f"{text}; what is stored for the machines that run them is not known here"
-    phases = stored_progress(jobs, sweeper.config.hydra.launcher)
-    stored = sum(phase.complete for phase in phases.values())
-    text = f"{text}, {stored} of them stored"
-    if stored == len(phases):
-        return f"{text}: nothing to train"
-    left = estimate(phases, runs, jobs_at_once(sweeper.config.hydra.launcher))
-    if left is None:
-        return f"{text}; no throughput is known yet to estimate the time from"
-    return (
-        f"{text}; about {left.seconds / 60:.0f} min for the rest, if it goes as fast as what is "
-        f"stored and takes {left.epochs_per_phase:.1f} epochs a phase as that did"
-    )
-
-
-def stored_progress(jobs: Sequence[Job], launcher: DictConfig) -> dict[Any, PhaseProgress]:
-    """Follow every job's plan through the store as far as it is trained: `prefix_of` -> progress.
-
-    Raises ConfigError for a device that is not here.
-    """
-    phases: dict[Any, PhaseProgress] = {}
+    complete: dict[Any, bool] = {}
     for job in jobs:
-        config = replace(job.config, threads=job.config.threads or threads_per_job(launcher))
-        stored = follow_store(config, job.corpus, job.phases)
-        for depth, (planned, found) in enumerate(zip(job.phases, stored, strict=True), start=1):
-            flops = training_flops(planned, config.data.seq_len, len(job.corpus.train))
-            progress = PhaseProgress(flops.head + flops.body, planned.stop.max_epochs)
-            if found is not None:
-                seconds = sum(e.train_seconds + e.evaluation_seconds for e in found.epochs)
-                complete = found.selected is not None
-                progress = replace(
-                    progress,
-                    epochs=sum(each.epoch > 0 for each in found.epochs),
-                    seconds=seconds,
-                    complete=complete,
-                )
+        threads = job.config.threads or threads_per_job(sweeper.config.hydra.launcher)
+        found = follow_store(replace(job.config, threads=threads), job.corpus, job.phases)
+        for depth, phase in enumerate(found, start=1):
             # Jobs that share a phase may stop it differently: it is complete when all would.
-            before = phases.get(prefix := prefix_of(job, depth))
-            if before is None or (before.complete and not progress.complete):
-                phases[prefix] = progress
-    return phases
+            stored = phase is not None and phase.selected is not None
+            complete[prefix_of(job, depth)] = stored and complete.get(prefix_of(job, depth), True)
+    stored = sum(complete.values())
+    nothing = ": nothing to train" if stored == len(complete) else ""
+    return f"{text}, {stored} of them stored{nothing}"
 
 
 def summarize(*folders: Path) -> bool:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ log = logging.getLogger(__name__)
 # One metric: its name, its value, its step.
 Metric = tuple[str, float, int]
 
-EVENTS = "events.out.tfevents."
-# By this in its first event, an event file is known as ours.
-WRITER = "proglayer.run.loggers"
+# The end of its name, by which an event file is known as ours.
+SUFFIX = ".proglayer"
 MLFLOW_STORE = "multirun/.mlruns"
 MLFLOW_EXPERIMENT = "proglayer"
 
@@ -101,55 +100,30 @@ class Loggers:
 
 
 class TensorBoard:
-    """An event file in the run's folder; an earlier try's is taken away.
-
-    It is written here and now, not by a thread as TensorBoard's own writer does, so that a full
-    disk shows where it can be handled.
-    """
+    """An event file in the run's folder; an earlier try's is taken away."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from torch.utils.tensorboard import SummaryWriter
 
-        # Their classes are made when they are imported: no type checker knows them.
-        self._event: Any = event_pb2
-        self._summary: Any = summary_pb2
-        for earlier in folder.glob(f"{EVENTS}*"):
-            files.delete(earlier, _is_event_file)
-        name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._path = folder / name
-        about = self._event.SourceMetadata(writer=WRITER)
-        first = self._event.Event(
-            wall_time=time.time(), file_version="brain.Event:2", source_metadata=about
-        )
-        self._write([first])
+        self._folder = folder
+        self._delete()
+        self._writer = SummaryWriter(str(folder), filename_suffix=SUFFIX)
 
     def metrics(self, metrics: list[Metric]) -> None:
-        now = time.time()
-        self._write(self._scalar(name, value, step, now) for name, value, step in metrics)
+        for name, value, step in metrics:
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # raises what went wrong, as on a full disk
 
     def end(self, status: RunState | None) -> None:
-        """An event file has no end."""
+        self._writer.close()
 
     def discard(self) -> None:
-        files.delete(self._path, _is_event_file)
+        self._writer.close()
+        self._delete()
 
-    def _scalar(self, name: str, value: float, step: int, now: float) -> Any:
-        metric = self._summary.Summary.Value(tag=name, simple_value=value)
-        summary = self._summary.Summary(value=[metric])
-        return self._event.Event(wall_time=now, step=step, summary=summary)
-
-    def _write(self, events: Iterable[Any]) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        with open(self._path, "ab") as file:
-            writer = RecordWriter(file)
-            for event in events:
-                writer.write(event.SerializeToString())
-
-
-def _is_event_file(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return WRITER.encode() in file.read(files.BEGINNING_BYTES)
+    def _delete(self) -> None:
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            files.delete(path, files.named(rf"events\.out\.tfevents\..*{re.escape(SUFFIX)}"))
 
 
 class MLflow:
