@@ -18,6 +18,7 @@ import pandas as pd
 from proglayer.report import stats
 from proglayer.report.study import Frame
 from proglayer.results import Results
+from proglayer.results.frames import sum_so_far
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,17 @@ def curves(results: Results, runs: Frame) -> Frame:
         phases), `loss` (validation, nats), `accuracy_percent`, `best`, and, summed over all epochs
         so far, the columns of MEASURES. Operations are nan from a phase on that did not end.
     """
-    epochs = results.epochs[results.epochs["run"].isin(runs["run"])].copy()
-    per_phase: Frame = results.phases[
-        ["run", "phase", "epochs", "train_flops_head", "train_flops_body"]
-    ]
+    epochs: Frame = results.epochs[results.epochs["run"].isin(runs["run"])]
+    phases: Frame = results.phases
+    body = phases["train_flops_body"].astype("float64") / phases["epochs"]
     table = epochs.merge(
-        per_phase.rename(columns={"epochs": "epochs_of_phase"}), on=["run", "phase"], how="left"
+        phases[["run", "phase"]].assign(body=body), on=["run", "phase"], how="left"
     )
-    count = table["epochs_of_phase"].astype("float64")
-    body = table["train_flops_body"].astype("float64") / count
     # Epoch 0, the model right after a growth, was evaluated only.
-    trained = (table["epoch"] > 0).astype("float64")
-    table["flops"] = (table["train_flops_head"].astype("float64") / count + body) * trained
-    table["flops_without_head"] = body * trained
-    table["tokens"] = table["train_tokens"].astype("float64")
-    table["seconds"] = table["train_seconds"] + table["evaluation_seconds"]
-    by_run = table.groupby("run", sort=False)
-    for measure in MEASURES:
-        # A sum with a gap in it is no sum.
-        gap = table[measure.column].isna().groupby(table["run"], sort=False).cummax()
-        table[measure.column] = by_run[measure.column].cumsum().where(~gap)
-    table["step"] = trained.groupby(table["run"], sort=False).cumsum().astype(int)
+    table["flops_without_head"] = sum_so_far(table["body"] * (table["epoch"] > 0), table["run"])
+    seconds = table["train_seconds"] + table["evaluation_seconds"]
+    table["seconds"] = sum_so_far(seconds, table["run"])
+    table["tokens"] = table["tokens"].astype("float64")
     table["loss"] = table["validation_loss"].astype("float64")
     table["accuracy_percent"] = table["validation_accuracy_percent"].astype("float64")
     table["best"] = table["best"].fillna(False).astype(bool)

@@ -456,7 +456,7 @@ class _Report:
         if len(shown):
             blocks.append(comparisons_table("The other comparisons", shown))
             if self.looks:
-                blocks.append(Paragraph(NOT_SETTLED, muted=True))
+                blocks.append(_note(NOT_SETTLED))
         runs = condition.runs
         growing = runs.loc[runs["grows"], "variant"].unique().tolist()
         for experiment in (study.FROM_SCRATCH, study.KEEP_TRAINING):
@@ -500,7 +500,7 @@ class _Report:
             padded = listed(unique(own["config.model.vocab_size"].dropna()), 3)
             others = study.differs_from_original(own)
             blocks.append(
-                Paragraph(
+                _note(
                     f"Published: {study.founding()['source']}. Here: {condition.name}, vocabulary "
                     f"{here}"
                     + (f" padded to {padded}" if padded else "")
@@ -509,7 +509,6 @@ class _Report:
                     "the published ones; the signs of the changes do. Best epoch, accuracy and "
                     "perplexity are those of the phase's lowest validation loss; time is of "
                     "training and evaluation.",
-                    muted=True,
                 )
             )
         blocks += self._tables_of(condition, main, published)
@@ -546,7 +545,7 @@ class _Report:
         changes = study.changes(condition.asked)
         if changes.empty:
             return []
-        blocks: list[Block] = [Paragraph("Plus is an improvement, in every metric.", muted=True)]
+        blocks: list[Block] = [_note("Plus is an improvement, in every metric.")]
         shown = condition.variants[:MOST_VARIANTS]
         if len(changes) > len(METRICS):
             pictures = []
@@ -603,11 +602,10 @@ class _Report:
             blocks += [Paragraph(timing.sentence()) for timing in found]
             over = max(timing.longest for timing in found) - 1
             blocks.append(
-                Paragraph(
+                _note(
                     "Losses are the lowest of the final depth within the operations that the "
                     f"shortest run spent; the longest spent {100 * over:.1f} % more. Differences "
                     "are paired by seed; their intervals hold together with 95 % for all pairs.",
-                    muted=True,
                 )
             )
         for number, timing in enumerate(found[:MOST_MODELS], start=1):
@@ -677,10 +675,9 @@ class _Report:
         if by_exits:
             blocks.append(Heading("Accuracy by exit", level=3))
             blocks.append(
-                Paragraph(
+                _note(
                     "What the shared head reads at every depth, at the best epoch of the first "
                     "and the last phase; upright lines span the seeds.",
-                    muted=True,
                 )
             )
             blocks.append(Pictures(by_exits))
@@ -698,7 +695,7 @@ class _Report:
             "over seeds with 95 % intervals."
         )
         pictures = early_exit.pictures(self.gallery, found, condition.slug)
-        blocks = [Bullets(early_exit.sentences(found)), Paragraph(note, muted=True)]
+        blocks = [Bullets(early_exit.sentences(found)), _note(note)]
         return [*blocks, Pictures(pictures), *condition.more_variants("early_exit.csv")]
 
     # --- compute ----------------------------------------------------------------------------------
@@ -707,11 +704,10 @@ class _Report:
         runs, found = condition.runs, self.compute[condition.number]
         shown = condition.variants[:MOST_VARIANTS]
         blocks: list[Block] = [
-            Paragraph(
+            _note(
                 "Of training, in all phases and all their epochs, as if every phase had been "
                 "trained for this run alone; operations are the matrix products (a multiply-add "
                 "is two). Means over the seeds that completed.",
-                muted=True,
             ),
             spent_table(found.spent[found.spent["variant"].isin(shown)]),
         ]
@@ -725,11 +721,10 @@ class _Report:
         blocks.append(Heading("Loss against compute", level=3))
         if study.has_seeds(runs):
             blocks.append(
-                Paragraph(
+                _note(
                     "The loss of the model in hand: means over all seeds, epoch by epoch. A large "
                     "mark is the end of a phase, where its best epoch is restored; after it the "
                     "line shows what growing did.",
-                    muted=True,
                 )
             )
         blocks.append(self._against_compute(condition, ledger.FLOPS))
@@ -1027,7 +1022,11 @@ def _left_to(tables: str, number: int, noun: str, names: str = "") -> list[Block
         return []
     are = f"{noun} are" if number != 1 else f"{noun.removesuffix('s')} is"
     which = f" ({names})" if names else ""
-    return [Paragraph(f"{number:,} more {are} in tables/: {tables}{which}.", muted=True)]
+    return [_note(f"{number:,} more {are} in tables/: {tables}{which}.")]
+
+
+def _note(text: str) -> Block:
+    return Paragraph(text, muted=True)
 
 
 def _slug(text: str) -> str:

@@ -188,8 +188,8 @@ def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     # Epoch 0 is the model right after a growth: it was only evaluated.
     trained = epochs["epoch"] > 0
     epochs["step"] = trained.groupby(epochs["run"], sort=False).cumsum().astype("int64")
-    epochs["tokens"] = _sum_so_far(epochs["train_tokens"], epochs["run"])
-    epochs["flops"] = _sum_so_far(epochs["flops"] * trained, epochs["run"])
+    epochs["tokens"] = sum_so_far(epochs["train_tokens"], epochs["run"])
+    epochs["flops"] = sum_so_far(epochs["flops"] * trained, epochs["run"])
     at = epochs.drop_duplicates(["run", "phase", "epoch"])
     at = at[["run", "phase", "epoch", "step", "tokens", "flops"]]
     at = phases[["run", "phase", "best_epoch"]].merge(
@@ -205,7 +205,7 @@ def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     }
 
 
-def _sum_so_far(values: Any, runs: Any) -> Any:
+def sum_so_far(values: Any, runs: Any) -> Any:
     """The sum of each run's values up to each row; missing from the first one that is missing."""
     gaps = values.isna().groupby(runs, sort=False).cummax()
     return values.groupby(runs, sort=False).cumsum().mask(gaps)

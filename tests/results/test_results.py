@@ -1103,7 +1103,7 @@ def test_a_file_is_no_folder_for_the_tables(
 
 
 @pytest.mark.parametrize(
-    ("shell", "status"), [("{} | true", 141), ("{} > /dev/full", 1), ("{} >&-", 1)]
+    ("shell", "status"), [("{} | true", 141), ("{} > /dev/full", 2), ("{} >&-", 1)]
 )
 def test_closed_and_full_outputs_end_the_command_in_a_line(
     tmp_path: Path, shell: str, status: int
