@@ -8,19 +8,18 @@ not installed is a class all the same, one that says what to install.
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+
+from hydra_plugins.proglayer_sweeper import ProglayerSweeper
 
 
 def _check_installed(choice: str, extra: str, module: str) -> None:
@@ -121,34 +120,11 @@ class ProglayerSlurmLauncher(_OurLauncher):
         return in_queue(self)
 
 
-@dataclass(eq=False)
-class ProglayerOptunaSweeper(Sweeper):
+class ProglayerOptunaSweeper(ProglayerSweeper):
     """A search by Optuna. Its settings are explained in conf/hydra/sweeper/optuna.yaml."""
 
-    sampler: DictConfig
-    pruner: DictConfig
-    direction: Any
-    storage: str | None
-    study_name: str | None
-    n_trials: int
-    n_jobs: int
-    max_failure_rate: float
-    params: DictConfig | None
-    custom_search_space: str | None
+    module = "search"
 
-    def __post_init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         _check_installed("hydra/sweeper=optuna", "optuna", "optuna")
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        self.hydra_context = hydra_context
-        self.config = config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            config=config, hydra_context=hydra_context, task_function=task_function
-        )
-
-    def sweep(self, arguments: list[str]) -> None:
-        from proglayer.launch.search import search
-
-        search(self, arguments)
+        super().__init__(**settings)

@@ -3,6 +3,7 @@
 Hydra imports this module at every start, so nothing heavy is imported at its top.
 """
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,54 +29,27 @@ class ProglayerSweeperConf:
 
 
 class ProglayerSweeper(BasicSweeper):
-    """Checks every job before the first starts, launches what is distinct first, sums up."""
+    """Checks every job before the first starts, launches what is distinct first, sums up.
 
-    def __init__(
-        self,
-        max_batch_size: int | None,
-        params: dict[str, Any] | None = None,
-        pairs: list[list[str]] | None = None,
-        blocks: list[dict[str, Any]] | None = None,
-        filter: str | None = None,
-    ) -> None:
+    Its settings are its attributes: see `ProglayerSweeperConf` and conf/hydra/sweeper.
+    """
+
+    # In `proglayer.launch`, with a function of the same name.
+    module = "sweep"
+
+    def __init__(self, max_batch_size: int | None = None, params: Any = None, **own: Any) -> None:
         super().__init__(max_batch_size, params)
-        self.pairs = [list(group) for group in pairs or []]
-        self.blocks = [dict(block) for block in blocks or []]
-        self.filter = filter
+        vars(self).update(own)
 
     def sweep(self, arguments: list[str]) -> Any:
-        from proglayer.launch.sweep import sweep
-
-        return sweep(self, arguments)  # pyright: ignore[reportArgumentType]  # set up by Hydra
+        module = importlib.import_module(f"proglayer.launch.{self.module}")
+        return getattr(module, self.module)(self, arguments)
 
 
 class ProglayerSettleSweeper(ProglayerSweeper):
     """Adds seeds until claims are settled; see conf/hydra/sweeper/settle.yaml."""
 
-    def __init__(
-        self,
-        first: int,
-        step: int,
-        most: int,
-        first_seed: int,
-        margin: float,
-        hours: float | None,
-        operations: float | None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(**settings)
-        self.first = first
-        self.step = step
-        self.most = most
-        self.first_seed = first_seed
-        self.margin = margin
-        self.hours = hours
-        self.operations = operations
-
-    def sweep(self, arguments: list[str]) -> Any:
-        from proglayer.launch.settle import settle
-
-        settle(self, arguments)  # pyright: ignore[reportArgumentType]  # set up by Hydra
+    module = "settle"
 
 
 ConfigStore.instance().store(

@@ -631,19 +631,19 @@ def misfit(name: str, given: str | None) -> str | None:
         if part not in hints:
             return None
         schema = hints[part]
-        bounds = _bounds_of(schema)
+        bounds = bounds_of(schema)
         if bounds is not None:
             schema = get_args(schema)[0]
     setting = name if given is None else f"{name}={shortened(given)}"
-    return f"{setting} does not fit: it takes {_expected(name, schema, bounds)}"
+    return f"{setting} does not fit: it takes {expected(name, schema, bounds)}"
 
 
-def _expected(name: str, kind: Any, bounds: Bounds | None) -> str:
+def expected(name: str, kind: Any, bounds: Bounds | None) -> str:
     """What a setting of this type takes, with an example."""
     options = [option for option in get_args(kind) if option is not NoneType]
     if get_origin(kind) in (Union, UnionType):
         null = ", or null" if NoneType in get_args(kind) else ""
-        return " or ".join(_expected(name, option, bounds) for option in options) + null
+        return " or ".join(expected(name, option, bounds) for option in options) + null
     if is_dataclass(kind):
         return "settings of its own: " + ", ".join(f"{name}.{f.name}" for f in fields(kind))
     if get_origin(kind) is list and options[0] is str:
@@ -735,7 +735,7 @@ def _problems(config: Config) -> Iterator[str]:
 def _bound_problems(settings: Any, prefix: str = "") -> Iterator[str]:
     """The numbers that do not keep to the bounds of the schema."""
     for part, kind in get_type_hints(type(settings), include_extras=True).items():
-        name, value, bounds = prefix + part, getattr(settings, part), _bounds_of(kind)
+        name, value, bounds = prefix + part, getattr(settings, part), bounds_of(kind)
         if is_dataclass(value):
             yield from _bound_problems(value, f"{name}.")
         elif kind == (str | None) and str(value).lower() == "none" and value is not None:
@@ -746,7 +746,7 @@ def _bound_problems(settings: Any, prefix: str = "") -> Iterator[str]:
             yield f"{name}={shortened(value)} must be {bounds}{null}{hint}"
 
 
-def _bounds_of(kind: Any) -> Bounds | None:
+def bounds_of(kind: Any) -> Bounds | None:
     """The bounds with which a type is annotated, if it is."""
     return next((each for each in get_args(kind) if isinstance(each, Bounds)), None)
 

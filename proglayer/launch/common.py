@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_args, get_type_hints
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import (
@@ -31,6 +31,7 @@ from hydra.core.utils import (
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from proglayer.config import bounds_of, expected
 from proglayer.console import going_on_unread
 from proglayer.errors import ConfigError, with_type
 
@@ -49,6 +50,23 @@ def params_as_overrides(params: Mapping[str, Any] | None) -> list[str]:
             )
         overrides.append(f"{key}={'null' if value is None else value}")
     return overrides
+
+
+def check_settings(sweeper: object, schema: type) -> None:
+    """Raise ConfigError for a setting that is not of the type and within the bounds that `schema`
+    annotates it with.
+    """
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        bounds = bounds_of(hint)
+        if bounds is None:
+            continue
+        value, kind = getattr(sweeper, name), get_args(hint)[0]
+        kinds = get_args(kind) or (kind,)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = whole or (isinstance(value, float) and float in kinds)
+        if not (bounds.hold(value) if fits else value is None and NoneType in kinds):
+            wanted = expected(name, kind, bounds)
+            raise ConfigError(f"hydra.sweeper.{name}={value} does not fit: it takes {wanted}")
 
 
 class Launcher(Protocol):

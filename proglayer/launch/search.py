@@ -13,7 +13,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from hydra.errors import HydraException
 from hydra.utils import get_method
@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ValidationError
 
 from proglayer import files
-from proglayer.config import BPE, OnError, short_hash
+from proglayer.config import BPE, Bounds, OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.common import params_as_overrides, threads_per_job, unread
+from proglayer.launch.common import check_settings, params_as_overrides, threads_per_job, unread
 from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.space import Space, read_space, with_params
@@ -80,9 +80,9 @@ class OptunaSweeper(Sweeper, Protocol):
     direction: Literal["minimize", "maximize"]
     storage: str | None
     study_name: str | None
-    n_trials: int
-    n_jobs: int
-    max_failure_rate: float
+    n_trials: Annotated[int, Bounds(least=1)]
+    n_jobs: Annotated[int, Bounds(least=1)]
+    max_failure_rate: Annotated[float, Bounds(least=0, most=1)]
     params: Any
     custom_search_space: str | None
 
@@ -98,7 +98,9 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
     master = sweeper.config
     if master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")
-    _check_settings(sweeper)
+    check_settings(sweeper, OptunaSweeper)
+    if sweeper.direction not in DIRECTIONS:
+        raise ConfigError(f"hydra.sweeper.direction={sweeper.direction}: minimize or maximize")
     given = with_params(params_as_overrides(sweeper.params), arguments)
     space = read_space(given, sweeper.hydra_context.config_loader)
     if not space.distributions and not sweeper.custom_search_space:
@@ -157,23 +159,6 @@ def _check_objective(space: Space, master: DictConfig) -> None:
             f"objective={master.objective} is per token, so it does not compare what "
             f"{searched[0]} makes: take objective=phases.-1.best.validation_bits_per_byte"
         )
-
-
-def _check_settings(sweeper: OptunaSweeper) -> None:
-    """Raises ConfigError for settings of the search that are out of their range."""
-
-    def whole(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-    rate = sweeper.max_failure_rate
-    for setting, fits, wanted in (
-        ("n_trials", whole(sweeper.n_trials), "a whole number of trials, at least 1"),
-        ("n_jobs", whole(sweeper.n_jobs), "a whole number of trials at once, at least 1"),
-        ("direction", sweeper.direction in DIRECTIONS, "minimize or maximize"),
-        ("max_failure_rate", isinstance(rate, (int, float)) and 0 <= rate <= 1, "from 0 to 1"),
-    ):
-        if not fits:
-            raise ConfigError(f"hydra.sweeper.{setting}={getattr(sweeper, setting)}: {wanted}")
 
 
 class Trials:

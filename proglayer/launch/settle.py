@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 from omegaconf import open_dict, read_write
 
-from proglayer.config import OnError, short_hash
+from proglayer.config import Bounds, OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError
-from proglayer.launch.common import sole_writer, unread
+from proglayer.launch.common import check_settings, sole_writer, unread
 from proglayer.launch.sweep import (
     Checks,
     Job,
@@ -57,13 +57,13 @@ if TYPE_CHECKING:
 class SettleSweeper(ProductSweeper, Protocol):
     """A sweeper of Hydra's with the settings of conf/hydra/sweeper/settle.yaml."""
 
-    first: int
-    step: int
-    most: int
-    first_seed: int
-    margin: float
-    hours: float | None
-    operations: float | None
+    first: Annotated[int, Bounds(least=2)]
+    step: Annotated[int, Bounds(least=1)]
+    most: Annotated[int, Bounds(least=2)]
+    first_seed: Annotated[int, Bounds(least=0)]
+    margin: Annotated[float, Bounds(above=0, most=100)]
+    hours: Annotated[float | None, Bounds(above=0)]
+    operations: Annotated[float | None, Bounds(above=0)]
 
 
 def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
@@ -105,34 +105,12 @@ def _looks(sweeper: SettleSweeper) -> Looks:
     """The looks that are asked for, none taken. Raises ConfigError for settings out of range."""
     from proglayer.report.sequential import Design, Looks
 
-    def whole(value: object, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    def above_zero(value: Any) -> bool:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and 0 < float(value) < math.inf
-
-    first = sweeper.first
-    for setting, fits, wanted in (
-        ("first", whole(first, 2), "a whole number of seeds, at least 2"),
-        ("step", whole(sweeper.step, 1), "a whole number of seeds, at least 1"),
-        ("most", whole(sweeper.most, 2), "a whole number of seeds, at least 2"),
-        ("first_seed", whole(sweeper.first_seed, 0), "a whole number, at least 0"),
-        ("margin", above_zero(sweeper.margin), "points of accuracy, more than 0"),
-        ("hours", sweeper.hours is None or above_zero(sweeper.hours), "more than 0, or null"),
-        (
-            "operations",
-            sweeper.operations is None or above_zero(sweeper.operations),
-            "more than 0, or null",
-        ),
-    ):
-        if not fits:
-            raise ConfigError(f"hydra.sweeper.{setting}={getattr(sweeper, setting)}: {wanted}")
-    if sweeper.most < first:
+    check_settings(sweeper, SettleSweeper)
+    design = Design(sweeper.first, sweeper.step, sweeper.most)
+    if design.most < design.first:
         raise ConfigError(
-            f"hydra.sweeper.most={sweeper.most} is less than hydra.sweeper.first={first}"
+            f"hydra.sweeper.most={design.most} is less than hydra.sweeper.first={design.first}"
         )
-    design = Design(first, sweeper.step, sweeper.most)
     return Looks(design, sweeper.first_seed, float(sweeper.margin))
 
 

@@ -303,17 +303,18 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
     """
     common = _keyed(params_as_overrides(sweeper.params))
     asked = _keyed(arguments)
-    blocks = [_keyed(params_as_overrides(block)) for block in sweeper.blocks]
+    blocks = [_keyed(params_as_overrides(block)) for block in sweeper.blocks or ()]
     for block in blocks:
         if twice := sorted(asked.keys() & block.keys()):
             raise ConfigError(
                 f"hydra.sweeper.blocks gives {twice[0]}, and so does the command line: keep one"
             )
     all_axes = [_axes(sweeper, common | block | asked) for block in blocks or [{}]]
-    for key in (key for group in sweeper.pairs for key in group):
+    pairs = sweeper.pairs or []
+    for key in (key for group in pairs for key in group):
         if not any(key in axes for axes in all_axes):
             raise ConfigError(f"hydra.sweeper.pairs names {key}, which has no values here")
-    products = [_paired(axes, sweeper.pairs) for axes in all_axes]
+    products = [_paired(axes, pairs) for axes in all_axes]
     if sum(math.prod(map(len, product)) for product in products) > MOST_JOBS:
         raise ConfigError(f"these are more than {MOST_JOBS:,} jobs: give them as several sweeps")
     jobs: dict[frozenset[str], tuple[str, ...]] = {}

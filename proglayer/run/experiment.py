@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from proglayer import files
-from proglayer.config import Config, Precision, to_plain
+from proglayer.config import Carry, Config, Precision, to_plain
 from proglayer.console import tell
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError
@@ -149,7 +149,7 @@ def starting_model(phase: Phase, previous: Ended | None) -> Model:
 
 def carried_moments(phase: Phase, previous: Ended | None) -> Tensors:
     """What the optimizer of `phase` takes over from the selected epoch of the phase before."""
-    if previous is None or phase.optimizer.carry == "none":
+    if previous is None or phase.optimizer.carry is Carry.none:
         return {}
     with previous.trajectory as trajectory:
         state = trajectory.optimizer_state(previous.epoch)
@@ -239,7 +239,7 @@ def _trajectory(
         checkpoint_every_s=current.config.checkpoint_every_s,
         hooks=current.hooks,
         carried=functools.partial(carried_moments, phase, previous),
-        keep_optimizer=any(after.optimizer.carry != "none" for after in following),
+        keep_optimizer=any(after.optimizer.carry is not Carry.none for after in following),
     )
     with trajectory:
         trajectory.stage.mark_used(current.folder)

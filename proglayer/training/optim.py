@@ -7,8 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from proglayer.config import Carry, OptimizerConfig
 from proglayer.training.model import Model
-from proglayer.training.plan import AdamW, Phase, Role, Source, layer_sources
+from proglayer.training.plan import Phase, Role, Source, layer_sources
 
 # What AdamW remembers of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -45,7 +46,7 @@ def set_trainable(model: Model, phase: Phase) -> dict[str, Tensor]:
     return trainable
 
 
-def decayed(name: str, parameter: Tensor, settings: AdamW) -> bool:
+def decayed(name: str, parameter: Tensor, settings: OptimizerConfig) -> bool:
     """Whether weight decay acts on the parameter called `name`: gains and biases are vectors."""
     if name.startswith("embedding."):
         return settings.decay_embedding
@@ -113,14 +114,14 @@ def carried_tensors(tensors: dict[str, Tensor], phase: Phase, layers: int) -> di
     has no state to give; the result is empty with `carry=none`.
     """
     carry = phase.optimizer.carry
-    if carry == "none":
+    if carry is Carry.none:
         return {}
     carried = {name: value for name, value in tensors.items() if not name.startswith("layers.")}
     sources = [Source(number, False) for number in range(layers)]
     if phase.growth is not None:
         sources = list(layer_sources(layers, phase.growth))
     for number, source in enumerate(sources):
-        if source.layer is None or (source.new and carry != "copy"):
+        if source.layer is None or (source.new and carry is not Carry.copy):
             continue
         old = f"layers.{source.layer}."
         for name, value in tensors.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 from proglayer.config import (
     BudgetOverrides,
+    Carry,
     Config,
     ConfigError,
     Curriculum,
@@ -23,6 +24,7 @@ from proglayer.config import (
     GrowthPosition,
     ModelConfig,
     ModelKind,
+    OptimizerConfig,
     PhaseSchedule,
     Precision,
     ScheduleShape,
@@ -106,24 +108,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """Settings of the optimizer, and the norm that gradients are clipped to (None: not).
-
-    `carry` says what it takes over from the phase before: none, existing (the moments and step
-    counters of what was there), copy (a copied layer's too).
-    """
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float | None
-    carry: str = "none"
-    decay_norms: bool = True
-    decay_embedding: bool = True
-
-
-@dataclass(frozen=True)
 class ExitCurriculum:
     """Which of the exits with a weight the loss reads at a step; its position is the step alone.
 
@@ -192,7 +176,7 @@ class Phase:
     exit_weights: tuple[float, ...]
     rates: Rates
     schedule: Schedule
-    optimizer: AdamW
+    optimizer: OptimizerConfig
     batch_size: int
     samples: int | None
     precision: Precision
@@ -505,7 +489,7 @@ def _common(config: Config, own: BudgetOverrides, initial: bool) -> dict[str, An
         value = None if initial else getattr(config.lr.grown, name)
         return getattr(config.lr, name) if value is None else value
 
-    optimizer, loss = config.optimizer, config.loss
+    loss = config.loss
     shape = rate("schedule")
     decays = shape is not ScheduleShape.constant
     return {
@@ -516,16 +500,7 @@ def _common(config: Config, own: BudgetOverrides, initial: bool) -> dict[str, An
             total_epochs=budget("max_epochs") if decays else None,
             decay_share=config.lr.decay_share if shape is ScheduleShape.wsd else None,
         ),
-        "optimizer": AdamW(
-            optimizer.beta1,
-            optimizer.beta2,
-            optimizer.eps,
-            optimizer.weight_decay,
-            optimizer.clip_norm,
-            "none" if initial else optimizer.carry.name,
-            optimizer.decay_norms,
-            optimizer.decay_embedding,
-        ),
+        "optimizer": replace(config.optimizer, carry=Carry.none) if initial else config.optimizer,
         "batch_size": budget("batch_size"),
         "samples": budget("samples"),
         "precision": config.precision,

@@ -154,8 +154,11 @@ def test_trials_at_once_share_phases_and_are_all_told(
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=sqlite:///old.db"], "older Optuna"),
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=journal:///old.db"], "no journal of Opt"),
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=sqlite:///text"], "not a database"),
-        (["lr.base=choice(1,2)", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: a whole"),
-        (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"], "hydra.sweeper.n_jobs=True: a who"),
+        (["lr.base=choice(1,2)", "hydra.sweeper.n_trials=0"], "n_trials=0 does not fit: it takes"),
+        (
+            ["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"],
+            "n_jobs=True does not fit: it",
+        ),
         (["lr.base=choice(1,2)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up: min"),
         (["lr.base=choice(1,2)", "hydra.sweeper.max_failure_rate=2"], "hydra.sweeper.max_failure_"),
         (["lr.base=choice(1,2)", "hydra.sweeper.sampler.seed=x"], "hydra.sweeper.sampler: "),
