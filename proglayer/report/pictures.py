@@ -253,27 +253,18 @@ def forest(
             style = _style_of_model(models, model) if model else Style(INK, "s", "-")
             place = models.index(model) / max(1, len(models) - 1) - 0.5 if model else 0
             height = labels.index(row["label"]) + spread * place
-            seeds = np.asarray(row["seeds"], dtype=float)
-            dots = {"color": style.colour, "linestyle": "none", "marker": "o", "markersize": 3}
-            axes.plot(seeds, np.full(len(seeds), height + 0.13), alpha=0.55, mew=0, **dots)
+            dots = {"color": style.colour, "alpha": 0.55, "markersize": 3, "markeredgewidth": 0}
+            axes.plot(row["seeds"], [height + 0.13] * len(row["seeds"]), "o", **dots)
             if np.isfinite(row["low"]):
                 axes.hlines(height, row["low"], row["high"], color=style.colour, linewidth=2)
-            axes.plot(
-                [row["mean"]],
-                [height],
-                linestyle="none",
-                marker=style.marker,
-                markersize=5.5,
-                color=style.colour,
-                label=model_name(model) if model and model not in named else None,
-            )
+            label = model_name(model) if model and model not in named else None
+            _plot(axes, [row["mean"]], [height], style, label, linestyle="none", markersize=5.5)
             named.add(model)
         axes.set_yticks(range(len(labels)), [_wrapped(label) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
-        _tick(axes.xaxis, 5)
-        axes.set_xlabel(f"{unit} ({better}: better)")
+        _axis(axes.xaxis, f"{unit} ({better}: better)", 5)
         if models:
             _legend(axes, len(models))
 
@@ -305,15 +296,18 @@ def _wrapped(label: str, width: int = 22) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _legend(axes: Axes, columns: int, handles: list[Any] | None = None) -> None:
+def _plot(axes: Axes, x: Any, y: Any, style: Style, label: str | None, **how: Any) -> None:
+    """A line through the points of a series, in its style but for `how`."""
+    how = {"linestyle": style.dashes, "marker": style.marker, "color": style.colour} | how
+    axes.plot(np.asarray(x, float), np.asarray(y, float), label=label, **how)
+
+
+def _legend(axes: Axes, columns: int) -> None:
     """Below the panel, where it covers nothing."""
     figure: Any = axes.get_figure()
-    measured = figure.get_layout_engine() is not None
-    settings: dict[str, Any] = {
-        "loc": "outside lower center" if measured else "lower center",
-        "ncols": max(1, columns),
-    }
-    figure.legend(handles=handles or axes.get_legend_handles_labels()[0], **settings)
+    place = "lower center" if figure.get_layout_engine() is None else "outside lower center"
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=handles, loc=place, ncols=max(1, columns))
 
 
 # --- learning curves ------------------------------------------------------------------------------
@@ -353,14 +347,8 @@ def learning_curve(
                 x, mean = whole.index.to_numpy(float), whole["mean"].to_numpy(float)
                 sd = whole["std"].fillna(0).to_numpy(float)
                 axes.fill_between(x, mean - sd, mean + sd, color=style.colour, alpha=0.2, lw=0)
-                axes.plot(
-                    x,
-                    mean,
-                    color=style.colour,
-                    marker=style.marker,
-                    markersize=3.2 if len(whole) < 30 else 0,
-                    label=model_name(model) if phase == own["phase"].min() else None,
-                )
+                label = model_name(model) if phase == own["phase"].min() else None
+                _plot(axes, x, mean, style, label, markersize=3.2 if len(whole) < 30 else 0)
         low, high = limits
         axes.set_ylim(low - 0.04 * (high - low), high + 0.2 * (high - low))
         for phase, (what, layers) in marks.items():
@@ -379,10 +367,8 @@ def learning_curve(
                 rotation=90 if len(marks) > 3 else 0,
             )
         axes.set_xlim(0.5, float(lengths.sum()) + 0.5)
-        _tick(axes.xaxis, 6, whole=True)
-        axes.set_xlabel("epochs, phase after phase")
-        _tick(axes.yaxis, 5)
-        axes.set_ylabel("validation loss (nats)")
+        _axis(axes.xaxis, "epochs, phase after phase", 6, whole=True)
+        _axis(axes.yaxis, "validation loss (nats)", 5)
         _legend(axes, len(models))
 
     last = curves.sort_values(["phase", "epoch"]).groupby(["model", "phase"])["loss"].min()
@@ -425,22 +411,12 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
                 )
                 x = at.index.to_numpy(float)
                 axes.vlines(x, at["min"], at["max"], color=style.colour, linewidth=1, alpha=0.6)
-                axes.plot(
-                    x,
-                    at["mean"].to_numpy(float),
-                    color=style.colour,
-                    linestyle="--" if hollow else "-",
-                    marker=style.marker,
-                    markersize=5,
-                    markerfacecolor="none" if hollow else style.colour,
-                    label=label,
-                )
+                how = {"linestyle": "--", "markerfacecolor": "none"} if hollow else {}
+                _plot(axes, x, at["mean"], style, label, markersize=5, **how)
                 means = ", ".join(f"{value:.2f}" for value in at["mean"])
                 shown_in_words.append(f"{label}: {means} %")
-        _tick(axes.xaxis, 10, whole=True)
-        axes.set_xlabel("exit after layer")
-        _tick(axes.yaxis, 5)
-        axes.set_ylabel("validation accuracy (%)")
+        _axis(axes.xaxis, "exit after layer", 10, whole=True)
+        _axis(axes.yaxis, "validation accuracy (%)", 5)
         _legend(axes, min(2, len(steps) * len(models)))
 
     picture = gallery.draw(name, title, "", 3.1, paint)
@@ -475,17 +451,10 @@ def against_compute(
         for variant in shown:
             style = STYLES[list(order).index(variant) % len(STYLES)]
             own = steps[steps["variant"] == variant]
-            axes.plot(
-                own["compute"].to_numpy(float),
-                own["loss"].to_numpy(float),
-                color=style.colour,
-                linestyle=style.dashes,
-                marker=style.marker,
-                markersize=7,
-                markevery=np.flatnonzero(own["ended"]).tolist(),
-                linewidth=1.3,
-                label=_wrapped(variant_name(variant), 26),
-            )
+            ends = np.flatnonzero(own["ended"]).tolist()
+            how = {"markersize": 7, "markevery": ends, "linewidth": 1.3}
+            label = _wrapped(variant_name(variant), 26)
+            _plot(axes, own["compute"], own["loss"], style, label, **how)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
         axes.xaxis.set_minor_formatter(lambda value, _: "")
@@ -499,8 +468,7 @@ def against_compute(
         if high > low:
             axes.set_ylim(low - 0.06 * (top - low), min(high, top) + 0.03 * (top - low))
         axes.set_xlabel(f"{unit}, all phases so far")
-        _tick(axes.yaxis, 5)
-        axes.set_ylabel("validation loss (nats)")
+        _axis(axes.yaxis, "validation loss (nats)", 5)
         _legend(axes, 2)
 
     shown_in_words = "; ".join(
@@ -531,10 +499,13 @@ def _in_hand(curves: Frame, column: str) -> Frame:
     return steps.astype({"ended": bool, "compute": float, "loss": float})
 
 
-def _tick(axis: Axis, most: int, whole: bool = False) -> None:
-    """At most so many steps along an axis, of round numbers. Ticks are half of what is drawn."""
+def _axis(axis: Axis, label: str, most: int, whole: bool = False) -> None:
+    """What an axis shows, in at most so many steps of round numbers: ticks are half of a drawing's
+    time.
+    """
     from matplotlib.ticker import MaxNLocator
 
+    axis.set_label_text(label)
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole))
 
 
@@ -593,20 +564,10 @@ def over_seeds(
                 beside = values["x"] + step
                 axes.plot(beside, values["y"], "o", color=style.colour, alpha=0.55, ms=3, mew=0)
             axes.vlines(x, mean["low"], mean["high"], color=style.colour, linewidth=2, alpha=0.7)
-            axes.plot(
-                x,
-                mean["mean"].to_numpy(float),
-                color=style.colour,
-                linestyle=style.dashes,
-                marker=style.marker,
-                markersize=4.5,
-                linewidth=1,
-                label=_wrapped(arm, 30),
-            )
-        _tick(axes.xaxis, 8, whole=True)
-        axes.set_xlabel(x_label)
-        _tick(axes.yaxis, 5)
-        axes.set_ylabel(y_label)
+            label = _wrapped(arm, 30)
+            _plot(axes, x, mean["mean"], style, label, markersize=4.5, linewidth=1)
+        _axis(axes.xaxis, x_label, 8, whole=True)
+        _axis(axes.yaxis, y_label, 5)
         _legend(axes, 2 if len(means) > 1 else 1)
 
     shown_in_words = "; ".join(
