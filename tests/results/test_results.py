@@ -32,7 +32,7 @@ from proglayer.results.__main__ import main
 from proglayer.results.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
 from proglayer.results.frames import Results, load, what_varied
 from proglayer.results.reader import experiment_key
-from proglayer.results.summary import print_results, print_summary, summary_table
+from proglayer.results.summary import print_results, summary_table
 from proglayer.run import experiment, session
 from proglayer.store import record
 from proglayer.store.record import (
@@ -257,15 +257,6 @@ def test_folders_that_overlap_are_read_once_and_several_are_told_apart(tmp_path:
     assert load().runs.empty
 
 
-def test_stages_and_hidden_folders_are_not_entered(tmp_path: Path) -> None:
-    write_run(tmp_path / "run")
-    write_run(tmp_path / ".stages" / "x")
-    write_run(tmp_path / "run" / "stages" / "x")
-    results = load(tmp_path)
-    assert ends(results).keys() == {"run"}
-    assert results.left_out.empty
-
-
 # --- piles of all sorts ---------------------------------------------------------------------------
 
 
@@ -337,6 +328,8 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (pile / "link").symlink_to(pile / "good")
     (pile / "jobs.json").write_text("[1]")
     (pile / "report").mkdir()
+    write_run(pile / ".stages" / "x")
+    write_run(pile / "good" / "stages" / "x")
     future = write_run(pile / "future", seed=2)
     edit(future, format=RECORD_FORMAT + 1)
     no_end = write_run(pile / "no_end", seed=3)
@@ -361,6 +354,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     reasons = dict(zip(results.left_out["folder"], results.left_out["reason"], strict=True))
     assert f"format {RECORD_FORMAT + 1}, newer than {RECORD_FORMAT}" in reasons["future"]
     assert results.failures == 2
+    assert "left out: photos: holds no run" in printed(results, 160)
 
 
 def edit(folder: Path, **changed: Any) -> None:
@@ -753,17 +747,12 @@ def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) 
         value = (value or 0) + 1
     other = with_setting(plain, name, value)
     aside = (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT)
-    key = functools.partial(experiment_key, fingerprint="f")
-    assert (key(plain) == key(other)) == (name in aside)
-
-
-def test_text_from_another_place_counts_as_the_same_only_by_its_fingerprint() -> None:
-    plain = settings()
-    other = with_setting(plain, "data.path", "/elsewhere")
-    key = experiment_key
-    assert key(plain, "f") == key(other, "f")
-    assert key(plain, "f") != key(other, "g")
-    assert key(plain, None) != key(other, None)
+    assert (experiment_key(plain, "f") == experiment_key(other, "f")) == (name in aside)
+    # where the text lies counts unless its fingerprint is known
+    assert (experiment_key(plain, None) == experiment_key(other, None)) == (
+        name in NOT_THE_EXPERIMENT
+    )
+    assert experiment_key(plain, "f") != experiment_key(other, "g")
 
 
 # --- to files -------------------------------------------------------------------------------------
@@ -926,15 +915,6 @@ def test_of_many_jobs_the_first_and_the_last_are_shown_unless_all_are_asked_for(
     assert "in the middle" not in out.file.getvalue()
 
 
-def test_print_summary_tells_whether_any_failed(
-    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert print_summary(mixed)
-    write_run(tmp_path / "good" / "0")
-    assert not print_summary(tmp_path / "good")
-    assert "completed" in capsys.readouterr().out
-
-
 # --- following a sweep ----------------------------------------------------------------------------
 
 
@@ -1055,17 +1035,6 @@ def test_runs_that_were_in_the_store_do_not_shorten_the_time_left(tmp_path: Path
     assert "not known" in summary._time_left(load(sweep).runs)
 
 
-def test_control_c_ends_watching_without_a_word(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(_: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(summary.time, "sleep", interrupted)
-    assert main([str(mixed), "--watch"]) == 130
-    assert capsys.readouterr().err == ""
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -1074,7 +1043,11 @@ def test_the_command_ends_with_what_happened(
 ) -> None:
     write_run(tmp_path / "good" / "0")
     assert main([str(tmp_path / "good")]) == 0
-    assert main([str(mixed)]) == 1
+    tables = ["--csv", str(tmp_path / "csv"), "--parquet", str(tmp_path / "parquet")]
+    assert main([str(mixed), *tables]) == 1
+    for form in ("csv", "parquet"):
+        written = {path.stem for path in (tmp_path / form).glob(f"*.{form}")}
+        assert written == {"runs", "phases", "epochs", "exits", "left_out"}
     capsys.readouterr()
     assert main([str(tmp_path / "nowhere")]) == 2
     shown = capsys.readouterr()
@@ -1115,35 +1088,6 @@ def test_closed_and_full_outputs_end_the_command_in_a_line(
     assert done.returncode == status
     full = "error: no space left to write the output: make room\n"
     assert done.stderr == (full if "/dev/full" in shell else "")
-
-
-def test_a_pile_of_everything_is_told_by_the_command(
-    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A killed sweep with failures, other settings, no run, a cut record, one of the future."""
-    aged(mixed, 600)
-    write_run(tmp_path / "other", plain=with_setting(settings(), "model.dim", 128))
-    write_run(tmp_path / "cut").joinpath("result.json").write_text('{"format": 1, "sta')
-    edit(write_run(tmp_path / "future"), format=RECORD_FORMAT + 1)
-    (tmp_path / "photos").mkdir()
-    csv_folder = tmp_path / "report"
-    assert main([str(tmp_path), "--csv", str(csv_folder)]) == 1
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    last = shown.out.splitlines()[-1]
-    assert last == "6 runs: 2 completed, 1 failed, 1 lost, 1 interrupted, 1 not started"
-    with open(csv_folder / "left_out.csv", newline="") as file:
-        listed = {row["folder"]: row["kind"] for row in csv.DictReader(file)}
-    assert listed == {"cut": "damaged", "future": "newer", "photos": "foreign"}
-    for folder in listed:
-        assert f"left out: {folder}: " in shown.out
-
-
-def test_the_command_writes_both_kinds_of_table(mixed: Path, tmp_path: Path) -> None:
-    names = {"runs", "phases", "epochs", "exits", "left_out"}
-    main([str(mixed), "--csv", str(tmp_path / "csv"), "--parquet", str(tmp_path / "parquet")])
-    assert {path.name for path in (tmp_path / "csv").iterdir()} == {f"{n}.csv" for n in names}
-    assert {p.name for p in (tmp_path / "parquet").iterdir()} == {f"{n}.parquet" for n in names}
 
 
 def test_a_terminal_that_knows_only_ascii_gets_a_table_too(mixed: Path) -> None:
