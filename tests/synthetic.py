@@ -161,11 +161,7 @@ def leave(
         "runtime": {"choices": choices | {"hydra/launcher": "basic"}},
         "job": {"name": "train"},
     }
-    for name, content in (
-        ("config", plain),
-        ("overrides", overrides),
-        ("hydra", {"hydra": hydra}),
-    ):
+    for name, content in (("config", plain), ("overrides", overrides), ("hydra", {"hydra": hydra})):
         (folder / ".hydra" / f"{name}.yaml").write_text(yaml.safe_dump(content))
     (folder / "train.log").write_text("began\n")
     write_metrics(folder, rows)
@@ -265,8 +261,7 @@ def run(
             test=None if test_losses is None else on_test(test_losses[phase.index]),
             exits=[
                 ExitRecord(
-                    layer=phase.layers - gap,
-                    **metrics(loss + 0.3 * gap, accuracy - reach * gap),
+                    layer=phase.layers - gap, **metrics(loss + 0.3 * gap, accuracy - reach * gap)
                 )
                 for gap in reversed(range(phase.layers))
             ],
@@ -283,10 +278,7 @@ def run(
         phases.append(dataclasses.replace(recorded, growth=growth))
         rows += [
             metrics_row(
-                recorded,
-                epoch,
-                cost,
-                BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy)),
+                recorded, epoch, cost, BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy))
             )
             for epoch, (loss, accuracy) in enumerate(zip(curve, accuracies, strict=True), start=1)
         ]

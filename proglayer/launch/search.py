@@ -47,7 +47,6 @@ from proglayer.launch.sweep import (
     launch,
     list_jobs,
     open_folder,
-    summarize,
     without_held,
     without_hydra,
 )
@@ -92,6 +91,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
 
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
     """
+    from proglayer.results.summary import print_summary
     from proglayer.versions import warn_of_unknown
 
     warn_of_unknown()
@@ -128,7 +128,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
                 list_what_began(folder)
             if folders:
                 trials.write(folders[-1])
-                summarize(*folders)
+                print_summary(*folders)
             if folders and master.report and not stopped:
                 leave_report(folders[-1], *folders[:-1])
             best = trials.best

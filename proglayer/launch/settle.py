@@ -39,14 +39,7 @@ from proglayer.launch.sweep import (
     without_held,
 )
 from proglayer.results import keys_and_values
-from proglayer.store.record import (
-    JOBS,
-    Heartbeat,
-    RecordError,
-    RunState,
-    read_jobs,
-    read_record,
-)
+from proglayer.store.record import JOBS, Heartbeat, RecordError, RunState, read_jobs, read_record
 from proglayer.versions import warn_of_unknown
 
 if TYPE_CHECKING:

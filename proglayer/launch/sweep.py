@@ -30,22 +30,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from proglayer import files
-from proglayer.config import (
-    Config,
-    DataConfig,
-    short_hash,
-    to_config,
-    to_plain,
-)
+from proglayer.config import Config, DataConfig, short_hash, to_config, to_plain
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, with_type
-from proglayer.launch.common import (
-    params_as_overrides,
-    sole_writer,
-    threads_per_job,
-    unread,
-)
+from proglayer.launch.common import params_as_overrides, sole_writer, threads_per_job, unread
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.filter import SETTING as FILTER
 from proglayer.launch.filter import Filter
@@ -243,7 +232,9 @@ class SummedUp(contextlib.AbstractContextManager["SummedUp"]):
         self.failed = False
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.failed = summarize(self.folder)
+        from proglayer.results.summary import print_summary
+
+        self.failed = print_summary(self.folder)
         if self.report and (kind is None or not issubclass(kind, KeyboardInterrupt)):
             leave_report(self.folder)
 
@@ -598,13 +589,6 @@ def describe_work(sweeper: Sweeper, jobs: Sequence[Job]) -> str:
     stored = sum(complete.values())
     nothing = ": nothing to train" if stored == len(complete) else ""
     return f"{text}, {stored} of them stored{nothing}"
-
-
-def summarize(*folders: Path) -> bool:
-    """Print the table of the jobs of sweeps; True if any of them failed."""
-    from proglayer.results.summary import print_summary
-
-    return print_summary(*folders)
 
 
 def without_hydra(overrides: Sequence[str]) -> str:

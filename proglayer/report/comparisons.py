@@ -379,11 +379,6 @@ def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Qu
     return questions
 
 
-def named(question: Question, condition: str) -> Question:
-    """The same question, of the condition of this name."""
-    return replace(question, condition=condition)
-
-
 def described(judged: Frame) -> tuple[Frame, Frame]:
     """Every comparison with every metric, and the differences by seed, as plain tables.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def judge(
         for name, runs in conditions:
             seen = runs[runs["seed"].between(looks.first_seed, looks.first_seed + seeds - 1)]
             asked = comparisons.claimed(seen, curves, margins)
-            questions += [comparisons.named(question, name) for question in asked]
+            questions += [replace(question, condition=name) for question in asked]
         # Budgets in which a comparison is the same so far may part with more seeds.
         family = max(family, sum(max(1, len(q.budgets)) for q in questions if q.comparisons))
         levels = looks.design.levels(number, family)

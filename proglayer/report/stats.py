@@ -414,12 +414,7 @@ def seeds_for_difference(
 
 
 def seeds_for_equivalence(
-    sd: float,
-    margin: float,
-    *,
-    difference: float = 0.0,
-    alpha: float = ALPHA,
-    power: float = POWER,
+    sd: float, margin: float, *, difference: float = 0.0, alpha: float = ALPHA, power: float = POWER
 ) -> float:
     """The fewest seeds with which two one-sided t-tests establish equivalence within +-margin.
 

@@ -11,7 +11,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,8 @@ class _Report:
         for condition in self.conditions:
             own = comparisons.claimed(condition.asked, condition.curves, margins)
             rest = comparisons.others(condition.asked, own, margins)
-            claims += [comparisons.named(question, condition.name) for question in own]
-            others += [comparisons.named(question, condition.name) for question in rest]
+            claims += [replace(question, condition=condition.name) for question in own]
+            others += [replace(question, condition=condition.name) for question in rest]
         if looks is None:
             self.claims = comparisons.judge(claims)
         else:
@@ -508,7 +508,7 @@ class _Report:
                     + ". Figures of another text, vocabulary or machine do not compare with "
                     "the published ones; the signs of the changes do. Best epoch, accuracy and "
                     "perplexity are those of the phase's lowest validation loss; time is of "
-                    "training and evaluation.",
+                    "training and evaluation."
                 )
             )
         blocks += self._tables_of(condition, main, published)
@@ -605,7 +605,7 @@ class _Report:
                 _note(
                     "Losses are the lowest of the final depth within the operations that the "
                     f"shortest run spent; the longest spent {100 * over:.1f} % more. Differences "
-                    "are paired by seed; their intervals hold together with 95 % for all pairs.",
+                    "are paired by seed; their intervals hold together with 95 % for all pairs."
                 )
             )
         for number, timing in enumerate(found[:MOST_MODELS], start=1):
@@ -677,7 +677,7 @@ class _Report:
             blocks.append(
                 _note(
                     "What the shared head reads at every depth, at the best epoch of the first "
-                    "and the last phase; upright lines span the seeds.",
+                    "and the last phase; upright lines span the seeds."
                 )
             )
             blocks.append(Pictures(by_exits))
@@ -707,7 +707,7 @@ class _Report:
             _note(
                 "Of training, in all phases and all their epochs, as if every phase had been "
                 "trained for this run alone; operations are the matrix products (a multiply-add "
-                "is two). Means over the seeds that completed.",
+                "is two). Means over the seeds that completed."
             ),
             spent_table(found.spent[found.spent["variant"].isin(shown)]),
         ]
@@ -724,7 +724,7 @@ class _Report:
                 _note(
                     "The loss of the model in hand: means over all seeds, epoch by epoch. A large "
                     "mark is the end of a phase, where its best epoch is restored; after it the "
-                    "line shows what growing did.",
+                    "line shows what growing did."
                 )
             )
         blocks.append(self._against_compute(condition, ledger.FLOPS))

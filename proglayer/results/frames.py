@@ -223,13 +223,7 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
     others = {c for c in runs.columns if c.startswith("choice.")} - {*IDENTITY_COLUMNS}
     settings = [column for column in runs.columns if column.startswith("config.")]
     constant = [column for column in settings if column not in varied]
-    front = [
-        *IDENTITY_COLUMNS,
-        *sorted(others),
-        *varied,
-        *METRIC_COLUMNS,
-        *PLACE_COLUMNS,
-    ]
+    front = [*IDENTITY_COLUMNS, *sorted(others), *varied, *METRIC_COLUMNS, *PLACE_COLUMNS]
     return runs.reindex(columns=front + constant).copy()
 
 

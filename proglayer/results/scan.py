@@ -150,11 +150,7 @@ def _scan(root: str) -> tuple[list[RunFolder], Rows]:
 
 
 def _run_folder(
-    path: str,
-    name: str,
-    sweep: str | None,
-    overrides: tuple[str, ...] | None,
-    files: Iterable[str],
+    path: str, name: str, sweep: str | None, overrides: tuple[str, ...] | None, files: Iterable[str]
 ) -> RunFolder:
     """The run in this folder. Times are looked at only where there is no record."""
     if RESULT in files:

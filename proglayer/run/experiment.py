@@ -49,7 +49,7 @@ from proglayer.training.growth import build, grow
 from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
-from proglayer.training.stopping import EpochMetrics, Stopped, follow, perplexity
+from proglayer.training.stopping import EpochMetrics, Stopped, follow
 from proglayer.training.trainer import Diverged, ExitMetrics
 from proglayer.training.unused import unused_settings
 
@@ -280,7 +280,7 @@ def _phase_record(
     growth: GrowthRecord | None,
 ) -> PhaseRecord:
     """What the record says of a phase."""
-    parameters = parameter_counts(phase)
+    parameters, best = parameter_counts(phase), stopped.best
     windows, seq_len = corpus.train_windows or 0, corpus.seq_len or 0
     trained = [epoch for epoch in stopped.epochs if epoch.epoch]
     flops = [training_flops(phase, seq_len, windows, epoch.epoch) for epoch in trained]
@@ -299,24 +299,16 @@ def _phase_record(
         exit_weights=list(phase.exit_weights),
         stage=stage,
         epochs=len(trained),
-        best_epoch=stopped.best.epoch,
+        best_epoch=best.epoch,
         stopped=stopped.reason,
         best=BestEpoch(
-            train_loss=stopped.best.train_loss,
-            validation_loss=stopped.best.validation_loss,
-            validation_perplexity=stopped.best.validation_perplexity,
-            validation_accuracy_percent=100 * stopped.best.validation_accuracy,
-            validation_bits_per_byte=corpus.bits_per_byte(
-                stopped.best.validation_loss, "validation"
-            ),
+            train_loss=best.train_loss,
+            **corpus.metrics(best.validation_loss, best.validation_accuracy),
         ),
         exits=[
             ExitRecord(
                 layer=exit.exit + 1 if phase.layers else 0,
-                validation_loss=exit.loss,
-                validation_perplexity=perplexity(exit.loss),
-                validation_accuracy_percent=100 * exit.accuracy,
-                validation_bits_per_byte=corpus.bits_per_byte(exit.loss, "validation"),
+                **corpus.metrics(exit.loss, exit.accuracy),
             )
             for exit in exits
         ],
@@ -335,13 +327,7 @@ def _phase_record(
             peak_memory_mb=peak_memory_mb,
         ),
         growth=growth,
-        test=test
-        and EpochOnTest(
-            test_loss=test.loss,
-            test_perplexity=perplexity(test.loss),
-            test_accuracy_percent=100 * test.accuracy,
-            test_bits_per_byte=corpus.bits_per_byte(test.loss, "test"),
-        ),
+        test=test and EpochOnTest(**corpus.metrics(test.loss, test.accuracy, "test")),
     )
 
 

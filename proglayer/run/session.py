@@ -143,25 +143,20 @@ class Session:
         )
 
     def _row(self, phase: Phase, metrics: EpochMetrics, is_best: bool, reused: bool) -> MetricsRow:
+        corpus = self.record.corpus
+        assert corpus is not None, "it was opened"
         return MetricsRow(
             phase=phase.index + 1,
             layers=phase.layers,
             epoch=metrics.epoch,
             train_loss=metrics.train_loss,
-            validation_loss=metrics.validation_loss,
-            validation_perplexity=metrics.validation_perplexity,
-            validation_accuracy_percent=100 * metrics.validation_accuracy,
+            **corpus.metrics(metrics.validation_loss, metrics.validation_accuracy),
             train_tokens=metrics.train_tokens,
             train_seconds=round(metrics.train_seconds, 3),
             evaluation_seconds=round(metrics.evaluation_seconds, 3),
             best=is_best,
             reused=reused,
-            validation_bits_per_byte=self._bits_per_byte(metrics.validation_loss),
         )
-
-    def _bits_per_byte(self, loss: float) -> float | None:
-        corpus = self.record.corpus
-        return corpus.bits_per_byte(loss, "validation") if corpus else None
 
     def _wait(self, reason: str) -> None:
         if not self._may_wait:

@@ -71,11 +71,6 @@ def contents_of(store: Path) -> StoreContents:
     return contents
 
 
-def stages_in(store: Path) -> list[StageInfo]:
-    """Every stage of a store, in no order."""
-    return contents_of(store).stages
-
-
 def _info(stage: Stage) -> StageInfo | None:
     """A stage as the store lists it; None for what is left of a deleted one."""
     own = stage._files("")

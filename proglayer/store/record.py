@@ -35,6 +35,7 @@ from proglayer.config import to_plain
 from proglayer.errors import UserError
 from proglayer.store.reading import read_json
 from proglayer.training.plan import Rates
+from proglayer.training.stopping import perplexity
 
 RESULT = "result.json"
 METRICS = "metrics.csv"
@@ -189,20 +190,25 @@ class CorpusRecord:
     test_bytes: int | None = field(default=None, metadata=OMITTED_IF_NONE)
     validation_unknown: int | None = field(default=None, metadata=OMITTED_IF_NONE)
 
-    def bits_per_byte(self, loss: float, on: Literal["validation", "test"]) -> float | None:
-        """A loss on this text, in nats per token, as bits per byte; None of unknown bytes.
+    def metrics(
+        self, loss: float, accuracy: float, on: Literal["validation", "test"] = "validation"
+    ) -> dict[str, float | None]:
+        """What records hold of a loss, in nats per token, and an accuracy, from 0 to 1, on this
+        text, by the names of their fields.
 
-        It is loss x tokens / (bytes x ln 2): unlike a loss per token it does not depend on how long
-        tokens are.
+        Bits per byte are loss x tokens / (bytes x ln 2): unlike a loss per token they do not depend
+        on how long tokens are. None of unknown bytes.
         """
-        windows, size = (
-            (self.validation_windows, self.validation_bytes)
-            if on == "validation"
-            else (self.test_windows, self.test_bytes)
-        )
-        if not windows or not self.seq_len or not size:
-            return None
-        return loss * windows * self.seq_len / (size * math.log(2))
+        windows, size = getattr(self, f"{on}_windows"), getattr(self, f"{on}_bytes")
+        known = windows and self.seq_len and size
+        return {
+            f"{on}_loss": loss,
+            f"{on}_perplexity": perplexity(loss),
+            f"{on}_accuracy_percent": 100 * accuracy,
+            f"{on}_bits_per_byte": loss * windows * self.seq_len / (size * math.log(2))
+            if known
+            else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ from ..helpers import SHORT, Command
 
 
 def test_an_engine_that_is_missing_says_what_to_install(
-    train: Command,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     done = train("-m", *SHORT, "seed=1,2", "hydra/launcher=ray")
@@ -39,9 +38,7 @@ def test_slurm_that_does_not_answer_is_told_before_anything_is_left(
 
 @pytest.mark.parametrize("place", ["phases.-1.best.accuracy", "phases.7", "status", "phases"])
 def test_an_objective_that_is_no_number_is_told_before_anything_trains(
-    train: Command,
-    tmp_path: Path,
-    place: str,
+    train: Command, tmp_path: Path, place: str
 ) -> None:
     done = train(*SHORT, "phase.max_epochs=1", f"objective={place}", "hydra.run.dir=run")
     assert done.status == 1

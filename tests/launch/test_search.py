@@ -26,10 +26,7 @@ SEARCH = ("-m", "hydra/sweeper=optuna", *SHORT, "phase.max_epochs=1")
 GRID = (*SEARCH, "hydra/sweeper/sampler=grid")
 
 
-def test_a_search_takes_a_failed_job_for_a_failed_trial(
-    train: Command,
-    tmp_path: Path,
-) -> None:
+def test_a_search_takes_a_failed_job_for_a_failed_trial(train: Command, tmp_path: Path) -> None:
     # One rate diverges, one number of heads does not divide the dimension, one is not whole.
     searched = ("lr.base=choice(1e-3,1e12)", "model.num_heads=choice(2,2.5,3)")
     place = "objective=phases.0.best.validation_loss"
@@ -59,9 +56,7 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
-    train: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from proglayer.launch import search as searching
 
@@ -120,10 +115,7 @@ def own_workers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_workers")
-def test_trials_at_once_share_phases_and_are_all_told(
-    train: Command,
-    tmp_path: Path,
-) -> None:
+def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: Path) -> None:
     search = (
         *GRID, "freeze=choice(existing,none,gradual)", "seed=choice(1,2)", "hydra.sweep.dir=a",
         "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2",
@@ -155,10 +147,7 @@ def test_trials_at_once_share_phases_and_are_all_told(
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=journal:///old.db"], "no journal of Opt"),
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=sqlite:///text"], "not a database"),
         (["lr.base=choice(1,2)", "hydra.sweeper.n_trials=0"], "n_trials=0 does not fit: it takes"),
-        (
-            ["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"],
-            "n_jobs=True does not fit: it",
-        ),
+        (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"], "n_jobs=True does not fit: it"),
         (["lr.base=choice(1,2)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up: min"),
         (["lr.base=choice(1,2)", "hydra.sweeper.max_failure_rate=2"], "hydra.sweeper.max_failure_"),
         (["lr.base=choice(1,2)", "hydra.sweeper.sampler.seed=x"], "hydra.sweeper.sampler: "),
@@ -181,11 +170,7 @@ def test_trials_at_once_share_phases_and_are_all_told(
     ],
 )
 def test_a_search_that_cannot_work_says_why_and_runs_nothing(
-    train: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    given: list[str],
-    message: str,
+    train: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str], message: str
 ) -> None:
     monkeypatch.setattr("proglayer.launch.slurm.check", lambda: None)  # as where it answers
     old = sqlite3.connect(tmp_path / "old.db")
@@ -203,10 +188,7 @@ def test_a_search_that_cannot_work_says_why_and_runs_nothing(
     assert not Path("multirun/optuna.db").exists() or not any(_studies())
 
 
-def test_a_grid_whose_trials_all_fail_says_so(
-    train: Command,
-    tmp_path: Path,
-) -> None:
+def test_a_grid_whose_trials_all_fail_says_so(train: Command, tmp_path: Path) -> None:
     done = train(*GRID, "report=true", "lr.base=choice(1e12)", "hydra.sweep.dir=a")
     assert done.status == 1
     assert done.err.endswith("error: every trial failed, for the reasons above\n")
@@ -226,8 +208,7 @@ def _studies(storage: str = "sqlite:///multirun/optuna.db") -> list[list]:
 
 
 def test_a_search_gone_on_with_keeps_what_its_earlier_trials_were(
-    train: Command,
-    tmp_path: Path,
+    train: Command, tmp_path: Path
 ) -> None:
     for trials in (1, 2):
         train(
@@ -262,8 +243,7 @@ def test_a_study_is_free_again_as_soon_as_its_search_ends(
 
 @pytest.mark.usefixtures("own_workers")
 def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
-    train: Command,
-    tmp_path: Path,
+    train: Command, tmp_path: Path
 ) -> None:
     search = (
         *GRID, "seed=choice(1,2)", "phase.max_epochs=400", "phase.patience=400", "threads=1",
@@ -293,8 +273,7 @@ def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
 
 
 def test_the_command_of_the_best_names_what_the_sweeper_was_told_to_keep(
-    train: Command,
-    tmp_path: Path,
+    train: Command, tmp_path: Path
 ) -> None:
     kept = "hydra.sweeper.params={freeze:none,growth:random,phase.batch_size:8}"
     done = train(*GRID, "seed=choice(3)", kept, "hydra.sweep.dir=a")

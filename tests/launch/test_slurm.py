@@ -309,9 +309,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], by
 
 
 def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit(
-    cluster: Cluster,
-    train: Command,
-    tmp_path: Path,
+    cluster: Cluster, train: Command, tmp_path: Path
 ) -> None:
     jobs = (*SHORT, "threads=1", "experiment=glob(*)", "model=standard,deep_supervision")
     sweep = Sweep(cluster, tmp_path / "there", jobs)

@@ -41,9 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("given", ["plan=true", "model.num_heads=3", "data.samples=1000000"])
 def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
-    train: Command,
-    tmp_path: Path,
-    given: str,
+    train: Command, tmp_path: Path, given: str
 ) -> None:
     (tmp_path / "other.log").write_text("a user's own")
     train(*QUICK[1:], given, "hydra.run.dir=.")
@@ -56,10 +54,7 @@ def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_mistake_leaves_a_finished_run_in_the_same_folder(
-    train: Command,
-    tmp_path: Path,
-) -> None:
+def test_a_mistake_leaves_a_finished_run_in_the_same_folder(train: Command, tmp_path: Path) -> None:
     assert train(*QUICK, "hydra.run.dir=run").status == 0
     before = contents(tmp_path / "run")
     for other in "model.num_heads=3", "seed=5":
@@ -136,8 +131,7 @@ def at_work(process: subprocess.Popen[str], sweep: Path, jobs: int) -> list[Path
 
 
 def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
-    train: Command,
-    tmp_path: Path,
+    train: Command, tmp_path: Path
 ) -> None:
     pytest.importorskip("joblib")
     jobs = (
@@ -229,9 +223,7 @@ def test_settings_edited_while_jobs_of_joblib_wait_change_none(tmp_path: Path) -
 
 
 def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
-    train: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from hydra.core.plugins import Plugins
@@ -259,10 +251,7 @@ def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
 
 @pytest.mark.parametrize(("reuse", "distinct"), [("true", 3), ("false", 4)])
 def test_a_sweep_counts_as_shared_what_is_trained_once(
-    train: Command,
-    tmp_path: Path,
-    reuse: str,
-    distinct: int,
+    train: Command, tmp_path: Path, reuse: str, distinct: int
 ) -> None:
     done = train("-m", *QUICK, "freeze=existing,none", f"reuse={reuse}", "hydra.sweep.dir=s")
     assert f"4 phases planned: {distinct} distinct phases, 0 of them stored" in done.out
@@ -287,10 +276,7 @@ def test_a_job_is_composed_once(
     assert len(composed) == 2
 
 
-def test_a_key_in_two_groups_of_pairs_is_refused(
-    train: Command,
-    tmp_path: Path,
-) -> None:
+def test_a_key_in_two_groups_of_pairs_is_refused(train: Command, tmp_path: Path) -> None:
     pairs = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
     given = ("seed=1,2", "initial_layers=2,3", "added_layers=1,2", "hydra.sweep.dir=s")
     done = train("-m", *QUICK, *given, pairs)
@@ -303,8 +289,7 @@ def test_a_key_in_two_groups_of_pairs_is_refused(
 
 
 def test_problems_of_every_kind_in_every_job_are_told_at_once(
-    train: Command,
-    tmp_path: Path,
+    train: Command, tmp_path: Path
 ) -> None:
     done = train(
         "-m", *QUICK, "seed=soon,1", "growth=random,clone", "lr.base=1e-3,-1", "hydra.sweep.dir=s"
@@ -329,9 +314,7 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
     ],
 )  # fmt: skip
 def test_a_value_that_is_cut_short_or_wants_quotes_is_told_as_such(
-    train: Command,
-    given: str,
-    message: str,
+    train: Command, given: str, message: str
 ) -> None:
     assert train(given).err == f"error: {message}\n"
 
@@ -372,9 +355,7 @@ def test_a_log_holds_no_colours(
     assert "\x1b" not in (tmp_path / "run/train.log").read_text()
 
 
-def test_a_warm_up_longer_than_a_phase_is_warned_of(
-    train: Command,
-) -> None:
+def test_a_warm_up_longer_than_a_phase_is_warned_of(train: Command) -> None:
     done = train(*QUICK, "phase=from_scratch", "lr.warmup_steps=16", "hydra.run.dir=run")
     assert done.err == (
         "WARNING: lr.warmup_steps=16 is more than the 4 steps of phase 1: its rate gets to 0.25 of "
@@ -411,8 +392,7 @@ def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
 
 
 def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
-    train: Command,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(data: DataConfig, notify: Notify) -> Corpus:
         notify("counting words")

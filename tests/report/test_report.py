@@ -12,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import NoneType
@@ -372,7 +373,7 @@ def claims_of(results: Any, margins: Margins | None = None) -> pd.DataFrame:
     arms, margins = study.arms(results), margins or Margins()
     curves = ledger.curves(results, arms.runs)
     asked = [
-        comparisons.named(question, name)
+        replace(question, condition=name)
         for number, name in enumerate(arms.conditions)
         for question in comparisons.claimed(arms.asked(number), curves, margins)
     ]

@@ -58,7 +58,8 @@ def leave(folder: Path, tokenizer: str, seed: int, loss: float, recorded: bool =
 def with_bits(record: RunRecord, corpus: CorpusRecord) -> RunRecord:
     phases = []
     for phase in record.phases:
-        bits = corpus.bits_per_byte(phase.best.validation_loss or math.nan, "validation")
+        found = corpus.metrics(phase.best.validation_loss or math.nan, 0.0)
+        bits = found["validation_bits_per_byte"]
         best = dataclasses.replace(phase.best, validation_bits_per_byte=bits)
         phases.append(dataclasses.replace(phase, best=best))
     return dataclasses.replace(record, phases=phases)
@@ -83,11 +84,16 @@ def test_bits_per_byte_by_hand() -> None:
         name=None, fingerprint=None, vocab_size=None, seq_len=8, train_windows=1,
         validation_windows=100, validation_bytes=200, test_windows=50, test_bytes=800,
     )  # fmt: skip
-    assert corpus.bits_per_byte(math.log(2), "validation") == pytest.approx(4)
-    assert corpus.bits_per_byte(2 * math.log(2), "test") == pytest.approx(1)
+    assert corpus.metrics(math.log(2), 0.5) == pytest.approx(
+        {
+            "validation_loss": math.log(2), "validation_perplexity": 2,
+            "validation_accuracy_percent": 50, "validation_bits_per_byte": 4,
+        }
+    )  # fmt: skip
+    assert corpus.metrics(2 * math.log(2), 0.5, "test")["test_bits_per_byte"] == pytest.approx(1)
     unknown = dataclasses.replace(corpus, validation_bytes=None, test_windows=None)
-    assert unknown.bits_per_byte(1.0, "validation") is None
-    assert unknown.bits_per_byte(1.0, "test") is None
+    assert unknown.metrics(1.0, 0.5)["validation_bits_per_byte"] is None
+    assert unknown.metrics(1.0, 0.5, "test")["test_bits_per_byte"] is None
 
 
 def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Path) -> None:

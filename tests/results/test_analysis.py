@@ -100,11 +100,7 @@ def test_what_is_not_known_has_no_sum(tmp_path: Path) -> None:
 
 
 def test_a_variant_is_what_was_set_but_for_seed_model_and_machine(tmp_path: Path) -> None:
-    given = {
-        "a": ["threads=1"],
-        "b": ["lr.base=1e-3", "threads=2"],
-        "c": ["lr.base=0.002"],
-    }
+    given = {"a": ["threads=1"], "b": ["lr.base=1e-3", "threads=2"], "c": ["lr.base=0.002"]}
     for name, overrides in given.items():
         run(tmp_path / name, "original", "standard", 1, *overrides)
     assert load(tmp_path).runs["variant"].tolist() == [

@@ -863,10 +863,7 @@ def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
     write_run(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
     write_run(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
     write_run(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
-    assert what_varied(load(tmp_path).runs) == {
-        "head": ["1", "2", "2"],
-        "freeze": ["none", "", ""],
-    }
+    assert what_varied(load(tmp_path).runs) == {"head": ["1", "2", "2"], "freeze": ["none", "", ""]}
 
 
 def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:

