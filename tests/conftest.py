@@ -41,6 +41,14 @@ def wikitext2_folder() -> Path:
     return Path(named)
 
 
+@pytest.fixture(scope="module")
+def no_fsync() -> Iterator[None]:
+    """Made-up records by the dozen need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def train(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

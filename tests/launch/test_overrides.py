@@ -198,11 +198,16 @@ def test_jobs_have_the_number_of_their_folder_and_relative_paths_mean_that_of_th
 
 def test_a_completed_run_is_not_overwritten_by_another(train: Command, tmp_path: Path) -> None:
     assert train(*QUICK, "hydra.run.dir=run").status == 0
-    before = (tmp_path / "run/result.json").read_bytes()
-    done = train(*QUICK, "seed=5", "hydra.run.dir=run")
-    assert done.status == 1
-    assert "holds a completed run with other settings (seed)" in done.err
-    assert (tmp_path / "run/result.json").read_bytes() == before
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in files]
+    for other, why in (
+        ("seed=5", "holds a completed run with other settings (seed)"),
+        ("model.num_heads=3", "does not divide"),
+    ):
+        done = train(*QUICK, other, "hydra.run.dir=run")
+        assert done.status == 1
+        assert why in done.err
+        assert [path.read_bytes() for path in files] == before
     assert train(*QUICK, "report=true", "hydra.run.dir=run").status == 0
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import DictConfig
 
 from proglayer.config import ConfigError, DataConfig
 from proglayer.console import LogFile
@@ -24,7 +23,7 @@ from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.launch.common import sole_writer
 from proglayer.launch.job import train as train_command
 
-from ..helpers import ROOT, SHORT, Command, config, experiments, results
+from ..helpers import ROOT, SHORT, Command, experiments, results
 
 # One epoch of a run that takes a moment.
 QUICK = (*SHORT, "phase.max_epochs=1")
@@ -52,14 +51,6 @@ def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
     train(*QUICK[1:], given, "hydra.run.dir=new")
     assert (tmp_path / "empty").is_dir()
     assert not (tmp_path / "new").exists()
-
-
-def test_a_mistake_leaves_a_finished_run_in_the_same_folder(train: Command, tmp_path: Path) -> None:
-    assert train(*QUICK, "hydra.run.dir=run").status == 0
-    before = contents(tmp_path / "run")
-    for other in "model.num_heads=3", "seed=5":
-        assert train(*QUICK, other, "hydra.run.dir=run").status == 1
-        assert contents(tmp_path / "run") == before
 
 
 def test_a_plan_needs_no_folder_that_can_be_written(train: Command) -> None:
@@ -259,35 +250,6 @@ def test_a_sweep_counts_as_shared_what_is_trained_once(
     assert sum(bool(w["epochs_trained"]) for w in work) == distinct
 
 
-def test_a_job_is_composed_once(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    composed: list[list[str]] = []
-    load = ConfigLoaderImpl.load_sweep_config
-
-    def count(self: ConfigLoaderImpl, master: DictConfig, overrides: list[str]) -> DictConfig:
-        composed.append(overrides)
-        return load(self, master, overrides)
-
-    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", count)
-    assert train("-m", *QUICK, "seed=1,2", "hydra.sweep.dir=s").status == 0
-    assert len(composed) == 2
-
-
-def test_a_key_in_two_groups_of_pairs_is_refused(train: Command, tmp_path: Path) -> None:
-    pairs = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
-    given = ("seed=1,2", "initial_layers=2,3", "added_layers=1,2", "hydra.sweep.dir=s")
-    done = train("-m", *QUICK, *given, pairs)
-    assert done.status == 1
-    assert (
-        done.err
-        == "error: hydra.sweeper.pairs names initial_layers twice: put what moves\
- together into one group\n"
-    )
-
-
 def test_problems_of_every_kind_in_every_job_are_told_at_once(
     train: Command, tmp_path: Path
 ) -> None:
@@ -304,23 +266,6 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
         assert sum(message in line for line in lines) == 1, done.err
     assert all(line.startswith("error: ") for line in lines)
     assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("data.path=~/x", """data.path=~/x: Hydra cannot read this; write 'data.path="~/x"'"""),
-        ("freeze.steps=[{existing: 1}]", "freeze.steps[0].embedding has no value: give it one"),
-    ],
-)  # fmt: skip
-def test_a_value_that_is_cut_short_or_wants_quotes_is_told_as_such(
-    train: Command, given: str, message: str
-) -> None:
-    assert train(given).err == f"error: {message}\n"
-
-
-def test_the_value_with_quotes_is_read() -> None:
-    assert config('data.path="~/x"').data.path == "~/x"
 
 
 def test_a_file_that_cannot_be_read_is_not_called_unwritable(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +20,8 @@ from .test_report import page_of
 SHOCKS = {"zero": (0.0, 0.0, 0.0), "stack": (0.4, 0.5, 0.6)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    """Made-up records by the dozen need not outlive a power cut."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
-
-
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep(no_fsync: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two operators, three seeds: the loss comes back in the second epoch, or never."""
     folder = tmp_path_factory.mktemp("growths")
     for init, shocks in SHOCKS.items():

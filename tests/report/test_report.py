@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ import pytest
 
 from proglayer.config import flat_settings, to_plain
 from proglayer.files import everything
-from proglayer.launch import job
 from proglayer.report import comparisons, ledger, page, stats, study
 from proglayer.report import pictures as figures
 from proglayer.report import write as reporting
@@ -35,7 +33,7 @@ from proglayer.results import NOT_THE_EXPERIMENT, load, write_csv
 from proglayer.store.record import read_jobs, write_jobs
 
 from .. import synthetic
-from ..helpers import ROOT, config
+from ..helpers import ROOT, SHORT, Command, config
 
 # Text that would be an element, a formula, a cell, a heading or mathematics if it were let.
 EVIL = '<script>alert("1")</script>'
@@ -43,12 +41,7 @@ FORMULA = "=1+1"
 NASTY = f"{FORMULA} {EVIL} | `x` **b** $\\frac{{1}}$ [a](javascript:1)\n# head\x07 & é"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Any:
-    """Made-up records by the dozen need not outlive a power cut."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(scope="module")
@@ -1197,68 +1190,34 @@ def test_marks_of_markdown_are_taken_off(text: str) -> None:
 
 # --- by itself ------------------------------------------------------------------------------------
 
-TINY = (
-    "data.samples=64", "data.validation_samples=32", "data.max_vocab=200", "model.dim=8",
-    "model.num_heads=2", "phase.max_epochs=2", "phase.batch_size=16",
-)  # fmt: skip
 
-
-@pytest.fixture
-def train(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str]]:
-    """`python train.py ...` in this process: its status, and what it printed."""
-    import runpy
-
-    from hydra.core.global_hydra import GlobalHydra
-
-    def command(*arguments: str) -> tuple[int, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0), capsys.readouterr().out
-        return 0, capsys.readouterr().out
-
-    return command
-
-
-def test_a_sweep_with_a_failure_leaves_its_report(
-    train: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
+def test_a_sweep_with_a_failure_leaves_its_report(train: Command, tmp_path: Path) -> None:
     # the second job's loss cannot but become NaN
-    status, out = train(
-        "-m", "lr.base=0.001,1e15", "optimizer.clip_norm=null", "hydra.sweep.dir=sweep"
-    )
-    assert status == 1
-    assert "report: sweep/report/index.html" in out
+    rates = ("lr.base=0.001,1e15", "optimizer.clip_norm=null")
+    done = train("-m", *SHORT, *rates, "report=true", "hydra.sweep.dir=sweep")
+    assert done.status == 1
+    assert "report: sweep/report/index.html" in done.out
     page = page_of(tmp_path / "sweep" / "report")
     assert [row["Status"] for row in page.table("Run", "Status")] == ["failed"]
     assert "python train.py -m" in page.text
 
 
 def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
-    train: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, out = train("hydra.run.dir=a")
-    assert (status, "a/report/index.html" in out) == (0, True)
-    assert train("hydra.run.dir=b", "report=false")[0] == 0
+    done = train(*SHORT, "report=true", "hydra.run.dir=a")
+    assert (done.status, "a/report/index.html" in done.out) == (0, True)
+    assert train(*SHORT, "report=false", "hydra.run.dir=b").status == 0
     assert not (tmp_path / "b" / "report").exists()
-    import proglayer.report.write
 
     def broken(*_: object, **__: object) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(proglayer.report.write, "write_report", broken)
-    status, out = train("hydra.run.dir=c")
-    assert (status, "report:" in out) == (0, False)
-    assert (
-        "no report could be written (RuntimeError: no ink)"
-        in (tmp_path / "c" / "train.log").read_text()
-    )
+    monkeypatch.setattr(reporting, "write_report", broken)
+    done = train(*SHORT, "report=true", "hydra.run.dir=c")
+    assert (done.status, "report:" in done.out) == (0, False)
+    log = (tmp_path / "c" / "train.log").read_text()
+    assert "no report could be written (RuntimeError: no ink)" in log
 
 
 def test_the_entrance_does_not_pay_for_the_report() -> None:
@@ -1268,7 +1227,6 @@ def test_the_entrance_does_not_pay_for_the_report() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
-    assert job.leave_report.__doc__
 
 
 # --- in a browser ---------------------------------------------------------------------------------

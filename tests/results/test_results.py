@@ -150,12 +150,6 @@ def list_jobs(sweep: Path, *folders: str) -> None:
     write_jobs(sweep, [ListedJob(name, (f"seed={name[0]}", "model=standard")) for name in folders])
 
 
-@pytest.fixture
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up records by the hundred need not outlive a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 # --- what is read ---------------------------------------------------------------------------------
 
 

@@ -430,6 +430,7 @@ MISTAKES = {
     ("device=cuda",): "device=cuda is not available here",
     ("seed=1,2",): "-m",
     ("seed=",): "seed",
+    ("freeze.steps=[{existing: 1}]",): "freeze.steps[0].embedding has no value: give it one",
     ("model.exit_weights=[1,2]",): "has 2 weights for 3 layers",
 }
 
@@ -474,6 +475,9 @@ def test_paired_values(train: Command, tmp_path: Path) -> None:
     done = train("-m", "plan=true", *SHORT, "seed=1,2,3", "initial_layers=2,4", pairs)
     assert done.status == 1
     assert "seed has 3, initial_layers has 2" in done.err
+    twice = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
+    done = train("-m", *SHORT, "seed=1,2", "initial_layers=2,3", "added_layers=1,2", twice)
+    assert done.err.startswith("error: hydra.sweeper.pairs names initial_layers twice: put what")
 
 
 def test_jobs_of_one_process_leave_threads_as_they_were(train: Command, tmp_path: Path) -> None:
