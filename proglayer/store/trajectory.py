@@ -8,6 +8,7 @@ patience are all the same thing: reading a trajectory (the idea of stage trees, 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -122,6 +123,8 @@ class Trajectory:
         self._hooks = hooks
         self._recorded: dict[int, EpochMetrics] = {}
         self._training: Training | None = None
+        # Of what trains, the hashes of its start: another model in memory would be as large again.
+        self._started: dict[str, str] = {}
         # The trainable weights of the best epoch so far, while only memory has them.
         self._best: tuple[int, Tensors] | None = None
         self._checkpointed = time.monotonic()
@@ -405,17 +408,19 @@ class Trajectory:
 
     def _check_moved(self, weights: Tensors) -> None:
         """Raise NotMoved where a tensor that trains is, bit for bit, what it was at the start."""
-        still = [
-            name
-            for name, parameter in self._start().named_parameters()
-            if trains(name, self.phase) and torch.equal(parameter.cpu(), weights[name])
-        ]
+        started = self._started or self._hashes(self._start())
+        still = [name for name, start in started.items() if _hash(weights[name]) == start]
         if still:
             more = f" and {len(still) - 1} more" if len(still) > 1 else ""
             raise NotMoved(
                 f"phase {self.phase.index + 1} did not move {still[0]}{more}, which should train: "
                 "its gradient is zero, or too small for its rate (see lr, loss and growth)"
             )
+
+    def _hashes(self, model: Model) -> dict[str, str]:
+        """Of each parameter that the phase trains."""
+        parameters = model.named_parameters()
+        return {name: _hash(value) for name, value in parameters if trains(name, self.phase)}
 
     def _after_step(self, training: Training, progress: Progress) -> None:
         self._hooks.on_step(progress)
@@ -489,7 +494,9 @@ class Trajectory:
         """Training in the last stored state up to `latest` (epochs, steps), else from the start."""
         self._best = None
         self._checkpointed = time.monotonic()
-        training = Training(self._start(), self.phase, self.corpus, self.device, self._carried())
+        model = self._start()
+        self._started = self._hashes(model)
+        training = Training(model, self.phase, self.corpus, self.device, self._carried())
 
         def load(content: bytes) -> bool:
             self._best = load_training(training, content)
@@ -562,6 +569,11 @@ def describe(
 
 def _read_epoch(stage: Stage, number: int) -> EpochMetrics | None:
     return stage.read_json(f"epoch-{number:04d}", lambda plain: EpochMetrics(**plain))
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _position(training: Training) -> tuple[int, int]:

@@ -205,6 +205,18 @@ def test_a_phase_that_moves_nothing_fails_by_name_and_again(tmp_path: Path) -> N
                 steps.finish(stopped.best.epoch)
 
 
+def test_a_phase_builds_the_model_that_it_starts_with_once(tmp_path: Path) -> None:
+    """A second one beside the trained one would be as large as a released model is."""
+    phase, built = planned(), []
+
+    def start() -> Model:
+        built.append(1)
+        return build(phase)
+
+    followed(tmp_path, phase, start=start)
+    assert len(built) == 1
+
+
 def test_stopped_again_and_again_is_the_uninterrupted_run(tmp_path: Path) -> None:
     phase = planned()
     whole = followed(tmp_path / "whole", phase)
