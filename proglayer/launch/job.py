@@ -266,9 +266,10 @@ def print_plan(config: Config) -> None:
     from proglayer.data.corpus import open_corpus
     from proglayer.launch.stored import StoredPlans
     from proglayer.run.progress import plan_table
-    from proglayer.training.plan import plan
+    from proglayer.training.plan import check_checkpoint, plan
     from proglayer.training.unused import unused_settings
 
+    check_checkpoint(config.model)
     corpus = open_corpus(config.data, tell)
     windows = len(corpus.train), len(corpus.validation)
     phases = plan(config, corpus.vocab_size)

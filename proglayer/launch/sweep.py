@@ -60,7 +60,7 @@ from proglayer.store.record import (
     write_jobs,
     write_submissions,
 )
-from proglayer.training.plan import Phase, StoppingRule, plan
+from proglayer.training.plan import Phase, StoppingRule, check_checkpoint, plan
 from proglayer.training.unused import unused_settings
 from proglayer.versions import warn_of_unknown
 
@@ -418,6 +418,7 @@ class Checks:
         config = to_config(composed)
         self._check_hydra(composed, self._folder / folder)
         if config.data not in self._corpora:
+            check_checkpoint(config.model)
             # In a sweep Hydra has the log on the console, too.
             self._corpora[config.data] = open_corpus(config.data, log.info)
         corpus = self._corpora[config.data]

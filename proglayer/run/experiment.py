@@ -48,7 +48,13 @@ from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
-from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
+from proglayer.training.plan import (
+    Phase,
+    check_checkpoint,
+    parameter_counts,
+    plan,
+    training_flops,
+)
 from proglayer.training.stopping import EpochMetrics, Stopped, follow
 from proglayer.training.trainer import Diverged, ExitMetrics
 from proglayer.training.unused import unused_settings
@@ -175,6 +181,7 @@ def prepare(config: Config, record: RunRecord) -> Setup:
     device = machine.pick_device(config.device, config.precision)
     if warning := machine.precision_warning(device, config.precision):
         tell(warning)
+    check_checkpoint(config.model)
     corpus = open_corpus(config.data, tell)
     phases = plan(config, corpus.vocab_size)
     for phase in phases:

@@ -572,7 +572,7 @@ def _read_epoch(stage: Stage, number: int) -> EpochMetrics | None:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return hashlib.sha256(content).hexdigest()
 
 

@@ -265,7 +265,7 @@ def architecture_of(
         family, layers = model.family.name, None
         settings = _untrained(model, vocab_size, seq_len)
     else:
-        family = _known_family(found, str(model.path))
+        family = known_family(found, str(model.path))
         settings = library_settings(found.folder)
         layers = int(configuration(family, {}, 1).__class__(**settings).num_hidden_layers)
     settings |= {name: 0.0 for name in DROPOUTS if name in settings}
@@ -289,7 +289,7 @@ def architecture_of(
     return architecture, layers
 
 
-def _known_family(found: Pretrained, path: str) -> str:
+def known_family(found: Pretrained, path: str) -> str:
     """The family of a checkpoint. Raises ConfigError for one that is not known here."""
     family = found.config.get("model_type")
     if family in FAMILIES:

@@ -282,6 +282,19 @@ def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
     return tuple(replace(phase, cache_frozen=_caches(config, phase)) for phase in phases)
 
 
+def check_checkpoint(model: ModelConfig) -> None:
+    """Look at `model.path` before a text is prepared for it, which may take minutes.
+
+    Raises ConfigError where there is no model of a family that is known.
+    """
+    if model.path is None:
+        return
+    from proglayer.data.pretrained import open_pretrained
+    from proglayer.training.causal_lm import known_family
+
+    known_family(open_pretrained(model.path, model.revision, weights=False), model.path)
+
+
 def _own_architecture(model: ModelConfig, vocab_size: int) -> Architecture:
     sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
     assert None not in sizes, "to_config refuses it"

@@ -114,6 +114,17 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     assert again.weights_sha256 == record.weights_sha256
 
 
+def test_what_is_no_model_is_told_before_a_text_is_prepared_for_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for path, reason in (tmp_path, "family bert"), (tmp_path / "none", "is no folder"):
+        settings = config(
+            "model=causal_lm", f"model.path={path}", "data.tokenizer=model", "data=text",
+            "data.files=[/no/such/text]", "report=false",
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"^model\.path={path}.*{reason}"):
+            run(settings, tmp_path / "run")
+
+
 def test_an_untrained_model_of_a_family_goes_to_the_library_with_its_bpe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
