@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -37,6 +37,9 @@ from proglayer.data import subwords
 from proglayer.data.sources import TextSource, open_source
 from proglayer.data.subwords import TOKENIZER_FILE, Subwords, open_subwords
 from proglayer.errors import DISK_FULL, ConfigError, first_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Notify = Callable[[str], None]
 
@@ -69,14 +72,15 @@ class Corpus:
     """Token windows of a training, a validation and a test text.
 
     `train`, `validation` and `test` are int32 of shape (windows, seq_len + 1), memory-mapped and
-    read-only: the input of a window is `[:-1]`, its target `[1:]`. The test windows are what
-    follows the validation windows in the validation split, so that no epoch is chosen by them;
-    None where those take the whole split.
+    read-only: the input of a window is `[:-1]`, its target `[1:]`. The test windows, which no epoch
+    is chosen by, are of the data set's own test split; where it has none, they are what follows the
+    validation windows in the validation split, and None where those take it whole.
 
     `vocab_size` counts the entries of the vocabulary; of words, `<unk>` = 0 and `<pad>` = 1 are
     among them. `fingerprint` hashes both token streams, the vocabulary (or the tokenizer's file),
     the length and the number of windows: it is equal where the training data are equal, and knows
-    nothing of where they lay.
+    nothing of where they lay. The test text is no part of it, for no training depends on that; its
+    own split has the `test_fingerprint`, which is None of what follows the validation windows.
 
     `validation_bytes` and `test_bytes` count the bytes of text, in UTF-8, that the targets of those
     windows stand for: a word with the white space before it, a subword from the end of the one
@@ -95,6 +99,7 @@ class Corpus:
     validation_bytes: int | None = None
     test_bytes: int | None = None
     validation_unknown: int | None = None
+    test_fingerprint: str | None = None
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -107,8 +112,7 @@ class Corpus:
             content = self.tokenizer_file.read_bytes()
             tokenizer = subwords.load_tokenizer(content, str(self.tokenizer_file))
             return [tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
-        text = (self.folder / "vocabulary.txt").read_bytes().decode("utf-8", "surrogatepass")
-        return text.split("\n")
+        return _words_of(self.folder)
 
 
 def open_corpus(data: DataConfig, notify: Notify | None = None) -> Corpus:
@@ -129,13 +133,14 @@ def open_corpus(data: DataConfig, notify: Notify | None = None) -> Corpus:
         entry = _read_entry(folder, notify)
         if entry is None:
             entry = _prepare_once(folder, source, data, chosen, notify)
-        elif "validation_bytes" not in entry.meta:
-            entry = _count_bytes_once(entry, source, notify)
-    if share := entry.meta.get("validation_in_train"):
-        notify(
-            f"warning: {source.label}: {share:.0%} of the validation text is training text, too: "
-            "its loss says less about new text, so choose splits or files that do not overlap"
-        )
+        elif _lacking(entry.meta, source):
+            entry = _complete_once(entry, source, data, notify)
+    for split in ("validation", "test"):
+        if share := entry.meta.get(f"{split}_in_train"):
+            notify(
+                f"warning: {source.label}: {share:.0%} of the {split} text is training text, too: "
+                "its loss says less about new text, so choose splits or files that do not overlap"
+            )
     return _take_windows(entry, source, data)
 
 
@@ -161,17 +166,20 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
                 "of it: raise it, or set data.validation_samples"
             )
     validation = _windows(entry.validation, length, wanted, asked, "validation", source, unit)
-    # They follow from the split and the number of validation windows, which the fingerprint holds.
-    rest = entry.validation[len(validation) * length :]
+    own_test = entry.test is not None and len(entry.test) >= length
+    # Otherwise they follow from what the fingerprint holds.
+    rest = entry.test if own_test else entry.validation[validation.size :]
+    rest_bytes = entry.test_bytes if own_test else entry.bytes
+    if rest_bytes is not None and not own_test:
+        rest_bytes = rest_bytes[validation.size :]
     count = min(len(rest) // length, MOST_TEST_SHARE * len(validation))
     test = rest[: count * length].reshape(count, length) if count else None
     words = data.tokenizer == WORDS
 
-    def bytes_of(windows: np.ndarray | None, first: int) -> int | None:
-        if entry.bytes is None or windows is None:
+    def bytes_of(windows: np.ndarray | None, sizes: np.ndarray | None) -> int | None:
+        if sizes is None or windows is None:
             return None
-        own = entry.bytes[first : first + windows.size].reshape(windows.shape)
-        return int(own[:, 1:].sum(dtype=np.int64))
+        return int(sizes[: windows.size].reshape(windows.shape)[:, 1:].sum(dtype=np.int64))
 
     identity = {
         "train": entry.meta["train"]["sha256"],
@@ -189,9 +197,10 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
         folder=entry.folder,
         test=test,
         tokenizer=data.tokenizer,
-        validation_bytes=bytes_of(validation, 0),
-        test_bytes=bytes_of(test, validation.size),
+        validation_bytes=bytes_of(validation, entry.bytes),
+        test_bytes=bytes_of(test, rest_bytes),
         validation_unknown=int((validation[:, 1:] == UNK).sum()) if words else None,
+        test_fingerprint=entry.meta["test"]["sha256"] if own_test else None,
     )
 
 
@@ -229,11 +238,12 @@ def _windows(
 
 # ---------------------------------------------------------------------------------------------
 # The cache: one folder for each text and tokenisation, holding train.npy, validation.npy,
-# validation_bytes.npy (the bytes of each token of validation), vocabulary.txt (one word a line, a
-# word's line is its id) or tokenizer.json, and meta.json, which is written last.
+# validation_bytes.npy (the bytes of each token of validation), of a data set that has one also
+# test.npy and test_bytes.npy, vocabulary.txt (one word a line, a word's line is its id) or
+# tokenizer.json, and meta.json, which is written last.
 
 VOCABULARY_FILE = "vocabulary.txt"
-ENTRY_FORM = r"(train|validation|validation_bytes)\.npy|vocabulary\.txt|(tokenizer|meta)\.json"
+ENTRY_FORM = r"(train|(validation|test)(_bytes)?)\.npy|vocabulary\.txt|(tokenizer|meta)\.json"
 
 
 @dataclass(frozen=True)
@@ -245,6 +255,8 @@ class _Entry:
     train: np.ndarray
     validation: np.ndarray
     bytes: np.ndarray | None = None
+    test: np.ndarray | None = None
+    test_bytes: np.ndarray | None = None
 
 
 def _cache_folder(data: DataConfig) -> Path:
@@ -286,8 +298,10 @@ def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
         if signed["sha256"] != _hash_json(meta):
             raise ValueError("meta.json does not match its own hash")
         streams = {split: _read_stream(folder, split, meta) for split in SPLITS}
-        if meta.get("validation_bytes"):
-            streams["bytes"] = _read_stream(folder, "validation_bytes", meta)
+        for name in ("validation_bytes", "test", "test_bytes"):
+            if meta.get(name):
+                stream = _read_stream(folder, name, meta)
+                streams["bytes" if name == "validation_bytes" else name] = stream
         vocabulary = folder / meta["vocabulary"].get("file", VOCABULARY_FILE)
         if hashlib.sha256(vocabulary.read_bytes()).hexdigest() != meta["vocabulary"]["sha256"]:
             raise ValueError(f"{vocabulary.name} does not match its hash")
@@ -361,37 +375,59 @@ def _prepare_once(
     return entry
 
 
-def _count_bytes_once(entry: _Entry, source: TextSource, notify: Notify) -> _Entry:
-    """The entry of words that an earlier version prepared, with the bytes that it did not count.
+def _lacking(meta: dict[str, Any], source: TextSource) -> list[str]:
+    """The streams that an entry of an earlier version was not asked for."""
+    wanted = ["validation_bytes", *(["test", "test_bytes"] if source.may_test else [])]
+    return [name for name in wanted if name not in meta]
+
+
+def _complete_once(entry: _Entry, source: TextSource, data: DataConfig, notify: Notify) -> _Entry:
+    """The entry that an earlier version prepared, with the streams that it lacks.
 
     Who has prepared a text keeps it: the entry stays without them where the text is no longer to be
     had, which it then says, or where nobody may write there.
     """
-    folder, meta, stream = entry.folder, dict(entry.meta), "validation_bytes"
+    folder, meta = entry.folder, dict(entry.meta)
     ours = files.named(r"meta\.json")
     try:
         with _alone(folder, source, notify) as partial_name:
             now = _read_entry(folder, _silent)
-            if now is None or stream in now.meta:
+            if now is None or not (lacking := _lacking(now.meta, source)):
                 return now or entry
-            notify(f"{source.name}: counting the bytes of its validation text")
+            notify(f"{source.name}: reading its text again, of which an earlier version kept less")
             with files.new_folder(folder.parent, partial_name) as partial:
-                pieces = _ending_in_white_space(source.pieces("validation", partial))
-                counted = partial / f"{stream}.npy"
+                new: dict[str, Any] = dict.fromkeys(lacking)
+
+                def text(split: str) -> Iterator[str]:
+                    return _ending_in_white_space(source.pieces(split, partial))
+
                 try:
-                    meta[stream] = _write_stream(counted, _bytes_of_words(pieces))
-                    if meta[stream]["words"] != meta["validation"]["words"]:
-                        raise ConfigError("its text is another one now")
-                    files.delete(folder / counted.name, files.everything)
-                    files.move(counted, folder / counted.name, files.everything)
+                    if "validation_bytes" in lacking:
+                        counted = _bytes_of_words(text("validation"))
+                        stream = _write_stream(partial / "validation_bytes.npy", counted)
+                        if stream["words"] != meta["validation"]["words"]:
+                            raise ConfigError("its text is another one now")
+                        new["validation_bytes"] = stream
+                    if "test" in lacking:
+                        new |= _write_test(partial, folder, text, data)
                 except ConfigError as error:
-                    notify(f"{source.name}: no bits per byte ({first_line(error)})")
-                    meta[stream] = None
+                    without = [name for name, stream in new.items() if stream is None]
+                    notify(f"{source.name}: {_without(without)} ({first_line(error)})")
+                for name in [name for name, stream in new.items() if stream is not None]:
+                    files.delete(folder / f"{name}.npy", files.everything)
+                    files.move(partial / f"{name}.npy", folder / f"{name}.npy", files.everything)
+            meta |= new
             files.write_atomically(folder / "meta.json", _signed(meta), "data.cache_dir", ours)
         return _read_entry(folder, notify) or entry
     except OSError as error:
-        notify(f"{source.name}: no bits per byte ({first_line(error)})")
+        notify(f"{source.name}: {_without(_lacking(meta, source))} ({first_line(error)})")
         return entry
+
+
+def _without(streams: Iterable[str]) -> str:
+    """What an entry does without that lacks these streams."""
+    words = {"validation_bytes": "bits per byte", "test": "test text of its own"}
+    return "no " + " and no ".join(words[name] for name in streams if name in words)
 
 
 def _prepare(
@@ -410,6 +446,8 @@ def _prepare(
         meta = _prepare_words(folder, scratch, text, source, data, notify)
     else:
         meta = _prepare_subwords(folder, text, source, chosen, notify)
+    if source.may_test:
+        meta |= _write_test(folder, folder, text, data)
     files.delete_folder(scratch, files.everything)
     _write_file(folder / "meta.json", _signed(meta))
     _sync_folder(folder)
@@ -443,7 +481,7 @@ def _prepare_words(
         _check_not_empty(meta, split, "words", source)
     in_bytes = _bytes_of_words(text("validation"))
     meta["validation_bytes"] = _write_stream(folder / "validation_bytes.npy", in_bytes)
-    meta |= _overlap(folder, PASSAGE)
+    meta |= _overlap(folder / "train.npy", folder / "validation.npy", PASSAGE)
     vocabulary = list(ids)
     if data.min_count > 1 or data.max_vocab is not None:
         counts = np.zeros(len(vocabulary), np.int64)
@@ -480,27 +518,77 @@ def _prepare_subwords(
         content = subwords.train_bpe(text("train"), chosen.size)
     tokenizer = subwords.load_tokenizer(content, chosen.label)
     meta: dict[str, Any] = {}
-
-    def validation() -> Iterator[np.ndarray]:
-        # Written as they come: the text is tokenized once.
-        with _StreamFile(folder / "validation_bytes.npy") as sizes:
-            for ids, size in subwords.encode_with_bytes(tokenizer, text("validation")):
-                sizes.write(size)
-                yield ids
-        meta["validation_bytes"] = sizes.meta
-
     for split, stream in (
         ("train", subwords.encode(tokenizer, text("train"))),
-        ("validation", validation()),
+        ("validation", _with_bytes(folder, "validation", tokenizer, text, meta)),
     ):
         note = _Notes(notify, f"{source.name}: {split}")
         meta[split] = _write_stream(folder / f"{split}.npy", _noted(stream, note, "tokens"))
         _check_not_empty(meta, split, "text", source)
-    sizes = np.load(folder / "validation_bytes.npy", mmap_mode="r")
-    meta |= _overlap(folder, max(PASSAGE, round(PASSAGE_BYTES / max(1, sizes.mean()))))
+    passage = _passage(meta["validation"], folder / "validation_bytes.npy")
+    meta |= _overlap(folder / "train.npy", folder / "validation.npy", passage)
     size = subwords.entries(tokenizer)
     meta["vocabulary"] = _write_vocabulary(folder / TOKENIZER_FILE, content, size)
     return meta
+
+
+def _with_bytes(
+    folder: Path,
+    split: str,
+    tokenizer: Tokenizer,
+    text: Callable[[str], Iterator[str]],
+    meta: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """The subwords of a split; their bytes are written as they come, so that it is read once."""
+    with _StreamFile(folder / f"{split}_bytes.npy") as sizes:
+        for ids, size in subwords.encode_with_bytes(tokenizer, text(split)):
+            sizes.write(size)
+            yield ids
+    meta[f"{split}_bytes"] = sizes.meta
+
+
+def _write_test(
+    folder: Path, entry: Path, text: Callable[[str], Iterator[str]], data: DataConfig
+) -> dict[str, Any]:
+    """Write the streams of the data set's own test text into `folder`, in the tokens of `entry`.
+
+    A word that the vocabulary lacks is `<unk>`. Returns what meta.json says of them: None of each
+    where there is no such text.
+    """
+    meta: dict[str, Any] = {}
+    stream, counted = folder / "test.npy", folder / "test_bytes.npy"
+    if data.tokenizer == WORDS:
+        ids = {word: place for place, word in enumerate(_words_of(entry))}
+
+        def tokens() -> Iterator[np.ndarray]:
+            for piece in text("test"):
+                words = (piece.lower() if data.lowercase else piece).split()
+                yield np.fromiter((ids.get(word, UNK) for word in words), "<i4", len(words))
+
+        meta["test"] = _write_stream(stream, tokens())
+        meta["test_bytes"] = _write_stream(counted, _bytes_of_words(text("test")))
+    else:
+        content = (entry / TOKENIZER_FILE).read_bytes()
+        tokenizer = subwords.load_tokenizer(content, str(entry / TOKENIZER_FILE))
+        meta["test"] = _write_stream(stream, _with_bytes(folder, "test", tokenizer, text, meta))
+    if meta["test"]["words"] == 0:
+        for path in (stream, counted):
+            files.delete(path, files.everything)
+        return dict.fromkeys(meta)
+    passage = PASSAGE if data.tokenizer == WORDS else _passage(meta["test"], counted)
+    return meta | _overlap(entry / "train.npy", stream, passage)
+
+
+def _words_of(folder: Path) -> list[str]:
+    """The vocabulary of an entry of words; an entry's place is its id."""
+    text = (folder / VOCABULARY_FILE).read_bytes().decode("utf-8", "surrogatepass")
+    return text.split("\n")
+
+
+def _passage(stream: dict[str, Any], counted: Path) -> int:
+    """How many tokens of a stream a passage has, by the bytes that each stands for."""
+    mean = np.load(counted, mmap_mode="r").mean() if stream["words"] else 1
+    return max(PASSAGE, round(PASSAGE_BYTES / max(1, mean)))
 
 
 def _noted(stream: Iterable[np.ndarray], note: _Notes, unit: str) -> Iterator[np.ndarray]:
@@ -624,20 +712,20 @@ def _stream_pieces(path: Path) -> Iterator[np.ndarray]:
         yield stream[first : first + PIECE_TOKENS]
 
 
-def _overlap(folder: Path, length: int) -> dict[str, float]:
-    """The share of a thousand passages of validation that train has as well, if that is much.
+def _overlap(train: Path, held_out: Path, length: int) -> dict[str, float]:
+    """The share of a thousand held-out passages that train has as well, if that is much.
 
     A passage has `length` tokens. By hashes of all passages of train, which takes a tenth of the
     time of preparing the text.
     """
-    held = np.load(folder / "validation.npy", mmap_mode="r")
+    held = np.load(held_out, mmap_mode="r")
     if len(held) < length:
         return {}
     starts = np.unique(np.linspace(0, len(held) - length, 1000, dtype=np.int64))
     passages = np.unique(_hashes(sliding_window_view(held, length)[starts]))
     seen = np.zeros(len(passages), bool)
     rest = np.empty(0, "<i4")
-    for piece in _stream_pieces(folder / "train.npy"):
+    for piece in _stream_pieces(train):
         tokens = np.concatenate([rest, piece])
         rest = tokens[1 - length :]
         if len(tokens) >= length:
@@ -645,7 +733,7 @@ def _overlap(folder: Path, length: int) -> dict[str, float]:
             place = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
             seen[place[passages[place] == hashes]] = True
     share = float(seen.mean())
-    return {"validation_in_train": round(share, 3)} if share > NOTED_OVERLAP else {}
+    return {f"{held_out.stem}_in_train": round(share, 3)} if share > NOTED_OVERLAP else {}
 
 
 def _hashes(passages: np.ndarray) -> np.ndarray:

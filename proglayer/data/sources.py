@@ -1,8 +1,9 @@
 """Where text comes from: the documentation of Python, local files, data sets.
 
 Every source gives the same thing, a `TextSource`: pieces of text for "train" and for "validation",
-and a key that tells one text from another. How text becomes words is `corpus`'s business; it only
-splits on white space, so a source may cut its text at any white space, and nowhere else.
+of a data set that has one also for "test", and a key that tells one text from another. How text
+becomes words is `corpus`'s business; it only splits on white space, so a source may cut its text at
+any white space, and nowhere else.
 
 Data sets are loaded with the `datasets` library, imported when the text is needed and not before.
 Plain text files are read here: its "text" builder would copy them to Arrow first, and can't say at
@@ -75,8 +76,10 @@ class TextSource:
 
     `key`, plain data, is equal where the text is equal and is had without loading the text;
     `pieces` gives the text of "train" or "validation", cut at white space only, and may use the
-    folder it is given, which is deleted afterwards. `label` names the text as the user did, and
-    `more` says, per split, what to set for more of it; both are for error messages.
+    folder it is given, which is deleted afterwards. With `may_test` it also gives that of "test",
+    which is nothing where a data set of the hub turns out to have none. `label` names the text as
+    the user did, and `more` says, per split, what to set for more of it; both are for error
+    messages.
     """
 
     name: str
@@ -84,6 +87,7 @@ class TextSource:
     key: dict[str, Any]
     pieces: Callable[[str, Path], Iterable[str]]
     more: dict[str, str]
+    may_test: bool = False
 
 
 def open_source(data: DataConfig, hashes: Path) -> TextSource:
@@ -414,6 +418,8 @@ def _wanted_folder(data: DataConfig) -> str:
 def _release(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
     """The layout of the WikiText releases, `wiki.train.raw` and so on."""
     names = _split_names(data, sorted(RELEASE_SPLITS))
+    if _may_test(data) and (folder / "wiki.test.raw").exists():
+        names["test"] = "test"
     files = {split: folder / f"wiki.{RELEASE_SPLITS[name]}.raw" for split, name in names.items()}
     digests = {split: _file_sha256(path, "data.path", hashes) for split, path in files.items()}
 
@@ -427,7 +433,13 @@ def _release(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
         key={"source": "release", "files": digests},
         pieces=pieces,
         more=_other_data_set("data.path"),
+        may_test="test" in files,
     )
+
+
+def _may_test(data: DataConfig) -> bool:
+    """Whether a split called "test" is no part of what is trained and validated on."""
+    return "test" not in f"{data.train_split} {data.validation_split}"
 
 
 def _split_names(data: DataConfig, known: list[str]) -> dict[str, str]:
@@ -474,6 +486,8 @@ def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
             data, sorted(state.parent.name for state in folder.glob("*/state.json"))
         )
         folders = {split: folder / name for split, name in names.items()}
+        if _may_test(data) and any((folder / "test").glob("*.arrow")):
+            folders["test"] = folder / "test"
     for split, split_folder in folders.items():
         if not any(split_folder.glob("*.arrow")):  # `datasets` can't load what it saved of no rows
             more = _other_data_set("data.path")[split]
@@ -513,6 +527,7 @@ def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
         },
         pieces=pieces,
         more=_other_data_set("data.path"),
+        may_test="test" in folders,
     )
 
 
@@ -530,11 +545,16 @@ def _hub(data: DataConfig) -> TextSource:
 
     @cache
     def splits() -> dict[str, Any]:
-        return dict(zip(("train", "validation"), _load_from_hub(data), strict=True))
+        train, validation = _load_from_hub(data, [data.train_split, data.validation_split])
+        found = {"train": train, "validation": validation}
+        if _may_test(data) and "test" in (train.info.splits or {}):
+            (found["test"],) = _load_from_hub(data, ["test"])
+        return found
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         with _quiet_datasets():
-            yield from _rows(splits()[split], data.text_column)
+            if split in splits() or split != "test":
+                yield from _rows(splits()[split], data.text_column)
 
     return TextSource(
         name=_data_set_name(data),
@@ -550,6 +570,7 @@ def _hub(data: DataConfig) -> TextSource:
         },
         pieces=pieces,
         more=_other_data_set("data.text_column"),
+        may_test=_may_test(data),
     )
 
 
@@ -583,8 +604,8 @@ def _rows(rows: Any, column: str) -> Iterator[str]:
         yield "\n".join(text for text in texts if text is not None) + "\n"
 
 
-def _load_from_hub(data: DataConfig) -> list[Any]:
-    """The training and the validation split, as two `datasets.Dataset`, online or from its cache.
+def _load_from_hub(data: DataConfig, names: list[str]) -> list[Any]:
+    """The splits of these names, a `datasets.Dataset` each, online or from its cache.
 
     Raises:
         ConfigError: the data set can't be had, read, or is not of the wanted revision.
@@ -599,7 +620,7 @@ def _load_from_hub(data: DataConfig) -> list[Any]:
                 data.repository,
                 data.configuration,
                 revision=data.revision,
-                split=[data.train_split, data.validation_split],
+                split=names,
             )
     except ConnectionError as error:
         raise ConfigError(_unreachable(data)) from error

@@ -377,8 +377,10 @@ def _add_ends(runs: Frame, phases: Frame) -> None:
     runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
     runs["validation_accuracy"] = runs["last_accuracy_percent"].astype("float64")
     runs["validation_loss"] = runs["last_loss"].astype("float64")
-    # Runs of a time without a test text cannot be compared on one.
+    # Runs of a time without a test text, or of several texts, cannot be compared on one.
+    texts = runs.groupby("corpus_fingerprint", dropna=False)["test_fingerprint"]
     tested = bool(len(runs)) and bool(last["test_loss"].notna().all())
+    tested = tested and bool((texts.nunique(dropna=False) == 1).all())
     runs["judged_on"] = "test" if tested else "validation"
 
     def judged(ends: Frame, name: str, otherwise: str) -> np.ndarray:

@@ -929,9 +929,12 @@ def _noise_of_text(condition: _Condition, margins: Margins) -> list[str]:
         return []
     tokens, error = errors["tokens"].min(), errors["error_of_difference"].max()
     tested = condition.runs["judged_on"].iloc[0] == "test"
+    windows = condition.runs["test_windows"].notna()
+    why = "some were tested on another text" if windows.all() else "not all have a test text"
+    why = why if windows.any() else "they have no test text"
     text = (
         f"Judged on {'a test' if tested else 'the validation'} text of {tokens:,} tokens"
-        f"{'' if tested else ', which also chose the epochs (these runs have no test text)'}. "
+        f"{'' if tested else f', which also chose the epochs of these runs ({why})'}. "
         "Another text of that size would "
         f"move a difference by up to ±{error:.2g} points (standard error, McNemar, if the models "
         "erred unrelatedly; less, the more they agree); more seeds do not lower that."

@@ -16,12 +16,14 @@ from proglayer.results.formatting import tokenizer_of
 from proglayer.results.frames import Results, load
 from proglayer.store.record import RunState
 
-# Of the column `git_commit` and of the keys of stages, as git shortens them.
+# Of hashes, as git shortens them.
 SHORT = 12
+SHORTENED = ("git_commit", "corpus_fingerprint", "test_fingerprint", "stage")
 # What a result may depend on besides the settings: the columns of `runs`.
 CODE = (
     *("git_commit", "git_changed", "git_difference", "proglayer", "python", "torch"),
-    *("device", "device_name", "threads", "platform", "host", "corpus_fingerprint"),
+    *("device", "device_name", "threads", "platform", "host"),
+    *("corpus_fingerprint", "test_fingerprint"),
 )
 # The columns of `phases`, and how each is written.
 FIGURES = {
@@ -144,7 +146,7 @@ def _first_row(frame: pd.DataFrame) -> dict[str, Any]:
 
 def _text(value: Any, name: str) -> str:
     text = "" if value is None else str(value)
-    return text[:SHORT] if name in ("git_commit", "corpus_fingerprint", "stage") else text
+    return text[:SHORT] if name in SHORTENED else text
 
 
 def _figures(name: str, values: list[Any], form: str) -> tuple[str, str, str]:

@@ -224,6 +224,7 @@ def corpus_record(config: Config, corpus: Corpus) -> CorpusRecord:
         validation_bytes=corpus.validation_bytes,
         test_bytes=corpus.test_bytes,
         validation_unknown=corpus.validation_unknown,
+        test_fingerprint=corpus.test_fingerprint,
     )
 
 

@@ -175,7 +175,8 @@ class CorpusRecord:
 
     The bytes are those of the text that the targets of the windows stand for, in UTF-8;
     `validation_unknown` counts the targets that are `<unk>`, of words. Records without `tokenizer`
-    are of words.
+    are of words. `test_fingerprint` hashes a data set's own test split; without it the test windows
+    are what follows the validation windows.
     """
 
     name: str | None
@@ -189,6 +190,7 @@ class CorpusRecord:
     validation_bytes: int | None = field(default=None, metadata=OMITTED_IF_NONE)
     test_bytes: int | None = field(default=None, metadata=OMITTED_IF_NONE)
     validation_unknown: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    test_fingerprint: str | None = field(default=None, metadata=OMITTED_IF_NONE)
 
     def metrics(
         self, loss: float, accuracy: float, on: Literal["validation", "test"] = "validation"

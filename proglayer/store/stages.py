@@ -9,6 +9,7 @@ A stage is a folder of files that are never changed once written:
     gradients-0001.<hash>.json             the new layers' part of the gradient right after a growth
     optimizer-0002.<hash>.safetensors      what the optimizer of a later phase takes over
     test-0002.<hash>.json                  the last exit on the test text, at a selected epoch
+    test-0002-81985529216486.<hash>.json   the same on a test split, with a number of its own
     weights-0002.<hash>.safetensors        the model after an epoch that a stopping rule can select
     state-0003-000120.<hash>.safetensors   what training needs to go on from epoch 3, step 120
     used/1f3a9c2b4d5e.<hash>.json          a run that reads this stage

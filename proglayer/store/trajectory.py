@@ -268,7 +268,7 @@ class Trajectory:
                 model = self._model(self.weights(selected))
                 last = [self.phase.exits - 1]
                 (metrics,) = self._evaluate(model, last, self._training, tokens=self.corpus.test)
-                self.stage.write_json(f"test-{selected:04d}", asdict(metrics))
+                self.stage.write_json(self._test_name(selected), asdict(metrics))
         return metrics
 
     def weights_file(self, epoch: int) -> Path:
@@ -462,7 +462,14 @@ class Trajectory:
         return f"{'exits' if self.phase.evaluates_all else 'trained'}-{epoch:04d}"
 
     def _stored_test(self, epoch: int) -> ExitMetrics | None:
-        return self.stage.read_json(f"test-{epoch:04d}", lambda plain: ExitMetrics(**plain))
+        return self.stage.read_json(self._test_name(epoch), lambda plain: ExitMetrics(**plain))
+
+    def _test_name(self, epoch: int) -> str:
+        """Training depends on no test text, so the key of a stage knows nothing of it: the name
+        does, unless the test text follows from what the key holds.
+        """
+        text = self.corpus.test_fingerprint
+        return f"test-{epoch:04d}" + (f"-{int(text[:12], 16)}" if text else "")
 
     def _states(self) -> list[tuple[int, int]]:
         """Where the stored states stand (epochs, steps), in their order."""

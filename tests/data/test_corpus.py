@@ -210,6 +210,111 @@ def test_the_test_windows_follow_the_validation_windows_and_change_nothing_else(
         assert not found.test.flags.writeable
 
 
+TEST = "".join(f"A {n % 3} dog and {n} unheard-of birds .\n" for n in range(30))
+
+
+def own_test_ids(corpus: Corpus) -> list[int]:
+    """The test text by the rule read slowly: what the vocabulary lacks is <unk>."""
+    ids = {word: place for place, word in enumerate(corpus.words())}
+    return [ids.get(word, 0) for word in twin_words(TEST, True)]
+
+
+def test_the_test_windows_are_of_the_release_s_own_test_file_where_it_has_one(tmp_path):
+    without = open_corpus(release(write_release(tmp_path / "a"), validation_samples=5))
+    folder = write_release(tmp_path / "text")
+    (folder / "wiki.test.raw").write_text(TEST)
+    notes: list[str] = []
+    corpus = open_corpus(release(folder), notes.append)
+    assert not [note for note in notes if note.startswith("warning: ")]
+    ids = own_test_ids(corpus)
+    assert 0 in ids
+    assert corpus.test is not None
+    assert corpus.test.reshape(-1).tolist() == ids[: len(ids) // 5 * 5]
+    assert not corpus.test.flags.writeable
+    spaced = re.findall(r"\s*\S+", TEST)
+    targets = [word for place, word in enumerate(spaced[: corpus.test.size]) if place % 5]
+    assert corpus.test_bytes == len("".join(targets).encode())
+    # what is trained and validated on, and so every key that holds it, is as without it
+    few = open_corpus(release(folder, validation_samples=5))
+    assert same_tokens(few, without)
+    assert few.fingerprint == without.fingerprint
+    assert few.test is not None
+    assert without.test is not None
+    assert few.test.shape == without.test.shape == (20, 5)
+    assert few.test.reshape(-1).tolist() == ids[:100]
+    assert few.test_fingerprint == corpus.test_fingerprint is not None
+    assert without.test_fingerprint is None
+
+
+def test_a_test_split_that_is_trained_or_validated_on_is_no_test_text(tmp_path):
+    folder = write_release(tmp_path / "text")
+    (folder / "wiki.test.raw").write_text(TEST)
+    for changes in ({"train_split": "test"}, {"validation_split": "test"}):
+        corpus = open_corpus(release(folder, validation_samples=5, **changes))
+        assert corpus.test_fingerprint is None
+        assert corpus.test is not None
+
+
+def test_a_test_file_without_a_window_leaves_what_follows_the_validation_windows(tmp_path):
+    folder = write_release(tmp_path / "text")
+    for content in ("", "\n", "a b c"):
+        (folder / "wiki.test.raw").write_text(content)
+        corpus = open_corpus(release(folder, validation_samples=5))
+        assert corpus.test_fingerprint is None
+        assert corpus.test is not None
+        assert corpus.test_bytes
+
+
+def test_another_test_file_is_another_test_text_of_the_same_training(tmp_path):
+    found = []
+    for content in (TEST, TEST + TEST.upper()):
+        folder = write_release(tmp_path / "text")
+        (folder / "wiki.test.raw").write_text(content)
+        found.append(open_corpus(release(folder)))
+    assert found[0].fingerprint == found[1].fingerprint
+    assert found[0].test_fingerprint != found[1].test_fingerprint
+
+
+def test_test_text_that_is_training_text_is_warned_of(tmp_path):
+    folder = write_release(tmp_path / "text", TRAIN + TEST)
+    (folder / "wiki.test.raw").write_text(TEST)
+    notes: list[str] = []
+    open_corpus(release(folder), notes.append)
+    [warning] = [note for note in notes if note.startswith("warning: ")]
+    assert "100% of the test text is training text, too" in warning
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_an_entry_of_before_gets_the_test_text_if_it_can_still_be_read(
+    tmp_path, monkeypatch, readable
+):
+    folder = write_release(tmp_path / "text")
+    (folder / "wiki.test.raw").write_text(TEST)
+    data = release(folder, validation_samples=5)
+    now = open_corpus(data)
+    entry = entry_folder(data)
+    meta = json.loads((entry / "meta.json").read_text())["meta"]
+    for name in ("test", "test_bytes"):
+        (entry / f"{name}.npy").unlink()
+        del meta[name]
+    (entry / "meta.json").write_bytes(corpus_module._signed(meta))
+    if not readable:
+
+        def unreadable(*_: object) -> Any:
+            yield from ()
+            raise ConfigError("data.path: it can't be read")
+
+        monkeypatch.setattr(sources, "_file_pieces", unreadable)
+    notes: list[str] = []
+    again = open_corpus(data, notes.append)
+    assert again.fingerprint == now.fingerprint
+    assert (again.test_fingerprint == now.test_fingerprint) == readable
+    assert not any("preparing" in note for note in notes)
+    said = [note for note in notes if "no test text of its own (data.path: it can't" in note]
+    assert len(said) == (not readable)
+    open_corpus(data, pytest.fail)  # nothing is left to do
+
+
 def test_seq_len_and_samples_share_one_cache_entry(tmp_path):
     folder = write_release(tmp_path / "text")
     notes: list[str] = []
@@ -321,6 +426,7 @@ for settings in json.loads(Path(sys.argv[1]).read_text()):
     try:
         corpus = open_corpus(DataConfig(**settings), notes.append)
         answer = {"fingerprint": corpus.fingerprint, "shape": corpus.train.shape}
+        answer["test"] = corpus.test_fingerprint
     except ConfigError as error:
         answer = {"error": str(error)}
     answer["seconds"] = time.monotonic() - started
@@ -823,10 +929,11 @@ def hub_cache(home: Path) -> Path:
     """The cache of `datasets` after a download of WikiText-2."""
     import datasets
 
+    texts = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
     built = datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict({"text": rows(content)})
-            for split, content in (("train", TRAIN), ("validation", VALIDATION))
+            for split, content in texts.items()
         }
     )
     for split in built:
@@ -846,20 +953,25 @@ def hub_cache(home: Path) -> Path:
 def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
     import datasets
 
-    expected = open_corpus(release(write_release(tmp_path / "text")))
+    (write_release(tmp_path / "text") / "wiki.test.raw").write_text(TEST)
+    expected = open_corpus(release(tmp_path / "text"))
+    assert expected.test_fingerprint
     splits = {
         "train": datasets.Dataset.from_dict({"text": rows(TRAIN)}),
         "validation": datasets.Dataset.from_dict({"text": rows(VALIDATION)}),
     }
-    datasets.DatasetDict(splits).save_to_disk(
-        str(tmp_path / "saved"), num_shards={"train": 3, "validation": 1}
+    of_test = datasets.Dataset.from_dict({"text": rows(TEST)})
+    datasets.DatasetDict(splits | {"test": of_test}).save_to_disk(
+        str(tmp_path / "saved"), num_shards={"train": 3, "validation": 1, "test": 1}
     )
     saved = open_corpus(release(tmp_path / "saved"))
     assert same_tokens(saved, expected)
     assert saved.fingerprint == expected.fingerprint
+    assert saved.test_fingerprint == expected.test_fingerprint
     for split, dataset in splits.items():  # Dataset.save_to_disk, one split at a time
         dataset.save_to_disk(str(tmp_path / "apart" / split))
-    assert open_corpus(release(tmp_path / "apart")).fingerprint == expected.fingerprint
+    apart = open_corpus(release(tmp_path / "apart"))
+    assert (apart.fingerprint, apart.test_fingerprint) == (expected.fingerprint, None)
 
     home = tmp_path / "home"
     home.mkdir()
@@ -879,6 +991,7 @@ def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
     hub = dict(zip(variants, answers(process), strict=True))
     for name in ("pinned", "whatever"):
         assert hub[name]["fingerprint"] == expected.fingerprint, name
+        assert hub[name]["test"] == expected.test_fingerprint, name
     for name in ("other revision", "not downloaded"):
         assert re.search("can't be reached .*data.path.*data=pydocs", hub[name]["error"]), name
     assert "config 'wikitext-103-raw-v1'" in hub["other configuration"]["error"]

@@ -30,7 +30,7 @@ from proglayer.report.__main__ import main
 from proglayer.report.study import DEEP, STANDARD, Margins
 from proglayer.report.write import write_report
 from proglayer.results import NOT_THE_EXPERIMENT, load, write_csv
-from proglayer.store.record import read_jobs, write_jobs
+from proglayer.store.record import CorpusRecord, read_jobs, write_jobs
 
 from .. import synthetic
 from ..helpers import ROOT, SHORT, Command, config
@@ -834,7 +834,34 @@ def test_what_is_judged_is_judged_on_the_test_text(tmp_path: Path) -> None:
     made = claims_of(load(tmp_path))
     assert made[made["n"] > 1]["verdict"].tolist() == ["worse"]
     text = page_of(write_report([tmp_path], tmp_path / "b", png=False).parent).text
-    assert "which also chose the epochs (these runs have no test text)" in text
+    assert "which also chose the epochs of these runs (they have no test text)" in text
+
+
+def test_runs_that_were_tested_on_several_texts_are_judged_on_the_validation_text(
+    tmp_path: Path,
+) -> None:
+    """The same training with and without the data set's own test split at hand."""
+
+    def report_of(folder: Path, *texts: str | None) -> str:
+        for seed, text in enumerate(texts):
+            for experiment, on_test in (("original", [5.9, 5.5]), ("control_from_scratch", [6.0])):
+                losses = [[6.0, 5.9, 6.0], [5.6, 5.5, 5.6]][-len(on_test) :]
+                corpus = CorpusRecord(
+                    name="wikitext2", fingerprint="f" * 64, vocab_size=8192, seq_len=32,
+                    train_windows=3_000, validation_windows=500, test_windows=700,
+                    test_fingerprint=text,
+                )  # fmt: skip
+                synthetic.run(folder / f"{experiment}{seed}", experiment, STANDARD, seed,
+                              losses=losses, test_losses=on_test, corpus=corpus)  # fmt: skip
+        return page_of(write_report([folder], folder / "report", png=False).parent).text
+
+    assert "Judged on a test text of 22,400 tokens." in report_of(
+        tmp_path / "a", "t" * 64, "t" * 64
+    )
+    assert "Judged on a test text of 22,400 tokens." in report_of(tmp_path / "b", None, None)
+    text = report_of(tmp_path / "c", "t" * 64, None)
+    assert "Judged on the validation text of 16,000 tokens" in text
+    assert "chose the epochs of these runs (some were tested on another text)" in text
 
 
 def test_an_epoch_that_its_run_did_not_select_is_compared_on_the_validation_text(

@@ -545,3 +545,28 @@ def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
     monkeypatch.setattr("proglayer.store.trajectory.evaluate", None)
     with trajectory(tmp_path, phase) as again:
         assert again.test(selected) == expected
+
+
+def test_a_figure_of_one_test_text_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trains the same has one stage, whatever it is tested on; the figures have own names."""
+    phase = planned()
+    selected = followed(tmp_path, phase)[0].best.epoch
+    keys, losses = set(), []
+    texts = ((None, 3), ("1" * 64, 4), ("2" * 64, 5))
+    for _ in range(2):
+        for fingerprint, seed in texts:
+            text = tiny_corpus(seed=seed).validation
+            tested = replace(CORPUS, test=text, test_fingerprint=fingerprint)
+            monkeypatch.setattr(f"{__name__}.CORPUS", tested)
+            with trajectory(tmp_path, phase) as steps:
+                keys.add(steps.key)
+                found = steps.test(selected)
+            assert found is not None
+            losses.append(found.loss)
+        # the second time all are stored
+        monkeypatch.setattr("proglayer.store.trajectory.evaluate", None)
+    assert len(keys) == 1
+    assert len(set(losses[:3])) == 3
+    assert losses[3:] == losses[:3]
