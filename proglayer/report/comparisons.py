@@ -111,7 +111,6 @@ def claimed(runs: Frame, curves: Frame, margins: Margins) -> list[Question]:
         runs: of `Arms.asked`, also those that did not complete.
         curves: of `ledger.curves`, of these runs.
     """
-    runs = runs[COLUMNS]
     arms = _arms(runs)
     original = study.plain_variant(runs, study.ORIGINAL)
     growing = list(runs.loc[runs["grows"], "variant"].unique())
@@ -356,7 +355,6 @@ def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Qu
     The models in each variant with phases; each variant with the original, or, where it is a
     control, the original with it; and each growing variant with the controls of its own size.
     """
-    runs = runs[COLUMNS]
     arms = _arms(runs)
     variants = list(dict.fromkeys(runs["variant"]))
     claimed = {question.a for question in claims if not question.model}

@@ -304,27 +304,32 @@ def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool
     base = [False] * len(runs)
     read = ["condition", "experiment", "model", "overrides", *GROUPS.values(), *columns]
     runs = runs[list(dict.fromkeys(read))]  # to select rows of all columns takes most of the time
-    own = [_own_overrides(text) for text in runs["overrides"].fillna("")]
+    groups = {name: column for name, column in GROUPS.items() if name not in _NO_VARIATION}
+    kinds = runs.groupby(["condition", "experiment", "model"], sort=False)
+    varies = kinds[list(dict.fromkeys([*columns, *groups.values()]))].nunique(dropna=False) > 1
+    varies = varies.to_dict("index")
     group: Frame
-    for (_, experiment, _), group in runs.groupby(["condition", "experiment", "model"], sort=False):
-        varying = [c for c in columns if group[c].nunique(dropna=False) > 1]
-        choices = [
-            g
-            for g, column in GROUPS.items()
-            if g not in _NO_VARIATION and group[column].nunique(dropna=False) > 1
-        ]
-        arm: Frame = group.groupby(varying or ["experiment"], dropna=False, sort=False).ngroup()
+    for kind, group in kinds:
+        experiment = kind[1]
+        varying = [c for c in columns if varies[kind][c]]
+        if not varying:
+            for index in group.index:
+                labels[index], base[index] = str(experiment) or "as configured", True
+            continue
+        choices = [name for name, column in groups.items() if varies[kind][column]]
+        own = group["overrides"].fillna("").map(_own_overrides)
+        arm: Frame = group.groupby(varying, dropna=False, sort=False).ngroup()
         first: dict[int, Frame] = {
             number: group.loc[index] for index, number in arm.drop_duplicates().items()
         }
-        fewest: Frame = pd.Series([own[index] for index in arm.index]).groupby(arm.to_numpy()).min()
+        fewest: Frame = own.groupby(arm).min()
         plain = [number for number in first if fewest[number] == fewest.min()]
         plain_arm = plain[0] if len(plain) == 1 else None
         numbered: dict[int, str] = {}
         base_row = None if plain_arm is None else first[plain_arm]
         for number, row in first.items():
             if number == plain_arm:
-                label = str(experiment) or ("as configured" if len(first) == 1 else "base")
+                label = str(experiment) or "base"
             else:
                 parts = _parts(row, base_row, choices, varying)
                 label = _label(" ".join([*([str(experiment)] if experiment else []), *parts]))
@@ -423,10 +428,10 @@ def changes(runs: Frame) -> Frame:
 
 def plain_variant(runs: Frame, experiment: str) -> str | None:
     """The variant that is this experiment and nothing else; else its first one; None without."""
-    rows = runs[runs["experiment"] == experiment]
-    plain = rows[rows["base"]]
-    rows = plain if len(plain) else rows
-    return None if rows.empty else str(rows["variant"].iloc[0])
+    named = runs["experiment"] == experiment
+    plain = named & runs["base"]
+    variants = runs["variant"][plain if plain.any() else named]
+    return str(variants.iloc[0]) if len(variants) else None
 
 
 def controls(runs: Frame, experiment: str) -> dict[str, str]:
@@ -440,7 +445,8 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     def size(rows: Frame) -> tuple[int, int]:
         return int(rows[end].iloc[0]), int(rows["config.model.dim"].iloc[0])
 
-    runs = runs.dropna(subset=[end, "config.model.dim"])
+    read = ["variant", "experiment", "base", "grows", end, "config.model.dim", "stopped", "tokens"]
+    runs = runs[read].dropna(subset=[end, "config.model.dim"])
     held = runs[runs["experiment"] == experiment]
     # Rather one that `max_epochs` did not cut, else the longest; then the plain one.
     cut = held["stopped"].astype(str).str.startswith("max_epochs").groupby(held["variant"]).mean()

@@ -197,10 +197,9 @@ def judged(results: Results) -> Iterator[Any]:
     arms = replace(arms, runs=arms.runs[["condition", *comparisons.COLUMNS]])
     curves = ledger.curves(results, arms.runs)
     texts = arms.runs.set_index("run")["condition"]
-    by_study = dict(iter(curves.groupby(curves["run"].map(texts))))
-    for number in range(len(arms.conditions)):
-        asked = comparisons.claimed(arms.asked(number), by_study[number], margins)
-        yield comparisons.judge(asked)
+    runs_of = arms.runs.groupby("condition")
+    for (_, runs), (_, own) in zip(runs_of, curves.groupby(curves["run"].map(texts)), strict=True):
+        yield comparisons.judge(comparisons.claimed(runs, own, margins))
 
 
 def simulate(
