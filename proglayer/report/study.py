@@ -441,25 +441,27 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     of those that it begins with. Variants of which no such control was run are left out.
     """
     end = "first_layers" if experiment == KEEP_TRAINING else "last_layers"
-
-    def size(rows: Frame) -> tuple[int, int]:
-        return int(rows[end].iloc[0]), int(rows["config.model.dim"].iloc[0])
-
     read = ["variant", "experiment", "base", "grows", end, "config.model.dim", "stopped", "tokens"]
-    runs = runs[read].dropna(subset=[end, "config.model.dim"])
-    held = runs[runs["experiment"] == experiment]
-    # Rather one that `max_epochs` did not cut, else the longest; then the plain one.
-    cut = held["stopped"].astype(str).str.startswith("max_epochs").groupby(held["variant"]).mean()
-    held = held.assign(cut=held["variant"].map(cut).ge(0.5))
-    held["short"] = -held["tokens"].astype("float64").where(held["cut"], 0.0)
-    order = {"cut": True, "short": True, "base": False}
-    held = held.sort_values(list(order), ascending=list(order.values()), kind="stable")
+    held: dict[str, list[dict[str, Any]]] = {}
+    growing: dict[str, tuple[int, int]] = {}
+    for row in runs[read].dropna(subset=[end, "config.model.dim"]).to_dict("records"):
+        variant, row["size"] = str(row["variant"]), (int(row[end]), int(row["config.model.dim"]))
+        if row["experiment"] == experiment:
+            held.setdefault(variant, []).append(row)
+        if row["grows"]:
+            growing.setdefault(variant, row["size"])
+
+    def rank(variant: str) -> tuple[bool, float, bool]:
+        """Rather one that `max_epochs` did not cut, else the longest; then the plain one."""
+        own = held[variant]
+        cut = 2 * sum(str(row["stopped"]).startswith("max_epochs") for row in own) >= len(own)
+        longest = max((float(row["tokens"]) for row in own if pd.notna(row["tokens"])), default=0.0)
+        return cut, -longest * cut, not any(row["base"] for row in own)
+
     by_size: dict[tuple[int, int], str] = {}
-    for variant, rows in held.groupby("variant", sort=False):
-        by_size.setdefault(size(rows), str(variant))
-    growing = runs[runs["grows"]].groupby("variant", sort=False)
-    sizes = {str(variant): size(rows) for variant, rows in growing}
-    return {variant: by_size[own] for variant, own in sizes.items() if own in by_size}
+    for variant in sorted(held, key=rank):
+        by_size.setdefault(held[variant][0]["size"], variant)
+    return {variant: by_size[own] for variant, own in growing.items() if own in by_size}
 
 
 def differing(runs: Frame, reference: str) -> dict[str, str]:

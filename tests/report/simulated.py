@@ -193,8 +193,9 @@ def judged(results: Results) -> Iterator[Any]:
     """The claims of the studies in these frames, each judged as by a report of its own."""
     margins = study.Margins()
     arms = study.arms(results)
-    # All that is read of them, of two hundred columns.
-    arms = replace(arms, runs=arms.runs[["condition", *comparisons.COLUMNS]])
+    # All that is read of them, of two hundred columns; plain strings are faster to read.
+    runs = arms.runs[["condition", *comparisons.COLUMNS]]
+    arms = replace(arms, runs=runs.astype(dict.fromkeys(runs.select_dtypes("string"), object)))
     curves = ledger.curves(results, arms.runs)
     texts = arms.runs.set_index("run")["condition"]
     runs_of = arms.runs.groupby("condition")
@@ -258,9 +259,8 @@ def simulate(
 
 CELLS: list[dict[str, Any]] = [
     *({"seeds": seeds, "distribution": d} for d in DISTRIBUTIONS for seeds in (3, 5, 8, 20)),
-    *({"seeds": seeds, "true": 0.1} for seeds in (3, 5, 8, 20)),
-    *({"seeds": 8, "true": 0.1, "distribution": d} for d in DISTRIBUTIONS[1:3]),
-    *({"seeds": 20, "epochs": e, "tested": t} for t in (False, True) for e in (3, 10)),
+    *({"seeds": seeds, "true": 0.1} for seeds in (3, 8)),
+    *({"seeds": 20, "epochs": e, "tested": t} for e, t in ((3, False), (10, False), (10, True))),
 ]
 
 
