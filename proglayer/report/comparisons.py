@@ -354,20 +354,23 @@ def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Qu
 
     The models in each variant with phases; each variant with the original, or, where it is a
     control, the original with it; and each growing variant with the controls of its own size.
+    Where the original was not run, the first variant that is its experiment as it is, else the
+    first of all, stands for it.
     """
     arms = _arms(runs)
     variants = list(dict.fromkeys(runs["variant"]))
     claimed = {question.a for question in claims if not question.model}
     original = study.plain_variant(runs, study.ORIGINAL)
+    plain = runs["variant"][runs["base"].astype(bool)].tolist()
+    reference = original or (plain or variants)[0]
     questions = models(arms, [v for v in variants if v not in claimed], margins)
     pairs: dict[tuple[str, str], None] = {}
     for experiment in (study.FROM_SCRATCH, study.KEEP_TRAINING):
         pairs |= dict.fromkeys(study.controls(runs, experiment).items())
     controls = set(runs.loc[runs["experiment"].str.startswith("control_"), "variant"])
     for variant in variants:
-        pair = (original, variant) if variant in controls else (variant, original)
-        if original not in (None, variant):
-            pairs[pair] = None  # type: ignore[index]
+        if variant != reference:
+            pairs[(reference, variant) if variant in controls else (variant, reference)] = None
     for a, b in pairs:
         for model in dict.fromkeys(runs["model"]):
             own, other = arms.get((a, model)), arms.get((b, model))
@@ -540,7 +543,8 @@ def limits(made: Frame) -> list[str]:
         seeds = sorted({row["n"] for row in records})
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         low, high = (f"{value:.2g}" for value in (min(shown), max(shown)))
-        size = f"{high} points" if low == high else f"{low} to {high} points, by comparison,"
+        several = f"{low} to {high} points, depending on the comparison,"
+        size = f"{high} points" if low == high else several
         notes.append(
             f"With {count} seeds, only differences above roughly {size} would probably be detected "
             "(power 80 %)."

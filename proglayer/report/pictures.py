@@ -472,7 +472,8 @@ def against_compute(
         _legend(axes, 2)
 
     shown_in_words = "; ".join(
-        f"{variant}: {own['loss'].iloc[-1]:.3f} after {engineering(own['compute'].iloc[-1])}"
+        f"{variant_name(variant)}: {own['loss'].iloc[-1]:.3f} after "
+        f"{engineering(own['compute'].iloc[-1])}{' s' if column == 'seconds' else ''}"
         for variant, own in ((v, steps[steps["variant"] == v]) for v in shown)
     )
     height = 3.0 + 0.17 * (sum(1 + _wrapped(v, 26).count("\n") for v in shown) / 2)

@@ -394,22 +394,22 @@ def speed_up_table(gains: Frame) -> Table:
         def text(row: Row) -> str:
             if row["reached"] < row["seeds"]:
                 return f"only {row['reached']:.0f} of {row['seeds']:.0f} got there"
-            return _interval(row[measure.column], 0, 100, " %")
+            return _interval(row[measure.column], 0, 100)
 
         return lambda row: Cell(text(row), _sort(row[measure.column]["mean"]))
 
     columns = [
         *ARM,
         ("Reached by", "figure", lambda row: _share(row["reached"], row["seeds"])),
-        ("In tokens", "figure", cell(ledger.TOKENS)),
-        ("In FLOP with head", "figure", cell(ledger.FLOPS)),
-        ("In FLOP without", "figure", cell(ledger.BODY)),
-        ("In time", "figure", cell(ledger.SECONDS)),
+        ("In tokens, %", "figure", cell(ledger.TOKENS)),
+        ("In FLOP with head, %", "figure", cell(ledger.FLOPS)),
+        ("In FLOP without, %", "figure", cell(ledger.BODY)),
+        ("In time, %", "figure", cell(ledger.SECONDS)),
     ]
     note = (
         "Compute from scratch / compute of growing, all phases, to the loss that the run from "
         "scratch of the same seed ended with, reached at the final depth, − 1 (Du et al. 2024): "
-        "+50 % means that from scratch takes half as much again, minus that growing was slower. "
+        "+50 means that from scratch takes half as much again, minus that growing was slower. "
         "Geometric mean and 95 % interval over seeds; no average where a seed did not get there."
     )
     return _table("Speed-up of growing against from scratch", rows, columns, note, sortable=True)
@@ -561,7 +561,7 @@ def _mean_seconds(values: Any) -> str:
     return duration(mean) if mean >= 100 else _mean(values, ".1f", " s")
 
 
-def _interval(summary: Any, decimals: int, scale: float = 1, unit: str = "") -> str:
+def _interval(summary: Any, decimals: int, scale: float = 1) -> str:
     """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
     if not math.isfinite(summary["mean"]):
         return "none"
@@ -570,8 +570,8 @@ def _interval(summary: Any, decimals: int, scale: float = 1, unit: str = "") -> 
     )
     text = f"{mean:+.{decimals}f}" + (f" ± {sd:.{decimals}f}" if math.isfinite(sd) else "")
     if not math.isfinite(low):
-        return f"{text}{unit}"
-    return f"{text} ({low:+.{decimals}f} to {high:+.{decimals}f}{unit})"
+        return text
+    return f"{text} ({low:+.{decimals}f} to {high:+.{decimals}f})"
 
 
 def _sort(value: Any) -> float | str:

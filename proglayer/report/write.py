@@ -310,13 +310,13 @@ class _Report:
         """The lead, and everything below it."""
         blocks: list[Block] = self._first_screen()
         # A reader of one run, or of single seeds, came for its figures.
-        nothing = not (self.claims["n"] > 1).any()
+        nothing = not (pd.concat([self.claims["n"], self.others["n"]]) > 1).any()
         if between := self._between_tokenizers():
             title = "Between tokenizers"
             blocks.append(Collapsible(title, between, section=True, open=True))
         for title, section, tables in (
             ("The comparisons, in numbers", self._comparisons, "comparisons.csv"),
-            ("The founding experiment's tables", self._founding, "phases.csv"),
+            (self._title_of_phases(), self._founding, "phases.csv"),
             ("From the first phase to the last", self._changes, "changes.csv"),
             ("At the moment of growth", self._growth, "growth.csv"),
             ("Learning curves", self._learning_curves, "epochs.csv and exits.csv"),
@@ -389,14 +389,33 @@ class _Report:
         if not self.conditions:
             return [*blocks, Paragraph("No run has completed yet: nothing can be concluded.")]
         singles = [text for condition in self.conditions if (text := _single_seeds(condition))]
-        if not (self.claims["n"] > 1).any():
-            blocks += [Paragraph(text) for text in singles] or [
-                Paragraph("No claim of the founding experiment was tested.")
-            ]
-            inside: list[Block] = [Summary(self._findings(), [])]
+        claims, others = (own[own["n"] > 1] for own in (self.claims, self.others))
+        if len(claims):
+            blocks += self._judged("claims", claims, self._findings())
+        original = study.ORIGINAL in self.arms.runs["experiment"].to_numpy()
+        if len(others) and not (len(claims) and original):
+            # A study of one's own: what it compares is what it is about.
+            if len(claims):
+                blocks.append(Heading("The study's own comparisons", level=3))
+            findings = self._findings_of_others(others.head(MOST_JUDGED))
+            blocks += self._judged("others", others, findings)
+        notes = [sequential.in_words(self.looks)] if self.looks else []
+        if len(claims) or len(others):
+            for condition in self.conditions[:MOST_CONDITIONS]:
+                prefix = f"On {condition.name}: " if len(self.conditions) > 1 else ""
+                notes += [prefix + text for text in _noise_of_text(condition, self.margins)]
+            notes += [text for text in (self._second_look(),) if text]
+            blocks.append(Bullets([*notes, *singles], muted=True))
+        else:
+            nothing = "Nothing was compared: it takes two variants, or both models, of like seeds."
+            blocks += [Paragraph(text) for text in singles or [nothing]]
+        if not len(claims):
             title = "What it takes to test the founding experiment's claims"
-            return [*blocks, Collapsible(title, inside)]
-        made = self.claims[self.claims["n"] > 1]
+            blocks.append(Collapsible(title, [Summary(self._findings(), [])]))
+        return blocks
+
+    def _judged(self, name: str, made: Frame, findings: Sequence[Finding]) -> list[Block]:
+        """What was found in these comparisons, one picture of them, and what it rests on."""
         several = len(self.conditions) > 1
         rows = [
             {
@@ -410,18 +429,14 @@ class _Report:
         ]
         title = "Differences in accuracy"
         margin = self.margins.points
-        picture = forest(self.gallery, "claims", title, rows, margin, "points of accuracy")
-        blocks.append(Summary(self._findings(), [picture]))
-        blocks += _left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons")
-        notes = [comparisons.how_judged(made, self.margins)]
-        notes += [sequential.in_words(self.looks)] if self.looks else []
-        notes += comparisons.limits(made)
-        for condition in self.conditions[:MOST_CONDITIONS]:
-            prefix = f"On {condition.name}: " if several else ""
-            notes += [prefix + text for text in _noise_of_text(condition, self.margins)]
-        notes += [text for text in (self._second_look(),) if text]
-        blocks.append(Bullets([*notes, *singles], muted=True))
-        return blocks
+        picture = forest(self.gallery, name, title, rows, margin, "points of accuracy")
+        return [
+            Summary(findings, [picture]),
+            *_left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons"),
+            Bullets(
+                [comparisons.how_judged(made, self.margins), *comparisons.limits(made)], muted=True
+            ),
+        ]
 
     def _second_look(self) -> str:
         if self.looks:
@@ -444,6 +459,19 @@ class _Report:
                 findings.append(Finding(claim.title, f"{claim.short}{on}", verdicts, sentence))
         return findings
 
+    def _findings_of_others(self, made: Frame) -> list[Finding]:
+        """A finding for each pair of variants, or of models, in each condition."""
+        findings = []
+        for _, rows in made.groupby(["condition", "a", "b", "measured"], sort=False):
+            first = rows.iloc[0]
+            on = f", on {first['condition']}" if len(self.conditions) > 1 else ""
+            verdicts = list(dict.fromkeys(rows["verdict"]))
+            sentence = comparisons.answer(rows)
+            findings.append(
+                Finding(comparisons.label(first), f"{first['measured']}{on}", verdicts, sentence)
+            )
+        return findings
+
     def _comparisons(self, condition: _Condition) -> list[Block]:
         """The claims in numbers, and every other comparison."""
         blocks: list[Block] = []
@@ -464,9 +492,10 @@ class _Report:
             if lacking := [variant_name(v) for v in growing if having and v not in having]:
                 blocks.append(
                     Paragraph(
-                        f"No {variant_name(experiment)} of their depth and width was run for "
-                        f"{listed(lacking, 6)}: run experiment={experiment} with their "
-                        "initial_layers, added_layers and model.dim.",
+                        f"For {listed(lacking, 6)} there is no run of "
+                        f"“{variant_name(experiment)}” with the same depth and width: run "
+                        f"experiment={experiment} with the same initial_layers, added_layers and "
+                        "model.dim.",
                         muted=True,
                     )
                 )
@@ -483,17 +512,15 @@ class _Report:
 
     # --- the founding experiment's tables ---------------------------------------------------------
 
+    def _title_of_phases(self) -> str:
+        published = any(_like_the_original(c.runs) for c in self.conditions)
+        return "The founding experiment's tables" if published else "Phase by phase"
+
     def _founding(self, condition: _Condition) -> list[Block]:
         runs = condition.runs
-        alike = [
-            v
-            for v, own in runs.groupby("variant", sort=False)
-            if not study.differs_from_original(own)
-        ]
-        original = study.plain_variant(runs, study.ORIGINAL)
-        main = original or (alike[0] if alike else runs["variant"].iloc[0])
+        published = _like_the_original(runs)
+        main = published or runs["variant"].iloc[0]
         blocks: list[Block] = []
-        published = bool(original or alike)
         if published:
             own = runs[runs["variant"] == main]
             here = listed(unique(own["vocab_size"]), 3)
@@ -511,7 +538,7 @@ class _Report:
                     "training and evaluation."
                 )
             )
-        blocks += self._tables_of(condition, main, published)
+        blocks += self._tables_of(condition, main, bool(published))
         others = [variant for variant in condition.variants if variant != main]
         for variant in others[:MOST_VARIANTS]:
             inside = self._tables_of(condition, variant, published=False)
@@ -824,6 +851,19 @@ class _Report:
 # --- frames ---------------------------------------------------------------------------------------
 
 
+def _like_the_original(runs: Frame) -> str | None:
+    """The variant that the founding experiment's published figures stand beside, if there is one.
+
+    The original, or else one with its settings.
+    """
+    alike = (
+        str(variant)
+        for variant, own in runs.groupby("variant", sort=False)
+        if not study.differs_from_original(own)
+    )
+    return study.plain_variant(runs, study.ORIGINAL) or next(alike, None)
+
+
 def _ends_of_exits(results: Results, condition: _Condition) -> Frame:
     """Accuracy by exit after the first and the last phase of each run."""
     exits = results.exits.drop(columns=["variant", "model", "seed"])
@@ -851,7 +891,7 @@ def _trained_parameters(results: Results, condition: _Condition, shown: Sequence
     ].sum(axis=1)
     part["total"] = part["parameters_total"].astype("float64")
     part["label"] = [
-        f"{variant}, {phase} {text_of(name)}".rstrip()
+        f"{variant_name(variant)}, {phase} {text_of(name)}".rstrip()
         for variant, phase, name in zip(part["variant"], part["phase"], part["name"], strict=True)
     ]
     part = part[["label", "layers", "embedding", "head", "total"]].dropna()
@@ -936,8 +976,8 @@ def _noise_of_text(condition: _Condition, margins: Margins) -> list[str]:
         f"Judged on {'a test' if tested else 'the validation'} text of {tokens:,} tokens"
         f"{'' if tested else f', which also chose the epochs of these runs ({why})'}. "
         "Another text of that size would "
-        f"move a difference by up to ±{error:.2g} points (standard error, McNemar, if the models "
-        "erred unrelatedly; less, the more they agree); more seeds do not lower that."
+        f"move a difference with a standard error of {error:.2g} points at most (McNemar, for "
+        "models that err unrelatedly; less, the more they agree); more seeds do not lower that."
     )
     if margins.points < 2 * error:
         text += (

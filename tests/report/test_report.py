@@ -548,10 +548,10 @@ def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> N
     names = ["original", "more_layers", "wider", "control_from_scratch", "control_keep_training"]
     sweep = synthetic.sweep(tmp_path / "s", names, [STANDARD], (1, 2))
     page = page_of(write_report([sweep], tmp_path / "a", png=False).parent)
-    assert "depth and width was run for more layers, wider: run experiment=control_from" in (
+    assert "For more layers, wider there is no run of “from scratch” with the same depth" in (
         page.text
     )
-    assert "depth and width was run for wider: run experiment=control_keep" in page.text
+    assert "For wider there is no run of “keep training” with the same depth" in page.text
     table = pd.read_csv(tmp_path / "a" / "tables" / "comparisons.csv")
     pairs = set(zip(table["a"], table["b"], strict=True))
     assert ("original", "control_from_scratch") in pairs
@@ -591,6 +591,32 @@ def test_variants_are_set_against_each_other_in_every_metric(sweep: Path) -> Non
         assert found[metric.name].mean == pytest.approx(expected.astype(float).mean())
         assert found[metric.name].sd == pytest.approx(expected.astype(float).std())
         assert found[metric.name].margin == metric.margin(Margins())
+
+
+@pytest.mark.parametrize("models", [[STANDARD], [STANDARD, DEEP]])
+def test_a_study_of_one_s_own_has_its_own_comparisons_on_the_first_screen(
+    tmp_path: Path, models: list[str]
+) -> None:
+    for init, loss in (("random", 5.6), ("stack", 5.5), ("zero", 5.6)):
+        for model in models:
+            for seed in range(4):
+                own = ["experiment=more_layers", f"model={model}", f"seed={seed}"]
+                own += [f"growth.init={init}"] if init != "random" else []
+                by = wobble(seed) * {"random": 0.5, "stack": 1.0, "zero": 0.8}[init]
+                synthetic.run(tmp_path / f"{init}-{model}-{seed}", "more_layers", model, seed,
+                              f"growth.init={init}", overrides=own,
+                              losses=[[6.0, 5.9, 6.0], [5.7, loss + by, 5.8]])  # fmt: skip
+    out = write_report([tmp_path], tmp_path / "out", png=False).parent
+    first = (out / "report.md").read_text(encoding="utf-8").split("\n## ")[1]
+    assert "more layers growth.init=stack − more layers: better." in first.replace("**", "")
+    assert "each at its own end) Standard: better by 0.50" in first
+    assert "more layers growth.init=zero − more layers: same within the margin" in first
+    assert "figures/others.svg" in first
+    # with both models one of the claims is tested, too
+    assert ("What it takes to test" in first) == (len(models) == 1)
+    assert ("The study's own comparisons" in first) == (len(models) == 2)
+    made = others_of(load(tmp_path))
+    assert set(made.loc[made["model"] != "", "b"]) == {"more_layers"}
 
 
 def test_a_variant_with_one_model_is_no_finding_about_models(tmp_path: Path) -> None:
@@ -806,7 +832,7 @@ def test_the_noise_of_the_text_stands_beside_the_margin(sweep: Path, tmp_path: P
     accuracy = study.arms(load(sweep)).of(0).groupby("model")["end_accuracy"].mean().max() / 100
     error = 100 * math.sqrt(2 * accuracy * (1 - accuracy) / 16_000)
     text = page_of(write_report([sweep], tmp_path / "a", png=False).parent).text
-    assert f"would move a difference by up to ±{error:.2g} points" in text
+    assert f"would move a difference with a standard error of {error:.2g} points at most" in text
     assert "The margin of 0.1 points is below what this text can surely show" in text
     wide = write_report([sweep], tmp_path / "b", Margins(points=2.0), png=False).parent
     assert "below what this text" not in page_of(wide).text
