@@ -166,12 +166,11 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
                 "of it: raise it, or set data.validation_samples"
             )
     validation = _windows(entry.validation, length, wanted, asked, "validation", source, unit)
-    own_test = entry.test is not None and len(entry.test) >= length
-    # Otherwise they follow from what the fingerprint holds.
-    rest = entry.test if own_test else entry.validation[validation.size :]
-    rest_bytes = entry.test_bytes if own_test else entry.bytes
-    if rest_bytes is not None and not own_test:
-        rest_bytes = rest_bytes[validation.size :]
+    if entry.test is not None and len(entry.test) >= length:
+        rest, rest_bytes, of_test = entry.test, entry.test_bytes, entry.meta["test"]["sha256"]
+    else:  # it follows from what the fingerprint holds
+        rest, of_test = entry.validation[validation.size :], None
+        rest_bytes = None if entry.bytes is None else entry.bytes[validation.size :]
     count = min(len(rest) // length, MOST_TEST_SHARE * len(validation))
     test = rest[: count * length].reshape(count, length) if count else None
     words = data.tokenizer == WORDS
@@ -200,7 +199,7 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
         validation_bytes=bytes_of(validation, entry.bytes),
         test_bytes=bytes_of(test, rest_bytes),
         validation_unknown=int((validation[:, 1:] == UNK).sum()) if words else None,
-        test_fingerprint=entry.meta["test"]["sha256"] if own_test else None,
+        test_fingerprint=of_test,
     )
 
 

@@ -461,9 +461,9 @@ def tokenizers_table(rows: Frame) -> Table:
         "Bits per byte: loss x tokens / (bytes x ln 2), of the text that runs are judged on. Minus "
         "is better. Difference: within seeds, to the tokenizer that stands first for the same text "
         "and arm, with its 95 % interval. Windows of other tokens end elsewhere in the text, so "
-        "compare where all of it is read, or bytes are about equal. A word that is unknown costs "
-        "little and says nothing of its text, and lower-casing and white space are not predicted "
-        "by words at all: both flatter them."
+        "compare where all of it is read, or bytes are about equal. A word that is unknown says "
+        "nothing of its text and, where many are, costs little; and lower-casing and white space "
+        "are not predicted by words at all: both flatter them."
     )
     return _table("Bits per byte", rows, columns, note, sortable=True)
 

@@ -310,7 +310,7 @@ class _Report:
         """The lead, and everything below it."""
         blocks: list[Block] = self._first_screen()
         # A reader of one run, or of single seeds, came for its figures.
-        nothing = not (pd.concat([self.claims["n"], self.others["n"]]) > 1).any()
+        nothing = not any(len(own[own["n"] > 1]) for own in (self.claims, self.others))
         if between := self._between_tokenizers():
             title = "Between tokenizers"
             blocks.append(Collapsible(title, between, section=True, open=True))
@@ -976,8 +976,9 @@ def _noise_of_text(condition: _Condition, margins: Margins) -> list[str]:
         f"Judged on {'a test' if tested else 'the validation'} text of {tokens:,} tokens"
         f"{'' if tested else f', which also chose the epochs of these runs ({why})'}. "
         "Another text of that size would "
-        f"move a difference with a standard error of {error:.2g} points at most (McNemar, for "
-        "models that err unrelatedly; less, the more they agree); more seeds do not lower that."
+        f"move a difference with a standard error of about {error:.2g} points or less (McNemar's, "
+        "for models that err unrelatedly; the more they agree, the less it is); more seeds do not "
+        "lower that."
     )
     if margins.points < 2 * error:
         text += (

@@ -832,7 +832,7 @@ def test_the_noise_of_the_text_stands_beside_the_margin(sweep: Path, tmp_path: P
     accuracy = study.arms(load(sweep)).of(0).groupby("model")["end_accuracy"].mean().max() / 100
     error = 100 * math.sqrt(2 * accuracy * (1 - accuracy) / 16_000)
     text = page_of(write_report([sweep], tmp_path / "a", png=False).parent).text
-    assert f"would move a difference with a standard error of {error:.2g} points at most" in text
+    assert f"a difference with a standard error of about {error:.2g} points or less" in text
     assert "The margin of 0.1 points is below what this text can surely show" in text
     wide = write_report([sweep], tmp_path / "b", Margins(points=2.0), png=False).parent
     assert "below what this text" not in page_of(wide).text
