@@ -390,15 +390,18 @@ class _Report:
             return [*blocks, Paragraph("No run has completed yet: nothing can be concluded.")]
         singles = [text for condition in self.conditions if (text := _single_seeds(condition))]
         claims, others = (own[own["n"] > 1] for own in (self.claims, self.others))
-        if len(claims):
-            blocks += self._judged("claims", claims, self._findings())
+        parts: dict[str, list[Block]] = {}
         original = study.ORIGINAL in self.arms.runs["experiment"].to_numpy()
         if len(others) and not (len(claims) and original):
             # A study of one's own: what it compares is what it is about.
-            if len(claims):
-                blocks.append(Heading("The study's own comparisons", level=3))
             findings = self._findings_of_others(others.head(MOST_JUDGED))
-            blocks += self._judged("others", others, findings)
+            parts["The study's own comparisons"] = self._judged("others", others, findings)
+        if len(claims):
+            own = self._judged("claims", claims, self._findings())
+            parts["The founding experiment's claims"] = own
+        for title, inside in parts.items():
+            blocks += [Heading(title, level=3)] if len(parts) > 1 else []
+            blocks += inside
         notes = [sequential.in_words(self.looks)] if self.looks else []
         if len(claims) or len(others):
             for condition in self.conditions[:MOST_CONDITIONS]:
