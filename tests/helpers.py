@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,6 +113,13 @@ def assert_same_bits(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
     for mine, other in zip(ours, theirs, strict=True):
         for p, q in zip(mine["phases"], other["phases"], strict=True):
             assert (p["stage"], p["best"], p["exits"]) == (q["stage"], q["best"], q["exits"])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def epochs_trained(records: list[dict[str, Any]]) -> dict[str, int]:

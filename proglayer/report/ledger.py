@@ -74,22 +74,9 @@ def spent(results: Results, runs: Frame) -> Frame:
     own = results.phases[results.phases["run"].isin(runs["run"])]
     seconds = own.groupby("run")[["train_seconds", "evaluation_seconds"]].sum(min_count=1)
     table = runs.join(seconds, on="run")
-    figures = {
-        "phases": "phases",
-        "epochs": "epochs",
-        "tokens": "tokens",
-        "flops": "flops",
-        "flops_without_head": "flops_without_head",
-        "train_seconds": "train_seconds",
-        "evaluation_seconds": "evaluation_seconds",
-        "seconds": "seconds",
-        "seconds_saved": "seconds_saved",
-        "loss": "last_loss",
-        "perplexity": "last_perplexity",
-        "bits_per_byte": "last_bits_per_byte",
-    }
-    numbers = table[list(figures.values())].astype("float64")
-    numbers.columns = list(figures)
+    names = ["phases", "epochs", "tokens", "flops", "flops_without_head", *seconds.columns]
+    names += ["seconds", "seconds_saved", "last_loss", "last_perplexity", "last_bits_per_byte"]
+    numbers = table[names].astype("float64").rename(columns=lambda name: name.removeprefix("last_"))
     numbers[["variant", "model"]] = table[["variant", "model"]]
     arms = numbers.groupby(["variant", "model"], sort=False)
     means = arms.mean()

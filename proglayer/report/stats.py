@@ -524,23 +524,9 @@ class Verdict(StrEnum):
 
 # The columns of `judge`, after its labels.
 JUDGED = (
-    "verdict",
-    "n",
-    "dropped",
-    "left_out",
-    "mean",
-    "sd",
-    "low",
-    "high",
-    "confidence",
-    "low_95",
-    "high_95",
-    "p",
-    "p_adjusted",
-    "equivalence_p",
-    "equivalence_p_adjusted",
-    "margin",
-    "family",
+    *("verdict", "n", "dropped", "left_out", "mean", "sd", "low", "high", "confidence"),
+    *("low_95", "high_95", "p", "p_adjusted", "equivalence_p", "equivalence_p_adjusted"),
+    *("margin", "family"),
 )
 
 

@@ -18,7 +18,7 @@ from proglayer.training.plan import (
     evaluation_flops,
     memory_bytes,
     parameter_counts,
-    schedule_warning,
+    schedule_warnings,
     training_flops,
 )
 
@@ -37,14 +37,13 @@ PLAIN_STEP_EVERY_S = 30.0
 class RunDisplay(AbstractContextManager["RunDisplay"]):
     """Progress of one run: bars for phases, epochs and steps, or plain lines."""
 
-    def __init__(self, phases: int) -> None:
+    def __init__(self, phases: int, train_windows: int) -> None:
         self._console = console()
         self._phases = phases
+        self._train_windows = train_windows
         self._bars: Bars | None = None
         self._tasks: dict[str, Any] = {}
-        self._phase: Phase | None = None
         self._said = time.monotonic()
-        self._warmup_checked = False
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -82,14 +81,12 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
 
     def phase(self, phase: Phase) -> None:
         """A phase begins."""
-        self._phase = phase
-        self._warmup_checked = False
         counts = parameter_counts(phase)
         self.note(
             f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.layers} layers, "
             f"{counts.trainable:,} of {counts.total:,} parameters train"
         )
-        if warning := schedule_warning(phase):
+        for warning in schedule_warnings(phase, self._train_windows):
             self.note(f"  {warning}")
         if self._bars:
             self._bars.update(self._tasks["phases"], completed=phase.index, note=phase.name)
@@ -97,7 +94,6 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
 
     def step(self, progress: Progress) -> None:
         """An optimizer step is done."""
-        self._check_warmup(progress)
         if progress.loss is None:
             if self._bars:
                 self._bars.update(
@@ -112,23 +108,6 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
         elif time.monotonic() - self._said > PLAIN_STEP_EVERY_S:
             self._said = time.monotonic()
             self.note(f"  epoch {progress.epoch} step {progress.step}/{progress.steps}  {text}")
-
-    def _check_warmup(self, progress: Progress) -> None:
-        """Warn, once in a phase, of a warm-up that does not end within it."""
-        if self._warmup_checked or self._phase is None:
-            return
-        self._warmup_checked = True
-        warmup = self._phase.schedule.warmup_steps
-        steps = self._phase.stop.max_epochs * progress.steps
-        if warmup > steps:
-            log.warning(
-                "lr.warmup_steps=%d is more than the %d steps of phase %d: its rate gets to %.2g "
-                "of what was asked for",
-                warmup,
-                steps,
-                self._phase.index + 1,
-                steps / warmup,
-            )
 
     def epoch(self, metrics: EpochMetrics, best: EpochMetrics, reused: bool) -> None:
         """An epoch is done or was read from the store."""
@@ -191,7 +170,7 @@ def plan_table(
     if stored:
         columns = (*columns, ("stored", "text", lambda row: stored[row[0].index][0]))
     shown = table(costs, columns, title)
-    lines = [warning for phase in phases if (warning := schedule_warning(phase))]
+    lines = [text for phase in phases for text in schedule_warnings(phase, train_windows)]
     lines += [
         f"phase {number} is not stored; the nearest stage: {why}"
         for number, (_, why) in enumerate(stored, start=1)

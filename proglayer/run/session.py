@@ -86,7 +86,10 @@ class Session:
         choices = self.record.choices or {}
         self._loggers = Loggers(self.config.logger, self.folder, plain, choices)
         self._during_walk.enter_context(self.signals.noted())
-        self._display = self._during_walk.enter_context(RunDisplay(phases))
+        corpus = self.record.corpus
+        assert corpus is not None, "it was opened"
+        display = RunDisplay(phases, corpus.train_windows or 0)
+        self._display = self._during_walk.enter_context(display)
         slot = gpu_slots.hold(
             device, self.config.jobs_per_gpu, self.signals.received, self._display.note
         )

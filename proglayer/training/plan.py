@@ -673,12 +673,20 @@ def _tokens_read(phase: Phase, seq_len: int, train_windows: int, epoch: int) -> 
     return read
 
 
-def schedule_warning(phase: Phase) -> str | None:
-    """What to know of a rate that ends at `max_epochs`, where patience may end the phase before."""
+def schedule_warnings(phase: Phase, train_windows: int) -> Iterator[str]:
+    """What to know of a schedule: patience may end the phase before it does, or its warm-up takes
+    longer than the phase.
+    """
     total, patience = phase.schedule.total_epochs, phase.stop.patience
-    if total is None or patience >= total:
-        return None
-    return (
-        f"lr.schedule={phase.schedule.shape.name} ends after {total} epochs; patience={patience} "
-        f"may stop phase {phase.index + 1} before"
-    )
+    if total is not None and patience < total:
+        yield (
+            f"lr.schedule={phase.schedule.shape.name} ends after {total} epochs; "
+            f"patience={patience} may stop phase {phase.index + 1} before"
+        )
+    warmup = phase.schedule.warmup_steps
+    steps = phase.stop.max_epochs * phase.steps_per_epoch(train_windows)
+    if 0 < steps < warmup:
+        yield (
+            f"lr.warmup_steps={warmup} is more than the {steps} steps of phase {phase.index + 1}: "
+            f"its rate gets to {steps / warmup:.2g} of what was asked for"
+        )

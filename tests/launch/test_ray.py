@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ..helpers import ROOT, SHORT, assert_same_bits, epochs_trained, experiments, results
+from ..helpers import ROOT, SHORT, assert_same_bits, epochs_trained, experiments, free_port, results
 
 pytestmark = [
     pytest.mark.cluster,
@@ -139,12 +138,6 @@ def processes() -> list[tuple[int, int, int]]:
     command = ["ps", "-eo", "pid=,ppid=,pgid="]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [(int(pid), int(parent), int(group)) for pid, parent, group in map(str.split, lines)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

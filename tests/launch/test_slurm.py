@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from ..helpers import ROOT, SHORT, Command, experiments, results
+from ..helpers import ROOT, SHORT, Command, experiments, free_port, results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -62,12 +62,6 @@ def need_slurm() -> None:
 
 
 SBIN = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @dataclass

@@ -300,15 +300,6 @@ def test_a_log_holds_no_colours(
     assert "\x1b" not in (tmp_path / "run/train.log").read_text()
 
 
-def test_a_warm_up_longer_than_a_phase_is_warned_of(train: Command) -> None:
-    done = train(*QUICK, "phase=from_scratch", "lr.warmup_steps=16", "hydra.run.dir=run")
-    assert done.err == (
-        "WARNING: lr.warmup_steps=16 is more than the 4 steps of phase 1: its rate gets to 0.25 of "
-        "what was asked for\n"
-    )
-    assert not train(*QUICK, "phase=from_scratch", "lr.warmup_steps=4", "hydra.run.dir=r").err
-
-
 @pytest.mark.parametrize(
     ("end", "status", "reported"),
     [(ConfigError("the launcher gave up"), 1, True), (KeyboardInterrupt(), 130, False)],

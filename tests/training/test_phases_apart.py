@@ -13,7 +13,7 @@ from proglayer.training.plan import (
     Phase,
     parameter_counts,
     plan,
-    schedule_warning,
+    schedule_warnings,
     training_flops,
 )
 from proglayer.training.trainer import Training, evaluate
@@ -127,13 +127,28 @@ def test_warmup_stable_decay() -> None:
     assert factors == pytest.approx([0.5, 1, 1, 1, 1, 0.5, 0, 0])
 
 
-def test_a_schedule_that_patience_may_cut_short_says_so() -> None:
-    warning = schedule_warning(planned("lr.schedule=cosine", "phase.max_epochs=50")[0])
-    assert warning == (
-        "lr.schedule=cosine ends after 50 epochs; patience=1 may stop phase 1 before"
-    )
-    assert schedule_warning(planned()[0]) is None
-    assert schedule_warning(planned("lr.schedule=cosine", "phase.patience=50")[0]) is None
+@pytest.mark.parametrize(
+    ("given", "warning"),
+    [
+        ((), ""),
+        (("lr.schedule=cosine", "phase.max_epochs=50", "phase.patience=50"), ""),
+        (
+            ("lr.schedule=cosine", "phase.max_epochs=50"),
+            "lr.schedule=cosine ends after 50 epochs; patience=1 may stop phase 1 before",
+        ),
+        (("lr.warmup_steps=9", "phase.max_epochs=3"), ""),
+        (
+            ("lr.warmup_steps=36", "phase.max_epochs=3"),
+            "lr.warmup_steps=36 is more than the 9 steps of phase 1: its rate gets to 0.25 of what "
+            "was asked for",
+        ),
+    ],
+)
+def test_a_schedule_that_a_phase_does_not_see_the_end_of_says_so(
+    given: tuple[str, ...], warning: str
+) -> None:
+    """Of 40 windows, 16 in a batch."""
+    assert "".join(schedule_warnings(planned("phase.batch_size=16", *given)[0], 40)) == warning
 
 
 @pytest.mark.parametrize("carry", ["none", "existing", "copy"])
