@@ -139,22 +139,25 @@ def test_omegaconf_is_seen_at_the_entrance_only() -> None:
     assert inside <= {"proglayer.config"}
 
 
-def test_what_a_user_waits_for_does_not_load_torch() -> None:
-    code = (
-        "import sys, "
-        + ", ".join(f"proglayer.{name}" for name in WITHOUT_TORCH)
-        + "; heavy = {'torch', 'datasets', 'matplotlib'} & set(sys.modules); print(sorted(heavy))"
-    )
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        (
+            "import " + ", ".join(f"proglayer.{name}" for name in WITHOUT_TORCH),
+            {"torch", "datasets", "matplotlib"},
+        ),
+        (
+            "import proglayer.launch.job, proglayer.launch.sweep, proglayer.report",
+            {"matplotlib", "statsmodels", "scipy"},
+        ),
+        (
+            "sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__')",
+            {"torch", "datasets", "pandas", "scipy", "pyarrow"},
+        ),
+    ],
+)
+def test_what_a_user_waits_for_loads_nothing_heavy(code: str, heavy: set[str]) -> None:
+    at_its_end = f"lambda: print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    code = f"import atexit, runpy, sys; atexit.register({at_its_end}); {code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, runpy, atexit; sys.argv = ['train.py', '--help']; "
-        "atexit.register(lambda: print({'torch', 'datasets', 'pandas', 'scipy', 'pyarrow'} "
-        "& set(sys.modules), file=sys.stderr)); "
-        "runpy.run_path('train.py', run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip().endswith("set()"), done.stderr
+    assert done.stderr.strip().endswith("[]"), done.stderr

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from proglayer.config import (
     Config,
     ConfigError,
     FreezeStep,
+    flat_settings,
     from_plain,
     nearest_setting,
     setting_names,
@@ -27,20 +29,16 @@ from proglayer.training.plan import plan
 from .helpers import composed, config, experiments
 
 
+def leaves(settings: Config) -> dict[str, Any]:
+    """Every setting that holds no others, with its value."""
+    return dict(flat_settings(to_plain(settings)))
+
+
 def changed(experiment: str) -> dict[str, object]:
     """The settings in which an experiment differs from the original."""
 
-    def flat(value: object, prefix: str = "") -> dict[str, object]:
-        if isinstance(value, dict):
-            return {
-                k: v
-                for name, part in value.items()
-                for k, v in flat(part, f"{prefix}{name}.").items()
-            }
-        return {prefix[:-1]: value}
-
-    ours = flat(to_plain(config(f"experiment={experiment}")))
-    original = flat(to_plain(config("experiment=original")))
+    ours = leaves(config(f"experiment={experiment}"))
+    original = leaves(config("experiment=original"))
     assert ours.keys() == original.keys()
     return {name: ours[name] for name in ours if ours[name] != original[name]}
 
@@ -194,12 +192,6 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_a_gradual_schedule_needs_a_model_deep_enough() -> None:
-    with pytest.raises(ConfigError, match="initial_layers=2 or more"):
-        config("freeze=gradual", "initial_layers=1")
-    config("freeze=gradual", "initial_layers=2")
-
-
 def test_an_operator_takes_what_it_can_use() -> None:
     with pytest.raises(ConfigError, match=r"growth.position=bottom does not go with .*stack"):
         config("growth=stack", "growth.position=bottom")
@@ -213,20 +205,6 @@ def test_freezing_everything_is_refused() -> None:
     with pytest.raises(ConfigError, match="freezes everything"):
         config("phase=keep_training", nothing)
     config(nothing)  # a new layer still trains
-
-
-def test_wrong_types_and_unknown_keys_do_not_compose() -> None:
-    from hydra.errors import ConfigCompositionException
-
-    for override in (
-        "seed=soon",
-        "phase.patience=1.5",
-        "growth.init=clone",
-        "sed=1",
-        "model.dims=1",
-    ):
-        with pytest.raises(ConfigCompositionException):
-            composed(override)
 
 
 @pytest.mark.parametrize(
@@ -243,34 +221,17 @@ def test_a_misspelt_key_gets_the_nearest_name(typed: str, meant: str | None) -> 
     assert nearest_setting(typed) == meant
 
 
-def test_the_schema_and_the_code_agree_on_every_name() -> None:
-    assert len(setting_names()) == len(set(setting_names()))
-    assert {f.name for f in dataclasses.fields(Config)} == {
-        n for n in setting_names() if "." not in n
-    }
-
-
-def leaves(plain: dict, prefix: str = "") -> dict[str, object]:
-    """Every setting that holds no others, with its value."""
-    found: dict[str, object] = {}
-    for name, value in plain.items():
-        found |= (
-            leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return found
-
-
 def test_what_an_interpolation_gives_has_the_type_of_its_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    values = leaves(to_plain(config("threads=2", "data.path=a", "stages.dir=b", "phase.samples=9")))
+    values = leaves(config("threads=2", "data.path=a", "stages.dir=b", "phase.samples=9"))
     overrides = []
     for name, value in values.items():
         if value is not None and not isinstance(value, (list, tuple)):
             monkeypatch.setenv(f"SET_{name}", str(value))
             overrides.append(f"{name}=${{oc.env:'SET_{name}'}}")
     assert len(overrides) > 40
-    given = leaves(to_plain(to_config(composed(*overrides))))
+    given = leaves(to_config(composed(*overrides)))
     assert {n: given[n] for n in values if values[n] is not None} == {
         n: v for n, v in values.items() if v is not None
     }
@@ -296,7 +257,7 @@ def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
     """Every third setting; PROGLAYER_TEST_EDGES=all tries each of them."""
     from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 
-    names = list(leaves(to_plain(config())))
+    names = list(leaves(config()))
     if os.environ.get("PROGLAYER_TEST_EDGES") != "all":
         names = names[EDGES.index(edge) % 3 :: 3]
     for name in names:

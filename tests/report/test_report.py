@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +32,7 @@ from proglayer.results import NOT_THE_EXPERIMENT, load, write_csv
 from proglayer.store.record import CorpusRecord, read_jobs, write_jobs
 
 from .. import synthetic
-from ..helpers import ROOT, SHORT, Command, config
+from ..helpers import SHORT, Command, config
 
 # Text that would be an element, a formula, a cell, a heading or mathematics if it were let.
 EVIL = '<script>alert("1")</script>'
@@ -1271,15 +1270,6 @@ def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
     assert (done.status, "report:" in done.out) == (0, False)
     log = (tmp_path / "c" / "train.log").read_text()
     assert "no report could be written (RuntimeError: no ink)" in log
-
-
-def test_the_entrance_does_not_pay_for_the_report() -> None:
-    code = (
-        "import sys, proglayer.launch.job, proglayer.launch.sweep, proglayer.report; "
-        "print({'matplotlib', 'statsmodels', 'scipy'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
 
 
 # --- in a browser ---------------------------------------------------------------------------------
