@@ -2,8 +2,7 @@
 
 import sys
 
-from proglayer.errors import run_command
 from proglayer.store.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

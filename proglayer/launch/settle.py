@@ -12,7 +12,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
@@ -339,22 +339,15 @@ class Study:
 
 def _check_same(before: Looks, asked: Looks) -> None:
     """Raise ConfigError where a study that was looked at is to be looked at otherwise."""
-    for name in ("first", "step", "most"):
-        then, now = getattr(before.design, name), getattr(asked.design, name)
+    given = asdict(asked.design) | {"first_seed": asked.first_seed, "margin": asked.margin}
+    for name, now in given.items():
+        then = getattr(before if name in ("first_seed", "margin") else before.design, name)
         if then != now:
-            raise _other(name, then, now)
-    for name in ("first_seed", "margin"):
-        then, now = getattr(before, name), getattr(asked, name)
-        if then != now:
-            raise _other(name, then, now)
-
-
-def _other(name: str, then: float, now: float) -> ConfigError:
-    return ConfigError(
-        f"hydra.sweeper.{name}={now:g}: this study was looked at with {then:g}, and what its looks "
-        "may spend follows from that: leave it, or run a study of new seeds "
-        "(hydra.sweeper.first_seed)"
-    )
+            raise ConfigError(
+                f"hydra.sweeper.{name}={now:g}: this study was looked at with {then:g}, and what "
+                "its looks may spend follows from that: leave it, or run a study of new seeds "
+                "(hydra.sweeper.first_seed)"
+            )
 
 
 def _state(folder: Path) -> RunState | None:

@@ -18,16 +18,8 @@ from proglayer.training.plan import Rates
 # and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
 NOT_THE_EXPERIMENT = (
     *("plan", "on_error", "objective", "reuse", "report", "checkpoint_every_s", "stages.dir"),
-    *(
-        "logger.tensorboard",
-        "logger.mlflow",
-        "threads",
-        "device",
-        "compile",
-        "cache_frozen",
-        "jobs_per_gpu",
-    ),
-    "data.cache_dir",
+    *("logger.tensorboard", "logger.mlflow", "threads", "device", "compile", "cache_frozen"),
+    *("jobs_per_gpu", "data.cache_dir"),
 )
 # Where the text lies; the corpus's fingerprint, where it is known, says what it is.
 PLACE_OF_TEXT = ("data.path", "data.files")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proglayer.console import Columns, console, one_line, table
-from proglayer.errors import print_error, run_command
+from proglayer.errors import run_command
 from proglayer.store.listing import StageInfo, contents_of, delete, prunable, verify
 from proglayer.store.marker import MARKER, NotAStoreError, read_marker
 from proglayer.store.stages import FORMAT
@@ -41,18 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.action == "prune" and options.max_size is None and options.max_age is None:
         parser.error("prune needs --max-size or --max-age")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        if not options.dir.is_dir():
-            raise NotAStoreError(f"no store at {options.dir}: name one with --dir")
-        if options.action != "list" and read_marker(options.dir) is None:
-            raise NotAStoreError(
-                f"{options.dir} does not say that it is a store (it has no {MARKER}), so "
-                "nothing in it is changed: name a store with --dir; a run marks the one that "
-                "it uses, if nothing else is in it"
-            )
-    except NotAStoreError as error:
-        print_error(str(error))
-        return 2
+    return run_command(lambda: _run(options), failed=2)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.dir.is_dir():
+        raise NotAStoreError(f"no store at {options.dir}: name one with --dir")
+    if options.action != "list" and read_marker(options.dir) is None:
+        raise NotAStoreError(
+            f"{options.dir} does not say that it is a store (it has no {MARKER}), so nothing in it "
+            "is changed: name a store with --dir; a run marks the one that it uses, if nothing "
+            "else is in it"
+        )
     contents = contents_of(options.dir)
     stages = sorted(contents.stages, key=lambda info: info.age)
     damaged = 0
@@ -135,4 +135,4 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())
