@@ -197,6 +197,15 @@ class _Condition:
     def slug(self) -> str:
         return f"-{self.number + 1}" if self.number else ""
 
+    @property
+    def shown(self) -> list[str]:
+        """The variants that a page has room for."""
+        return self.variants[:MOST_VARIANTS]
+
+    def of_shown(self, table: Frame) -> Frame:
+        """The rows of these variants."""
+        return table[table["variant"].isin(self.shown)]
+
     def more_variants(self, tables: str) -> list[Block]:
         """That a section does not show all variants, if it does not."""
         return _left_to(tables, len(self.variants) - MOST_VARIANTS, "variants")
@@ -483,7 +492,7 @@ class _Report:
             blocks.append(comparisons_table("The claims", claims[claims["comparisons"].map(bool)]))
             blocks.append(Bullets([f"{c.title}: {c.measured_by}." for c in comparisons.CLAIMS]))
         others = self.others[self.others["condition"] == condition.name]
-        shown = others[others["a"].isin(condition.variants[:MOST_VARIANTS])]
+        shown = others[others["a"].isin(condition.shown)]
         if len(shown):
             blocks.append(comparisons_table("The other comparisons", shown))
             if self.looks:
@@ -576,11 +585,10 @@ class _Report:
         if changes.empty:
             return []
         blocks: list[Block] = [_note("Plus is an improvement, in every metric.")]
-        shown = condition.variants[:MOST_VARIANTS]
         if len(changes) > len(METRICS):
             pictures = []
             for metric in METRICS:
-                rows = changes[(changes["metric"] == metric.name) & changes["variant"].isin(shown)]
+                rows = condition.of_shown(changes[changes["metric"] == metric.name])
                 rows = rows[rows["n"] > 0].to_dict("records")
                 for row in rows:
                     arm = (condition.runs["variant"] == row["variant"]) & (
@@ -593,14 +601,13 @@ class _Report:
                 margin = metric.margin(self.margins)
                 pictures.append(forest(self.gallery, name, title, rows, margin, metric.unit))
             blocks.append(Pictures(pictures))
-        blocks.append(changes_table(changes, shown))
+        blocks.append(changes_table(changes, condition.shown))
         return blocks + condition.more_variants("changes.csv")
 
     # --- growth -----------------------------------------------------------------------------------
 
     def _growth(self, condition: _Condition) -> list[Block]:
-        growths = growth.growths(self.results, condition.runs)
-        growths = growths[growths["variant"].isin(condition.variants[:MOST_VARIANTS])]
+        growths = condition.of_shown(growth.growths(self.results, condition.runs))
         if growths.empty:
             return []
         several = growths.groupby(["variant", "model"])["phase"].nunique().max() > 1
@@ -668,7 +675,6 @@ class _Report:
     # --- learning curves --------------------------------------------------------------------------
 
     def _learning_curves(self, condition: _Condition) -> list[Block]:
-        shown = condition.variants[:MOST_VARIANTS]
         phases: Frame = self.results.phases
         names = phases[["run", "phase", "name"]].rename(columns={"name": "phase_name"})
         curves = condition.curves.merge(names, on=["run", "phase"], how="left")
@@ -678,7 +684,7 @@ class _Report:
         exits = _ends_of_exits(self.results, condition)
         by_epoch: list[Picture] = []
         by_exits: list[Picture] = []
-        for number, variant in enumerate(shown):
+        for number, variant in enumerate(condition.shown):
             slug = f"{_slug(variant)}{condition.slug}" or str(number)
             own = curves[curves["variant"] == variant]
             if len(own):
@@ -715,8 +721,7 @@ class _Report:
 
     def _exits(self, condition: _Condition) -> list[Block]:
         """What `python -m proglayer.exits` measured of these runs, if it did."""
-        shown = condition.runs["variant"].isin(condition.variants[:MOST_VARIANTS])
-        found = early_exit.worth(condition.runs[shown])
+        found = early_exit.worth(condition.of_shown(condition.runs))
         if found.exits.empty:
             return []
         note = (
@@ -732,21 +737,18 @@ class _Report:
 
     def _ledger(self, condition: _Condition) -> list[Block]:
         runs, found = condition.runs, self.compute[condition.number]
-        shown = condition.variants[:MOST_VARIANTS]
         blocks: list[Block] = [
             _note(
                 "Of training, in all phases and all their epochs, as if every phase had been "
                 "trained for this run alone; operations are the matrix products (a multiply-add "
                 "is two). Means over the seeds that completed."
             ),
-            spent_table(found.spent[found.spent["variant"].isin(shown)]),
+            spent_table(condition.of_shown(found.spent)),
         ]
         if len(condition.variants) > 1:
-            reached = found.reached[found.reached["variant"].isin(shown)]
-            blocks.append(target_table(reached, found.reference))
+            blocks.append(target_table(condition.of_shown(found.reached), found.reference))
         if len(found.speed_up):
-            gains = found.speed_up[found.speed_up["variant"].isin(shown)]
-            blocks.append(speed_up_table(gains))
+            blocks.append(speed_up_table(condition.of_shown(found.speed_up)))
         blocks += condition.more_variants("ledger.csv, to_target.csv and speed_up.csv")
         blocks.append(Heading("Loss against compute", level=3))
         if study.has_seeds(runs):
@@ -765,23 +767,23 @@ class _Report:
             inside = [self._against_compute(condition, measure) for measure in others]
             title = "Against operations without the head, tokens and time"
             blocks.append(Collapsible(title, inside))
-        trained = _trained_parameters(self.results, condition, shown)
+        trained = _trained_parameters(self.results, condition)
         return blocks + ([parameters_table(trained)] if len(trained) else [])
 
     def _against_compute(self, condition: _Condition, measure: ledger.Measure) -> Block:
         """Pictures of the loss against one measure, a model each."""
-        shown = condition.variants[:MOST_VARIANTS]
         pictures = []
         for model in condition.models[:MOST_MODELS]:
-            own = condition.curves[
-                (condition.curves["model"] == model) & condition.curves["variant"].isin(shown)
-            ]
+            curves = condition.of_shown(condition.curves)
+            own = curves[curves["model"] == model]
             if own[measure.column].notna().any():
                 name = _slug(f"loss-{model}-{measure.column}") + condition.slug
                 title = f"{model_name(model)}: loss against {measure.name}"
                 unit = f"{measure.name} ({measure.unit})" if measure.unit == "s" else measure.name
                 pictures.append(
-                    against_compute(self.gallery, name, title, own, measure.column, unit, shown)
+                    against_compute(
+                        self.gallery, name, title, own, measure.column, unit, condition.shown
+                    )
                 )
         return Pictures(pictures)
 
@@ -878,9 +880,9 @@ def _ends_of_exits(results: Results, condition: _Condition) -> Frame:
     return shown.dropna(subset="accuracy_percent")
 
 
-def _trained_parameters(results: Results, condition: _Condition, shown: Sequence[str]) -> Frame:
+def _trained_parameters(results: Results, condition: _Condition) -> Frame:
     """What trains in each phase of each variant: layers, embedding, head; whatever the model."""
-    runs = condition.runs[condition.runs["variant"].isin(shown)].drop_duplicates("variant")
+    runs = condition.of_shown(condition.runs).drop_duplicates("variant")
     padded = runs["config.model.vocab_size"].astype("float64")
     table = padded.fillna(runs["vocab_size"].astype("float64")) * runs["config.model.dim"]
     own = runs[["run", "variant"]].assign(table=table.astype("float64"))
