@@ -68,6 +68,9 @@ def pattern(old: Model, new: Model) -> str:
         (("growth=random",), "012rrr"),
         (("growth=copy",), "012222"),
         (("growth=copy", "growth.position=interleave"), "001122"),
+        (("growth=copy", "growth.position=bottom"), "000012"),
+        (("growth=random", "growth.position=interleave"), "0r1r2r"),
+        (("growth=random", "growth.position=bottom"), "rrr012"),
         (("growth=stack",), "012012"),
         (("growth=middle",), "011112"),
         (("growth=gate",), "012222"),
@@ -89,11 +92,17 @@ def test_middle_repeats_a_block() -> None:
 
 
 @BOTH_NORMS
-@pytest.mark.parametrize("init", [each.name for each in GrowthInit])
-def test_exits_below_the_growth_stay_bit_for_bit(norm: str, init: str) -> None:
-    old, new, phase = grown(norm, f"growth={init}", "added_layers=3")
+@pytest.mark.parametrize(
+    ("init", "position"),
+    [
+        *((each.name, "top") for each in GrowthInit),
+        *((init, place) for init in ("random", "copy") for place in ("interleave", "bottom")),
+    ],
+)
+def test_exits_below_the_growth_stay_bit_for_bit(norm: str, init: str, position: str) -> None:
+    old, new, phase = grown(norm, f"growth={init}", f"growth.position={position}", "added_layers=3")
     lowest = phase.new_layers[0]
-    assert lowest > 0
+    assert (lowest > 0) is (position != "bottom")
     for before, after in list(zip(logits(old), logits(new), strict=False))[:lowest]:
         assert torch.equal(before, after)
     assert torch.equal(old.embedding.weight, new.embedding.weight)

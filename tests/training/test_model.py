@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from proglayer.config import GrowthInit
 from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
-from proglayer.training.plan import Phase, parameter_counts, placements, plan
+from proglayer.training.plan import Phase, parameter_counts, plan
 from proglayer.training.transformer import Transformer, rotary_tables, rotate
 
 from ..helpers import TINY, config, experiments
@@ -139,76 +138,9 @@ def test_seeds_differ_and_repeat() -> None:
     assert not torch.equal(one.head.weight, other.head.weight)
 
 
-GROWTHS = [
-    (init, position, added)
-    for init in ("random", "copy")
-    for position in ("top", "bottom", "interleave")
-    for added in (1, 2, 4)
-]
-
-
-@pytest.mark.parametrize(("init", "position", "added"), GROWTHS)
-def test_growing_keeps_the_old_layers_in_order(init: str, position: str, added: int) -> None:
-    first, second, *_ = planned(
-        f"growth.init={init}", f"growth.position={position}", f"added_layers={added}"
-    )
-    old = build(first)
-    new = grow(old, second)
-    assert second.growth is not None
-    places = placements(3, second.growth)
-    kept = [layer for i, layer in enumerate(new.layers) if i not in places]
-    assert len(new.layers) == 3 + added
-    for a, b in zip(old.layers, kept, strict=True):
-        for x, y in zip(a.parameters(), b.parameters(), strict=True):
-            assert torch.equal(x, y)
-    assert torch.equal(old.embedding.weight, new.embedding.weight)
-    assert torch.equal(old.head.weight, new.head.weight)
-    # The exits below the lowest new layer compute what they did.
-    x = tokens()
-    for before, after in zip(old(x)[: places[0]], new(x)[: places[0]], strict=True):
-        assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize(("init", "position", "added"), GROWTHS)
-def test_no_two_tensors_share_storage(init: str, position: str, added: int) -> None:
-    first, second, *_ = planned(
-        f"growth.init={init}", f"growth.position={position}", f"added_layers={added}"
-    )
-    old = build(first)
-    new = grow(old, second)
-    pointers = [p.data_ptr() for model in (old, new) for p in model.parameters()]
-    assert len(pointers) == len(set(pointers))
-
-
-@pytest.mark.parametrize(("position", "source"), [("top", 2), ("bottom", 0), ("interleave", 1)])
-def test_copies_are_of_the_layer_below(position: str, source: int) -> None:
-    first, second = planned("growth.init=copy", f"growth.position={position}")
-    assert second.growth is not None
-    assert second.growth.init is GrowthInit.copy
-    old = build(first)
-    copied = grow(old, second).layers[second.new_layers[0]]
-    for x, y in zip(old.layers[source].parameters(), copied.parameters(), strict=True):
-        assert torch.equal(x, y)
-
-
 def test_random_layers_are_drawn_afresh_and_from_the_seed() -> None:
     first, second = planned("added_layers=2")
     one, again = grow(build(first), second), grow(build(first), second)
     a, b = (one.layers[i].attention.q.weight for i in (3, 4))
     assert not torch.equal(a, b)
     assert torch.equal(a, again.layers[3].attention.q.weight)
-
-
-def test_a_zeroed_layer_is_no_identity_in_a_post_norm_model() -> None:
-    """Why growth=zero keeps only the most likely words there: the norm follows the sum."""
-    model = build(planned()[0])
-    layer = model.layers[0]
-    with torch.no_grad():
-        layer.attention.o.weight.zero_()
-        layer.ffn.w2.weight.zero_()
-    x = 3 * torch.randn(1, 4, 8)
-    cos, sin = rotary_tables(4, 4, 10_000.0, x.device)
-    assert not torch.allclose(layer(x, cos, sin), x)
-    torch.testing.assert_close(
-        layer(x, cos, sin), F.rms_norm(x, (8,), eps=1e-6), rtol=1e-4, atol=1e-5
-    )
