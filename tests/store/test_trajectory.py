@@ -25,7 +25,7 @@ from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, Rates, StoppingRule, plan
 from proglayer.training.stopping import EpochMetrics, Stopped, follow
-from proglayer.training.trainer import Progress, evaluate
+from proglayer.training.trainer import evaluate
 
 from ..helpers import TINY, config, tiny_corpus
 
@@ -389,13 +389,6 @@ def test_damage_in_a_store_that_takes_no_change_is_told_and_left_out(
     assert "cannot be set aside (Read-only file system)" in caplog.text
 
 
-def test_states_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    steps = trajectory(tmp_path, planned())
-    for name in ("state-0000-1000000", "state-0000-999999", "state-10000-000001", "state-old-x"):
-        steps.stage.write(name, "safetensors", b"")
-    assert steps._states() == [(0, 999_999), (0, 1_000_000), (10_000, 1)]
-
-
 def test_a_phase_that_ended_holds_no_weights_in_memory(tmp_path: Path) -> None:
     """Every later phase refers to it, for as long as the run lasts."""
     phase = planned()
@@ -511,16 +504,6 @@ def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_fo
     assert len(losses) == 2
     lowest = replace(planned("model.evaluated_exits=trained"), exit_weights=(1.0, 0.0, 0.0))
     assert lowest.evaluated_exits == [0, 2]
-
-
-def test_progress_is_shown(tmp_path: Path) -> None:
-    seen: list[Progress] = []
-    phase = planned()
-    steps = trajectory(tmp_path, phase)
-    steps._hooks.on_step = seen.append
-    with steps:
-        next(steps.epochs())
-    assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_the_selected_epoch_is_evaluated_on_the_test_text_once(

@@ -295,27 +295,6 @@ def test_equals_dense_for_any_small_shape(
     )
 
 
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_gradients_are_those_of_finite_differences(scale: float) -> None:
-    hidden_end, head_vd, target_n = problem(tokens=5, dim=3, vocab=11, exits=2, scale=scale)
-    inputs = [head_vd, *hidden_end]
-
-    def loss(*inputs: Tensor) -> Tensor:
-        return linear_cross_entropy(inputs[1:], inputs[0], target_n, [0.3, 0.7], rows=4).loss
-
-    gradients = torch.autograd.grad(loss(*inputs), inputs)
-    step = 1e-6
-    for which, gradient in enumerate(gradients):
-        for place in range(gradient.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = [x.detach().clone() for x in inputs]
-                moved[which].view(-1)[place] += sign * step
-                ends.append(loss(*moved).item())
-            slope = (ends[0] - ends[1]) / (2 * step)
-            assert gradient.reshape(-1)[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["hidden", "head"])
 def test_a_number_that_is_none_shows_in_the_loss(bad: float, where: str) -> None:
