@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import socket
+import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +115,30 @@ def assert_same_bits(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
     for mine, other in zip(ours, theirs, strict=True):
         for p, q in zip(mine["phases"], other["phases"], strict=True):
             assert (p["stage"], p["best"], p["exits"]) == (q["stage"], q["best"], q["exits"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every regular file below a folder, by its path there."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in paths
+        if stat.S_ISREG(path.lstat().st_mode)
+    }
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """That of a command whose store is `folder/stages`; workers import the package by name."""
+    own = {"PROGLAYER_STAGES": str(folder / "stages"), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **own}
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and no zombie that nobody has asked for yet."""
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
 
 
 def free_port() -> int:

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -27,7 +26,16 @@ import pytest
 
 from proglayer.config import setting_names
 
-from .helpers import ROOT, Command, assert_same_bits, experiments, results
+from .helpers import (
+    ROOT,
+    Command,
+    assert_same_bits,
+    contents,
+    environment,
+    experiments,
+    is_running,
+    results,
+)
 
 SEED = os.environ.get("PROGLAYER_TEST_CAMPAIGN", "")
 MOST_SECONDS = 10.0
@@ -158,16 +166,6 @@ def prepared(folder: Path) -> dict[str, bytes]:
     return contents(folder)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every regular file below a folder."""
-    return {
-        os.path.join(parent, name): Path(parent, name).read_bytes()
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if stat.S_ISREG(os.lstat(os.path.join(parent, name)).st_mode)
-    }
-
-
 @pytest.fixture(autouse=True)
 def quiet_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler of the command before may still hold its stream, which a process's end closes."""
@@ -207,15 +205,6 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "train.py"), *arguments], env=environment(folder), cwd=folder,
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """That of a command whose store is `folder/stages`."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PROGLAYER_STAGES": str(folder / "stages"),
-    }
 
 
 def test_every_setting_at_every_edge_is_planned_or_refused_in_lines(
@@ -470,7 +459,7 @@ def test_kills_of_a_sweep_change_no_bit(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
         assert "Traceback" not in err, err
         until = time.monotonic() + 60
-        while any(map(alive, workers)):
+        while any(map(is_running, workers)):
             assert time.monotonic() < until, "a worker outlives its parent"
             time.sleep(0.1)
         left -= 1
@@ -495,11 +484,3 @@ def is_worker(process: int) -> bool:
     with contextlib.suppress(OSError):
         return b"popen_loky" in Path(f"/proc/{process}/cmdline").read_bytes()
     return False
-
-
-def alive(process: int) -> bool:
-    """Whether it is, and has not just ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -23,19 +23,19 @@ from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.launch.common import sole_writer
 from proglayer.launch.job import train as train_command
 
-from ..helpers import ROOT, SHORT, Command, experiments, results
+from ..helpers import (
+    ROOT,
+    SHORT,
+    Command,
+    contents,
+    environment,
+    experiments,
+    is_running,
+    results,
+)
 
 # One epoch of a run that takes a moment.
 QUICK = (*SHORT, "phase.max_epochs=1")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("given", ["plan=true", "model.num_heads=3", "data.samples=1000000"])
@@ -92,15 +92,10 @@ def test_a_command_whose_output_nobody_reads_goes_on_and_says_so(
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """A sweep in a process of its own, which has `folder` for its results and its store."""
-    variables = {
-        **os.environ,
-        "PROGLAYER_STAGES": str(folder / "stages"),
-        "PYTHONPATH": str(ROOT),  # workers import the package by name, wherever they start
-    }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "-m", *arguments],
-        cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        cwd=folder, env=environment(folder), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -150,13 +145,6 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
     # Threads that the launcher shared out are no other setting.
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there and no zombie that nobody has asked for yet."""
-    with contextlib.suppress(FileNotFoundError):
-        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
-    return False
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGKILL"])
