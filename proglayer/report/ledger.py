@@ -74,8 +74,9 @@ def spent(results: Results, runs: Frame) -> Frame:
     own = results.phases[results.phases["run"].isin(runs["run"])]
     seconds = own.groupby("run")[["train_seconds", "evaluation_seconds"]].sum(min_count=1)
     table = runs.join(seconds, on="run")
-    names = ["phases", "epochs", "tokens", "flops", "flops_without_head", *seconds.columns]
-    names += ["seconds", "seconds_saved", "last_loss", "last_perplexity", "last_bits_per_byte"]
+    names = ["phases", "epochs", "tokens", "flops", "flops_without_head", "train_seconds"]
+    names += ["evaluation_seconds", "seconds", "seconds_saved"]
+    names += ["last_loss", "last_perplexity", "last_bits_per_byte"]
     numbers = table[names].astype("float64").rename(columns=lambda name: name.removeprefix("last_"))
     numbers[["variant", "model"]] = table[["variant", "model"]]
     arms = numbers.groupby(["variant", "model"], sort=False)
