@@ -230,7 +230,9 @@ class Trajectory:
         return exits
 
     def weights(self, epoch: int) -> Tensors:
-        """The model's tensors after `epoch`, on the CPU: stored ones, or trained again."""
+        """The model's tensors after `epoch`, on the CPU: from memory, stored, or trained again."""
+        if self._best is not None and self._best[0] == epoch and self._training is not None:
+            return {**on_cpu(self._training.model.state_dict()), **self._best[1]}
         while (weights := self._stored_weights(epoch)) is None:
             if self._become_writer(unless=lambda: self.weights_path(epoch) is not None):
                 break
@@ -238,8 +240,6 @@ class Trajectory:
             return weights
         if epoch == 0:
             return on_cpu(self._start().state_dict())
-        if self._best is not None and self._best[0] == epoch and self._training is not None:
-            return {**on_cpu(self._training.model.state_dict()), **self._best[1]}
         training = self._training_before(epoch)
         self._train_to(training, epoch)
         return on_cpu(training.model.state_dict())
