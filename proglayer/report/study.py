@@ -383,7 +383,9 @@ def _add_ends(runs: Frame, phases: Frame) -> None:
     runs["validation_accuracy"] = runs["last_accuracy_percent"].astype("float64")
     runs["validation_loss"] = runs["last_loss"].astype("float64")
     # Runs of a time without a test text, or of several texts, cannot be compared on one.
-    texts = runs.groupby("corpus_fingerprint", dropna=False)["test_fingerprint"]
+    # Frames that an earlier version wrote know of no test split of its own.
+    texts = runs.reindex(columns=["corpus_fingerprint", "test_fingerprint"])
+    texts = texts.groupby("corpus_fingerprint", dropna=False)["test_fingerprint"]
     tested = bool(len(runs)) and bool(last["test_loss"].notna().all())
     tested = tested and bool((texts.nunique(dropna=False) == 1).all())
     runs["judged_on"] = "test" if tested else "validation"
