@@ -34,7 +34,13 @@ from proglayer.config import Config, DataConfig, short_hash, to_config, to_plain
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, with_type
-from proglayer.launch.common import params_as_overrides, sole_writer, threads_per_job, unread
+from proglayer.launch.common import (
+    jobs_at_once,
+    params_as_overrides,
+    sole_writer,
+    threads_per_job,
+    unread,
+)
 from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
 from proglayer.launch.filter import SETTING as FILTER
 from proglayer.launch.filter import Filter
@@ -42,6 +48,7 @@ from proglayer.launch.job import leave_report, record_unstarted
 from proglayer.launch.overrides import no_match, parse, plain
 from proglayer.launch.stored import StoredPlans, follow_store
 from proglayer.run.code import git_difference, git_state
+from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
 from proglayer.run.signals import interrupt, on_signals
 from proglayer.store.record import (
@@ -60,7 +67,7 @@ from proglayer.store.record import (
     write_jobs,
     write_submissions,
 )
-from proglayer.training.plan import Phase, StoppingRule, check_checkpoint, plan
+from proglayer.training.plan import Phase, StoppingRule, check_checkpoint, plan, training_flops
 from proglayer.training.unused import unused_settings
 from proglayer.versions import warn_of_unknown
 
@@ -186,8 +193,10 @@ def given_to_hydra(sweeper: Sweeper, setting: str) -> str | None:
     return next((text for text in map(str, given) if text.startswith(setting)), None)
 
 
-def print_plans(sweeper: Sweeper, jobs: Iterable[Job]) -> None:
-    """Print the phases of each job, what they cost, and what of them is stored here."""
+def print_plans(sweeper: Sweeper, jobs: Sequence[Job]) -> None:
+    """Print the phases of each job, what they cost, what of them is stored here, and how long the
+    rest may take.
+    """
     here = not getattr(sweeper.launcher, "jobs_run_elsewhere", False)
     threads = threads_per_job(sweeper.config.hydra.launcher)
     look = StoredPlans()
@@ -199,6 +208,7 @@ def print_plans(sweeper: Sweeper, jobs: Iterable[Job]) -> None:
         console().print(table)
         if unused := unused_settings(config, job.phases, job.corpus.vocab_size):
             console().print(unused, markup=False)
+    console().print(describe_work(sweeper, jobs), markup=False)
 
 
 def _run(
@@ -574,22 +584,42 @@ def describe_work(sweeper: Sweeper, jobs: Sequence[Job]) -> str:
     Raises ConfigError for a device that is not here, where here is where the jobs run.
     """
     planned = sum(len(job.phases) for job in jobs)
-    distinct = {prefix_of(job, d) for job in jobs for d in range(1, 1 + len(job.phases))}
+    runs = [[prefix_of(job, d) for d in range(1, 1 + len(job.phases))] for job in jobs]
+    distinct = {prefix for run in runs for prefix in run}
     text = f"{planned} phases planned: {len(distinct)} distinct phases"
+    launcher = sweeper.config.hydra.launcher
     if getattr(sweeper.launcher, "jobs_run_elsewhere", False):
         # What is stored is stored for a kind of machine, which may not be this one's.
         return f"{text}; what is stored for the machines that run them is not known here"
-    complete: dict[Any, bool] = {}
-    for job in jobs:
-        threads = job.config.threads or threads_per_job(sweeper.config.hydra.launcher)
-        found = follow_store(replace(job.config, threads=threads), job.corpus, job.phases)
-        for depth, phase in enumerate(found, start=1):
+    phases: dict[Any, PhaseProgress] = {}
+    for job, run in zip(jobs, runs, strict=True):
+        threads = job.config.threads or threads_per_job(launcher)
+        stored = follow_store(replace(job.config, threads=threads), job.corpus, job.phases)
+        for prefix, phase, found in zip(run, job.phases, stored, strict=True):
+            flops = training_flops(phase, job.config.data.seq_len, len(job.corpus.train))
+            progress = PhaseProgress(flops.head + flops.body, phase.stop.max_epochs)
+            if found is not None:
+                progress = replace(
+                    progress,
+                    epochs=sum(each.epoch > 0 for each in found.epochs),
+                    seconds=sum(e.train_seconds + e.evaluation_seconds for e in found.epochs),
+                    complete=found.selected is not None,
+                )
             # Jobs that share a phase may stop it differently: it is complete when all would.
-            stored = phase is not None and phase.selected is not None
-            complete[prefix_of(job, depth)] = stored and complete.get(prefix_of(job, depth), True)
-    stored = sum(complete.values())
-    nothing = ": nothing to train" if stored == len(complete) else ""
-    return f"{text}, {stored} of them stored{nothing}"
+            before = phases.setdefault(prefix, progress)
+            if before.complete and not progress.complete:
+                phases[prefix] = progress
+    complete = sum(phase.complete for phase in phases.values())
+    text = f"{text}, {complete} of them stored"
+    if complete == len(phases):
+        return f"{text}: nothing to train"
+    left = estimate(phases, runs, jobs_at_once(launcher))
+    if left is None:
+        return f"{text}; no throughput is known yet to estimate the time from"
+    return (
+        f"{text}; about {left.seconds / 60:.0f} min for the rest, if it goes as fast as what is "
+        f"stored and takes {left.epochs_per_phase:.1f} epochs a phase as that did"
+    )
 
 
 def without_hydra(overrides: Sequence[str]) -> str:
