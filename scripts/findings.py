@@ -1,8 +1,8 @@
 """Render `docs/findings.md` and its pictures from the data in `docs/findings/`.
 
     python scripts/findings.py
-    python scripts/findings.py claims=DIR,DIR settled=DIR losses=DIR operators=DIR timing=DIR \
-        rotating=DIR wikitext=DIR recipes=DIR exits=DIR
+    python scripts/findings.py claims=DIR,DIR asked=DIR settled=DIR losses=DIR operators=DIR \
+        timing=DIR rotating=DIR wikitext=DIR recipes=DIR exits=DIR
 
 The second form first replaces the data of the parts that it names by what runs in those folders
 came to: the data frames of `proglayer.results`, without what says where they ran; for `exits`, the
@@ -47,7 +47,7 @@ def take(part: str, folders: list[str]) -> None:
         for name in TABLES:
             shutil.copyfile(Path(folders[0]) / f"{name}.csv", FINDINGS / part / f"{name}.csv")
         return
-    if part == "settled":
+    if part in ("asked", "settled"):
         (FINDINGS / part).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(folders[0]) / sequential.LOOKS, FINDINGS / part / sequential.LOOKS)
     results = load(*folders).distinct()
@@ -167,18 +167,25 @@ class Claims:
 
 
 class Settled:
-    """The founding question, put to new seeds until it was settled."""
+    """A study that added seeds until its claims were settled, or it was stopped."""
 
-    def __init__(self, results: Results) -> None:
-        looks = sequential.read_looks(FINDINGS / "settled")
+    def __init__(self, results: Results, part: str) -> None:
+        looks = sequential.read_looks(FINDINGS / part)
         assert looks is not None
         arms = study.arms(results)
         curves = ledger.curves(results, arms.runs)
         margins = study.Margins(points=looks.margin)
         judged = sequential.judge([("", arms.asked(0))], curves, margins, looks)
         self.looks = looks
-        self.row = judged[judged["claim"] == comparisons.DEEP_HELPS.title].iloc[0]
-        self.settled = sequential.is_settled(self.row)
+        self.rows = judged[judged["n"] > 0].to_dict("records")
+        self.settled = [row for row in self.rows if sequential.is_settled(row)]
+        self.runs = arms.runs
+        self.first = self.runs.iloc[0]
+        self.hours = float(results.phases.drop_duplicates("stage")["train_seconds"].sum()) / 3600
+
+    def title(self, row: dict[str, Any]) -> str:
+        """The claim of a comparison, and what it compares."""
+        return f"{row['claim']}: {comparisons.described_as(row)}"
 
 
 class Timing:
@@ -187,6 +194,7 @@ class Timing:
     def __init__(self, results: Results) -> None:
         runs = study.arms(results).runs
         (self.found,) = growth.timings(runs, ledger.curves(results, runs))
+        self.windows = int(runs["train_windows"].iloc[0])
         phases = results.phases
         self.epochs = int(phases["epochs"].sum())
         self.trained = int(phases.drop_duplicates("stage")["epochs"].sum())
@@ -204,6 +212,7 @@ class Rotating:
     def __init__(self, results: Results) -> None:
         runs = study.arms(results).runs
         runs = runs.assign(curriculum=runs["config.loss.curriculum"].astype(str))
+        self.windows = int(runs["train_windows"].iloc[0])
         both = runs.pivot_table(index="seed", columns="curriculum", values="end_accuracy").dropna()
         margin = MARGINS.points
         made = stats.judge([stats.paired(both["rotate"], both["all"], margin=margin)])
@@ -351,6 +360,16 @@ class Exits:
         over_seeds(gallery, "early-exit", "Early exit", early, *words)
 
 
+PARTS = {
+    "claims": Claims,
+    "wikitext": Wikitext,
+    "losses": Losses,
+    "operators": Operators,
+    "timing": Timing,
+    "rotating": Rotating,
+}
+
+
 def interval(found: stats.Summary, digits: int = 2, sign: bool = False) -> str:
     """A mean with its 95 % interval."""
     form = f"{'+' if sign else ''}.{digits}f"
@@ -364,13 +383,11 @@ def interval(found: stats.Summary, digits: int = 2, sign: bool = False) -> str:
 def render(pictures: Path = FINDINGS) -> str:
     """Draw the pictures into a folder. Returns the text."""
     gallery = Gallery(pictures, lambda _: True, png=False)
-    claims, losses, operators = (
-        made(read(part))
-        for made, part in ((Claims, "claims"), (Losses, "losses"), (Operators, "operators"))
-    )
-    exits = Exits()
-    for part in (claims, operators, exits):
-        part.pictures(gallery)
+    parts: dict[str, Any] = {part: made(read(part)) for part, made in PARTS.items()}
+    parts |= {part: Settled(read(part), part) for part in ("asked", "settled")}
+    parts["exits"] = Exits()
+    for part in ("claims", "operators", "timing", "exits"):
+        parts[part].pictures(gallery)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FINDINGS),
         trim_blocks=True,
@@ -385,10 +402,7 @@ def render(pictures: Path = FINDINGS) -> str:
         "thousands": lambda value: f"{value:,}",
     }
     return environment.get_template("findings.md.jinja").render(
-        claims=claims,
-        losses=losses,
-        operators=operators,
-        exits=exits,
+        **parts,
         cells=CELLS,
         clause=comparisons.clause,
         margin=MARGINS.points,

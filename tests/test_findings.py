@@ -33,7 +33,7 @@ def test_text_and_pictures_are_those_of_the_data(findings: ModuleType, tmp_path:
 
 
 def test_the_data_do_not_say_where_they_come_from(findings: ModuleType) -> None:
-    for part in ("claims", "losses", "operators"):
+    for part in (*findings.PARTS, "asked", "settled"):
         runs = findings.read(part).runs
         assert len(runs)
         for column in set(findings.PLACE) & set(runs):
