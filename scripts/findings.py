@@ -144,7 +144,9 @@ class Claims:
             values = arm[study.ACCURACY.change]
             found = stats.summary(values)
             label = study.variant_name(str(variant))
-            interval = {"mean": found.mean, "low": found.low, "high": found.high}
+            # Of two seeds an interval is so wide that the others cannot be read beside it.
+            low, high = (found.low, found.high) if found.n > 2 else (found.mean, found.mean)
+            interval = {"mean": found.mean, "low": low, "high": high}
             rows.append({"label": label, "model": model, **interval, "seeds": values.tolist()})
         unit = "points of accuracy"
         forest(gallery, "change-by-arm", "Change by arm", rows, MARGINS.points, unit)
