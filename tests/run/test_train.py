@@ -611,7 +611,7 @@ def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: 
     assert "5 distinct phases, 5 of them stored: nothing to train" in again.out
     more = train(*jobs, "added_layers=2", "hydra.sweep.dir=c")
     # Shared with the others: the initial phase alone.
-    assert "5 distinct phases, 1 of them stored\n" in more.out
+    assert "5 distinct phases, 1 of them stored; about" in more.out
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
