@@ -273,7 +273,8 @@ def print_plan(config: Config) -> None:
     corpus = open_corpus(config.data, tell)
     windows = len(corpus.train), len(corpus.validation)
     phases = plan(config, corpus.vocab_size)
-    stored = StoredPlans().of(config, corpus, phases)
+    look = StoredPlans()
+    stored = look.said(config, look.follow(config, corpus, phases))
     console().print(plan_table(phases, config.data.seq_len, *windows, "plan", stored))
     if unused := unused_settings(config, phases, corpus.vocab_size):
         tell(unused)

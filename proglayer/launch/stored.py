@@ -52,18 +52,23 @@ class StoredPlans:
     def __init__(self) -> None:
         self._near: dict[str, Nearest] = {}
 
-    def of(
+    def follow(
         self, config: Config, corpus: Corpus, phases: Sequence[Phase]
+    ) -> list[StoredEpochs | None] | None:
+        """As `follow_store`; None where the device that the settings ask for is not here."""
+        try:
+            return follow_store(config, corpus, phases)
+        except ConfigError:
+            return None
+
+    def said(
+        self, config: Config, stored: Sequence[StoredEpochs | None] | None
     ) -> list[tuple[str, str | None]]:
         """For each phase what is stored, and of the first that is not, why; empty where there is
-        no store, or not the device that the settings ask for.
+        no store, or nothing could be looked up.
         """
         folder = stages_dir(config)
-        if not Path(folder).is_dir():
-            return []
-        try:
-            stored = follow_store(config, corpus, phases)
-        except ConfigError:
+        if stored is None or not Path(folder).is_dir():
             return []
         near = self._near.setdefault(folder, Nearest(Path(folder)))
         said: list[tuple[str, str | None]] = []

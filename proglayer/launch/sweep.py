@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
@@ -70,6 +70,9 @@ from proglayer.store.record import (
 from proglayer.training.plan import Phase, StoppingRule, check_checkpoint, plan, training_flops
 from proglayer.training.unused import unused_settings
 from proglayer.versions import warn_of_unknown
+
+if TYPE_CHECKING:
+    from proglayer.store.trajectory import StoredEpochs
 
 log = logging.getLogger(__name__)
 
@@ -200,15 +203,19 @@ def print_plans(sweeper: Sweeper, jobs: Sequence[Job]) -> None:
     here = not getattr(sweeper.launcher, "jobs_run_elsewhere", False)
     threads = threads_per_job(sweeper.config.hydra.launcher)
     look = StoredPlans()
+    followed = []
     for job in jobs:
         windows = len(job.corpus.train), len(job.corpus.validation)
         config = replace(job.config, threads=job.config.threads or threads)
-        stored = look.of(config, job.corpus, job.phases) if here else []
-        table = plan_table(job.phases, config.data.seq_len, *windows, job.title, stored)
+        stored = look.follow(config, job.corpus, job.phases) if here else None
+        followed.append(stored or [])
+        said = look.said(config, stored)
+        table = plan_table(job.phases, config.data.seq_len, *windows, job.title, said)
         console().print(table)
         if unused := unused_settings(config, job.phases, job.corpus.vocab_size):
             console().print(unused, markup=False)
-    console().print(describe_work(sweeper, jobs), markup=False)
+    if all(followed) or not here:  # not for another machine's device
+        console().print(describe_work(sweeper, jobs, followed), markup=False)
 
 
 def _run(
@@ -578,8 +585,14 @@ def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
     return list((order | {job.folder: job for job in jobs}).values())
 
 
-def describe_work(sweeper: Sweeper, jobs: Sequence[Job]) -> str:
+def describe_work(
+    sweeper: Sweeper,
+    jobs: Sequence[Job],
+    followed: Sequence[Sequence[StoredEpochs | None]] | None = None,
+) -> str:
     """In one line, how many phases the jobs have, how many they share, and what is left to do.
+
+    followed: what `follow_store` gave for each job, where that is known.
 
     Raises ConfigError for a device that is not here, where here is where the jobs run.
     """
@@ -591,10 +604,16 @@ def describe_work(sweeper: Sweeper, jobs: Sequence[Job]) -> str:
     if getattr(sweeper.launcher, "jobs_run_elsewhere", False):
         # What is stored is stored for a kind of machine, which may not be this one's.
         return f"{text}; what is stored for the machines that run them is not known here"
+    if followed is None:
+        threads = threads_per_job(launcher)
+        followed = [
+            follow_store(
+                replace(job.config, threads=job.config.threads or threads), job.corpus, job.phases
+            )
+            for job in jobs
+        ]
     phases: dict[Any, PhaseProgress] = {}
-    for job, run in zip(jobs, runs, strict=True):
-        threads = job.config.threads or threads_per_job(launcher)
-        stored = follow_store(replace(job.config, threads=threads), job.corpus, job.phases)
+    for job, run, stored in zip(jobs, runs, followed, strict=True):
         for prefix, phase, found in zip(run, job.phases, stored, strict=True):
             flops = training_flops(phase, job.config.data.seq_len, len(job.corpus.train))
             progress = PhaseProgress(flops.head + flops.body, phase.stop.max_epochs)

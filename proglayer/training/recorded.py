@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,17 +61,17 @@ class RecordedSteps:
         return _Recorded(graph, place_n, loss, gradients, self.workspace.held)
 
 
+@dataclass(frozen=True, eq=False)
 class _Recorded:
-    def __init__(
-        self,
-        graph: torch.cuda.CUDAGraph,
-        rows_n: Tensor,
-        loss: Tensor,
-        gradients: Sequence[Tensor | None],
-        buffer: Tensor | None,
-    ) -> None:
-        self.graph, self.rows_n, self.loss, self.gradients = graph, rows_n, loss, gradients
-        self.buffer = buffer  # the graph writes to it, so it must outlive the workspace's next one
+    """A graph and the tensors that it reads and writes: numbers of windows, loss, gradients, and
+    the buffer, which must outlive the workspace's next one.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    rows_n: Tensor
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    buffer: Tensor | None
 
     def replay(self, rows_n: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         self.rows_n.copy_(rows_n, non_blocking=True)

@@ -51,6 +51,16 @@ def data_config(source: str, **changes: Any) -> DataConfig:
     return dataclasses.replace(base, **settings)
 
 
+def make_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of a text can be read any more."""
+
+    def unreadable(*_: object) -> Any:
+        yield from ()
+        raise ConfigError("data.path: it can't be read")
+
+    monkeypatch.setattr(sources, "_file_pieces", unreadable)
+
+
 def write_release(folder: Path, train: str = TRAIN, validation: str = VALIDATION) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "wiki.train.raw").write_bytes(train.encode())
@@ -299,12 +309,7 @@ def test_an_entry_of_before_gets_the_test_text_if_it_can_still_be_read(
         del meta[name]
     (entry / "meta.json").write_bytes(corpus_module._signed(meta))
     if not readable:
-
-        def unreadable(*_: object) -> Any:
-            yield from ()
-            raise ConfigError("data.path: it can't be read")
-
-        monkeypatch.setattr(sources, "_file_pieces", unreadable)
+        make_unreadable(monkeypatch)
     notes: list[str] = []
     again = open_corpus(data, notes.append)
     assert again.fingerprint == now.fingerprint

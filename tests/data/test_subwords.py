@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from proglayer.config import ConfigError, DataConfig
 from proglayer.data import corpus as corpus_module
-from proglayer.data import sources, subwords
+from proglayer.data import subwords
 from proglayer.data.corpus import Corpus, open_corpus
 
 from .test_corpus import (
@@ -33,6 +33,7 @@ from .test_corpus import (
     damages,
     entry_folder,
     kill_preparation,
+    make_unreadable,
     one_line,
     release,
     start,
@@ -371,12 +372,7 @@ def test_an_earlier_entry_of_a_text_that_cannot_be_read_again_is_used_without(
     data = release(write_release(tmp_path / "text"))
     now = open_corpus(data)
     as_earlier(entry_folder(data))
-
-    def unreadable(*_: object) -> Any:
-        yield from ()
-        raise ConfigError("data.path: it can't be read")
-
-    monkeypatch.setattr(sources, "_file_pieces", unreadable)
+    make_unreadable(monkeypatch)
     notes: list[str] = []
     again = open_corpus(data, notes.append)
     assert again.fingerprint == now.fingerprint

@@ -614,6 +614,15 @@ def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: 
     assert "5 distinct phases, 1 of them stored; about" in more.out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_sweep_can_be_planned_for_a_device_of_another_machine(train: Command) -> None:
+    planned = train("-m", *SHORT, "seed=1,2", "device=cuda", "plan=true")
+    assert planned.status == 0, planned.err
+    assert "phases planned" not in planned.out
+    here = train("-m", *SHORT, "seed=1,2", "plan=true")
+    assert "4 phases planned: 4 distinct phases, 0 of them stored" in here.out
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     train: Command, tmp_path: Path, name: str
