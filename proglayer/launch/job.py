@@ -43,7 +43,6 @@ from proglayer.store.record import (
     RunState,
     failed_job,
     note_failed_job,
-    read_heartbeat,
     read_record,
     write_record,
 )
@@ -169,7 +168,6 @@ def _run_job(settings: DictConfig) -> float | None:
             record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
             return None
         from proglayer.run.experiment import run
-        from proglayer.run.session import Deferred
 
         threads = config.threads or (None if single else threads_per_job(hydra.launcher))
         config = replace(config, threads=threads)
@@ -179,8 +177,6 @@ def _run_job(settings: DictConfig) -> float | None:
             if choice is not None and not group.startswith(("hydra", "local", "logger"))
         }
         overrides = list(hydra.overrides.task)
-        # A job that was deferred, or that a scheduler holds, would find nobody to start it again.
-        held = read_heartbeat(folder).sign in (RunState.deferred, RunState.pending)
         prune = None if single else _pruning(hydra.sweeper, config.objective, folder)
         # The folder of a single run is locked already.
         lock = (
@@ -190,11 +186,7 @@ def _run_job(settings: DictConfig) -> float | None:
         )
         try:
             with lock, going_on_unread():
-                outcome = run(
-                    config, folder, overrides, choices, may_wait=single or held, prune=prune
-                )
-        except Deferred:
-            return None
+                outcome = run(config, folder, overrides, choices, prune)
         except FolderInUse as error:
             log.error("%s", error)  # whoever works there writes the record
             return None

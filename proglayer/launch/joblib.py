@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn
 from proglayer.errors import ConfigError
 from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
 from proglayer.run.signals import on_signals, stop_signals
-from proglayer.store.record import HEARTBEAT, RESULT, RunState, mark_lost, read_heartbeat
+from proglayer.store.record import HEARTBEAT, RESULT, mark_lost
 
 # How often a worker looks whether its parent lives.
 LOOK_S = 1.0
@@ -98,8 +98,7 @@ def launch(
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
         for sign in sweep.glob(f"*/{HEARTBEAT}"):
-            deferred = read_heartbeat(sign.parent).sign is RunState.deferred
-            if not deferred and not (sign.parent / RESULT).exists():
+            if not (sign.parent / RESULT).exists():
                 mark_lost(sign.parent, "its process was killed")
         raise ConfigError(
             "a worker of joblib was killed, and the others with it (by the system, for want of "

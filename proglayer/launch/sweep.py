@@ -60,10 +60,8 @@ from proglayer.store.record import (
     RunState,
     has_whole_weights,
     note_failed_job,
-    read_heartbeat,
     read_record,
     read_submission,
-    remove_heartbeat,
     write_jobs,
     write_submissions,
 )
@@ -257,48 +255,20 @@ class SummedUp(contextlib.AbstractContextManager["SummedUp"]):
 
 
 def launch(sweeper: Sweeper, jobs: Sequence[Job], at_once: int | None = None) -> list[JobReturn]:
-    """Run the jobs. Returns how each ended, in the order in which they did.
-
-    The launcher gets `at_once` of them at a time (None: all).
-
-    A job that finds another process at its next phase makes room for the jobs that do not, says so
-    in its heartbeat, and is launched again after them; while that stands there, it waits. Without
-    this two sweeps of the same jobs, started at once on one store, spend half their time waiting
-    for each other (47.6 % against 1.9 %).
-    """
+    """Run the jobs, `at_once` of them at a time (None: all). Returns how each ended."""
     folder = Path(sweeper.config.hydra.sweep.dir)
-    left, ended = list(jobs), []
-    may_defer = True
-    while left:
-        for job in left if may_defer else ():
-            if _deferred(folder / job.folder):
-                remove_heartbeat(folder / job.folder)
-        deferred = []
-        size = at_once or len(left)
-        for batch in (left[start : start + size] for start in range(0, len(left), size)):
-            overrides = [job.launched for job in batch]
-            with on_signals(interrupt, once=False):
-                returns = sweeper.launcher.launch(overrides, len(ended) + len(deferred))
-            for job, job_return in zip(batch, returns, strict=True):
-                if _deferred(folder / job.folder):
-                    deferred.append(job)
-                else:
-                    ended.append(job_return)
-                    _record_fault(folder / job.folder, job_return)
-        may_defer = 1 < len(deferred) < len(left)
-        left = deferred
+    ended: list[JobReturn] = []
+    while len(ended) < len(jobs):
+        batch = jobs[len(ended) :][:at_once]
+        with on_signals(interrupt, once=False):
+            returns = sweeper.launcher.launch([job.launched for job in batch], len(ended))
+        for job, job_return in zip(batch, returns, strict=True):
+            if job_return.status is JobStatus.FAILED:  # by an error that it could not record itself
+                reason = with_type(job_return._return_value)
+                record_unstarted(folder / job.folder, RunState.failed, reason)
+                note_failed_job(folder / job.folder)
+        ended += returns
     return ended
-
-
-def _deferred(folder: Path) -> bool:
-    return read_heartbeat(folder).sign is RunState.deferred
-
-
-def _record_fault(folder: Path, job: JobReturn) -> None:
-    """Record a job that ended by an error which it could not record itself."""
-    if job.status is JobStatus.FAILED:
-        record_unstarted(folder, RunState.failed, with_type(job._return_value))
-        note_failed_job(folder)
 
 
 def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...]]:

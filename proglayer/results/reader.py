@@ -126,9 +126,8 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
             phases.append(place | recorded("phases", phase))
             exits += [place | recorded("exits", each) for each in phase.exits]
         run |= _of_record(record, phases)
-    # Whoever holds a job that is to come, its scheduler or its sweep, it is pending.
-    status = RunState.pending if state.state is RunState.deferred else state.state
-    run |= {"status": status.value, "reason": as_text(state.reason), "host": as_text(state.host)}
+    reason, host = as_text(state.reason), as_text(state.host)
+    run |= {"status": state.state.value, "reason": reason, "host": host}
     return run, phases, exits
 
 

@@ -75,14 +75,11 @@ def run(
     folder: Path,
     overrides: Sequence[str] = (),
     choices: dict[str, str] | None = None,
-    may_wait: bool = True,
     prune: Prune | None = None,
 ) -> RunRecord:
     """Walk the plan of `config`, phase by phase, and leave the run's record in `folder`.
 
     overrides, choices: the command line and the group options, recorded as given.
-    may_wait: unless this is set, Deferred is raised where another job is training what the run
-        needs next. There is no record then, and the same call goes on from there.
     prune: by this a search ends the run early.
 
     Returns:
@@ -98,7 +95,7 @@ def run(
         environment=machine.environment(),
         git=git_state(),
     )
-    with session(config, folder, record, may_wait, prune) as current:
+    with session(config, folder, record, prune) as current:
         setup = prepare(config, record)
         current.begin(len(setup.phases), setup.device)
         last = train_phases(setup, current)

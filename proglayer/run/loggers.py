@@ -77,13 +77,6 @@ class Loggers:
                 logger.end(record.status)
         self._loggers = {}
 
-    def discard(self) -> None:
-        """Take away what was logged: the run comes back later, and begins again here."""
-        for name, logger in list(self._loggers.items()):
-            with self._may_fail(name):
-                logger.discard()
-        self._loggers = {}
-
     def _log(self, metrics: list[Metric]) -> None:
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
@@ -105,8 +98,8 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
-        self._delete()
+        for path in folder.glob(f"*{SUFFIX}"):
+            files.delete(path, files.named(rf"events\.out\.tfevents\..*{re.escape(SUFFIX)}"))
         self._writer = SummaryWriter(str(folder), filename_suffix=SUFFIX)
 
     def metrics(self, metrics: list[Metric]) -> None:
@@ -116,14 +109,6 @@ class TensorBoard:
 
     def end(self, status: RunState | None) -> None:
         self._writer.close()
-
-    def discard(self) -> None:
-        self._writer.close()
-        self._delete()
-
-    def _delete(self) -> None:
-        for path in self._folder.glob(f"*{SUFFIX}"):
-            files.delete(path, files.named(rf"events\.out\.tfevents\..*{re.escape(SUFFIX)}"))
 
 
 class MLflow:
@@ -175,10 +160,6 @@ class MLflow:
         }
         with self._set():
             self._client.set_terminated(self._run, ends.get(status, "KILLED"))
-
-    def discard(self) -> None:
-        with self._set():
-            self._client.delete_run(self._run)
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException

@@ -32,7 +32,6 @@ from proglayer.store.record import (
     RunState,
     check_folder,
     remove_record,
-    write_heartbeat,
     write_metrics,
     write_record,
 )
@@ -48,10 +47,6 @@ log = logging.getLogger(__name__)
 Prune = Callable[[MetricsRow], str | None]
 
 
-class Deferred(Exception):
-    """The run needs a phase that another job is training, and was asked not to wait for it."""
-
-
 class Pruned(Exception):
     """The search that the run belongs to gave it up. The message says why."""
 
@@ -60,14 +55,13 @@ class Session:
     """The surroundings of one run; `record` is what it will leave."""
 
     def __init__(
-        self, config: Config, folder: Path, record: RunRecord, may_wait: bool, prune: Prune | None
+        self, config: Config, folder: Path, record: RunRecord, prune: Prune | None
     ) -> None:
         self.config = config
         self.folder = folder
         self.record = record
         self.begun = False
         self.signals = machine.StopSignals()
-        self._may_wait = may_wait
         self._prune = prune
         self._rows: list[MetricsRow] = []
         self._private: PrivateStore | None = None
@@ -106,7 +100,7 @@ class Session:
     @property
     def hooks(self) -> Hooks:
         """How a trajectory reaches this session."""
-        return Hooks(self.signals.received, self._display.step, self._wait)
+        return Hooks(self.signals.received, self._display.step, self.note)
 
     def phase(self, phase: Phase) -> None:
         """A phase begins."""
@@ -161,11 +155,6 @@ class Session:
             reused=reused,
         )
 
-    def _wait(self, reason: str) -> None:
-        if not self._may_wait:
-            raise Deferred(reason)
-        self._display.note(reason)
-
     # -- how it ends ----------------------------------------------------------------------------
 
     def explain(self, error: Exception) -> RunState:
@@ -194,12 +183,6 @@ class Session:
             log.error("%s", reason)
         return RunState.failed
 
-    def defer(self, reason: Deferred) -> None:
-        """Leave no record: the run comes back."""
-        self._display.note(f"{reason}: this one comes back later")
-        self._loggers.discard()
-        write_heartbeat(self.folder, RunState.deferred)
-
     def end(self, state: RunState, seconds: float) -> None:
         """Leave the record."""
         self.record.status = state
@@ -214,13 +197,13 @@ class Session:
 
 @contextlib.contextmanager
 def session(
-    config: Config, folder: Path, record: RunRecord, may_wait: bool, prune: Prune | None
+    config: Config, folder: Path, record: RunRecord, prune: Prune | None
 ) -> Iterator[Session]:
     """Surround the walk through a run's phases.
 
     What the block raises is in the record and goes no further, but for a UserError before
-    `Session.begin`, which leaves no record, and for Deferred. Raises ConfigError where a user's
-    file lies in the place of one that the run would write.
+    `Session.begin`, which leaves no record. Raises ConfigError where a user's file lies in the
+    place of one that the run would write.
     """
     started = time.perf_counter()
     try:
@@ -228,7 +211,7 @@ def session(
     except NotOursError as error:
         raise ConfigError(str(error)) from error
     files.delete_left_over(folder)
-    current = Session(config, folder, record, may_wait, prune)
+    current = Session(config, folder, record, prune)
     with (
         Heartbeat(folder),
         machine.switches(config.threads, config.precision),
@@ -238,9 +221,6 @@ def session(
             try:
                 yield current
                 state = RunState.completed
-            except Deferred as reason:
-                current.defer(reason)
-                raise
             except Exception as error:
                 if not current.begun:
                     if isinstance(error, UserError):

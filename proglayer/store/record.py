@@ -83,8 +83,6 @@ class RunState(StrEnum):
     running = "running"
     # Held by a scheduler: nothing is written until it starts.
     pending = "pending"
-    # Put off by its sweep until another job has trained what it needs.
-    deferred = "deferred"
     # Listed by its sweep and not begun; not started: its sweep shows no sign of life either.
     waiting = "waiting"
     not_started = "not started"
@@ -657,8 +655,8 @@ def failed_job(sweep: Path) -> str | None:
 class HeartbeatContent:
     """What a job without a record says of itself, and which process wrote it.
 
-    sign: running (the file is touched again and again), pending or deferred (nothing touches it
-        until the job starts), or lost, with the reason. None where the file says nothing.
+    sign: running (the file is touched again and again), pending (nothing touches it until the job
+        starts), or lost, with the reason. None where the file says nothing.
     """
 
     sign: RunState | None = None
@@ -778,11 +776,6 @@ def job_state(
         return JobState(RunState.lost, reason, host)
     if heartbeat.sign is RunState.pending:
         return JobState(RunState.pending, None, host)
-    if heartbeat.sign is RunState.deferred:
-        if since := _lost_since(sweep_sign, folder.parent):
-            reason = f"put off, and its sweep shows no sign of life since {since}"
-            return JobState(RunState.lost, reason, host)
-        return JobState(RunState.deferred, None, host)
     if since := _lost_since(last_sign, folder):
         where = f" (it ran on {host})" if host else ""
         return JobState(RunState.lost, f"no sign of life since {since}{where}", host)

@@ -18,9 +18,6 @@ import torch
 from proglayer import load_run
 from proglayer.config import ConfigError, to_config
 from proglayer.run import experiment, loggers
-from proglayer.run.session import Deferred
-from proglayer.store.record import HeartbeatContent, RunState, read_heartbeat, read_record
-from proglayer.store.stages import Stage
 
 from ..helpers import TINY, composed, config, tiny_corpus
 
@@ -168,26 +165,6 @@ def test_a_failed_run_is_failed_there_too(run: Run) -> None:
     folder = run("run", "lr.base=1e15", "optimizer.clip_norm=null", given=("mlflow",))
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     assert mlflow_runs(folder)[0].info.status == "FAILED"
-
-
-@for_mlflow
-def test_a_deferred_run_is_pending_and_open_nowhere(run: Run, tmp_path: Path) -> None:
-    whole = json.loads((run("whole", given=()) / "result.json").read_text())
-    stage = Stage(tmp_path / "stages-2", whole["phases"][0]["stage"])
-    assert stage.lock(0)
-    settings = config(
-        *TINY, "model.exit_weights=uniform", "logger=[mlflow]", f"stages.dir={stage.store}"
-    )
-    (tmp_path / "run").mkdir()
-    with pytest.raises(Deferred):
-        experiment.run(settings, tmp_path / "run", may_wait=False)
-    assert mlflow_runs(tmp_path / "run") == []
-    assert read_heartbeat(tmp_path / "run").sign is RunState.deferred
-    assert read_record(tmp_path / "run") is None
-    stage.unlock()
-    experiment.run(settings, tmp_path / "run", may_wait=False)
-    assert [run.info.status for run in mlflow_runs(tmp_path / "run")] == ["FINISHED"]
-    assert read_heartbeat(tmp_path / "run") == HeartbeatContent()
 
 
 # --- no harm --------------------------------------------------------------------------------------

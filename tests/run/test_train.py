@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ import pytest
 import torch
 
 from proglayer.store.record import read_jobs
-from proglayer.store.stages import Stage
 
 from ..helpers import (
     ROOT,
@@ -551,31 +549,6 @@ def test_a_sweep_keeps_no_settings_of_jobs_that_ended(
     # Nearly half a megabyte each, with the thousand jobs of a large sweep in mind.
     assert [(job.cfg, job.hydra_cfg) for job in returned] == [(None, None)] * 2
     assert all(isinstance(job.return_value, float) for job in returned)
-
-
-def test_a_job_whose_phase_is_taken_makes_room_for_the_others(
-    train: Command, tmp_path: Path
-) -> None:
-    jobs = ("-m", *SHORT, "seed=1,2")
-    assert train(*jobs, "hydra.sweep.dir=a", "stages.dir=a-stages").status == 0
-    alone = results(tmp_path / "a")
-    # Somebody else is at the first job's first phase, until the second job is done.
-    stage = Stage(tmp_path / "b-stages", alone[0]["phases"][0]["stage"])
-    assert stage.lock(0)
-
-    def free_it_after_the_second() -> None:
-        while not list((tmp_path / "b").glob("1_*/result.json")):
-            time.sleep(0.02)
-        stage.unlock()
-
-    other = threading.Thread(target=free_it_after_the_second, daemon=True)
-    other.start()
-    done = train(*jobs, "hydra.sweep.dir=b", "stages.dir=b-stages")
-    other.join(timeout=60)
-    assert done.status == 0, done.err
-    assert "phase 1 is being trained by another job: this one comes back later" in done.out
-    for ours, theirs in zip(results(tmp_path / "b"), alone, strict=True):
-        assert [p["best"] for p in ours["phases"]] == [p["best"] for p in theirs["phases"]]
 
 
 def test_what_is_edited_while_jobs_wait_changes_none_of_them(
