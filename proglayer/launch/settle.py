@@ -313,7 +313,7 @@ class Study:
             if is_settled(row):
                 lines.append(f"settled at {row['look']} seeds: {what}")
                 continue
-            level = looks.design.levels(len(looks.design.looks) - 1, row["family"]).difference
+            level = looks.design.levels(len(looks.design.looks) - 1, row["family"]).each
             plan = stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level)
             known = not math.isnan(plan[0])
             plans += [plan] if known else []

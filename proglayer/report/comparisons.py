@@ -26,14 +26,6 @@ NO_SECOND_LOOK = (
 )
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9
-# What is read of the runs: to select rows of all two hundred columns takes most of the time.
-COLUMNS = [
-    *("run", "variant", "experiment", "base", "model", "seed", "grows", "lacks", "overrides"),
-    *("phases", "stopped", "last_epochs", "last_layers", "tokens", "flops", "judged_on"),
-    *("end_accuracy", "end_loss", "validation_accuracy", "validation_loss"),
-    *("first_layers", "config.model.dim"),
-    *(metric.change for metric in METRICS),
-]
 
 
 @dataclass(frozen=True)
@@ -84,21 +76,23 @@ class Question:
     budgets: tuple[str, ...] = ()  # tokens, compute: what the two are equal in
 
 
+NOT_MADE = stats.paired(pd.Series(dtype=float), pd.Series(dtype=float))
+# What a question is called in the frames.
+LABELS = ["claim", "condition", "a", "b", "model", "measured"]
+
+
 def judge(questions: Iterable[Question], levels: stats.Levels | None = None) -> Frame:
     """Judge all these as one family, by their accuracy; at `levels` if they are given.
 
     Returns:
-        one row per question: `claim`, `condition`, `a`, `b`, `model`, `measured`, `reason`, the
-        columns of `stats.judge`, and `comparisons` (the objects, by the name of the metric).
+        one row per question: LABELS, `reason`, `comparisons` (the objects, by the name of the
+        metric), and the columns of `stats.judge`.
     """
     questions = list(questions)
-    nothing = stats.paired(pd.Series(dtype=float), pd.Series(dtype=float))
-    names = ("claim", "condition", "a", "b", "model", "measured", "reason", "comparisons")
-    labels = pd.DataFrame(
-        [[getattr(q, name) for name in names] for q in questions], columns=list(names)
-    )
-    made = [q.comparisons.get(study.ACCURACY.name, nothing) for q in questions]
-    return pd.concat([labels, stats.judge(made, levels=levels)], axis="columns")
+    names = [*LABELS, "reason", "comparisons"]
+    labels = pd.DataFrame([[getattr(q, n) for n in names] for q in questions], columns=names)
+    made = [q.comparisons.get(study.ACCURACY.name, NOT_MADE) for q in questions]
+    return pd.concat([labels, stats.judge(made, levels)], axis="columns")
 
 
 # --- the claims -----------------------------------------------------------------------------------
@@ -120,16 +114,12 @@ def claimed(runs: Frame, curves: Frame, margins: Margins) -> list[Question]:
     if original is not None:
         unfrozen = study.plain_variant(runs, study.UNFROZEN)
         scratch = study.controls(runs, study.FROM_SCRATCH).get(original)
-        controlling = [
-            runs for (variant, _), runs in arms.items() if variant in (unfrozen, scratch)
-        ]
-        epochs = _epochs(curves, controlling)
         for claim, control, measures in (
-            (STABLE, unfrozen, (ledger.FLOPS,)),
-            (STEPWISE, scratch, (ledger.TOKENS, ledger.FLOPS)),
+            (STABLE, unfrozen, {"compute": ledger.FLOPS}),
+            (STEPWISE, scratch, {"tokens": ledger.TOKENS, "compute": ledger.FLOPS}),
         ):
             if control is not None:
-                asked[claim] = _within(runs, arms, epochs, original, control, measures, margins)
+                asked[claim] = _within(runs, arms, curves, original, control, measures, margins)
     questions = []
     for claim, own in asked.items():
         if not own:
@@ -139,90 +129,67 @@ def claimed(runs: Frame, curves: Frame, margins: Margins) -> list[Question]:
     return questions
 
 
-# A run, as a plain dictionary of COLUMNS, by its seed; and each arm's, by variant and model.
-BySeed = dict[int, dict[str, Any]]
-Arms = dict[tuple[str, str], BySeed]
-# The rows of `ledger.curves`, by run.
-Epochs = dict[str, list[dict[str, Any]]]
+# The runs of each arm, by variant and model, indexed by seed.
+Arms = dict[tuple[str, str], Frame]
 
 
 def _arms(runs: Frame) -> Arms:
-    arms: Arms = {}
-    for row in runs[COLUMNS].to_dict("records"):
-        arms.setdefault((row["variant"], row["model"]), {})[row["seed"]] = row
-    return arms
-
-
-def _epochs(curves: Frame, arms: Iterable[BySeed]) -> Epochs:
-    """The epochs of these arms' runs."""
-    epochs: Epochs = {run["run"]: [] for arm in arms for run in arm.values()}
-    for row in curves[curves["run"].isin(list(epochs))].to_dict("records"):
-        epochs[row["run"]].append(row)
-    return epochs
+    # Of the settings one is read; to select rows of all of them takes most of the time.
+    read = [c for c in runs if not c.startswith("config.")]
+    return {
+        arm: own.set_index("seed")
+        for arm, own in runs[read].groupby(["variant", "model"], sort=False)
+    }
 
 
 def models(arms: Arms, variants: Sequence[str], margins: Margins) -> list[Question]:
     """The change under deep supervision less that under Standard, in those variants with both."""
     questions = []
     for variant in variants:
-        deep, standard = (arms.get((variant, model), {}) for model in (DEEP, STANDARD))
-        stepped = any(run["phases"] > 1 for run in deep.values() if pd.notna(run["phases"]))
-        if deep and standard and stepped:
-            comparisons = {
-                m.name: _paired(
-                    deep,
-                    standard,
-                    {seed: run[m.change] for seed, run in deep.items()},
-                    {seed: run[m.change] for seed, run in standard.items()},
-                    m,
-                    margins,
-                )
-                for m in METRICS
-            }
-            measured = "change, deep supervision − Standard"
-            questions.append(Question(variant, DEEP, "", measured, comparisons))
+        deep, standard = arms.get((variant, DEEP)), arms.get((variant, STANDARD))
+        if deep is None or standard is None or not (deep["phases"] > 1).any():
+            continue
+        values = {m: (deep[m.change], standard[m.change]) for m in METRICS}
+        compared = _compare(deep, standard, values, margins)
+        questions.append(
+            Question(variant, DEEP, "", "change, deep supervision − Standard", compared)
+        )
     return questions
 
 
-def _paired(
-    a: BySeed,
-    b: BySeed,
-    of_a: Mapping[int, float],
-    of_b: Mapping[int, float],
-    metric: study.Metric,
-    margins: Margins,
-) -> stats.Comparison:
-    reasons = {s: run["lacks"] for arm in (b, a) for s, run in arm.items() if run["lacks"]}
-    return stats.paired(of_a, of_b, margin=metric.margin(margins), reasons=reasons)
+def _compare(
+    a: Frame, b: Frame, values: Mapping[study.Metric, tuple[Frame, Frame]], margins: Margins
+) -> dict[str, stats.Comparison]:
+    """Compare two arms in these values of theirs, by the name of the metric."""
+    reasons = pd.concat([b["lacks"], a["lacks"]]).dropna().to_dict()
+    return {
+        metric.name: stats.paired(*both, margin=metric.margin(margins), reasons=reasons)
+        for metric, both in values.items()
+    }
 
 
-def _ends(a: BySeed, b: BySeed, margins: Margins, text: str = "end") -> dict[str, stats.Comparison]:
+def _ends(a: Frame, b: Frame, margins: Margins, text: str = "end") -> dict[str, stats.Comparison]:
     """Compare accuracy and loss of two arms by seed, as judged or on the validation text.
 
     Perplexity is in percent of b's.
     """
-    accuracy, loss = (
-        [{seed: run[f"{text}_{name}"] for seed, run in arm.items()} for arm in (a, b)]
-        for name in ("accuracy", "loss")
-    )
-    fall = {
-        seed: -100 * math.expm1(own - loss[1].get(seed, math.nan)) for seed, own in loss[0].items()
-    }
+    loss, other = a[f"{text}_loss"], b[f"{text}_loss"]
+    fall = -100 * np.expm1(loss - other.reindex(loss.index))
     values = {
-        study.ACCURACY: accuracy,
-        study.PERPLEXITY: (fall, {seed: 0 * own for seed, own in loss[1].items()}),
-        study.LOSS: [{seed: -own for seed, own in arm.items()} for arm in loss],
+        study.ACCURACY: (a[f"{text}_accuracy"], b[f"{text}_accuracy"]),
+        study.PERPLEXITY: (fall, 0 * other),
+        study.LOSS: (-loss, -other),
     }
-    return {m.name: _paired(a, b, own[0], own[1], m, margins) for m, own in values.items()}
+    return _compare(a, b, values, margins)
 
 
 def _within(
     runs: Frame,
     arms: Arms,
-    epochs: Epochs,
+    curves: Frame,
     a: str,
     b: str,
-    measures: Sequence[ledger.Measure],
+    measures: Mapping[str, ledger.Measure],
     margins: Margins,
 ) -> list[Question]:
     """Variant a at its end against b within what a spent, in each model that has both.
@@ -231,47 +198,43 @@ def _within(
     is not made: b had less, because `max_epochs` cut it.
     """
     questions: list[Question] = []
-    words = {ledger.TOKENS: "tokens", ledger.FLOPS: "compute"}
     for model in dict.fromkeys(runs["model"]):
-        own, other = arms.get((a, model), {}), arms.get((b, model), {})
-        if not (own and other):
+        own, other = arms.get((a, model)), arms.get((b, model))
+        if own is None or other is None:
             continue
-        alike: dict[str, BySeed] = {}
-        for measure in measures:
-            found = within_budget(own, other, epochs, measure)
-            cut = [run for run in found.values() if run["cut"]]
-            if cut:
-                if not any(q.reason and q.model == model for q in questions):
-                    reason = _cut_short(runs, b, model, cut, words[measure])
-                    measured = f"at equal {words[measure]}"
+        alike: dict[str, Frame] = {}
+        reason = ""
+        for word, measure in measures.items():
+            found = within_budget(own, other, curves, measure)
+            if found["cut"].any():
+                if not reason:
+                    reason = _cut_short(runs, b, model, found[found["cut"]], word)
+                    measured = f"at equal {word}"
                     questions.append(Question(a, b, model, measured, {}, reason=reason))
                 continue
-            same = [name for name, earlier in alike.items() if _chosen(earlier) == _chosen(found)]
-            name = f"{same[0]} and {words[measure]}" if same else f"at equal {words[measure]}"
+            same = [n for n, earlier in alike.items() if earlier["epoch"].equals(found["epoch"])]
+            name = f"{same[0]} and {word}" if same else f"at equal {word}"
             alike[name] = alike.pop(same[0]) if same else found
         for name, found in alike.items():
             # An epoch that its run did not select has no figures on the test text.
-            judged = all(run["selected"] for run in found.values())
+            judged = found["selected"].all()
             budgets = tuple(name.removeprefix("at equal ").split(" and "))
-            comparisons = _ends(own, found, margins, "end" if judged else "validation")
-            if not judged and any(run["judged_on"] == "test" for run in own.values()):
+            compared = _ends(own, found, margins, "end" if judged else "validation")
+            if not judged and (own["judged_on"] == "test").any():
                 name += ", on the validation text"
-            questions.append(Question(a, b, model, name, comparisons, budgets=budgets))
+            questions.append(Question(a, b, model, name, compared, budgets=budgets))
     return questions
 
 
-def _chosen(arm: BySeed) -> list[Any]:
-    return [(seed, run["epoch"]) for seed, run in arm.items()]
-
-
-def within_budget(own: BySeed, other: BySeed, epochs: Epochs, measure: ledger.Measure) -> BySeed:
+def within_budget(own: Frame, other: Frame, curves: Frame, measure: ledger.Measure) -> Frame:
     """What each run of an arm comes to if it may spend what the run of the same seed spent.
 
     It counts at its epoch of lowest validation loss, at its final depth, among those that ended
     within that budget.
 
     Args:
-        own, other: the runs of two arms, by seed; `own` sets the budget.
+        own, other: the runs of two arms, indexed by seed; `own` sets the budget.
+        curves: of `ledger.curves`, of these runs among others.
 
     Returns:
         `other`, with the `epoch` that counts, whether the run itself `selected` it, its figures as
@@ -279,52 +242,42 @@ def within_budget(own: BySeed, other: BySeed, epochs: Epochs, measure: ledger.Me
         first epoch), the `share` of the budget that it was trained for, whether it counts or not,
         whether that is less because `max_epochs` `cut` it, and the epochs that it `needs` for all.
     """
-    found: BySeed = {}
-    for seed, run in other.items():
-        partner = own.get(seed)
-        known = partner is not None and pd.notna(partner[measure.column])
-        budget = float(partner[measure.column]) if partner and known else math.nan
-        final = [e for e in epochs[run["run"]] if e["layers"] == run["last_layers"]]
-        spent = final[-1][measure.column] if final else math.nan
-        # The two sums were added up in different orders.
-        inside = [e for e in final if e[measure.column] <= budget * (1 + 1e-9)]
-        best = min(inside, key=lambda e: e["loss"], default=None)
-        selected = best is not None and bool(best["best"])
-        nothing = {"loss": math.nan, "accuracy_percent": math.nan, "step": None}
-        at = best or nothing
-        lacks = run["lacks"]
-        if best is None and not lacks and math.isfinite(budget):
-            lacks = "over the budget in its first epoch"
-        share = spent / budget
-        stopped = str(run["stopped"]).startswith("max_epochs")
-        found[seed] = run | {
-            "epoch": at["step"],
-            "selected": selected or best is None,
-            "end_accuracy": run["end_accuracy"] if selected else at["accuracy_percent"],
-            "end_loss": run["end_loss"] if selected else at["loss"],
-            "validation_accuracy": at["accuracy_percent"],
-            "validation_loss": at["loss"],
-            "share": share,
-            "cut": stopped and share < NEARLY_EQUAL,
-            "lacks": lacks,
-        }
-        if found[seed]["cut"]:
-            more = math.ceil((budget - spent) / (spent / final[-1]["step"]))
-            found[seed]["needs"] = int(run["last_epochs"]) + more
-    return found
+    budget = own[measure.column].astype("float64").reindex(other.index)
+    seeds = other.reset_index()[["run", "seed", "last_layers"]]
+    final = curves.drop(columns="seed", errors="ignore").merge(seeds, on="run")
+    final = final[final["layers"] == final["last_layers"]]
+    last = final.drop_duplicates("seed", keep="last").set_index("seed").reindex(other.index)
+    # The two sums were added up in different orders.
+    inside = final[final[measure.column] <= final["seed"].map(budget) * (1 + 1e-9)]
+    best = inside.sort_values("loss", kind="stable").drop_duplicates("seed")
+    best = best.set_index("seed").reindex(other.index)
+    none, selected = best["step"].isna(), best["best"].eq(True)
+    over = none & other["lacks"].isna() & np.isfinite(budget)
+    share = last[measure.column] / budget
+    more = np.ceil((1 / share - 1) * last["step"])
+    return other.assign(
+        epoch=best["step"],
+        selected=selected | none,
+        end_accuracy=other["end_accuracy"].where(selected, best["accuracy_percent"]),
+        end_loss=other["end_loss"].where(selected, best["loss"]),
+        validation_accuracy=best["accuracy_percent"],
+        validation_loss=best["loss"],
+        share=share,
+        cut=other["stopped"].astype(str).str.startswith("max_epochs") & (share < NEARLY_EQUAL),
+        needs=other["last_epochs"] + more,
+        lacks=other["lacks"].mask(over, "over the budget in its first epoch"),
+    )
 
 
-def _cut_short(
-    runs: Frame, variant: str, model: str, cut: Sequence[dict[str, Any]], word: str
-) -> str:
+def _cut_short(runs: Frame, variant: str, model: str, cut: Frame, word: str) -> str:
     """Why a comparison within a budget is not made, and what to run."""
-    share = float(np.median([run["share"] for run in cut]))
+    share = cut["share"].median()
     words = "half" if abs(share - 0.5) < 0.02 else f"{share:.0%} of"
     name = study.variant_name(variant)
-    most = max(run["needs"] for run in cut)
     first = runs[runs["variant"] == variant].iloc[0]
     setting = "phase.max_epochs" if first["phases"] == 1 else "phase.grown.max_epochs"
-    command = _command(runs, variant, (first["experiment"],), (model,), f"{setting}={most}")
+    most = f"{setting}={cut['needs'].max():.0f}"
+    command = _command(runs, variant, (first["experiment"],), (model,), most)
     return (
         f"{name[:1].upper()}{name[1:]} had {words} the {word} (cut by max_epochs). Run: {command}"
     )
@@ -373,10 +326,9 @@ def others(runs: Frame, claims: Sequence[Question], margins: Margins) -> list[Qu
             pairs[(reference, variant) if variant in controls else (variant, reference)] = None
     for a, b in pairs:
         for model in dict.fromkeys(runs["model"]):
-            own, other = arms.get((a, model)), arms.get((b, model))
-            if own and other:
-                comparisons = _ends(own, other, margins)
-                questions.append(Question(a, b, model, "each at its own end", comparisons))
+            if (a, model) in arms and (b, model) in arms:
+                compared = _ends(arms[a, model], arms[b, model], margins)
+                questions.append(Question(a, b, model, "each at its own end", compared))
     return questions
 
 
@@ -389,28 +341,21 @@ def described(judged: Frame) -> tuple[Frame, Frame]:
         not judged. And `claim`, `condition`, `a`, `b`, `model`, `measured`, `metric`, `seed`,
         `difference`.
     """
-    names = ["claim", "condition", "a", "b", "model", "measured"]
     rows, by_seed = [], []
     for row in judged.to_dict("records"):
-        own = row.pop("comparisons")
-        label = {name: row[name] for name in names}
-        if not own:
-            rows.append(label | {"metric": study.ACCURACY.name} | row)
-        for metric, comparison in own.items():
-            low, high = comparison.interval(0.95)
-            found = {
-                **{name: getattr(comparison, name) for name in ("n", "dropped", "left_out")},
-                **{name: getattr(comparison, name) for name in ("mean", "sd", "margin")},
-                "low_95": low,
-                "high_95": high,
-                "effect_size": comparison.effect_size,
-                "sign_flip_p": comparison.sign_flip_p,
-            }
+        label = {name: row[name] for name in LABELS}
+        own = row.pop("comparisons") or {study.ACCURACY.name: NOT_MADE}
+        for metric, compared in own.items():
+            low, high = compared.interval(0.95)
+            found = {"n": compared.n, "dropped": compared.dropped, "left_out": compared.left_out}
+            found |= {"mean": compared.mean, "sd": compared.sd, "margin": compared.margin}
+            found |= {"low_95": low, "high_95": high, "effect_size": compared.effect_size}
+            found["sign_flip_p"] = compared.sign_flip_p
             verdict = row if metric == study.ACCURACY.name else {}
             rows.append(label | {"metric": metric} | verdict | found)
             by_seed += [
                 label | {"metric": metric, "seed": seed, "difference": difference}
-                for seed, difference in comparison.differences.items()
+                for seed, difference in compared.differences.items()
             ]
     return pd.DataFrame(rows), pd.DataFrame(by_seed)
 
@@ -510,18 +455,23 @@ def plan(seeds: float, low: float, high: float) -> str:
     return f"{text(seeds)} ({text(low)} to {text(high)})"
 
 
-def level_of(row: Mapping[str, Any]) -> float:
-    """The level at which a difference is judged."""
-    return row.get("level", stats.ALPHA / max(1, row["family"]))
+def detectable(row: Mapping[str, Any]) -> float:
+    """The smallest true difference that these seeds would probably find, in points."""
+    return stats.smallest_difference(row["sd"], row["n"], alpha=row["level"])
+
+
+def seeds_to_plan(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """How many seeds in all would settle a comparison; see `stats.seeds_for_margin`."""
+    return stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=row["level"])
 
 
 def how_judged(made: Frame, margins: Margins) -> str:
     """What the words and the lines of the first picture mean."""
     family, looks = int(made["family"].max()), "look" in made
-    levels = sorted({level_of(row) for row in made.to_dict("records")}, reverse=True)
+    levels = made["level"].max(), made["level"].min()
 
     def confidence(sides: int) -> str:
-        return " to ".join(dict.fromkeys(percent(1 - sides * levels[end]) for end in (0, -1)))
+        return " to ".join(dict.fromkeys(percent(1 - sides * level) for level in levels))
 
     what = [f"{family} comparisons"] * (family > 1) + ["all looks"] * looks
     together = f"; {' and '.join(what)} are judged together, so that all lines hold with 95 %"
@@ -537,11 +487,9 @@ def limits(made: Frame) -> list[str]:
     """What these seeds can show, what it would take to know more, and which seeds stand apart."""
     notes = []
     records = made.to_dict("records")
-    shown = [stats.smallest_difference(row["sd"], row["n"], alpha=level_of(row)) for row in records]
-    shown = [value for value in shown if math.isfinite(value)]
+    shown = [value for value in map(detectable, records) if math.isfinite(value)]
     if shown:
-        seeds = sorted({row["n"] for row in records})
-        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        count = " to ".join(dict.fromkeys([f"{made['n'].min()}", f"{made['n'].max()}"]))
         low, high = (f"{value:.2g}" for value in (min(shown), max(shown)))
         several = f"{low} to {high} points, depending on the comparison,"
         size = f"{high} points" if low == high else several
@@ -549,11 +497,7 @@ def limits(made: Frame) -> list[str]:
             f"With {count} seeds, only differences above roughly {size} would probably be detected "
             "(power 80 %)."
         )
-    unclear = [row for row in records if row["verdict"] == stats.Verdict.unclear]
-    plans = [
-        stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level_of(row))
-        for row in unclear
-    ]
+    plans = [seeds_to_plan(row) for row in records if row["verdict"] == stats.Verdict.unclear]
     plans = [own for own in plans if not math.isnan(own[0])]
     if plans:
         notes.append(
@@ -563,13 +507,12 @@ def limits(made: Frame) -> list[str]:
             + ("" if "look" in made else f" {NO_SECOND_LOOK}")
         )
     for row in records:
-        apart = row["comparisons"][study.ACCURACY.name].outlying
-        if apart:
-            own = row["comparisons"][study.ACCURACY.name].differences
-            values = ", ".join(f"seed {seed}: {own[seed]:+.2g}" for seed in apart)
+        own = row["comparisons"][study.ACCURACY.name]
+        if apart := own.outlying:
+            values = ", ".join(f"seed {seed}: {own.differences[seed]:+.2g}" for seed in apart)
             model = f", {study.model_name(row['model'])}" if row["model"] else ""
             notes.append(
                 f"Outlying in {label(row)}{model}: {values} points; the others' median is "
-                f"{own.drop(apart).median():+.2g}. The mean is of both kinds of runs."
+                f"{own.differences.drop(apart).median():+.2g}. The mean is of both kinds of runs."
             )
     return notes

@@ -53,7 +53,7 @@ class Design:
         before = self.looks[look - 1] if look else 0
         share = (self.looks[look] - before) / self.most
         level = share * stats.ALPHA / max(1, family)
-        return stats.Levels(family, level, level, share * stats.ALPHA)
+        return stats.Levels(family, level, share * stats.ALPHA)
 
 
 # --- the looks of a study -------------------------------------------------------------------------
@@ -126,8 +126,7 @@ def judge(
         margins: that of accuracy is the looks'.
 
     Returns:
-        as `comparisons.judge`, and `look` (the number of seeds of the look that the row is of) and
-        `level` (that of a difference at that look).
+        as `comparisons.judge`, and `look`: the number of seeds of the look that the row is of.
     """
     conditions = list(conditions)
     if not looks.taken:
@@ -154,7 +153,7 @@ def judge(
         for question, row in zip(questions, judged, strict=True):
             which = question.condition, question.claim, question.a, question.b, question.model
             keys = [(*which, budget) for budget in question.budgets or ("",)]
-            row |= {"look": seeds, "level": levels.difference}
+            row["look"] = seeds
             if all(key in settled for key in keys):
                 row = settled[keys[0]]
             elif is_settled(row):

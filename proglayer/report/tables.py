@@ -197,15 +197,14 @@ def comparisons_table(title: str, judged: Frame) -> Table:
     for row in judged.to_dict("records"):
         own = row["comparisons"]
         accuracy = own.get(study.ACCURACY.name)
-        level = comparisons.level_of(row)
         found: Row = dict.fromkeys(("effect_size", "sign_flip_p", "detectable"), math.nan)
         found["plan"] = (math.nan,) * 3
         if accuracy is not None:
             found |= {
                 "effect_size": accuracy.effect_size,
                 "sign_flip_p": accuracy.sign_flip_p,
-                "detectable": stats.smallest_difference(row["sd"], row["n"], alpha=level),
-                "plan": stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level),
+                "detectable": comparisons.detectable(row),
+                "plan": comparisons.seeds_to_plan(row),
             }
         rows.append(row | found)
 

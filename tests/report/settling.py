@@ -68,7 +68,7 @@ def settled(method: str, design: Design, values: np.ndarray) -> dict[str, np.nda
     looks = list(enumerate(design.looks)) if method != "fixed" else [(0, design.most)]
     for look, seeds in looks:
         level = stats.ALPHA / family
-        levels = stats.Levels(family, level, level)
+        levels = stats.Levels(family, level)
         if method == "looks that pay":
             levels = design.levels(look, family)
         here = values[:, :, :seeds]
@@ -78,8 +78,8 @@ def settled(method: str, design: Design, values: np.ndarray) -> dict[str, np.nda
             half = sps.t.isf(level / 2, seeds - 1) * error  # noqa: B023
             return mean - half, mean + half  # noqa: B023
 
-        low, high = interval(levels.difference)
-        inner = interval(2 * levels.equivalence)
+        low, high = interval(levels.each)
+        inner = interval(2 * levels.each)
         same = (inner[0] >= -MARGIN) & (inner[1] <= MARGIN)
         verdict = np.select([same, low > 0, high < 0], [SAME, BETTER, WORSE], UNCLEAR)
         now = {

@@ -193,8 +193,9 @@ def judged(results: Results) -> Iterator[Any]:
     """The claims of the studies in these frames, each judged as by a report of its own."""
     margins = study.Margins()
     arms = study.arms(results)
-    # All that is read of them, of two hundred columns; plain strings are faster to read.
-    runs = arms.runs[["condition", *comparisons.COLUMNS]]
+    # Of two hundred settings one is read; plain strings are faster to read.
+    aside = [c for c in arms.runs if c.startswith("config.") and c != "config.model.dim"]
+    runs = arms.runs.drop(columns=aside)
     arms = replace(arms, runs=runs.astype(dict.fromkeys(runs.select_dtypes("string"), object)))
     curves = ledger.curves(results, arms.runs)
     texts = arms.runs.set_index("run")["condition"]

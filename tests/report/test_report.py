@@ -170,14 +170,14 @@ def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report
     )
 
 
-def within(results: Any, measure: ledger.Measure, model: str = STANDARD) -> dict[int, Any]:
+def within(results: Any, measure: ledger.Measure, model: str = STANDARD) -> pd.DataFrame:
     """The run from scratch within the budget of the original's, by seed."""
     runs = study.arms(results).of(0)
     curves = ledger.curves(results, runs)
     scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
     arms = comparisons._arms(runs)
     own, other = arms["original", model], arms[scratch, model]
-    return comparisons.within_budget(own, other, comparisons._epochs(curves, [other]), measure)
+    return comparisons.within_budget(own, other, curves, measure)
 
 
 @pytest.mark.parametrize("model", [STANDARD, DEEP])
@@ -185,7 +185,7 @@ def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path, model:
     results = load(sweep)
     runs = study.arms(results).of(0)
     fair = within(results, ledger.TOKENS, model)
-    for seed, row in fair.items():
+    for seed, row in fair.to_dict("index").items():
         same = runs[(runs["model"] == model) & (runs["seed"] == seed)]
         budget = float(same.loc[same["variant"] == "original", "tokens"].iloc[0])
         run = same.loc[same["variant"] == study.FROM_SCRATCH, "run"].iloc[0]
@@ -200,7 +200,7 @@ def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path, model:
 def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
     synthetic.run(tmp_path / "a", "original", STANDARD, 1)
     synthetic.run(tmp_path / "b", "control_from_scratch", STANDARD, 1, "phase.patience=30")
-    assert within(load(tmp_path), ledger.FLOPS)[1]["share"] > 1
+    assert within(load(tmp_path), ledger.FLOPS).loc[1, "share"] > 1
 
 
 def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
