@@ -15,25 +15,21 @@ from __future__ import annotations
 import ast
 import glob
 import hashlib
-import json
 import os
 import platform
 import re
 import sys
 import sysconfig
-import time
 import tokenize
 import warnings
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from proglayer import files
 from proglayer.config import DataConfig, DataSource, shortened
 from proglayer.errors import DISK_FULL, ConfigError, first_line
 
@@ -63,11 +59,6 @@ OTHER_FILES = {
     b"%PDF": "a PDF: take its text out, for example with pdftotext",
     b"PAR1": "Parquet: load it with `datasets`, save_to_disk, and take data=hub data.path=FOLDER",
 }
-# The hash of a file is kept from this size on; below, hashing takes some 20 ms at most.
-KEPT_HASH_BYTES = 32 * 2**20
-# File systems tell times apart no better than this: a file that is as fresh may change once more
-# without its times changing.
-FRESH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +81,8 @@ class TextSource:
     may_test: bool = False
 
 
-def open_source(data: DataConfig, hashes: Path) -> TextSource:
-    """The text that `data` names. `hashes` is a folder that keeps the hashes of large files.
+def open_source(data: DataConfig) -> TextSource:
+    """The text that `data` names.
 
     Raises ConfigError where it can't be found, or a setting is not for this kind of source. What
     goes wrong while reading is a ConfigError of `pieces`.
@@ -116,8 +107,8 @@ def open_source(data: DataConfig, hashes: Path) -> TextSource:
     if data.source is DataSource.pydocs:
         return _pydocs(data)
     if data.source is DataSource.text:
-        return _text(data, hashes)
-    return _data_set(data, hashes)
+        return _text(data)
+    return _data_set(data)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,9 +212,9 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 # text: local files
 
 
-def _text(data: DataConfig, hashes: Path) -> TextSource:
+def _text(data: DataConfig) -> TextSource:
     paths = _matching_files(data.files)
-    digests = [_file_sha256(path, "data.files", hashes) for path in paths]
+    digests = [_file_sha256(path, "data.files") for path in paths]
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         for path in paths:
@@ -354,58 +345,36 @@ def _no_text(path: Path, byte: int, offset: int) -> str:
     return f"is not UTF-8 (byte 0x{byte:02x} at offset {offset}): convert it, for example {cure}"
 
 
-def _file_sha256(path: Path, setting: str, hashes: Path) -> str:
-    """The hash of a file's content. That of a large file is kept in `hashes`.
-
-    Otherwise each job on 10 GB of text would first read all of it.
-    """
+def _file_sha256(path: Path, setting: str) -> str:
+    """The hash of a file's content."""
     if path.exists() and not path.is_file():  # reading it might never end
         raise ConfigError(f"{setting}: {path} is a pipe or a device: write its content to a file")
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < KEPT_HASH_BYTES:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            state = _state(path, file.fileno())
-            kept = hashes / hashlib.sha256(json.dumps(state).encode()).hexdigest()
-            with suppress(OSError, ValueError):
-                known = kept.read_text(encoding="ascii")
-                if re.fullmatch("[0-9a-f]{64}", known):
-                    return known
-            settled = time.time() - max(state["modified_ns"], state["changed_ns"]) / 1e9
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if settled > FRESH_SECONDS and _state(path, file.fileno()) == state:
-                with suppress(OSError):  # it is hashed again the next time
-                    by_hash = files.named("[0-9a-f]{64}")
-                    files.write_atomically(kept, digest.encode(), "data.cache_dir", by_hash)
-            return digest
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
-
-
-def _state(path: Path, descriptor: int) -> dict[str, Any]:
-    """What is different about a file once its content is. No program can set back its ctime."""
-    stat = os.fstat(descriptor)
-    return {
-        "path": os.path.abspath(path),
-        "size": stat.st_size,
-        "modified_ns": stat.st_mtime_ns,
-        "changed_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-    }
 
 
 # ---------------------------------------------------------------------------------------------
 # wikitext2 and hub: data sets, from a folder or from the hub
 
 
-def _data_set(data: DataConfig, hashes: Path) -> TextSource:
+def _data_set(data: DataConfig) -> TextSource:
     if data.path is None:
         return _hub(data)
-    folder = _data_folder(data.path)
+    folder = Path(os.path.expanduser(data.path))
+    if not folder.exists():
+        raise ConfigError(f"data.path={data.path}: there is no such folder in {os.getcwd()}")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"data.path={data.path} is a file, not a folder: give the folder of a data set, or "
+            f"read the file with data=text 'data.files=[{data.path}]'"
+        )
     if data.source is DataSource.wikitext2 and (folder / "wiki.train.raw").exists():
-        return _release(data, folder, hashes)
+        return _release(data, folder)
     if (folder / "state.json").exists() or any(folder.glob("*/state.json")):
-        return _saved_data_set(data, folder, hashes)
+        return _saved_data_set(data, folder)
     raise ConfigError(f"data.path={data.path} is not {_wanted_folder(data)}")
 
 
@@ -415,13 +384,13 @@ def _wanted_folder(data: DataConfig) -> str:
     return "a folder that save_to_disk wrote"
 
 
-def _release(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
+def _release(data: DataConfig, folder: Path) -> TextSource:
     """The layout of the WikiText releases, `wiki.train.raw` and so on."""
     names = _split_names(data, sorted(RELEASE_SPLITS))
     if _may_test(data) and (folder / "wiki.test.raw").exists():
         names["test"] = "test"
     files = {split: folder / f"wiki.{RELEASE_SPLITS[name]}.raw" for split, name in names.items()}
-    digests = {split: _file_sha256(path, "data.path", hashes) for split, path in files.items()}
+    digests = {split: _file_sha256(path, "data.path") for split, path in files.items()}
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
         path = files[split]
@@ -461,19 +430,7 @@ def _other_data_set(setting: str) -> dict[str, str]:
     }
 
 
-def _data_folder(path: str) -> Path:
-    folder = Path(os.path.expanduser(path))
-    if not folder.exists():
-        raise ConfigError(f"data.path={path}: there is no such folder in {os.getcwd()}")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"data.path={path} is a file, not a folder: give the folder of a data set, or read "
-            f"the file with data=text 'data.files=[{path}]'"
-        )
-    return folder
-
-
-def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
+def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
     """What `DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote.
 
     The latter has a single split, of which the last share of the rows is held out.
@@ -493,28 +450,26 @@ def _saved_data_set(data: DataConfig, folder: Path, hashes: Path) -> TextSource:
             more = _other_data_set("data.path")[split]
             raise ConfigError(f"data.path={data.path} has no rows for {split}: {more}")
     digests = [
-        _file_sha256(path, "data.path", hashes)
+        _file_sha256(path, "data.path")
         for split_folder in dict.fromkeys(folders.values())
         for path in sorted(split_folder.iterdir())
         if path.suffix == ".arrow" or path.name == "state.json"
     ]
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
-        import datasets
-
-        with _quiet_datasets():
-            try:
-                rows = datasets.Dataset.load_from_disk(str(folders[split]))
-                if single:
-                    kept = int((1 - data.held_out) * len(rows))
-                    rows = rows.select(range(kept) if split == "train" else range(kept, len(rows)))
-                yield from _rows(rows, data.text_column)
-            except ConfigError:
-                raise
-            except Exception as error:  # the many ways in which its files can be amiss
-                raise ConfigError(
-                    f"data.path={data.path} can't be loaded: {first_line(error)}"
-                ) from error
+        datasets = _quiet_datasets()
+        try:
+            rows = datasets.Dataset.load_from_disk(str(folders[split]))
+            if single:
+                kept = int((1 - data.held_out) * len(rows))
+                rows = rows.select(range(kept) if split == "train" else range(kept, len(rows)))
+            yield from _rows(rows, data.text_column)
+        except ConfigError:
+            raise
+        except Exception as error:  # the many ways in which its files can be amiss
+            raise ConfigError(
+                f"data.path={data.path} can't be loaded: {first_line(error)}"
+            ) from error
 
     return TextSource(
         name=_data_set_name(data),
@@ -543,18 +498,15 @@ def _hub(data: DataConfig) -> TextSource:
             f"data.repository={data.repository} is a local folder: give it as data.path"
         )
 
+    names = {"train": data.train_split, "validation": data.validation_split, "test": "test"}
+
     @cache
-    def splits() -> dict[str, Any]:
-        train, validation = _load_from_hub(data, [data.train_split, data.validation_split])
-        found = {"train": train, "validation": validation}
-        if _may_test(data) and "test" in (train.info.splits or {}):
-            (found["test"],) = _load_from_hub(data, ["test"])
-        return found
+    def rows(split: str) -> Any:
+        return _load_from_hub(data, names[split])
 
     def pieces(split: str, scratch: Path) -> Iterator[str]:
-        with _quiet_datasets():
-            if split in splits() or split != "test":
-                yield from _rows(splits()[split], data.text_column)
+        if split != "test" or "test" in (rows("train").info.splits or {}):
+            yield from _rows(rows(split), data.text_column)
 
     return TextSource(
         name=_data_set_name(data),
@@ -604,24 +556,19 @@ def _rows(rows: Any, column: str) -> Iterator[str]:
         yield "\n".join(text for text in texts if text is not None) + "\n"
 
 
-def _load_from_hub(data: DataConfig, names: list[str]) -> list[Any]:
-    """The splits of these names, a `datasets.Dataset` each, online or from its cache.
+def _load_from_hub(data: DataConfig, split: str) -> Any:
+    """The split of this name, a `datasets.Dataset`, online or from its cache.
 
     Raises:
         ConfigError: the data set can't be had, read, or is not of the wanted revision.
         OSError: the disk is full.
     """
-    import datasets
-
+    datasets = _quiet_datasets()
     assert data.repository is not None
     try:
-        with _quiet_datasets():
-            splits: Any = datasets.load_dataset(
-                data.repository,
-                data.configuration,
-                revision=data.revision,
-                split=names,
-            )
+        rows = datasets.load_dataset(
+            data.repository, data.configuration, revision=data.revision, split=split
+        )
     except ConnectionError as error:
         raise ConfigError(_unreachable(data)) from error
     except Exception as error:  # the many ways in which a data set of others can be amiss
@@ -631,28 +578,21 @@ def _load_from_hub(data: DataConfig, names: list[str]) -> list[Any]:
         raise ConfigError(f"{_hub_label(data)} can't be loaded: {first_line(error)}") from error
     # Without a network `datasets` takes what its cache has under that name, of whatever revision;
     # the folder of its files is named after the commit.
-    if re.fullmatch("[0-9a-f]{40}", data.revision or ""):
-        files = [Path(file["filename"]) for rows in splits for file in rows.cache_files]
-        if any(data.revision not in file.parts for file in files):
-            raise ConfigError(_unreachable(data))
-    return splits
+    commit = data.revision if re.fullmatch("[0-9a-f]{40}", data.revision or "") else None
+    if commit and any(commit not in Path(file["filename"]).parts for file in rows.cache_files):
+        raise ConfigError(_unreachable(data))
+    return rows
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keep the progress bars and warnings of `datasets` out of a run's own output."""
+def _quiet_datasets() -> Any:
+    """The library `datasets`, its progress bars and warnings kept out of a run's own output."""
     import datasets
     import huggingface_hub.utils
 
-    with ExitStack() as restore:
-        for library in (datasets.utils, huggingface_hub.utils):
-            if not library.are_progress_bars_disabled():
-                library.disable_progress_bars()
-                restore.callback(library.enable_progress_bars)
-        for logging in (datasets.logging, huggingface_hub.utils.logging):
-            restore.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-        yield
+    for library in (datasets.utils, huggingface_hub.utils):
+        library.disable_progress_bars()
+        library.logging.set_verbosity_error()
+    return datasets
 
 
 def _unreachable(data: DataConfig) -> str:

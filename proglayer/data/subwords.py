@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -155,41 +155,41 @@ def entries(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-    """The ids of a text, some at a time, on all cores."""
-    for batch in _batches(parts(pieces)):
-        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        yield np.concatenate([np.array(each.ids, "<i4") for each in encodings])
-
-
-def encode_with_bytes(
-    tokenizer: Tokenizer, pieces: Iterable[str]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The ids of a text as `encode` gives them, and how many bytes of it each stands for.
+def encode(
+    tokenizer: Tokenizer, pieces: Iterable[str], with_bytes: bool = False
+) -> Iterator[list[np.ndarray]]:
+    """The ids of a text, some at a time, on all cores; and where asked, the bytes of each.
 
     These are the bytes from the end of the token before to its own end, in UTF-8: so they add up
     to the text, also where the tokenizer drops or changes characters. Of a character in several
     tokens all bytes count with the first.
     """
     before = 0
-    for batch in _batches(parts(pieces)):
-        ids, sizes = [], []
-        for text, each in zip(
-            batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True
-        ):
-            characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
-            width = 1 + sum((characters >= first).astype(np.int64) for first in (128, 2048, 65536))
-            reached = np.concatenate([[0], np.cumsum(width)])
-            ends = np.array([end for _, end in each.offsets], np.int64)
-            ends = reached[np.maximum.accumulate(ends)] if len(ends) else ends
-            own = np.diff(ends, prepend=0)
-            if len(own):
-                own[0] += before
-                before = 0
-            before += int(reached[-1] - (ends[-1] if len(ends) else 0))
-            ids.append(np.array(each.ids, "<i4"))
-            sizes.append(own.astype("<i4"))
-        yield np.concatenate(ids), np.concatenate(sizes)
+    source = parts(pieces)
+    while batch := list(islice(source, PARTS_AT_ONCE)):
+        run = tokenizer.encode_batch if with_bytes else tokenizer.encode_batch_fast
+        encodings = run(batch, add_special_tokens=False)
+        arrays = [np.concatenate([np.array(each.ids, "<i4") for each in encodings])]
+        if with_bytes:
+            sizes = []
+            for text, each in zip(batch, encodings, strict=True):
+                own, after = _bytes_of(text, each.offsets)
+                if len(own):
+                    own[0] += before
+                    before = 0
+                before += after
+                sizes.append(own)
+            arrays.append(np.concatenate(sizes))
+        yield arrays
+
+
+def _bytes_of(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """The bytes of each token of a text, and those that follow the last."""
+    characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    width = 1 + sum((characters >= first).astype(np.int64) for first in (128, 2048, 65536))
+    reached = np.concatenate([[0], np.cumsum(width)])
+    ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)]))
+    return np.diff(reached[ends]).astype("<i4"), int(reached[-1] - reached[ends[-1]])
 
 
 def parts(pieces: Iterable[str]) -> Iterator[str]:
@@ -234,11 +234,6 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _batches(parts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(parts, PARTS_AT_ONCE)):
-        yield batch
-
-
 def _bpe_size(data: DataConfig) -> int:
     size = data.max_vocab
     if size is None:
@@ -264,7 +259,6 @@ def _refuse_revision(data: DataConfig) -> None:
 def _from_hub(data: DataConfig) -> bytes:
     """The `tokenizer.json` of a repository of the hub, from its local cache where it is there."""
     import huggingface_hub
-    from huggingface_hub import utils
 
     label = f"data.tokenizer={data.tokenizer}"
     if data.tokenizer_revision is not None:
@@ -272,27 +266,15 @@ def _from_hub(data: DataConfig) -> bytes:
     known = f"it is none of {WORDS}, {BPE}, {MODEL}, nor a folder in {os.getcwd()}"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.tokenizer):
         raise ConfigError(f"{label}: {known}, nor a name on the hub such as owner/name")
-    quiet = not utils.are_progress_bars_disabled()
-    if quiet:
-        utils.disable_progress_bars()
     try:
-        for cached in (True, False):
-            try:
-                path = huggingface_hub.hf_hub_download(
-                    data.tokenizer,
-                    TOKENIZER_FILE,
-                    revision=data.tokenizer_revision,
-                    local_files_only=cached,
-                )
-                return Path(path).read_bytes()
-            except utils.LocalEntryNotFoundError:
-                if not cached:
-                    raise
+        # What is there already stays what it was, and needs no network.
+        wanted, revision = (data.tokenizer, TOKENIZER_FILE), data.tokenizer_revision
+        path = huggingface_hub.try_to_load_from_cache(*wanted, revision=revision)
+        if not isinstance(path, str):
+            huggingface_hub.utils.disable_progress_bars()
+            path = huggingface_hub.hf_hub_download(*wanted, revision=revision)
+        return Path(path).read_bytes()
     except Exception as error:  # of the network, the hub, its cache, the name
         raise ConfigError(
             f"{label}: {known}, and the hub gives no such tokenizer ({first_line(error)})"
         ) from error
-    finally:
-        if quiet:
-            utils.enable_progress_bars()
-    raise AssertionError("it was returned or raised")

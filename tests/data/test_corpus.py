@@ -6,7 +6,6 @@ import bz2
 import collections
 import dataclasses
 import errno
-import hashlib
 import json
 import lzma
 import os
@@ -49,16 +48,6 @@ def data_config(source: str, **changes: Any) -> DataConfig:
     elif source == "wikitext2":
         base = dataclasses.replace(base, repository="Salesforce/wikitext")
     return dataclasses.replace(base, **settings)
-
-
-def make_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file of a text can be read any more."""
-
-    def unreadable(*_: object) -> Any:
-        yield from ()
-        raise ConfigError("data.path: it can't be read")
-
-    monkeypatch.setattr(sources, "_file_pieces", unreadable)
 
 
 def write_release(folder: Path, train: str = TRAIN, validation: str = VALIDATION) -> Path:
@@ -294,32 +283,6 @@ def test_test_text_that_is_training_text_is_warned_of(tmp_path):
     assert "100% of the test text is training text, too" in warning
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_an_entry_of_before_gets_the_test_text_if_it_can_still_be_read(
-    tmp_path, monkeypatch, readable
-):
-    folder = write_release(tmp_path / "text")
-    (folder / "wiki.test.raw").write_text(TEST)
-    data = release(folder, validation_samples=5)
-    now = open_corpus(data)
-    entry = entry_folder(data)
-    meta = json.loads((entry / "meta.json").read_text())["meta"]
-    for name in ("test", "test_bytes"):
-        (entry / f"{name}.npy").unlink()
-        del meta[name]
-    (entry / "meta.json").write_bytes(corpus_module._signed(meta))
-    if not readable:
-        make_unreadable(monkeypatch)
-    notes: list[str] = []
-    again = open_corpus(data, notes.append)
-    assert again.fingerprint == now.fingerprint
-    assert (again.test_fingerprint == now.test_fingerprint) == readable
-    assert not any("preparing" in note for note in notes)
-    said = [note for note in notes if "no test text of its own (data.path: it can't" in note]
-    assert len(said) == (not readable)
-    open_corpus(data, pytest.fail)  # nothing is left to do
-
-
 def test_seq_len_and_samples_share_one_cache_entry(tmp_path):
     folder = write_release(tmp_path / "text")
     notes: list[str] = []
@@ -461,14 +424,24 @@ def answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_eight_processes_at_once_prepare_once(tmp_path):
-    folder = write_release(tmp_path / "text", TRAIN * 2_000)
-    data = release(folder, samples=100)
+BPE = {"tokenizer": "bpe", "max_vocab": 300}
+both_tokenizers = pytest.mark.parametrize("tokens", [{}, BPE], ids=["words", "bpe"])
+
+
+def bpe_or_words(folder: Path, tokens: dict[str, Any], **changes: Any) -> DataConfig:
+    if tokens:
+        pytest.importorskip("tokenizers")
+    return release(folder, **tokens, **changes)
+
+
+@both_tokenizers
+def test_processes_at_once_prepare_once(tmp_path, tokens):
+    data = bpe_or_words(write_release(tmp_path / "text", TRAIN * 500), tokens, samples=100)
     gate = tmp_path / "open"
     wait = f"while not Path({str(gate)!r}).exists(): time.sleep(0.001)\n"
     script = SCRIPT.replace("for settings", wait + "for settings", 1)
-    processes = [start(tmp_path, [data], script) for _ in range(8)]
-    time.sleep(1.5)
+    processes = [start(tmp_path, [data], script) for _ in range(4)]
+    time.sleep(1.0)
     gate.touch()
     results = [result for process in processes for result in answers(process)]
     assert len({result["fingerprint"] for result in results}) == 1
@@ -479,8 +452,9 @@ def test_eight_processes_at_once_prepare_once(tmp_path):
     ]
 
 
-def kill_preparation(tmp_path: Path, data: DataConfig) -> Path:
-    """Kill a preparation while it writes the training tokens. Returns the cache, with a part."""
+@both_tokenizers
+def test_killed_preparation_leaves_nothing_in_the_way(tmp_path, tokens):
+    data = bpe_or_words(write_release(tmp_path / "text", TRAIN * 3_000), tokens)
     cache = Path(data.cache_dir or "") / "corpora"
     process = start(tmp_path, [data])
     while not list(cache.glob("*.partial-*/train.npy")):
@@ -489,14 +463,9 @@ def kill_preparation(tmp_path: Path, data: DataConfig) -> Path:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(list(cache.glob("*.partial-*"))) == 1
-    return cache
-
-
-def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
-    data = release(write_release(tmp_path / "text", TRAIN * 3_000))
-    cache = kill_preparation(tmp_path, data)
     corpus = open_corpus(data)
-    assert len(corpus.train) == 3_000 * len(twin_words(TRAIN, True)) // 5
+    other = open_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "other")))
+    assert corpus.fingerprint == other.fingerprint
     assert sorted(path.name for path in cache.iterdir()) == sorted(
         [entry_folder(data).name, f"{entry_folder(data).name}.lock"]
     )
@@ -521,12 +490,14 @@ def damages(folder: Path) -> dict[str, Any]:
     return spoilers
 
 
-def test_damaged_entry_is_noted_and_prepared_again(tmp_path, monkeypatch):
+@both_tokenizers
+def test_damaged_entry_is_noted_and_prepared_again(tmp_path, monkeypatch, tokens):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    data = release(write_release(tmp_path / "text"))
+    data = bpe_or_words(write_release(tmp_path / "text"), tokens)
     sound = open_corpus(data)
     folder = entry_folder(data)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"validation_bytes.npy", "tokenizer.json" if tokens else "vocabulary.txt"} < set(before)
     spoilers = damages(folder)
     assert len(spoilers) > 40
     for what, spoil in spoilers.items():
@@ -536,9 +507,26 @@ def test_damaged_entry_is_noted_and_prepared_again(tmp_path, monkeypatch):
         assert any("damaged" in note for note in notes), what
         assert again.fingerprint == sound.fingerprint
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, what
-    notes = []
-    open_corpus(data, notes.append)
-    assert notes == []
+    open_corpus(data, pytest.fail)
+
+
+def test_an_entry_of_an_earlier_version_gets_what_it_lacks(tmp_path):
+    folder = write_release(tmp_path / "text")
+    (folder / "wiki.test.raw").write_text(TEST)
+    data = release(folder, validation_samples=5)
+    now = open_corpus(data)
+    entry = entry_folder(data)
+    for lacking in (["test", "test_bytes"], ["validation_bytes"]):
+        meta = json.loads((entry / "meta.json").read_text())["meta"]
+        for name in lacking:
+            (entry / f"{name}.npy").unlink()
+            del meta[name]
+        signed = {"meta": meta, "sha256": corpus_module._hash_json(meta)}
+        (entry / "meta.json").write_text(json.dumps(signed))
+        again = open_corpus(data)
+        assert again.fingerprint == now.fingerprint
+        assert again.test_fingerprint == now.test_fingerprint
+        assert again.validation_bytes == now.validation_bytes
 
 
 def test_damage_to_a_large_entry_is_found_by_its_sizes(tmp_path, monkeypatch):
@@ -1077,71 +1065,6 @@ def test_pydocs_are_the_docstrings_and_topics_of_this_python(documents):
     assert 280_000 < words < 360_000
 
 
-@pytest.fixture
-def hashed(monkeypatch) -> list[str]:
-    """The names of the files that are read for their hash, as they are."""
-    names: list[str] = []
-    file_digest = hashlib.file_digest
-
-    def noting(file: Any, name: str) -> Any:
-        names.append(Path(file.name).name)
-        return file_digest(file, name)
-
-    monkeypatch.setattr(hashlib, "file_digest", noting)
-    return names
-
-
-def test_a_large_file_is_hashed_once_and_again_once_it_changed(tmp_path, monkeypatch, hashed):
-    monkeypatch.setattr(sources, "KEPT_HASH_BYTES", 1000)
-    monkeypatch.setattr(sources, "FRESH_SECONDS", 0.0)
-    path = tmp_path / "text.txt"
-    data = data_config("text", files=(str(path),), cache_dir=str(tmp_path / "cache"))
-
-    def opened() -> tuple[str, bool]:
-        """The fingerprint, and whether the file was read for its hash."""
-        hashed.clear()
-        time.sleep(0.02)  # past the tick of the file system's clock
-        return open_corpus(data).fingerprint, path.name in hashed
-
-    path.write_text(TRAIN)
-    first, read = opened()
-    assert read
-    assert opened() == (first, False)
-
-    # As long as before, and its time set back: only the inode's own time tells.
-    times = path.stat()
-    path.write_text(TRAIN.replace("cats", "dogs"))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    second, read = opened()
-    assert read
-    assert second != first
-    assert opened() == (second, False)
-
-    # Another file put in its place, which is older.
-    other = tmp_path / "other.txt"
-    other.write_text(TRAIN)
-    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
-    other.replace(path)
-    assert opened() == (first, True)
-
-    for damage in ("", "{}", "é", first[:-9], first + first):
-        for kept in (tmp_path / "cache" / "hashes").iterdir():
-            kept.write_text(damage)
-        assert opened() == (first, True)
-    assert opened() == (first, False)
-
-
-def test_the_hash_of_a_small_or_fresh_file_is_not_kept(tmp_path, monkeypatch, hashed):
-    path = tmp_path / "text.txt"
-    path.write_text(TRAIN)
-    data = data_config("text", files=(str(path),), cache_dir=str(tmp_path / "cache"))
-    open_corpus(data)
-    monkeypatch.setattr(sources, "KEPT_HASH_BYTES", 1000)
-    open_corpus(data)  # it may change again within the tick in which it was written
-    assert hashed.count("text.txt") == 2
-    assert not (tmp_path / "cache" / "hashes").exists()
-
-
 def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "pydocs", lambda: documents)
     data = config("data=pydocs").data
@@ -1151,7 +1074,7 @@ def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     assert corpus.train.shape == (data.samples, 33)
     assert corpus.validation.shape == (data.samples // 5, 33)
     assert corpus.vocab_size == data.max_vocab
-    parts = sources.open_source(data, tmp_path / "hashes")
+    parts = sources.open_source(data)
     train = list(parts.pieces("train", tmp_path))
     held = list(parts.pieces("validation", tmp_path))
     texts = [text + "\n" for _, text in documents]
@@ -1159,7 +1082,7 @@ def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     share = sum(map(len, held)) / sum(map(len, texts))
     assert data.held_out <= share < data.held_out + 0.05
     other = dataclasses.replace(data, held_out=0.2)
-    assert sources.open_source(other, tmp_path / "hashes").key != parts.key
+    assert sources.open_source(other).key != parts.key
 
 
 def test_pydocs_of_a_python_without_sources_or_topics(tmp_path, monkeypatch):

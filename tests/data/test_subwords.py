@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import importlib.util
-import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from proglayer.config import ConfigError, DataConfig
 from proglayer.data import corpus as corpus_module
 from proglayer.data import subwords
 from proglayer.data.corpus import Corpus, open_corpus
+from proglayer.data.sources import TextSource
 
 from .test_corpus import (
     ROOT,
@@ -30,10 +28,6 @@ from .test_corpus import (
     TRAIN,
     VALIDATION,
     answers,
-    damages,
-    entry_folder,
-    kill_preparation,
-    make_unreadable,
     one_line,
     release,
     start,
@@ -84,13 +78,9 @@ def test_the_text_comes_back_to_the_byte(tmp_path: Path, size: int) -> None:
 
 def test_what_ends_without_white_space_ends_there(tmp_path: Path) -> None:
     """The last word of a document is not the beginning of the next one's first."""
-    texts = ["one two", "three four"]
-    joined = "".join(corpus_module._ending_in_white_space(texts))
-    assert joined == "one two\nthree four\n"
-    content = subwords.train_bpe([joined], 257)
-    tokenizer = subwords.load_tokenizer(content, "x")
-    (ids,) = subwords.encode(tokenizer, corpus_module._ending_in_white_space(texts))
-    assert tokenizer.decode(ids.tolist()) == joined
+    source = TextSource("x", "x", {}, lambda *_: ["one two", "three four"], {})
+    text = "".join(corpus_module._text(source, tmp_path, print, "train"))
+    assert text == "one two\nthree four\n"
 
 
 @settings(max_examples=60, deadline=None)
@@ -125,7 +115,7 @@ def test_parts_have_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch, par
     monkeypatch.setattr(subwords, "PART_CHARACTERS", part)
     assert len(list(subwords.parts([text]))) > 3
     for tokenizer in (gpt2, llama):
-        ids = np.concatenate(list(subwords.encode(tokenizer, [text])))
+        ids = np.concatenate(list(subwords.encode(tokenizer, [text])), axis=None)
         assert ids.tolist() == tokenizer.encode(text).ids
 
 
@@ -263,10 +253,10 @@ def test_bytes_add_up_to_the_text_whatever_a_tokenizer_drops(text: str, part: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subwords, "PART_CHARACTERS", part)
         for tokenizer, all_of_it in ((lossy, False), (exact, True)):
-            found = list(subwords.encode_with_bytes(tokenizer, [text, "a "]))
+            found = list(subwords.encode(tokenizer, [text, "a "], True))
             ids = np.concatenate([pair[0] for pair in found])
             sizes = np.concatenate([pair[1] for pair in found])
-            plain = np.concatenate(list(subwords.encode(tokenizer, [text, "a "])))
+            plain = np.concatenate(list(subwords.encode(tokenizer, [text, "a "])), axis=None)
             assert ids.tolist() == plain.tolist()
             assert len(ids) == len(sizes)
             assert (sizes >= 0).all()
@@ -286,7 +276,9 @@ def test_bytes_of_words_are_those_up_to_their_end(text: str, cuts: list[int]) ->
         if character.isspace() and len(held) >= cuts[len(pieces) % len(cuts)]:
             pieces.append(held)
             held = ""
-    sizes = np.concatenate(list(corpus_module._bytes_of_words([*pieces, held])))
+    ids = collections.defaultdict(int)
+    parts = corpus_module._encode_words(ids, release(Path("x")), [*pieces, held], True)
+    sizes = np.concatenate([part[1] for part in parts])
     expected, at = [], 0
     for word in text.split():
         end = text.index(word, at) + len(word)
@@ -335,105 +327,7 @@ def subwords_of(text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# What an earlier version prepared
-
-
-def as_earlier(folder: Path) -> dict[str, bytes]:
-    """Make an entry of words what the version before bytes were counted left."""
-    (folder / "validation_bytes.npy").unlink()
-    meta = json.loads((folder / "meta.json").read_text())["meta"]
-    del meta["validation_bytes"]
-    (folder / "meta.json").write_bytes(corpus_module._signed(meta))
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
-
-
-def test_an_earlier_entry_is_kept_and_its_bytes_are_counted(tmp_path: Path) -> None:
-    data = release(write_release(tmp_path / "text"))
-    now = open_corpus(data)
-    folder = entry_folder(data)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    earlier = as_earlier(folder)
-    inodes = {name: (folder / name).stat().st_ino for name in earlier}
-    notes: list[str] = []
-    again = open_corpus(data, notes.append)
-    assert again.validation_bytes == now.validation_bytes is not None
-    assert again.fingerprint == now.fingerprint
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert json.loads(found.pop("meta.json")) == json.loads(whole.pop("meta.json"))
-    assert found == whole
-    assert {name: (folder / name).stat().st_ino for name in earlier} == inodes
-    assert not any("preparing" in note for note in notes)
-    open_corpus(data, pytest.fail)
-
-
-def test_an_earlier_entry_of_a_text_that_cannot_be_read_again_is_used_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = release(write_release(tmp_path / "text"))
-    now = open_corpus(data)
-    as_earlier(entry_folder(data))
-    make_unreadable(monkeypatch)
-    notes: list[str] = []
-    again = open_corpus(data, notes.append)
-    assert again.fingerprint == now.fingerprint
-    assert again.validation_bytes is None
-    assert any("no bits per byte (data.path: it can't be read)" in note for note in notes)
-    open_corpus(data, pytest.fail)  # said once
-
-
-def test_an_earlier_entry_in_a_folder_of_others_is_used_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = release(write_release(tmp_path / "text"))
-    now = open_corpus(data)
-    as_earlier(entry_folder(data))
-
-    def refused(*_: object) -> Any:
-        raise PermissionError(13, "Permission denied", str(tmp_path))
-
-    monkeypatch.setattr(corpus_module.files, "new_folder", refused)
-    again = open_corpus(data)
-    assert again.fingerprint == now.fingerprint
-    assert again.validation_bytes is None
-
-
-# ---------------------------------------------------------------------------------------------
 # The cache
-
-
-def test_processes_at_once_train_one_tokenizer(tmp_path: Path) -> None:
-    data = bpe(write_release(tmp_path / "text", TRAIN * 500), samples=100)
-    gate = tmp_path / "open"
-    wait = f"while not Path({str(gate)!r}).exists(): time.sleep(0.001)\n"
-    script = SCRIPT.replace("for settings", wait + "for settings", 1)
-    processes = [start(tmp_path, [data], script) for _ in range(4)]
-    time.sleep(1.0)
-    gate.touch()
-    results = [result for process in processes for result in answers(process)]
-    assert len({result["fingerprint"] for result in results}) == 1
-    assert sum("training a BPE" in note for r in results for note in r["notes"]) == 1
-
-
-def test_killed_preparation_gives_the_corpus_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    data = bpe(write_release(tmp_path / "text", TRAIN * 700))
-    cache = kill_preparation(tmp_path, data)
-    corpus = open_corpus(data)
-    assert not list(cache.glob("*.partial-*"))
-    other = open_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "other")))
-    assert corpus.fingerprint == other.fingerprint
-
-
-def test_damaged_entry_is_prepared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    data = bpe(write_release(tmp_path / "text"))
-    sound = open_corpus(data)
-    folder = entry_folder(data)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {"tokenizer.json", "validation_bytes.npy"} < before.keys()
-    for what, spoil in damages(folder).items():
-        spoil()
-        assert open_corpus(data).fingerprint == sound.fingerprint
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, what
 
 
 STREAMED = """
@@ -444,8 +338,8 @@ text = open(sys.argv[1], newline="").read()
 def streamed(times):
     pieces = lambda: (text for _ in range(times))
     tokenizer = subwords.load_tokenizer(subwords.train_bpe(pieces(), 300), "x")
-    tokens = sum(map(len, subwords.encode(tokenizer, pieces())))
-    tokens += sum(len(ids) for ids, _ in subwords.encode_with_bytes(tokenizer, pieces()))
+    tokens = sum(len(ids) for ids, in subwords.encode(tokenizer, pieces()))
+    tokens += sum(len(ids) for ids, _ in subwords.encode(tokenizer, pieces(), True))
     return tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 few, many = streamed(100), streamed(400)
