@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,42 +12,27 @@ from rich.table import Table
 
 from proglayer.console import Columns, table
 from proglayer.errors import UserError
-from proglayer.results.columns import GROUPS, plain_values
+from proglayer.results.columns import GROUPS
 from proglayer.results.formatting import tokenizer_of
 from proglayer.results.frames import Results, load
-from proglayer.store.record import RunState
 
 # Of hashes, as git shortens them.
 SHORT = 12
-SHORTENED = ("git_commit", "corpus_fingerprint", "test_fingerprint", "stage")
 # What a result may depend on besides the settings: the columns of `runs`.
 CODE = (
     *("git_commit", "git_changed", "git_difference", "proglayer", "python", "torch"),
     *("device", "device_name", "threads", "platform", "host"),
-    *("corpus_fingerprint", "test_fingerprint"),
+    *("corpus_fingerprint", "test_fingerprint", "tokenizer", "vocab_size"),
 )
-# The columns of `phases`, and how each is written.
-FIGURES = {
-    "stage": "s",
-    "layers": "d",
-    "epochs": "d",
-    "best_epoch": "d",
-    "train_loss": ".4f",
-    "validation_loss": ".4f",
-    "validation_perplexity": ",.2f",
-    "validation_accuracy_percent": ".2f",
-    "validation_bits_per_byte": ".4f",
-    "test_loss": ".4f",
-    "test_perplexity": ",.2f",
-    "test_accuracy_percent": ".2f",
-    "test_bits_per_byte": ".4f",
-    "train_tokens": ",d",
-    "train_seconds": ",.1f",
-    "tokens_per_second": ",.0f",
-}
-# Those that are per token: of different tokenizers they do not compare.
-PER_TOKEN = ("train_loss", "validation_loss", "validation_perplexity", "test_loss")
-PER_TOKEN += ("validation_accuracy_percent", "test_perplexity", "test_accuracy_percent")
+# The columns of `phases`.
+FIGURES = (
+    *("stage", "layers", "epochs", "best_epoch", "train_loss"),
+    *("validation_loss", "validation_perplexity", "validation_accuracy_percent"),
+    *("validation_bits_per_byte", "test_loss", "test_perplexity", "test_accuracy_percent"),
+    *("test_bits_per_byte", "train_tokens", "train_seconds", "tokens_per_second"),
+)
+# Of different tokenizers they do not compare.
+PER_TOKEN = re.compile("loss|perplexity|accuracy")
 
 
 class Row(NamedTuple):
@@ -70,30 +56,26 @@ def difference(a: str | Path, b: str | Path) -> list[Row]:
         UserError: for one that holds no run, or several.
     """
     both = _one_run(a), _one_run(b)
-    rows: list[Row] = []
-    first, second = (_first_row(each.runs) for each in both)
-    settings = sorted(name for name in first | second if name.startswith("config."))
-    ends = [_text(run["status"], "status") for run in (first, second)]
-    if ends != [RunState.completed] * 2:
-        rows.append(Row("run", "status", *ends))
-    for part, names in (("setting", (*GROUPS.values(), *settings)), ("code", CODE)):
-        for name in names:
-            values = [_text(run.get(name), name) for run in (first, second)]
-            if values[0] != values[1]:
-                rows.append(Row(part, name.removeprefix("config."), *values))
-    phases = [{row["phase"]: row for row in _rows(each.phases)} for each in both]
-    tokenizers = [tokenizer_of(run) for run in (first, second)]
-    other_tokens = len(set(tokenizers)) > 1
-    if other_tokens:
-        rows.append(Row("code", "tokenizer", tokenizers[0], tokenizers[1], "compare bits per byte"))
-    for phase in sorted(phases[0] | phases[1]):
-        pair = [each.get(phase, {}) for each in phases]
-        for name, form in FIGURES.items():
-            values = [row.get(name) for row in pair]
-            if values != [None, None]:
-                ours, theirs, change = _figures(name, values, form)
-                compare = not other_tokens or name not in PER_TOKEN
-                rows.append(Row(f"phase {phase}", name, ours, theirs, change if compare else ""))
+    one, other = (_rows(each.runs)[0] for each in both)
+    settings = sorted(name for name in one | other if name.startswith("config."))
+    parts = {"run": ["status"], "setting": [*GROUPS.values(), *settings], "code": CODE}
+    rows = [
+        Row(part, name.removeprefix("config."), _text(one.get(name)), _text(other.get(name)))
+        for part, names in parts.items()
+        for name in names
+        if _text(one.get(name)) != _text(other.get(name))
+    ]
+    same_tokens = tokenizer_of(one) == tokenizer_of(other)
+    first, second = ({row["phase"]: row for row in _rows(each.phases)} for each in both)
+    for phase, name in itertools.product(sorted(first | second), FIGURES):
+        x, y = (each.get(phase, {}).get(name) for each in (first, second))
+        change = ""
+        if isinstance(x, str):
+            change = "the same" if x == y else ""
+        elif x is not None and y is not None and (same_tokens or not PER_TOKEN.search(name)):
+            change = f"{y - x:+,.6g}"
+        if x is not None or y is not None:
+            rows.append(Row(f"phase {phase}", name, _text(x), _text(y), change))
     return rows
 
 
@@ -107,13 +89,12 @@ def difference_table(rows: list[Row], a: str, b: str) -> Table:
         ("B − A", "number", lambda row: row.change),
     )
     shown = table(rows, columns)
-    parts = [row.part for row in rows]
-    for place, (part, following) in enumerate(itertools.pairwise(parts)):
-        shown.rows[place].end_section = part != following
+    for place, (row, following) in enumerate(itertools.pairwise(rows)):
+        shown.rows[place].end_section = row.part != following.part
     lines = [
         f"no {what} differs"
         for part, what in (("setting", "setting"), ("code", "version of code, library or machine"))
-        if part not in parts
+        if part not in {row.part for row in rows}
     ]
     commits = [row for row in rows if row.name == "git_commit" and row.a and row.b]
     lines += [f"git diff {row.a} {row.b} shows what changed in the code" for row in commits]
@@ -124,35 +105,22 @@ def difference_table(rows: list[Row], a: str, b: str) -> Table:
 def _one_run(folder: str | Path) -> Results:
     results = load(folder)
     if len(results.runs) > 1:
-        some = ", ".join(map(str, results.runs["run"].tolist()[:3]))
+        some = ", ".join(results.runs["run"].head(3))
         raise UserError(f"{folder} holds {len(results.runs)} runs ({some}, ...): name one of them")
     if results.runs.empty:
-        unread = results.left_out[results.left_out["kind"] != "foreign"]["reason"].tolist()
+        unread = results.left_out["reason"].tolist()
         raise UserError(f"{folder}: {unread[0]}" if unread else f"no run in {folder}")
     return results
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a frame as Python values, None for what is missing."""
-    columns = {name: plain_values(frame[name]) for name in frame if frame[name].dtype != object}
-    return [
-        {name: values[place] for name, values in columns.items()} for place in range(len(frame))
-    ]
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
-def _first_row(frame: pd.DataFrame) -> dict[str, Any]:
-    return _rows(frame)[0]
-
-
-def _text(value: Any, name: str) -> str:
-    text = "" if value is None else str(value)
-    return text[:SHORT] if name in SHORTENED else text
-
-
-def _figures(name: str, values: list[Any], form: str) -> tuple[str, str, str]:
-    """Both values as text, and how they differ."""
-    a, b = ("" if v is None else _text(v, name) if form == "s" else f"{v:{form}}" for v in values)
-    if None in values or form == "s":
-        return a, b, "the same" if a == b else ""
-    change = values[1] - values[0]
-    return a, b, f"{change:+{form}}" if change else "0"
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.8g}"
+    return value[:SHORT] if re.fullmatch("[0-9a-f]{32,64}", str(value)) else str(value)

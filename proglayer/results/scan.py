@@ -1,10 +1,10 @@
-"""Finding runs: what lies in and below a folder, finished or not, and what of it is no run."""
+"""Finding runs: what lies in and below a folder, finished or not."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,124 +51,102 @@ class NotAFolder(UserError, NotADirectoryError):
 
 def roots_of(folders: Sequence[str | Path]) -> list[str]:
     """The folders without repeats and without those inside another. Raises for one not there."""
-    given: dict[str, str] = {}
+    given: dict[Path, str] = {}
     for folder in folders:
         if not os.path.exists(folder):
             raise NoFolder(f"there is no folder {folder}")
         if not os.path.isdir(folder):
             raise NotAFolder(f"{folder} is no folder")
-        given.setdefault(os.path.realpath(folder), str(folder))
-    return [
-        folder
-        for real, folder in given.items()
-        if not any(real != other and Path(real).is_relative_to(other) for other in given)
-    ]
+        given.setdefault(Path(folder).resolve(), str(Path(folder)))
+    return [path for real, path in given.items() if given.keys().isdisjoint(real.parents)]
 
 
 def scan(*folders: str | Path) -> tuple[list[RunFolder], Rows]:
-    """The runs in and below `folders`, and what there is no run.
+    """The runs in and below `folders`, and what there cannot be read.
 
     Runs are named relative to the folder given, or to the one that holds all of several, and come
     in the order of their names, numbers in them counted as numbers.
     """
     roots = roots_of(folders)
-    above = os.path.commonpath([os.path.abspath(root) for root in roots]) if roots else ""
+    above = os.path.commonpath(map(os.path.abspath, roots)) if roots else ""
+
+    def named(path: str) -> str:
+        name = os.path.relpath(path, above)
+        return Path(path).resolve().name if name == "." else name
+
     found: list[RunFolder] = []
     left_out: Rows = []
     for root in roots:
-        prefix = os.path.relpath(root, above) if len(roots) > 1 else ""
-        own_name = Path(root).resolve().name
-        runs, others = _scan(root)
-        for run in runs:
-            sweep = None if run.sweep is None else _joined(prefix, run.sweep) or own_name
-            found.append(replace(run, name=_joined(prefix, run.name) or own_name, sweep=sweep))
-        left_out += [row | {"folder": _joined(prefix, row["folder"]) or "."} for row in others]
-    return sorted(found, key=lambda run: natural_order(run.name)), left_out
+        for run in _scan(root, left_out):
+            sweep = None if run.sweep is None else named(run.sweep)
+            found.append(replace(run, name=named(run.path), sweep=sweep))
+    rows = [row | {"folder": as_text(os.path.relpath(row["folder"], above))} for row in left_out]
+    return sorted(found, key=lambda run: natural_order(run.name)), rows
 
 
-def _scan(root: str) -> tuple[list[RunFolder], Rows]:
-    """The runs in and below one folder: one listing a folder, a few stats a run."""
+def _scan(root: str, left_out: Rows) -> Iterator[RunFolder]:
+    """The runs in and below one folder, with paths for names: one listing a folder, a few stats a
+    run.
+    """
     found: list[RunFolder] = []
-    left_out: Rows = []
-    folders = {""}
-    accounted_for: set[str] = set()
     jobs_of: dict[str, dict[str, tuple[str, ...]]] = {}
     sweep_signs: dict[str | None, datetime] = {}
 
     def closed(error: OSError) -> None:
-        name = os.path.relpath(error.filename, root)
-        name = "" if name == "." else name
-        left_out.append(row_left_out(name, "foreign", f"cannot be opened ({error.strerror})"))
-        accounted_for.add(name)
+        reason = f"cannot be opened ({error.strerror})"
+        left_out.append(row_left_out(error.filename, "foreign", reason))
 
     for path, below, files in os.walk(root, onerror=closed):
-        name = "" if path == root else path[len(os.path.join(root, "")) :]
-        above, _, own = name.rpartition("/")
-        # Only a folder that has one above it is a job of that one's sweep.
-        sweep = above if name and above in jobs_of else None
+        above, own = os.path.split(path)
+        sweep = above if above in jobs_of else None
         overrides = jobs_of[above].get(own) if sweep is not None else None
         if overrides is not None or {RESULT, METRICS, HYDRA} & {*below, *files}:
-            run = _run_folder(path, name, sweep, overrides, files)
+            run = _run_folder(path, sweep, overrides, files)
             found.append(run)
             sign = run.last_sign or _last_change(path, RESULT)
             if sign and sweep in sweep_signs:
                 sweep_signs[sweep] = max(sign, sweep_signs[sweep])
         below[:] = [each for each in below if not each.startswith(".") and each != "stages"]
-        if name.count("/") > MOST_LEVELS:
+        for each in below:
+            if os.path.islink(link := os.path.join(path, each)):
+                reason = "a link: name the folder that it points to"
+                left_out.append(row_left_out(link, "foreign", reason))
+        if path.removeprefix(root).count(os.sep) > MOST_LEVELS:
             below.clear()
         if JOBS in files or "multirun.yaml" in files:
-            jobs_of[name] = {}
+            jobs_of[path] = {}
         if JOBS in files:
             try:
                 listed = read_jobs(Path(path))
                 own_jobs = [job for job in listed if Path(job.folder).name == job.folder]
-                jobs_of[name] = {job.folder: job.overrides for job in own_jobs}
+                jobs_of[path] = {job.folder: job.overrides for job in own_jobs}
             except (OSError, ValueError) as error:
                 reason = f"cannot be read ({brief(error)}): waiting jobs are not known"
-                left_out.append(row_left_out(_joined(name, JOBS), "foreign", reason))
+                left_out.append(row_left_out(os.path.join(path, JOBS), "foreign", reason))
             if sign := _last_change(path, JOBS, HEARTBEAT):
-                sweep_signs[name] = sign
-            for job, given in jobs_of[name].items():
+                sweep_signs[path] = sign
+            for job, given in jobs_of[path].items():
                 if job not in (*below, *files, "", ".."):
-                    job_path = os.path.join(path, job)
-                    found.append(RunFolder(job_path, _joined(name, job), name, given))
-        for each in below:
-            folders.add(_joined(name, each))
-            if os.path.islink(os.path.join(path, each)):
-                reason = "a link: name the folder that it points to"
-                left_out.append(row_left_out(_joined(name, each), "foreign", reason))
-                accounted_for.add(_joined(name, each))
-    for run in found:
-        parts = run.name.split("/") if run.name else []
-        accounted_for |= {"/".join(parts[:depth]) for depth in range(len(parts) + 1)}
-    for name in sorted(folders - accounted_for):
-        above, _, own = name.rpartition("/")
-        # The topmost of several. A sweep's own report is no run and no surprise.
-        if own != "report" and (not name or above in accounted_for):
-            left_out.append(row_left_out(name, "foreign", "holds no run"))
-    return [replace(run, sweep_sign=sweep_signs.get(run.sweep)) for run in found], left_out
+                    found.append(RunFolder(os.path.join(path, job), "", path, given))
+    return (replace(run, sweep_sign=sweep_signs.get(run.sweep)) for run in found)
 
 
 def _run_folder(
-    path: str, name: str, sweep: str | None, overrides: tuple[str, ...] | None, files: Iterable[str]
+    path: str, sweep: str | None, overrides: tuple[str, ...] | None, files: Sequence[str]
 ) -> RunFolder:
     """The run in this folder. Times are looked at only where there is no record."""
     if RESULT in files:
-        return RunFolder(path, name, sweep, overrides)
+        return RunFolder(path, "", sweep, overrides)
     configured = _last_change(path, os.path.join(HYDRA, "config.yaml"))
     own = [file for file in files if file in (METRICS, HEARTBEAT) or file.endswith(".log")]
     changes = [_last_change(path, *own) if own else None, configured]
     last_sign = max(filter(None, changes), default=_last_change(path))
-    return RunFolder(path, name, sweep, overrides, last_sign, configured=configured)
+    return RunFolder(path, "", sweep, overrides, last_sign, configured=configured)
 
 
 def row_left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
     """A row of `Results.left_out`."""
     return {"folder": as_text(name), "kind": kind, "reason": as_text(reason)}
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}/{name}" if prefix and name else prefix or name
 
 
 def _last_change(folder: str, *names: str) -> datetime | None:

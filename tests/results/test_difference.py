@@ -28,10 +28,10 @@ def test_settings_and_figures_that_differ_are_named(tmp_path: Path) -> None:
         Row("setting", "model.exit_weights", "last", "uniform"),
     ]
     figures = {(row.part, row.name): row[2:] for row in rows}
-    assert figures["phase 1", "validation_perplexity"] == ("980.00", "980.00", "0")
-    assert figures["phase 2", "validation_perplexity"] == ("970.00", "975.00", "+5.00")
+    assert figures["phase 1", "validation_perplexity"] == ("980", "980", "+0")
+    assert figures["phase 2", "validation_perplexity"] == ("970", "975", "+5")
     assert figures["phase 2", "stage"] == ("000000000000", "000000000000", "the same")
-    assert figures["phase 3", "validation_perplexity"] == ("", "960.00", "")
+    assert figures["phase 3", "validation_perplexity"] == ("", "960", "")
     assert ("phase 1", "test_loss") not in figures, "neither run has it"
 
 

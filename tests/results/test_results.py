@@ -330,25 +330,24 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     edit(no_end, status="exploded")
     bad_phase = write_run(pile / "bad_phase", seed=4)
     edit(bad_phase, phases=["one"])
-    os.mkdir(os.fsencode(pile) + b"/caf\xe9")
+    os.symlink(pile / "good", os.fsencode(pile) + b"/caf\xe9")
     results = load(pile)
     assert ends(results) == {"good": "completed"}
     assert left_out(results) == {
-        "photos": "foreign",
         "other_tool": "foreign",
         "other_hydra": "foreign",
         "numbers": "foreign",
         "link": "foreign",
+        "caf\\udce9": "foreign",
         "jobs.json": "foreign",
         "future": "newer",
         "no_end": "damaged",
         "bad_phase": "damaged",
-        "caf\\udce9": "foreign",
     }
     reasons = dict(zip(results.left_out["folder"], results.left_out["reason"], strict=True))
     assert f"format {RECORD_FORMAT + 1}, newer than {RECORD_FORMAT}" in reasons["future"]
     assert results.failures == 2
-    assert "left out: photos: holds no run" in printed(results, 160)
+    assert "left out: link: a link: name the folder that it points to" in printed(results, 160)
 
 
 def edit(folder: Path, **changed: Any) -> None:
@@ -485,7 +484,7 @@ def test_what_is_no_regular_file_or_too_large_is_named_and_hides_nothing(tmp_pat
     results = load(pile)
     assert ends(results).keys() == {"good", "metrics", "sweep/5_abc"}
     damaged = dict.fromkeys((*records, "metrics"), "damaged")
-    assert left_out(results) == damaged | {"deep": "foreign"}
+    assert left_out(results) == damaged
     assert set(results.epochs["run"]) == {"good"}
 
 
