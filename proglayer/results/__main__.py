@@ -11,7 +11,7 @@ from proglayer.console import console
 from proglayer.errors import UserError, run_command
 from proglayer.results.difference import difference, difference_table
 from proglayer.results.frames import load
-from proglayer.results.summary import MOST_ROWS, print_results, watch
+from proglayer.results.summary import print_results, watch
 
 NOT_DONE = 2
 
@@ -31,9 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="a sweep, a run, or a pile")
     parser.add_argument(
         "--diff", nargs=2, metavar=("A", "B"), help="compare two runs: settings, code, figures"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help=f"show every run, also of more than {MOST_ROWS}"
     )
     parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
     parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
@@ -71,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
         results = watch(options.folders, options.every, out)
     else:
         results = load(*options.folders)
-    print_results(results, out, whole=options.all)
+    print_results(results, out)
     if results.runs.empty and not results.failures:
         raise UserError(f"no run in {', '.join(options.folders)}")
     if options.csv:

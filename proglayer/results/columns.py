@@ -178,11 +178,6 @@ def plain_values(values: Any) -> list[Any]:
     return [None if gone else value for value, gone in zip(values, values.isna(), strict=True)]
 
 
-def rows_of(frame: pd.DataFrame, *columns: str) -> list[tuple[Any, ...]]:
-    """These columns row by row as Python values, None for what is missing."""
-    return list(zip(*(plain_values(frame[name]) for name in columns), strict=True))
-
-
 def as_moment(value: Any) -> datetime | None:
     """A time as the record writes it; None for anything else."""
     try:

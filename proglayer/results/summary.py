@@ -17,18 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from proglayer.console import Columns, console, counted, one_line, plain_cell, table
-from proglayer.results.columns import rows_of
-from proglayer.results.formatting import duration, number_text, pair, text_of, tokenizer_of
+from proglayer.results.formatting import duration, listed, number_text, pair, text_of, tokenizer_of
 from proglayer.results.frames import Results, load, what_varied
 from proglayer.store.record import RunState
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Rows, and lines of reasons, that a table has unless all are asked for: a thousand jobs take a
-# second to lay out, and nobody reads them in a terminal.
-MOST_ROWS = 400
-MOST_REASONS = 100
 # What a column of text keeps in a narrow table: as wide as the longest name of a model.
 NARROW = 16
 STYLE = {
@@ -45,38 +40,27 @@ STYLE = {
 }
 STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
 # Will start, or start again, without anybody's doing.
-TO_COME = (RunState.preempted, RunState.pending, RunState.waiting)
+TO_COME = [str(state) for state in (RunState.preempted, RunState.pending, RunState.waiting)]
+# Of those that run, and of those that failed, so many are named on a terminal that follows them.
+MOST_LINES = 8
 
 
-def summary_table(
-    source: Results | str | Path, width: int | None = None, whole: bool = True
-) -> Table:
+def summary_table(source: Results | str | Path, width: int | None = None) -> Table:
     """The table of every job: what was varied, how it ended, the metrics, and why it failed.
 
     With `width`, in characters, the less important columns give way until it fits; a job's status
-    is never cut. Without `whole` it has the first and the last of more than MOST_ROWS jobs.
+    is never cut.
     """
     results = source if isinstance(source, Results) else load(source)
-    number, half = len(results.runs), MOST_ROWS // 2
-    cut = not whole and number > MOST_ROWS
-    shown = [*range(half), *range(number - half, number)] if cut else list(range(number))
-    rows = _rows(results, shown)
+    rows = _rows(results)
     columns = _columns(rows)
     gone = _too_wide(rows, columns, width)
-    captions = [f"not shown at this width: {', '.join(gone)}"] if gone else []
-    if cut:
-        captions.append(
-            f"not shown: {number - len(shown):,} jobs in the middle; --all shows all jobs, --csv "
-            "writes them with everything else that is known of them"
-        )
     jobs = table(rows, [column for column in columns if column[0] not in gone])
-    jobs.caption, jobs.caption_justify = "\n".join(captions) or None, "left"
-    if cut:
-        jobs.rows[half - 1].end_section = True
+    jobs.caption = f"not shown at this width: {', '.join(gone)}" if gone else None
+    jobs.caption_justify = "left"
     outer = Table.grid()
     outer.add_row(jobs)
-    if reasons := _reasons(results.runs):
-        outer.add_row(_lines(reasons if whole else _first(reasons, "did not complete")))
+    outer.add_row(_lines(_reasons(results.runs)))
     return outer
 
 
@@ -90,12 +74,12 @@ def print_summary(*folders: str | Path) -> bool:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def _rows(results: Results, shown: Sequence[int]) -> list[dict[str, Any]]:
-    """The runs in these places, each with what varied and how far it is."""
+def _rows(results: Results) -> list[dict[str, Any]]:
+    """The runs, each with what varied and how far it is."""
     progress = _progress(results)
     varied = what_varied(results.runs)
-    rows = results.runs.iloc[list(shown)].to_dict("records")
-    for place, row in zip(shown, rows, strict=True):
+    rows = results.runs.to_dict("records")
+    for place, row in enumerate(rows):
         row["progress"] = progress.get(row["run"])
         row["varied"] = {title: values[place] for title, values in varied.items()}
     return rows
@@ -175,29 +159,21 @@ def _progress(results: Results) -> dict[str, str]:
 
 def _reasons(runs: pd.DataFrame) -> list[Text]:
     """A line for each run that has something to say about how it ended."""
+    rows = runs[["status", "run", "reason"]].dropna().itertuples(index=False)
     return [
         Text.assemble((status, STYLE[status]), f" {one_line(run)}: {one_line(reason)}")
-        for status, run, reason in rows_of(runs, "status", "run", "reason")
-        if reason
+        for status, run, reason in rows
     ]
 
 
-def print_results(results: Results, out: Console, whole: bool = False) -> None:
+def print_results(results: Results, out: Console) -> None:
     """Print the table of the runs, what was left out, and a line of totals."""
     if len(results.runs):
-        out.print(summary_table(results, out.width, whole))
-    left_out = [
-        Text(f"left out: {one_line(folder)}: {one_line(reason)}")
-        for folder, reason in rows_of(results.left_out, "folder", "reason")
-    ]
-    if left_out:
-        out.print(_lines(left_out if whole else _first(left_out, "were left out")))
+        out.print(summary_table(results, out.width))
+    for folder, _, reason in results.left_out.itertuples(index=False):
+        line = f"left out: {one_line(folder)}: {one_line(reason)}"
+        out.print(Text(line), no_wrap=True, overflow="ellipsis")
     out.print(Text("; ".join(filter(None, (_totals(results), _held(results.runs))))))
-
-
-def _first(lines: list[Text], what: str) -> list[Text]:
-    more = len(lines) - MOST_REASONS
-    return [*lines[:MOST_REASONS], Text(f"{more:,} more {what}")] if more > 0 else lines
 
 
 def _lines(lines: Iterable[Text]) -> RenderableType:
@@ -223,11 +199,10 @@ def _held(runs: pd.DataFrame) -> str:
 
     A scheduler reports to nobody that it lost one: the reader judges whether that is too long.
     """
-    held = (RunState.preempted, RunState.pending)
-    signs = [sign for status, sign in rows_of(runs, "status", "last_sign") if status in held]
-    first = min(filter(None, signs), default=None)
-    when = f" since {first:%Y-%m-%d %H:%M} UTC" if first else ""
-    return f"{len(signs)} in the hands of a scheduler{when}" if signs else ""
+    held = runs[runs["status"].isin([RunState.preempted.value, RunState.pending.value])]
+    first = held["last_sign"].min()
+    when = "" if pd.isna(first) else f" since {first:%Y-%m-%d %H:%M} UTC"
+    return f"{len(held)} in the hands of a scheduler{when}" if len(held) else ""
 
 
 def _cut(text: str) -> Text:
@@ -253,107 +228,55 @@ def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Result
         while True:
             began = time.monotonic()
             results = load(*folders)
+            runs, reasons = results.runs, _reasons(results.runs)
+            running = [f"{one_line(run)}: {far}" for run, far in _progress(results).items()]
+            stands = [part for part in (_totals(results), _held(runs), _best_so_far(runs)) if part]
+            left = _time_left(runs)
             if live:
-                live.update(_moving(results), refresh=True)
+                # The newest of what failed; all of it stands in the table at the end.
+                lines = map(Text, (*stands, left, *running[:MOST_LINES]))
+                live.update(_lines((*lines, *reasons[-MOST_LINES:])), refresh=True)
             else:
-                left = _time_left(results.runs)
-                now = _now(results)
-                for line in (*(reason.plain for reason in _reasons(results.runs)), now):
+                now = "; ".join([*stands, listed(running, 3)] if running else stands)
+                for line in (*(reason.plain for reason in reasons), now):
                     if line not in said:
                         said.add(line)
                         rest = f"; {left}" if line is now and left else ""
                         out.print(Text(f"{datetime.now():%H:%M:%S} {line}{rest}"))
-            if _ended(results.runs) == len(results.runs):
+            if not runs["status"].isin([RunState.running.value, *TO_COME]).any():
                 return results
             time.sleep(max(every_s, 10 * (time.monotonic() - began)))
 
 
-def _now(results: Results) -> str:
-    """Where a sweep stands, in a line."""
-    progress = [f"{one_line(run)}: {far}" for run, far in _progress(results).items()]
-    more = f", and {len(progress) - 3} more" if len(progress) > 3 else ""
-    runs = results.runs
-    parts = (_totals(results), _held(runs), _best_so_far(runs), ", ".join(progress[:3]) + more)
-    return "; ".join(part for part in parts if part)
-
-
-def _moving(results: Results) -> RenderableType:
-    """Where a sweep stands, for a terminal."""
-    from rich.progress_bar import ProgressBar
-
-    runs = results.runs
-    progress = _progress(results)
-    rows = zip(rows_of(runs, "status", "run", "last_sign"), _names(runs), strict=True)
-    under_way = [
-        Text.assemble(
-            (one_line(run), STYLE[RunState.running]),
-            f"  {progress.get(run, 'no epoch yet')}",
-            f"  last sign of life {duration(_age(sign))} ago" if sign else "",
-            f"  {name}",
-        )
-        for (status, run, sign), name in rows
-        if status == RunState.running
-    ]
-    whole = Table.grid()
-    whole.add_row(ProgressBar(total=max(1, len(runs)), completed=_ended(runs), width=40))
-    lines = (_totals(results), _held(runs), _best_so_far(runs), _time_left(runs))
-    whole.add_row(_lines(Text(line) for line in lines if line))
-    # The newest of what failed; all of it stands in the table at the end.
-    whole.add_row(_lines(under_way[:16] + _reasons(runs)[-8:]))
-    return whole
-
-
-def _ended(runs: pd.DataFrame) -> int:
-    return sum(status not in (RunState.running, *TO_COME) for status in runs["status"])
-
-
 def _best_so_far(runs: pd.DataFrame) -> str:
     """The completed run of the lowest perplexity, for each corpus: others do not compare."""
-    columns = ("corpus_fingerprint", "last_perplexity", "last_accuracy_percent", "run")
-    best: dict[str, tuple[Any, ...]] = {}
-    for (corpus, *metrics), name in zip(rows_of(runs, *columns), _names(runs), strict=True):
-        if metrics[0] is not None and (corpus not in best or metrics[0] < best[corpus][0]):
-            best[corpus] = (*metrics, name)
-    return "; ".join(
-        f"best so far {perplexity:,.2f} ({number_text(accuracy, '.2f')} %): "
-        + " ".join((one_line(run), name)).rstrip()
-        for perplexity, accuracy, run, name in best.values()
-    )
-
-
-def _names(runs: pd.DataFrame) -> list[str]:
-    """What tells each run from the others, such as `seed=1 model=standard`."""
     varied = what_varied(runs)
-    pairs = [[f"{title}={value}" for value in values] for title, values in varied.items()]
-    return [one_line(" ".join(each)) for each in zip(*pairs, strict=True)] or [""] * len(runs)
+    perplexities = runs["last_perplexity"].dropna().groupby(runs["corpus_fingerprint"], sort=False)
+    best = []
+    for place in perplexities.idxmin():
+        row = runs.loc[place]
+        names = [f"{title}={values[place]}" for title, values in varied.items()]
+        best.append(
+            f"best so far {row['last_perplexity']:,.2f} ({row['last_accuracy_percent']:.2f} %): "
+            + one_line(" ".join((row["run"], *names)))
+        )
+    return "; ".join(best)
 
 
 def _time_left(runs: pd.DataFrame) -> str:
     """An estimate from what completed runs took and how many run at once now, if there is one."""
-    statuses = runs["status"].tolist()
-    waiting = sum(status in TO_COME for status in statuses)
-    running = statuses.count(RunState.running)
-    columns = ("status", "wall_seconds", "started", "epochs", "epochs_reused", "seconds_saved")
-    took, begun = [], []
-    for status, seconds, started, epochs, reused, saved in rows_of(runs, *columns):
-        if status == RunState.completed and seconds is not None:
-            # One read whole from the store took no time, and says nothing of those to come.
-            if not (reused and reused == epochs and seconds < (saved or 0)):
-                took.append(seconds)
-        elif status == RunState.running and started:
-            begun.append(_age(started))
-    if not running:
-        return "nothing is running" if waiting else ""
-    if not took:
-        trained = "that trains " if RunState.completed in statuses else ""
-        return f"time left not known until a run {trained}has completed"
-    mean = sum(took) / len(took)
-    left = (sum(max(0.0, mean - age) for age in begun) + mean * waiting) / running
+    to_come = runs["status"].isin(TO_COME).sum()
+    started = runs.loc[runs["status"] == RunState.running.value, "started"]
+    if started.empty:
+        return "nothing is running" if to_come else ""
+    # One read whole from the store took no time, and says nothing of those to come.
+    trained = (runs["epochs_reused"] != runs["epochs"]).fillna(True)
+    took = runs.loc[trained & (runs["status"] == RunState.completed.value), "wall_seconds"].dropna()
+    if took.empty:
+        return "time left not known until a run that trains has completed"
+    ages = (datetime.now(UTC) - started).dt.total_seconds().dropna()
+    left = ((took.mean() - ages).clip(lower=0).sum() + took.mean() * to_come) / len(started)
     return (
         f"about {duration(left)} left if the others take what the {len(took)} completed took "
-        f"({duration(mean)} each), {running} at a time"
+        f"({duration(took.mean())} each), {len(started)} at a time"
     )
-
-
-def _age(moment: Any) -> float:
-    return max(0.0, (datetime.now(UTC) - moment).total_seconds())

@@ -580,7 +580,6 @@ def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) ->
     results = load(tmp_path)
     assert ends(results) == {"queued": "pending", "stopped": "preempted"}
     assert results.failures == 0
-    assert summary._ended(results.runs) == 0
     assert "2 runs: 1 preempted, 1 pending" in printed(results, 80)
     # somebody asked the scheduler
     mark_lost(queued, "its time was up")
@@ -811,7 +810,7 @@ def printed(results: Results, width: int) -> str:
 def mixed(tmp_path: Path) -> Path:
     sweep = tmp_path / "sweep"
     reason = "the loss became NaN " * 20
-    write_run(sweep / "0_abcdef", seed=0, reused=3)
+    write_run(sweep / "0_abcdef", seed=0, reused=2)
     write_run(sweep / "1_abcdef", seed=1, model="deep_supervision", status="failed", reason=reason)
     write_run(sweep / "2_abcdef", seed=2, status="interrupted", reason="SIGTERM\n\x1b[31mred\x07")
     write_run(sweep / "3_abcdef", seed=3, status="running", perplexities=(980.0, 950.0))
@@ -875,29 +874,6 @@ def test_a_table_of_nothing_has_no_rows(tmp_path: Path) -> None:
     summary_table(tmp_path)
 
 
-def test_of_many_jobs_the_first_and_the_last_are_shown_unless_all_are_asked_for(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(summary, "MOST_ROWS", 2)
-    monkeypatch.setattr(summary, "MOST_REASONS", 1)
-    results = load(mixed)
-
-    def jobs(text: str) -> list[str]:
-        return re.findall(r"(?m)^│ (\d)_abcdef", text)
-
-    few = printed(results, 160)
-    assert jobs(few) == ["0", "4"]
-    assert "not shown: 3 jobs in the middle; --all shows all jobs" in few
-    assert "failed 1_abcdef" in few
-    assert "interrupted 2_abcdef" not in few
-    assert "1 more did not complete" in few
-    out = Console(file=io.StringIO(), width=160)
-    print_results(results, out, whole=True)
-    assert jobs(out.file.getvalue()) == ["0", "1", "2", "3", "4"]
-    assert "interrupted 2_abcdef" in out.file.getvalue()
-    assert "in the middle" not in out.file.getvalue()
-
-
 # --- following a sweep ----------------------------------------------------------------------------
 
 
@@ -922,7 +898,7 @@ def test_watching_ends_with_the_sweep(
     assert not later
     lines = capsys.readouterr().out.splitlines()
     best = "best so far 970.00 (16.10 %): 0_abc seed=0"
-    unknown = "time left not known until a run has completed"
+    unknown = "time left not known until a run that trains has completed"
     said = [line[9:] for line in lines if line[2:3] == ":"]
     # the other one began a moment ago, and the completed one took 90 s
     left = re.search("; about ([0-9.]+) s left if the others take what the 1 completed", said[2])
@@ -981,18 +957,25 @@ def test_watching_waits_for_a_scheduler_and_tells_since_when(
     assert "in the hands of a scheduler" in printed(load(sweep), 160)
 
 
-def test_watching_on_a_terminal_shows_where_it_stands(mixed: Path) -> None:
+def test_watching_on_a_terminal_shows_where_it_stands(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary.time, "sleep", interrupt)
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    out.print(summary._moving(load(mixed)))
+    with pytest.raises(KeyboardInterrupt):
+        summary.watch([mixed], 1.0, out)
     text = out.file.getvalue()
     assert "1 running, 1 waiting" in text
     assert "best so far 970.00 (16.10 %): 0_abcdef" in text
-    assert "3_abcdef" in text
-    assert "last sign of life" in text
+    assert "3_abcdef: 950.00 (phase 2, epoch 3)" in text
     # the running one began just now, one is to come, and the completed one took 90 s
     assert re.search("about (3 min 0|2 min [0-9]+) s left", text)
     assert "failed 1_abcdef" in text
-    assert max(map(len, text.splitlines())) <= 80
+    lines = re.sub(r"\x1b\[[?0-9]+[a-zA-Z]", "", text).splitlines()
+    assert max(map(len, lines)) <= 80
 
 
 def test_no_time_left_is_made_up(tmp_path: Path) -> None:
