@@ -111,7 +111,11 @@ PLACE_COLUMNS = [name for name in _RUN_COLUMNS if name not in IDENTITY_COLUMNS +
 # Every setting that holds a value -> what its column holds; lists and enums are text.
 SETTINGS = {path: str if kind is list else kind for path, kind in _leaves(Config)}
 COLUMNS: dict[str, dict[str, Column]] = {
-    "runs": {**_RUN_COLUMNS, **{f"config.{name}": Column(kind) for name, kind in SETTINGS.items()}},
+    "runs": {
+        **_RUN_COLUMNS,
+        **_computed(str, "experiment_key"),
+        **{f"config.{name}": Column(kind) for name, kind in SETTINGS.items()},
+    },
     "phases": {
         **_computed(str, "run"),
         **_computed(int, "phase"),

@@ -32,19 +32,21 @@ from proglayer.results.columns import (
 from proglayer.results.scan import HYDRA, Rows, RunFolder, brief, row_left_out
 from proglayer.store.reading import read_regular, read_yaml
 from proglayer.store.record import (
-    CLEAN,
     METRICS,
     RESULT,
     Changes,
     RecordError,
     RunRecord,
     RunState,
-    as_float,
-    as_int,
     as_text,
     job_state,
     read_record,
+    typed,
 )
+
+# Which of the runs of one experiment and seed stands for the others: a failed one comes last.
+UNFINISHED = (RunState.interrupted, RunState.preempted, RunState.pruned, RunState.lost)
+RANK = {RunState.completed: 3, RunState.running: 2, **dict.fromkeys(UNFINISHED, 1)}
 
 
 def read_runs(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
@@ -67,9 +69,9 @@ def read_runs(folders: Sequence[RunFolder]) -> dict[str, pd.DataFrame]:
         read.append(folder)
     epochs, problems = _read_epochs(read)
     _add_up_unfinished(runs, epochs)
-    _mark_duplicates(runs)
-    frames = {"runs": runs, "phases": phases, "exits": exits, "left_out": left_out + problems}
-    return {"epochs": epochs, **{name: to_frame(name, rows) for name, rows in frames.items()}}
+    rows = {"runs": runs, "phases": phases, "exits": exits, "left_out": left_out + problems}
+    frames = {name: to_frame(name, own) for name, own in rows.items()}
+    return frames | {"epochs": epochs, "runs": _mark_duplicates(frames["runs"])}
 
 
 def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
@@ -115,8 +117,8 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         flat = list(flat_settings(settings, whole=SETTINGS))
         if len(flat) > MOST_SETTINGS:
             raise RecordError("damaged", f"it has more than {MOST_SETTINGS:,} settings")
-        run |= {f"config.{as_text(n)}": CLEAN[SETTINGS.get(n, str)](value) for n, value in flat}
-        run["seed"] = as_int(settings.get("seed"))
+        run |= {f"config.{as_text(n)}": typed(SETTINGS.get(n, str), value) for n, value in flat}
+        run["seed"] = typed(int, settings.get("seed"))
         run["experiment_key"] = experiment_key(settings, fingerprint)
     phases: Rows = []
     exits: Rows = []
@@ -154,7 +156,7 @@ def _of_record(record: RunRecord, phases: Rows) -> dict[str, Any]:
         # Nothing changed.
         run |= dict.fromkeys(get_type_hints(Changes))
     if record.corpus and record.corpus.validation_windows and record.corpus.seq_len:
-        tokens = as_int(record.corpus.validation_windows * record.corpus.seq_len)
+        tokens = typed(int, record.corpus.validation_windows * record.corpus.seq_len)
         run["validation_tokens"] = tokens
     ends = [("first", phases[0])] if phases else []
     ends += [("last", phases[-1])] if phases and completed else []
@@ -178,7 +180,7 @@ def _total(rows: Rows, *names: str) -> Any:
     if None in values:
         return None
     total = sum(values)
-    return as_int(total) if isinstance(total, int) else total
+    return typed(int, total) if isinstance(total, int) else total
 
 
 def _add_up_unfinished(runs: Rows, epochs: pd.DataFrame) -> None:
@@ -189,30 +191,19 @@ def _add_up_unfinished(runs: Rows, epochs: pd.DataFrame) -> None:
         run = unfinished[str(name)]
         run["epochs"] = sum(epoch > 0 for epoch in each["epoch"])
         run["epochs_reused"] = sum(filter(None, plain_values(each["reused"])))
-        run["tokens"] = as_int(sum(filter(None, plain_values(each["train_tokens"]))))
+        run["tokens"] = typed(int, sum(filter(None, plain_values(each["train_tokens"]))))
         run["seconds"] = sum(each[["train_seconds", "evaluation_seconds"]].sum())
 
 
-def _mark_duplicates(runs: Rows) -> None:
-    """Set `duplicate_of` of each run whose experiment and seed another one stands for.
+def _mark_duplicates(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with `duplicate_of` of each whose experiment and seed another one stands for.
 
     The newest completed one does; if none completed, one that is running, then the newest.
     """
-    unfinished = (RunState.interrupted, RunState.preempted, RunState.pruned, RunState.lost)
-    rank = {RunState.completed: 3, RunState.running: 2, **dict.fromkeys(unfinished, 1)}
-
-    def order(run: dict[str, Any]) -> tuple[int, float]:
-        sign = run["last_sign"]
-        return rank.get(run["status"], 0), sign.timestamp() if sign else 0.0
-
-    chosen: dict[str, dict[str, Any]] = {}
-    keyed = [(run.pop("experiment_key"), run) for run in runs if "experiment_key" in run]
-    for key, run in keyed:
-        if key not in chosen or order(chosen[key]) <= order(run):
-            chosen[key] = run
-    for key, run in keyed:
-        if chosen[key] is not run:
-            run["duplicate_of"] = chosen[key]["run"]
+    ranked = runs.assign(rank=[RANK.get(status, 0) for status in runs["status"]])
+    ordered = ranked.sort_values(["rank", "last_sign"], kind="stable", na_position="first")
+    chosen = ordered.groupby("experiment_key")["run"].transform("last")
+    return runs.assign(duplicate_of=chosen.where(chosen != ordered["run"]))
 
 
 # --- metrics.csv ----------------------------------------------------------------------------------
@@ -302,7 +293,7 @@ def experiment_key(settings: dict[str, Any], fingerprint: Any) -> str:
     aside = NOT_THE_EXPERIMENT + (PLACE_OF_TEXT if fingerprint else ())
     # 1 and 1.0 are the same rate, whether JSON or YAML held it.
     same = {
-        name: as_float(value) if SETTINGS.get(name) is float else value
+        name: typed(float, value) if SETTINGS.get(name) is float else value
         for name, value in flat_settings(settings, whole=SETTINGS)
         if name not in aside
     }

@@ -22,7 +22,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -71,7 +71,7 @@ T = TypeVar("T")
 
 
 class RunState(StrEnum):
-    """Where a job stands. The first five are ends, and stand in its record."""
+    """Where a job stands. The first five are ends, and stand in its record: see ENDS."""
 
     completed = "completed"
     failed = "failed"
@@ -89,16 +89,9 @@ class RunState(StrEnum):
     # Without a record, and nobody is at work on it.
     lost = "lost"
 
-    @property
-    def is_end(self) -> bool:
-        """Whether a record can say so."""
-        return self in (
-            RunState.completed,
-            RunState.failed,
-            RunState.interrupted,
-            RunState.preempted,
-            RunState.pruned,
-        )
+
+# Those that a record can say.
+ENDS = tuple(RunState)[:5]
 
 
 class RecordError(UserError, ValueError):
@@ -341,24 +334,21 @@ class Changes:
     perplexity_percent: float | None
     loss_nats: float | None
 
-    @classmethod
-    def between(cls, first: BestEpoch, last: BestEpoch) -> Changes:
-        """From the selected epoch of the first phase to that of the last."""
-        perplexity = _difference(last.validation_perplexity, first.validation_perplexity)
-        return cls(
-            accuracy_points=_difference(
-                first.validation_accuracy_percent, last.validation_accuracy_percent
-            ),
-            perplexity_percent=None
-            if perplexity is None or not first.validation_perplexity
-            else perplexity / first.validation_perplexity * 100,
-            loss_nats=_difference(last.validation_loss, first.validation_loss),
-        )
-
 
 def changes_of(phases: Sequence[PhaseRecord]) -> Changes | None:
     """What changed from the first of these phases to the last; None unless there are several."""
-    return Changes.between(phases[0].best, phases[-1].best) if len(phases) > 1 else None
+    if len(phases) < 2:
+        return None
+    first, last = phases[0].best, phases[-1].best
+    base = first.validation_perplexity
+    fell = _difference(last.validation_perplexity, base)
+    return Changes(
+        accuracy_points=_difference(
+            first.validation_accuracy_percent, last.validation_accuracy_percent
+        ),
+        perplexity_percent=fell / base * 100 if fell is not None and base else None,
+        loss_nats=_difference(last.validation_loss, first.validation_loss),
+    )
 
 
 def _difference(before: float | None, after: float | None) -> float | None:
@@ -417,14 +407,13 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
     except (ValueError, RecursionError) as error:
         raise RecordError("damaged", f"{RESULT} is cut short or damaged ({error})") from error
-    form = as_int(plain.get("format")) if isinstance(plain, dict) else None
+    form = typed(int, plain.get("format")) if isinstance(plain, dict) else None
     if form is None:
         raise RecordError("foreign", f"{RESULT} is no record of this tool")
     if form > RECORD_FORMAT:
         reason = f"{RESULT} has format {form}, newer than {RECORD_FORMAT}: update to read it"
         raise RecordError("newer", reason)
-    status = as_state(plain.get("status"))
-    if status is None or not status.is_end or not isinstance(plain.get("phases"), list):
+    if plain.get("status") not in list(ENDS) or not isinstance(plain.get("phases"), list):
         raise RecordError("damaged", f"{RESULT} does not say how the run ended")
     try:
         record = from_dict(RunRecord, plain)
@@ -825,8 +814,8 @@ def from_dict(kind: type[T], plain: Any) -> T:
     """
     source = plain if isinstance(plain, dict) else {}
     values = {}
-    for name, read, required in _readers(kind):
-        value = values[name] = read(source.get(name))
+    for name, hint, required in _hints(kind):
+        value = values[name] = _read(hint, source.get(name), required)
         if value is None and required:
             what = kind.__name__.removesuffix("Record").lower()
             raise RecordError("damaged", f"a {what} without {name}")
@@ -834,54 +823,42 @@ def from_dict(kind: type[T], plain: Any) -> T:
 
 
 @functools.cache
-def _readers(kind: type) -> list[tuple[str, Callable[[Any], Any], bool]]:
-    """For each field of a dataclass its name, what reads it, and whether it must not be None."""
+def _hints(kind: type) -> list[tuple[str, Any, bool]]:
+    """For each field of a dataclass its name, its type without None, and whether that is all."""
     found = []
     for name, hint in get_type_hints(kind).items():
         options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
         (known,) = (option for option in options if option is not NoneType)
-        optional = NoneType in options
-        found.append((name, _reader(known, optional), not optional))
+        found.append((name, known, NoneType not in options))
     return found
 
 
-def _reader(hint: Any, optional: bool) -> Callable[[Any], Any]:
-    """What makes a value of this type from plain data."""
-    if get_origin(hint) is dict:
-        return lambda value: value if isinstance(value, dict) else None
-    if get_origin(hint) is list:
-        item = _reader(get_args(hint)[0], optional=False)
-        missing = None if optional else []
-        return lambda value: [item(each) for each in value] if isinstance(value, list) else missing
+def _read(hint: Any, value: Any, required: bool) -> Any:
+    """A value of this type from plain data; None for anything else."""
     if is_dataclass(hint):
         kind: Any = hint
-        of_values = functools.partial(from_dict, kind)
-        return lambda value: of_values(value) if isinstance(value, dict) or not optional else None
-    return CLEAN[hint]
+        return from_dict(kind, value) if isinstance(value, dict) or required else None
+    if get_origin(hint) is dict:
+        return value if isinstance(value, dict) else None
+    if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        if isinstance(value, list):
+            return [_read(item, each, required=True) for each in value]
+        return [] if required else None
+    return typed(hint, value)
 
 
-def as_float(value: Any) -> float | None:
-    """A number; None for anything else."""
-    if isinstance(value, float):
-        return value
-    if not isinstance(value, int) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def as_int(value: Any) -> int | None:
-    """A whole number of 64 bits; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+def typed(kind: Any, value: Any) -> Any:
+    """`value` as a float, an int of 64 bits, a bool, text or a RunState; None for anything else."""
+    if kind is str:
+        return as_text(value)
+    if kind is RunState:
+        return RunState(value) if value in list(RunState) else None
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 2**1023 else None
+    if type(value) is not kind or (kind is int and not -(2**63) <= value < 2**63):
         return None
     return value
-
-
-def as_bool(value: Any) -> bool | None:
-    """A truth value; None for anything else."""
-    return value if isinstance(value, bool) else None
 
 
 def as_text(value: Any) -> str | None:
@@ -890,17 +867,3 @@ def as_text(value: Any) -> str | None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-
-
-def as_state(value: Any) -> RunState | None:
-    """A state; None for anything else."""
-    return RunState(value) if isinstance(value, str) and value in list(RunState) else None
-
-
-CLEAN: dict[Any, Callable[[Any], Any]] = {
-    float: as_float,
-    int: as_int,
-    bool: as_bool,
-    str: as_text,
-    RunState: as_state,
-}
