@@ -24,7 +24,7 @@ from proglayer.files import NotOursError
 from proglayer.run import gpu_slots, machine
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
-from proglayer.store.marker import PrivateStore, open_store
+from proglayer.store.marker import delete_private, open_store, private_store
 from proglayer.store.record import (
     Heartbeat,
     MetricsRow,
@@ -64,7 +64,6 @@ class Session:
         self.signals = machine.StopSignals()
         self._prune = prune
         self._rows: list[MetricsRow] = []
-        self._private: PrivateStore | None = None
         # What is held while the phases are walked through, and what until the record is written.
         self._during_walk = contextlib.ExitStack()
         self._until_recorded = contextlib.ExitStack()
@@ -92,8 +91,7 @@ class Session:
             self.store = Path(stages_dir(self.config))
             open_store(self.store)
         else:
-            self._private = self._until_recorded.enter_context(PrivateStore(self.folder))
-            self.store = self._private.folder
+            self.store = private_store(self.folder)
 
     # -- while the phases are walked through ----------------------------------------------------
 
@@ -191,8 +189,8 @@ class Session:
         write_record(self.folder, self.record)
         if self.begun:
             self._loggers.end(self.record)
-        if self._private is not None and state in (RunState.completed, RunState.pruned):
-            self._private.delete()
+        if not self.config.reuse and state in (RunState.completed, RunState.pruned):
+            delete_private(self.store)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from proglayer.console import Columns, console, one_line, table
@@ -18,6 +18,9 @@ from proglayer.store.stages import FORMAT
 
 # So many names of what is not ours are printed.
 MOST_NAMED = 20
+SIZES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+SIZES |= {unit[0]: size for unit, size in SIZES.items()}
+AGES = {"d": 86_400.0, "h": 3_600.0, "m": 60.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=Path(os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"),
         help="the store (default: $PROGLAYER_STAGES, else multirun/.stages)",
     )
-    parser.add_argument("--max-size", type=_bytes, help="prune: keep at most this much, as in 20GB")
-    parser.add_argument(
-        "--max-age", type=_seconds, help="prune: keep nothing older, as in 30d, 12h"
-    )
+    size, age = _quantity(SIZES, "500MB, 20GB"), _quantity(AGES, "30d, 12h, 5m")
+    parser.add_argument("--max-size", type=size, help="prune: keep at most this much, as in 20GB")
+    parser.add_argument("--max-age", type=age, help="prune: keep nothing older, as in 30d, 12h")
     parser.add_argument("--dry-run", action="store_true", help="prune: say what would go")
     options = parser.parse_args(arguments)
     if options.action == "prune" and options.max_size is None and options.max_age is None:
@@ -53,8 +55,8 @@ def _run(options: argparse.Namespace) -> int:
             "is changed: name a store with --dir; a run marks the one that it uses, if nothing "
             "else is in it"
         )
-    contents = contents_of(options.dir)
-    stages = sorted(contents.stages, key=lambda info: info.age)
+    stages, foreign = contents_of(options.dir)
+    stages = sorted(stages, key=lambda info: info.age)
     damaged = 0
     if options.action == "list":
         _list(stages)
@@ -62,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         damaged = _verify(stages)
     else:
         _prune(prunable(stages, options.max_size, options.max_age), options.dry_run)
-    _print_foreign(contents.foreign)
+    _print_foreign(foreign)
     return int(damaged > 0)
 
 
@@ -117,21 +119,18 @@ def _print_foreign(foreign: Sequence[Path]) -> None:
         print(f"  and {len(foreign) - MOST_NAMED} more")
 
 
-def _bytes(text: str) -> int:
-    units = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
-    # 20 without a unit would be 20 bytes, and nearly everything would go.
-    if not match or (text.strip()[-1].isdecimal() and float(match[1])):
-        raise argparse.ArgumentTypeError(f"{text} is no size: write 500MB, 20GB")
-    return int(float(match[1]) * units[match[2]])
+def _quantity(units: dict[str, float], examples: str) -> Callable[[str], float]:
+    """What reads a number with one of these units: 20 alone might mean 20 bytes, or 20 GB."""
 
+    def read(text: str) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip().lower())
+        if match and float(match[1]) == 0:
+            return 0.0
+        if not match or match[2] not in units:
+            raise argparse.ArgumentTypeError(f"{text} says no size or age: write {examples}")
+        return float(match[1]) * units[match[2]]
 
-def _seconds(text: str) -> float:
-    units = {"d": 86_400, "h": 3_600, "m": 60}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([dhm])", text.strip().lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text} is no age: write 30d, 12h, 5m")
-    return float(match[1]) * units[match[2]]
+    return read
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,42 +47,30 @@ class StageInfo:
             return "(not a phase of this version)"
 
 
-@dataclass
-class StoreContents:
-    """What lies in a store: stages, and what is not ours."""
-
-    stages: list[StageInfo] = field(default_factory=list)
-    foreign: list[Path] = field(default_factory=list)
-
-
-def contents_of(store: Path) -> StoreContents:
+def contents_of(store: Path) -> tuple[list[StageInfo], list[Path]]:
     """Every stage of a store, in no order, and everything foreign in it."""
-    contents = StoreContents()
-    for entry in list(os.scandir(store)) if store.is_dir() else ():
-        foreign: list[Path] = []
-        with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
-            foreign = list(foreign_in(store, entry))
-            is_stage = re.fullmatch(KEY_FORM, entry.name) and Path(entry.path) not in foreign
-            if is_stage and (info := _info(Stage(store, entry.name))):
-                contents.stages.append(info)
-        contents.foreign += foreign
-    contents.foreign.sort()
-    return contents
+    foreign = foreign_in(store)
+    folders = [path for path in store.iterdir() if re.fullmatch(KEY_FORM, path.name)]
+    stages = [_info(Stage(store, path.name)) for path in folders if path not in foreign]
+    return [info for info in stages if info], foreign
 
 
 def _info(stage: Stage) -> StageInfo | None:
     """A stage as the store lists it; None for what is left of a deleted one."""
-    own = stage._files("")
-    if not own:
+    own, notes = stage._files(""), stage.notes._files("")
+    stats = []
+    for path in (*own, *notes):
+        with contextlib.suppress(FileNotFoundError):  # a sweep may be at work here
+            stats.append(path.stat())
+    if not own or not stats:
         return None
-    stats = [path.stat() for path in [*own, *stage.notes._files("")]]
     return StageInfo(
         stage,
         stage.description or {},
         len(stage.names("epoch-")),
         sum(stat.st_size for stat in stats),
         time.time() - max(stat.st_mtime for stat in stats),
-        tuple(stage.users()),
+        tuple(run for run, _ in stage.readers() if run.is_dir()),
     )
 
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from proglayer import files
 from proglayer.errors import StoreError
 from proglayer.store.stages import (
     DAMAGED,
-    IN_USE,
-    KEY_FORM,
     MARKER,
     SETTING,
+    STORED_FOLDER,
     Stage,
     is_stored,
     read_unverified,
@@ -42,24 +38,19 @@ class NotAStoreError(StoreError):
     """A folder that is no store, or not this run's: the message says which and what to do."""
 
 
-@dataclass(frozen=True)
-class Marker:
-    """What MARKER says; `run` is the folder of the run that the store is private to, if it is."""
-
-    format: int
-    run: str | None = None
-
-
-def read_marker(store: Path) -> Marker | None:
+def read_marker(store: Path) -> dict[str, Any] | None:
     """What makes a folder a store; None where it is none. Raises NotAStoreError.
 
     That is for a store of a later version, and for a file of this name that is none of ours.
+
+    Returns:
+        what MARKER says; `run` is the folder of the run that the store is private to, if it is.
     """
     path = store / MARKER
     if not os.path.lexists(path):
         return None
     content = read_unverified(path) if files.is_ours(path, files.everything) else {}
-    form, run = content.get("format"), content.get("run")
+    form = content.get("format")
     if content.get("proglayer") != SAYS or type(form) is not int:
         raise NotAStoreError(
             f"{path} does not say that its folder is a store: move it, or point {SETTING} elsewhere"
@@ -68,7 +59,7 @@ def read_marker(store: Path) -> Marker | None:
         raise NotAStoreError(
             f"{store} is a store of a later version: update, or point {SETTING} elsewhere"
         )
-    return Marker(form, run if isinstance(run, str) else None)
+    return content
 
 
 def open_store(store: Path) -> None:
@@ -79,12 +70,13 @@ def open_store(store: Path) -> None:
     command deletes anything in it. Raises NotAStoreError.
     """
     marker = read_marker(store)
-    if marker is not None and marker.run is not None:
+    if marker is not None and (run := marker.get("run")):
         raise NotAStoreError(
-            f"{store} is private to the run in {marker.run}, which deletes it at its end: point "
-            f"{SETTING} elsewhere"
+            f"{store} is private to the run in {run}, which deletes it at its end: point {SETTING} "
+            "elsewhere"
         )
-    if marker is None and _holds_stages_alone(store):
+    is_free = store.is_dir() or not os.path.lexists(store)
+    if marker is None and is_free and not foreign_in(store):
         # One that takes no marker takes no stages either, which is said then, or it needs none.
         with contextlib.suppress(StoreError):
             _write_marker(store)
@@ -100,80 +92,54 @@ def _is_marker(path: Path) -> bool:
     return read_unverified(path).get("proglayer") == SAYS
 
 
-def _holds_stages_alone(store: Path) -> bool:
-    """Whether nothing in a folder is foreign; so for one that is not there."""
-    if not store.is_dir():
-        return not os.path.lexists(store)
+def foreign_in(store: Path) -> list[Path]:
+    """What lies in a folder and is not a store's, sorted; of a foreign folder nothing in it."""
+    foreign: set[Path] = set()
+
+    def closed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            foreign.add(Path(error.filename))
+
+    for parent, folders, names in os.walk(store, onerror=closed):
+        paths = (Path(parent, name) for name in (*folders, *names))
+        foreign.update(path for path in paths if not _is_of_store(store, path))
+        folders[:] = [n for n in folders if n != DAMAGED and Path(parent, n) not in foreign]
+    return sorted(foreign)
+
+
+def _is_of_store(store: Path, path: Path) -> bool:
     try:
-        entries = list(os.scandir(store))
-        return not any(True for entry in entries for _ in foreign_in(store, entry))
-    except OSError:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # a sweep may be at work here
+        return True
+    if stat.S_ISREG(mode):
+        return is_stored(store, path)
+    if not stat.S_ISDIR(mode) or not STORED_FOLDER.fullmatch(path.relative_to(store).as_posix()):
         return False
+    stage = Stage(store, path.name)
+    return path.parent != store or not stage.names("") or stage.is_proven
 
 
-def foreign_in(store: Path, entry: os.DirEntry[str]) -> Iterator[Path]:
-    """What is foreign of an entry of a store's folder: itself, or something in it."""
-    path = Path(entry.path)
-    if entry.is_file(follow_symlinks=False) and is_stored(store, path):
-        return
-    if not entry.is_dir(follow_symlinks=False):
-        yield path
-    elif re.fullmatch(KEY_FORM, entry.name):
-        stage = Stage(store, entry.name)
-        if stage.names("") and stage.description is None and not stage.is_proven:
-            yield path
-        else:
-            yield from stage.foreign()
-    elif entry.name != DAMAGED:
-        yield path
-
-
-class PrivateStore:
-    """The store of a run that reuses nothing, in its own folder; `folder` is where.
+def private_store(run: Path) -> Path:
+    """The store of a run that reuses nothing, in its own folder.
 
     Its name is random, and it says whose it is, so nothing else is ever taken for it and deleted.
-    One that an interrupted try of the same run left is used again, unless another process is at it.
+    One that an interrupted try of the same run left is used again.
     """
-
-    def __init__(self, run: Path) -> None:
-        self._run = str(run.resolve())
-        for folder in sorted(run.glob(f"{PRIVATE}-*")):
-            if self._belongs(folder) and self._take(folder):
-                return
-        folder = run / f"{PRIVATE}-{secrets.token_hex(8)}"
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise files.cannot_write(run, error, "hydra.run.dir or hydra.sweep.dir") from error
-        _write_marker(folder, run=self._run)
-        if not self._take(folder):
-            raise StoreError(f"{folder} was taken by another process just now: start again")
-
-    def __enter__(self) -> PrivateStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def delete(self) -> None:
-        """Delete what runs stored in it, and the folder unless something else lies there."""
-        files.delete_folder(self.folder, lambda path: is_stored(self.folder, path))
-
-    def _belongs(self, folder: Path) -> bool:
+    owner = str(run.resolve())
+    for folder in sorted(run.glob(f"{PRIVATE}-*")):
         with contextlib.suppress(StoreError):
-            marker = read_marker(folder) if files.is_folder(folder) else None
-            return marker is not None and marker.run == self._run
-        return False
+            if files.is_folder(folder) and (read_marker(folder) or {}).get("run") == owner:
+                return folder
+    folder = run / f"{PRIVATE}-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise files.cannot_write(run, error, "hydra.run.dir or hydra.sweep.dir") from error
+    _write_marker(folder, run=owner)
+    return folder
 
-    def _take(self, folder: Path) -> bool:
-        lock = FileLock(folder / IN_USE)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        if not self._belongs(folder):  # deleted meanwhile
-            lock.release()
-            files.delete_folder(folder, files.named(re.escape(IN_USE)))
-            return False
-        self.folder, self._lock = folder, lock
-        return True
+
+def delete_private(folder: Path) -> None:
+    """Delete what runs stored in it, and the folder unless something else lies there."""
+    files.delete_folder(folder, lambda path: is_stored(folder, path))

@@ -69,6 +69,8 @@ STORED_FORM = re.compile(
     rf"|{KEY_FORM}/{USED}/(?:{NOTE_FORM}|{TEMPORARY_FORM})"
     rf"|{re.escape(DAMAGED)}/{KEY_FORM}/(?:{FILE_FORM}|{USED}/{NOTE_FORM})\.[0-9a-f]{{6}}"
 )
+# Every folder of a store, by its path in it.
+STORED_FOLDER = re.compile(rf"{KEY_FORM}(?:/{USED})?|{re.escape(DAMAGED)}")
 
 T = TypeVar("T")
 
@@ -170,10 +172,6 @@ class Stage:
                 if isinstance(run, str) and run and "\0" not in run:
                     yield Path(run), time.time() - note.stat().st_mtime
 
-    def users(self) -> list[Path]:
-        """The folders of the runs that read this stage and are still there."""
-        return [run for run, _ in self.readers() if run.is_dir()]
-
     @property
     def needed(self) -> bool:
         """Whether a run that reads it may come back for it, or a job of such a run's sweep may.
@@ -210,27 +208,15 @@ class Stage:
 
     @property
     def is_proven(self) -> bool:
-        """Whether a file shows by its hash that the folder is of this stage, if not all do."""
+        """Whether its description, or a file by its hash, shows that the folder is the stage's."""
+        if self.description is not None:
+            return True
         for path in self._files(""):
             with contextlib.suppress(OSError):
                 name, digest, _ = path.name.split(".")
                 if self._digest(name, path.read_bytes()) == digest:
                     return True
         return False
-
-    def foreign(self) -> list[Path]:
-        """What lies in the folder and is not ours."""
-        found = []
-        for part in (self.folder, self.notes.folder):
-            if not files.is_folder(part):
-                continue
-            for entry in list(os.scandir(part)):
-                path = Path(entry.path)
-                if path == self.notes.folder and entry.is_dir(follow_symlinks=False):
-                    continue
-                if not (entry.is_file(follow_symlinks=False) and is_stored(self.store, path)):
-                    found.append(path)
-        return found
 
     def _is_ours(self, path: Path) -> bool:
         form = NOTE_FORM if self.folder.name == USED else FILE_FORM

@@ -14,9 +14,8 @@ import pytest
 from proglayer.config import ConfigError
 from proglayer.errors import StoreError
 from proglayer.run.experiment import run
-from proglayer.store import marker
 from proglayer.store.__main__ import main
-from proglayer.store.marker import PrivateStore, open_store
+from proglayer.store.marker import delete_private, open_store, private_store
 from proglayer.store.record import BestEpoch, RunState, read_jobs, read_record
 from proglayer.store.stages import MARKER, Stage
 from proglayer.training.trainer import Training
@@ -392,52 +391,20 @@ def test_an_interrupted_run_that_reuses_nothing_goes_on(
     assert tree(tmp_path / "copy" / private.name) == copied
 
 
-def test_two_processes_in_one_folder_have_a_store_each(tmp_path: Path) -> None:
-    with PrivateStore(tmp_path) as one:
-        with PrivateStore(tmp_path) as two:
-            assert one.folder != two.folder
-            Stage(one.folder, "a" * 32).write_json("epoch-0001", {})
-            two.delete()
-            assert not two.folder.exists()
-        assert Stage(one.folder, "a" * 32).names("") == ["epoch-0001"]
-    with PrivateStore(tmp_path) as again:
-        assert again.folder == one.folder
-        again.delete()
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_private_store_is_nobody_elses(tmp_path: Path) -> None:
-    with PrivateStore(tmp_path / "run") as private:
-        with pytest.raises(StoreError, match=r"private to the run in .*/run.*stages\.dir"):
-            open_store(private.folder)
-        # One that only looks like it, by its name or its marker, is not taken.
-        for name in (".stages-mine", ".stages-0123456789abcdef"):
-            (tmp_path / "other" / name).mkdir(parents=True)
-            (tmp_path / "other" / name / "letter").write_text("mine")
-        shutil.copy(private.folder / MARKER, tmp_path / "other" / ".stages-mine")
-        (tmp_path / "other" / ".stages-link").symlink_to(private.folder)
-        before = tree(tmp_path / "other")
-        with PrivateStore(tmp_path / "other") as own:
-            own.delete()
-        assert tree(tmp_path / "other") == before
-
-
-def test_a_private_store_deleted_meanwhile_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with PrivateStore(tmp_path) as one:
-        kept = one.folder
-    real = marker.FileLock.acquire
-
-    def and_then_it_goes(lock: marker.FileLock, **how: float) -> object:
-        shutil.rmtree(kept, ignore_errors=True)
-        return real(lock, **how)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(marker.FileLock, "acquire", and_then_it_goes)
-        with PrivateStore(tmp_path) as two:
-            assert two.folder != kept
-            assert not kept.exists()
+    private = private_store(tmp_path / "run")
+    assert private_store(tmp_path / "run") == private
+    with pytest.raises(StoreError, match=r"private to the run in .*/run.*stages\.dir"):
+        open_store(private)
+    # One that only looks like it, by its name or its marker, is not taken.
+    for name in (".stages-mine", ".stages-0123456789abcdef"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        (tmp_path / "other" / name / "letter").write_text("mine")
+    shutil.copy(private / MARKER, tmp_path / "other" / ".stages-mine")
+    (tmp_path / "other" / ".stages-link").symlink_to(private)
+    before = tree(tmp_path / "other")
+    delete_private(private_store(tmp_path / "other"))
+    assert tree(tmp_path / "other") == before
 
 
 # --- a run's folder -------------------------------------------------------------------------------

@@ -89,13 +89,14 @@ def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
     runs[0].joinpath("result.json").unlink()
     # A thousand runs may: each look for a file would list them all.
     assert sorted(kept.folder.iterdir()) == sorted([*before, kept.folder / "used"])
-    assert sorted(kept.users()) == runs
-    (listed,) = contents_of(tmp_path / "store").stages
+    (listed,), _ = contents_of(tmp_path / "store")
+    assert sorted(listed.users) == runs
     assert listed.stage.needed
     note = next((kept.folder / "used").iterdir())
     note.write_bytes(note.read_bytes()[:-1])
     assert len(verify(kept)) == 1
-    assert len(kept.users()) == 1
+    (listed,), _ = contents_of(tmp_path / "store")
+    assert len(listed.users) == 1
 
 
 def test_verifying_finds_damage_and_sets_it_aside(
@@ -122,12 +123,12 @@ def test_pruning_takes_the_oldest_and_leaves_what_unfinished_runs_need(tmp_path:
 
     def pruned(size: int | None, days: float | None) -> list[str]:
         age = None if days is None else days * 86_400
-        found = prunable(contents_of(store).stages, size, age)
+        found = prunable(contents_of(store)[0], size, age)
         return [kept.description["called"] for kept in found]
 
     assert pruned(None, 5) == ["c", "d"]
     assert pruned(10**6, None) == []
-    total = sum(kept.size for kept in contents_of(store).stages)
+    total = sum(kept.size for kept in contents_of(store)[0])
     assert pruned(total - 1, None) == ["c"]
     assert pruned(0, None) == ["c", "d", "e"]
     assert main(["prune", "--dir", str(store), "--max-age", "5d", "--dry-run"]) == 0
