@@ -98,6 +98,8 @@ def difference_table(rows: list[Row], a: str, b: str) -> Table:
     ]
     commits = [row for row in rows if row.name == "git_commit" and row.a and row.b]
     lines += [f"git diff {row.a} {row.b} shows what changed in the code" for row in commits]
+    if any(row.name == "tokenizer" for row in rows):
+        lines.append("of different tokenizers only bits per byte compare")
     shown.caption, shown.caption_justify = "\n".join(lines) or None, "left"
     return shown
 
@@ -123,4 +125,5 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,.8g}"
-    return value[:SHORT] if re.fullmatch("[0-9a-f]{32,64}", str(value)) else str(value)
+    text = str(value)
+    return text[:SHORT] if re.fullmatch("[0-9a-f]{32,64}", text) else text

@@ -200,7 +200,7 @@ def _held(runs: pd.DataFrame) -> str:
     A scheduler reports to nobody that it lost one: the reader judges whether that is too long.
     """
     held = runs[runs["status"].isin([RunState.preempted.value, RunState.pending.value])]
-    first = held["last_sign"].min()
+    first: Any = held["last_sign"].min()
     when = "" if pd.isna(first) else f" since {first:%Y-%m-%d %H:%M} UTC"
     return f"{len(held)} in the hands of a scheduler{when}" if len(held) else ""
 
@@ -243,7 +243,7 @@ def watch(folders: Sequence[str | Path], every_s: float, out: Console) -> Result
                         said.add(line)
                         rest = f"; {left}" if line is now and left else ""
                         out.print(Text(f"{datetime.now():%H:%M:%S} {line}{rest}"))
-            if not runs["status"].isin([RunState.running.value, *TO_COME]).any():
+            if {RunState.running, *TO_COME}.isdisjoint(runs["status"]):
                 return results
             time.sleep(max(every_s, 10 * (time.monotonic() - began)))
 
@@ -265,7 +265,7 @@ def _best_so_far(runs: pd.DataFrame) -> str:
 
 def _time_left(runs: pd.DataFrame) -> str:
     """An estimate from what completed runs took and how many run at once now, if there is one."""
-    to_come = runs["status"].isin(TO_COME).sum()
+    to_come: Any = runs["status"].isin(TO_COME).sum()
     started = runs.loc[runs["status"] == RunState.running.value, "started"]
     if started.empty:
         return "nothing is running" if to_come else ""
