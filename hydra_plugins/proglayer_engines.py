@@ -23,13 +23,11 @@ from hydra_plugins.proglayer_sweeper import ProglayerSweeper
 
 
 def _check_installed(choice: str, extra: str, module: str) -> None:
-    """Raise ConfigError without the module that an extra brings; warn of an unknown version."""
-    from proglayer.errors import ConfigError
-    from proglayer.versions import install_command, warn_of_unknown
+    """Raise ConfigError without the module that an extra brings."""
+    from proglayer.errors import ConfigError, install_command
 
     if importlib.util.find_spec(module) is None:
         raise ConfigError(f"{choice} is not installed: {install_command(extra)}")
-    warn_of_unknown(extra)
 
 
 class OurChoices(SearchPathPlugin):

@@ -22,8 +22,7 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from proglayer.errors import ConfigError, first_line
-from proglayer.versions import install_command
+from proglayer.errors import ConfigError, first_line, install_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -100,6 +100,11 @@ def file_problem(error: OSError, advice: str = "") -> str | None:
     return f"{where}: {advice}" if advice else where
 
 
+def install_command(extra: str) -> str:
+    """What installs this checkout, with an extra of its, in versions that work together."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type's name where it says nothing."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

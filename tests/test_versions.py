@@ -1,4 +1,4 @@
-"""Libraries of versions that are not known to work together are named at start."""
+"""What is installed: pinned versions, declared libraries, our own version."""
 
 from __future__ import annotations
 
@@ -13,41 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 
 import proglayer
-from proglayer.versions import unknown
 
-from .helpers import ROOT, SHORT, Command
+from .helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def test_a_version_out_of_its_range_is_told_with_what_installs_another(
-    train: Command,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    needs = ["hydra-core<1.1,>=1.0", 'joblib<1,>=0.1; extra == "joblib"', "nowhere-to-be-found>1"]
-    needs += ['optuna<1; extra == "optuna"', "rich>=1"]
-    monkeypatch.setattr(metadata, "requires", lambda _: needs)
-    of_hydra = (
-        f"warning: hydra-core {metadata.version('hydra-core')} is not known to work here "
-        "(known: <1.1,>=1.0): pip install -c constraints.txt -e ."
-    )
-    of_joblib = (
-        f"warning: joblib {metadata.version('joblib')} is not known to work here "
-        "(known: <1,>=0.1): pip install -c constraints.txt -e '.[joblib]'"
-    )
-    plan = (*SHORT, "plan=true")
-    assert train(*plan).err.splitlines() == [of_hydra]
-    assert train("-m", *plan, "seed=1,2").err.splitlines() == [of_hydra]
-    with_joblib = train("-m", *plan, "seed=1,2", "hydra/launcher=joblib")
-    assert sorted(with_joblib.err.splitlines()) == [of_hydra, of_joblib]
-
-
-def test_what_is_not_installed_as_a_package_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(name: str) -> list[str]:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "requires", nothing)
-    assert list(unknown()) == []
 
 
 def test_the_pinned_versions_are_in_the_known_ranges() -> None:

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proglayer.config import BPE, MODEL, WORDS, DataConfig
-from proglayer.errors import ConfigError, first_line
-from proglayer.versions import install_command
+from proglayer.errors import ConfigError, first_line, install_command
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

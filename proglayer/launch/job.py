@@ -146,13 +146,9 @@ def _run_job(settings: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode is not RunMode.MULTIRUN
-    if single:
-        from proglayer.versions import warn_of_unknown
-
-        warn_of_unknown()
-        if Beforehand.refusal is not None:
-            print_error(str(Beforehand.refusal))
-            sys.exit(FAILED)
+    if single and Beforehand.refusal is not None:
+        print_error(str(Beforehand.refusal))
+        sys.exit(FAILED)
     try:
         from proglayer.console import going_on_unread, tell
         from proglayer.run.machine import with_precision

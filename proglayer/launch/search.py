@@ -92,9 +92,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
     """
     from proglayer.results.summary import print_summary
-    from proglayer.versions import warn_of_unknown
 
-    warn_of_unknown()
     master = sweeper.config
     if master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")

@@ -40,7 +40,6 @@ from proglayer.launch.sweep import (
 )
 from proglayer.results import keys_and_values
 from proglayer.store.record import JOBS, Heartbeat, RecordError, RunState, read_jobs, read_record
-from proglayer.versions import warn_of_unknown
 
 if TYPE_CHECKING:
     from proglayer.report.sequential import Looks
@@ -70,7 +69,6 @@ def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
 
 
 def _settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
-    warn_of_unknown()
     looks = _looks(sweeper)
     arms = _arms(sweeper, arguments)
     _name_folder(sweeper, arms)

@@ -67,7 +67,6 @@ from proglayer.store.record import (
 )
 from proglayer.training.plan import Phase, StoppingRule, check_checkpoint, plan, training_flops
 from proglayer.training.unused import unused_settings
-from proglayer.versions import warn_of_unknown
 
 if TYPE_CHECKING:
     from proglayer.store.trajectory import StoredEpochs
@@ -172,7 +171,6 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
 
 
 def _sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[Any]:
-    warn_of_unknown()
     jobs = check(Checks(sweeper), enumerate(expand(sweeper, arguments)))
     if jobs[0].config.plan:
         print_plans(sweeper, jobs)
