@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
 from proglayer import __version__, files
@@ -48,7 +48,7 @@ def export_run(folder: str | Path, to: str | Path) -> Path:
             model.pretrained().save_pretrained(partial)
         _write_tokenizer(config, partial)
         with open(partial / CARD, "x", encoding="utf-8") as card:
-            card.write("\n".join(_card(config, record)) + "\n")
+            card.write(_card(config, record))
         files.put_in_place(partial, to)
     return to
 
@@ -78,55 +78,51 @@ def _write_tokenizer(config: Config, folder: Path) -> None:
         ) from error
 
 
-def _card(config: Config, record: RunRecord) -> Iterator[str]:
-    """The lines of the model card."""
-    model, growth, corpus = config.model, config.growth, record.corpus
-    yield from ("---", "library_name: transformers", "pipeline_tag: text-generation")
-    yield from ("tags: [proglayer, progressive-layer-training]", "---", "")
-    yield from ("# A language model grown in depth", "")
-    if record.checkpoint is not None:
-        at = record.checkpoint
+def _card(config: Config, record: RunRecord) -> str:
+    """The model card."""
+    at, corpus, family = record.checkpoint, record.corpus, config.model.family
+    began = f"an untrained model of the family {family.name}" if family else ""
+    if at is not None:
         revision = f" at revision `{at.revision}`" if at.revision else ""
-        yield f"It began as the first {at.layers} layers of `{at.path}`{revision}"
-        yield f"(SHA-256 of its settings and weights: `{at.sha256}`)."
-    else:
-        assert model.family is not None
-        yield f"It began as an untrained model of the family {model.family.name}."
-    yield from (
-        f"proglayer {__version__} trained it in the phases below, with seed {record.seed}.",
-        "",
-        "| phase | layers | new layers | frozen | epochs | validation loss | perplexity |",
-        "|---|---|---|---|---|---|---|",
-    )
-    yield from (_card_row(phase) for phase in record.phases)
-    yield from (
-        "",
-        "Layers are counted from 1 at the bottom. Losses are in nats per token, at the selected "
-        "epoch.",
-        "",
-        f"- Growth: `growth.init={growth.init.name}`, `growth.position={growth.position.name}`.",
-        f"- Learning rate: {config.lr.base:g}, schedule {config.lr.schedule.name}; AdamW.",
-    )
-    if corpus is not None:
-        yield (
-            f"- Text: {corpus.name}, {corpus.train_windows:,} training windows of "
-            f"{corpus.seq_len:,} tokens, tokenizer `{config.data.tokenizer}`."
-        )
-    dropout = "Dropout is off, as it was in training."
-    yield from (f"- Command: `{' '.join(record.overrides or [])}`.", f"- {dropout}")
+        began = f"the first {at.layers} layers of `{at.path}`{revision}"
+        began += f" (SHA-256 of its settings and weights: `{at.sha256}`)"
+    windows = f"{corpus.train_windows:,} of {corpus.seq_len:,} tokens" if corpus else ""
+    phases = "\n".join(map(_card_row, record.phases))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [proglayer, progressive-layer-training]
+---
+
+# A language model grown in depth
+
+It began as {began}.
+proglayer {__version__} trained it in the phases below, with seed {record.seed}.
+
+| phase | layers | new layers | frozen | epochs | validation loss | perplexity |
+|---|---|---|---|---|---|---|
+{phases}
+
+Layers are counted from 1 at the bottom. Losses are in nats per token, at the selected epoch.
+
+- Growth: `growth.init={config.growth.init.name}`, `growth.position={config.growth.position.name}`.
+- Learning rate: {config.lr.base:g}, schedule {config.lr.schedule.name}; AdamW.
+- Text: {corpus and corpus.name}, tokenizer `{config.data.tokenizer}`, training windows: {windows}.
+- Command: `{" ".join(record.overrides or [])}`.
+- Dropout is off, as it was in training.
+"""
 
 
 def _card_row(phase: PhaseRecord) -> str:
-    best = phase.best
+    frozen = phase.frozen or []
+    others = [part for part in frozen if not part.startswith("layers.")]
     cells = (
         f"{(phase.index or 0) + 1} {phase.name}",
         str(phase.layers),
         ", ".join(str(layer + 1) for layer in phase.new_layers or []) or "none",
-        str(len([part for part in phase.frozen or [] if part.startswith("layers.")]))
-        + " layers"
-        + "".join(f", {part}" for part in phase.frozen or [] if not part.startswith("layers.")),
+        ", ".join((f"{len(frozen) - len(others)} layers", *others)),
         str(phase.epochs),
-        "" if best.validation_loss is None else f"{best.validation_loss:.4f}",
-        "" if best.validation_perplexity is None else f"{best.validation_perplexity:.2f}",
+        f"{phase.best.validation_loss:.4f}",
+        f"{phase.best.validation_perplexity or math.inf:.2f}",
     )
     return f"| {' | '.join(cells)} |"

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
+
 from proglayer import files
 from proglayer.config import LoggerConfig, flat_settings
 from proglayer.store.record import MetricsRow, RunRecord, RunState
@@ -57,9 +59,12 @@ class Loggers:
     def epoch(self, row: MetricsRow) -> None:
         """An epoch is done: `row` is what `metrics.csv` gets of it."""
         self._epochs += 1
-        metrics = {name: value for name, value in asdict(row).items() if name != "best"}
-        known = [(name, value) for name, value in metrics.items() if value is not None]
-        self._log([(name, float(value), self._epochs) for name, value in known])
+        metrics = [
+            (name, float(value), self._epochs)
+            for name, value in asdict(row).items()
+            if name != "best" and value is not None
+        ]
+        self._each(lambda logger: logger.metrics(metrics))
 
     def end(self, record: RunRecord) -> None:
         """The run ended with this record."""
@@ -71,16 +76,14 @@ class Loggers:
         if record.changes:
             changes = asdict(record.changes).items()
             metrics += [(f"changes/{name}", value, len(record.phases)) for name, value in changes]
-        self._log([metric for metric in metrics if metric[1] is not None])
-        for name, logger in list(self._loggers.items()):
-            with self._may_fail(name):
-                logger.end(record.status)
-        self._loggers = {}
+        known = [metric for metric in metrics if metric[1] is not None]
+        self._each(lambda logger: logger.metrics(known))
+        self._each(lambda logger: logger.end(record.status))
 
-    def _log(self, metrics: list[Metric]) -> None:
+    def _each(self, act: Callable[[TensorBoard | MLflow], None]) -> None:
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
-                logger.metrics(metrics)
+                act(logger)
 
     @contextlib.contextmanager
     def _may_fail(self, name: str) -> Iterator[None]:
@@ -119,69 +122,43 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: dict[str, Any], choices: dict[str, str]) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or Path(MLFLOW_STORE).resolve().as_uri()
-        self._environment = {
-            # Unasked, MLflow tells its makers of its use, and waits for minutes for a server.
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        }
-        store: Path | None = None
+        # Unasked, MLflow tells its makers of its use, and waits for minutes for a server.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        lock = contextlib.nullcontext()
         if uri != "databricks" and urlsplit(uri).scheme in ("", "file"):
             # MLflow wants it said that a store of files is meant.
-            self._environment["MLFLOW_ALLOW_FILE_STORE"] = "true"
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             store = Path(unquote(urlsplit(uri).path))
             store.parent.mkdir(parents=True, exist_ok=True)
-        with self._set():
-            from filelock import FileLock
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric, Param
+            lock = FileLock(f"{store}.lock")
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
 
-            self._metric = Metric
-            self._client = MlflowClient(uri)
-            with FileLock(f"{store}.lock") if store else contextlib.nullcontext():
-                experiment = self._experiment()
-            tags = {"proglayer.folder": str(folder.resolve()), **choices}
-            run = self._client.create_run(experiment, run_name=folder.name, tags=tags)
-            self._run = run.info.run_id
-            params = [Param(name, str(value)) for name, value in flat_settings(settings)]
-            for start in range(0, len(params), 100):  # as many as MLflow takes at once
-                self._client.log_batch(self._run, params=params[start : start + 100])
+        self._metric = Metric
+        self._client = MlflowClient(uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or MLFLOW_EXPERIMENT
+        with lock, contextlib.suppress(MlflowException):  # it is there, or another job was faster
+            self._client.create_experiment(name)
+        experiment = self._client.get_experiment_by_name(name)
+        assert experiment is not None, f"no experiment {name} could be made"
+        tags = {"proglayer.folder": str(folder.resolve()), **choices}
+        run = self._client.create_run(experiment.experiment_id, run_name=folder.name, tags=tags)
+        self._run = run.info.run_id
+        params = [Param(name, str(value)) for name, value in flat_settings(settings)]
+        for start in range(0, len(params), 100):  # as many as MLflow takes at once
+            self._client.log_batch(self._run, params=params[start : start + 100])
 
     def metrics(self, metrics: list[Metric]) -> None:
         now = int(1000 * time.time())
-        with self._set():
-            batch = [self._metric(name, value, now, step) for name, value, step in metrics]
-            self._client.log_batch(self._run, metrics=batch)
+        batch = [self._metric(name, value, now, step) for name, value, step in metrics]
+        self._client.log_batch(self._run, metrics=batch)
 
     def end(self, status: RunState | None) -> None:
         ends: dict[RunState | None, str] = {
             RunState.completed: "FINISHED",
             RunState.failed: "FAILED",
         }
-        with self._set():
-            self._client.set_terminated(self._run, ends.get(status, "KILLED"))
-
-    def _experiment(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or MLFLOW_EXPERIMENT
-        if found := self._client.get_experiment_by_name(name):
-            return found.experiment_id
-        try:
-            return self._client.create_experiment(name)
-        except MlflowException:
-            # On a server, another job may have been faster.
-            if found := self._client.get_experiment_by_name(name):
-                return found.experiment_id
-            raise
-
-    @contextlib.contextmanager
-    def _set(self) -> Iterator[None]:
-        """MLflow's own settings, for as long as it works, where the user has not made them."""
-        ours = {n: value for n, value in self._environment.items() if n not in os.environ}
-        os.environ.update(ours)
-        try:
-            yield
-        finally:
-            for name in ours:
-                os.environ.pop(name, None)
+        self._client.set_terminated(self._run, ends.get(status, "KILLED"))

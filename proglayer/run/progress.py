@@ -5,6 +5,7 @@ On a terminal, bars that move; elsewhere, plain lines, one an epoch.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from proglayer.training.plan import (
 )
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
     from rich.table import Table
 
     from proglayer.training.stopping import EpochMetrics
@@ -38,46 +38,37 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
     """Progress of one run: bars for phases, epochs and steps, or plain lines."""
 
     def __init__(self, phases: int, train_windows: int) -> None:
+        from rich import progress as rich_progress
+
         self._console = console()
         self._phases = phases
         self._train_windows = train_windows
-        self._bars: Bars | None = None
-        self._tasks: dict[str, Any] = {}
+        # Without a terminal it shows nothing.
+        self._bars = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description:<8}"),
+            rich_progress.BarColumn(bar_width=24),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("{task.fields[note]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        totals = {"phases": phases, "epochs": None, "steps": None}
+        self._tasks = {n: self._bars.add_task(n, total=t, note="") for n, t in totals.items()}
         self._said = time.monotonic()
 
     def __enter__(self) -> RunDisplay:
-        if self._console.is_terminal:
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-            )
-
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self._console,
-                transient=True,
-            )
-            self._tasks["phases"] = self._bars.add_task("phases", total=self._phases, note="")
-            self._tasks["epochs"] = self._bars.add_task("epochs", total=None, note="")
-            self._tasks["steps"] = self._bars.add_task("steps", total=None, note="")
-            self._bars.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        self._bars.stop()
 
     def note(self, text: str) -> None:
         """One line that stays, here and in the log."""
         log.info("%s", text)
-        (self._bars.console if self._bars else self._console).print(printable(text), markup=False)
+        self._console.print(printable(text), markup=False)
 
     def phase(self, phase: Phase) -> None:
         """A phase begins."""
@@ -88,26 +79,20 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
         )
         for warning in schedule_warnings(phase, self._train_windows):
             self.note(f"  {warning}")
-        if self._bars:
-            self._bars.update(self._tasks["phases"], completed=phase.index, note=phase.name)
-            self._bars.reset(self._tasks["epochs"], total=phase.stop.max_epochs, note="")
+        self._bars.update(self._tasks["phases"], completed=phase.index, note=phase.name)
+        self._bars.reset(self._tasks["epochs"], total=phase.stop.max_epochs, note="")
 
     def step(self, progress: Progress) -> None:
         """An optimizer step is done."""
-        if progress.loss is None:
-            if self._bars:
-                self._bars.update(
-                    self._tasks["steps"], completed=progress.step, total=progress.steps
-                )
-            return
-        text = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
-        if self._bars:
-            self._bars.update(
-                self._tasks["steps"], completed=progress.step, total=progress.steps, note=text
-            )
-        elif time.monotonic() - self._said > PLAIN_STEP_EVERY_S:
-            self._said = time.monotonic()
-            self.note(f"  epoch {progress.epoch} step {progress.step}/{progress.steps}  {text}")
+        fields: dict[str, Any] = {"completed": progress.step, "total": progress.steps}
+        if progress.loss is not None:
+            text = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+            fields["note"] = text
+            is_due = time.monotonic() - self._said > PLAIN_STEP_EVERY_S
+            if is_due and not self._console.is_terminal:
+                self._said = time.monotonic()
+                self.note(f"  epoch {progress.epoch} step {progress.step}/{progress.steps}  {text}")
+        self._bars.update(self._tasks["steps"], **fields)
 
     def epoch(self, metrics: EpochMetrics, best: EpochMetrics, reused: bool) -> None:
         """An epoch is done or was read from the store."""
@@ -124,9 +109,8 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
             f"perplexity {metrics.validation_perplexity:.2f}  "
             f"accuracy {100 * metrics.validation_accuracy:.2f} %  ({source}){star}"
         )
-        if self._bars:
-            note = f"best {best.validation_perplexity:.2f} in epoch {best.epoch}"
-            self._bars.update(self._tasks["epochs"], completed=metrics.epoch, note=note)
+        note = f"best {best.validation_perplexity:.2f} in epoch {best.epoch}"
+        self._bars.update(self._tasks["epochs"], completed=metrics.epoch, note=note)
 
 
 def plan_table(
@@ -196,12 +180,9 @@ def frozen_ranges(phase: Phase) -> list[str]:
     layers = [layer for layer in range(phase.layers) if layer not in phase.trained_layers]
     if phase.rates.embedding is None:
         words.append("embedding")
-    start = 0
-    for i, layer in enumerate(layers):
-        if i + 1 == len(layers) or layers[i + 1] != layer + 1:
-            first, last = layers[start] + 1, layer + 1
-            words.append(f"layer {last}" if first == last else f"layers {first}-{last}")
-            start = i + 1
+    for _, group in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
+        own = [layer + 1 for _, layer in group]
+        words.append(f"layers {own[0]}-{own[-1]}" if own[1:] else f"layer {own[0]}")
     if phase.rates.head is None:
         words.append("head")
     return words

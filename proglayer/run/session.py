@@ -64,9 +64,8 @@ class Session:
         self.signals = machine.StopSignals()
         self._prune = prune
         self._rows: list[MetricsRow] = []
-        # What is held while the phases are walked through, and what until the record is written.
+        # What is held while the phases are walked through.
         self._during_walk = contextlib.ExitStack()
-        self._until_recorded = contextlib.ExitStack()
 
     def begin(self, phases: int, device: torch.device) -> None:
         """Open everything that the walk needs. From here on every end is recorded.
@@ -210,11 +209,7 @@ def session(
         raise ConfigError(str(error)) from error
     files.delete_left_over(folder)
     current = Session(config, folder, record, prune)
-    with (
-        Heartbeat(folder),
-        machine.switches(config.threads, config.precision),
-        current._until_recorded,
-    ):
+    with Heartbeat(folder), machine.switches(config.threads, config.precision):
         with current._during_walk:
             try:
                 yield current

@@ -19,8 +19,9 @@ from ..helpers import ROOT, config
 
 transformers = pytest.importorskip("transformers")
 
+FILE = ROOT / "tests" / "fixtures" / "earlier" / "text.txt"
 TEXT = (
-    "data=text", f"data.files=[{ROOT / 'docs' / 'report.md'}]", "data.samples=24",
+    "data=text", f"data.files=[{FILE}]", "data.samples=24",
     "data.validation_samples=8", "data.seq_len=16", "data.held_out=0.3", "data.max_vocab=300",
     "phase.batch_size=8", "phase.max_epochs=1", "lr.base=0.01", "lr.factor.new=1", "report=false",
     "threads=1",
@@ -33,7 +34,7 @@ def checkpoint(folder: Path) -> Path:
 
     from proglayer.data.subwords import train_bpe
 
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = FILE.read_text()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(train_bpe([text], 320).decode())
     )

