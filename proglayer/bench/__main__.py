@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_dir
 from rich.table import Table
 
 from proglayer import files
-from proglayer.bench.harness import PARTS, Measurement, measure, peak_memory_mb
+from proglayer.bench.harness import PARTS, RATIOS, Measurement, measure, peak_memory_mb
 from proglayer.config import Config, ConfigError, register, to_config
 from proglayer.console import console
 from proglayer.errors import run_command
@@ -77,8 +77,8 @@ def table(title: str, measured: Sequence[Measurement]) -> Table:
         words = name in ("model", "phase", "precision", "blocking")
         made.add_column(name.replace("_", " "), justify="left" if words else "right")
     for row in measured:
-        cells = (row.parts[n] if n in row.parts else row.value(n) for n in TABLES[title])
-        made.add_row(row.model, row.phase, row.precision, *map(_cell, TABLES[title], cells))
+        cells = (_cell(name, row.value(name)) for name in TABLES[title])
+        made.add_row(row.model, row.phase, row.precision, *cells)
     return made
 
 
@@ -171,31 +171,22 @@ def _bench(options: argparse.Namespace) -> int:
     for title in TABLES:
         say(table(title, measured))
     if options.json:
-        _write(options, {"machine": asdict(here), "measured": list(map(_plain, measured))})
+        ratios = [{name: row.value(name) for name in RATIOS} for row in measured]
+        figures = {
+            "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "overrides": options.overrides,
+            "environment": to_dict(machine.environment()),
+            "git": to_dict(git_state()),
+            "machine": asdict(here),
+            "measured": [asdict(row) | more for row, more in zip(measured, ratios, strict=True)],
+        }
+        data = json.dumps(figures, indent=1).encode() + b"\n"
+        ours = files.begins_with(b'{"taken":')
+        files.write_atomically(options.json, data, "--json", ours)
     problems = outside_bounds(measured) if options.short else []
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
     return 1 if problems else 0
-
-
-def _plain(row: Measurement) -> dict[str, Any]:
-    """Fields and ratios, as JSON can hold them."""
-    return {**asdict(row), **{name: row.value(name) for _, name, _, _ in BOUNDS}}
-
-
-def _write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
-    about = {
-        "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "overrides": options.overrides,
-        "environment": to_dict(machine.environment()),
-        "git": to_dict(git_state()),
-    }
-    try:
-        data = json.dumps({**about, **figures}, indent=1).encode() + b"\n"
-        files.write_over(options.json, data, files.begins_with(b'{"taken":'), "--json")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"--json={options.json} cannot be written ({reason})") from error
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ Shapes in names: as in `loss`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,21 +64,21 @@ class HeadProducts:
     """The products with the head and nothing else, each block's while it is in cache.
 
     Logits are formed and overwritten; `hidden_grads` and `head_grad_vd` are what they would be if
-    the gradient of the logits were the logits. Exits of equal needs are stacked.
+    the gradient of the logits were the logits.
     """
 
     def __init__(self, needs: Sequence[Products], head_vd: Tensor, blocking: Blocking) -> None:
         self.head_vd, self.blocking = head_vd, blocking
         self.head_grad_vd = torch.empty_like(head_vd)
-        self.groups = [replace(n, rows=n.rows * exits) for n, exits in Counter(needs).items()]
-        self.hidden = [torch.randn(n.rows, head_vd.shape[1]).to(head_vd) for n in self.groups]
+        self.needs = needs
+        self.hidden = [torch.randn(n.rows, head_vd.shape[1]).to(head_vd) for n in needs]
         self.hidden_grads = [torch.empty_like(hidden_md) for hidden_md in self.hidden]
         self.buffer = head_vd.new_empty(blocking.rows * blocking.entries)
 
     def __call__(self) -> None:
         first = True
-        groups = zip(self.groups, self.hidden, self.hidden_grads, strict=True)
-        for need, hidden_md, grad_md in groups:
+        exits = zip(self.needs, self.hidden, self.hidden_grads, strict=True)
+        for need, hidden_md, grad_md in exits:
             for m in range(0, need.rows, self.blocking.rows):
                 rows = slice(m, m + self.blocking.rows)
                 self.chunk(need, hidden_md[rows], grad_md[rows], first)
@@ -142,8 +141,7 @@ class BodyProducts:
             "w2": (1, tokens, hidden, dim),
         }
         shapes = []
-        read = max(exit for exit, weight in enumerate(phase.exit_weights) if weight > 0)
-        for layer in range(read + 1):
+        for layer in range(phase.last_read + 1):
             for name, (batch, rows, inner, columns) in forward.items():
                 shapes.append((batch, rows, inner, columns))
                 attention = name in ("scores", "mixture")

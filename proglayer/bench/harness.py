@@ -36,12 +36,20 @@ from proglayer.config import Precision
 from proglayer.data.corpus import Corpus
 from proglayer.run import machine
 from proglayer.training.growth import build
+from proglayer.training.loss import ExitLosses
 from proglayer.training.plan import Phase
-from proglayer.training.trainer import Training, autocast, evaluate
+from proglayer.training.trainer import Training, evaluate
 
 # What the trainer marks with `record_function`.
 PARTS = ("data", "body forward", "head and loss", "body backward", "clipping", "optimizer")
 STEPS_FOR_MEMORY = 3
+
+RATIOS = {
+    "step_to_bound": ("step", "bound"),
+    "dense_to_step": ("dense", "step"),
+    "evaluation_to_logits": ("evaluation", "logits"),
+    "memory_to_dense": ("memory_mb", "dense_memory_mb"),
+}
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -71,28 +79,15 @@ class Measurement:
     dense_memory_mb: float | None = None
 
     def value(self, name: str) -> Any:
-        """A field, the median of a time, or the ratio `<name>_to_<other>`."""
+        """A field, the median of a time, the seconds of a part, the `bound`, or one of `RATIOS`."""
+        if name in RATIOS:
+            over, under = map(self.value, RATIOS[name])
+            return None if over is None or under is None else over / under
+        if name == "bound":
+            return self.value("head") + self.value("body")
         if name in self.seconds:
             return median(self.seconds[name])
-        return getattr(self, name, None)
-
-    @property
-    def step_to_bound(self) -> float:
-        return self.value("step") / (self.value("head") + self.value("body"))
-
-    @property
-    def dense_to_step(self) -> float:
-        return self.value("dense") / self.value("step")
-
-    @property
-    def evaluation_to_logits(self) -> float:
-        return self.value("evaluation") / self.value("logits")
-
-    @property
-    def memory_to_dense(self) -> float | None:
-        if self.memory_mb is None or self.dense_memory_mb is None:
-            return None
-        return self.memory_mb / self.dense_memory_mb
+        return self.parts[name] if name in self.parts else getattr(self, name, None)
 
 
 def synthetic_corpus(vocab_size: int, seq_len: int, windows: int) -> Corpus:
@@ -105,30 +100,24 @@ def synthetic_corpus(vocab_size: int, seq_len: int, windows: int) -> Corpus:
     return Corpus("synthetic", train, validation, vocab_size, fingerprint="", folder=Path())
 
 
+def dense_cross_entropy(
+    hidden_end: Sequence[Tensor],
+    head_vd: Tensor,
+    target_n: Tensor,
+    weight_e: Sequence[float],
+    **_: object,
+) -> ExitLosses:
+    """`loss.linear_cross_entropy` with all logits materialised, differentiated by autograd."""
+    nll_e = [F.cross_entropy(F.linear(h_nd, head_vd), target_n) for h_nd in hidden_end]
+    loss = sum(weight * nll for weight, nll in zip(weight_e, nll_e, strict=True))
+    return ExitLosses(torch.as_tensor(loss), torch.stack(nll_e).detach(), torch.empty(0))
+
+
 class DenseTraining(Training):
-    """The same training with the logits of every exit materialised, differentiated by autograd."""
+    """The same training with the logits of every exit materialised."""
 
     records = False
-
-    def loss(
-        self,
-        input_nt: Tensor,
-        target_nt: Tensor,
-        exit_weights: Sequence[float] | None = None,
-        window_n: Tensor | None = None,
-    ) -> Tensor:
-        with autocast(self.phase, self.device):
-            hidden_entd = self.body(input_nt)
-            total = torch.zeros((), device=self.device)
-            for e, weight in enumerate(exit_weights or self.phase.exit_weights):
-                if weight == 0:
-                    continue
-                detached = self.phase.detached and e != self.phase.last_read
-                hidden_ntd = hidden_entd[e].detach() if detached else hidden_entd[e]
-                logits_nv = self.model.head(self.model.read(hidden_ntd)).flatten(0, 1)
-                nll = F.cross_entropy(logits_nv, target_nt.reshape(-1))
-                total = total + weight * nll
-            return total
+    cross_entropy = staticmethod(dense_cross_entropy)
 
 
 def new_training(
@@ -228,21 +217,12 @@ def measure(
         seconds = {name: times for (p, name), times in taken.items() if p is precision}
         for name in ("step", "dense"):
             seconds[name] = [epoch / steps for epoch in seconds[name]]
-        parts: dict[str, float] = {}
-        if device.type == "cpu":
-            with machine.switches(None, precision):
-                parts = parts_of_a_step(trainings[precision])
+        with machine.switches(None, precision):
+            parts = parts_of_a_step(trainings[precision]) if device.type == "cpu" else {}
+        gflops = 2 * side**3 / median(seconds["square"]) / 1e9
+        cut = str(cuts[precision])
         measured.append(
-            Measurement(
-                model=model,
-                phase=phase.name,
-                precision=precision.name,
-                blocking=str(cuts[precision]),
-                windows=windows,
-                gflops=2 * side**3 / median(seconds["square"]) / 1e9,
-                seconds=seconds,
-                parts=parts,
-            )
+            Measurement(model, phase.name, precision.name, cut, windows, gflops, seconds, parts)
         )
     return measured
 

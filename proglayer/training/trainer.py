@@ -79,6 +79,7 @@ class Training:
 
     # Whether steps on a GPU may become CUDA graphs.
     records = True
+    cross_entropy = staticmethod(linear_cross_entropy)
 
     def __init__(
         self,
@@ -218,7 +219,7 @@ class Training:
                     else hidden_entd[e]
                     for e in exits
                 ]
-                return linear_cross_entropy(
+                return self.cross_entropy(
                     [self.model.read(hidden_ntd).flatten(0, 1) for hidden_ntd in states],
                     self.model.head_weight,
                     target_nt.reshape(-1),
