@@ -157,14 +157,14 @@ def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus
             raise ConfigError(
                 f"data.seq_len={data.seq_len} needs {length} {unit} for one window, but "
                 f"{source.label} has {len(stream)} for {split}: take a smaller data.seq_len, or "
-                f"{source.more[split]}"
+                f"{source.more}"
             )
         if wanted is not None and wanted > available:
             setting = "data.samples" if split == "train" else "data.validation_samples"
             raise ConfigError(
                 f"{asked} asks for {wanted} windows, but {source.label} has {available} for "
                 f"{split} ({len(stream)} {unit} in windows of {length}): set {setting}={available} "
-                f"or fewer, or {source.more[split]}"
+                f"or fewer, or {source.more}"
             )
         return _first_windows(stream, length, available if wanted is None else wanted)
 
@@ -381,9 +381,7 @@ def _prepare(
         written = _write_streams(paths, encode(text(split), with_bytes=with_bytes))
         if written[split]["words"] == 0:
             if split != "test":
-                raise ConfigError(
-                    f"{source.label} has no {_unit(data)} for {split}: {source.more[split]}"
-                )
+                raise ConfigError(f"{source.label} has no {_unit(data)} for {split}: {source.more}")
             written = dict.fromkeys(written)
             for path in paths:
                 files.delete(path, files.everything)

@@ -39,6 +39,8 @@ PYDOCS_FORMAT = 1
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "turtledemo", "_bundled"}
 SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
 
+OTHER_DATA_SET = "choose another data.train_split, data.validation_split or data.text_column"
+
 # What a split is called in the file names of the WikiText releases.
 RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 
@@ -69,15 +71,14 @@ class TextSource:
     `pieces` gives the text of "train" or "validation", cut at white space only, and may use the
     folder it is given, which is deleted afterwards. With `may_test` it also gives that of "test",
     which is nothing where a data set of the hub turns out to have none. `label` names the text as
-    the user did, and `more` says, per split, what to set for more of it; both are for error
-    messages.
+    the user did, and `more` says what to set for more of it; both are for error messages.
     """
 
     name: str
     label: str
     key: dict[str, Any]
     pieces: Callable[[str, Path], Iterable[str]]
-    more: dict[str, str]
+    more: str
     may_test: bool = False
 
 
@@ -87,22 +88,15 @@ def open_source(data: DataConfig) -> TextSource:
     Raises ConfigError where it can't be found, or a setting is not for this kind of source. What
     goes wrong while reading is a ConfigError of `pieces`.
     """
-    data_sets = {DataSource.wikitext2, DataSource.hub}
-    readers = {
-        "path": data_sets,
-        "files": {DataSource.text},
-        "repository": data_sets,
-        "configuration": data_sets,
-        "revision": data_sets,
-    }
-    for setting, sources in readers.items():
-        if getattr(data, setting) and data.source not in sources:
-            wanted = " or ".join(
-                f"data={source.name}" for source in DataSource if source in sources
-            )
-            given = shortened(getattr(data, setting))
+    data_sets = (DataSource.wikitext2, DataSource.hub)
+    readers = dict.fromkeys(("path", "repository", "configuration", "revision"), data_sets)
+    for setting, sources in {**readers, "files": (DataSource.text,)}.items():
+        given = getattr(data, setting)
+        if given and data.source not in sources:
+            wanted = " or ".join(f"data={source.name}" for source in sources)
             raise ConfigError(
-                f"data.{setting}={given} is not for data={data.source.name}: it needs {wanted}"
+                f"data.{setting}={shortened(given)} is not for data={data.source.name}: it needs "
+                f"{wanted}"
             )
     if data.source is DataSource.pydocs:
         return _pydocs(data)
@@ -143,10 +137,7 @@ def _pydocs(data: DataConfig) -> TextSource:
         label=f"the documentation of Python {platform.python_version()}",
         key=key,
         pieces=pieces,
-        more={
-            "train": "take a smaller data.held_out, or another corpus (data=wikitext2, data=text)",
-            "validation": "take a larger data.held_out, or another corpus",
-        },
+        more="take another data.held_out, or another corpus (data=wikitext2, data=text)",
     )
 
 
@@ -228,11 +219,8 @@ def _text(data: DataConfig) -> TextSource:
         label=f"data.files ({len(paths)} file{'s' if len(paths) > 1 else ''})",
         key={"source": "text", "files": digests, "held_out": data.held_out},
         pieces=pieces,
-        more={
-            "train": "give data.files more text, or take a smaller data.held_out",
-            "validation": "give data.files more text, or take a larger data.held_out (words are "
-            "what white space separates: Chinese, for example, has to be cut into words first)",
-        },
+        more="give data.files more text, or take another data.held_out (words are what white space "
+        "separates: Chinese, for example, has to be cut into words first)",
     )
 
 
@@ -252,8 +240,6 @@ def _matching_files(patterns: Iterable[str]) -> list[Path]:
         if not files:
             raise ConfigError(f"data.files={pattern}: there is no such file in {os.getcwd()}")
         found.update(os.path.abspath(file) for file in files)
-    if not found:
-        raise ConfigError("data.files is empty: name text files, as in 'data.files=[notes/*.txt]'")
     return [Path(file) for file in sorted(found)]
 
 
@@ -401,7 +387,7 @@ def _release(data: DataConfig, folder: Path) -> TextSource:
         label=f"data.path={data.path}",
         key={"source": "release", "files": digests},
         pieces=pieces,
-        more=_other_data_set("data.path"),
+        more=OTHER_DATA_SET,
         may_test="test" in files,
     )
 
@@ -423,13 +409,6 @@ def _split_names(data: DataConfig, known: list[str]) -> dict[str, str]:
     return names
 
 
-def _other_data_set(setting: str) -> dict[str, str]:
-    return {
-        "train": f"choose another data.train_split or {setting}",
-        "validation": f"choose another data.validation_split or {setting}",
-    }
-
-
 def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
     """What `DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote.
 
@@ -447,8 +426,7 @@ def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
             folders["test"] = folder / "test"
     for split, split_folder in folders.items():
         if not any(split_folder.glob("*.arrow")):  # `datasets` can't load what it saved of no rows
-            more = _other_data_set("data.path")[split]
-            raise ConfigError(f"data.path={data.path} has no rows for {split}: {more}")
+            raise ConfigError(f"data.path={data.path} has no rows for {split}: {OTHER_DATA_SET}")
     digests = [
         _file_sha256(path, "data.path")
         for split_folder in dict.fromkeys(folders.values())
@@ -481,17 +459,13 @@ def _saved_data_set(data: DataConfig, folder: Path) -> TextSource:
             "held_out": data.held_out if single else None,
         },
         pieces=pieces,
-        more=_other_data_set("data.path"),
+        more=OTHER_DATA_SET,
         may_test="test" in folders,
     )
 
 
 def _hub(data: DataConfig) -> TextSource:
-    if not data.repository:
-        raise ConfigError(
-            "data.repository is empty: name a data set of the hub, for example "
-            "data.repository=owner/name"
-        )
+    assert data.repository, "to_config refuses it"
     if os.path.isdir(data.repository):
         # It would be cached under its name, whatever became of its content.
         raise ConfigError(
@@ -521,7 +495,7 @@ def _hub(data: DataConfig) -> TextSource:
             "column": data.text_column,
         },
         pieces=pieces,
-        more=_other_data_set("data.text_column"),
+        more=OTHER_DATA_SET,
         may_test=_may_test(data),
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from proglayer.errors import first_line
 from proglayer.training.build import restored
 from proglayer.training.model import Model
-from proglayer.training.optim import load_optimizer_tensors, optimizer_tensors
+from proglayer.training.optim import optimizer_tensors, start_from
 from proglayer.training.plan import Phase, described
 from proglayer.training.trainer import Training
 
@@ -96,7 +96,7 @@ def load_training(training: Training, content: bytes) -> tuple[int, Tensors] | N
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(parts["model"][name])
-    load_optimizer_tensors(training.optimizer, parts["optimizer"])
+    start_from(training.optimizer, parts["optimizer"])
     training.loss_sum = loss_sum.to(training.device)
     training.seconds = seconds
     training.gradient_shares = [torch.tensor(share) for share in about.get("gradient_shares", [])]

@@ -130,25 +130,15 @@ def carried_tensors(tensors: dict[str, Tensor], phase: Phase, layers: int) -> di
     return carried
 
 
-def start_from(optimizer: torch.optim.Optimizer, carried: dict[str, Tensor]) -> None:
-    """Give a fresh optimizer what `carried_tensors` gave; what is not in it starts afresh."""
+def start_from(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give a fresh optimizer the state that `optimizer_tensors` or `carried_tensors` gave, by name.
+
+    What is not in it starts afresh.
+    """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            entries = {e: carried[f"{name}/{e}"] for e in MOMENTS if f"{name}/{e}" in carried}
+            entries = {e: tensors[f"{name}/{e}"] for e in MOMENTS if f"{name}/{e}" in tensors}
             if entries:
                 optimizer.state[parameter] = {
                     entry: value.clone().to(parameter.device) for entry, value in entries.items()
                 }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, by name. Raises KeyError if a name is missing."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        states.setdefault(name, {})[entry] = value
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                entry: value.clone().to(parameter.device) for entry, value in states[name].items()
-            }

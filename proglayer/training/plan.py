@@ -429,32 +429,20 @@ def _padded(config: Config, vocab_size: int) -> int:
 
 def _phases(config: Config, architecture: Architecture | CausalLM) -> Iterator[Phase]:
     schedule = config.phase.schedule
-    from_scratch = schedule is PhaseSchedule.from_scratch
     assert config.initial_layers is not None, "to_config refuses it"
-    layers = config.initial_layers + (config.added_layers if from_scratch else 0)
-    yield Phase(
-        index=0,
-        seed=config.seed,
-        architecture=architecture,
-        layers=layers,
-        growth=None,
-        new_layers=tuple(range(layers)),
-        trained_layers=tuple(range(layers)),
-        exit_weights=_exit_weights(config, config.phase.initial, layers),
-        rates=Rates(
-            new=config.lr.base,
-            existing=config.lr.base,
-            embedding=config.lr.base if config.freeze.initial.embedding else None,
-            head=config.lr.base if config.freeze.initial.head else None,
-        ),
-        **_common(config, config.phase.initial, initial=True),
-    )
+    layers = config.initial_layers
+    layers += config.added_layers if schedule is PhaseSchedule.from_scratch else 0
+    every = tuple(range(layers))
+    base, initial = config.lr.base, config.freeze.initial
+    rates = Rates(base, base, base if initial.embedding else None, base if initial.head else None)
+    yield _phase(config, architecture, 0, None, layers, every, every, rates)
     growths: list[int] = {
         PhaseSchedule.grow_once: [config.added_layers],
         PhaseSchedule.one_at_a_time: [1] * config.added_layers,
         PhaseSchedule.keep_training: [0],
         PhaseSchedule.from_scratch: [],
     }[schedule]
+    factor = config.lr.factor
     index = 0
     for added in growths:
         growth = _growth(config, added)
@@ -465,70 +453,74 @@ def _phases(config: Config, architecture: Architecture | CausalLM) -> Iterator[P
             index += 1
             count = len(existing) if step.existing == "all" else int(step.existing)
             thawed = existing[len(existing) - count :]
-            yield Phase(
-                index=index,
-                seed=config.seed,
-                architecture=architecture,
-                layers=layers,
-                growth=growth if number == 0 else None,
-                new_layers=new_layers,
-                trained_layers=tuple(sorted((*new_layers, *thawed))),
-                exit_weights=_exit_weights(config, config.phase.grown, layers),
-                rates=_grown_rates(
-                    config, bool(new_layers), bool(thawed), step.embedding, step.head
-                ),
-                **_common(config, config.phase.grown, initial=False),
+            trained = tuple(sorted((*new_layers, *thawed)))
+            rates = Rates(
+                new=base * factor.new if new_layers else None,
+                existing=base * factor.existing if thawed else None,
+                embedding=base * factor.embedding if step.embedding else None,
+                head=base * factor.head if step.head else None,
             )
+            grown = growth if number == 0 else None
+            yield _phase(config, architecture, index, grown, layers, new_layers, trained, rates)
 
 
-def _grown_rates(config: Config, new: bool, existing: bool, embedding: bool, head: bool) -> Rates:
-    base, factor = config.lr.base, config.lr.factor
-    return Rates(
-        new=base * factor.new if new else None,
-        existing=base * factor.existing if existing else None,
-        embedding=base * factor.embedding if embedding else None,
-        head=base * factor.head if head else None,
-    )
-
-
-def _common(config: Config, own: BudgetOverrides, initial: bool) -> dict[str, Any]:
-    """What every phase takes from the settings alike, with the phase's `own` budget first."""
+def _phase(
+    config: Config,
+    architecture: Architecture | CausalLM,
+    index: int,
+    growth: Growth | None,
+    layers: int,
+    new_layers: tuple[int, ...],
+    trained_layers: tuple[int, ...],
+    rates: Rates,
+) -> Phase:
+    """A phase with its own budget, schedule and loss, or what holds for all phases."""
+    own = config.phase.grown if index else config.phase.initial
 
     def budget(name: str) -> Any:
         value = getattr(own, name)
         return getattr(config.phase, name) if value is None else value
 
     def rate(name: str) -> Any:
-        value = None if initial else getattr(config.lr.grown, name)
+        value = getattr(config.lr.grown, name) if index else None
         return getattr(config.lr, name) if value is None else value
 
     loss = config.loss
     shape = rate("schedule")
     decays = shape is not ScheduleShape.constant
-    return {
-        "schedule": Schedule(
+    return Phase(
+        index=index,
+        seed=config.seed,
+        architecture=architecture,
+        layers=layers,
+        growth=growth,
+        new_layers=new_layers,
+        trained_layers=trained_layers,
+        exit_weights=_exit_weights(config, own, layers),
+        rates=rates,
+        schedule=Schedule(
             shape=shape,
             warmup_steps=rate("warmup_steps"),
             final_factor=rate("final_factor") if decays else 1.0,
             total_epochs=budget("max_epochs") if decays else None,
             decay_share=config.lr.decay_share if shape is ScheduleShape.wsd else None,
         ),
-        "optimizer": replace(config.optimizer, carry=Carry.none) if initial else config.optimizer,
-        "batch_size": budget("batch_size"),
-        "samples": budget("samples"),
-        "precision": config.precision,
-        "compile": config.compile,
-        "curriculum": ExitCurriculum(
+        optimizer=config.optimizer if index else replace(config.optimizer, carry=Carry.none),
+        batch_size=budget("batch_size"),
+        samples=budget("samples"),
+        precision=config.precision,
+        compile=config.compile,
+        stop=StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
+        curriculum=ExitCurriculum(
             loss.curriculum.name,
             (loss.rotate_every or 0) if loss.curriculum is Curriculum.rotate else 0,
             loss.gradual_steps if loss.curriculum is Curriculum.gradual else 0,
         ),
-        "detached": loss.detach,
-        "accumulate": config.phase.accumulate,
-        "checkpoint_activations": config.model.checkpoint_activations,
-        "evaluates_all": config.model.evaluated_exits is EvaluatedExits.all,
-        "stop": StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
-    }
+        detached=loss.detach,
+        accumulate=config.phase.accumulate,
+        checkpoint_activations=config.model.checkpoint_activations,
+        evaluates_all=config.model.evaluated_exits is EvaluatedExits.all,
+    )
 
 
 def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[float, ...]:

@@ -78,7 +78,7 @@ def test_the_text_comes_back_to_the_byte(tmp_path: Path, size: int) -> None:
 
 def test_what_ends_without_white_space_ends_there(tmp_path: Path) -> None:
     """The last word of a document is not the beginning of the next one's first."""
-    source = TextSource("x", "x", {}, lambda *_: ["one two", "three four"], {})
+    source = TextSource("x", "x", {}, lambda *_: ["one two", "three four"], "")
     text = "".join(corpus_module._text(source, tmp_path, print, "train"))
     assert text == "one two\nthree four\n"
 

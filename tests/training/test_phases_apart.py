@@ -79,7 +79,7 @@ def test_a_rotating_loss_reads_only_the_exits_of_its_step(monkeypatch: pytest.Mo
         seen.append(len(hidden))
         return whole(hidden, *rest, **named)
 
-    monkeypatch.setattr(trainer, "linear_cross_entropy", spy)
+    monkeypatch.setattr(trainer.Training, "cross_entropy", staticmethod(spy))
     trained(phase)
     assert set(seen) == {2}
     full = planned("model=deep_supervision", "initial_layers=6")[0]
