@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -34,7 +35,6 @@ from proglayer.store.reading import read_regular, read_yaml
 from proglayer.store.record import (
     METRICS,
     RESULT,
-    Changes,
     RecordError,
     RunRecord,
     RunState,
@@ -44,6 +44,15 @@ from proglayer.store.record import (
     typed,
 )
 
+# Columns of completed runs -> those of their phases that they sum up.
+SUMS = {
+    "epochs": ["epochs"],
+    "epochs_reused": ["epochs_reused"],
+    "seconds": ["train_seconds", "evaluation_seconds"],
+    "tokens": ["train_tokens"],
+    "flops": ["train_flops_head", "train_flops_body"],
+    "flops_without_head": ["train_flops_body"],
+}
 # Which of the runs of one experiment and seed stands for the others: a failed one comes last.
 UNFINISHED = (RunState.interrupted, RunState.preempted, RunState.pruned, RunState.lost)
 RANK = {RunState.completed: 3, RunState.running: 2, **dict.fromkeys(UNFINISHED, 1)}
@@ -93,14 +102,12 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
         run["started"] = as_moment(record.started)
     else:
         # Still running, or ended before it began: what Hydra wrote says the rest.
-        problems: list[str] = []
         names = ("config", "overrides", "hydra")
-        settings, overrides, hydra = (_read_yaml(path, name, problems) for name in names)
+        settings, overrides, choices = (_read_yaml(path, name) for name in names)
         if begun and record is None and folder.overrides is None and not _is_ours(settings):
-            foreign = f"holds no {RESULT}, and is no job of this tool"
-            raise RecordError("foreign", problems[0] if problems else foreign)
+            reason = f"holds no {RESULT}, and no {HYDRA}/config.yaml of this tool that can be read"
+            raise RecordError("foreign", reason)
         overrides = overrides or folder.overrides
-        choices = hydra
         for name in ("hydra", "runtime", "choices"):
             choices = choices.get(name) if isinstance(choices, dict) else None
         run["started"] = folder.configured
@@ -152,9 +159,6 @@ def _of_record(record: RunRecord, phases: Rows) -> dict[str, Any]:
         "seconds_saved": _total(phases, "seconds_saved"),
         "peak_memory_mb": memory or None,
     }
-    if len(phases) < 2:
-        # Nothing changed.
-        run |= dict.fromkeys(get_type_hints(Changes))
     if record.corpus and record.corpus.validation_windows and record.corpus.seq_len:
         tokens = typed(int, record.corpus.validation_windows * record.corpus.seq_len)
         run["validation_tokens"] = tokens
@@ -165,12 +169,8 @@ def _of_record(record: RunRecord, phases: Rows) -> dict[str, Any]:
         for name in ("loss", "perplexity", "accuracy_percent", "bits_per_byte"):
             run[f"{which}_{name}"] = phase[f"validation_{name}"]
     if completed:
-        run["epochs"] = _total(phases, "epochs")
-        run["epochs_reused"] = _total(phases, "epochs_reused")
-        run["seconds"] = _total(phases, "train_seconds", "evaluation_seconds")
-        run["tokens"] = _total(phases, "train_tokens")
-        run["flops"] = _total(phases, "train_flops_head", "train_flops_body")
-        run["flops_without_head"] = _total(phases, "train_flops_body")
+        for name, columns in SUMS.items():
+            run[name] = _total(phases, *columns)
     return run
 
 
@@ -273,15 +273,11 @@ def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _read_yaml(folder: Path, name: str, problems: list[str]) -> Any:
+def _read_yaml(folder: Path, name: str) -> Any:
     """A file that Hydra wrote about a job; None where it is not there or cannot be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return read_yaml(folder / HYDRA / f"{name}.yaml")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        problems.append(f"{HYDRA}/{name}.yaml cannot be read ({brief(error)})")
-        return None
+    return None
 
 
 def _is_ours(settings: Any) -> bool:

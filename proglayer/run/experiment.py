@@ -22,7 +22,6 @@ from proglayer.run import machine
 from proglayer.run.code import git_state
 from proglayer.run.session import Prune, Session, now, session
 from proglayer.store.checkpoint import Tensors, load_model
-from proglayer.store.nearest import Nearest
 from proglayer.store.record import (
     FOLDER_SETTINGS,
     WEIGHTS,
@@ -111,15 +110,10 @@ def train_phases(setup: Setup, current: Session) -> Ended:
     Each starts from the selected epoch of the one before: the same model, grown.
     """
     previous: Ended | None = None
-    all_stored = True
     for phase in setup.phases:
-        current.phase(phase)
+        current.display.phase(phase)
         machine.reset_peak_memory(setup.device)
         with _trajectory(phase, previous, setup, current) as trajectory:
-            if all_stored and not trajectory.stage.names("epoch-"):
-                all_stored = False  # those that follow have another start
-                if why := Nearest(current.store).why_afresh(trajectory.description):
-                    current.note(f"  not stored; the nearest stage: {why}")
             if phase.growth is not None and phase.stop.max_epochs:
                 current.start(phase, trajectory.start_exits()[-1])
             on_epoch = functools.partial(current.epoch, phase, trajectory.counts)

@@ -81,10 +81,9 @@ class Session:
         corpus = self.record.corpus
         assert corpus is not None, "it was opened"
         display = RunDisplay(phases, corpus.train_windows or 0)
-        self._display = self._during_walk.enter_context(display)
-        slot = gpu_slots.hold(
-            device, self.config.jobs_per_gpu, self.signals.received, self._display.note
-        )
+        self.display = self._during_walk.enter_context(display)
+        self.hooks = Hooks(self.signals.received, display.step, display.note)
+        slot = gpu_slots.hold(device, self.config.jobs_per_gpu, self.signals.received, display.note)
         self.record.gpu = self._during_walk.enter_context(slot)
         if self.config.reuse:
             self.store = Path(stages_dir(self.config))
@@ -94,26 +93,13 @@ class Session:
 
     # -- while the phases are walked through ----------------------------------------------------
 
-    @property
-    def hooks(self) -> Hooks:
-        """How a trajectory reaches this session."""
-        return Hooks(self.signals.received, self._display.step, self.note)
-
-    def phase(self, phase: Phase) -> None:
-        """A phase begins."""
-        self._display.phase(phase)
-
-    def note(self, text: str) -> None:
-        """A line on the screen and in the log."""
-        self._display.note(text)
-
     def epoch(
         self, phase: Phase, counts: Counts, metrics: EpochMetrics, best: EpochMetrics
     ) -> None:
         """Write and show an epoch that was trained or read. Raises Pruned."""
         reused = metrics.epoch not in (0, *counts.trained)
         is_best = best.epoch == metrics.epoch
-        self._display.epoch(metrics, best, reused)
+        self.display.epoch(metrics, best, reused)
         if is_best:
             self._rows = [
                 replace(row, best=False) if row.phase == phase.index + 1 else row
@@ -131,7 +117,7 @@ class Session:
         at_once = EpochMetrics(0, None, last.loss, last.accuracy, 0, 0.0, 0.0)
         self._rows.append(self._row(phase, at_once, is_best=False, reused=False))
         write_metrics(self.folder, self._rows)
-        self._display.note(
+        self.display.note(
             f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "
             f"perplexity {perplexity(last.loss):.2f}"
         )
@@ -156,28 +142,25 @@ class Session:
 
     def explain(self, error: Exception) -> RunState:
         """Put into the record why the run ends so, and say it. Returns the state it ends in."""
+        self.record.reason = str(error)
         if isinstance(error, Pruned):
-            self.record.reason = str(error)
-            self._display.note(str(error))
+            self.display.note(str(error))
             return RunState.pruned
         if isinstance(error, Interrupted):
-            self.record.reason = str(error)
             if self.signals.scheduler is None:
-                self._display.note(f"{error}; the same command goes on from here")
+                self.display.note(f"{error}; the same command goes on from here")
                 return RunState.interrupted
-            self._display.note(f"{error}; it goes on when its scheduler starts it again")
+            self.display.note(f"{error}; it goes on when its scheduler starts it again")
             return RunState.preempted
-        can_be_mended = isinstance(error, UserError)
-        reason = str(error) if can_be_mended else None
-        if reason is None and self.begun:
-            reason = machine.out_of_memory(error)
-        if reason is None:
-            self.record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.record.traceback = traceback.format_exc()
-            log.exception("the run failed")
-        else:
-            self.record.reason = reason
-            log.error("%s", reason)
+        if not isinstance(error, UserError):
+            memory = machine.out_of_memory(error) if self.begun else None
+            if memory is None:
+                self.record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.record.traceback = traceback.format_exc()
+                log.exception("the run failed")
+                return RunState.failed
+            self.record.reason = memory
+        log.error("%s", self.record.reason)
         return RunState.failed
 
     def end(self, state: RunState, seconds: float) -> None:

@@ -669,7 +669,7 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        write_heartbeat(self._folder, RunState.running)
+        self._sign = write_heartbeat(self._folder, RunState.running)
         self._thread.start()
         return self
 
@@ -677,8 +677,7 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
         self._ended.set()
         self._thread.join()
         # Whatever else was written since is no sign of this block's.
-        own = _own_heartbeat(RunState.running)
-        if read_heartbeat(self._folder) in (HeartbeatContent(), own):
+        if read_heartbeat(self._folder) in (HeartbeatContent(), self._sign):
             remove_heartbeat(self._folder)
 
     def _beat(self) -> None:
@@ -691,9 +690,11 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
                 continue
 
 
-def write_heartbeat(folder: Path, sign: RunState) -> None:
+def write_heartbeat(folder: Path, sign: RunState) -> HeartbeatContent:
     """Write `heartbeat.json` with this process's host and number, if that is possible."""
-    _write_heartbeat(folder, _own_heartbeat(sign))
+    own = HeartbeatContent(sign=sign, host=socket.gethostname(), process=os.getpid())
+    _write_heartbeat(folder, own)
+    return own
 
 
 def remove_heartbeat(folder: Path) -> None:
@@ -715,10 +716,6 @@ def read_heartbeat(folder: Path) -> HeartbeatContent:
     except (OSError, ValueError, RecursionError):
         plain = {}
     return from_dict(HeartbeatContent, plain)
-
-
-def _own_heartbeat(sign: RunState) -> HeartbeatContent:
-    return HeartbeatContent(sign=sign, host=socket.gethostname(), process=os.getpid())
 
 
 def _write_heartbeat(folder: Path, content: HeartbeatContent) -> None:

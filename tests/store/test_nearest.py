@@ -120,11 +120,10 @@ def test_a_large_store_is_not_read_to_its_end(
     assert Nearest(tmp_path).why_afresh(asked) == "seed=1 there, 3 here; lr=0.01 there, 0.5 here"
 
 
-def test_the_plan_and_the_run_say_why(train: Command, tmp_path: Path) -> None:
+def test_the_plan_says_why(train: Command, tmp_path: Path) -> None:
     fixed = (*SHORT, "threads=1")
     assert "stored" not in train(*fixed, "plan=true").out, "there is no store yet"
-    first = train(*fixed)
-    assert "not stored" not in first.out, "there is nothing to be near to"
+    assert train(*fixed).status == 0
     planned = train(*fixed, "plan=true").out
     assert planned.count("2 epochs") == 2
     assert "not stored" not in planned
@@ -133,10 +132,7 @@ def test_the_plan_and_the_run_say_why(train: Command, tmp_path: Path) -> None:
         "phase 2 is not stored; the nearest stage: growth.init=random there, copy here"
         in train(*changed, "plan=true").out
     )
-    line = "  not stored; the nearest stage: growth.init=random there, copy here\n"
-    assert line in train(*changed).out
     swept = train("-m", *fixed, "plan=true", "seed=42,43")
     assert swept.status == 0, swept.err
     assert swept.out.count("not stored") == 1, "what follows from phase 1 is not repeated"
     assert "phase 1 is not stored; the nearest stage: seed=42 there, 43 here" in swept.out
-    assert "not stored" not in train("-m", *fixed, "growth=copy,random", "hydra.sweep.dir=s").out
