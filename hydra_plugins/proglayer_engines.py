@@ -54,6 +54,8 @@ class _OurLauncher(Launcher):
     module: str
     extra: str | None = None
     needs: str | None = None
+    # What the next launch is to run: the sweep's `Job`s, composed.
+    jobs: Sequence[Any] = ()
 
     def __init__(self, **settings: Any) -> None:
         if self.extra is not None:
@@ -70,8 +72,14 @@ class _OurLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        module = importlib.import_module(f"proglayer.launch.{self.module}")
-        return module.launch(self, job_overrides, initial_job_idx)
+        if len(self.jobs) != len(job_overrides):
+            from proglayer.errors import ConfigError
+
+            raise ConfigError(
+                "hydra/launcher: this one takes the jobs of hydra/sweeper=proglayer, optuna and "
+                "settle alone"
+            )
+        return importlib.import_module(f"proglayer.launch.{self.module}").launch(self)
 
 
 class ProglayerBasicLauncher(_OurLauncher):

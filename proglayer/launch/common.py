@@ -17,14 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, get_type_hints
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import (
     JobReturn,
     JobStatus,
     configure_log,
-    filter_overrides,
     run_job,
     setup_globals,
 )
@@ -34,6 +33,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from proglayer.config import bounds_of, expected
 from proglayer.console import going_on_unread
 from proglayer.errors import ConfigError, with_type
+from proglayer.store.record import RecordError, RunRecord, read_record
+
+if TYPE_CHECKING:
+    from proglayer.config import Config
+    from proglayer.data.corpus import Corpus
+    from proglayer.training.plan import Phase
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,34 @@ def check_settings(sweeper: object, schema: type) -> None:
             raise ConfigError(f"hydra.sweeper.{name}={value} does not fit: it takes {wanted}")
 
 
+# Compared by identity: the corpus holds arrays.
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One job of a sweep.
+
+    folder: its name in the sweep's: its number and a short hash.
+    launched: its overrides with those that a launcher gets on top, as they were checked.
+    composed: its settings, pickled: 22 kB in place of 0.4 MB. So no later edit of `conf/` reaches
+        a job that waits.
+    completed: whether its folder holds the record of a completed run with these settings.
+    """
+
+    number: int
+    folder: str
+    overrides: tuple[str, ...]
+    launched: tuple[str, ...]
+    composed: bytes
+    config: Config
+    corpus: Corpus
+    phases: tuple[Phase, ...]
+    completed: bool
+
+
+def without_hydra(overrides: Sequence[str]) -> str:
+    """The overrides that say what a job is, in one line."""
+    return " ".join(o for o in overrides if not o.lstrip("+~").startswith("hydra"))
+
+
 class Launcher(Protocol):
     """What a launcher of ours has once it is set up; `settings` are those of `hydra.launcher`."""
 
@@ -76,6 +109,7 @@ class Launcher(Protocol):
     config: DictConfig
     hydra_context: HydraContext
     task_function: TaskFunction
+    jobs: Sequence[Job]
 
 
 @dataclass
@@ -83,7 +117,7 @@ class SweepJob:
     """A job of a sweep as a launcher hands it to a worker, pickled where that is a process of its
     own.
 
-    config: its composed settings, pickled: 22 kB in place of 0.4 MB.
+    config: its composed settings, pickled.
     singletons: Hydra's state in the process that launched it.
     """
 
@@ -115,6 +149,7 @@ class SweepJob:
         except Exception as error:  # of Hydra's, before or after the job itself
             job = JobReturn(status=JobStatus.FAILED)
             job.return_value = ConfigError(f"job {self.name}: {with_type(error)}")
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # the job had its own
         job.cfg = job.hydra_cfg = None
         return job
 
@@ -125,52 +160,45 @@ class SweepJob:
         return self.run(scheduler_id)
 
 
-def start(launcher: Launcher) -> Path:
-    """Prepare Hydra for launching jobs. Returns the folder of the sweep, absolute."""
-    setup_globals()
-    configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
+def folder_of(launcher: Launcher) -> Path:
+    """The folder of the sweep, absolute."""
     return Path(launcher.config.hydra.sweep.dir).absolute()
 
 
-def jobs_of(
-    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
-) -> Iterator[SweepJob]:
-    """The jobs that Hydra asks a launcher for, one by one, each announced in the log."""
-    singletons = Singleton.get_state()
+def jobs_of(launcher: Launcher) -> Iterator[SweepJob]:
+    """The jobs that a launcher is to run, one by one, each announced in the log."""
     # All that a job needs of it: the loader would compose settings from files as they are then.
     context = HydraContext(cast(Any, None), launcher.hydra_context.callbacks)
-    sweep = Path(launcher.config.hydra.sweep.dir).absolute()
-    for number, overrides in enumerate(job_overrides, first_number):
-        loader = launcher.hydra_context.config_loader
-        config = loader.load_sweep_config(launcher.config, list(overrides))
-        if OmegaConf.is_missing(config.hydra.job, "num"):
-            with open_dict(config.hydra.job):
-                config.hydra.job.num = number
-        number, name = config.hydra.job.num, str(config.hydra.sweep.subdir)
-        log.info("#%d: %s", number, " ".join(filter_overrides(overrides)))
-        packed = pickle.dumps(config)
-        function = launcher.task_function
-        yield SweepJob(name, number, sweep / name, packed, function, context, singletons)
+    common = launcher.task_function, context, Singleton.get_state()
+    for job in launcher.jobs:
+        log.info("#%d: %s", job.number, without_hydra(job.overrides))
+        folder = folder_of(launcher) / job.folder
+        yield SweepJob(job.folder, job.number, folder, job.composed, *common)
 
 
-def launch(
-    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
-) -> list[JobReturn]:
+def launch(launcher: Launcher) -> list[JobReturn]:
     """Run the jobs one after another in this process."""
-    start(launcher)
-    returns = []
-    for job in jobs_of(launcher, job_overrides, first_number):
-        returns.append(job.run())
-        configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
-    return returns
+    return [job.run() for job in jobs_of(launcher)]
 
 
 @contextlib.contextmanager
 def unread(master: DictConfig) -> Iterator[None]:
-    """Let a sweep, and Hydra's log of it, go on where nobody reads its output any more."""
+    """Let a sweep, and Hydra's log of it, go on where nobody reads its output any more. A plan does
+    not: nothing else comes of it.
+    """
+    if master.plan:
+        yield
+        return
     with going_on_unread():
         configure_log(master.hydra.hydra_logging, master.hydra.verbose)
         yield
+
+
+def record_of(folder: Path) -> RunRecord:
+    """The record of a job, empty if it left none that can be read."""
+    with contextlib.suppress(RecordError):
+        return read_record(folder) or RunRecord()
+    return RunRecord()
 
 
 class FolderInUse(ConfigError):

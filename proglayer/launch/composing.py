@@ -7,21 +7,19 @@ line ends in "Key 'experiment' is not in struct". So the files are looked at onc
 from __future__ import annotations
 
 import difflib
-import glob
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml.parser import ParserError
 
-from proglayer.config import Config, misfit, value_problem
+from proglayer.config import flat_settings, misfit, value_problem
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.overrides import KNOWN, unknown_setting, unreadable
 
@@ -37,43 +35,39 @@ COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, OverflowError, *FILE
 
 def in_one_line(error: BaseException) -> str:
     """What composing raised, with the nearest setting where a name is unknown."""
+    whole = f"{error}\n{error.__cause__ or ''}"
+    first = " ".join(first_line(error).split())
+    file = re.search(r"In '([^']+)': \w+ raised while composing", str(error))
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):
             return str(cause)
-        file = re.search(r"In '([^']+)': \w+ raised while composing", str(error))
         if problem := value_problem(cause):
             return f"conf/{file[1]}.yaml: {problem}" if file else problem
-        if file and (problem := _shape_problem(_conf() / f"{file[1]}.yaml")):
-            return problem
         if problem := file_problem(cause):
             return problem
         cause = cause.__cause__ or cause.__context__
-    whole = f"{error}\n{error.__cause__ or ''}"
-    first = " ".join(first_line(error).split())
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
     if unknown := UNKNOWN.search(whole):
-        name = unknown[1]
-        files = _files() if name in KNOWN or name in GLOBAL_GROUPS else ()
-        return next(filter(None, map(_shape_problem, files)), unknown_setting(name))
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
-    if missing and "Available options in" in whole:
-        group, choice = missing.groups()
-        listed = whole.split("Available options in")[1].split("Config search path")[0]
-        options = listed.splitlines()[1:]
-        options = [option.strip() for option in options if option.strip()]
-        close = difflib.get_close_matches(choice, options, n=1)
-        close = [
-            path.relative_to(_conf() / group).with_suffix("").as_posix()
-            for path in _conf().glob(f"{group}/*/{glob.escape(choice)}.yaml")
-        ] or close
+        return _unknown_in_file(unknown[1])
+    if file and (problem := _shape_problem(_conf() / f"{file[1]}.yaml")):
+        return problem
+    missing = re.search(
+        r"Could not find '([^']+)/([^'/]+)'.*Available options in [^\n]+\n(.*)Config search path",
+        whole,
+        re.DOTALL,
+    )
+    if missing:
+        group, choice, options = missing[1], missing[2], missing[3].split()
+        below = [path.parent.name for path in (_conf() / group).glob(f"*/{choice}.yaml")]
+        close = [f"{folder}/{choice}" for folder in below]
+        close = close or difflib.get_close_matches(choice, options, n=1)
         near = f"; did you mean {group}={close[0]}?" if close else ""
         return f"{group} has no choice {choice}{near} (choices: {', '.join(options)})"
     if first.startswith("Ambiguous value"):
         return f"{first}: to sweep over several values, add -m"
-    absolute = re.search(r"Could not override '[^'/]+/([^'@/]+)@", whole)
-    if absolute:
+    if absolute := re.search(r"Could not override '[^'/]+/([^'@/]+)@", whole):
         return f"{first} Write it with a slash: override /{absolute[1]}"
     if (key := getattr(error, "full_key", None)) and key not in first:
         first = f"{key}: {first}"
@@ -82,6 +76,16 @@ def in_one_line(error: BaseException) -> str:
     if first.endswith(":"):  # what was wrong stands in the lines below
         return " ".join(str(error).split())
     return first
+
+
+def _unknown_in_file(name: str) -> str:
+    """What to write for a name that is no setting where it stands."""
+    if name in GLOBAL_GROUPS:
+        return f"{name} is chosen in the list of defaults: - override /{name}: ..."
+    if name in KNOWN:
+        nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
+        return f"{name} is written in a file as {nested}"
+    return unknown_setting(name)
 
 
 def file_problem(error: BaseException) -> str | None:
@@ -105,36 +109,27 @@ def file_problem(error: BaseException) -> str | None:
 
 def _shape_problem(path: Path) -> str | None:
     """What is wrong with the shape of the settings in a file, as far as one can tell by reading."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
+    content = _content(path)
     if isinstance(content, list):
         return f"{path}: settings are lines of 'name: value', not a list"
-    problem = next(_misshapen(content, Config), None) if isinstance(content, dict) else None
-    return problem and f"{path}: {problem}"
+    for name, value in flat_settings(content) if isinstance(content, dict) else ():
+        known = name
+        while known and known not in KNOWN:
+            known = known.rpartition(".")[0]
+        # A value where a group is, or settings below what is no group.
+        if known and (known != name or any(other.startswith(f"{known}.") for other in KNOWN)):
+            choice = isinstance(value, str) and "." not in name
+            near = f"; to choose a file: defaults: [override /{name}: {value}]" if choice else ""
+            return f"{path}: {misfit(known, str(value))}{near}"
+    return None
 
 
-def _misshapen(content: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
-    """Settings of groups that are no groups, lists that are none, and names with dots in them."""
-    kinds = get_type_hints(schema)
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        kind = kinds.get(str(key))
-        if kind is None and name in GLOBAL_GROUPS:
-            yield f"{name} is chosen in the list of defaults: - override /{name}: {value}"
-        elif kind is None and name in KNOWN:
-            group, _, leaf = name.rpartition(".")
-            yield f"{name} is written as {group.replace('.', ': {')}: {{{leaf}: {value}}}" + "}" * (
-                group.count(".")
-            )
-        elif is_dataclass(kind) and isinstance(value, dict):
-            assert isinstance(kind, type)
-            yield from _misshapen(value, kind, f"{name}.")
-        elif is_dataclass(kind) or (get_origin(kind) is list and not isinstance(value, list)):
-            near = f"; to choose a file: defaults: [override /{name}: {value}]"
-            choice = isinstance(value, str) and not prefix
-            yield f"{misfit(name, str(value))}{near if choice else ''}"
+def _content(path: Path) -> Any:
+    """What a file of settings holds; None where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
@@ -187,18 +182,13 @@ def _circle() -> str | None:
     names = {f"{path.parent.name}/{path.stem}": path for path in _files()}
     arrows: dict[str, set[str]] = {}
     for name, path in names.items():
-        try:
-            content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
+        content = _content(path)
         defaults = content.get("defaults") if isinstance(content, dict) else None
         for entry in defaults if isinstance(defaults, list) else ():
-            if isinstance(entry, str):
-                arrows.setdefault(name, set()).add(f"{path.parent.name}/{entry}")
-            elif isinstance(entry, dict):
-                arrows.setdefault(name, set()).update(
-                    f"{str(group).split('/')[-1]}/{choice}" for group, choice in entry.items()
-                )
+            chosen = entry if isinstance(entry, dict) else {path.parent.name: entry}
+            arrows.setdefault(name, set()).update(
+                f"{str(group).split('/')[-1]}/{choice}" for group, choice in chosen.items()
+            )
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as error:

@@ -6,20 +6,22 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from proglayer import files
-from proglayer.config import Config, OnError, to_config, to_plain
+from proglayer.config import Config, OnError, flat_settings, to_config, to_plain
 from proglayer.errors import (
     FAILED,
     ConfigError,
@@ -47,29 +49,16 @@ from proglayer.store.record import (
     write_record,
 )
 
+if TYPE_CHECKING:
+    from proglayer.run.session import Prune
+
 log = logging.getLogger(__name__)
 
-# Settings that leave a run what it is.
-NO_OTHER_RUN = (
-    "threads",
-    "device",
-    "jobs_per_gpu",
-    "on_error",
-    "objective",
-    "reuse",
-    "report",
-    "checkpoint_every_s",
-    "logger",
-    "stages",
-)
 # A worker whose parent was killed needs so long at most to store its state.
 LOCK_WAIT_S = 20.0
-# Functions of Hydra's in which settings are composed.
-# Those that refuse options which do not go together.
+# Functions of Hydra's that refuse options which do not go together, and that compose settings.
 RUNNERS = ("_run_hydra", "shell_completion")
 COMPOSERS = ("compose_config", "load_sweep_config")
-# Of files that changed while a job was waiting, so many are named.
-MOST_NAMED = 8
 # What lies in the folder `hydra.output_subdir` of a run.
 WRITTEN_BY_HYDRA = r"(config|hydra|overrides)\.yaml"
 # What is printed where there is no log: for a plan, and for a run that does not start.
@@ -130,79 +119,95 @@ def run_job(settings: DictConfig) -> float | None:
     sweep a failed job is in its record, and the sweep goes on.
     """
     hydra = HydraConfig.get()
-    single = hydra.mode is not RunMode.MULTIRUN
-    # A relative path means the folder of the command, also with hydra.job.chdir=true.
-    with contextlib.chdir(hydra.runtime.cwd), Beforehand.lock:
-        try:
-            return _run_job(settings)
-        except BaseException:
-            folder = Path(hydra.runtime.output_dir)
-            if single and not any((folder / name).exists() for name in (RESULT, METRICS)):
-                _leave_nothing(folder)
-            raise
-
-
-def _run_job(settings: DictConfig) -> float | None:
-    hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    single = hydra.mode is not RunMode.MULTIRUN
-    if single and Beforehand.refusal is not None:
-        print_error(str(Beforehand.refusal))
-        sys.exit(FAILED)
-    try:
-        from proglayer.console import going_on_unread, tell
-        from proglayer.run.machine import with_precision
+    # A relative path means the folder of the command, also with hydra.job.chdir=true.
+    with contextlib.chdir(hydra.runtime.cwd):
+        if hydra.mode is RunMode.MULTIRUN:
+            return _run_in_sweep(settings, hydra, folder)
+        with Beforehand.lock:
+            try:
+                return _run_alone(settings, hydra, folder)
+            except (ConfigError, StoreError) as error:
+                print_error(str(error))
+                sys.exit(FAILED)
+            finally:
+                if not any((folder / name).exists() for name in (RESULT, METRICS)):
+                    _leave_nothing(folder)
 
-        config, picked = with_precision(to_config(settings))
-        if picked:
-            tell(picked)
-        _warn_of_changes()
-        if config.plan:
-            print_plan(config)
-            return None
-        if not single and config.on_error is OnError.stop and (name := failed_job(folder.parent)):
+
+def _run_alone(settings: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
+    if Beforehand.refusal is not None:
+        raise Beforehand.refusal
+    config = _config(settings)
+    if config.plan:
+        _print_plan(config)
+        return None
+    record = _run(config, hydra, folder)
+    if config.report:
+        leave_report(folder)
+    if record.status is RunState.failed:
+        sys.exit(FAILED)
+    return record.objective
+
+
+def _run_in_sweep(settings: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
+    try:
+        config = _config(settings)
+        if config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
             return None
-        from proglayer.run.experiment import run
+        config = replace(config, threads=config.threads or threads_per_job(hydra.launcher))
+        prune = None
+        if hydra.sweeper.get("pruner"):
+            from proglayer.launch.study import pruning
 
-        threads = config.threads or (None if single else threads_per_job(hydra.launcher))
-        config = replace(config, threads=threads)
-        choices = {
-            group: str(choice)
-            for group, choice in hydra.runtime.choices.items()
-            if choice is not None and not group.startswith(("hydra", "local", "logger"))
-        }
-        overrides = list(hydra.overrides.task)
-        prune = None if single else _pruning(hydra.sweeper, config.objective, folder)
-        # The folder of a single run is locked already.
-        lock = (
-            contextlib.nullcontext()
-            if single
-            else sole_writer(folder, "hydra.sweep.dir", LOCK_WAIT_S)
-        )
-        try:
-            with lock, going_on_unread():
-                outcome = run(config, folder, overrides, choices, prune)
-        except FolderInUse as error:
-            log.error("%s", error)  # whoever works there writes the record
-            return None
+            prune = pruning(hydra.sweeper, config.objective, hydra.job.num)
+        with sole_writer(folder, "hydra.sweep.dir", LOCK_WAIT_S):
+            record = _run(config, hydra, folder, prune)
+    except FolderInUse as error:
+        log.error("%s", error)  # whoever works there writes the record
+        return None
     except (ConfigError, StoreError) as error:
-        if single:
-            print_error(str(error))
-            sys.exit(FAILED)
         with contextlib.suppress(StoreError):
             record_unstarted(folder, RunState.failed, str(error))
         note_failed_job(folder)
         return None
-    if outcome.status is RunState.interrupted:
-        raise KeyboardInterrupt
-    if single and config.report:
-        leave_report(folder)
-    if outcome.status is RunState.failed and single:
-        sys.exit(FAILED)
-    if outcome.status is RunState.failed:
+    if record.status is RunState.failed:
         note_failed_job(folder)
-    return outcome.objective
+    return record.objective
+
+
+def _config(settings: DictConfig) -> Config:
+    """The settings of a job, with the precision that `auto` is here. Raises ConfigError."""
+    from proglayer.console import tell
+    from proglayer.run.machine import with_precision
+
+    config, picked = with_precision(to_config(settings))
+    if picked:
+        tell(picked)
+    if changed := changed_files():
+        log.warning(
+            "changed since this job was submitted, which runs as it was submitted: %s",
+            textwrap.shorten(", ".join(changed), 400, placeholder=" ..."),
+        )
+    return config
+
+
+def _run(config: Config, hydra: HydraConf, folder: Path, prune: Prune | None = None) -> RunRecord:
+    """Run a job. Raises KeyboardInterrupt where it was stopped; ConfigError or StoreError."""
+    from proglayer.console import going_on_unread
+    from proglayer.run.experiment import run
+
+    choices = {
+        group: str(choice)
+        for group, choice in hydra.runtime.choices.items()
+        if choice is not None and not group.startswith(("hydra", "local", "logger"))
+    }
+    with going_on_unread():
+        record = run(config, folder, list(hydra.overrides.task), choices, prune)
+    if record.status is RunState.interrupted:
+        raise KeyboardInterrupt
+    return record
 
 
 def _check_other_run(folder: Path, config: Config) -> None:
@@ -211,25 +216,17 @@ def _check_other_run(folder: Path, config: Config) -> None:
         record = read_record(folder)
         if record is None or record.status is not RunState.completed or not record.config:
             return
+        from proglayer.results import NOT_THE_EXPERIMENT
         from proglayer.run.machine import with_precision
 
-        plain = to_plain(with_precision(config)[0])
-        compared = [name for name in plain if name not in NO_OTHER_RUN]
-        if other := [name for name in compared if record.config.get(name) != plain[name]]:
+        then = dict(flat_settings(record.config))
+        now = dict(flat_settings(to_plain(with_precision(config)[0])))
+        compared = [name for name in now if name not in NOT_THE_EXPERIMENT]
+        if other := [name for name in compared if then.get(name) != now[name]]:
             raise ConfigError(
                 f"hydra.run.dir={folder} holds a completed run with other settings "
                 f"({', '.join(other)}): choose another folder"
             )
-
-
-def _pruning(sweeper: DictConfig, objective: str, folder: Path) -> Callable[..., str | None] | None:
-    """What ends a trial of a search early; None for any other job."""
-    number = folder.name.partition("_")[0]
-    if not sweeper.get("pruner") or not number.isdecimal():
-        return None
-    from proglayer.launch.study import pruning
-
-    return pruning(sweeper, objective, int(number))
 
 
 def leave_report(folder: Path, *before: Path) -> None:
@@ -248,24 +245,17 @@ def leave_report(folder: Path, *before: Path) -> None:
         log.warning("no report could be written (%s)", with_type(error))
 
 
-def print_plan(config: Config) -> None:
+def _print_plan(config: Config) -> None:
     """Print a run's phases and what they cost."""
-    from proglayer.console import console, tell
+    from proglayer.console import tell
     from proglayer.data.corpus import open_corpus
-    from proglayer.launch.stored import StoredPlans
-    from proglayer.run.progress import plan_table
+    from proglayer.launch import stored
     from proglayer.training.plan import check_checkpoint, plan
-    from proglayer.training.unused import unused_settings
 
     check_checkpoint(config.model)
     corpus = open_corpus(config.data, tell)
-    windows = len(corpus.train), len(corpus.validation)
     phases = plan(config, corpus.vocab_size)
-    look = StoredPlans()
-    stored = look.said(config, look.follow(config, corpus, phases))
-    console().print(plan_table(phases, config.data.seq_len, *windows, "plan", stored))
-    if unused := unused_settings(config, phases, corpus.vocab_size):
-        tell(unused)
+    stored.print_plan(config, corpus, phases, stored=stored.stored_here(config, corpus, phases))
 
 
 def train(main: Callable[[], Any]) -> int:
@@ -317,17 +307,6 @@ def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
     log.error("%s", reason)
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     write_record(folder, RunRecord(status=status, reason=reason, ended=ended))
-
-
-def _warn_of_changes() -> None:
-    """Name in a job's log the files of the code that were changed since it was submitted."""
-    if changed := changed_files():
-        more = f" and {len(changed) - MOST_NAMED} more files" if len(changed) > MOST_NAMED else ""
-        log.warning(
-            "changed since this job was submitted, which runs as it was submitted: %s%s",
-            ", ".join(changed[:MOST_NAMED]),
-            more,
-        )
 
 
 def _leave_nothing(folder: Path) -> None:

@@ -14,13 +14,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 
 from hydra.core.utils import JobReturn
 
 from proglayer.errors import ConfigError
-from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
+from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of
 from proglayer.run.signals import on_signals, stop_signals
 from proglayer.store.record import HEARTBEAT, RESULT, mark_lost
 
@@ -65,9 +64,7 @@ def _follow_parent(parent: int) -> None:
         threading.Thread(target=follow, name=name, daemon=True).start()
 
 
-def launch(
-    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
-) -> list[JobReturn]:
+def launch(launcher: Launcher) -> list[JobReturn]:
     """Run the jobs; wait for all. Raises ConfigError where a worker was killed.
 
     KeyboardInterrupt is raised once the jobs at work have ended.
@@ -75,7 +72,6 @@ def launch(
     import joblib
     from joblib.externals.loky import get_reusable_executor
 
-    sweep = start(launcher)
     settings = dict(launcher.settings) | {"backend": "loky"}  # threads would share Hydra's state
     parent = os.getpid()
     stops: list[int] = []
@@ -90,14 +86,12 @@ def launch(
     try:
         with on_signals(hold_back):
             returns = joblib.Parallel(**settings)(
-                joblib.delayed(run_in_worker)(job, parent)
-                for job in jobs_of(launcher, job_overrides, first_number)
-                if not stops
+                joblib.delayed(run_in_worker)(job, parent) for job in jobs_of(launcher) if not stops
             )
     except BrokenExecutor as error:
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
-        for sign in sweep.glob(f"*/{HEARTBEAT}"):
+        for sign in folder_of(launcher).glob(f"*/{HEARTBEAT}"):
             if not (sign.parent / RESULT).exists():
                 mark_lost(sign.parent, "its process was killed")
         raise ConfigError(
@@ -105,7 +99,7 @@ def launch(
             "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"
         ) from error
     ended = [job for job in returns if job is not None]
-    if stops or len(ended) < len(job_overrides):
+    if stops or len(ended) < len(launcher.jobs):
         get_reusable_executor().shutdown(kill_workers=True)
         raise KeyboardInterrupt
     return ended

@@ -6,6 +6,7 @@ with a traceback is refused here, with what to write in its place.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import OverrideParseException
@@ -23,6 +25,8 @@ from proglayer.errors import ConfigError
 # Hydra's parser takes 17 s for a text of 1 MB, and 20 ms for a further override.
 MOST_OVERRIDES = 500
 LONGEST_OVERRIDE = 32_768
+# How none of a group is chosen.
+NONE = {"logger": "write 'logger=[]'", "experiment": "leave it out"}
 # Groups of Hydra that are easily written like settings.
 HYDRA_GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging")
 # Names of other tools, in small letters.
@@ -62,13 +66,10 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
             f"{len(given)} overrides are more than {MOST_OVERRIDES}: put settings into a file of "
             "conf/experiment"
         )
-    problems = [
-        f"{override[:40]}... has {len(override):,} characters, more than {LONGEST_OVERRIDE:,}"
-        for override in given
-        if len(override) > LONGEST_OVERRIDE
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    if (longest := max(given, key=len, default="")) and len(longest) > LONGEST_OVERRIDE:
+        raise ConfigError(
+            f"{longest[:40]}... has {len(longest):,} characters, more than {LONGEST_OVERRIDE:,}"
+        )
     conf = [Path(sys.argv[0]).absolute().parent / "conf"]
     if options.config_dir:
         conf.append(Path(options.config_dir).absolute())
@@ -79,9 +80,12 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     return [*others, *given]
 
 
-def parse(given: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra's grammar reads them. Raises ConfigError with a form that it does read."""
-    parser = OverridesParser.create()
+def parse(given: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Overrides as Hydra's grammar reads them, those of `glob` by a loader of configurations.
+
+    Raises ConfigError with a form that it does read.
+    """
+    parser = OverridesParser.create(config_loader=loader)
     parsed = []
     for text in given:
         try:
@@ -106,23 +110,17 @@ def unreadable(override: str) -> str:
     if plain.startswith("(") and plain.endswith(")"):
         candidates.append(f"{name}=[{plain[1:-1]}]")
     takes = misfit(name, plain) or "a text"
-    if "text" not in takes and "another value" not in takes:
-        candidates.append("")  # no quotes make a number of it
-    if plain.startswith("[") and plain.endswith("]"):
+    quoted = "text" in takes or "another value" in takes  # they make no number of it
+    if quoted and plain.startswith("[") and plain.endswith("]"):
         items = (item.strip().strip("'\"") for item in plain[1:-1].split(","))
         candidates.append(f"{name}=[{','.join(map(_quoted, items))}]")
-    else:
+    elif quoted:
         candidates.append(f"{name}={_quoted(plain)}")
-    readable = OverridesParser.create()
     for candidate in candidates:
-        if not candidate:
-            return takes
-        try:
-            readable.parse_overrides([candidate])
-        except OverrideParseException:
-            continue
-        return f"{override}: Hydra cannot read this; write {shlex.quote(candidate)}"
-    return f"{override}: Hydra cannot read this"
+        with contextlib.suppress(OverrideParseException):
+            OverridesParser.create().parse_overrides([candidate])
+            return f"{override}: Hydra cannot read this; write {shlex.quote(candidate)}"
+    return f"{override}: Hydra cannot read this" if quoted else takes
 
 
 def _quoted(text: str) -> str:
@@ -172,24 +170,19 @@ def _problems(override: Override, groups: dict[str, list[str]]) -> Iterator[str]
 
 
 def _choice_problems(key: str, text: str, value: object, choices: list[str]) -> Iterator[str]:
-    chosen = value if isinstance(value, list) else [value]
-    if not chosen and key != "logger":
-        chosen = [None]
     if isinstance(value, dict):
         return
-    for each in map(plain, chosen):
+    chosen = value if isinstance(value, list) else [value]
+    for each in map(plain, chosen or ([] if key == "logger" else [None])):
         if isinstance(each, str):
             stem = each.rsplit("/", 1)[-1].removesuffix(".yaml")
             if stem != each and stem in choices:
                 yield f"{text}: a choice is the name of a file alone: write {key}={stem}"
-        elif each is None and key == "logger":
-            yield f"{text}: for no logger write 'logger=[]'"
-        elif each is None and key == "experiment":
-            yield f"{text}: for no experiment leave it out"
+        elif each is None and key in NONE:
+            yield f"{text}: for no {key} {NONE[key]}"
         else:
-            alias = ALIASES.get(key)
-            number = isinstance(each, (int, float)) and alias is not None
-            near = f", or {alias}={each}" if number else ""
+            number = isinstance(each, (int, float)) and key in ALIASES
+            near = f", or {ALIASES[key]}={each}" if number else ""
             yield f"{text}: {key} takes one of its choices ({', '.join(choices)}){near}"
 
 

@@ -14,14 +14,14 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
 from proglayer.errors import ConfigError
-from proglayer.launch.common import Launcher, jobs_of, start
+from proglayer.launch.common import Launcher, folder_of, jobs_of
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import SUBMITTED, mark_lost
 
@@ -36,9 +36,7 @@ STOP_S = 60.0
 LOOK_S = 10.0
 
 
-def launch(
-    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
-) -> list[JobReturn]:
+def launch(launcher: Launcher) -> list[JobReturn]:
     """Run the jobs as tasks of Ray; wait for all. Raises ConfigError where there is no cluster."""
     if launcher.settings["ray"]["init"]["address"] == "local":
         # Ray's default here; given, it is not warned of. Ray reads it when it is imported.
@@ -46,9 +44,8 @@ def launch(
     import ray
     from ray import cloudpickle
 
-    sweep = start(launcher)
     _connect(launcher.settings["ray"]["init"])
-    code = snapshot_code(sweep / SUBMITTED)
+    code = snapshot_code(folder_of(launcher) / SUBMITTED)
     variables = {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)}
     here = os.getcwd()
 
@@ -62,12 +59,12 @@ def launch(
         return cloudpickle.loads(pickled).run_elsewhere()
 
     task = ray.remote(**launcher.settings["ray"]["remote"])(enter)
-    running: dict[str, Any] = {}
+    running: dict[Path, Any] = {}
     try:
-        for job in jobs_of(launcher, job_overrides, first_number):
+        for job in jobs_of(launcher):
             pickled = cloudpickle.dumps(job)  # pyright: ignore[reportPrivateImportUsage]
-            running[job.name] = task.options(name=job.name).remote(pickled)
-        return [_ended(job, sweep / name) for name, job in running.items()]
+            running[job.folder] = task.options(name=job.name).remote(pickled)
+        return [_ended(job, folder) for folder, job in running.items()]
     except KeyboardInterrupt:
         for job in running.values():
             ray.cancel(job)

@@ -24,10 +24,18 @@ from proglayer import files
 from proglayer.config import BPE, Bounds, OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.common import check_settings, params_as_overrides, threads_per_job, unread
+from proglayer.launch.common import (
+    Job,
+    check_settings,
+    params_as_overrides,
+    record_of,
+    threads_per_job,
+    unread,
+    without_hydra,
+)
 from proglayer.launch.composing import in_one_line
-from proglayer.launch.job import leave_report, record_unstarted
-from proglayer.launch.space import Space, read_space, with_params
+from proglayer.launch.job import record_unstarted
+from proglayer.launch.space import Space, read_space
 from proglayer.launch.study import (
     absolute,
     alone,
@@ -39,27 +47,23 @@ from proglayer.launch.study import (
 )
 from proglayer.launch.sweep import (
     Checks,
-    Job,
     Sweeper,
     SweepError,
     check_launcher,
     job_folder,
+    jobs_run_elsewhere,
     launch,
-    list_jobs,
     open_folder,
-    without_held,
-    without_hydra,
+    sum_up,
 )
 from proglayer.store.record import (
     JOBS,
     SWEEP,
-    Heartbeat,
     ListedJob,
     RunRecord,
     RunState,
     read_heartbeat,
     read_jobs,
-    read_record,
     write_jobs,
 )
 
@@ -68,7 +72,6 @@ if TYPE_CHECKING:
 
 # The attribute of a study that lists the folders its trials are in.
 FOLDERS = "proglayer:folders"
-DIRECTIONS = ("minimize", "maximize")
 
 
 class OptunaSweeper(Sweeper, Protocol):
@@ -91,15 +94,13 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
 
     Raises ConfigError for settings that no trial can work with, and where all trials failed.
     """
-    from proglayer.results.summary import print_summary
-
     master = sweeper.config
     if master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")
     check_settings(sweeper, OptunaSweeper)
-    if sweeper.direction not in DIRECTIONS:
+    if sweeper.direction not in ("minimize", "maximize"):
         raise ConfigError(f"hydra.sweeper.direction={sweeper.direction}: minimize or maximize")
-    given = with_params(params_as_overrides(sweeper.params), arguments)
+    given = [*params_as_overrides(sweeper.params), *arguments]
     space = read_space(given, sweeper.hydra_context.config_loader)
     if not space.distributions and not sweeper.custom_search_space:
         raise ConfigError(
@@ -112,23 +113,15 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
     with unread(master), alone(sweeper.storage or "", name) as by_itself:
         trials = Trials(sweeper, space, name, by_itself)
         folders = trials.folders()
-        stopped = False
         try:
-            if trials.to_go > 0:
-                with Heartbeat(folders[-1]):
-                    while trials.to_go > 0:
-                        trials.run(min(trials.to_go, sweeper.n_jobs))
-        except KeyboardInterrupt:
-            stopped = True
-            raise
+            while trials.to_go > 0:
+                trials.run(min(trials.to_go, sweeper.n_jobs))
         finally:
             for folder in folders:
                 list_what_began(folder)
             if folders:
                 trials.write(folders[-1])
-                print_summary(*folders)
-            if folders and master.report and not stopped:
-                leave_report(folders[-1], *folders[:-1])
+                sum_up(folders, master.report)
             best = trials.best
             if best is not None:
                 threads = threads_per_job(master.hydra.launcher)
@@ -261,8 +254,12 @@ class Trials:
             for trial in asked:
                 self._study.tell(trial, state=fail)
             raise
+        # Whoever follows the search is to know that more will come.
+        begun = len(self._study.get_trials(deepcopy=False))
+        numbers = [*(trial.number for trial in self._stopped), *range(begun, begun + self.to_go)]
+        to_come = {str(number): () for number in numbers[: self.to_go - count]}
         try:
-            launch(self._sweeper, [job for job in jobs if job])
+            launch(self._sweeper, self._listed | to_come, [job for job in jobs if job])
         except ConfigError:
             # A trial whose process was killed would be killed again by the next command, for ever.
             # Those that did not come to an end go on then.
@@ -287,7 +284,7 @@ class Trials:
         """Tell the study what a trial came to."""
         import optuna
 
-        record = _record(self._folder / job.folder) if job else RunRecord()
+        record = record_of(self._folder / job.folder) if job else RunRecord()
         if record.status is RunState.completed and record.objective is not None:
             return self._study.tell(trial, record.objective).state
         pruned = record.status is RunState.pruned
@@ -303,12 +300,11 @@ class Trials:
         return optuna.trial.Trial(self._study, self._stopped.pop(0)._trial_id)
 
     def _jobs(self, asked: Sequence[optuna.trial.Trial]) -> list[Job | None]:
-        """The jobs of trials, checked and announced; None for one whose settings cannot work.
+        """The jobs of trials, checked; None for one whose settings cannot work, recorded as failed.
 
         Raises ConfigError or HydraException where no trial of this search could.
         """
         jobs: list[Job | None] = []
-        refused: dict[str, str] = {}
         for trial in asked:
             overrides = self._overrides(trial)
             folder = job_folder(trial.number, overrides)
@@ -317,20 +313,13 @@ class Trials:
                 jobs.append(self._checks.job(trial.number, overrides))
                 continue
             except ConfigError as error:
-                refused[folder] = str(error)
+                reason = str(error)
             except HydraException as error:
                 if not _is_of_a_value(error):
                     raise
-                refused[folder] = in_one_line(error)
-            jobs.append(None)
-        able = [job for job in jobs if job]
-        # Whoever follows the search is to know that more will come.
-        begun = len(self._study.get_trials(deepcopy=False))
-        numbers = [*(trial.number for trial in self._stopped), *range(begun, begun + self.to_go)]
-        to_come = {str(number): () for number in numbers[: self.to_go - len(asked)]}
-        list_jobs(self._folder, self._listed | to_come, without_held(self._sweeper, able))
-        for folder, reason in refused.items():
+                reason = in_one_line(error)
             record_unstarted(self._folder / folder, RunState.failed, reason)
+            jobs.append(None)
         return jobs
 
     def _overrides(self, trial: optuna.trial.Trial) -> tuple[str, ...]:
@@ -353,8 +342,7 @@ class Trials:
         storage = self._sweeper.storage or ""
         if not storage:
             raise ConfigError("hydra/sweeper/pruner needs a hydra.sweeper.storage for its study")
-        elsewhere = getattr(self._sweeper.launcher, "jobs_run_elsewhere", False)
-        if elsewhere and storage.startswith("sqlite"):
+        if jobs_run_elsewhere(self._sweeper) and storage.startswith("sqlite"):
             raise ConfigError(
                 f"hydra.sweeper.storage={storage}: trials on several machines cannot share this "
                 "file, as hydra/sweeper/pruner needs it; one that they can is "
@@ -409,16 +397,9 @@ def listed_and_begun(sweep: Path) -> list[ListedJob]:
     return []
 
 
-def _record(folder: Path) -> RunRecord:
-    """The record of a trial, empty if it left none that can be read."""
-    with contextlib.suppress(ValueError):
-        return read_record(folder) or RunRecord()
-    return RunRecord()
-
-
 def _has_ended(folder: Path) -> bool:
     """Whether a trial completed, failed, was pruned or lost: not one stopped or not begun."""
-    state = _record(folder).status or read_heartbeat(folder).sign
+    state = record_of(folder).status or read_heartbeat(folder).sign
     return state in (RunState.completed, RunState.failed, RunState.pruned, RunState.lost)
 
 

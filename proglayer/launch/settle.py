@@ -8,42 +8,40 @@ from there, and its report finds the same verdicts.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from omegaconf import open_dict, read_write
 
 from proglayer.config import Bounds, OnError, short_hash
 from proglayer.console import console
 from proglayer.errors import ConfigError
-from proglayer.launch.common import check_settings, sole_writer, unread
+from proglayer.launch.common import Job, check_settings, record_of, sole_writer, unread
 from proglayer.launch.sweep import (
     Checks,
-    Job,
     ProductSweeper,
-    SummedUp,
+    announce,
     check,
-    describe_work,
     expand,
     given_to_hydra,
-    in_launch_order,
     launch,
-    list_jobs,
     open_folder,
     print_plans,
-    without_held,
+    sum_up,
 )
 from proglayer.results import keys_and_values
-from proglayer.store.record import JOBS, Heartbeat, RecordError, RunState, read_jobs, read_record
+from proglayer.store.record import JOBS, RecordError, RunState, read_jobs
 
 if TYPE_CHECKING:
     from proglayer.report.sequential import Looks
     from proglayer.results import Results
+
+
+COST = "{hours:.3g} hours and {operations:.3g} operations"
 
 
 class SettleSweeper(ProductSweeper, Protocol):
@@ -64,31 +62,29 @@ def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
     Ends the process with status 1 if a job failed, after the table of all jobs. Raises ConfigError
     for settings or arms that no claim can be settled with, and where a batch did not end.
     """
-    with contextlib.nullcontext() if sweeper.config.plan else unread(sweeper.config):
-        _settle(sweeper, arguments)
-
-
-def _settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
-    looks = _looks(sweeper)
-    arms = _arms(sweeper, arguments)
-    _name_folder(sweeper, arms)
-    checks = Checks(sweeper)
-    firsts = check(checks, [(index, _with_seed(arm, 0, looks)) for index, arm in enumerate(arms)])
-    say = console().print
-    if firsts[0].config.plan:
-        print_plans(sweeper, firsts)
-        at = ", ".join(map(str, looks.design.looks))
-        say(f"these {len(arms)} arms, looked at with {at} seeds", markup=False)
-        return
-    folder = open_folder(sweeper.config)
-    with sole_writer(folder, "hydra.sweep.dir"):
-        study = Study(sweeper, checks, folder, arms, looks)
-        with SummedUp(folder, firsts[0].config.report) as ending:
-            while study.next_batch():
-                pass
-        for line in study.outcome():
-            say(line, markup=False)
-    if ending.failed:
+    with unread(sweeper.config):
+        looks = _looks(sweeper)
+        arms = _arms(sweeper, arguments)
+        _name_folder(sweeper, arms)
+        checks = Checks(sweeper)
+        firsts = check(checks, ((n, _with_seed(arm, 0, looks)) for n, arm in enumerate(arms)))
+        say = console().print
+        if firsts[0].config.plan:
+            print_plans(sweeper, firsts)
+            at = ", ".join(map(str, looks.design.looks))
+            say(f"these {len(arms)} arms, looked at with {at} seeds", markup=False)
+            return
+        folder = open_folder(sweeper.config)
+        with sole_writer(folder, "hydra.sweep.dir"):
+            study = Study(sweeper, checks, folder, arms, looks)
+            try:
+                while study.next_batch():
+                    pass
+            finally:
+                failed = sum_up([folder], firsts[0].config.report)
+            for line in study.outcome():
+                say(line, markup=False)
+    if failed:
         sys.exit(1)
 
 
@@ -142,22 +138,6 @@ def _name_folder(sweeper: SettleSweeper, arms: Sequence[tuple[str, ...]]) -> Non
     with read_write(master), open_dict(master):
         master.hydra.sweep.dir = str(folder)
         master.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
-
-
-class Cost(NamedTuple):
-    """What training took: hours with evaluation, and floating-point operations."""
-
-    hours: float
-    operations: float
-
-    def __mul__(self, runs: float) -> Cost:
-        return Cost(self.hours * runs, self.operations * runs)
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.hours + other.hours, self.operations + other.operations)
-
-    def __str__(self) -> str:
-        return f"{self.hours:.3g} hours and {self.operations:.3g} operations"
 
 
 class Study:
@@ -248,17 +228,10 @@ class Study:
 
     def _run(self, jobs: list[Job]) -> None:
         """Run what did not complete of a batch. Raises ConfigError where a job does not end."""
-        waiting = [job for job in in_launch_order(jobs) if not job.completed]
-        work = describe_work(self._sweeper, jobs) if waiting else None
+        waiting = announce(self._sweeper, jobs)
         self._listed |= {job.folder: job.overrides for job in jobs}
-        list_jobs(self._folder, self._listed, without_held(self._sweeper, waiting))
-        say = console().print
-        say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} finished before", markup=False)
-        if work:
-            say(work, markup=False)
-        with Heartbeat(self._folder):
-            launch(self._sweeper, waiting, self._sweeper.max_batch_size)
-        states = [_state(self._folder / job.folder) for job in jobs]
+        launch(self._sweeper, self._listed, waiting, self._sweeper.max_batch_size)
+        states = [record_of(self._folder / job.folder).status for job in jobs]
         if left := sum(s not in (RunState.completed, RunState.failed) for s in states):
             raise ConfigError(
                 f"{left} of {len(jobs)} jobs of this batch did not end, so the claims are not "
@@ -269,18 +242,17 @@ class Study:
         if RunState.completed not in states:
             raise ConfigError("every job of this batch failed, for the reasons in the table")
 
-    def _next_cost(self) -> Cost:
+    def _next_cost(self) -> dict[str, float]:
         """What the next batch takes, as the runs so far did."""
-        number = len(self._looks.taken)
-        seeds = self._looks.design.looks[number] - self._looks.taken[-1]
-        return self._spent * (seeds * len(self._needed) / max(1, self._runs))
+        looks, taken = self._looks.design.looks, self._looks.taken
+        runs = (looks[len(taken)] - taken[-1]) * len(self._needed)
+        return {name: spent * runs / max(1, self._runs) for name, spent in self._spent.items()}
 
     def _budget_in_the_way(self) -> str | None:
         """The setting of the budget that the next batch would exceed."""
-        whole = self._spent + self._next_cost()
-        for name in ("hours", "operations"):
+        for name, cost in self._next_cost().items():
             budget = getattr(self._sweeper, name)
-            if budget is not None and getattr(whole, name) > budget:
+            if budget is not None and self._spent[name] + cost > budget:
                 return f"hydra.sweeper.{name}={budget:g}"
         return None
 
@@ -329,9 +301,9 @@ class Study:
         seeds = looks.design.looks[len(looks.taken)] - looks.taken[-1]
         return [
             *lines,
-            f"{self._budget_in_the_way()} is spent ({self._spent}): {seeds} more seeds in "
-            f"{len(self._needed)} arms take about {self._next_cost()}; with a larger budget the "
-            "same command goes on",
+            f"{self._budget_in_the_way()} is spent ({COST.format(**self._spent)}): {seeds} more "
+            f"seeds in {len(self._needed)} arms take about {COST.format(**self._next_cost())}; "
+            "with a larger budget the same command goes on",
         ]
 
 
@@ -348,23 +320,15 @@ def _check_same(before: Looks, asked: Looks) -> None:
             )
 
 
-def _state(folder: Path) -> RunState | None:
-    """How a job ended; None where it has no record that can be read."""
-    try:
-        record = read_record(folder)
-    except RecordError:
-        return None
-    return record.status if record else None
-
-
-def _spent(results: Results) -> Cost:
-    """What the phases of these runs took when they were trained, each counted once."""
+def _spent(results: Results) -> dict[str, float]:
+    """The hours of training and evaluation, and the operations of training, of the phases of these
+    runs, each counted once.
+    """
     phases: Any = results.phases
     own = phases["run"] + " " + phases["phase"].astype(str)
     stage = phases["stage"].astype(object).where(phases["stage"].notna(), own)
     columns = ["train_seconds", "evaluation_seconds", "train_flops_head", "train_flops_body"]
     took: Any = phases[columns].astype("float64").groupby(stage.to_numpy()).max().sum()
-    return Cost(
-        float(took["train_seconds"] + took["evaluation_seconds"]) / 3600,
-        float(took["train_flops_head"] + took["train_flops_body"]),
-    )
+    seconds = took["train_seconds"] + took["evaluation_seconds"]
+    operations = took["train_flops_head"] + took["train_flops_body"]
+    return {"hours": float(seconds) / 3600, "operations": float(operations)}

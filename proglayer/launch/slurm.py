@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from proglayer import files
 from proglayer.console import console, counted
-from proglayer.errors import ConfigError, StoreError, first_line
-from proglayer.launch.common import Launcher, SweepJob, jobs_of, start
+from proglayer.errors import ConfigError, first_line
+from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import (
     RESULT,
@@ -47,17 +46,6 @@ from proglayer.store.record import (
 log = logging.getLogger(__name__)
 
 
-# Settings that submitit knows for every kind of cluster; further ones get its prefix `slurm_`.
-EVERYWHERE = (
-    "name",
-    "nodes",
-    "tasks_per_node",
-    "cpus_per_task",
-    "mem_gb",
-    "gpus_per_node",
-    "timeout_min",
-    "stderr_to_stdout",
-)
 # In the folder of what was submitted: each job's folder -> its number in Slurm.
 IDS = "slurm.json"
 is_ids = files.begins_with(b'{"')
@@ -125,15 +113,13 @@ class SlurmJob:
                 raise
 
 
-def launch(
-    launcher: Launcher, job_overrides: Sequence[Sequence[str]], first_number: int
-) -> list[JobReturn]:
+def launch(launcher: Launcher) -> list[JobReturn]:
     """Hand over the jobs that Slurm does not hold already; wait for all. Gives their objectives.
 
-    Raises ConfigError where they cannot be handed over.
+    Raises ConfigError or StoreError where they cannot be handed over.
     """
-    sweep = start(launcher)
-    jobs = {job.name: job for job in jobs_of(launcher, job_overrides, first_number)}
+    sweep = folder_of(launcher)
+    jobs = {job.name: job for job in jobs_of(launcher)}
     held = in_queue(launcher)
     ids = {name: held[name] for name in jobs if name in held}
     new = [SlurmJob(job) for name, job in jobs.items() if name not in ids]
@@ -141,10 +127,7 @@ def launch(
     if ids:
         say(f"in Slurm's queue already: {counted(len(ids), 'job')}", markup=False)
     if new:
-        try:
-            ids |= _submit(launcher, sweep, new)
-        except StoreError as error:
-            raise ConfigError(str(error)) from error
+        ids |= _submit(launcher, sweep, new)
         say(f"handed over to Slurm: {counted(len(new), 'job')}", markup=False)
     command = shlex.join(["python", "-m", "proglayer.results", os.path.relpath(sweep), "--watch"])
     say(f"{command} follows them from any shell", markup=False)
@@ -172,7 +155,7 @@ def in_queue(launcher: Launcher) -> dict[str, str]:
 
     Raises ConfigError where Slurm does not answer.
     """
-    ids = _read_ids(_sweep_folder(launcher))
+    ids = _read_ids(folder_of(launcher))
     if not ids:
         return {}
     queue = _queue(launcher)
@@ -244,9 +227,7 @@ def _executor(launcher: Launcher, code: Path) -> Any:
         folder=asked.pop("submitit_folder"),
         slurm_max_num_timeout=asked.pop("max_num_timeout"),
     )
-    executor.update_parameters(
-        **{n if n in EVERYWHERE else f"slurm_{n}": value for n, value in asked.items()}
-    )
+    executor.update_parameters(**{f"slurm_{name}": value for name, value in asked.items()})
     return executor
 
 
@@ -320,10 +301,6 @@ def _record(folder: Path) -> RunRecord | None:
         os.listdir(folder)  # makes a network file system look again
         return read_record(folder)
     return None
-
-
-def _sweep_folder(launcher: Launcher) -> Path:
-    return Path(str(launcher.config.hydra.sweep.dir)).absolute()
 
 
 def _read_ids(sweep: Path) -> dict[str, str]:

@@ -8,9 +8,9 @@ from, and adds a copy only if something changed.
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -70,19 +70,10 @@ def changed_files(package: Path = PACKAGE) -> list[str]:
     changed = []
     for name, source in (origin(package) or {"folders": {}})["folders"].items():
         folder, copy = Path(source), package.parent / name
-        now, then = set(_files(name, folder)), set(_files(name, copy))
-        changed += [
-            f"{name}/{path}"
-            for path in sorted(now | then)
-            if path not in now or path not in then or not _equal(folder / path, copy / path)
-        ]
+        paths = sorted({*_files(name, folder), *_files(name, copy)})
+        _, *others = filecmp.cmpfiles(folder, copy, paths, shallow=False)
+        changed += [f"{name}/{path}" for path in sorted(itertools.chain(*others))]
     return changed
-
-
-def _equal(one: Path, other: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return filecmp.cmp(one, other, shallow=False)
-    return False
 
 
 def _files(name: str, folder: Path) -> Iterator[str]:

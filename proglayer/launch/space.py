@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
 
 from proglayer.errors import ConfigError, first_line
+from proglayer.launch.overrides import parse
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -64,23 +64,12 @@ class Space:
 
     def grid(self) -> dict[str, list[Any]]:
         """All values of each. Raises ConfigError for one whose values cannot be counted."""
-        for key in self.distributions.keys() - self.values.keys():
+        if endless := self.distributions.keys() - self.values.keys():
             raise ConfigError(
-                f"hydra/sweeper/sampler=grid: {key} has no end of values: give it a choice or a "
-                "range"
+                f"hydra/sweeper/sampler=grid: {endless.pop()} has no end of values: give it a "
+                "choice or a range"
             )
         return {key: list(values) for key, values in self.values.items()}
-
-
-def with_params(params: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The overrides of hydra.sweeper.params that the command line does not replace, then its own.
-
-    A choice that is named twice would be refused in the command of the best trial.
-    """
-    parse = OverridesParser.create().parse_overrides
-    named = {override.get_key_element() for override in parse(list(arguments))}
-    kept = [o.input_line or "" for o in parse(list(params)) if o.get_key_element() not in named]
-    return [*kept, *arguments]
 
 
 def read_space(given: Sequence[str], loader: ConfigLoader) -> Space:
@@ -93,7 +82,7 @@ def read_space(given: Sequence[str], loader: ConfigLoader) -> Space:
     What is said last of a setting holds. Raises ConfigError for values that cannot be drawn from.
     """
     overrides: dict[str, Override] = {}
-    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(given)):
+    for override in parse(given, loader):
         key = override.get_key_element().lstrip("+~")
         overrides.pop(key, None)
         overrides[key] = override

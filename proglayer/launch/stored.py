@@ -1,17 +1,20 @@
-"""What the store has of a job before it starts."""
+"""What the store has of a job before it starts, and the plan that says so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proglayer.config import Config, stages_dir
+from proglayer.console import console, counted
 from proglayer.data.corpus import Corpus
-from proglayer.errors import ConfigError
+from proglayer.errors import ConfigError, printable
+from proglayer.run.progress import plan_table
 from proglayer.store.nearest import Nearest
 from proglayer.training.plan import Phase
+from proglayer.training.unused import unused_settings
 
 if TYPE_CHECKING:
     from proglayer.store.trajectory import StoredEpochs
@@ -46,37 +49,39 @@ def follow_store(
     return stored
 
 
-class StoredPlans:
-    """What the plan of a job says of the store. A store's descriptions are read once for all."""
+def print_plan(
+    config: Config,
+    corpus: Corpus,
+    phases: Sequence[Phase],
+    title: str = "plan",
+    stored: Sequence[StoredEpochs | None] = (),
+    nearest: Callable[[Path], Nearest] = Nearest,
+) -> None:
+    """Print a run's phases, what they cost, and what is stored of them.
 
-    def __init__(self) -> None:
-        self._near: dict[str, Nearest] = {}
+    stored: what `follow_store` gave; empty where it is not known.
+    nearest: reads the descriptions of a store.
+    """
+    store = Path(stages_dir(config))
+    said: list[tuple[str, str | None]] = []
+    for found in stored if store.is_dir() else ():
+        epochs = len(found.epochs) if found else 0
+        some = counted(epochs, "epoch")
+        complete = found is not None and found.selected is not None
+        what = some if complete else f"{some}, goes on" if epochs else "no"
+        why = nearest(store).why_afresh(found.description) if found and not epochs else None
+        said.append((what, why))
+    windows = len(corpus.train), len(corpus.validation)
+    console().print(plan_table(phases, config.data.seq_len, *windows, title, said))
+    if unused := unused_settings(config, phases, corpus.vocab_size):
+        console().print(printable(unused), markup=False)
 
-    def follow(
-        self, config: Config, corpus: Corpus, phases: Sequence[Phase]
-    ) -> list[StoredEpochs | None] | None:
-        """As `follow_store`; None where the device that the settings ask for is not here."""
-        try:
-            return follow_store(config, corpus, phases)
-        except ConfigError:
-            return None
 
-    def said(
-        self, config: Config, stored: Sequence[StoredEpochs | None] | None
-    ) -> list[tuple[str, str | None]]:
-        """For each phase what is stored, and of the first that is not, why; empty where there is
-        no store, or nothing could be looked up.
-        """
-        folder = stages_dir(config)
-        if stored is None or not Path(folder).is_dir():
-            return []
-        near = self._near.setdefault(folder, Nearest(Path(folder)))
-        said: list[tuple[str, str | None]] = []
-        for found in stored:
-            epochs = len(found.epochs) if found else 0
-            some = f"{epochs} epoch{'s' if epochs != 1 else ''}"
-            complete = found is not None and found.selected is not None
-            what = some if complete else f"{some}, goes on" if epochs else "no"
-            why = near.why_afresh(found.description) if found and not epochs else None
-            said.append((what, why))
-        return said
+def stored_here(
+    config: Config, corpus: Corpus, phases: Sequence[Phase]
+) -> list[StoredEpochs | None]:
+    """As `follow_store`; empty where the device that the settings ask for is not here."""
+    try:
+        return follow_store(config, corpus, phases)
+    except ConfigError:
+        return []

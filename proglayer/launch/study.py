@@ -204,12 +204,11 @@ def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:
     prunes nothing.
 
     Args:
-        sweeper: Hydra's settings of the search; one of another sweeper, or without a pruner, gives
-            None.
+        sweeper: Hydra's settings of the search.
         number: that of the trial in its study.
     """
-    settings = sweeper.get("pruner")
-    if not settings or settings.get("_target_") == NO_PRUNER:
+    settings = sweeper.pruner
+    if settings.get("_target_") == NO_PRUNER:
         return None
     import optuna
 

@@ -30,10 +30,10 @@ BROKEN = {
     "number": (HEADER + b"lr: 0.1\n", "lr=0.1 does not fit: it takes settings of its own: lr.base"),
     "choice": (HEADER + b"model: standard\n", "defaults: [override /model: standard]"),
     "deep": (HEADER + b"lr: {factor: 1}\n", "lr.factor=1 does not fit: it takes settings of its"),
-    "dots": (HEADER + b"lr.factor.new: 2\n", "lr.factor.new is written as lr: {factor: {new: 2}}"),
+    "dots": (HEADER + b"lr.factor.new: 2\n", "is written in a file as lr: {factor: {new: ...}}"),
     "pairs": (HEADER + b"- seed: 1\n", "settings are lines of 'name: value'"),
     "steps": (HEADER + b"freeze: {steps: {existing: 0}}\n", "it takes a list, as in"),
-    "own": (HEADER + b"experiment: original\n", "- override /experiment: original"),
+    "own": (HEADER + b"experiment: original\n", "in the list of defaults: - override /experiment"),
 }
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
@@ -304,8 +305,8 @@ def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
 
     launch = sweep.launch
 
-    def launch_one(sweeper: Sweeper, jobs: list[sweep.Job], at_once: int | None) -> None:
-        launch(sweeper, jobs[:1], at_once)
+    def launch_one(sweeper: Sweeper, listed: Any, jobs: list[Any], at_once: int | None) -> None:
+        launch(sweeper, listed, jobs[:1], at_once)
         raise end
 
     monkeypatch.setattr(sweep, "launch", launch_one)
@@ -355,11 +356,10 @@ def test_a_filter_keeps_the_combinations_for_which_it_holds(train: Command) -> N
         ("initial_layers > 3", "keeps none of 2 jobs"),
         ("initial_layers <", "this is no expression"),
         ("(" * 3000, "this is no expression"),
-        ("__import__('os').getcwd() == ''", "is not allowed in it"),
-        ("initial_layers ** 9 > 1", "is not allowed in it"),
-        ("[x for x in seed] == 1", "is not allowed in it"),
+        ("__import__('os').getcwd() == ''", "it takes comparisons, + - * / // %, and, or"),
+        ("initial_layers ** 9 > 1", "it takes comparisons"),
+        ("[x for x in seed] == 1", "it takes comparisons"),
         ("model < 3", "not supported between"),
-        ("model * 1000 == 3", "arithmetic, which takes numbers"),
         ("1 / (initial_layers - 1) > 0", "division by zero"),
     ],
 )
