@@ -196,7 +196,7 @@ def unread(master: DictConfig) -> Iterator[None]:
 
 def record_of(folder: Path) -> RunRecord:
     """The record of a job, empty if it left none that can be read."""
-    with contextlib.suppress(RecordError):
+    with contextlib.suppress(OSError, RecordError):
         return read_record(folder) or RunRecord()
     return RunRecord()
 

@@ -109,6 +109,4 @@ def _ended(task: Any, folder: Path) -> JobReturn:
         reason = lines[-1] if isinstance(error, RayTaskError) else lines[0]
         log.error("job %s was lost by Ray: %s", folder.name, reason)
         mark_lost(folder, f"it was lost by Ray: {reason}")
-    job = JobReturn(status=JobStatus.COMPLETED)
-    job.return_value = None
-    return job
+    return JobReturn(status=JobStatus.COMPLETED)

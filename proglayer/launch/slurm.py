@@ -27,17 +27,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from proglayer import files
 from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of
+from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of, record_of
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.store.record import (
-    RESULT,
     SUBMITTED,
     SWEEP,
-    RunRecord,
     RunState,
     amend_record,
     mark_lost,
-    read_record,
     remove_heartbeat,
     remove_record,
     write_heartbeat,
@@ -82,8 +79,7 @@ class SlurmJob:
         if job.status is JobStatus.FAILED:
             amend_record(self.folder, RunState.preempted, RunState.interrupted, NOT_TAKEN_BACK)
         _ = job.return_value  # raises what the run could not record
-        record = read_record(self.folder)
-        if record is None or record.status not in (RunState.completed, RunState.pruned):
+        if record_of(self.folder).status not in (RunState.completed, RunState.pruned):
             sys.exit(1)
 
     def checkpoint(self) -> Any:
@@ -95,8 +91,10 @@ class SlurmJob:
     def _ask_why_stopped(self) -> None:
         """Find out what a SIGTERM meant, once the run has stored its state."""
         number = os.environ.get("SLURM_JOB_ID", "")
-        answer = _ask("scontrol", "show", "job", "--oneliner", number) or ""
-        about = dict(re.findall(r"(\w+)=(\S*)", answer))
+        about: dict[str, str] = {}
+        with contextlib.suppress(ConfigError):
+            answer = _ask("scontrol", "show", "job", "--oneliner", number)
+            about = dict(re.findall(r"(\w+)=(\S*)", answer))
         restarts = int(about.get("Restarts", 0))
         why = "Slurm starts it again"
         if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
@@ -142,12 +140,7 @@ def launch(launcher: Launcher) -> list[JobReturn]:
 
 def check() -> None:
     """Raise ConfigError where Slurm does not answer. Comes before anything is left for it."""
-    try:
-        subprocess.run(QUEUE, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
-        reason = lines[-1] if lines else first_line(error)
-        raise ConfigError(f"hydra/launcher=slurm: no Slurm answers here ({reason})") from error
+    _ask(*QUEUE)
 
 
 def in_queue(launcher: Launcher) -> dict[str, str]:
@@ -156,14 +149,7 @@ def in_queue(launcher: Launcher) -> dict[str, str]:
     Raises ConfigError where Slurm does not answer.
     """
     ids = _read_ids(folder_of(launcher))
-    if not ids:
-        return {}
-    queue = _queue(launcher)
-    if queue is None:
-        raise ConfigError(
-            "hydra/launcher=slurm cannot tell which jobs of this sweep are in the queue: squeue "
-            "does not answer"
-        )
+    queue = _queue(launcher) if ids else set()
     return {name: number for name, number in ids.items() if number in queue}
 
 
@@ -175,7 +161,7 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
     from submitit.core.utils import FailedJobError
 
     code = snapshot_code(sweep / SUBMITTED)
-    old_records = {task.folder: _look(task.folder / RESULT) for task in jobs}
+    old_records = {task.folder: record_of(task.folder) for task in jobs}
     left = list(jobs)
     ids: dict[str, str] = {}
     made: set[Path] = set()
@@ -195,7 +181,7 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
                 ids[task.folder.name] = job.job_id
                 _link_outputs(task.folder, job.paths)
                 # That of an earlier try: this one has not had the time to leave one.
-                if old_records[task.folder] == _look(task.folder / RESULT):
+                if old_records[task.folder] == record_of(task.folder):
                     remove_record(task.folder)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
             files.write_atomically(sweep / SUBMITTED / IDS, data, SWEEP, is_ids)
@@ -243,26 +229,26 @@ def _wait(launcher: Launcher, ids: set[str]) -> None:
     began = time.monotonic()
     warned = False
     while True:
-        queue = _queue(launcher)
-        if queue is None and not warned:
-            log.warning("squeue does not answer: waiting until it does")
-        warned = queue is None
-        if queue is not None and not ids & queue:
-            return
+        try:
+            if not ids & _queue(launcher):
+                return
+            warned = False
+        except ConfigError as error:
+            if not warned:
+                log.warning("%s: waiting until one does", error)
+            warned = True
         time.sleep(min(30.0, max(1.0, (time.monotonic() - began) / 20)))
 
 
-def _queue(launcher: Launcher) -> set[str] | None:
+def _queue(launcher: Launcher) -> set[str]:
     """The numbers of the jobs in the queue, also running ones, that this sweep's folder submitted.
 
-    Numbers begin at 1 again when a cluster is set up again, so they alone would not do. None where
-    Slurm does not answer.
+    Numbers begin at 1 again when a cluster is set up again, so they alone would not do. Raises
+    ConfigError where Slurm does not answer.
     """
     from submitit.core.utils import JobPaths
 
     answer = _ask(*QUEUE)
-    if answer is None:
-        return None
     scripts = JobPaths.get_first_id_independent_folder(launcher.settings["submitit_folder"])
     rows = [line.split(maxsplit=1) for line in answer.splitlines()]
     return {
@@ -272,22 +258,25 @@ def _queue(launcher: Launcher) -> set[str] | None:
     }
 
 
-def _ask(*command: str) -> str | None:
-    """What a command of Slurm's prints; None where it fails."""
+def _ask(*command: str) -> str:
+    """What a command of Slurm's prints. Raises ConfigError where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
+        reason = lines[-1] if lines else first_line(error)
+        raise ConfigError(f"hydra/launcher=slurm: no Slurm answers here ({reason})") from error
     return done.stdout
 
 
 def _ended(folder: Path, number: str, until: float) -> JobReturn:
     """How a job ended that Slurm no longer holds. Waits for a record `until` then at most."""
     job = JobReturn(status=JobStatus.COMPLETED)
-    job.return_value = None
-    while (record := _record(folder)) is None and time.monotonic() < until:
+    while (record := record_of(folder)).status is None and time.monotonic() < until:
         time.sleep(0.5)
-    if record is None:
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # makes a network file system look again
+    if record.status is None:
         mark_lost(folder, "Slurm ended it without a record")
         log.error("job %s of Slurm ended without a record: see %s", number, folder / "slurm.err")
         return job
@@ -296,23 +285,8 @@ def _ended(folder: Path, number: str, until: float) -> JobReturn:
     return job
 
 
-def _record(folder: Path) -> RunRecord | None:
-    with contextlib.suppress(OSError, ValueError):
-        os.listdir(folder)  # makes a network file system look again
-        return read_record(folder)
-    return None
-
-
 def _read_ids(sweep: Path) -> dict[str, str]:
     try:
         return json.loads((sweep / SUBMITTED / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _look(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino

@@ -58,11 +58,9 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(train: Command, tmp_path
 def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proglayer.launch import search as searching
-
     reported: list[str] = []
     monkeypatch.setattr(
-        searching, "leave_report", lambda folder, *before: reported.append(folder.name)
+        "proglayer.launch.sweep.leave_report", lambda folder, *_: reported.append(folder.name)
     )
     search = (
         *SEARCH, "phase.max_epochs=8", "phase.patience=8", "model=deep_supervision",

@@ -12,17 +12,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
+from omegaconf import ListConfig
 
 from proglayer.config import ConfigError, DataConfig
 from proglayer.console import LogFile
 from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.launch.common import sole_writer
 from proglayer.launch.job import train as train_command
+from proglayer.launch.sweep import expand
 
 from ..helpers import (
     ROOT,
@@ -332,20 +335,29 @@ def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
         assert "counting words" not in planned
 
 
-def _planned(out: str) -> int:
-    return out.count("│ 1 initial")
+def expanded(*arguments: str, **settings: Any) -> list[str]:
+    """The jobs of a sweep with these settings, by their overrides."""
+    asked: dict[str, Any] = {"params": None, "pairs": [], "blocks": [], "filter": None}
+    context = SimpleNamespace(config_loader=None)
+    sweeper: Any = SimpleNamespace(hydra_context=context, **asked | settings)
+    return [" ".join(job) for job in expand(sweeper, list(arguments))]
 
 
-def test_a_filter_keeps_the_combinations_for_which_it_holds(train: Command) -> None:
-    swept = ("-m", "plan=true", *SHORT, "initial_layers=1,2,3", "model=standard,deep_supervision")
-    done = train(*swept, "hydra.sweeper.filter=\"initial_layers < 3 and model == 'standard'\"")
-    assert done.status == 0, done.err
-    assert _planned(done.out) == 2
-    done = train(*swept, "hydra.sweeper.filter='initial_layers < 3 or model != \"standard\"'")
-    assert _planned(done.out) == 5
-    # What a job's other settings are does not matter, nor in which way they were given.
-    done = train(*swept, "hydra.sweeper.filter='initial_layers * data.samples in [64, 192]'")
-    assert _planned(done.out) == 4
+SWEPT = ("data.samples=64", "initial_layers=1,2,3", "model=standard,deep_supervision")
+
+
+@pytest.mark.parametrize(
+    ("expression", "jobs"),
+    [
+        ("initial_layers < 3 and model == 'standard'", 2),
+        ('initial_layers < 3 or model != "standard"', 5),
+        # What a job's other settings are does not matter, nor in which way they were given.
+        ("initial_layers * data.samples in [64, 192]", 4),
+        ("not (-initial_layers == -1 or model == null)", 4),
+    ],
+)
+def test_a_filter_keeps_the_combinations_for_which_it_holds(expression: str, jobs: int) -> None:
+    assert len(expanded(*SWEPT, filter=expression)) == jobs
 
 
 @pytest.mark.parametrize(
@@ -353,90 +365,67 @@ def test_a_filter_keeps_the_combinations_for_which_it_holds(train: Command) -> N
     [
         ("initial_layer < 3", "names initial_layer, which has no value here; did you mean"),
         ("model == standard", "names standard, which has no value here"),
-        ("initial_layers > 3", "keeps none of 2 jobs"),
+        ("initial_layers > 3", "keeps none of 6 jobs"),
         ("initial_layers <", "this is no expression"),
         ("(" * 3000, "this is no expression"),
-        ("__import__('os').getcwd() == ''", "it takes comparisons, + - * / // %, and, or"),
+        ("__import__('os').getcwd() == ''", "it takes comparisons, "),
         ("initial_layers ** 9 > 1", "it takes comparisons"),
         ("[x for x in seed] == 1", "it takes comparisons"),
+        ("().__class__ == 1", "which has no value here"),
         ("model < 3", "not supported between"),
         ("1 / (initial_layers - 1) > 0", "division by zero"),
     ],
 )
-def test_a_filter_that_cannot_be_used_is_one_line(
-    train: Command, expression: str, problem: str
-) -> None:
-    swept = ("-m", "plan=true", *SHORT, "initial_layers=1,2", "model=standard")
-    done = train(*swept, f'hydra.sweeper.filter="{expression}"')
-    assert done.status == 1
-    assert problem in done.err
-    assert "Traceback" not in done.err
+def test_a_filter_that_cannot_be_used_is_one_line(expression: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"^hydra.sweeper.filter=.*{problem}.*$"):
+        expanded(*SWEPT, filter=expression)
 
 
-def test_blocks_are_several_sweeps_in_one(train: Command, tmp_path: Path) -> None:
-    sizes = [text for text in QUICK if not text.startswith("model.dim")]
-    common = ("-m", *sizes, "phase=from_scratch", "initial_layers=1", "hydra.sweep.dir=s")
-    blocks = "{seed:'1,2',model.dim:8},{seed:'range(2,4)',model.dim:'8,16'}"
-    done = train(*common, f"hydra.sweeper.blocks=[{blocks}]", "added_layers=0,1")
-    assert done.status == 0, done.err
-    ran = [
-        (r["config"]["seed"], r["config"]["model"]["dim"], r["config"]["added_layers"])
-        for r in results(tmp_path / "s")
+def test_blocks_are_several_sweeps_in_one() -> None:
+    blocks = [
+        {"model.dim": "8,16", "seed": "1,2"},
+        {"initial_layers": 3, "model.dim": 8, "seed": 1},
+        {"model.dim": 8, "seed": "1,3"},  # one of these is there already
     ]
-    assert ran == [
-        *((seed, 8, added) for seed in (1, 2) for added in (0, 1)),
-        # without what the first block has
-        *((seed, dim, added) for seed, dim in ((2, 16), (3, 8), (3, 16)) for added in (0, 1)),
+    only = {"params": {"initial_layers": 2}, "blocks": blocks}
+    assert expanded("added_layers=1", **only, filter="seed == 1 or model.dim == 8") == [
+        "initial_layers=2 model.dim=8 seed=1 added_layers=1",
+        "initial_layers=2 model.dim=8 seed=2 added_layers=1",
+        "initial_layers=2 model.dim=16 seed=1 added_layers=1",
+        "initial_layers=3 model.dim=8 seed=1 added_layers=1",
+        "initial_layers=2 model.dim=8 seed=3 added_layers=1",
     ]
+    with pytest.raises(ConfigError, match="blocks gives seed, and so does the command line"):
+        expanded("seed=1", **only)
+    with pytest.raises(ConfigError, match="seed is a list"):
+        expanded(blocks=[{"seed": ListConfig([1, 2])}])
 
 
-def test_blocks_and_a_filter_stand_in_a_file(train: Command, tmp_path: Path) -> None:
-    study = tmp_path / "mine" / "hydra" / "sweeper" / "study.yaml"
-    study.parent.mkdir(parents=True)
-    study.write_text(
-        "defaults: [proglayer, _self_]\n"
-        "params: {initial_layers: 2}\n"
-        "blocks:\n"
-        "  - {model.dim: '8,16', seed: '1,2'}\n"
-        "  - {initial_layers: 3, model.dim: 8, seed: 1}\n"
-        "  - {model.dim: 8, seed: '1,3'}\n"  # one of these is there already
-        "filter: seed == 1 or model.dim == 8\n"
-    )
-    where = (f"--config-dir={tmp_path / 'mine'}", "hydra/sweeper=study", "-m", "plan=true")
-    sizes = [text for text in SHORT if not text.startswith("model.dim")]
-    done = train(*where, *sizes)
-    assert done.status == 0, done.err
-    titles = [line for line in done.out.splitlines() if re.match(r"\d+_[0-9a-f]{6}:", line)]
-    assert [re.sub(r"^.*(initial_layers=.*?) plan.*", r"\1", title) for title in titles] == [
-        "initial_layers=2 model.dim=8 seed=1",
-        "initial_layers=2 model.dim=8 seed=2",
-        "initial_layers=2 model.dim=16 seed=1",
-        "initial_layers=3 model.dim=8 seed=1",
-        "initial_layers=2 model.dim=8 seed=3",
+def test_paired_values_go_together_in_the_blocks_that_have_them() -> None:
+    pairs = [["seed", "initial_layers"]]
+    # In the place of the first of them.
+    given = ("model=a,b", "seed=1,2", "added_layers=1", "initial_layers=2,3")
+    assert expanded(*given, pairs=pairs) == [
+        f"model={model} seed={n} initial_layers={n + 1} added_layers=1"
+        for model in "ab"
+        for n in (1, 2)
     ]
-    done = train(*where, *sizes, "seed=1")
-    assert done.status == 1
-    assert "hydra.sweeper.blocks gives seed, and so does the command line" in done.err
-
-
-def test_pairs_hold_in_the_blocks_that_have_them(train: Command) -> None:
-    pairs = "hydra.sweeper.pairs=[[seed,initial_layers]]"
-    blocks = "hydra.sweeper.blocks=[{seed:'1,2',initial_layers:'2,3'},{added_layers:'1,2,3'}]"
-    done = train("-m", "plan=true", *SHORT, pairs, blocks)
-    assert done.status == 0, done.err
-    assert _planned(done.out) == 5
-    wrong = "hydra.sweeper.pairs=[[seed,lr.base]]"
-    done = train("-m", "plan=true", *SHORT, wrong, blocks)
-    assert done.status == 1
-    assert "hydra.sweeper.pairs names lr.base, which has no values here" in done.err
-    done = train("-m", "plan=true", *SHORT, "hydra.sweeper.blocks=[{seed:[1,2]}]")
-    assert done.status == 1
-    assert "seed is a list" in done.err
+    blocks = [{"seed": "1,2", "initial_layers": "2,3"}, {"added_layers": "1,2,3"}]
+    assert len(expanded(pairs=pairs, blocks=blocks)) == 5
+    for wrong, problem in (
+        ([["seed", "lr.base"]], "names lr.base, which has no values here"),
+        ([["seed", "model", "initial_layers"]], "model has 3, initial_layers has 2"),
+        ([["seed", "initial_layers"], ["initial_layers", "added_layers"]], "layers twice: put"),
+    ):
+        with pytest.raises(ConfigError, match=f"^hydra.sweeper.pairs .*{problem}"):
+            expanded("model=a,b,c", *given[1:], pairs=wrong)
 
 
 def test_the_founding_study_is_one_sweep(train: Command) -> None:
-    done = train("-m", "plan=true", "hydra/sweeper=founding", *SHORT)
-    assert done.status == 0, done.err
-    titles = re.findall(r"^\d+_[0-9a-f]{6}: experiment=(\S+)", done.out, re.MULTILINE)
+    founding = ("-m", "plan=true", "hydra/sweeper=founding", *SHORT)
+    named = re.compile(r"^\d+_[0-9a-f]{6}: experiment=(\S+)", re.MULTILINE)
+    titles = named.findall(train(*founding).out)
     assert len(titles) == 2 * len(experiments()) + 4 + 4
     assert set(titles) == {*experiments(), "recipe/loss_by_phase"}
+    only = 'hydra.sweeper.filter=\'experiment == "original" and growth == "copy"\''
+    assert named.findall(train(*founding, only).out) == ["original"]

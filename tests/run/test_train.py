@@ -458,19 +458,6 @@ def test_a_job_keeps_its_folders_name_whatever_its_hash(
     assert "waiting" not in done.out
 
 
-def test_paired_values(train: Command, tmp_path: Path) -> None:
-    pairs = "hydra.sweeper.pairs=[[seed,initial_layers]]"
-    done = train("-m", "plan=true", *SHORT, "seed=1,2", "initial_layers=2,4", pairs)
-    assert done.status == 0, done.err
-    assert done.out.count("│ 1 initial") == 2
-    done = train("-m", "plan=true", *SHORT, "seed=1,2,3", "initial_layers=2,4", pairs)
-    assert done.status == 1
-    assert "seed has 3, initial_layers has 2" in done.err
-    twice = "hydra.sweeper.pairs=[[seed,initial_layers],[initial_layers,added_layers]]"
-    done = train("-m", *SHORT, "seed=1,2", "initial_layers=2,3", "added_layers=1,2", twice)
-    assert done.err.startswith("error: hydra.sweeper.pairs names initial_layers twice: put what")
-
-
 def test_jobs_of_one_process_leave_threads_as_they_were(train: Command, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     assert train("-m", *SHORT, "threads=1,2", "hydra.sweep.dir=t").status == 0
