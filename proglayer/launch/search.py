@@ -218,10 +218,9 @@ class Trials:
     @property
     def best(self) -> optuna.trial.FrozenTrial | None:
         """The best trial, None where none completed."""
-        completed = self._study.get_trials(deepcopy=False)
-        if not any(trial.state.name == "COMPLETE" for trial in completed):
-            return None
-        return self._study.best_trial
+        with contextlib.suppress(ValueError):
+            return self._study.best_trial
+        return None
 
     @property
     def _ended(self) -> int:

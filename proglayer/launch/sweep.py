@@ -186,7 +186,7 @@ def launch(
     jobs: Sequence[Job],
     at_once: int | None = None,
 ) -> list[JobReturn]:
-    """Run jobs, `at_once` of them at a time (None: all).
+    """Run jobs, `at_once` of them at a time (None or less than 1: all).
 
     The sweep's folder says first which jobs it has (`listed`: the overrides by the folder), and
     keeps the settings and the state of the code that these go by. Those that the launcher's
@@ -208,9 +208,9 @@ def launch(
     if new := {job.folder: to_plain(job.config) for job in jobs if job.folder not in held}:
         write_submissions(folder, new, git_state(), git_difference())
     ended: list[JobReturn] = []
+    size = at_once if at_once and at_once > 0 else max(1, len(jobs))
     with Heartbeat(folder):
-        while len(ended) < len(jobs):
-            batch = jobs[len(ended) :][:at_once]
+        for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
             sweeper.launcher.jobs = batch
             with on_signals(interrupt, once=False):
                 returns = sweeper.launcher.launch([job.launched for job in batch], len(ended))
@@ -441,11 +441,12 @@ def in_launch_order(jobs: Sequence[Job]) -> list[Job]:
     """Jobs so that what is distinct starts first: see the module's beginning."""
     order: dict[str, Job] = {}
     covered: set[tuple[Any, ...]] = set()
-    for depth in range(1, 1 + max(len(job.phases) for job in jobs)):
-        for job in jobs:
-            if len(job.phases) >= depth and prefix_of(job, depth) not in covered:
+    runs = [prefixes(job) for job in jobs]
+    for depth in range(max(map(len, runs))):
+        for job, run in zip(jobs, runs, strict=True):
+            if depth < len(run) and run[depth] not in covered:
                 order.setdefault(job.folder, job)
-                covered |= {prefix_of(job, d) for d in range(1, len(job.phases) + 1)}
+                covered.update(run)
     return list((order | {job.folder: job for job in jobs}).values())
 
 
@@ -460,10 +461,9 @@ def describe_work(
 
     Raises ConfigError for a device that is not here, where here is where the jobs run.
     """
-    planned = sum(len(job.phases) for job in jobs)
-    runs = [[prefix_of(job, d) for d in range(1, 1 + len(job.phases))] for job in jobs]
-    distinct = {prefix for run in runs for prefix in run}
-    text = f"{planned} phases planned: {len(distinct)} distinct phases"
+    runs = [prefixes(job) for job in jobs]
+    distinct = set(itertools.chain.from_iterable(runs))
+    text = f"{sum(map(len, runs))} phases planned: {len(distinct)} distinct phases"
     if jobs_run_elsewhere(sweeper):
         # What is stored is stored for a kind of machine, which may not be this one's.
         return f"{text}; what is stored for the machines that run them is not known here"
@@ -473,14 +473,14 @@ def describe_work(
     for job, run, stored in zip(jobs, runs, followed, strict=True):
         for prefix, phase, found in zip(run, job.phases, stored, strict=True):
             flops = training_flops(phase, job.config.data.seq_len, len(job.corpus.train))
-            progress = PhaseProgress(flops.head + flops.body, phase.stop.max_epochs)
-            if found is not None:
-                progress = replace(
-                    progress,
-                    epochs=sum(each.epoch > 0 for each in found.epochs),
-                    seconds=sum(e.train_seconds + e.evaluation_seconds for e in found.epochs),
-                    complete=found.selected is not None,
-                )
+            epochs = found.epochs if found else ()
+            progress = PhaseProgress(
+                flops.head + flops.body,
+                phase.stop.max_epochs,
+                epochs=sum(each.epoch > 0 for each in epochs),
+                seconds=sum(each.train_seconds + each.evaluation_seconds for each in epochs),
+                complete=found is not None and found.selected is not None,
+            )
             # Jobs that share a phase may stop it differently: it is complete when all would.
             before = phases.setdefault(prefix, progress)
             if before.complete and not progress.complete:
@@ -498,16 +498,18 @@ def describe_work(
     )
 
 
-def prefix_of(job: Job, depth: int) -> tuple[Any, ...]:
-    """What the first `depth` phases of a job are, for comparing jobs.
+def prefixes(job: Job) -> list[tuple[Any, ...]]:
+    """What each phase of a job is together with those before it, for comparing jobs.
 
-    The last one's stopping rule is left out, since it only reads its trajectory. What reuses
-    nothing is shared with nobody.
+    Its own stopping rule is left out, since it only reads its trajectory. What reuses nothing is
+    shared with nobody.
     """
     config = job.config
-    *before, last = job.phases[:depth]
     where = config.data, config.device, config.threads, None if config.reuse else job.folder
-    return (*where, *before, replace(last, stop=ANY_STOP))
+    return [
+        (*where, *job.phases[:depth], replace(phase, stop=ANY_STOP))
+        for depth, phase in enumerate(job.phases)
+    ]
 
 
 def _completed(folder: Path, config: Config) -> bool:

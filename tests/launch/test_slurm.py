@@ -364,13 +364,13 @@ def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
     assert set(weights(sweep.folder).values()) == {undisturbed[1]}
 
 
-@pytest.fixture(scope="module")
-def edited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def test_what_is_edited_while_jobs_queue_has_no_effect_and_the_same_command_waits_for_them(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """Two jobs, one of which will fail, in the queue while their command and all else changes."""
     if not shutil.which("git"):
         pytest.skip("git is not there")
-    folder = tmp_path_factory.mktemp("edited")
-    code = folder / "checkout"
+    code = tmp_path / "checkout"
     for name in ("proglayer", "hydra_plugins", "conf"):
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", code)
@@ -388,77 +388,53 @@ def edited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     rates = code / "conf/lr/reduced.yaml"
     rates.write_text(rates.read_text().replace("factor:", "factors:"))
     (code / "conf/growth/random.yaml").unlink()
-    (code / "proglayer/training/trainer.py").write_text(
-        "raise RuntimeError('the code of another branch')"
-    )
+    (code / "proglayer/training/trainer.py").write_text("raise RuntimeError('another branch')")
     git("commit", "-qam", "another branch")
     git("checkout", "-q", "submitted")
 
     rates_of_jobs = ("lr.base=0.001,1e15", "optimizer.clip_norm=null", "seed=7")
     held = "+hydra.launcher.additional_parameters.hold=true"
-    sweep = Sweep(cluster, folder / "s", (*SHORT, "threads=1", *rates_of_jobs, held), code)
+    sweep = Sweep(cluster, tmp_path / "s", (*SHORT, "threads=1", *rates_of_jobs, held), code)
     sweep.start()
     cluster.until(lambda: len(sweep.numbers) == 2, 60)
-    found: dict[str, Any] = {"sweep": sweep, "commit": commit, "statuses": sweep.statuses()}
-    found["numbers"] = sweep.numbers
+    numbers = sweep.numbers
+    assert sweep.statuses() == ["pending", "pending"]
     assert sweep.process is not None
     sweep.process.kill()
     sweep.finish()
 
     settings = code / "conf/config.yaml"
     settings.write_text(settings.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
-    found["with other settings"] = sweep.start().finish()
+    status, out = sweep.start().finish()
+    assert status == 1
+    assert "is in the queue with other settings" in out
     git("checkout", "-q", "--", "conf")
     sweep.start()
     assert sweep.process is not None
     assert sweep.process.stdout is not None
-    for line in sweep.process.stdout:
-        if "Slurm" in line:
-            found["again"] = line.strip()
-            break
+    waits = next(line.strip() for line in sweep.process.stdout if "Slurm" in line)
+    assert waits == "in Slurm's queue already: 2 jobs"
     git("checkout", "-q", "later")
-    for number in found["numbers"]:
+    for number in numbers:
         cluster.ask("scontrol", "release", number)
-    found["status"], found["out"] = sweep.finish()
-    return found
+    status, out = sweep.finish()
+    assert sweep.numbers == numbers
 
-
-def test_what_is_edited_while_jobs_queue_has_no_effect_and_the_log_says_so(
-    cluster: Cluster, edited: dict[str, Any]
-) -> None:
-    sweep = edited["sweep"]
-    assert edited["statuses"] == ["pending", "pending"]
     record = sweep.record("0")
     assert record["status"] == "completed", record["reason"]
-    assert record["git"]["commit"] == edited["commit"]
+    assert record["git"]["commit"] == commit
+    assert record["config"]["lr"]["factor"]["new"] == 0.1
     log = next(sweep.folder.glob("0_*/train.log")).read_text()
     # Settings are handed over as they were composed, so only the code can have changed.
     (warning,) = [line for line in log.splitlines() if "changed since this job was" in line]
     assert "proglayer/training/trainer.py" in warning
-    assert record["config"]["lr"]["factor"]["new"] == 0.1
-
-
-def test_the_command_again_waits_for_the_jobs_that_slurm_holds(
-    cluster: Cluster, edited: dict[str, Any]
-) -> None:
-    status, out = edited["with other settings"]
+    # One that fails is failed for Slurm and in the table.
+    assert [cluster.state(number)["JobState"] for number in numbers] == ["COMPLETED", "FAILED"]
     assert status == 1
-    assert "is in the queue with other settings" in out
-    assert edited["again"] == "in Slurm's queue already: 2 jobs"
-    assert edited["sweep"].numbers == edited["numbers"]
-
-
-def test_a_failed_job_is_failed_for_slurm_and_in_the_table(
-    cluster: Cluster, edited: dict[str, Any]
-) -> None:
-    good, bad = (cluster.state(number) for number in edited["numbers"])
-    assert (good["JobState"], bad["JobState"]) == ("COMPLETED", "FAILED")
-    assert edited["status"] == 1
-    assert "2 runs: 1 completed, 1 failed" in edited["out"]
-    folder = next(edited["sweep"].folder.glob("1_*"))
-    assert (
-        "lower lr.base" in (folder / "slurm.err").read_text() + (folder / "slurm.out").read_text()
-    )
+    assert "2 runs: 1 completed, 1 failed" in out
+    (folder,) = sweep.folder.glob("1_*")
+    printed = (folder / "slurm.err").read_text() + (folder / "slurm.out").read_text()
+    assert "lower lr.base" in printed
 
 
 def test_a_job_whose_node_died_is_lost_and_the_same_command_resumes_it(
