@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import socket
 import stat
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from hydra import compose, initialize_config_dir
@@ -21,6 +25,7 @@ from omegaconf import DictConfig
 from proglayer.config import Config, register, to_config
 from proglayer.data.corpus import Corpus
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -131,6 +136,40 @@ def environment(folder: Path) -> dict[str, str]:
     """That of a command whose store is `folder/stages`; workers import the package by name."""
     own = {"PROGLAYER_STAGES": str(folder / "stages"), "PYTHONPATH": str(ROOT)}
     return {**os.environ, **own}
+
+
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """`python train.py ...` in a process of its own that works in `folder`, the output in one."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=folder, env=environment(folder) | variables, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def until(there: Callable[[], T], process: subprocess.Popen[str] | None = None) -> T:
+    """What `there` gives once it gives something, while the command goes on."""
+    deadline = time.monotonic() + 100
+    while not (found := there()):
+        if process is not None:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def worker_of(job: Path) -> int | None:
+    """The process that is at work on a job and has recorded an epoch."""
+    with contextlib.suppress(OSError, ValueError):
+        if (job / "metrics.csv").exists() and not (job / "result.json").exists():
+            return json.loads((job / "heartbeat.json").read_text())["process"]
+    return None
+
+
+def at_work(sweep: Path) -> dict[Path, int]:
+    """The process of each job of a sweep that is between its first epoch and its end."""
+    found = ((job, worker_of(job)) for job in sweep.glob("[0-9]*"))
+    return {job: process for job, process in found if process is not None}
 
 
 def is_running(process: int) -> bool:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ..helpers import ROOT, SHORT, assert_same_bits, epochs_trained, experiments, free_port, results
+from ..helpers import (
+    ROOT,
+    SHORT,
+    assert_same_bits,
+    at_work,
+    epochs_trained,
+    experiments,
+    free_port,
+    results,
+    start,
+    until,
+)
 
 pytestmark = [
     pytest.mark.cluster,
@@ -47,12 +55,8 @@ ENVIRONMENT = {
 
 def sweep(folder: Path, *arguments: str, stages: str) -> subprocess.Popen[str]:
     """The command, started in `folder` with a store of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *arguments]
     variables = {**ENVIRONMENT, "PROGLAYER_STAGES": str(folder / stages)}
-    return subprocess.Popen(
-        command, cwd=folder, env=variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return start(folder, "-m", *arguments, **variables)
 
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
@@ -60,24 +64,6 @@ def ended(process: subprocess.Popen[str], status: int = 0) -> str:
     out, _ = process.communicate(timeout=200)
     assert process.returncode == status, out
     return out
-
-
-def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    """What `there` gives once it gives something, while the command goes on."""
-    deadline = time.monotonic() + 100
-    while not (found := there()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
-
-
-def worker_of(job: Path) -> int | None:
-    """The process that is at work on a job and has recorded an epoch."""
-    with contextlib.suppress(OSError, ValueError):
-        if (job / "metrics.csv").exists() and not (job / "result.json").exists():
-            return json.loads((job / "heartbeat.json").read_text())["process"]
-    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,9 +163,9 @@ def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path
     process = sweep(tmp_path, *on_ray, "hydra.sweep.dir=died", stages="again")
 
     def at_work_on_second() -> list[Path]:
-        jobs = [(job, worker) for job in died.glob("[0-9]*") if (worker := worker_of(job))]
+        jobs = at_work(died)
         workers = cluster.workers(1) if jobs else []
-        return [job for job, worker in jobs if worker in workers]
+        return [job for job, worker in jobs.items() if worker in workers]
 
     (job,) = until(at_work_on_second, process)
     cluster.kill_node(1)
@@ -202,12 +188,11 @@ def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
     task = ("hydra.launcher.ray.remote.max_retries=0", "hydra.launcher.ray.remote.num_cpus=2")
     local = (RAY, *task, "hydra.launcher.ray.init.num_cpus=4")
     process = sweep(tmp_path, *SHORT, *jobs, *local, stages="stages")
-
-    def worker() -> int | None:
-        found = [worker_of(job) for job in tmp_path.glob("s/0_*")]
-        return found[0] if found else None
-
-    os.kill(until(worker, process), signal.SIGKILL)
+    (worker,) = until(
+        lambda: [pid for job, pid in at_work(tmp_path / "s").items() if job.name[:2] == "0_"],
+        process,
+    )
+    os.kill(worker, signal.SIGKILL)
     out = ended(process, status=1)
     diverged, well, also_diverged = results(tmp_path / "s")
     assert [r["status"] for r in (diverged, well, also_diverged)] == [
@@ -227,7 +212,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> No
     jobs = (*SHORT, "seed=1,2,3", "hydra.sweep.dir=s", RAY)
     jobs += ("phase.max_epochs=60", "phase.patience=60", "hydra.launcher.ray.init.num_cpus=2")
     process = sweep(tmp_path, *jobs, stages="stages")
-    until(lambda: sum(map(bool, map(worker_of, tmp_path.glob("s/*")))) == 2, process)
+    until(lambda: len(at_work(tmp_path / "s")) == 2, process)
     process.send_signal(signal.SIGINT)
     ended(process, status=130)
     stopped = results(tmp_path / "s")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,7 @@ from proglayer.report.sequential import Design, Looks, read_looks, write_looks
 from proglayer.report.write import write_report
 
 from .. import synthetic
-from ..helpers import SHORT, Command, assert_same_bits, results
-from .test_sweep import command
+from ..helpers import SHORT, Command, assert_same_bits, results, start, until
 
 BOTH = "model=standard,deep_supervision"
 SETTLE = (
@@ -85,11 +83,9 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
     for name in ("s", "stages"):
         (tmp_path / name).rename(tmp_path / f"whole_{name}")
 
-    process = command(tmp_path, *settle, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = start(tmp_path, "-m", *settle, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     # Until its second batch has begun.
-    while not list(tmp_path.glob("s/4_*/metrics.csv")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    until(lambda: [*tmp_path.glob("s/4_*/metrics.csv")], process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     looks = read_looks(tmp_path / "s")

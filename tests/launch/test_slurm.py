@@ -20,7 +20,16 @@ from typing import Any
 
 import pytest
 
-from ..helpers import ROOT, SHORT, Command, experiments, free_port, results
+from ..helpers import (
+    ROOT,
+    SHORT,
+    Command,
+    assert_same_bits,
+    epochs_trained,
+    experiments,
+    free_port,
+    results,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -35,30 +44,6 @@ LONG = (
     "phase.patience=60",
     "checkpoint_every_s=1",
 )
-
-
-def need_slurm() -> None:
-    """Skip where there is no Slurm and none can be installed."""
-    pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    if shutil.which("slurmctld", path=SBIN) and shutil.which("munged", path=SBIN):
-        return
-    if os.environ.get("PROGLAYER_TEST_INSTALL") != "yes":
-        pytest.skip("no Slurm here; PROGLAYER_TEST_INSTALL=yes would have it installed")
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip("no Slurm here: to install it takes root and apt-get")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    patience = ("-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=15")
-    for command in ("update",), ("install", "-y", "--no-install-recommends", "slurm-wlm", "munge"):
-        try:
-            done = subprocess.run(
-                ["apt-get", "-q", *patience, *command],
-                env=environment, capture_output=True, text=True, timeout=180,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"no Slurm here: apt-get {command[0]} took more than 180 s")
-        if done.returncode and command[0] == "install":
-            answer = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            pytest.skip(f"no Slurm here, and it cannot be installed: {answer[-1]}")
 
 
 SBIN = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -204,7 +189,9 @@ PartitionName=urgent Nodes=ALL State=UP PriorityTier=9
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    need_slurm()
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    if not all(shutil.which(daemon, path=SBIN) for daemon in ("slurmctld", "munged")):
+        pytest.skip("no Slurm here")
     there = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         there.up()
@@ -276,14 +263,6 @@ class Sweep:
         return {}
 
 
-def figures(record: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What must be the same wherever and however often interrupted a run was."""
-    assert record["status"] == "completed", record["reason"]
-    return [
-        (p["stage"], p["epochs"], p["best_epoch"], p["best"], p["exits"]) for p in record["phases"]
-    ]
-
-
 def weights(sweep: Path) -> dict[str, bytes]:
     """Each job's number in the sweep -> its weights."""
     paths = sweep.glob("*/weights.safetensors")
@@ -291,15 +270,15 @@ def weights(sweep: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], bytes]:
-    """Figures and weights of a run of LONG that nothing interrupted."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes]:
+    """Record and weights of a run of LONG that nothing interrupted."""
     folder = tmp_path_factory.mktemp("undisturbed")
     subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *LONG, "stages.dir=stages", "hydra.run.dir=run"],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
     )  # fmt: skip
-    record = json.loads((folder / "run/result.json").read_text())
-    return figures(record), (folder / "run/weights.safetensors").read_bytes()
+    (record,) = results(folder)
+    return record, (folder / "run/weights.safetensors").read_bytes()
 
 
 def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit(
@@ -313,12 +292,9 @@ def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit
 
     there, here = results(tmp_path / "there"), results(tmp_path / "here")
     assert len(there) == 2 * len(experiments()) == 20
-    assert [figures(record) for record in there] == [figures(record) for record in here]
+    assert_same_bits(there, here)
     assert weights(tmp_path / "there") == weights(tmp_path / "here")
-    trained: dict[str, int] = {}
-    for phase in (phase for record in there for phase in record["phases"]):
-        epochs = phase["work"]["epochs_trained"]
-        trained[phase["stage"]] = trained.get(phase["stage"], 0) + epochs
+    trained = epochs_trained(there)
     stored = {
         stage: len(list((tmp_path / "stages" / stage).glob("epoch-*.json"))) for stage in trained
     }
@@ -328,7 +304,7 @@ def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit
 
 
 def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
-    cluster: Cluster, undisturbed: tuple[list[Any], bytes], tmp_path: Path
+    cluster: Cluster, undisturbed: tuple[dict[str, Any], bytes], tmp_path: Path
 ) -> None:
     """By `scontrol requeue`, by one with precedence, and by the end of its time."""
     # Slurm looks after limits twice a minute: the signal comes 20 to 50 s after a job's start.
@@ -358,7 +334,7 @@ def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
     log = next(sweep.folder.glob("1_*/train.log")).read_text()
     assert "stopped by SIGUSR2; it goes on when its scheduler starts it again" in log
     for job in ("0", "1"):
-        assert figures(sweep.record(job)) == undisturbed[0]
+        assert_same_bits([sweep.record(job)], [undisturbed[0]])
         trained = sum(p["work"]["epochs_trained"] for p in sweep.record(job)["phases"])
         assert trained < sum(p["epochs"] for p in sweep.record(job)["phases"])
     assert set(weights(sweep.folder).values()) == {undisturbed[1]}
@@ -438,7 +414,7 @@ def test_what_is_edited_while_jobs_queue_has_no_effect_and_the_same_command_wait
 
 
 def test_a_job_whose_node_died_is_lost_and_the_same_command_resumes_it(
-    cluster: Cluster, undisturbed: tuple[list[Any], bytes], tmp_path: Path
+    cluster: Cluster, undisturbed: tuple[dict[str, Any], bytes], tmp_path: Path
 ) -> None:
     # Slurm would start it again itself.
     jobs = (*LONG, "~hydra.launcher.additional_parameters.requeue",
@@ -465,7 +441,7 @@ def test_a_job_whose_node_died_is_lost_and_the_same_command_resumes_it(
     status, out = sweep.start().finish()
     assert status == 0, out
     record = sweep.record("0")
-    assert figures(record) == undisturbed[0]
+    assert_same_bits([record], [undisturbed[0]])
     assert weights(sweep.folder) == {"0": undisturbed[1]}
     assert record["phases"][0]["work"]["epochs_reused"] >= 5
 

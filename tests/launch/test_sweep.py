@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +29,13 @@ from ..helpers import (
     ROOT,
     SHORT,
     Command,
+    at_work,
     contents,
-    environment,
     experiments,
     is_running,
     results,
+    start,
+    until,
 )
 
 # One epoch of a run that takes a moment.
@@ -94,32 +94,6 @@ def test_a_command_whose_output_nobody_reads_goes_on_and_says_so(
     assert len(results(tmp_path)) == (2 if jobs else 1)
 
 
-def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A sweep in a process of its own, which has `folder` for its results and its store."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "-m", *arguments],
-        cwd=folder, env=environment(folder), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def at_work(process: subprocess.Popen[str], sweep: Path, jobs: int) -> list[Path]:
-    """Wait for so many jobs to be between their first epoch and their end; gives their folders."""
-    deadline = time.monotonic() + 100
-    while True:
-        found = [
-            metrics.parent
-            for metrics in sweep.glob("*/metrics.csv")
-            if metrics.with_name("heartbeat.json").exists()
-            and not metrics.with_name("result.json").exists()
-        ]
-        if len(found) >= jobs:
-            return found
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
     train: Command, tmp_path: Path
 ) -> None:
@@ -128,11 +102,11 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
         *SHORT, "phase=from_scratch", "phase.max_epochs=40", "phase.patience=40", "seed=1,2,3",
         "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
-    process = command(tmp_path, *jobs)
-    first, *_ = at_work(process, tmp_path / "s", 2)
+    process = start(tmp_path, "-m", *jobs)
+    until(lambda: len(at_work(tmp_path / "s")) == 2, process)
     # A terminal tells every process of the command, `kill` only the first: so one worker is told by
     # both, the other by the first process alone.
-    worker = json.loads((first / "heartbeat.json").read_text())["process"]
+    worker, _ = at_work(tmp_path / "s").values()
     assert worker != process.pid
     os.kill(worker, signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -141,7 +115,7 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert "Traceback" not in out
     assert [r["reason"] for r in results(tmp_path / "s")] == ["stopped by SIGINT"] * 2
     assert "2 interrupted, 1 waiting" in out
-    process = command(tmp_path, *jobs)
+    process = start(tmp_path, "-m", *jobs)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out
     records = results(tmp_path / "s")
@@ -160,9 +134,9 @@ def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
         *SHORT, "phase=from_scratch", "phase.max_epochs=400", "phase.patience=400", "seed=1,2,3",
         "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
-    process = command(tmp_path, *jobs)
-    folders = at_work(process, tmp_path / "s", 2)
-    workers = [json.loads((f / "heartbeat.json").read_text())["process"] for f in folders]
+    process = start(tmp_path, "-m", *jobs)
+    until(lambda: len(at_work(tmp_path / "s")) == 2, process)
+    workers = [*at_work(tmp_path / "s").values()]
     process.send_signal(getattr(signal, name))
     # The pipe of its output is closed only once its workers have ended, too.
     out, _ = process.communicate(timeout=60)
@@ -193,11 +167,11 @@ def test_settings_edited_while_jobs_of_joblib_wait_change_none(tmp_path: Path) -
     rates = tmp_path / "mine/lr/mine.yaml"
     rates.parent.mkdir(parents=True)
     rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
-    process = command(
-        tmp_path, "--config-dir", str(tmp_path / "mine"), "lr=mine", *QUICK, "seed=range(1,5)",
+    process = start(
+        tmp_path, "-m", "--config-dir", "mine", "lr=mine", *QUICK, "seed=range(1,5)",
         "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
-    at_work(process, tmp_path / "s", 1)
+    until(lambda: at_work(tmp_path / "s"), process)
     # Half done: no job could be composed from this.
     rates.write_text(rates.read_text().replace("factor:", "factors:"))
     out, _ = process.communicate(timeout=100)
