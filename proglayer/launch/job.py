@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from proglayer import files
-from proglayer.config import Config, OnError, flat_settings, to_config, to_plain
+from proglayer.config import Config, OnError, flat_settings, to_config, to_plain, with_defaults
 from proglayer.errors import (
     FAILED,
     ConfigError,
@@ -32,7 +32,7 @@ from proglayer.errors import (
     run_command,
     with_type,
 )
-from proglayer.launch.common import FolderInUse, sole_writer, threads_per_job
+from proglayer.launch.common import FolderInUse, record_of, sole_writer, threads_per_job
 from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, in_one_line
 from proglayer.launch.composing import file_problem as settings_file_problem
 from proglayer.launch.overrides import check_arguments
@@ -40,12 +40,10 @@ from proglayer.launch.snapshot import changed_files
 from proglayer.store.record import (
     METRICS,
     RESULT,
-    RecordError,
     RunRecord,
     RunState,
     failed_job,
     note_failed_job,
-    read_record,
     write_record,
 )
 
@@ -212,21 +210,20 @@ def _run(config: Config, hydra: HydraConf, folder: Path, prune: Prune | None = N
 
 def _check_other_run(folder: Path, config: Config) -> None:
     """Raise ConfigError where a folder holds what a run with other settings came to."""
-    with contextlib.suppress(RecordError):
-        record = read_record(folder)
-        if record is None or record.status is not RunState.completed or not record.config:
-            return
-        from proglayer.results import NOT_THE_EXPERIMENT
-        from proglayer.run.machine import with_precision
+    record = record_of(folder)
+    if record.status is not RunState.completed or not record.config:
+        return
+    from proglayer.results import NOT_THE_EXPERIMENT
+    from proglayer.run.machine import with_precision
 
-        then = dict(flat_settings(record.config))
-        now = dict(flat_settings(to_plain(with_precision(config)[0])))
-        compared = [name for name in now if name not in NOT_THE_EXPERIMENT]
-        if other := [name for name in compared if then.get(name) != now[name]]:
-            raise ConfigError(
-                f"hydra.run.dir={folder} holds a completed run with other settings "
-                f"({', '.join(other)}): choose another folder"
-            )
+    then = dict(flat_settings(with_defaults(record.config)))
+    now = dict(flat_settings(to_plain(with_precision(config)[0])))
+    compared = [name for name in now if name not in NOT_THE_EXPERIMENT]
+    if other := [name for name in compared if then.get(name) != now[name]]:
+        raise ConfigError(
+            f"hydra.run.dir={folder} holds a completed run with other settings "
+            f"({', '.join(other)}): choose another folder"
+        )
 
 
 def leave_report(folder: Path, *before: Path) -> None:
