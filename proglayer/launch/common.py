@@ -250,11 +250,12 @@ def jobs_at_once(launcher: Mapping[str, Any]) -> int:
     for 0.
     """
     given = launcher.get("n_jobs")
-    if not isinstance(given, (int, NoneType)) or isinstance(given, bool):
-        raise ConfigError(f"hydra.launcher.n_jobs={given} is no whole number of jobs at once")
     jobs = 1 if given is None else given
-    if jobs == 0:
-        raise ConfigError("hydra.launcher.n_jobs=0 runs nothing: give at least 1, or -1 for all")
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs == 0:
+        raise ConfigError(
+            f"hydra.launcher.n_jobs={jobs} runs nothing: give a whole number from 1, or -1 for all "
+            "cores"
+        )
     return jobs if jobs > 0 else max(1, cores() + 1 + jobs)
 
 
