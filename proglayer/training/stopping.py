@@ -29,31 +29,17 @@ class EpochMetrics:
         return perplexity(self.validation_loss)
 
 
-class Best:
-    """The best epoch so far by a stopping rule; the only place where it is kept.
+def best_of(epochs: Iterable[EpochMetrics], rule: StoppingRule) -> EpochMetrics | None:
+    """The best of `epochs`, in their order; the only place that says which it is.
 
     An epoch is an improvement when its validation loss is lower than that of the best so far minus
-    `min_delta`. The first epoch is always one.
+    `min_delta`. The first epoch is always one. Returns None where there is no epoch.
     """
-
-    def __init__(self, rule: StoppingRule) -> None:
-        self.rule = rule
-        self.epoch: EpochMetrics | None = None
-
-    def read(self, metrics: EpochMetrics) -> EpochMetrics:
-        """Take in the next epoch. Returns the best up to and including it."""
-        best = self.epoch
-        if best is None or self.rule.improves(metrics.validation_loss, best.validation_loss):
-            best = self.epoch = metrics
-        return best
-
-
-def best_of(epochs: Iterable[EpochMetrics], rule: StoppingRule) -> EpochMetrics | None:
-    """The best of `epochs`, in their order, by `rule`. Returns None where there is no epoch."""
-    best = Best(rule)
+    best = None
     for metrics in epochs:
-        best.read(metrics)
-    return best.epoch
+        if best is None or rule.improves(metrics.validation_loss, best.validation_loss):
+            best = metrics
+    return best
 
 
 @dataclass(frozen=True)
@@ -70,16 +56,17 @@ def follow(
     epochs: Iterable[EpochMetrics],
     on_epoch: Callable[[EpochMetrics, EpochMetrics], None] | None = None,
 ) -> Stopped | None:
-    """Read epochs until the rule says stop; select the last improvement (see `Best`).
+    """Read epochs until the rule says stop; select the last improvement (see `best_of`).
 
     `patience` epochs in a row without an improvement stop it, and so do `max_epochs`. `on_epoch`
     is called with each epoch and the best so far. Returns None if the epochs end first.
     """
-    best_so_far = Best(rule)
     read: list[EpochMetrics] = []
+    best = None
     for metrics in epochs:
         read.append(metrics)
-        best = best_so_far.read(metrics)
+        best = best_of([metrics] if best is None else [best, metrics], rule)
+        assert best is not None
         if on_epoch is not None:
             on_epoch(metrics, best)
         waited = metrics.epoch - best.epoch

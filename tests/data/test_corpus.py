@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import collections
 import dataclasses
-import errno
 import json
 import lzma
 import os
@@ -27,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proglayer.config import ConfigError, DataConfig, DataSource, to_plain
+from proglayer.config import ConfigError, DataConfig, to_plain
 from proglayer.data import corpus as corpus_module
 from proglayer.data import sources
 from proglayer.data.corpus import Corpus, open_corpus
@@ -329,41 +328,6 @@ def test_fingerprint_knows_nothing_of_places_and_layout(tmp_path):
     assert same_tokens(here, wrapped)
 
 
-CHANGES = {
-    "source": DataSource.text,
-    "seq_len": 5,
-    "samples": 20,
-    "validation_samples": 5,
-    "lowercase": False,
-    "min_count": 5,
-    "max_vocab": 10,
-    "path": "elsewhere",
-    "files": ("notes.txt",),
-    "train_split": "validation",
-    "validation_split": "train",
-    "tokenizer": "bpe",
-    "tokenizer_revision": "main",
-}
-# Read where the text comes from a single data set or file, from a table, and from the hub.
-ELSEWHERE = {"held_out", "text_column", "repository", "configuration", "revision", "cache_dir"}
-
-
-def test_every_setting_is_classified():
-    assert CHANGES.keys() | ELSEWHERE == {field.name for field in dataclasses.fields(DataConfig)}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_every_setting_changes_the_corpus_or_is_refused(tmp_path, name):
-    data = release(write_release(tmp_path / "text"))
-    before = open_corpus(data).fingerprint
-    changed = dataclasses.replace(data, **{name: CHANGES[name]})
-    try:
-        after = open_corpus(changed).fingerprint
-    except ConfigError as error:
-        after = str(error)
-    assert after != before
-
-
 @pytest.mark.parametrize(
     ("source", "changes", "wanted"),
     [
@@ -539,8 +503,9 @@ def test_damage_to_a_large_entry_is_found_by_its_sizes(tmp_path, monkeypatch):
         assert same_tokens(open_corpus(data), sound)
 
 
-def test_stored_corpus_is_opened_fast_and_without_heavy_imports(tmp_path):
-    data = release(write_release(tmp_path / "text"))
+@both_tokenizers
+def test_stored_corpus_is_opened_fast_and_without_heavy_imports(tmp_path, tokens):
+    data = bpe_or_words(write_release(tmp_path / "text"), tokens)
     expected = open_corpus(data).fingerprint
     script = (
         "import numpy, time; cpu = time.process_time()\n"
@@ -550,7 +515,9 @@ def test_stored_corpus_is_opened_fast_and_without_heavy_imports(tmp_path):
     result, (seconds, modules) = answers(start(tmp_path, [data], script))
     assert result["fingerprint"] == expected
     assert seconds < 0.3
-    assert not {"datasets", "pyarrow", "pandas", "torch", "filelock"} & set(modules)
+    heavy = {"datasets", "pyarrow", "pandas", "torch", "filelock"}
+    heavy |= {"tokenizers", "transformers", "huggingface_hub"}
+    assert not heavy & set(modules)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
@@ -586,34 +553,27 @@ def test_cache_is_where_it_is_said_to_be(tmp_path, monkeypatch):
     assert len(list((tmp_path / "of the user").rglob("corpora/*/train.npy"))) == 1
 
 
-@pytest.mark.parametrize("mode", [0o555, 0o000])
+@pytest.mark.parametrize("mode", [0o555, 0o000, None])
 def test_folder_that_is_not_ours_is_one_clear_error(mode):
     # Outside tmp_path, which only its owner may enter.
     with tempfile.TemporaryDirectory() as name:
         folder = write_release(Path(name) / "text")
         closed = Path(name) / "closed"
-        closed.mkdir()
-        closed.chmod(mode)
+        if mode is None:
+            closed.touch()  # a file where the folder should be
+        else:
+            closed.mkdir(mode)
         Path(name).chmod(0o755)
-        data = release(folder, cache_dir=str(closed))
         user = os.geteuid()
-        if user == 0:
+        if user == 0 and mode is not None:
             os.seteuid(65534)  # permissions don't hold back root
         try:
             with pytest.raises(ConfigError, match="to a folder that can be written") as error:
-                open_corpus(data)
+                open_corpus(release(folder, cache_dir=str(closed)))
         finally:
             os.seteuid(user)
         closed.chmod(0o755)
-    assert "Permission denied" in one_line(error)
-
-
-def test_cache_dir_that_is_a_file_is_one_clear_error(tmp_path):
-    data = release(write_release(tmp_path / "text"), cache_dir=str(tmp_path / "file"))
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="to a folder that can be written") as error:
-        open_corpus(data)
-    one_line(error)
+    assert mode is None or "Permission denied" in one_line(error)
 
 
 def test_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
@@ -628,19 +588,6 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
     one_line(error)
     assert data.cache_dir is not None
     assert [path.suffix for path in (Path(data.cache_dir) / "corpora").iterdir()] == [".lock"]
-    assert len(open_corpus(data).train) > 0
-
-
-def test_disk_that_fills_up_at_the_last_moment(tmp_path, monkeypatch):
-    data = release(write_release(tmp_path / "text"))
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(ConfigError, match="no space left"):
-            open_corpus(data)
     assert len(open_corpus(data).train) > 0
 
 
@@ -864,17 +811,12 @@ def test_fewer_windows_than_asked_for_says_how_many(tmp_path):
         ({"samples": train + 1}, f"set data.samples={train} or fewer"),
         ({"samples": 10, "validation_samples": 999}, f"set data.validation_samples={validation}"),
         ({"samples": 1}, "data.samples=1 leaves no window for validation"),
+        ({"samples": train}, "a fifth of it for validation, asks for"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             open_corpus(release(folder, **changes))
         one_line(error)
     open_corpus(release(folder, samples=train, validation_samples=validation))
-
-
-def test_a_fifth_that_validation_does_not_have(tmp_path):
-    folder = write_release(tmp_path / "text", TRAIN, "a b c d e f")
-    with pytest.raises(ConfigError, match="a fifth of it for validation, asks for 2 windows"):
-        open_corpus(release(folder, samples=10))
 
 
 @pytest.mark.parametrize(

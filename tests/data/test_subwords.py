@@ -23,7 +23,6 @@ from proglayer.data.sources import TextSource
 
 from .test_corpus import (
     ROOT,
-    SCRIPT,
     TEXT,
     TRAIN,
     VALIDATION,
@@ -363,23 +362,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     assert int(done.stdout) < 10
 
 
-def test_words_load_nothing_of_tokenizers(tmp_path: Path) -> None:
-    data = release(write_release(tmp_path / "text"))
-    script = SCRIPT + "print(json.dumps(sorted(sys.modules)))"
-    _, modules = answers(start(tmp_path, [data], script))
-    assert not {"tokenizers", "transformers", "huggingface_hub"} & set(modules)
-
-
-def test_a_stored_corpus_loads_nothing_of_tokenizers(tmp_path: Path) -> None:
-    data = bpe(write_release(tmp_path / "text"))
-    expected = open_corpus(data).fingerprint
-    result, modules = answers(
-        start(tmp_path, [data], SCRIPT + "print(json.dumps(sorted(sys.modules)))")
-    )
-    assert result["fingerprint"] == expected
-    assert not {"tokenizers", "transformers", "huggingface_hub"} & set(modules)
-
-
 # ---------------------------------------------------------------------------------------------
 # Bad tokenizers
 
@@ -438,21 +420,3 @@ def test_without_the_library_the_extra_is_named(
     open_corpus(release(folder))
     with pytest.raises(ConfigError, match=r"data.tokenizer=bpe needs the extra hf: pip install"):
         open_corpus(bpe(folder))
-
-
-def test_a_run_trains_on_subwords_or_says_one_line(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TRAIN * 20)
-    command = [
-        *(sys.executable, "train.py", "data=text", f"data.files=[{text}]", "plan=true"),
-        *("data.tokenizer=bpe", "data.max_vocab=300", f"data.cache_dir={tmp_path / 'cache'}"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    wrong = [*command[:-2], "data.max_vocab=100", command[-1]]
-    done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: data.max_vocab=100 is too small for data.tokenizer=bpe, whose first 256 entries "
-        "are the bytes: take 257 or more"
-    ]

@@ -11,32 +11,25 @@ from torch import Tensor
 
 from proglayer.config import ConfigError
 from proglayer.training import frozen
-from proglayer.training.growth import build, grow
+from proglayer.training.growth import grow
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, evaluation_flops, plan, training_flops
-from proglayer.training.trainer import Training, evaluate
+from proglayer.training.plan import Phase, evaluation_flops, training_flops
+from proglayer.training.trainer import evaluate
 
-from ..helpers import TINY, config, tiny_corpus
-
-CPU = torch.device("cpu")
-CORPUS = tiny_corpus()
-
-
-def planned(*overrides: str) -> tuple[Phase, ...]:
-    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+from .tiny import CORPUS, CPU, begun, planned
 
 
 def grown(*overrides: str) -> tuple[Model, Phase]:
     """An initial model after an epoch and a growth, and the phase that goes on with it."""
     initial, phase = planned(*overrides)
-    training = Training(build(initial), initial, CORPUS, CPU)
+    training = begun(initial)
     training.train_epoch()
     return grow(training.model, phase), phase
 
 
 def train(model: Model, phase: Phase, epochs: int = 2) -> tuple[list[float], list[Tensor]]:
     """Losses and metrics of each epoch, and the weights after the last."""
-    training = Training(model, phase, CORPUS, CPU)
+    training = begun(phase, model)
     losses = []
     for _ in range(epochs):
         training.train_epoch()

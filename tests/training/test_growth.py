@@ -10,32 +10,18 @@ import torch
 from proglayer.config import ConfigError, GrowthInit
 from proglayer.training.growth import build, gate_value, grow
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, layer_sources, placements, plan
-from proglayer.training.trainer import Training, evaluate, set_gate
+from proglayer.training.plan import Phase, layer_sources, placements
+from proglayer.training.trainer import evaluate, set_gate
 
-from ..helpers import TINY, config, tiny_corpus
+from .tiny import CORPUS, CPU, begun, planned, trained
 
-CPU = torch.device("cpu")
-CORPUS = tiny_corpus()
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
-
-
-def planned(*overrides: str) -> tuple[Phase, ...]:
-    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
-
-
-def trained(phase: Phase) -> Model:
-    """A model whose gains are no longer 1 and whose layers differ."""
-    training = Training(build(phase), phase, CORPUS, CPU)
-    training.train_epoch()
-    training.finish_epoch()
-    return training.model
 
 
 def grown(norm: str, *overrides: str) -> tuple[Model, Model, Phase]:
     """A trained model of 3 layers, what it grew into, and the phase that begins there."""
     first, second, *_ = planned(f"model.norm={norm}", *overrides)
-    old = trained(first)
+    old = trained(first).model
     return old, grow(old, second), second
 
 
@@ -155,7 +141,7 @@ def test_zero_on_top_of_a_post_norm_model_keeps_every_most_likely_word() -> None
 @BOTH_NORMS
 def test_the_first_gradient_of_zero_layers_is_of_what_was_set_to_zero(norm: str) -> None:
     _, new, phase = grown(norm, "growth=zero", "added_layers=2", "freeze=none")
-    training = Training(new, phase, CORPUS, CPU)
+    training = begun(phase, new)
     training.loss(*training.windows.batch(torch.arange(8))).backward()
     moved = {
         name.split(".", 2)[2]
@@ -197,7 +183,7 @@ def test_a_gate_is_gone_when_its_epoch_ends(norm: str) -> None:
     """And while it opens, the model that trains is not the one without it."""
     _, new, phase = grown(norm, "growth=gate", "growth.gate_steps=2")
     gates = []
-    training = Training(new, phase, CORPUS, CPU)
+    training = begun(phase, new)
     training.train_epoch(lambda _: gates.append(None if new.gate is None else float(new.gate)))
     assert gates == [0.0, 0.5, None]
     assert new.gate is None
@@ -248,17 +234,14 @@ def test_what_was_zero_or_behind_a_gate_trains(init: str, position: str) -> None
         "pre", f"growth={init}", f"growth.position={position}", "growth.gate_steps=2"
     )
     before = {name: p.detach().clone() for name, p in new.named_parameters()}
-    training = Training(new, phase, CORPUS, CPU)
-    for _ in range(2):
-        training.train_epoch()
-        training.finish_epoch()
+    trained(phase, new, epochs=2)
     moved = {name for name, p in new.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in new.named_parameters() if p.requires_grad}
 
 
 def test_operators_in_a_row_grow_what_the_last_growth_left() -> None:
     phases = planned("growth=stack", "phase=one_at_a_time", "added_layers=2")
-    model = first = trained(phases[0])
+    model = first = trained(phases[0]).model
     for phase in phases[1:]:
         model = grow(model, phase)
     assert pattern(first, model) == "01200"
@@ -293,10 +276,10 @@ def test_the_final_norm_trains_and_is_frozen_with_the_head() -> None:
     initial, grown_phase = planned(
         "model.norm=pre", "freeze.steps=[{existing: 0, embedding: false, head: false}]"
     )
-    model = trained(initial)
+    model = trained(initial).model
     assert not torch.equal(model.norm.weight, torch.ones(8))
     new = grow(model, grown_phase)
-    training = Training(new, grown_phase, CORPUS, CPU)
+    training = begun(grown_phase, new)
     training.train_epoch()
     assert torch.equal(new.norm.weight, model.norm.weight)
     assert torch.equal(new.head.weight, model.head.weight)
@@ -304,7 +287,7 @@ def test_the_final_norm_trains_and_is_frozen_with_the_head() -> None:
 
 def test_the_loss_of_a_pre_norm_model_is_that_of_its_logits() -> None:
     phase = planned("model.norm=pre", "model=deep_supervision")[0]
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     input_nt, target_nt = training.windows.batch(torch.arange(8))
     expected = sum(
         torch.nn.functional.cross_entropy(

@@ -10,14 +10,11 @@ import torch.nn.functional as F
 
 from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
-from proglayer.training.plan import Phase, parameter_counts, plan
+from proglayer.training.plan import parameter_counts, plan
 from proglayer.training.transformer import Transformer, rotary_tables, rotate
 
-from ..helpers import TINY, config, experiments
-
-
-def planned(*overrides: str, vocab_size: int = 30) -> tuple[Phase, ...]:
-    return plan(config(*TINY, *overrides), vocab_size)
+from ..helpers import config, experiments
+from .tiny import planned
 
 
 def tokens(windows: int = 3, length: int = 8, vocab_size: int = 30) -> torch.Tensor:

@@ -10,31 +10,14 @@ from proglayer.training.growth import build, grow
 from proglayer.training.optim import build_optimizer, carried_tensors, optimizer_tensors, start_from
 from proglayer.training.plan import (
     ExitCurriculum,
-    Phase,
     parameter_counts,
-    plan,
     schedule_warnings,
     training_flops,
 )
 from proglayer.training.trainer import Training, evaluate
 
-from ..helpers import TINY, config, tiny_corpus
-
-CPU = torch.device("cpu")
-CORPUS = tiny_corpus()
-
-
-def planned(*overrides: str) -> tuple[Phase, ...]:
-    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
-
-
-def trained(phase: Phase, epochs: int = 1) -> Training:
-    training = Training(build(phase), phase, CORPUS, CPU)
-    for _ in range(epochs):
-        training.train_epoch()
-        training.finish_epoch()
-    return training
-
+from ..helpers import config
+from .tiny import CORPUS, CPU, begun, planned, trained
 
 # -- the loss -------------------------------------------------------------------------------------
 
@@ -91,7 +74,7 @@ def test_a_rotating_loss_reads_only_the_exits_of_its_step(monkeypatch: pytest.Mo
 def test_detached_exits_train_the_head_alone() -> None:
     phase = planned("model=deep_supervision", "loss.detach=true")[0]
     model = build(phase)
-    training = Training(model, phase, CORPUS, CPU)
+    training = begun(phase, model)
     input_nt, target_nt = training.windows.batch(torch.arange(8))
     training.loss(input_nt, target_nt).backward()
     detached = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -15,16 +15,10 @@ from proglayer.training.growth import build, grow
 from proglayer.training.optim import build_optimizer, role_of, set_trainable
 from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
 from proglayer.training.stopping import EpochMetrics, follow
-from proglayer.training.trainer import Diverged, NotCompiled, Training, evaluate
+from proglayer.training.trainer import Diverged, NotCompiled, evaluate
 
-from ..helpers import TINY, config, experiments, tiny_corpus
-
-CPU = torch.device("cpu")
-CORPUS = tiny_corpus()
-
-
-def planned(*overrides: str) -> tuple[Phase, ...]:
-    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+from ..helpers import config, experiments
+from .tiny import CORPUS, CPU, begun, planned, trained
 
 
 def epochs_with(perplexities: list[float]) -> Iterator[EpochMetrics]:
@@ -105,9 +99,7 @@ def test_frozen_tensors_do_not_move_by_a_bit_and_trained_ones_all_do() -> None:
     for phase in planned(*overrides):
         model = grow(model, phase)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        training = Training(model, phase, CORPUS, CPU)
-        training.train_epoch()
-        training.finish_epoch()
+        trained(phase, model)
         trainable = set(set_trainable(model, phase))
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == trainable
@@ -127,9 +119,7 @@ def test_a_compiled_body_trains_as_the_plain_one_in_every_phase(
     for phases in zip(planned("freeze=gradual"), compiled_phases, strict=True):
         models = [grow(model, phase) for model, phase in zip(models, phases, strict=True)]
         for model, phase in zip(models, phases, strict=True):
-            training = Training(model, phase, CORPUS, CPU)
-            training.train_epoch()
-            training.finish_epoch()
+            trained(phase, model)
         for plain, compiled in zip(*(model.parameters() for model in models), strict=True):
             assert plain.requires_grad == compiled.requires_grad
             torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
@@ -143,13 +133,13 @@ def test_a_body_that_cannot_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPa
     phase = planned("compile=true")[0]
     message = r"^compile=true fails here \(.*no compiler for this\): set compile=false$"
     with pytest.raises(NotCompiled, match=message):
-        Training(build(phase), phase, CORPUS, CPU).train_epoch()
+        begun(phase).train_epoch()
 
 
 def test_clipping_sees_only_what_trains() -> None:
     phase = planned()[1]
     model = grow(build(planned()[0]), phase)
-    training = Training(model, phase, CORPUS, CPU)
+    training = begun(phase, model)
     training.train_epoch()
     assert {id(p) for p in training.trainable} == {
         id(p) for p in model.parameters() if p.grad is not None
@@ -166,7 +156,7 @@ def test_training_is_the_plain_loop(model_name: str) -> None:
     from proglayer.training.streams import stream
 
     phase = planned(f"model={model_name}", "phase.batch_size=7")[0]
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     training.train_epoch()
     mean_loss, _ = training.finish_epoch()
 
@@ -213,10 +203,7 @@ def test_training_repeats_bit_for_bit_whatever_the_global_generators_do() -> Non
     for noise in (1, 2):
         torch.manual_seed(noise)
         phase = planned()[0]
-        training = Training(build(phase), phase, CORPUS, CPU)
-        for _ in range(2):
-            training.train_epoch()
-            training.finish_epoch()
+        training = trained(phase, epochs=2)
         runs.append(training.model.state_dict())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
@@ -225,7 +212,7 @@ def test_the_time_of_an_epoch_includes_the_wait_for_the_device_at_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     phase = planned()[0]
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     check_finite = training.check_finite
 
     def waiting() -> float:
@@ -239,7 +226,7 @@ def test_the_time_of_an_epoch_includes_the_wait_for_the_device_at_its_end(
 
 def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
     phase = planned()[0]
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     seen: list[list[int]] = []
     batch = training.windows.batch
 
@@ -258,7 +245,7 @@ def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
 
 def test_what_is_frozen_and_has_nothing_that_trains_below_records_no_gradients() -> None:
     for phase in planned("model=deep_supervision", "freeze=gradual"):
-        training = Training(_empty(phase), phase, CORPUS, CPU)
+        training = begun(phase, _empty(phase))
         hidden_entd = training.model(torch.zeros(2, 8, dtype=torch.long))
         lowest = 0 if phase.rates.embedding is not None else min(phase.trained_layers)
         assert [hidden.requires_grad for hidden in hidden_entd] == [
@@ -282,7 +269,7 @@ def test_what_is_frozen_and_has_nothing_that_trains_below_records_no_gradients()
 
 def test_the_schedule_reaches_the_optimizer() -> None:
     phase = planned("lr.schedule=linear", "lr.warmup_steps=2", "phase.max_epochs=2")[0]
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     rates = []
     training.train_epoch(lambda _: rates.append(training.optimizer.param_groups[0]["lr"]))
     assert rates == pytest.approx([0.005, 0.01, 0.01])
@@ -292,7 +279,7 @@ def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights() -> None:
     losses = {}
     for precision in ("float32", "bfloat16"):
         phase = planned(f"precision={precision}", "model=deep_supervision")[0]
-        training = Training(build(phase), phase, CORPUS, CPU)
+        training = begun(phase)
         training.train_epoch()
         losses[precision], _ = training.finish_epoch()
         assert {p.dtype for p in training.model.parameters()} == {torch.float32}
@@ -304,7 +291,7 @@ def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights() -> None:
 
 def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None:
     phase = planned("optimizer.clip_norm=null", "lr.base=1e15")[0]
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     with pytest.raises(Diverged, match=r"phase 1, epoch \d.*lower lr.base"):
         for _ in range(5):
             training.train_epoch()
@@ -315,7 +302,7 @@ def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None
 @pytest.mark.parametrize("model", ["standard", "deep_supervision"])
 def test_a_batch_in_parts_is_the_same_training_within_rounding(parts: int, model: str) -> None:
     whole, in_parts = (
-        Training(build(phase), phase, CORPUS, CPU)
+        begun(phase)
         for phase in (
             planned(f"model={model}")[0],
             planned(f"model={model}", f"phase.accumulate={parts}")[0],
@@ -333,7 +320,7 @@ def test_a_batch_in_parts_is_the_same_training_within_rounding(parts: int, model
 
 def test_no_more_windows_than_a_part_has_are_run_at_once() -> None:
     (phase,) = planned("phase=from_scratch", "phase.accumulate=4")
-    training = Training(build(phase), phase, CORPUS, CPU)
+    training = begun(phase)
     sizes: list[int] = []
     training.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     training.train_epoch()
@@ -343,7 +330,7 @@ def test_no_more_windows_than_a_part_has_are_run_at_once() -> None:
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_activations_formed_again_give_the_same_bits(norm: str) -> None:
     kept, again = (
-        Training(build(phase), phase, CORPUS, CPU)
+        begun(phase)
         for phase in (
             planned(f"model.norm={norm}", f"model.checkpoint_activations={value}")[0]
             for value in ("false", "true")
@@ -383,7 +370,7 @@ def test_the_plan_counts_the_products_of_the_body_that_a_step_forms(
     network = None
     for phase in planned(f"experiment={experiment}", f"model={model}", f"model.norm={norm}"):
         network = build(phase) if network is None else grow(network, phase)
-        training = Training(network, phase, CORPUS, CPU)
+        training = begun(phase, network)
         rows = torch.arange(phase.batch_size)
         with FlopCounterMode(display=False) as counter:
             training.loss(*training.windows.batch(rows)).backward()
