@@ -804,14 +804,11 @@ def _batch_problems(phase: PhaseConfig) -> Iterator[str]:
             yield f"phase.accumulate={number} does not divide phase.{part}batch_size={size}"
 
 
-# What the layers of these operators start from is an old layer.
-COPYING = (GrowthInit.copy, GrowthInit.stack, GrowthInit.middle, GrowthInit.zero, GrowthInit.gate)
-
-
 def _growth_problems(config: Config, layers: float) -> Iterator[str]:
     growth = config.growth
     grows = config.phase.schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
-    if grows and layers == 0 and growth.init in COPYING:
+    copies = growth.init is not GrowthInit.random
+    if grows and layers == 0 and copies:
         yield (
             f"growth.init={growth.init.name} has no layer to copy with initial_layers=0: "
             "take growth.init=random"
@@ -822,7 +819,7 @@ def _growth_problems(config: Config, layers: float) -> Iterator[str]:
             f"growth.position={growth.position.name} does not go with growth.init="
             f"{growth.init.name}, which has a place of its own: leave growth.position=top"
         )
-    if 0 < growth.noise <= 1 and growth.init not in COPYING:
+    if 0 < growth.noise <= 1 and not copies:
         yield (
             f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}, "
             "which copies no layer"
@@ -915,15 +912,15 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _exit_weight_problems(part: str, weights: Any) -> Iterator[str]:
-    if isinstance(weights, (list, tuple)):
-        numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
-        if len(numbers) != len(weights) or not weights:
-            yield f"{part}.exit_weights={shortened(weights)} must be numbers, one for each layer"
-        elif not all(0 <= w <= LARGE for w in numbers):
-            yield f"{part}.exit_weights={shortened(weights)} must be numbers from 0 to {LARGE:g}"
-    elif not (isinstance(weights, str) and weights in ExitWeights.__members__):
+    given = weights if isinstance(weights, (list, tuple)) else []
+    numbers = [w for w in given if isinstance(w, (int, float)) and not isinstance(w, bool)]
+    weighs = bool(given) and len(numbers) == len(given) and all(0 <= w <= LARGE for w in numbers)
+    if not weighs and not (isinstance(weights, str) and weights in ExitWeights.__members__):
         names = ", ".join(ExitWeights.__members__)
-        yield f"{part}.exit_weights={shortened(weights)} is none of {names}, nor a list of numbers"
+        yield (
+            f"{part}.exit_weights={shortened(weights)} is none of {names}, nor a list of numbers "
+            f"from 0 to {LARGE:g}, one for each layer"
+        )
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -934,17 +931,14 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _rate_problems(lr: LrConfig) -> Iterator[str]:
-    if 0 < lr.final_factor <= 1 and lr.schedule is ScheduleShape.constant:
-        yield (
-            f"lr.final_factor={lr.final_factor} changes nothing with lr.schedule=constant: take "
-            "lr.schedule=cosine, linear or wsd"
-        )
     shape = lr.schedule if lr.grown.schedule is None else lr.grown.schedule
-    if lr.grown.final_factor and shape is ScheduleShape.constant:
-        yield (
-            f"lr.grown.final_factor={lr.grown.final_factor} changes nothing with a constant "
-            "schedule: take lr.grown.schedule=cosine, linear or wsd"
-        )
+    grown = "lr.grown", shape, lr.grown.final_factor
+    for part, shape, factor in (("lr", lr.schedule, lr.final_factor), grown):
+        if shape is ScheduleShape.constant and 0 < (factor or 0) <= 1:
+            yield (
+                f"{part}.final_factor={factor} changes nothing with a constant schedule: take "
+                f"{part}.schedule=cosine, linear or wsd"
+            )
 
 
 def _logger_problems(logger: LoggerConfig) -> Iterator[str]:

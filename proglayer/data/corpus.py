@@ -37,7 +37,7 @@ from proglayer.config import WORDS, DataConfig
 from proglayer.data import subwords
 from proglayer.data.sources import TextSource, open_source
 from proglayer.data.subwords import TOKENIZER_FILE, Subwords, open_subwords
-from proglayer.errors import DISK_FULL, ConfigError, first_line
+from proglayer.errors import ConfigError, file_problem, first_line
 
 Notify = Callable[[str], None]
 
@@ -541,15 +541,9 @@ def _cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise ConfigError(
-                f"no space left to store the corpus in {folder}: make room (a word takes four "
-                "bytes), or set data.cache_dir to a folder with more"
-            ) from error
-        raise ConfigError(
-            f"the corpus can't be kept in {folder} ({error.strerror or error}): "
-            "set data.cache_dir to a folder that can be written"
-        ) from error
+        named = OSError(error.errno, error.strerror or str(error), str(folder))
+        advice = "set data.cache_dir to a folder that can be written"
+        raise ConfigError(file_problem(named, advice)) from error
 
 
 def _hash_json(value: Any) -> str:

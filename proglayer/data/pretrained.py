@@ -74,17 +74,12 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
         folder, commit = _from_hub(path, revision, weights)
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except FileNotFoundError as error:
+        found = Pretrained(folder, commit, dict(config))
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"model.path={path} holds no {CONFIG_FILE}: save_pretrained of transformers writes one"
+            f"model.path={path}: its {CONFIG_FILE} cannot be read ({first_line(error)}): "
+            "save_pretrained of transformers writes one"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={path}: its {CONFIG_FILE} cannot be read ({first_line(error)})"
-        ) from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"model.path={path}: its {CONFIG_FILE} holds no settings")
-    found = Pretrained(folder, commit, config)
     if weights and not found.weights:
         raise ConfigError(
             f"model.path={path} holds no {WEIGHTS_FILES}: weights in other forms can run code and "

@@ -85,26 +85,18 @@ def open_subwords(data: DataConfig) -> Subwords | None:
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         _refuse_revision(data)
-        return Subwords(f"data.tokenizer={name}", read_tokenizer_file(folder, "data.tokenizer"))
+        try:
+            return Subwords(f"data.tokenizer={name}", (folder / TOKENIZER_FILE).read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"data.tokenizer={name}: its {TOKENIZER_FILE} can't be read ({error.strerror}): "
+                "save_pretrained of a fast tokenizer of transformers writes one"
+            ) from error
     if name and folder.exists():
         raise ConfigError(
             f"data.tokenizer={name} is a file: give the folder that holds {TOKENIZER_FILE}"
         )
     return Subwords(f"data.tokenizer={name}", _from_hub(data))
-
-
-def read_tokenizer_file(folder: Path, setting: str) -> bytes:
-    """The content of a folder's `tokenizer.json`. Raises ConfigError, which names `setting`."""
-    path = folder / TOKENIZER_FILE
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{setting}={folder} holds no {TOKENIZER_FILE}: save_pretrained of a fast tokenizer "
-            "of transformers writes one"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"{setting}: {path} can't be read ({error.strerror})") from error
 
 
 def load_tokenizer(content: bytes, label: str) -> Tokenizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +17,6 @@ from proglayer.training.transformer import Transformer
 def empty(architecture: Architecture | CausalLM, layers: int) -> Model:
     """A model on the CPU whose weights are not set yet."""
     return _on_meta(asdict(architecture), layers).to_empty(device="cpu").settle()
-
-
-def loaded(architecture: CausalLM, layers: int, folder: str) -> Model:
-    """The model in a folder of `transformers`, its first so many layers. Raises ConfigError."""
-    from proglayer.training import causal_lm
-
-    return causal_lm.loaded(architecture, layers, Path(folder))
 
 
 def restored(layers: int, architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> Model:

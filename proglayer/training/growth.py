@@ -6,12 +6,14 @@ To add an operator: a name in `config.GrowthInit`, where its layers come from in
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from proglayer.config import GrowthInit
 from proglayer.training.architecture import CausalLM
-from proglayer.training.build import empty, loaded
+from proglayer.training.build import empty
 from proglayer.training.model import Model
 from proglayer.training.plan import Growth, Phase, layer_sources
 from proglayer.training.streams import stream
@@ -24,8 +26,10 @@ def build(phase: Phase) -> Model:
     share what they have in common.
     """
     if phase.checkpoint_folder is not None:
+        from proglayer.training.causal_lm import loaded  # its library takes seconds
+
         assert isinstance(phase.architecture, CausalLM)
-        return loaded(phase.architecture, phase.layers, phase.checkpoint_folder)
+        return loaded(phase.architecture, phase.layers, Path(phase.checkpoint_folder))
     model = empty(phase.architecture, phase.layers)
     for name, part in model.named_children():
         if name != "layers":

@@ -811,12 +811,14 @@ def test_fewer_windows_than_asked_for_says_how_many(tmp_path):
         ({"samples": train + 1}, f"set data.samples={train} or fewer"),
         ({"samples": 10, "validation_samples": 999}, f"set data.validation_samples={validation}"),
         ({"samples": 1}, "data.samples=1 leaves no window for validation"),
-        ({"samples": train}, "a fifth of it for validation, asks for"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             open_corpus(release(folder, **changes))
         one_line(error)
     open_corpus(release(folder, samples=train, validation_samples=validation))
+    short = write_release(tmp_path / "short", TRAIN, "a b c d e f")
+    with pytest.raises(ConfigError, match="a fifth of it for validation, asks for 2 windows"):
+        open_corpus(release(short, samples=10))
 
 
 @pytest.mark.parametrize(

@@ -373,7 +373,10 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         ({"tokenizer": "bpe", "max_vocab": 256}, "data.max_vocab=256 is too small for "),
         ({"tokenizer": "bpe", "max_vocab": 300, "min_count": 2}, "data.min_count=2 changes "),
         ({"tokenizer_revision": "main"}, "data.tokenizer_revision=main is not for "),
-        ({"tokenizer": "{empty}"}, "data.tokenizer={empty} holds no tokenizer.json: "),
+        (
+            {"tokenizer": "{empty}"},
+            "data.tokenizer={empty}: its tokenizer.json can't be read (No such file",
+        ),
         ({"tokenizer": "{empty}/a.txt"}, "data.tokenizer={empty}/a.txt is a file: "),
         ({"tokenizer": "./nowhere"}, "data.tokenizer=./nowhere: it is none of words, bpe, "),
         ({"tokenizer": ""}, "data.tokenizer=: it is none of words, bpe, "),

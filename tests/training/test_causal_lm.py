@@ -382,7 +382,10 @@ def cut_short(folder: Path) -> None:
 
 
 DAMAGE = {
-    "no settings": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "no settings": (
+        lambda folder: (folder / "config.json").unlink(),
+        "its config.json cannot be read",
+    ),
     "settings cut short": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "ll'),
         "its config.json cannot be read",

@@ -283,17 +283,3 @@ def test_the_final_norm_trains_and_is_frozen_with_the_head() -> None:
     training.train_epoch()
     assert torch.equal(new.norm.weight, model.norm.weight)
     assert torch.equal(new.head.weight, model.head.weight)
-
-
-def test_the_loss_of_a_pre_norm_model_is_that_of_its_logits() -> None:
-    phase = planned("model.norm=pre", "model=deep_supervision")[0]
-    training = begun(phase)
-    input_nt, target_nt = training.windows.batch(torch.arange(8))
-    expected = sum(
-        torch.nn.functional.cross_entropy(
-            training.model.head(training.model.norm(hidden)).flatten(0, 1), target_nt.flatten()
-        )
-        / 3
-        for hidden in training.model(input_nt)
-    )
-    torch.testing.assert_close(training.loss(input_nt, target_nt), expected)
