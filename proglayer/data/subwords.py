@@ -226,17 +226,13 @@ def _encodable(text: str) -> str:
 
 
 def _bpe_size(data: DataConfig) -> int:
-    size = data.max_vocab
-    if size is None:
+    if data.max_vocab is None or data.max_vocab <= ALL_BYTES:
+        given = "null" if data.max_vocab is None else data.max_vocab
         raise ConfigError(
-            "data.tokenizer=bpe needs a size: set data.max_vocab, for example data.max_vocab=4096"
+            f"data.max_vocab={given} is no size for data.tokenizer=bpe, whose first {ALL_BYTES} "
+            f"entries are the bytes: take {ALL_BYTES + 1} or more, for example 4096"
         )
-    if size <= ALL_BYTES:
-        raise ConfigError(
-            f"data.max_vocab={size} is too small for data.tokenizer=bpe, whose first {ALL_BYTES} "
-            f"entries are the bytes: take {ALL_BYTES + 1} or more"
-        )
-    return size
+    return data.max_vocab
 
 
 def _refuse_revision(data: DataConfig) -> None:

@@ -7,6 +7,7 @@ Shapes in names: n windows, t positions, d model dimension, e exits, v vocabular
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
 from proglayer.training.frozen import FrozenStates
 from proglayer.training.growth import gate_value
-from proglayer.training.loss import Workspace, evaluate_exits, linear_cross_entropy
+from proglayer.training.loss import ExitScores, Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Model
 from proglayer.training.optim import build_optimizer, set_rates, start_from
 from proglayer.training.plan import Phase, Precision, Role
@@ -274,8 +275,7 @@ def evaluate(
     windows = Windows(corpus.validation if tokens is None else tokens, device)
     workspace = Workspace()
     model.eval()
-    nll_e: Tensor | None = None
-    correct_e: Tensor | None = None
+    scores: list[ExitScores] = []
     with torch.inference_mode():
         size = phase.batch_size
         if device.type != "cpu":
@@ -285,18 +285,13 @@ def evaluate(
             input_nt, target_nt = windows.batch(batch)
             with autocast(phase, device):
                 hidden_entd = model(input_nt) if frozen is None else frozen.hidden(model, batch)
-                result = evaluate_exits(
-                    [model.read(hidden_entd[e]).flatten(0, 1) for e in exits],
-                    model.head_weight,
-                    target_nt.reshape(-1),
-                    workspace=workspace,
-                )
-            nll_e = result.nll_e if nll_e is None else nll_e + result.nll_e
-            correct_e = result.correct_e if correct_e is None else correct_e + result.correct_e
+                states = [model.read(hidden_entd[e]).flatten(0, 1) for e in exits]
+                target_n = target_nt.reshape(-1)
+                scores += [evaluate_exits(states, model.head_weight, target_n, workspace=workspace)]
             if between_batches is not None:
                 between_batches()
-    assert nll_e is not None
-    assert correct_e is not None
+    nll_e = functools.reduce(torch.add, [score.nll_e for score in scores])
+    correct_e = functools.reduce(torch.add, [score.correct_e for score in scores])
     count = len(windows) * windows.seq_len
     return [
         ExitMetrics(e, nll / count, correct / count)

@@ -369,8 +369,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": "bpe"}, "data.tokenizer=bpe needs a size: set data.max_vocab, "),
-        ({"tokenizer": "bpe", "max_vocab": 256}, "data.max_vocab=256 is too small for "),
+        ({"tokenizer": "bpe"}, "data.max_vocab=null is no size for "),
+        ({"tokenizer": "bpe", "max_vocab": 256}, "data.max_vocab=256 is no size for "),
         ({"tokenizer": "bpe", "max_vocab": 300, "min_count": 2}, "data.min_count=2 changes "),
         ({"tokenizer_revision": "main"}, "data.tokenizer_revision=main is not for "),
         (
