@@ -16,15 +16,13 @@ from proglayer.training.model import Model
 from proglayer.training.plan import Phase, evaluation_flops, training_flops
 from proglayer.training.trainer import evaluate
 
-from .tiny import CORPUS, CPU, begun, planned
+from .tiny import CORPUS, CPU, begun, planned, trained
 
 
 def grown(*overrides: str) -> tuple[Model, Phase]:
     """An initial model after an epoch and a growth, and the phase that goes on with it."""
     initial, phase = planned(*overrides)
-    training = begun(initial)
-    training.train_epoch()
-    return grow(training.model, phase), phase
+    return grow(trained(initial).model, phase), phase
 
 
 def train(model: Model, phase: Phase, epochs: int = 2) -> tuple[list[float], list[Tensor]]:

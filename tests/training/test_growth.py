@@ -13,7 +13,7 @@ from proglayer.training.model import Model
 from proglayer.training.plan import Phase, layer_sources, placements
 from proglayer.training.trainer import evaluate, set_gate
 
-from .tiny import CORPUS, CPU, begun, planned, trained
+from .tiny import CORPUS, CPU, begun, pattern, planned, trained
 
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 
@@ -33,18 +33,6 @@ def logits(model: Model) -> list[torch.Tensor]:
     """At every exit."""
     with torch.no_grad():
         return [model.head(model.read(hidden)) for hidden in model(tokens())]
-
-
-def pattern(old: Model, new: Model) -> str:
-    """The old layer whose tensors each new one has, `r` where none."""
-
-    def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-        return all(map(torch.equal, a.parameters(), b.parameters()))
-
-    return "".join(
-        next((str(i) for i, below in enumerate(old.layers) if same(below, layer)), "r")
-        for layer in new.layers
-    )
 
 
 @BOTH_NORMS

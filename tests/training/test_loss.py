@@ -145,21 +145,6 @@ def test_equals_dense_when_blocks_are_cut_for_threads(
         )
 
 
-@pytest.mark.parametrize("head_trains", [True, False], ids=["head", "frozen head"])
-@pytest.mark.parametrize("hidden_train", [(1, 1, 1), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
-@pytest.mark.parametrize("weight_e", [(0.2, 0.3, 0.5), (0.0, 1.0, 2.0), (0.4, 0.0, 0.0)], ids=str)
-def test_equals_dense_with_frozen_parts_and_any_weights(
-    head_trains: bool, hidden_train: tuple[int, ...], weight_e: tuple[float, ...]
-) -> None:
-    hidden_end, head_vd, target_n = problem()
-    head_vd.requires_grad_(head_trains)
-    for hidden_nd, trains in zip(hidden_end, hidden_train, strict=True):
-        hidden_nd.requires_grad_(bool(trains))
-    assert_equal_to_dense(
-        hidden_end, head_vd, target_n, weight_e, tolerance=1e-10, rows=16, block=40
-    )
-
-
 def test_what_is_frozen_gets_no_gradient() -> None:
     hidden_end, head_vd, target_n = problem()
     hidden_end[0].requires_grad_(False)

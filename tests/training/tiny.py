@@ -32,3 +32,15 @@ def trained(phase: Phase, model: Model | None = None, epochs: int = 1) -> Traini
         training.train_epoch()
         training.finish_epoch()
     return training
+
+
+def pattern(old: Model, new: Model) -> str:
+    """The old layer whose tensors each new one has, `r` where none."""
+
+    def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+        return all(map(torch.equal, a.parameters(), b.parameters()))
+
+    return "".join(
+        next((str(i) for i, below in enumerate(old.layers) if same(below, layer)), "r")
+        for layer in new.layers
+    )
