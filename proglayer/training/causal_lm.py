@@ -294,15 +294,9 @@ def known_family(found: Pretrained, path: str) -> str:
     family = found.config.get("model_type")
     if family in FAMILIES:
         return family
-    known = ", ".join(FAMILIES)
-    if found.config.get("auto_map"):
-        raise ConfigError(
-            f"model.path={path} asks for code of its own, which is never run: take a model of one "
-            f"of the families {known}"
-        )
     raise ConfigError(
         f"model.path={path} is of the family {family}, which is no causal language model of one of "
-        f"the families {known}"
+        f"the families {', '.join(FAMILIES)} (code that a model brings along is never run)"
     )
 
 
@@ -340,15 +334,11 @@ def _check(what: str, config: PretrainedConfig, vocab_size: int, seq_len: int) -
             f"{what} knows {config.vocab_size:,} tokens, and the text has {vocab_size:,}: its "
             "tokenizer is another one, so take data.tokenizer=model"
         )
-    if seq_len > config.max_position_embeddings:
+    # A window that attention slides over ends what can be seen as the positions do.
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    if seq_len > (most := min(window, config.max_position_embeddings)):
         raise ConfigError(
-            f"data.seq_len={seq_len} is more than the {config.max_position_embeddings:,} positions "
-            f"of {what}"
-        )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and seq_len > window:
-        raise ConfigError(
-            f"data.seq_len={seq_len} is more than the attention window of {window:,} of {what}"
+            f"data.seq_len={seq_len} is more than the {most:,} positions that {what} attends to"
         )
     if len(set(getattr(config, "layer_types", None) or [])) > 1:
         raise ConfigError(f"{what} has layers of several kinds, and only equal ones can be grown")

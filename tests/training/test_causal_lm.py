@@ -383,7 +383,7 @@ DAMAGE = {
     "an unknown family": (edited(model_type="mine"), "family mine, which is no causal"),
     "remote code": (
         edited(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine"}),
-        "asks for code of its own, which is never run",
+        "family mine, .*code that a model brings along is never run",
     ),
     "weights that can run code": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
@@ -417,7 +417,7 @@ REFUSED = {
     ("model.family=llama", *SIZES, "model.norm=post"): "model.norm=post does not go with",
     ("model.family=llama", *SIZES, "initial_layers=null"): "initial_layers=null takes all that",
     ("model.family=llama", *SIZES, "model.revision=main"): "model.revision is of a model.path",
-    ("model.family=llama", *SIZES, "data.seq_len=128", "model.max_positions=64"): "positions of",
+    ("model.family=llama", *SIZES, "data.seq_len=128", "model.max_positions=64"): "64 positions",
     ("model.path=docs", "data.tokenizer=model", "model.dim=8"): "model.dim does not go with",
     ("model.path=docs",): "data.tokenizer=words does not go with model.path",
     ("model.path=docs", "data.tokenizer=model", "model.revision=main"): "model.path=docs is a fold",
