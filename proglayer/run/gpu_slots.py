@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,29 +23,24 @@ from filelock import FileLock, Timeout
 
 from proglayer.config import ConfigError
 from proglayer.store.record import Gpu
-from proglayer.store.trajectory import Interrupted
+from proglayer.store.trajectory import Hooks, Interrupted
 
 LOOK_AGAIN_S = 0.2
 
 
 @contextlib.contextmanager
-def hold(
-    device: torch.device,
-    jobs_per_gpu: int,
-    stop_requested: Callable[[], str | None],
-    on_wait: Callable[[str], None],
-) -> Iterator[Gpu | None]:
+def hold(device: torch.device, jobs_per_gpu: int, hooks: Hooks) -> Iterator[Gpu | None]:
     """Hold a slot on a GPU and make it this process's current device until the block ends.
 
     None, and nothing is held, on a device that is no GPU and where a scheduler gave this job its
-    GPU. Raises Interrupted when `stop_requested` names a signal before a slot is free, and
+    GPU. Raises Interrupted when `hooks.stop_requested` names a signal before a slot is free, and
     ConfigError where no lock can be written.
     """
     names = gpus(device)
     if not names:
         yield None
         return
-    lock, index, seconds = _take(names, jobs_per_gpu, stop_requested, on_wait)
+    lock, index, seconds = _take(names, jobs_per_gpu, hooks)
     try:
         with use(index):
             yield Gpu(index, names[index], seconds)
@@ -90,12 +85,7 @@ def _given_by_scheduler() -> bool:
     return by_slurm and torch.cuda.device_count() == 1
 
 
-def _take(
-    names: Sequence[str],
-    jobs_per_gpu: int,
-    stop_requested: Callable[[], str | None],
-    on_wait: Callable[[str], None],
-) -> tuple[FileLock, int, float]:
+def _take(names: Sequence[str], jobs_per_gpu: int, hooks: Hooks) -> tuple[FileLock, int, float]:
     """The lock of a free slot, the index of its GPU, and the seconds that it took to get it."""
     started = time.monotonic()
     waited = False
@@ -107,12 +97,12 @@ def _take(
             if lock is not None:
                 return lock, index, time.monotonic() - started if waited else 0.0
         if not waited:
-            on_wait(
+            hooks.on_wait(
                 f"waiting for a GPU: {len(names)} here, each with as many jobs as "
                 f"jobs_per_gpu={jobs_per_gpu} allows"
             )
             waited = True
-        if signal := stop_requested():
+        if signal := hooks.stop_requested():
             raise Interrupted(f"stopped by {signal}")
         time.sleep(LOOK_AGAIN_S)
 

@@ -11,7 +11,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,18 +51,18 @@ class Pruned(Exception):
     """The search that the run belongs to gave it up. The message says why."""
 
 
+@dataclass(eq=False)
 class Session:
     """The surroundings of one run; `record` is what it will leave."""
 
-    def __init__(
-        self, config: Config, folder: Path, record: RunRecord, prune: Prune | None
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.record = record
+    config: Config
+    folder: Path
+    record: RunRecord
+    prune: Prune | None
+
+    def __post_init__(self) -> None:
         self.begun = False
         self.signals = machine.StopSignals()
-        self._prune = prune
         self._rows: list[MetricsRow] = []
         # What is held while the phases are walked through.
         self._during_walk = contextlib.ExitStack()
@@ -83,7 +83,7 @@ class Session:
         display = RunDisplay(phases, corpus.train_windows or 0)
         self.display = self._during_walk.enter_context(display)
         self.hooks = Hooks(self.signals.received, display.step, display.note)
-        slot = gpu_slots.hold(device, self.config.jobs_per_gpu, self.signals.received, display.note)
+        slot = gpu_slots.hold(device, self.config.jobs_per_gpu, self.hooks)
         self.record.gpu = self._during_walk.enter_context(slot)
         if self.config.reuse:
             self.store = Path(stages_dir(self.config))
@@ -109,7 +109,7 @@ class Session:
         self._rows.append(row)
         write_metrics(self.folder, self._rows)
         self._loggers.epoch(row)
-        if self._prune is not None and (reason := self._prune(row)) is not None:
+        if self.prune is not None and (reason := self.prune(row)) is not None:
             raise Pruned(reason)
 
     def start(self, phase: Phase, last: ExitMetrics) -> None:

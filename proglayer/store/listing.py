@@ -17,7 +17,10 @@ from proglayer.store.stages import KEY_FORM, Stage
 
 @dataclass(frozen=True)
 class StageInfo:
-    """A stage as the store lists it: `size` in bytes, `age` in seconds since its last writing."""
+    """A stage as the store lists it: `size` in bytes, `age` in seconds since its last writing.
+
+    `description` is empty where the key is not its hash: then nothing of the stage is deleted.
+    """
 
     stage: Stage
     description: dict[str, Any]
@@ -27,14 +30,9 @@ class StageInfo:
     users: tuple[Path, ...]
 
     @property
-    def is_described(self) -> bool:
-        """Whether its key is the hash of its description: else nothing of it is deleted."""
-        return bool(self.description)
-
-    @property
     def title(self) -> str:
         """What it is, for people."""
-        if not self.is_described:
+        if not self.description:
             return "(not described)"
         try:
             phase = self.description["phase"]
@@ -95,7 +93,7 @@ def prunable(
     for info in sorted(stages, key=lambda info: -info.age):
         too_old = max_age_s is not None and info.age > max_age_s
         too_much = max_bytes is not None and total > max_bytes
-        if info.is_described and info.stage.key not in needed and (too_old or too_much):
+        if info.description and info.stage.key not in needed and (too_old or too_much):
             chosen.append(info)
             total -= info.size
     return chosen

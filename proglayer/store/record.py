@@ -402,8 +402,8 @@ def write_record(folder: Path, record: RunRecord) -> None:
 def read_record(folder: Path) -> RunRecord | None:
     """The record of an ended run; None if there is none. Raises RecordError or OSError."""
     try:
-        plain = read_plain(folder)
-    except FileNotFoundError:
+        plain = read_json(folder / RESULT)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         raise RecordError("damaged", f"{RESULT} is cut short or damaged ({error})") from error
@@ -435,21 +435,13 @@ def has_whole_weights(folder: Path, record: RunRecord) -> bool:
         return False
 
 
-def read_plain(folder: Path) -> Any:
-    """`result.json` as plain data. Raises ValueError if it is cut short, or OSError."""
-    try:
-        return read_json(folder / RESULT)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(*error.args) from error
-
-
 def amend_record(folder: Path, was: RunState, state: RunState, why: str) -> None:
     """Correct how a record says that its run ended, and add to its reason.
 
     Nothing is done where it does not say `was`, or cannot be read. Raises StoreError.
     """
     with contextlib.suppress(OSError, ValueError):
-        plain = read_plain(folder)
+        plain = read_json(folder / RESULT)
         if isinstance(plain, dict) and plain.get("status") == was:
             plain |= {"status": state.value, "reason": f"{plain.get('reason')}; {why}"}
             _write_result(folder, plain)

@@ -8,6 +8,7 @@ patience are all the same thing: reading a trajectory (the idea of stage trees, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -18,7 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
@@ -36,7 +36,6 @@ from proglayer.store.checkpoint import (
 from proglayer.store.record import Machine
 from proglayer.store.stages import FORMAT, Stage, stage_key
 from proglayer.training.build import restored
-from proglayer.training.frozen import FrozenStates
 from proglayer.training.model import Model
 from proglayer.training.optim import trains
 from proglayer.training.plan import Phase, Precision, described
@@ -85,6 +84,7 @@ class Counts:
     waited_seconds: float = 0.0
 
 
+@dataclass(eq=False)
 class Trajectory:
     """The epochs of one phase from one starting point, stored under their key.
 
@@ -96,31 +96,22 @@ class Trajectory:
         it over.
     """
 
-    def __init__(
-        self,
-        store: Path,
-        parent: tuple[str, int] | None,
-        start: Callable[[], Model],
-        phase: Phase,
-        corpus: Corpus,
-        device: torch.device,
-        machine: Machine,
-        checkpoint_every_s: float,
-        hooks: Hooks,
-        carried: Callable[[], Tensors] = dict,
-        keep_optimizer: bool = False,
-    ) -> None:
-        self.phase = phase
-        self.corpus = corpus
-        self.device = device
-        self.description = describe(parent, phase, corpus.fingerprint, machine)
-        self.stage = Stage(store, stage_key(self.description))
+    store: Path
+    parent: tuple[str, int] | None
+    start: Callable[[], Model]
+    phase: Phase
+    corpus: Corpus
+    device: torch.device
+    machine: Machine
+    checkpoint_every_s: float
+    hooks: Hooks
+    carried: Callable[[], Tensors] = dict
+    keep_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        self.description = describe(self.parent, self.phase, self.corpus.fingerprint, self.machine)
+        self.stage = Stage(self.store, stage_key(self.description))
         self.counts = Counts()
-        self._start = start
-        self._carried = carried
-        self._keep_optimizer = keep_optimizer
-        self._checkpoint_every_s = checkpoint_every_s
-        self._hooks = hooks
         self._recorded: dict[int, EpochMetrics] = {}
         self._training: Training | None = None
         # Of what trains, the hashes of its start: another model in memory would be as large again.
@@ -180,7 +171,7 @@ class Trajectory:
         """The evaluated exits of the model that the phase starts with, before its first step."""
         while (exits := self._stored_exits(0)) is None:
             if self._become_writer(unless=lambda: self._stored_exits(0) is not None):
-                model = self._start().to(self.device)
+                model = self.start().to(self.device)
                 set_gate(model, self.phase, 0)
                 self._store_exits(0, self._evaluate_exits(model, None))
         return exits
@@ -239,7 +230,7 @@ class Trajectory:
         if weights is not None:
             return weights
         if epoch == 0:
-            return on_cpu(self._start().state_dict())
+            return on_cpu(self.start().state_dict())
         training = self._training_before(epoch)
         self._train_to(training, epoch)
         return on_cpu(training.model.state_dict())
@@ -302,7 +293,7 @@ class Trajectory:
         waited = False
         while not self.stage.lock(POLL_S):
             if not waited:
-                self._hooks.on_wait(f"phase {self.phase.index + 1} is being trained by another job")
+                self.hooks.on_wait(f"phase {self.phase.index + 1} is being trained by another job")
                 waited = True
             self._check_stop(None)
             if unless():
@@ -336,7 +327,7 @@ class Trajectory:
         number = training.epoch + 1
         started = time.perf_counter()
         last, frozen = self.phase.exits - 1, training.frozen_validation
-        (exit,) = self._evaluate(training.model, [last], training, frozen)
+        (exit,) = self._evaluate(training.model, [last], training, frozen=frozen)
         evaluation_seconds = time.perf_counter() - started
         if not math.isfinite(exit.loss):
             raise Diverged(
@@ -370,7 +361,7 @@ class Trajectory:
         if self._best is not None and self._best[0] in selectable - {training.epoch}:
             self._store_weights(self._best[0], self.weights(self._best[0]))
         self._best = None
-        if training.epoch in selectable and self._keep_optimizer:
+        if training.epoch in selectable and self.keep_optimizer:
             for name in self.stage.names("optimizer-"):
                 if int(name.removeprefix("optimizer-")) not in selectable:
                     self.stage.remove(name)
@@ -381,23 +372,10 @@ class Trajectory:
             self._best = (training.epoch, on_cpu(trainable_parameters(training), copy=True))
 
     def _evaluate(
-        self,
-        model: Model,
-        exits: list[int],
-        training: Training | None,
-        frozen: FrozenStates | None = None,
-        tokens: np.ndarray | None = None,
+        self, model: Model, exits: list[int], training: Training | None, **how: Any
     ) -> list[ExitMetrics]:
-        return evaluate(
-            model,
-            self.phase,
-            self.corpus,
-            self.device,
-            exits,
-            between_batches=lambda: self._check_stop(training),
-            frozen=frozen,
-            tokens=tokens,
-        )
+        how["between_batches"] = functools.partial(self._check_stop, training)
+        return evaluate(model, self.phase, self.corpus, self.device, exits, **how)
 
     def _evaluate_exits(self, model: Model, training: Training | None) -> list[ExitMetrics]:
         return self._evaluate(model, self.phase.evaluated_exits, training)
@@ -408,7 +386,7 @@ class Trajectory:
 
     def _check_moved(self, weights: Tensors) -> None:
         """Raise NotMoved where a tensor that trains is, bit for bit, what it was at the start."""
-        started = self._started or self._hashes(self._start())
+        started = self._started or self._hashes(self.start())
         still = [name for name, start in started.items() if _hash(weights[name]) == start]
         if still:
             more = f" and {len(still) - 1} more" if len(still) > 1 else ""
@@ -423,13 +401,13 @@ class Trajectory:
         return {name: _hash(value) for name, value in parameters if trains(name, self.phase)}
 
     def _after_step(self, training: Training, progress: Progress) -> None:
-        self._hooks.on_step(progress)
+        self.hooks.on_step(progress)
         self._check_stop(training)
-        if time.monotonic() - self._checkpointed >= self._checkpoint_every_s:
+        if time.monotonic() - self._checkpointed >= self.checkpoint_every_s:
             self._store_state(training)
 
     def _check_stop(self, training: Training | None) -> None:
-        signal = self._hooks.stop_requested()
+        signal = self.hooks.stop_requested()
         if signal is not None:
             if training is not None:
                 self._store_state(training)
@@ -501,9 +479,9 @@ class Trajectory:
         """Training in the last stored state up to `latest` (epochs, steps), else from the start."""
         self._best = None
         self._checkpointed = time.monotonic()
-        model = self._start()
+        model = self.start()
         self._started = self._hashes(model)
-        training = Training(model, self.phase, self.corpus, self.device, self._carried())
+        training = Training(model, self.phase, self.corpus, self.device, self.carried())
 
         def load(content: bytes) -> bool:
             self._best = load_training(training, content)

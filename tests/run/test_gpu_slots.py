@@ -17,7 +17,7 @@ from proglayer.config import ConfigError
 from proglayer.run import gpu_slots as slots
 from proglayer.run.experiment import run
 from proglayer.store.record import RunState, read_record
-from proglayer.store.trajectory import Interrupted
+from proglayer.store.trajectory import Hooks, Interrupted
 
 from ..helpers import ROOT, SHORT, config
 
@@ -110,7 +110,8 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def held(jobs_per_gpu: int, stop: str | None = "SIGTERM"):
-    return slots.hold(GPU, jobs_per_gpu, lambda: stop, lambda _: None)
+    hooks = Hooks(lambda: stop, lambda _: None, lambda _: None)
+    return slots.hold(GPU, jobs_per_gpu, hooks)
 
 
 @pytest.mark.usefixtures("two_gpus")

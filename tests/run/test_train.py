@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -522,45 +521,6 @@ def test_a_sweeps_jobs_land_in_its_own_folder(train: Command, tmp_path: Path) ->
     assert train("-m", *SHORT, "seed=1,2").status == 0
     (sweep,) = (tmp_path / "multirun").glob("[!.]*")
     assert len(read_jobs(sweep)) == len(results(sweep)) == 2
-
-
-def test_a_sweep_keeps_no_settings_of_jobs_that_ended(
-    train: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from proglayer.launch import sweep
-
-    returned = []
-    launch = sweep.launch
-    monkeypatch.setattr(sweep, "launch", lambda *given: returned.extend(launch(*given)) or returned)
-    assert train("-m", *SHORT, "phase.max_epochs=1", "seed=1,2").status == 0
-    # Nearly half a megabyte each, with the thousand jobs of a large sweep in mind.
-    assert [(job.cfg, job.hydra_cfg) for job in returned] == [(None, None)] * 2
-    assert all(isinstance(job.return_value, float) for job in returned)
-
-
-def test_what_is_edited_while_jobs_wait_changes_none_of_them(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from proglayer.launch import sweep
-
-    rates = tmp_path / "mine/lr/mine.yaml"
-    rates.parent.mkdir(parents=True)
-    rates.write_text((ROOT / "conf/lr/reduced.yaml").read_text())
-    launch = sweep.launch
-
-    def edit_before(*arguments: Any) -> Any:
-        rates.write_text(rates.read_text().replace("base: 1.0e-3", "base: 5.0e-3"))
-        return launch(*arguments)
-
-    monkeypatch.setattr(sweep, "launch", edit_before)
-    jobs = ("--config-dir", str(tmp_path / "mine"), "-m", "lr=mine", *SHORT, "hydra.sweep.dir=s")
-    assert train(*jobs).status == 0
-    (record,) = results(tmp_path / "s")
-    assert record["config"]["lr"]["base"] == 1e-3
-    # Submitted again, the edited settings count: it is another job in the same place.
-    assert train(*jobs).status == 0
-    (record,) = results(tmp_path / "s")
-    assert record["config"]["lr"]["base"] == 5e-3
 
 
 def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: Path) -> None:
