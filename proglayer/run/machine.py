@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,32 +171,29 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
+@dataclass
 class StopSignals:
     """Notes the first of the signals that ask to stop instead of ending at once.
 
     A second one acts as it would have without this. Outside the main thread nothing is noted.
 
+    received: the name of the signal that asked to stop, if one did.
     scheduler: what a user's signal would have done without this, if somebody asked for it: the way
         in which a scheduler's agent learns that its job is to be put back into the queue. To be
         called once the state is stored; it may end the process.
     """
 
-    def __init__(self) -> None:
-        self._received: str | None = None
-        self.scheduler: Callable[[], object] | None = None
+    received: str | None = None
+    scheduler: Callable[[], object] | None = None
 
     def noted(self) -> contextlib.AbstractContextManager[None]:
         """Note signals while the block lasts."""
         return on_signals(self._note)
 
-    def received(self) -> str | None:
-        """The name of the signal that asked to stop, if one did."""
-        return self._received
-
     def _note(self, number: int, frame: object, before: Any) -> None:
-        self._received = signal.Signals(number).name
+        self.received = signal.Signals(number).name
         ours = str(getattr(before, "__module__", "")).startswith("proglayer.")
-        if callable(before) and not ours and self._received.startswith("SIGUSR"):
+        if callable(before) and not ours and self.received.startswith("SIGUSR"):
             self.scheduler = functools.partial(before, number, frame)
 
 

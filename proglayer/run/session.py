@@ -82,7 +82,7 @@ class Session:
         assert corpus is not None, "it was opened"
         display = RunDisplay(phases, corpus.train_windows or 0)
         self.display = self._during_walk.enter_context(display)
-        self.hooks = Hooks(self.signals.received, display.step, display.note)
+        self.hooks = Hooks(lambda: self.signals.received, display.step, display.note)
         slot = gpu_slots.hold(device, self.config.jobs_per_gpu, self.hooks)
         self.record.gpu = self._during_walk.enter_context(slot)
         if self.config.reuse:
