@@ -6,6 +6,7 @@ recorded as tidy pandas frames.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections import Counter
@@ -163,19 +164,15 @@ def what_varied(
     for key in dict.fromkeys(key for overrides in given for key in overrides if key not in aside):
         column = GROUPS.get(key, f"config.{key}")
         recorded = plain_values(runs[column]) if column in runs else [None] * len(runs)
-        values = [
-            overrides[key]
-            if key in overrides and (as_given or value is None)
-            else ""
-            if value is None
-            else str(value)
-            for overrides, value in zip(given, recorded, strict=True)
-        ]
+        values = []
+        for overrides, value in zip(given, recorded, strict=True):
+            known = (overrides.get(key), value) if as_given else (value, overrides.get(key))
+            values.append(next((str(one) for one in known if one is not None), ""))
         if len(set(values)) > 1:
             varied[key] = values
-    leaves = Counter(key.rsplit(".", 1)[-1] for key in varied)
     short = {key: key.rsplit(".", 1)[-1] for key in varied}
-    return {short[k] if leaves[short[k]] == 1 else k: values for k, values in varied.items()}
+    count = Counter(short.values())
+    return {short[k] if count[short[k]] == 1 else k: values for k, values in varied.items()}
 
 
 def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -190,14 +187,10 @@ def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     epochs["step"] = trained.groupby(epochs["run"], sort=False).cumsum().astype("int64")
     epochs["tokens"] = sum_so_far(epochs["train_tokens"], epochs["run"])
     epochs["flops"] = sum_so_far(epochs["flops"] * trained, epochs["run"])
-    at = epochs.drop_duplicates(["run", "phase", "epoch"])
-    at = at[["run", "phase", "epoch", "step", "tokens", "flops"]]
-    at = phases[["run", "phase", "best_epoch"]].merge(
-        at, left_on=["run", "phase", "best_epoch"], right_on=["run", "phase", "epoch"], how="left"
-    )
-    exits = frames["exits"].merge(
-        at.drop(columns=["best_epoch", "epoch"]), on=["run", "phase"], how="left"
-    )
+    keys = ["run", "phase", "best_epoch"]
+    at = epochs.rename(columns={"epoch": "best_epoch"}).drop_duplicates(keys)
+    at = phases[keys].merge(at[[*keys, "step", "tokens", "flops"]], on=keys, how="left")
+    exits = frames["exits"].merge(at.drop(columns="best_epoch"), on=["run", "phase"], how="left")
     which = frames["runs"][list(WHICH_RUN)]
     return frames | {
         name: without_gaps(which.merge(frame, on="run", how="right"))
@@ -245,10 +238,9 @@ def _has_first(frame: pd.DataFrame) -> files.Ours:
         import pyarrow
         import pyarrow.parquet
 
-        try:
+        with contextlib.suppress(pyarrow.ArrowException):
             return pyarrow.parquet.read_schema(path).names[:1] == [frame.columns[0]]
-        except pyarrow.ArrowException:
-            return False
+        return False
 
     return ours
 

@@ -142,11 +142,6 @@ def row(results: Results, run: str) -> dict[str, Any]:
     return results.runs.set_index("run").loc[run].to_dict()
 
 
-def same(one: Results, other: Results) -> None:
-    for name in ("runs", "phases", "epochs", "exits", "left_out"):
-        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name))
-
-
 def list_jobs(sweep: Path, *folders: str) -> None:
     write_jobs(sweep, [ListedJob(name, (f"seed={name[0]}", "model=standard")) for name in folders])
 
