@@ -63,7 +63,8 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if not self._bars.disable:  # rich 13 prints an empty line all the same
+            self._bars.stop()
 
     def note(self, text: str) -> None:
         """One line that stays, here and in the log."""
