@@ -149,7 +149,7 @@ def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[s
 
 def until(there: Callable[[], T], process: subprocess.Popen[str] | None = None) -> T:
     """What `there` gives once it gives something, while the command goes on."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not (found := there()):
         if process is not None:
             assert process.poll() is None, process.communicate()[0]
