@@ -134,6 +134,20 @@ Block = (
 )
 
 
+def note(text: str) -> Paragraph:
+    """What is said beside something else."""
+    return Paragraph(text, muted=True)
+
+
+def left_to(tables: str, number: int, noun: str, names: str = "") -> list[Block]:
+    """What is not shown, if anything: how many, perhaps which, and in what tables they are."""
+    if number <= 0:
+        return []
+    are = f"{noun} are" if number != 1 else f"{noun.removesuffix('s')} is"
+    which = f" ({names})" if names else ""
+    return [note(f"{number:,} more {are} in tables/: {tables}{which}.")]
+
+
 def printable(text: str) -> str:
     """Text without what no page can show; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

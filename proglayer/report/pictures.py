@@ -29,12 +29,9 @@ from proglayer.report.study import DEEP, STANDARD, Frame, model_name, variant_na
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 WIDTH_IN = 4.6
 PNG_DPI = 144
-# Room beside a panel for figures of up to eight characters and for what the axes are called.
-LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.1, 0.08, 0.46
 
 # Name in the page's style -> colour on white.
 COLOURS = {
@@ -126,85 +123,45 @@ class Gallery:
         self.names: list[str] = []
 
     def draw(
-        self,
-        name: str,
-        title: str,
-        alt: str,
-        height_in: float,
-        paint: Callable[[Axes], None],
-        row_labels: bool = False,
+        self, name: str, title: str, alt: str, height_in: float, paint: Callable[[Axes], None]
     ) -> Picture:
         """Draw one panel with `paint`, write `<name>.svg` and `<name>.png`, give it for a page.
 
         A name that another picture has gets a number.
-
-        The panel stands where figures beside it have room; with `row_labels`, where the names at
-        its left end. To measure those takes as long as to draw.
         """
         import matplotlib as mpl
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
         numbered = (f"{name}-{number}" for number in itertools.count(2))
         name = next(n for n in itertools.chain([name], numbered) if n not in self.names)
+        self.names.append(name)
+        svg, png = io.StringIO(), io.BytesIO()
         with mpl.rc_context(RC), warnings.catch_warnings():
             # A glyph that the font lacks is a box in the PNG, and right in a browser.
             warnings.simplefilter("ignore")
-            layout = "constrained" if row_labels else None
-            figure = Figure(figsize=(WIDTH_IN, height_in), layout=layout)
+            figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
             paint(figure.add_subplot())
-            if not row_labels:
-                _set_margins(figure)
-            svg = io.StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            FigureCanvasSVG(figure).print_svg(svg, metadata=nothing)
-            png = self._png(figure) if self.png else None
+            figure.savefig(svg, format="svg", metadata=nothing)
+            if self.png:
+                how = {"dpi": PNG_DPI, "facecolor": "white", "metadata": {"Software": None}}
+                figure.savefig(png, format="png", **how)
         whole = svg.getvalue()
         self.folder.mkdir(parents=True, exist_ok=True)
         drawn = self.folder / f"{name}.png"
-        self._write(self.folder / f"{name}.svg", _on_white(whole).encode())
-        if png is None:
+        files.write_over(drawn.with_suffix(".svg"), _on_white(whole).encode(), self.ours, "-o")
+        if self.png:
+            files.write_over(drawn, png.getvalue(), self.ours, "-o")
+        else:
             # That of an earlier report would show something else.
             files.delete(drawn, self.ours)
-        else:
-            self._write(drawn, png)
-        self.names.append(name)
         return Picture(name, title, alt, _for_page(whole, name))
-
-    def _write(self, path: Path, content: bytes) -> None:
-        files.write_over(path, content, self.ours, "-o")
-
-    def _png(self, figure: Figure) -> bytes:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        # The layout stands; to find it again would cost as much as to draw.
-        figure.set_layout_engine("none")
-        figure.set_facecolor("white")
-        figure.set_dpi(PNG_DPI)
-        png = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
-        return png.getvalue()
-
-
-def _set_margins(figure: Figure) -> None:
-    """Put the panel where its labels and the legend below it have room."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    width, height = figure.get_size_inches()
-    legend = figure.legends[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
-    figure.subplots_adjust(
-        left=LEFT_IN / width,
-        right=1 - RIGHT_IN / width,
-        top=1 - TOP_IN / height,
-        bottom=(BOTTOM_IN + legend.height / figure.dpi) / height,
-    )
 
 
 def _on_white(svg: str) -> str:
     """An SVG file with a ground of its own, right on any."""
-    return re.sub(
-        r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1
-    )
+    ground = r'\1<rect width="100%" height="100%" fill="white"/>'
+    return re.sub(r"(<svg [^>]*>)", ground, svg, count=1)
 
 
 def _for_page(svg: str, name: str) -> str:
@@ -213,13 +170,13 @@ def _for_page(svg: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|href="#)', rf"\1{name}-", svg).replace("url(#", f"url(#{name}-")
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r"(?:fill|stroke): ?(#[0-9a-f]{6})\b", _in_variables, svg)
+    svg = re.sub(r"((?:fill|stroke): ?)(#[0-9a-f]{6})\b", _in_variables, svg)
     svg = svg.replace("'DejaVu Sans'", "inherit").replace("<svg ", '<svg aria-hidden="true" ', 1)
     return re.sub(r"(font: [^;\"]*?) inherit\b", r"\1 system-ui, sans-serif", svg)
 
 
 def _in_variables(found: re.Match[str]) -> str:
-    return found[0].replace(found[1], VARIABLES.get(found[1], found[1]))
+    return found[1] + VARIABLES.get(found[2], found[2])
 
 
 # --- changes and differences ----------------------------------------------------------------------
@@ -237,9 +194,13 @@ def forest(
     """Means with their intervals and seeds: a line for each label, a mark for each model in it.
 
     Args:
-        rows: `label`, `model`, `mean`, `low`, `high`, and `seeds` (a value for each).
+        rows: `label`, `model`, `seeds` (a value for each), and where it is not their own mean and
+            95 % interval that is drawn, `mean`, `low` and `high`. Those without a value are left
+            out.
         margin: differences within it are shaded, for they count as none.
     """
+    rows = [vars(stats.summary(row["seeds"])) | row for row in rows]
+    rows = [row for row in rows if row["n"]]
     labels = list(dict.fromkeys(row["label"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows if row["model"]))
     spread = 0.0 if len(models) < 2 else 0.36
@@ -280,7 +241,7 @@ def forest(
         + 0.1 * sum(_wrapped(label).count("\n") for label in labels)
         + (0.25 if models else 0)
     )
-    return gallery.draw(name, title, f"{title}, in {unit}: {alt}", height, paint, row_labels=True)
+    return gallery.draw(name, title, f"{title}, in {unit}: {alt}", height, paint)
 
 
 def _wrapped(label: str, width: int = 22) -> str:
@@ -305,9 +266,8 @@ def _plot(axes: Axes, x: Any, y: Any, style: Style, label: str | None, **how: An
 def _legend(axes: Axes, columns: int) -> None:
     """Below the panel, where it covers nothing."""
     figure: Any = axes.get_figure()
-    place = "lower center" if figure.get_layout_engine() is None else "outside lower center"
     handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles=handles, loc=place, ncols=max(1, columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, columns))
 
 
 # --- learning curves ------------------------------------------------------------------------------
@@ -396,32 +356,34 @@ def by_exit(gallery: Gallery, name: str, title: str, exits: Frame) -> Picture:
         exits: `model`, `seed`, `layer`, `accuracy_percent`, `when` (first or last).
     """
     models = list(dict.fromkeys(exits["model"]))
-    shown_in_words: list[str] = []
-    steps = list(dict.fromkeys(exits["when"]))
+    several = exits["when"].nunique() > 1
+    lines = {
+        (model, when): own.groupby("layer")["accuracy_percent"].agg(["mean", "min", "max"])
+        for model in models
+        for when, own in exits[exits["model"] == model].groupby("when", sort=False)
+    }
+
+    def label(model: str, when: Any) -> str:
+        return f"{model_name(model)}, {when} phase" if several else model_name(model)
 
     def paint(axes: Axes) -> None:
-        for model in models:
+        for (model, when), at in lines.items():
             style = _style_of_model(models, model)
-            for when in steps:
-                own = exits[(exits["model"] == model) & (exits["when"] == when)]
-                at = own.groupby("layer")["accuracy_percent"].agg(["mean", "min", "max"])
-                hollow = when == "first" and len(steps) > 1
-                label = (
-                    f"{model_name(model)}, {when} phase" if len(steps) > 1 else model_name(model)
-                )
-                x = at.index.to_numpy(float)
-                axes.vlines(x, at["min"], at["max"], color=style.colour, linewidth=1, alpha=0.6)
-                how = {"linestyle": "--", "markerfacecolor": "none"} if hollow else {}
-                _plot(axes, x, at["mean"], style, label, markersize=5, **how)
-                means = ", ".join(f"{value:.2f}" for value in at["mean"])
-                shown_in_words.append(f"{label}: {means} %")
+            x = at.index.to_numpy(float)
+            axes.vlines(x, at["min"], at["max"], color=style.colour, linewidth=1, alpha=0.6)
+            hollow = {"linestyle": "--", "markerfacecolor": "none"}
+            how = hollow if several and when == "first" else {}
+            _plot(axes, x, at["mean"], style, label(model, when), markersize=5, **how)
         _axis(axes.xaxis, "exit after layer", 10, whole=True)
         _axis(axes.yaxis, "validation accuracy (%)", 5)
-        _legend(axes, min(2, len(steps) * len(models)))
+        _legend(axes, min(2, len(lines)))
 
-    picture = gallery.draw(name, title, "", 3.1, paint)
-    alt = f"Accuracy by exit of {title}, bottom layer first: {'; '.join(shown_in_words)}"
-    return Picture(picture.name, picture.title, alt, picture.svg)
+    shown_in_words = "; ".join(
+        f"{label(*arm)}: {', '.join(f'{value:.2f}' for value in at['mean'])} %"
+        for arm, at in lines.items()
+    )
+    alt = f"Accuracy by exit of {title}, bottom layer first: {shown_in_words}"
+    return gallery.draw(name, title, alt, 3.1, paint)
 
 
 def against_compute(
@@ -501,9 +463,7 @@ def _in_hand(curves: Frame, column: str) -> Frame:
 
 
 def _axis(axis: Axis, label: str, most: int, whole: bool = False) -> None:
-    """What an axis shows, in at most so many steps of round numbers: ticks are half of a drawing's
-    time.
-    """
+    """What an axis shows, in at most so many steps of round numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_label_text(label)
@@ -542,17 +502,19 @@ def over_seeds(
         values: `x`, `y`, a row a seed; with `arm`, a line each; with `at`, what a point of a line
             stands for where seeds differ in `x`, too.
     """
-    arms: dict[str, Frame] = (
-        dict(iter(values.groupby("arm", sort=False))) if "arm" in values else {}
+    named, at = "arm" in values, "at" if "at" in values else "x"
+    arms = values.groupby(
+        values["arm"] if named else lambda _: "mean, 95 % interval, and seeds", sort=False
     )
-    at = "at" if "at" in values else "x"
     means = {
-        arm: own.groupby(at)
-        .agg(x=("x", "mean"))
-        .join(pd.DataFrame({k: vars(stats.summary(y)) for k, y in own.groupby(at)["y"]}).T)
-        for arm, own in (arms or {"mean, 95 % interval, and seeds": values}).items()
+        str(arm): pd.DataFrame(
+            {
+                k: {"x": own["x"].mean()} | vars(stats.summary(own["y"]))
+                for k, own in of_arm.groupby(at)
+            }
+        ).T
+        for arm, of_arm in arms
     }
-
     step = 0.015 * (values["x"].max() - values["x"].min())
     # Points of several lines at one place stand beside each other.
     apart = step if values.groupby(at)["x"].nunique().max() == 1 else 0.0
@@ -561,7 +523,7 @@ def over_seeds(
         for number, (arm, mean) in enumerate(means.items()):
             style = STYLES[number % len(STYLES)]
             x = mean["x"].to_numpy(float) + apart * (number - (len(means) - 1) / 2)
-            if not arms:
+            if not named:
                 beside = values["x"] + step
                 axes.plot(beside, values["y"], "o", color=style.colour, alpha=0.55, ms=3, mew=0)
             axes.vlines(x, mean["low"], mean["high"], color=style.colour, linewidth=2, alpha=0.7)
@@ -572,7 +534,7 @@ def over_seeds(
         _legend(axes, 2 if len(means) > 1 else 1)
 
     shown_in_words = "; ".join(
-        (f"{arm}: " if arms else "")
+        (f"{arm}: " if named else "")
         + ", ".join(f"{x:.3g}: {y:.4g}" for x, y in zip(mean["x"], mean["mean"], strict=True))
         for arm, mean in means.items()
     )

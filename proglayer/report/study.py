@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,15 +23,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from pandas.util import hash_pandas_object
 
 from proglayer.console import one_line
 from proglayer.report import stats
 from proglayer.results import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, Results, keys_and_values
 from proglayer.store.record import RunState
 
-# Its own types lack it.
-_hashed: Any = hash_pandas_object
 # A pandas frame or series. Its own types cannot follow a selection, which may be either.
 Frame = Any
 
@@ -113,6 +110,20 @@ def founding() -> dict[str, Any]:
     """The founding experiment's published run, and the settings of its repeats."""
     text = resources.files("proglayer.report").joinpath("founding.yaml").read_text("utf-8")
     return yaml.safe_load(text)
+
+
+def published(model: str) -> tuple[Frame, Frame]:
+    """The published run of this model, with what the tables read of a run and of its phases."""
+    own = founding()["published"][model]
+    phases = pd.DataFrame(own["phases"]).assign(run="published", evaluation_seconds=0.0)
+    phases["phase"] = range(1, len(phases) + 1)
+    last = phases.iloc[-1]
+    ends = {
+        "last_accuracy_percent": last["validation_accuracy_percent"],
+        "last_perplexity": last["validation_perplexity"],
+    }
+    run = {"run": "published", "model": model, "seed": 42, "phases": len(phases)}
+    return pd.DataFrame([run | own["change"] | ends]), phases
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -197,34 +208,25 @@ _ARM = ["condition", "variant", "model"]
 
 
 def _lacking(runs: Frame, others: Frame) -> Frame:
-    """Those of `others`, which did not complete, that belong to the arms of `runs`.
-
-    A run belongs to an arm with the same settings: by its configuration, or, where the run never
-    began, by its overrides.
+    """Those of `others`, which did not complete, that belong to the arms of `runs`: what was asked
+    of them is the same, the seed apart, and so is their text, if they came to read one.
     """
+    arms: Frame = runs.assign(asked=runs["overrides"].map(_without_seed))
     settings = [c for c in runs.columns if c.startswith("config.")]
-    columns = [c for c in settings if c not in _ASIDE]
-    configured = others["config.seed"].notna()
-    arms: Frame = runs.drop_duplicates(_ARM)
     # What a run of an arm is known by before it ends; it has no metrics.
     known = [*_ARM, "experiment", "base", "grows", "phases", "first_layers", "last_layers"]
-    known += ["corpus_fingerprint", *settings]
-    keys: tuple[tuple[Frame, Callable[[Frame], Frame]], ...] = (
-        (others[configured], lambda frame: _hashed(frame[columns], index=False)),
-        (others[~configured], lambda frame: frame["overrides"].map(_without_seed)),
-    )
-    found = []
-    for part, key in keys:
-        own: Frame = part[["run", "seed", "status", "corpus_fingerprint"]].assign(key=key(part))
-        own = own.merge(arms[known].assign(key=key(arms)), on="key", suffixes=("_own", ""))
-        text = own.pop("corpus_fingerprint_own")
-        found.append(own[(text.isna() | (text == own["corpus_fingerprint"])).fillna(False)])
-    lacking: Frame = pd.concat(found)
-    lacking = lacking.drop_duplicates("run").drop_duplicates([*_ARM, "seed"], keep="last")
-    lacking = lacking.assign(seed=lacking["seed"].astype("int64"), lacks=lacking["status"])
+    known += ["corpus_fingerprint", "asked", *settings]
+    own: Frame = others[["run", "seed", "status", "corpus_fingerprint"]]
+    own = own.assign(asked=others["overrides"].map(_without_seed))
+    arms = arms[known].drop_duplicates([*_ARM, "asked"])
+    own = own.merge(arms, on="asked", suffixes=("_own", ""))
+    text = own["corpus_fingerprint_own"]
+    own = own[(text.isna() | (text == own["corpus_fingerprint"])).fillna(False)]
+    own = own.drop_duplicates("run").drop_duplicates([*_ARM, "seed"], keep="last")
+    own = own.assign(seed=own["seed"].astype("int64"), lacks=own["status"])
     there = pd.MultiIndex.from_frame(runs[[*_ARM, "seed"]])
-    lacking = lacking[~pd.MultiIndex.from_frame(lacking[[*_ARM, "seed"]]).isin(there)]
-    return lacking.reindex(columns=runs.columns).reset_index(drop=True)
+    own = own[~pd.MultiIndex.from_frame(own[[*_ARM, "seed"]]).isin(there)]
+    return own.reindex(columns=runs.columns).reset_index(drop=True)
 
 
 def _without_seed(overrides: Any) -> str:
@@ -246,6 +248,18 @@ def differs_from_original(runs: Frame) -> list[str]:
     if set(weights) - {(STANDARD, "last"), (DEEP, "uniform")}:
         differing.append("model.exit_weights")
     return differing
+
+
+def like_the_original(runs: Frame) -> str | None:
+    """The variant that the published figures stand beside, if there is one: the original, or else
+    one with its settings.
+    """
+    alike = (
+        str(variant)
+        for variant, own in runs.groupby("variant", sort=False)
+        if not differs_from_original(own)
+    )
+    return plain_variant(runs, ORIGINAL) or next(alike, None)
 
 
 def _label(text: Any) -> str:
@@ -295,49 +309,39 @@ def _conditions(runs: Frame, columns: Sequence[str]) -> tuple[Frame, tuple[str, 
     return numbers, tuple(names)
 
 
-def _variants(runs: Frame, columns: Sequence[str]) -> tuple[list[str], list[bool]]:
+def _variants(runs: Frame, columns: Sequence[str]) -> tuple[Frame, Frame]:
     """Each run's variant: its experiment, and the settings that set it apart within that.
 
     The arm of an experiment with the fewest overrides carries its plain name.
     """
-    labels = [""] * len(runs)
-    base = [False] * len(runs)
-    read = ["condition", "experiment", "model", "overrides", *GROUPS.values(), *columns]
-    runs = runs[list(dict.fromkeys(read))]  # to select rows of all columns takes most of the time
+    labels = pd.Series("", runs.index, dtype=object)
+    base = pd.Series(False, runs.index)
     groups = {name: column for name, column in GROUPS.items() if name not in _NO_VARIATION}
     kinds = runs.groupby(["condition", "experiment", "model"], sort=False)
     varies = kinds[list(dict.fromkeys([*columns, *groups.values()]))].nunique(dropna=False) > 1
-    varies = varies.to_dict("index")
-    group: Frame
     for kind, group in kinds:
-        experiment = kind[1]
-        varying = [c for c in columns if varies[kind][c]]
+        experiment = str(kind[1])
+        varying = [c for c in columns if varies.loc[kind, c]]
         if not varying:
-            for index in group.index:
-                labels[index], base[index] = str(experiment) or "as configured", True
+            labels[group.index], base[group.index] = experiment or "as configured", True
             continue
-        choices = [name for name, column in groups.items() if varies[kind][column]]
-        own = group["overrides"].fillna("").map(_own_overrides)
-        arm: Frame = group.groupby(varying, dropna=False, sort=False).ngroup()
-        first: dict[int, Frame] = {
+        choices = [name for name, column in groups.items() if varies.loc[kind, column]]
+        arm = group.groupby(varying, dropna=False, sort=False).ngroup()
+        fewest = group["overrides"].fillna("").map(_own_overrides).groupby(arm).min()
+        plain = fewest.index[fewest == fewest.min()]
+        plain_arm = plain[0] if len(plain) == 1 else None
+        first: dict[Any, Frame] = {
             number: group.loc[index] for index, number in arm.drop_duplicates().items()
         }
-        fewest: Frame = own.groupby(arm).min()
-        plain = [number for number in first if fewest[number] == fewest.min()]
-        plain_arm = plain[0] if len(plain) == 1 else None
-        numbered: dict[int, str] = {}
-        base_row = None if plain_arm is None else first[plain_arm]
+        named: dict[int, str] = {}
         for number, row in first.items():
-            if number == plain_arm:
-                label = str(experiment) or "base"
-            else:
-                parts = _parts(row, base_row, choices, varying)
-                label = _label(" ".join([*([str(experiment)] if experiment else []), *parts]))
-            numbered[number] = f"{label} ({number + 1})" if label in numbered.values() else label
-        for index, number in arm.items():
-            labels[index] = numbered[number]
-            base[index] = number == plain_arm
-    return labels, base
+            label = experiment or "base"
+            if number != plain_arm:
+                parts = _parts(row, first.get(plain_arm), choices, varying)
+                label = _label(" ".join([*([experiment] if experiment else []), *parts]))
+            named[number] = f"{label} ({number + 1})" if label in named.values() else label
+        labels[group.index], base[group.index] = arm.map(named), arm == plain_arm
+    return labels.astype("str"), base
 
 
 def _own_overrides(text: str) -> int:
@@ -442,27 +446,23 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     of those that it begins with. Variants of which no such control was run are left out.
     """
     end = "first_layers" if experiment == KEEP_TRAINING else "last_layers"
-    read = ["variant", "experiment", "base", "grows", end, "config.model.dim", "stopped", "tokens"]
-    held: dict[str, list[dict[str, Any]]] = {}
-    growing: dict[str, tuple[int, int]] = {}
-    for row in runs[read].dropna(subset=[end, "config.model.dim"]).to_dict("records"):
-        variant, row["size"] = str(row["variant"]), (int(row[end]), int(row["config.model.dim"]))
-        if row["experiment"] == experiment:
-            held.setdefault(variant, []).append(row)
-        if row["grows"]:
-            growing.setdefault(variant, row["size"])
-
-    def rank(variant: str) -> tuple[bool, float, bool]:
-        """Rather one that `max_epochs` did not cut, else the longest; then the plain one."""
-        own = held[variant]
-        cut = 2 * sum(str(row["stopped"]).startswith("max_epochs") for row in own) >= len(own)
-        longest = max((float(row["tokens"]) for row in own if pd.notna(row["tokens"])), default=0.0)
-        return cut, -longest * cut, not any(row["base"] for row in own)
-
-    by_size: dict[tuple[int, int], str] = {}
-    for variant in sorted(held, key=rank):
-        by_size.setdefault(held[variant][0]["size"], variant)
-    return {variant: by_size[own] for variant, own in growing.items() if own in by_size}
+    size = [end, "config.model.dim"]
+    runs = runs.dropna(subset=size)
+    held = runs[runs["experiment"] == experiment]
+    held = held.assign(
+        cut=held["stopped"].astype(str).str.startswith("max_epochs"),
+        tokens=held["tokens"].astype("float64").fillna(0),
+    )
+    how = {**dict.fromkeys(size, "first"), "cut": "mean", "tokens": "max", "base": "any"}
+    held = held.groupby("variant", sort=False).agg(how).reset_index()
+    # Rather one that `max_epochs` did not cut, else the longest; then the plain one.
+    held["cut"] = held["cut"] >= 0.5
+    held["tokens"] *= held["cut"]
+    order = {"cut": True, "tokens": False, "base": False}
+    held = held.sort_values(list(order), ascending=list(order.values()), kind="stable")
+    growing = runs[runs["grows"].astype(bool)].drop_duplicates("variant")[["variant", *size]]
+    pairs = growing.merge(held.drop_duplicates(size), on=size, suffixes=("", "_held"))
+    return dict(zip(pairs["variant"], pairs["variant_held"], strict=True))
 
 
 def differing(runs: Frame, reference: str) -> dict[str, str]:

@@ -52,7 +52,6 @@ def _variant(row: Row) -> str:
     return variant_name(row["variant"])
 
 
-GROWTH_FIGURES = ("loss_before", "loss_after", "shock_nats", "accuracy_points", "share_new")
 ARM: Columns = (("Variant", "name", _variant), ("Model", "name", _model))
 COMPUTE: Columns = (
     ("Tokens", "figure", _large("tokens")),
@@ -97,31 +96,10 @@ def phase_table(title: str, runs: Frame, phases: Frame, left_out: str = "") -> T
         points = _mean(runs["accuracy_points"], "+.2f", " points")
         percent = _mean(runs["perplexity_percent"], "+.2f", " %")
         rows.append(["Change", "", points, percent, _mean_seconds(runs["seconds"]), ""])
-    count = len(runs)
-    note = "" if count == 1 else f"Mean ± standard deviation over {count} seeds."
-    if left_out:
-        note = f"{note or 'One seed.'} Left out: {left_out}."
+    several = f"Mean ± standard deviation over {len(runs)} seeds."
+    note = several if len(runs) > 1 else "One seed."
+    note += f" Left out: {left_out}." if left_out else ""
     return _founding_table(title, PHASE_HEADS, rows, note)
-
-
-def published_table(model: str) -> Table:
-    """The published run of this model, in the same form."""
-    published = study.founding()["published"][model]
-    rows = [
-        [
-            phase["name"],
-            str(phase["layers"]),
-            f"{phase['accuracy_percent']:.2f} %",
-            f"{phase['perplexity']:,.2f}",
-            f"{phase['seconds']:.2f} s",
-            str(phase["best_epoch"]),
-        ]
-        for phase in published["phases"]
-    ]
-    change = published["change"]
-    points, percent = f"{change['points']:+.2f} points", f"{change['percent']:+.2f} %"
-    rows.append(["Change", "", points, percent, f"{change['seconds']:.2f} s", ""])
-    return _founding_table(f"Published, {model_name(model)}", PHASE_HEADS, rows, "One seed.")
 
 
 # Title, column of `Arms.runs`, form, unit of the values and of their difference.
@@ -134,53 +112,33 @@ MODEL_ROWS = (
 )
 
 
-def _models_table(title: str, standard: Frame, deep: Frame, note: str) -> Table:
-    one_phase = standard["phases"].max() == 1 if "phases" in standard else False
-    rows = []
-    for name, column, form, unit, unit_of_difference in MODEL_ROWS:
-        a, b = (arm[column].astype("float64") for arm in (standard, deep))
-        if a.notna().any() and b.notna().any() and not (one_phase and "Change" in name):
-            signed = form if form.startswith("+") else f"+{form}"
-            difference = _mean((b - a).dropna(), signed, unit_of_difference)
-            rows.append([name, _mean(a, form, unit), _mean(b, form, unit), difference])
-    return _founding_table(title, MODEL_HEADS, rows, note)
-
-
-def model_table(variant: str, runs: Frame) -> Table:
-    """The comparison of the models in one variant."""
+def model_table(name: str, runs: Frame) -> Table:
+    """The comparison of the models in the runs of one variant."""
     standard, deep = (runs[runs["model"] == model].set_index("seed") for model in (STANDARD, DEEP))
+    one_phase = standard["phases"].max() == 1
+    rows = []
+    for title, column, form, unit, unit_of_difference in MODEL_ROWS:
+        a, b = (arm[column].astype("float64") for arm in (standard, deep))
+        if a.notna().any() and b.notna().any() and not (one_phase and "Change" in title):
+            difference = _mean((b - a).dropna(), f"+{form.removeprefix('+')}", unit_of_difference)
+            rows.append([title, _mean(a, form, unit), _mean(b, form, unit), difference])
     note = "Difference: deep supervision − Standard, within seeds."
-    return _models_table(f"{variant_name(variant)}, comparison of models", standard, deep, note)
-
-
-def published_models_table() -> Table:
-    """The published comparison of the models."""
-    arms = []
-    for model in (STANDARD, DEEP):
-        published = study.founding()["published"][model]
-        last, change = published["phases"][-1], published["change"]
-        values = (last["accuracy_percent"], last["perplexity"], *change.values())
-        columns = [column for _, column, *_ in MODEL_ROWS]
-        arms.append(pd.DataFrame([dict(zip(columns, values, strict=True))]))
-    return _models_table("Published, comparison of models", arms[0], arms[1], "One seed.")
+    return _founding_table(f"{name}, comparison of models", MODEL_HEADS, rows, note)
 
 
 # --- changes and differences ----------------------------------------------------------------------
 
 
-def changes_table(changes: Frame, shown: Sequence[str]) -> Table:
+def changes_table(changes: Frame) -> Table:
     """Each arm's change from the first phase to the last, in every metric."""
     rows = []
     for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
-        if variant in shown:
-            most = arm.loc[arm["n"].idxmax(), ["n", "dropped"]]
-            metrics = dict(arm.set_index("metric").iterrows())
-            rows.append({"variant": variant, "model": model, **most} | metrics)
+        most = arm.loc[arm["n"].idxmax(), ["n", "dropped"]]
+        metrics = dict(arm.set_index("metric").iterrows())
+        rows.append({"variant": variant, "model": model, **most} | metrics)
 
     def cell(metric: study.Metric) -> Callable[[Row], Cell]:
-        return lambda row: Cell(
-            _interval(row[metric.name], metric.decimals), _sort(row[metric.name]["mean"])
-        )
+        return lambda row: _interval(row[metric.name], metric.decimals)
 
     columns = [
         *ARM,
@@ -193,33 +151,20 @@ def changes_table(changes: Frame, shown: Sequence[str]) -> Table:
 
 def comparisons_table(title: str, judged: Frame) -> Table:
     """Comparisons of `comparisons.judge`: the verdict on accuracy, and what it rests on."""
-    rows = []
-    for row in judged.to_dict("records"):
-        own = row["comparisons"]
-        accuracy = own.get(study.ACCURACY.name)
-        found: Row = dict.fromkeys(("effect_size", "sign_flip_p", "detectable"), math.nan)
-        found["plan"] = (math.nan,) * 3
-        if accuracy is not None:
-            found |= {
-                "effect_size": accuracy.effect_size,
-                "sign_flip_p": accuracy.sign_flip_p,
-                "detectable": comparisons.detectable(row),
-                "plan": comparisons.seeds_to_plan(row),
-            }
-        rows.append(row | found)
+    rows = judged.to_dict("records")
+    for row in rows:
+        accuracy = row["comparisons"].get(study.ACCURACY.name, comparisons.NOT_MADE)
+        row |= {"effect_size": accuracy.effect_size, "sign_flip_p": accuracy.sign_flip_p}
+        row["detectable"] = comparisons.detectable(row)
 
     def described(metric: study.Metric) -> Callable[[Row], Cell]:
         def cell(row: Row) -> Cell:
-            own = row["comparisons"].get(metric.name)
-            if own is None or not own.n:
-                return Cell("", "")
+            own = row["comparisons"].get(metric.name, comparisons.NOT_MADE)
             low, high = own.interval(0.95)
-            found = {"mean": own.mean, "low": low, "high": high}
-            return Cell(_interval(found, metric.decimals), _sort(own.mean))
+            return _interval({"mean": own.mean, "low": low, "high": high}, metric.decimals)
 
         return cell
 
-    dropped = any(row["dropped"] for row in rows)
     columns: Columns = [
         ("Comparison", "name", comparisons.label),
         ("Model", "name", _model),
@@ -227,10 +172,10 @@ def comparisons_table(title: str, judged: Frame) -> Table:
         ("Accuracy", "name", _text("verdict")),
         ("Change, points", "figure", _difference),
         ("Interval of the verdict", "figure", lambda row: _range(row, "low", "high")),
-        ("Confidence", "figure", lambda row: _known(row, comparisons.percent(row["confidence"]))),
+        ("Confidence", "figure", _confidence),
         ("95 % interval", "figure", lambda row: _range(row, "low_95", "high_95")),
         ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
-        *([("Left out", "name", _text("left_out"))] if dropped else []),
+        *([("Left out", "name", _text("left_out"))] if judged["dropped"].any() else []),
         ("p, corrected", "figure", _p("p_adjusted")),
         ("Equivalence p, corrected", "figure screen", _p("equivalence_p_adjusted")),
         ("Sign-flip p", "figure screen", _p("sign_flip_p")),
@@ -241,9 +186,9 @@ def comparisons_table(title: str, judged: Frame) -> Table:
     ]
     looks = " and all looks" if "look" in judged else ""
     note = (
-        f"Judged by accuracy as one family of {_family(judged)}{looks} (Bonferroni). Same: the "
-        "interval lies within the margin. Detectable: the smallest true difference that so many "
-        "seeds would find with a power of 80 %. Seeds to plan: how many in all, not added to "
+        f"Judged by accuracy as one family of {judged['family'].max()}{looks} (Bonferroni). Same: "
+        "the interval lies within the margin. Detectable: the smallest true difference that so "
+        "many seeds would find with a power of 80 %. Seeds to plan: how many in all, not added to "
         "these, would settle with that power whether there is a difference of the margin or none; "
         "the range comes from a spread that is known only roughly. Perplexity and loss: mean and "
         "95 % interval, without a verdict."
@@ -251,12 +196,8 @@ def comparisons_table(title: str, judged: Frame) -> Table:
     return _table(title, rows, columns, note, sortable=True)
 
 
-def _family(judged: Frame) -> int:
-    return int(judged["family"].max()) if len(judged) else 0
-
-
-def _known(row: Row, text: str) -> str:
-    return text if row["n"] > 1 else ""
+def _confidence(row: Row) -> str:
+    return comparisons.percent(row["confidence"]) if row["n"] > 1 else ""
 
 
 def _difference(row: Row) -> Cell:
@@ -281,8 +222,8 @@ def _of_all(seeds: int, left_out: int) -> Cell:
 
 
 def _plan(row: Row) -> Cell:
-    seeds = row["plan"][0]
-    return Cell("" if math.isnan(seeds) else comparisons.plan(*row["plan"]), _sort(seeds))
+    seeds, low, high = comparisons.seeds_to_plan(row)
+    return Cell("" if math.isnan(seeds) else comparisons.plan(seeds, low, high), _sort(seeds))
 
 
 def growth_table(growths: Frame, mixing: Frame) -> Table:
@@ -293,42 +234,40 @@ def growth_table(growths: Frame, mixing: Frame) -> Table:
     """
     last = growths["phase"] == growths.groupby("run")["phase"].transform("max")
     growths = growths.assign(mixing=growths["run"].map(mixing).where(last))
-    rows = []
-    for (variant, model, phase), arm in growths.groupby(["variant", "model", "phase"], sort=False):
-        rows.append(
-            {
-                "variant": variant,
-                "model": model,
-                "growth": f"{phase}: {listed(unique(arm['layers']), 3)} layers",
-                "seeds": str(len(arm)),
-                "recovery": _tokens(arm["tokens_to_recovery"]),
-                "mixing": _tokens(arm["mixing"]),
-                **{name: arm[name].to_numpy(dtype=float) for name in GROWTH_FIGURES},
-            }
+    rows = [
+        {"variant": variant, "model": model, "phase": phase, "arm": arm}
+        for (variant, model, phase), arm in growths.groupby(
+            ["variant", "model", "phase"], sort=False
         )
+    ]
 
-    def described(name: str, decimals: int, scale: float = 1) -> Callable[[Row], Cell]:
-        def cell(row: Row) -> Cell:
-            found = stats.summary(row[name])
-            return Cell(_interval(vars(found), decimals, scale), _sort(found.mean))
+    def growth_of(row: Row) -> str:
+        return f"{row['phase']}: {listed(unique(row['arm']['layers']), 3)} layers"
 
-        return cell
+    def over_seeds(cell: Callable[..., Cell | str], name: str, *how: Any) -> Callable[[Row], Any]:
+        return lambda row: cell(row["arm"][name].astype("float64"), *how)
 
-    def share(row: Row) -> Cell:
-        text, sort = described("share_new", 0, 100)(row)
-        return Cell(text.replace("+", ""), sort)
+    def described(values: Frame, decimals: int) -> Cell:
+        return _interval(vars(stats.summary(values)), decimals)
+
+    def percent(values: Frame) -> Cell:
+        return _interval(vars(stats.summary(100 * values)), 0, sign="")
 
     columns: Columns = [
         *ARM,
-        ("Phase", "name", _text("growth")),
-        ("Seeds", "figure", _text("seeds")),
-        ("Loss before", "figure", lambda row: _mean(row["loss_before"], ".3f")),
-        ("Loss after", "figure", lambda row: _mean(row["loss_after"], ".3f")),
-        ("Loss rose by, nats", "figure", described("shock_nats", 3)),
-        ("Accuracy: change, points", "figure", described("accuracy_points", 2)),
-        ("Back after, tokens", "figure", lambda row: row["recovery"]),
-        *([("As from scratch after", "figure", lambda row: row["mixing"])] if len(mixing) else []),
-        ("Gradient in new layers, %", "figure", share),
+        ("Phase", "name", growth_of),
+        ("Seeds", "figure", lambda row: str(len(row["arm"]))),
+        ("Loss before", "figure", over_seeds(_mean, "loss_before", ".3f")),
+        ("Loss after", "figure", over_seeds(_mean, "loss_after", ".3f")),
+        ("Loss rose by, nats", "figure", over_seeds(described, "shock_nats", 3)),
+        ("Accuracy: change, points", "figure", over_seeds(described, "accuracy_points", 2)),
+        ("Back after, tokens", "figure", over_seeds(_tokens, "tokens_to_recovery")),
+        *(
+            [("As from scratch after", "figure", over_seeds(_tokens, "mixing"))]
+            if len(mixing)
+            else []
+        ),
+        ("Gradient in new layers, %", "figure", over_seeds(percent, "share_new")),
     ]
     note = (
         "At the last exit, before the first step after the growth, against the selected epoch of "
@@ -390,12 +329,14 @@ def speed_up_table(gains: Frame) -> Table:
     ]
 
     def cell(measure: ledger.Measure) -> Callable[[Row], Cell]:
-        def text(row: Row) -> str:
+        def of(row: Row) -> Cell:
             if row["reached"] < row["seeds"]:
-                return f"only {row['reached']:.0f} of {row['seeds']:.0f} got there"
-            return _interval(row[measure.column], 0, 100)
+                return Cell(f"only {row['reached']:.0f} of {row['seeds']:.0f} got there", "")
+            found = row[measure.column]
+            percent = {name: 100 * found[name] for name in ("mean", "low", "high")}
+            return _interval(percent, 0)
 
-        return lambda row: Cell(text(row), _sort(row[measure.column]["mean"]))
+        return of
 
     columns = [
         *ARM,
@@ -418,21 +359,6 @@ def _share(part: int, whole: int) -> Cell:
     return Cell(f"{part:.0f} of {whole:.0f}", part / max(1, whole))
 
 
-def parameters_table(trained: Frame) -> Table:
-    """What trains in each phase: parameters of layers, embedding and head, of `total`."""
-    own = trained["layers"] + trained["embedding"] + trained["head"]
-    columns = [
-        ("Variant and phase", "name", _text("label")),
-        *(
-            (name.capitalize(), "figure", _number(name, ",.0f"))
-            for name in ("layers", "embedding", "head", "trained", "total")
-        ),
-        ("Share", "figure", _number("share", ".1%")),
-    ]
-    rows = trained.assign(trained=own, share=own / trained["total"])
-    return _table("Parameters that train, phase by phase", rows, columns)
-
-
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
@@ -440,10 +366,7 @@ def tokenizers_table(rows: Frame) -> Table:
     """What arms come to with different tokenizers; see `tokenizers.across`."""
 
     def difference(row: Row) -> Cell:
-        if pd.isna(row["difference"]):
-            return Cell("", "")
-        found = {"mean": row["difference"], "low": row["low"], "high": row["high"]}
-        return Cell(_interval(found, 4), row["difference"])
+        return _interval({"mean": row["difference"], "low": row["low"], "high": row["high"]}, 4)
 
     columns = [
         ("On", "name", _text("condition")),
@@ -560,17 +483,16 @@ def _mean_seconds(values: Any) -> str:
     return duration(mean) if mean >= 100 else _mean(values, ".1f", " s")
 
 
-def _interval(summary: Any, decimals: int, scale: float = 1) -> str:
+def _interval(summary: Any, decimals: int, sign: str = "+") -> Cell:
     """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
-    if not math.isfinite(summary["mean"]):
-        return "none"
-    mean, sd, low, high = (
-        scale * summary.get(name, math.nan) for name in ("mean", "sd", "low", "high")
-    )
-    text = f"{mean:+.{decimals}f}" + (f" ± {sd:.{decimals}f}" if math.isfinite(sd) else "")
-    if not math.isfinite(low):
-        return text
-    return f"{text} ({low:+.{decimals}f} to {high:+.{decimals}f})"
+    mean, sd, low, high = (summary.get(name, math.nan) for name in ("mean", "sd", "low", "high"))
+    form = f"{sign}.{decimals}f"
+    text = number_text(mean, form)
+    if math.isfinite(sd):
+        text += f" ± {sd:.{decimals}f}"
+    if math.isfinite(low):
+        text += f" ({low:{form}} to {high:{form}})"
+    return Cell(text, _sort(mean))
 
 
 def _sort(value: Any) -> float | str:

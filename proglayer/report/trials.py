@@ -86,7 +86,7 @@ def _history(gallery: Gallery, name: str, study: dict[str, Any]) -> Picture:
 
     found = f"best {best[-1]:.6g} in trial {numbers[int(np.argmax(values == best[-1]))]}"
     alt = f"Objective of {len(done)} completed trials in their order: {found}"
-    return gallery.draw(name, "The search's history", alt, 3.0, paint, row_labels=True)
+    return gallery.draw(name, "The search's history", alt, 3.0, paint)
 
 
 def _importances(gallery: Gallery, name: str, study: dict[str, Any]) -> Picture:
@@ -101,4 +101,4 @@ def _importances(gallery: Gallery, name: str, study: dict[str, Any]) -> Picture:
     listed = "; ".join(f"{key} {share:.2f}" for key, share in reversed(shares))
     height = 0.9 + 0.3 * len(shares)
     title = "What the objective hangs on"
-    return gallery.draw(name, title, f"{title}: {listed}", height, paint, row_labels=True)
+    return gallery.draw(name, title, f"{title}: {listed}", height, paint)
