@@ -82,14 +82,13 @@ def _open_folder(out: Path) -> files.Ours:
 
     Raises StoreError where other files have the names of ours.
     """
-    table = out / "exits.csv"
-    is_table = files.begins_with(b"variant,model,seed,run,layer,")
-    known = files.is_ours(table, is_table)
-    for path in sorted([*out.glob("*.csv"), *out.glob("*.svg"), *out.glob("*.png")]):
-        if not known and path.stem in early_exit.NAMES:
-            files.check_ours(path, lambda _: False, OUT)
+    table, is_table = out / "exits.csv", files.begins_with(b"variant,model,seed,run,layer,")
+    if not files.is_ours(table, is_table):
+        for name in early_exit.NAMES:
+            for ending in ("csv", "svg", "png"):
+                files.check_ours(out / f"{name}.{ending}", lambda _: False, OUT)
     out.mkdir(parents=True, exist_ok=True)
-    return lambda _: known or files.is_ours(table, is_table)
+    return lambda _: files.is_ours(table, is_table)
 
 
 def _check_texts(runs: Frame) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from proglayer import files
+from proglayer.console import counted
 from proglayer.report.page import Picture
 from proglayer.report.pictures import Gallery, over_seeds
 from proglayer.report.study import Frame, model_name, variant_name
@@ -145,64 +146,53 @@ def worth(runs: Frame, measured: Mapping[str, Measured] | None = None) -> Worth:
 def sentences(found: Worth) -> list[str]:
     """How many layers each arm needs to predict as well as with all of them."""
     texts = []
-    arms = found.early_exit.groupby(["variant", "model"], sort=False)
-    for (variant, model), arm in arms:
-        exits = found.exits[(found.exits["variant"] == variant) & (found.exits["model"] == model)]
-        of = int(exits["layer"].max())
+    for (variant, model), arm in found.early_exit.groupby(["variant", "model"], sort=False):
+        exits = found.exits[found.exits["run"].isin(arm["run"])]
         whole = exits.groupby("run")["accuracy_percent"].last().mean()
         means = arm.groupby("threshold")[["layers", "accuracy_percent"]].mean()
         good = means[means["accuracy_percent"] >= whole - WITHIN_POINTS]
         least = good.loc[good["layers"].idxmin()]
         first = exits.loc[exits["layer"] == exits["layer"].min(), "accepted_percent"].mean()
-        count = arm["seed"].nunique()
-        seeds = f"{count} seed{'s' * (count != 1)}"
         texts.append(
             f"{variant_name(str(variant))}, {model_name(str(model))}: within {WITHIN_POINTS:g} "
-            f"points of all {of} layers' {whole:.2f} % with {least['layers']:.2f} layers a token "
-            f"(from a confidence of {least.name:g} on; mean over {seeds}); "
-            f"the last exit accepts {first:.0f} % of the first one's guesses."
+            f"points of all {exits['layer'].max()} layers' {whole:.2f} % with "
+            f"{least['layers']:.2f} layers a token (from a confidence of {least.name:g} on; mean "
+            f"over {counted(arm['seed'].nunique(), 'seed')}); the last exit accepts {first:.0f} % "
+            "of the first one's guesses."
         )
     return texts
 
 
 def pictures(gallery: Gallery, found: Worth, slug: str = "") -> list[Picture]:
     """Early exit, acceptance, and what layers are worth: an arm a line, over seeds."""
-
-    def drawn(
-        name: str, title: str, table: Frame, columns: str, x_label: str, y_label: str
-    ) -> Picture:
-        at, x, y = columns.split()
-        values = table.assign(at=table[at], x=table[x], y=table[y])
-        names = {"variant": variant_name, "model": model_name}
-        varied = [name for name in names if table[name].nunique() > 1]
-        if varied:
-            arms = zip(*(table[name].map(names[name]) for name in varied), strict=True)
-            values["arm"] = [", ".join(arm) for arm in arms]
-        return over_seeds(gallery, f"{name}{slug}", title, values, x_label, y_label)
-
-    early, exits, changed = found.early_exit, found.exits, found.changed_layers
-    if exits.empty:
-        return []
-    accuracy, loss = "validation accuracy (%)", "validation loss (nats)"
-    used = "layers used, mean over tokens"
-    shown = [
-        drawn(
-            "early-exit-accuracy", "Early exit: accuracy against layers", early,
-            "threshold layers accuracy_percent", used, accuracy,
+    used, accuracy = "layers used, mean over tokens", "validation accuracy (%)"
+    shown = {
+        "early-exit-accuracy": (
+            ("Early exit: accuracy against layers", used, accuracy),
+            found.early_exit.rename(columns={"layers": "x", "accuracy_percent": "y"}),
         ),
-        drawn(
-            "early-exit-loss", "Early exit: loss against layers", early,
-            "threshold layers loss", used, loss,
+        "early-exit-loss": (
+            ("Early exit: loss against layers", used, "validation loss (nats)"),
+            found.early_exit.rename(columns={"layers": "x", "loss": "y"}),
         ),
-        drawn(
-            "acceptance", "Early guesses that the last exit accepts", exits,
-            "layer layer accepted_percent", "exit after layer", "accepted (%)",
+        "acceptance": (
+            ("Early guesses that the last exit accepts", "exit after layer", "accepted (%)"),
+            found.exits.rename(columns={"layer": "x", "accepted_percent": "y"}),
         ),
-    ]  # fmt: skip
-    for change in dict.fromkeys(changed["change"]) if len(changed) else ():
-        own = changed[changed["change"] == change]
-        name = "layer-" + str(change).replace(" ", "-")
+    }
+    changed = found.changed_layers
+    for change, own in changed.groupby("change", sort=False) if len(changed) else ():
         title = f"A layer {change}: what the loss rises by"
-        columns = "layer layer loss_rise"
-        shown.append(drawn(name, title, own, columns, f"layer {change}", "rise of the loss (nats)"))
-    return shown
+        shown["layer-" + str(change).replace(" ", "-")] = (
+            (title, f"layer {change}", "rise of the loss (nats)"),
+            own.rename(columns={"layer": "x", "loss_rise": "y"}),
+        )
+    drawn = []
+    for name, ((title, *labels), values) in shown.items():
+        values = values.rename(columns={"threshold": "at"})
+        arms = {"variant": variant_name, "model": model_name}
+        varied = [values[c].map(called) for c, called in arms.items() if values[c].nunique() > 1]
+        if varied:
+            values["arm"] = [", ".join(arm) for arm in zip(*varied, strict=True)]
+        drawn.append(over_seeds(gallery, f"{name}{slug}", title, values, *labels))
+    return drawn

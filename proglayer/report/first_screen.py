@@ -7,18 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from proglayer.console import counted
-from proglayer.report import comparisons, sequential, study
+from proglayer.report import comparisons, page, sequential, study
 from proglayer.report.judged import Judged
-from proglayer.report.page import (
-    Block,
-    Bullets,
-    Collapsible,
-    Finding,
-    Heading,
-    Paragraph,
-    Summary,
-    left_to,
-)
+from proglayer.report.page import Block
 from proglayer.report.pictures import Gallery, forest
 from proglayer.report.study import Frame, Margins, model_name, variant_name
 from proglayer.results.formatting import listed
@@ -32,9 +23,9 @@ LOOKS_PERCENT = (5.0, 8.3, 10.7, 12.6, 14.2)
 
 def first_screen(judged: Judged, gallery: Gallery, looks_before: Sequence[int]) -> list[Block]:
     """One sentence for each claim, one picture of all of them, and what both rest on."""
-    blocks: list[Block] = [Heading("What was found")]
+    blocks: list[Block] = [page.Heading("What was found")]
     if not judged.conditions:
-        return [*blocks, Paragraph("No run has completed yet: nothing can be concluded.")]
+        return [*blocks, page.Paragraph("No run has completed yet: nothing can be concluded.")]
     claims, others = (own[own["n"] > 1] for own in (judged.claims, judged.others))
     by_claim = pd.concat(
         [judged.claims[judged.claims["claim"] == claim.title] for claim in comparisons.CLAIMS]
@@ -51,7 +42,7 @@ def first_screen(judged: Judged, gallery: Gallery, looks_before: Sequence[int]) 
         own = _shown(judged, gallery, "claims", claims, of_claims)
         parts["The founding experiment's claims"] = own
     for title, inside in parts.items():
-        blocks += [Heading(title, level=3)] if len(parts) > 1 else []
+        blocks += [page.Heading(title, level=3)] if len(parts) > 1 else []
         blocks += inside
     singles = [text for c in judged.conditions if (text := _single_seeds(c.runs))]
     if parts:
@@ -62,17 +53,17 @@ def first_screen(judged: Judged, gallery: Gallery, looks_before: Sequence[int]) 
             if (text := _noise_of_text(condition.runs, judged.margins))
         ]
         notes += filter(None, [_second_look(judged, looks_before)])
-        blocks.append(Bullets([*notes, *singles], muted=True))
+        blocks.append(page.Bullets([*notes, *singles], muted=True))
     else:
         nothing = "Nothing was compared: it takes two variants, or both models, of like seeds."
-        blocks += [Paragraph(text) for text in singles or [nothing]]
+        blocks += [page.Paragraph(text) for text in singles or [nothing]]
     if not len(claims):
         title = "What it takes to test the founding experiment's claims"
-        blocks.append(Collapsible(title, [Summary(of_claims, [])]))
+        blocks.append(page.Collapsible(title, [page.Summary(of_claims, [])]))
     return blocks
 
 
-def _findings(judged: Judged, made: Frame, by: list[str]) -> list[Finding]:
+def _findings(judged: Judged, made: Frame, by: list[str]) -> list[page.Finding]:
     """A finding for each claim or pair, in each condition."""
     claims = {claim.title: claim for claim in comparisons.CLAIMS}
     findings = []
@@ -84,12 +75,12 @@ def _findings(judged: Judged, made: Frame, by: list[str]) -> list[Finding]:
         )
         on = f", on {first['condition']}" if judged.several else ""
         verdicts = list(dict.fromkeys(rows["verdict"]))
-        findings.append(Finding(title, what + on, verdicts, comparisons.answer(rows)))
+        findings.append(page.Finding(title, what + on, verdicts, comparisons.answer(rows)))
     return findings
 
 
 def _shown(
-    judged: Judged, gallery: Gallery, name: str, made: Frame, findings: Sequence[Finding]
+    judged: Judged, gallery: Gallery, name: str, made: Frame, findings: Sequence[page.Finding]
 ) -> list[Block]:
     """What was found in these comparisons, one picture of them, and what it rests on."""
     rows = [
@@ -106,9 +97,9 @@ def _shown(
     picture = forest(gallery, name, title, rows, margins.points, "points of accuracy")
     rests_on = [comparisons.how_judged(made, margins), *comparisons.limits(made)]
     return [
-        Summary(findings, [picture]),
-        *left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons"),
-        Bullets(rests_on, muted=True),
+        page.Summary(findings, [picture]),
+        *page.left_to("comparisons.csv", len(made) - MOST_JUDGED, "comparisons"),
+        page.Bullets(rests_on, muted=True),
     ]
 
 

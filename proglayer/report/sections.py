@@ -8,41 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from proglayer.report import comparisons, early_exit, growth, ledger, study
+from proglayer.report import comparisons, early_exit, growth, ledger, page, pictures, study, tables
 from proglayer.report.judged import MOST_VARIANTS, Condition, Judged
-from proglayer.report.page import (
-    Block,
-    Bullets,
-    Collapsible,
-    Heading,
-    Paragraph,
-    Picture,
-    Pictures,
-    SideBySide,
-    anchor,
-    left_to,
-    note,
-)
-from proglayer.report.pictures import (
-    Gallery,
-    against_compute,
-    by_exit,
-    forest,
-    learning_curve,
-    over_seeds,
-)
+from proglayer.report.page import Block
+from proglayer.report.pictures import Gallery
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, model_name, variant_name
-from proglayer.report.tables import (
-    changes_table,
-    comparisons_table,
-    growth_table,
-    model_table,
-    phase_table,
-    speed_up_table,
-    spent_table,
-    target_table,
-    unique,
-)
 from proglayer.results import Results
 from proglayer.results.formatting import listed
 
@@ -56,7 +26,7 @@ def sections(judged: Judged, gallery: Gallery) -> list[Block]:
     # A reader of one run, or of single seeds, came for its figures.
     nothing = not any((own["n"] > 1).any() for own in (judged.claims, judged.others))
     blocks: list[Block] = []
-    for title, section, tables in (
+    for title, section, files in (
         ("The comparisons, in numbers", _comparisons, "comparisons.csv"),
         ("Phase by phase", _phases, "phases.csv"),
         ("From the first phase to the last", _changes, "changes.csv"),
@@ -65,24 +35,24 @@ def sections(judged: Judged, gallery: Gallery) -> list[Block]:
         ("What exits are worth", _exits, "early_exit.csv and changed_layers.csv"),
         ("Compute", _compute, "ledger.csv, to_target.csv and speed_up.csv"),
     ):
-        if inside := _per_condition(judged, gallery, section, tables):
+        if inside := _per_condition(judged, gallery, section, files):
             opened = nothing and section is _phases
-            blocks.append(Collapsible(title, inside, section=True, open=opened))
+            blocks.append(page.Collapsible(title, inside, section=True, open=opened))
     return blocks
 
 
-def _per_condition(judged: Judged, gallery: Gallery, section: Section, tables: str) -> list[Block]:
+def _per_condition(judged: Judged, gallery: Gallery, section: Section, files: str) -> list[Block]:
     """A section for every condition, under its name if there are several, and what it leaves to
     these tables.
     """
     blocks: list[Block] = []
     for condition in judged.conditions[:MOST_CONDITIONS]:
         if inside := section(judged, condition, gallery):
-            blocks += [Heading(f"On {condition.name}", level=3)] if judged.several else []
+            blocks += [page.Heading(f"On {condition.name}", level=3)] if judged.several else []
             blocks += inside
-            blocks += left_to(tables, len(condition.variants) - MOST_VARIANTS, "variants")
+            blocks += page.left_to(files, len(condition.variants) - MOST_VARIANTS, "variants")
     others = [condition.name for condition in judged.conditions[MOST_CONDITIONS:]]
-    return blocks and blocks + left_to(tables, len(others), "conditions", listed(others, 6))
+    return blocks and blocks + page.left_to(files, len(others), "conditions", listed(others, 6))
 
 
 # --- comparisons, phases, changes -----------------------------------------------------------------
@@ -93,15 +63,17 @@ def _comparisons(judged: Judged, condition: Condition, _: Gallery) -> list[Block
     blocks: list[Block] = []
     claims = judged.claims[judged.claims["condition"] == condition.name]
     if (claims["n"] > 0).any():
-        blocks.append(comparisons_table("The claims", claims[claims["comparisons"].map(bool)]))
-        blocks.append(Bullets([f"{c.title}: {c.measured_by}." for c in comparisons.CLAIMS]))
+        blocks.append(
+            tables.comparisons_table("The claims", claims[claims["comparisons"].map(bool)])
+        )
+        blocks.append(page.Bullets([f"{c.title}: {c.measured_by}." for c in comparisons.CLAIMS]))
     others = judged.others[judged.others["condition"] == condition.name]
     shown = others[others["a"].isin(condition.shown)]
     if len(shown):
-        blocks.append(comparisons_table("The other comparisons", shown))
+        blocks.append(tables.comparisons_table("The other comparisons", shown))
         if judged.looks:
             blocks.append(
-                note(
+                page.note(
                     "The other comparisons are judged by plain tests with the seeds that the "
                     "claims took. As that number followed from what was seen, they describe "
                     "rather than settle."
@@ -113,7 +85,7 @@ def _comparisons(judged: Judged, condition: Condition, _: Gallery) -> list[Block
         having = study.controls(runs, experiment)
         if lacking := [variant_name(v) for v in growing if having and v not in having]:
             blocks.append(
-                note(
+                page.note(
                     f"For {listed(lacking, 6)} there is no run of “{variant_name(experiment)}” "
                     f"with the same depth and width: run experiment={experiment} with the same "
                     "initial_layers, added_layers and model.dim."
@@ -122,12 +94,13 @@ def _comparisons(judged: Judged, condition: Condition, _: Gallery) -> list[Block
     pairs = shown[shown["model"] != ""].drop_duplicates(["a", "b"])
     differs = {b: study.differing(runs, b) for b in pairs["b"].unique()}
     items = [
-        f"{comparisons.label(row)}: {differs[row['b']][row['a']]}"
+        f"{comparisons.label(row)}: {settings}"
         for row in pairs.to_dict("records")
-        if differs[row["b"]].get(row["a"])
+        if (settings := differs[row["b"]].get(row["a"]))
     ]
     if items:
-        blocks.append(Collapsible("The settings in which the two differ", [Bullets(items)]))
+        title = "The settings in which the two differ"
+        blocks.append(page.Collapsible(title, [page.Bullets(items)]))
     return blocks
 
 
@@ -139,12 +112,12 @@ def _phases(judged: Judged, condition: Condition, _: Gallery) -> list[Block]:
     blocks: list[Block] = []
     if published:
         own = runs[runs["variant"] == main]
-        padded = listed(unique(own["config.model.vocab_size"].dropna()), 3)
+        padded = listed(tables.unique(own["config.model.vocab_size"].dropna()), 3)
         others = study.differs_from_original(own)
         blocks.append(
-            note(
+            page.note(
                 f"Published: {study.founding()['source']}. Here: {condition.name}, vocabulary "
-                f"{listed(unique(own['vocab_size']), 3)}"
+                f"{listed(tables.unique(own['vocab_size']), 3)}"
                 + (f" padded to {padded}" if padded else "")
                 + (f", with its own {listed(others, 6)}" if others else "")
                 + ". Figures of another text, vocabulary or machine do not compare with the "
@@ -157,7 +130,7 @@ def _phases(judged: Judged, condition: Condition, _: Gallery) -> list[Block]:
     for variant in condition.shown:
         if variant != main:
             inside = _tables_of(judged, condition, variant, published=False)
-            blocks.append(Collapsible(variant_name(variant), inside))
+            blocks.append(page.Collapsible(variant_name(variant), inside))
     return blocks
 
 
@@ -171,18 +144,18 @@ def _tables_of(judged: Judged, condition: Condition, variant: str, published: bo
         lacking = Counter(asked.loc[asked["model"] == model, "lacks"].dropna())
         left_out = ", ".join(f"{count} {status}" for status, count in sorted(lacking.items()))
         title = f"{variant_name(variant)}, {model_name(str(model))}"
-        tables = [phase_table(title, own, judged.results.phases, left_out)]
-        tables += [
-            phase_table(f"Published, {model_name(model)}", other, phases)
+        own_tables = [tables.phase_table(title, own, judged.results.phases, left_out)]
+        own_tables += [
+            tables.phase_table(f"Published, {model_name(model)}", other, phases)
             for other, phases in of_founding
             if other["model"].iloc[0] == model
         ]
-        blocks.append(SideBySide(tables))
+        blocks.append(page.SideBySide(own_tables))
     if {STANDARD, DEEP} <= set(runs["model"]):
-        tables = [model_table(variant_name(variant), runs)]
+        own_tables = [tables.model_table(variant_name(variant), runs)]
         if published:
-            tables.append(model_table("Published", pd.concat(r for r, _ in of_founding)))
-        blocks.append(SideBySide(tables))
+            own_tables.append(tables.model_table("Published", pd.concat(r for r, _ in of_founding)))
+        blocks.append(page.SideBySide(own_tables))
     return blocks
 
 
@@ -190,10 +163,10 @@ def _changes(judged: Judged, condition: Condition, gallery: Gallery) -> list[Blo
     changes = condition.tables["changes"]
     if changes.empty:
         return []
-    blocks: list[Block] = [note("Plus is an improvement, in every metric.")]
+    blocks: list[Block] = [page.note("Plus is an improvement, in every metric.")]
     if len(changes) > len(METRICS):
         arms = condition.of_shown(condition.runs).groupby(["variant", "model"], sort=False)
-        pictures = []
+        drawn = []
         for metric in METRICS:
             rows = [
                 {"label": variant_name(variant), "model": model, "seeds": arm[metric.change]}
@@ -202,9 +175,9 @@ def _changes(judged: Judged, condition: Condition, gallery: Gallery) -> list[Blo
             title = f"{metric.heading}: mean, 95 % interval, and seeds"
             name = f"changes-{metric.name}{condition.slug}"
             margin = metric.margin(judged.margins)
-            pictures.append(forest(gallery, name, title, rows, margin, metric.unit))
-        blocks.append(Pictures(pictures))
-    return [*blocks, changes_table(condition.of_shown(changes))]
+            drawn.append(pictures.forest(gallery, name, title, rows, margin, metric.unit))
+        blocks.append(page.Pictures(drawn))
+    return [*blocks, tables.changes_table(condition.of_shown(changes))]
 
 
 # --- growth ---------------------------------------------------------------------------------------
@@ -231,10 +204,14 @@ def _growth(judged: Judged, condition: Condition, gallery: Gallery) -> list[Bloc
     if growths["shock_nats"].notna().any():
         title = "The loss at the moment of growth rose by: mean, 95 % interval, and seeds"
         name = f"growth{condition.slug}"
-        blocks.append(Pictures([forest(gallery, name, title, rows, margin, "nats", better="left")]))
+        blocks.append(
+            page.Pictures(
+                [pictures.forest(gallery, name, title, rows, margin, "nats", better="left")]
+            )
+        )
     scratch = study.controls(condition.runs, study.FROM_SCRATCH)
     mixing = growth.mixing(condition.runs, condition.curves, scratch, margin)
-    blocks.append(growth_table(growths, mixing))
+    blocks.append(tables.growth_table(growths, mixing))
     return [*blocks, *_timing(condition, gallery), *_ranking(condition, gallery)]
 
 
@@ -244,8 +221,8 @@ def _timing(condition: Condition, gallery: Gallery) -> list[Block]:
     if not found:
         return []
     over = max(timing.longest for timing in found) - 1
-    pictures = [
-        over_seeds(
+    drawn = [
+        pictures.over_seeds(
             gallery,
             f"valley{condition.slug}-{number}",
             f"{timing.title}: the loss against the moment of growth",
@@ -256,21 +233,21 @@ def _timing(condition: Condition, gallery: Gallery) -> list[Block]:
         for number, timing in enumerate(found, start=1)
     ]
     return [
-        Heading("When to grow", level=3),
-        *(Paragraph(timing.sentence()) for timing in found),
-        note(
+        page.Heading("When to grow", level=3),
+        *(page.Paragraph(timing.sentence()) for timing in found),
+        page.note(
             "Losses are the lowest of the final depth within the operations that the shortest run "
             f"spent; the longest spent {100 * over:.1f} % more. Differences are paired by seed; "
             "their intervals hold together with 95 % for all pairs."
         ),
-        Pictures(pictures),
+        page.Pictures(drawn),
     ]
 
 
 def _ranking(condition: Condition, gallery: Gallery) -> list[Block]:
     """From which epoch on the arms of each model are in their final order."""
     blocks: list[Block] = []
-    pictures: list[Picture] = []
+    drawn: list[page.Picture] = []
     growing = condition.runs[condition.runs["grows"]]
     for model in condition.models:
         curves = condition.curves[condition.curves["model"] == model]
@@ -278,7 +255,7 @@ def _ranking(condition: Condition, gallery: Gallery) -> list[Block]:
         if arms < growth.FEWEST_RANKED or (ranks := growth.ranking(curves)).empty:
             continue
         blocks.append(
-            Paragraph(
+            page.Paragraph(
                 f"{model_name(model)}: the order of the {curves['variant'].nunique()} arms is the "
                 f"final one in every seed from epoch {growth.settled(ranks)} of "
                 f"{ranks['step'].max()} on."
@@ -288,8 +265,8 @@ def _ranking(condition: Condition, gallery: Gallery) -> list[Block]:
             name = f"ranking-{_slug(model)}{condition.slug}"
             title = f"{model_name(model)}: how early the arms are in their final order"
             x_label, y_label = "epochs trained", "Kendall's tau with the final order"
-            pictures.append(over_seeds(gallery, name, title, values, x_label, y_label))
-    return blocks + ([Pictures(pictures)] if pictures else [])
+            drawn.append(pictures.over_seeds(gallery, name, title, values, x_label, y_label))
+    return blocks + ([page.Pictures(drawn)] if drawn else [])
 
 
 # --- curves, exits, compute -----------------------------------------------------------------------
@@ -303,31 +280,35 @@ def _learning_curves(judged: Judged, condition: Condition, gallery: Gallery) -> 
     known = curves.loc[np.isfinite(curves["loss"]), "loss"]
     limits = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     exits = _ends_of_exits(judged.results, condition)
-    by_epoch: list[Picture] = []
-    by_exits: list[Picture] = []
+    by_epoch: list[page.Picture] = []
+    by_exits: list[page.Picture] = []
     for variant in condition.shown:
         slug, title = _slug(variant) + condition.slug, variant_name(variant)
         if len(own := curves[curves["variant"] == variant]):
-            by_epoch.append(learning_curve(gallery, f"curve-{slug}", title, own, limits))
+            by_epoch.append(pictures.learning_curve(gallery, f"curve-{slug}", title, own, limits))
         if len(own := exits[exits["variant"] == variant]):
-            by_exits.append(by_exit(gallery, f"exits-{slug}", title, own))
+            by_exits.append(pictures.by_exit(gallery, f"exits-{slug}", title, own))
     blocks: list[Block] = []
     if by_epoch:
-        blocks.append(Heading("Validation curves across phases", level=3))
+        blocks.append(page.Heading("Validation curves across phases", level=3))
         if study.has_seeds(condition.runs):
             blocks.append(
-                note(
+                page.note(
                     "Lines are means over seeds, bands one standard deviation to each side, as far "
                     "as all seeds trained."
                 )
             )
-        blocks.append(Pictures(by_epoch))
+        blocks.append(page.Pictures(by_epoch))
     if by_exits:
         text = (
             "What the shared head reads at every depth, at the best epoch of the first and the "
             "last phase; upright lines span the seeds."
         )
-        blocks += [Heading("Accuracy by exit", level=3), note(text), Pictures(by_exits)]
+        blocks += [
+            page.Heading("Accuracy by exit", level=3),
+            page.note(text),
+            page.Pictures(by_exits),
+        ]
     return blocks
 
 
@@ -351,8 +332,8 @@ def _exits(judged: Judged, condition: Condition, gallery: Gallery) -> list[Block
         "probability, every layer having seen the tokens before. On the validation text; means "
         "over seeds with 95 % intervals."
     )
-    pictures = early_exit.pictures(gallery, found, condition.slug)
-    return [Bullets(early_exit.sentences(found)), note(text), Pictures(pictures)]
+    drawn = early_exit.pictures(gallery, found, condition.slug)
+    return [page.Bullets(early_exit.sentences(found)), page.note(text), page.Pictures(drawn)]
 
 
 def _compute(judged: Judged, condition: Condition, gallery: Gallery) -> list[Block]:
@@ -361,19 +342,19 @@ def _compute(judged: Judged, condition: Condition, gallery: Gallery) -> list[Blo
     )
     several = len(condition.variants) > 1
     blocks: list[Block] = [
-        note(
+        page.note(
             "Of training, in all phases and all their epochs, as if every phase had been trained "
             "for this run alone; operations are the matrix products (a multiply-add is two). Means "
             "over the seeds that completed."
         ),
-        spent_table(spent),
-        *([target_table(reached, condition.reference)] if several else []),
-        *([speed_up_table(speed_up)] if len(speed_up) else []),
-        Heading("Loss against compute", level=3),
+        tables.spent_table(spent),
+        *([tables.target_table(reached, condition.reference)] if several else []),
+        *([tables.speed_up_table(speed_up)] if len(speed_up) else []),
+        page.Heading("Loss against compute", level=3),
     ]
     if study.has_seeds(condition.runs):
         blocks.append(
-            note(
+            page.note(
                 "The loss of the model in hand: means over all seeds, epoch by epoch. A large mark "
                 "is the end of a phase, where its best epoch is restored; after it the line shows "
                 "what growing did."
@@ -384,24 +365,26 @@ def _compute(judged: Judged, condition: Condition, gallery: Gallery) -> list[Blo
         others = (ledger.BODY, ledger.TOKENS, ledger.SECONDS)
         inside = [_against(condition, gallery, measure) for measure in others]
         title = "Against operations without the head, tokens and time"
-        blocks.append(Collapsible(title, inside))
+        blocks.append(page.Collapsible(title, inside))
     return blocks
 
 
 def _against(condition: Condition, gallery: Gallery, measure: ledger.Measure) -> Block:
     """Pictures of the loss against one measure, a model each."""
-    pictures = []
+    drawn = []
     curves = condition.of_shown(condition.curves).dropna(subset=measure.column)
     for model, own in curves.groupby("model", sort=False):
         name = f"loss-{_slug(f'{model}-{measure.column}')}{condition.slug}"
         title = f"{model_name(str(model))}: loss against {measure.name}"
         unit = f"{measure.name} ({measure.unit})" if measure.unit == "s" else measure.name
-        pictures.append(
-            against_compute(gallery, name, title, own, measure.column, unit, condition.shown)
+        drawn.append(
+            pictures.against_compute(
+                gallery, name, title, own, measure.column, unit, condition.shown
+            )
         )
-    return Pictures(pictures)
+    return page.Pictures(drawn)
 
 
 def _slug(text: str) -> str:
     """Text as a part of the name of a picture."""
-    return anchor(text)[:60].strip("-") or "arm"
+    return page.anchor(text)[:60].strip("-") or "arm"

@@ -469,11 +469,8 @@ def differing(runs: Frame, reference: str) -> dict[str, str]:
     """Variant -> the settings in which it differs from `reference`, whatever the model."""
     varied = [column for column in swept(runs) if column != "config.model.exit_weights"]
     first = runs.drop_duplicates("variant").set_index("variant")[varied].map(_value)
-    differs = (first != first.loc[reference]).to_dict("index")
-    return {
-        variant: ", ".join(name.removeprefix("config.") for name, other in own.items() if other)
-        for variant, own in differs.items()
-    }
+    differs = first.ne(first.loc[reference]).rename(columns=lambda c: c.removeprefix("config."))
+    return {str(variant): ", ".join(differs.columns[own]) for variant, own in differs.iterrows()}
 
 
 def has_seeds(runs: Frame) -> bool:

@@ -19,20 +19,10 @@ import pandas as pd
 from proglayer import files
 from proglayer.console import counted
 from proglayer.errors import ConfigError
-from proglayer.report import comparisons, sequential, tokenizers
+from proglayer.report import comparisons, page, sequential, tokenizers
 from proglayer.report.first_screen import first_screen
 from proglayer.report.judged import Judged, judge
-from proglayer.report.page import (
-    Block,
-    Bullets,
-    Code,
-    Collapsible,
-    Paragraph,
-    Table,
-    left_to,
-    to_html,
-    to_markdown,
-)
+from proglayer.report.page import Block
 from proglayer.report.pictures import Gallery
 from proglayer.report.sections import sections
 from proglayer.report.study import Frame, Margins
@@ -102,9 +92,9 @@ def write_report(
     blocks = _document(judged, Gallery(out / FIGURES_IN, ours, png), looks_before)
     lead = _lead(judged)
     _write_tables(judged, looks_before, out / TABLES_IN, ours)
-    markdown = to_markdown(TITLE, lead, blocks).encode()
+    markdown = page.to_markdown(TITLE, lead, blocks).encode()
     files.write_over(out / MARKDOWN, markdown, ours, NAMED_BY)
-    files.write_over(out / PAGE, to_html(TITLE, lead, blocks).encode(), ours, NAMED_BY)
+    files.write_over(out / PAGE, page.to_html(TITLE, lead, blocks).encode(), ours, NAMED_BY)
     return out / PAGE
 
 
@@ -186,18 +176,20 @@ def _document(judged: Judged, gallery: Gallery, looks_before: Sequence[int]) -> 
     results = judged.results
     blocks = first_screen(judged, gallery, looks_before)
     if between := _between_tokenizers(judged):
-        blocks.append(Collapsible("Between tokenizers", between, section=True, open=True))
+        blocks.append(page.Collapsible("Between tokenizers", between, section=True, open=True))
     blocks += sections(judged, gallery)
     in_sweeps = results.runs.loc[results.runs["sweep"].notna(), "folder"]
     if trials := trials_section(study_files(in_sweeps), gallery):
-        blocks.append(Collapsible("Search", trials, section=True, open=True))
+        blocks.append(page.Collapsible("Search", trials, section=True, open=True))
     arms = judged.arms.runs
     variants = dict(zip(arms["run"], arms["variant"], strict=True))
     every = runs_table(results.runs.head(MOST_RUNS), len(results.runs), variants)
-    blocks.append(Collapsible("All runs", [every], section=True))
+    blocks.append(page.Collapsible("All runs", [every], section=True))
     if ended := _not_completed(results):
-        blocks.append(Collapsible("What did not complete", ended, section=True, open=True))
-    blocks.append(Collapsible("How to reproduce it", _reproduce(results, gallery), section=True))
+        blocks.append(page.Collapsible("What did not complete", ended, section=True, open=True))
+    blocks.append(
+        page.Collapsible("How to reproduce it", _reproduce(results, gallery), section=True)
+    )
     return blocks
 
 
@@ -224,9 +216,9 @@ def _between_tokenizers(judged: Judged) -> list[Block]:
         "no comparison of theirs is made here. Bits per byte of the text do."
     )
     if found["mean"].isna().all():
-        return [Paragraph(text), Paragraph("None of these runs recorded them.")]
-    rest = left_to("tokenizers.csv", len(found) - MOST_RUNS, "arms")
-    return [Paragraph(text), tokenizers_table(found.head(MOST_RUNS)), *rest]
+        return [page.Paragraph(text), page.Paragraph("None of these runs recorded them.")]
+    rest = page.left_to("tokenizers.csv", len(found) - MOST_RUNS, "arms")
+    return [page.Paragraph(text), tokenizers_table(found.head(MOST_RUNS)), *rest]
 
 
 def _not_completed(results: Results) -> list[Block]:
@@ -240,7 +232,7 @@ def _not_completed(results: Results) -> list[Block]:
     for row in ended.dropna(subset="traceback").head(MOST_TRACEBACKS).to_dict("records"):
         text = row["traceback"]
         text = text if len(text) <= LONGEST_TRACEBACK else f"...{text[-LONGEST_TRACEBACK:]}"
-        blocks.append(Collapsible(f"Traceback of {row['run']}", [Code(text)]))
+        blocks.append(page.Collapsible(f"Traceback of {row['run']}", [page.Code(text)]))
     kinds = {"folder": "name", "kind": "name", "reason": "prose"}
     title = "Left out, for it cannot be read"
     return blocks + _listing(title, kinds, results.left_out, "left_out")
@@ -252,17 +244,17 @@ def _listing(title: str, kinds: dict[str, str], frame: Frame, name: str) -> list
         return []
     columns = [(column.capitalize(), kind) for column, kind in kinds.items()]
     rows = frame[list(kinds)].head(MOST_ENDED).map(text_of).to_numpy().tolist()
-    table = Table(title, columns, rows, sortable=True)
-    return [table, *left_to(f"{name}.csv", len(frame) - MOST_ENDED, "rows")]
+    table = page.Table(title, columns, rows, sortable=True)
+    return [table, *page.left_to(f"{name}.csv", len(frame) - MOST_ENDED, "rows")]
 
 
 def _reproduce(results: Results, gallery: Gallery) -> list[Block]:
     commands = _commands(results.runs)
     return [
-        *([Code("\n".join(commands[:MOST_COMMANDS]))] if commands else []),
-        *left_to("runs.csv", len(commands) - MOST_COMMANDS, "commands"),
+        *([page.Code("\n".join(commands[:MOST_COMMANDS]))] if commands else []),
+        *page.left_to("runs.csv", len(commands) - MOST_COMMANDS, "commands"),
         versions_table(results.runs),
-        Bullets(
+        page.Bullets(
             [
                 "The same seeds on the same kind of machine, with the same number of threads and "
                 "the same versions, give the same figures bit for bit; elsewhere they differ by "

@@ -170,39 +170,6 @@ def test_changes_and_differences_are_what_the_statistics_say(sweep: Path, report
     )
 
 
-def within(results: Any, measure: ledger.Measure, model: str = STANDARD) -> pd.DataFrame:
-    """The run from scratch within the budget of the original's, by seed."""
-    runs = study.arms(results).of(0)
-    curves = ledger.curves(results, runs)
-    scratch = str(runs.loc[runs["experiment"] == study.FROM_SCRATCH, "variant"].iloc[0])
-    arms = comparisons._arms(runs)
-    own, other = arms["original", model], arms[scratch, model]
-    return comparisons.within_budget(own, other, curves, measure)
-
-
-@pytest.mark.parametrize("model", [STANDARD, DEEP])
-def test_from_scratch_may_spend_what_growing_did_and_no_more(sweep: Path, model: str) -> None:
-    results = load(sweep)
-    runs = study.arms(results).of(0)
-    fair = within(results, ledger.TOKENS, model)
-    for seed, row in fair.to_dict("index").items():
-        same = runs[(runs["model"] == model) & (runs["seed"] == seed)]
-        budget = float(same.loc[same["variant"] == "original", "tokens"].iloc[0])
-        run = same.loc[same["variant"] == study.FROM_SCRATCH, "run"].iloc[0]
-        epochs = results.epochs[results.epochs["run"] == run]
-        inside = epochs[epochs["train_tokens"].cumsum() <= budget]
-        best = inside.loc[inside["validation_loss"].idxmin()]
-        assert row["end_accuracy"] == best["validation_accuracy_percent"]
-        assert row["share"] == epochs["train_tokens"].sum() / budget
-        assert (row["share"] > 1) == (len(inside) < len(epochs))
-
-
-def test_a_budget_cuts_training_from_scratch(tmp_path: Path) -> None:
-    synthetic.run(tmp_path / "a", "original", STANDARD, 1)
-    synthetic.run(tmp_path / "b", "control_from_scratch", STANDARD, 1, "phase.patience=30")
-    assert within(load(tmp_path), ledger.FLOPS).loc[1, "share"] > 1
-
-
 def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path) -> None:
     results = load(sweep)
     runs = results.runs
@@ -224,53 +191,6 @@ def test_the_ledger_counts_every_phase_and_every_epoch(sweep: Path, report: Path
     for column in last.columns:
         expected = ends[column].astype(float).reindex(last.index)
         np.testing.assert_allclose(last[column], expected, rtol=1e-9)
-
-
-def to_target(curve: pd.DataFrame, target: float) -> float:
-    """The slow twin: the compute at which one run's loss first comes down to the target, or nan."""
-    there = np.flatnonzero(curve["loss"] <= target)
-    compute, loss = curve["compute"].to_list(), curve["loss"].to_list()
-    if not len(there) or there[0] == 0:
-        return compute[0] if len(there) else math.nan
-    at = int(there[0])
-    share = (loss[at - 1] - target) / (loss[at - 1] - loss[at])
-    return compute[at - 1] + share * (compute[at] - compute[at - 1])
-
-
-def test_targets_and_speed_up_at_a_stroke_are_those_of_each_run(sweep: Path) -> None:
-    results = load(sweep)
-    runs = study.arms(results).of(0)
-    curves = ledger.curves(results, runs)
-    depth = runs.set_index("run")["last_layers"]
-
-    def curve(run: str, measure: str) -> pd.DataFrame:
-        own = curves[(curves["run"] == run) & (curves["layers"] == depth[run])]
-        return pd.DataFrame({"compute": own[measure], "loss": own["loss"]})
-
-    targets = ledger.default_targets(runs, "original")
-    table = ledger.to_target(runs, curves, targets).set_index(["variant", "model"])
-    gains = ledger.speed_up(runs, curves, {"original": study.FROM_SCRATCH})
-    gains = gains.set_index(["variant", "model", "measure"])
-    for measure in (m.column for m in ledger.MEASURES):
-        for (variant, model), arm in runs.groupby(["variant", "model"]):
-            slow = np.array([to_target(curve(r, measure), targets[model]) for r in arm["run"]])
-            row = table.loc[(variant, model)]
-            assert row["reached"] == np.isfinite(slow).sum()
-            expected = np.exp(np.log(slow).mean())
-            assert row[measure] == pytest.approx(expected, nan_ok=True)
-            if not arm["grows"].all():
-                continue
-            scratch = runs[(runs["variant"] == study.FROM_SCRATCH) & (runs["model"] == model)]
-            scratch = scratch.set_index("seed").loc[arm["seed"]]
-            pairs = zip(scratch["run"], arm["run"], scratch["last_loss"], strict=True)
-            ratios = np.array(
-                [to_target(curve(a, measure), t) / to_target(curve(b, measure), t)
-                 for a, b, t in pairs]
-            )  # fmt: skip
-            row = gains.loc[(variant, model, measure)]
-            assert (row["reached"], row["seeds"]) == (np.isfinite(ratios).sum(), len(arm))
-            expected = np.exp(np.log(ratios).mean()) - 1
-            assert row["mean"] == pytest.approx(expected, nan_ok=True)
 
 
 def one_arm(
