@@ -522,7 +522,9 @@ def _overlap(train: Path, held_out: Path, length: int) -> float:
     seen = np.zeros(len(passages), bool)
     for piece in _pieces(train, more=length - 1):
         if len(piece) >= length:
-            seen |= np.isin(passages, _hashes(sliding_window_view(piece, length)))
+            hashes = _hashes(sliding_window_view(piece, length))
+            place = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
+            seen[place[passages[place] == hashes]] = True
     return float(seen.mean())
 
 
