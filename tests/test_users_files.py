@@ -58,7 +58,7 @@ def test_a_report_goes_beside_other_files_and_over_one_that_was_cut_short(
     out.mkdir()
     (out / "thesis.pdf").write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr(write, "to_markdown", lambda *_: 1 / 0)
+        patch.setattr(write.page, "to_markdown", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write.write_report([runs], out, png=False)
     assert (out / "tables").exists()
