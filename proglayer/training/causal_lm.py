@@ -291,12 +291,17 @@ def architecture_of(
 
 def known_family(found: Pretrained, path: str) -> str:
     """The family of a checkpoint. Raises ConfigError for one that is not known here."""
-    family = found.config.get("model_type")
+    family, known = found.config.get("model_type"), ", ".join(FAMILIES)
+    if found.config.get("auto_map"):
+        raise ConfigError(
+            f"model.path={path} asks for code of its own, which is never run: take a model of one "
+            f"of the families {known}"
+        )
     if family in FAMILIES:
         return family
     raise ConfigError(
         f"model.path={path} is of the family {family}, which is no causal language model of one of "
-        f"the families {', '.join(FAMILIES)} (code that a model brings along is never run)"
+        f"the families {known}"
     )
 
 

@@ -383,7 +383,11 @@ DAMAGE = {
     "an unknown family": (edited(model_type="mine"), "family mine, which is no causal"),
     "remote code": (
         edited(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine"}),
-        "family mine, .*code that a model brings along is never run",
+        "asks for code of its own, which is never run",
+    ),
+    "remote code of a known family": (
+        edited(auto_map={"AutoModelForCausalLM": "mine.Mine"}),
+        "asks for code of its own, which is never run",
     ),
     "weights that can run code": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
