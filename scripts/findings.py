@@ -56,7 +56,11 @@ def take(part: str, folders: list[str]) -> None:
         return
     runs = results.runs
     empty = {name: pd.Series(pd.NA, runs.index, dtype="object") for name in PLACE if name in runs}
-    replace(results, runs=runs.assign(**empty)).to_parquet(FINDINGS / part)
+    runs = runs.assign(**empty)
+    for path in runs["config.data.path"].dropna().unique():
+        for name in ("config.data.path", "overrides"):
+            runs[name] = runs[name].str.replace(path, "FOLDER", regex=False)
+    replace(results, runs=runs).to_parquet(FINDINGS / part)
 
 
 def by_experiment(results: Results) -> pd.DataFrame:
@@ -209,21 +213,31 @@ class Timing:
 
 
 class Rotating:
-    """A curriculum that reads two exits a step against the loss at all of them."""
+    """A curriculum that reads two exits a step against the loss at all of them, by patience."""
 
     def __init__(self, results: Results) -> None:
         runs = study.arms(results).runs
-        runs = runs.assign(curriculum=runs["config.loss.curriculum"].astype(str))
+        runs["curriculum"] = runs["config.loss.curriculum"].astype(str)
+        runs["patience"] = runs["config.phase.patience"].astype(int)
         self.windows = int(runs["train_windows"].iloc[0])
-        both = runs.pivot_table(index="seed", columns="curriculum", values="end_accuracy").dropna()
-        margin = MARGINS.points
-        made = stats.judge([stats.paired(both["rotate"], both["all"], margin=margin)])
-        self.row = made.assign(name="rotate", reason="").to_dict("records")[0]
-        self.ends = {name: stats.summary(both[name]) for name in both}
-        heads = results.phases.merge(runs[["run", "curriculum"]], on="run")
+        self.vocabulary = int(runs["config.model.vocab_size"].iloc[0])
+        heads = results.phases.merge(runs[["run", "curriculum", "patience"]], on="run")
         per_epoch = heads["train_flops_head"] / heads["epochs"]
         share = per_epoch.groupby(heads["curriculum"]).mean()
         self.head_share = float(share["rotate"] / share["all"])
+        self.epochs = heads.groupby(["patience", "curriculum"])["epochs"].mean()
+        self.fewest_epochs = int(heads.loc[heads["curriculum"] == "rotate", "epochs"].min())
+        values = ["end_accuracy", "end_loss"]
+        self.ends, self.loss_rise, self.clause = {}, {}, {}
+        for patience, own in runs.groupby("patience"):
+            both = own.pivot_table(index="seed", columns="curriculum", values=values).dropna()
+            self.seeds = len(both)
+            self.ends[patience] = {name: stats.summary(both[name]) for name in both}
+            accuracy, loss = (both[name] for name in values)
+            made = [stats.paired(accuracy["rotate"], accuracy["all"], margin=MARGINS.points)]
+            (row,) = stats.judge(made).assign(name="", reason="").to_dict("records")
+            self.clause[patience] = comparisons.clause(row)
+            self.loss_rise[patience] = stats.summary(loss["rotate"] - loss["all"])
 
 
 class Wikitext:
