@@ -82,7 +82,7 @@ class Job:
     folder: its name in the sweep's: its number and a short hash.
     launched: its overrides with those that a launcher gets on top, as they were checked.
     composed: its settings, pickled: 22 kB in place of 0.4 MB. So no later edit of `conf/` reaches
-        a job that waits.
+        a job that waits. Empty for a completed one.
     completed: whether its folder holds the record of a completed run with these settings.
     """
 

@@ -352,7 +352,8 @@ class Checks:
         if config.objective != OBJECTIVE:
             _check_objective(config, corpus, phases)
         completed = _completed(self._folder / folder, config)
-        given = number, folder, overrides, tuple(launched), pickle.dumps(composed)
+        packed = b"" if completed else pickle.dumps(composed)
+        given = number, folder, overrides, tuple(launched), packed
         return Job(*given, config, corpus, phases, completed)
 
     def _check_hydra(self, composed: DictConfig, folder: Path) -> None:

@@ -8,15 +8,13 @@ import pandas as pd
 
 from proglayer.console import counted
 from proglayer.report import comparisons, page, sequential, study
-from proglayer.report.judged import Judged
+from proglayer.report.judged import MOST_CONDITIONS, Judged
 from proglayer.report.page import Block
 from proglayer.report.pictures import Gallery, forest
 from proglayer.report.study import Frame, Margins, model_name, variant_name
 from proglayer.results.formatting import listed
 
 MOST_JUDGED = 12
-# Whose noise is said.
-MOST_CONDITIONS = 4
 # What two, three, ... equal looks make of 5 %: Armitage, McPherson & Rowe (1969).
 LOOKS_PERCENT = (5.0, 8.3, 10.7, 12.6, 14.2)
 

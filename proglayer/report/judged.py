@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from proglayer.report import comparisons, early_exit, growth, ledger, sequential, study
+from proglayer.report import comparisons, early_exit, growth, ledger, sequential, study, tokenizers
 from proglayer.report.study import Arms, Frame, Margins
 from proglayer.results import Results
 
 # A section of a page shows so many variants; the others are in the tables.
 MOST_VARIANTS = 12
+# And so many conditions.
+MOST_CONDITIONS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class Condition:
 
     def of_shown(self, table: Frame) -> Frame:
         """The rows of these variants."""
-        return table[table["variant"].isin(self.shown)]
+        return table[table["variant"].isin(self.shown)] if len(table) else table
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Judged:
     conditions: list[Condition]  # the largest first: it is what the study is about
     claims: Frame
     others: Frame
+    tokenizers: Frame  # of `tokenizers.across`
     margins: Margins
     looks: sequential.Looks | None
 
@@ -79,7 +82,8 @@ def judge(results: Results, margins: Margins, looks: sequential.Looks | None) ->
     else:
         asked = [(condition.name, condition.asked) for condition in conditions]
         judged = sequential.judge(asked, every, margins, looks)
-    return Judged(results, arms, conditions, judged, comparisons.judge(others), margins, looks)
+    rest, between = comparisons.judge(others), tokenizers.across(arms)
+    return Judged(results, arms, conditions, judged, rest, between, margins, looks)
 
 
 def _condition(results: Results, arms: Arms, curves: Frame, number: int) -> Condition:

@@ -9,15 +9,13 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import comparisons, early_exit, growth, ledger, page, pictures, study, tables
-from proglayer.report.judged import MOST_VARIANTS, Condition, Judged
+from proglayer.report.judged import MOST_CONDITIONS, MOST_VARIANTS, Condition, Judged
 from proglayer.report.page import Block
 from proglayer.report.pictures import Gallery
 from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, model_name, variant_name
 from proglayer.results import Results
 from proglayer.results.formatting import listed
 
-# What a page can hold and a reader can read; the rest is counted, and whole in the tables.
-MOST_CONDITIONS = 4
 Section = Callable[[Judged, Condition, Gallery], list[Block]]
 
 
@@ -324,7 +322,8 @@ def _ends_of_exits(results: Results, condition: Condition) -> Frame:
 
 def _exits(judged: Judged, condition: Condition, gallery: Gallery) -> list[Block]:
     """What `python -m proglayer.exits` measured of these runs, if it did."""
-    found = early_exit.worth(condition.of_shown(condition.runs))
+    names = "exits_worth", "early_exit", "changed_layers"
+    found = early_exit.Worth(*(condition.of_shown(condition.tables[name]) for name in names))
     if found.exits.empty:
         return []
     text = (

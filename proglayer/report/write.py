@@ -19,7 +19,7 @@ import pandas as pd
 from proglayer import files
 from proglayer.console import counted
 from proglayer.errors import ConfigError
-from proglayer.report import comparisons, page, sequential, tokenizers
+from proglayer.report import comparisons, page, sequential
 from proglayer.report.first_screen import first_screen
 from proglayer.report.judged import Judged, judge
 from proglayer.report.page import Block
@@ -158,7 +158,7 @@ def _write_tables(
     tables = {
         "comparisons": described,
         "differences": by_seed,
-        "tokenizers": tokenizers.across(judged.arms),
+        "tokenizers": judged.tokenizers,
     }
     for name in judged.conditions[0].tables if judged.conditions else ():
         parts = {c.name: c.tables[name] for c in judged.conditions if len(c.tables[name])}
@@ -208,7 +208,7 @@ def _lead(judged: Judged) -> str:
 
 def _between_tokenizers(judged: Judged) -> list[Block]:
     """Bits per byte of the texts that were cut by several tokenizers."""
-    found = tokenizers.across(judged.arms)
+    found = judged.tokenizers
     if found.empty:
         return []
     text = (
