@@ -2,126 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from proglayer import files
-
-from .helpers import ROOT
-
-# --- nothing else writes over, moves or deletes ---------------------------------------------------
-
-# Of any object. `replace` and `rename` with one argument are those of a path: texts, data classes
-# and data frames take others.
-METHODS = {
-    "unlink", "rmdir", "rmtree", "removedirs", "renames", "write_text", "write_bytes", "truncate",
-    "hardlink_to", "symlink_to", "touch", "copytree", "copyfile", "copy2", "save_file", "tofile",
-}  # fmt: skip
-OF_A_PATH = {"replace", "rename"}
-# Of a data frame, unless it is given no path. The frames of results write by way of `files`.
-OF_A_FRAME = {"to_csv", "to_parquet"}
-OF_MODULES = {
-    "os": {"remove", "unlink", "rename", "replace", "rmdir", "link", "symlink", "truncate"},
-    "shutil": {"move", "copy", "rmtree", "copyfile", "copytree"},
-    "OmegaConf": {"save"},
-    "np": {"save", "savez"},
-}
-# What changes a file without this module, and why it is no other's.
-ALLOWED = {
-    # The kernel's switch that starts counting peak memory from zero.
-    ("proglayer/run/machine.py", "write_text"),
-}
-
-
-def changes_files(source: str) -> set[str]:
-    """The calls in a source that write over, move or delete files."""
-    return {found for node in ast.walk(ast.parse(source)) for found in _found(node)}
-
-
-def _found(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.ImportFrom):
-        for alias in node.names:
-            if alias.name in OF_MODULES.get(node.module or "", ()):
-                yield f"{node.module}.{alias.name}"
-    if not isinstance(node, ast.Call):
-        return
-    function = node.func
-    if isinstance(function, ast.Attribute):
-        name = function.attr
-        owner = function.value.id if isinstance(function.value, ast.Name) else ""
-        if owner in OF_MODULES:
-            if name in OF_MODULES[owner]:
-                yield f"{owner}.{name}"
-        elif owner != "files" and (
-            name in METHODS or (name in OF_A_PATH and len(node.args) == 1 and not node.keywords)
-        ):
-            yield name
-        elif name in OF_A_FRAME:
-            to_memory = node.args and ast.unparse(node.args[0]) == "None"
-            if not to_memory and not ast.unparse(function.value).endswith("results"):
-                yield name
-    called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    if called == "open":
-        # The second argument of the function, the first of a path's.
-        texts = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
-        texts += [
-            k.value.value
-            for k in node.keywords
-            if k.arg == "mode" and isinstance(k.value, ast.Constant)
-        ]
-        for mode in texts:
-            if isinstance(mode, str) and set(mode) <= set("rwabt+") and set(mode) & set("wa+"):
-                yield f"open {mode}"  # one with an x makes a new file, or fails
-
-
-SOURCES = [
-    path
-    for folder in ("proglayer", "hydra_plugins")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if path != ROOT / "proglayer" / "files.py"
-]
-
-
-def test_no_other_module_writes_over_moves_or_deletes_files() -> None:
-    found = {
-        (path.relative_to(ROOT).as_posix(), call)
-        for path in [*SOURCES, ROOT / "train.py"]
-        for call in changes_files(path.read_text())
-    }
-    assert found == ALLOWED
-    assert len(SOURCES) > 40
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "os.remove(p)", "os.unlink(p)", "p.unlink()", "(a / b).unlink(missing_ok=True)",
-        "os.rename(a, b)", "os.replace(a, b)", "p.rename(q)", "p.replace(q)", "p.rmdir()",
-        "shutil.rmtree(p)", "shutil.move(a, b)", "from shutil import rmtree", "open(p, 'w')",
-        "from os import unlink as gone", "open(p, mode='ab')", "p.open('r+')", "p.write_text('')",
-        "OmegaConf.save(c, p)", "os.symlink(a, b)", "frame.to_csv(p)",
-    ],
-)  # fmt: skip
-def test_a_call_that_changes_files_is_seen(source: str) -> None:
-    assert changes_files(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "text.replace('a', 'b')", "replace(config, seed=1)", "frame.rename(columns={})",
-        "files.delete(p, ours)", "open(p)", "open(p, 'rb')", "open(p, 'xb')", "items.remove(x)",
-        "frame.to_csv(None)",
-    ],
-)  # fmt: skip
-def test_others_are_not(source: str) -> None:
-    assert not changes_files(source)
-
 
 # --- what the module does -------------------------------------------------------------------------
 

@@ -140,8 +140,6 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
         (["lr.base=1e-3"], "hydra/sweeper=optuna has nothing to search"),
         (["lr.base=choice(1,2)", "plan=true"], "plan=true shows jobs before they run"),
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=sqlite:////dev/null/s"], "cannot be writ"),
-        (["lr.base=choice(1,2)", "hydra.sweeper.storage=sqlite:///old.db"], "older Optuna"),
-        (["lr.base=choice(1,2)", "hydra.sweeper.storage=journal:///old.db"], "no journal of Opt"),
         (["lr.base=choice(1,2)", "hydra.sweeper.storage=sqlite:///text"], "not a database"),
         (["lr.base=choice(1,2)", "hydra.sweeper.n_trials=0"], "n_trials=0 does not fit: it takes"),
         (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"], "n_jobs=True does not fit: it"),
@@ -170,9 +168,6 @@ def test_a_search_that_cannot_work_says_why_and_runs_nothing(
     train: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str], message: str
 ) -> None:
     monkeypatch.setattr("proglayer.launch.slurm.check", lambda: None)  # as where it answers
-    old = sqlite3.connect(tmp_path / "old.db")
-    old.executescript((ROOT / "tests/fixtures/earlier/optuna-2.10.sql").read_text())
-    old.close()
     (tmp_path / "text").write_text("no database, and no journal: this is text" * 100)
     done = train(*SEARCH, *given, "hydra.sweep.dir=a")
     assert done.status == 1

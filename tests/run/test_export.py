@@ -19,7 +19,7 @@ from ..helpers import ROOT, config
 
 transformers = pytest.importorskip("transformers")
 
-FILE = ROOT / "tests" / "fixtures" / "earlier" / "text.txt"
+FILE = ROOT / "tests" / "fixtures" / "text.txt"
 TEXT = (
     "data=text", f"data.files=[{FILE}]", "data.samples=24",
     "data.validation_samples=8", "data.seq_len=16", "data.held_out=0.3", "data.max_vocab=300",
