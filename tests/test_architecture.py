@@ -29,7 +29,7 @@ LAYERS = (
     "hydra_plugins",
 )
 # The files beside the wings. Commands and the package's own face are no ground: they only hand on.
-GROUND = {"config", "console", "errors", "files"}
+GROUND = {"config", "console", "errors", "files", "table"}
 FACES = {"proglayer", "proglayer.__main__", "proglayer.stages"}
 
 WITHOUT_TORCH = (

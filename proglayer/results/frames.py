@@ -7,7 +7,6 @@ recorded as tidy pandas frames.
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -32,6 +31,7 @@ from proglayer.results.columns import (
 from proglayer.results.reader import keys_and_values, read_runs
 from proglayer.results.scan import scan
 from proglayer.store.record import RunState
+from proglayer.table import csv_of
 
 
 @dataclass(frozen=True)
@@ -222,13 +222,6 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
 
 # What names the folder of exported tables.
 OUTPUT = "--csv, --parquet or -o"
-# = + - @, their full-width twins, and what a spreadsheet skips before it looks for them.
-FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
-
-
-def spreadsheet_safe(text: str) -> str:
-    """Text that a spreadsheet shows as it is, with an apostrophe in front where it would not."""
-    return "'" + text if text.startswith(FORMULA_STARTS) else text
 
 
 def _has_first(frame: pd.DataFrame) -> files.Ours:
@@ -251,17 +244,8 @@ def write_csv(frame: pd.DataFrame, path: Path, ours: files.Ours | None = None) -
     A file that is there is written over if `ours` knows it; by default, if it begins with the same
     column. Raises NotOursError for another, and OSError.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does text
-    that begins with one, in names of columns, too: take one leading apostrophe off any text to have
-    the original back. Numbers are as they are.
+    No text in it is a formula; see `proglayer.table.csv_of`.
     """
-    shown = frame.copy(deep=False)
-    for column in frame.columns:
-        if not pd.api.types.is_numeric_dtype(frame[column]):
-            values = [json.dumps(v) if isinstance(v, list) else v for v in frame[column]]
-            shown[column] = [spreadsheet_safe(v) if isinstance(v, str) else v for v in values]
-    shown.columns = [spreadsheet_safe(column) for column in frame.columns]
-    # With this line end, text that holds either character is put in quotes.
-    text = shown.to_csv(None, index=False, lineterminator="\r\n")
+    text = csv_of(frame)
     first = text.split("\r")[0].split(",")[0].encode()
     files.write_over(path, text.encode(), ours or files.begins_with(first), OUTPUT)

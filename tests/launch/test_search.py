@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import pytest
 from proglayer.errors import ConfigError
 from proglayer.results import load
 
-from ..helpers import ROOT, SHORT, Command, results
+from ..helpers import SHORT, Command, results
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SHORT, "phase.max_epochs=1")
 GRID = (*SEARCH, "hydra/sweeper/sampler=grid")
