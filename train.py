@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from proglayer import __version__
-from proglayer.config import register
+from proglayer.launch.ask import register
 from proglayer.launch.job import train
 
 register()

@@ -1,74 +1,37 @@
-"""The settings of a run: one typed schema, checked once where they come in.
+"""The settings of a run: one schema, checked once where they come in.
 
-Settings travel schema (types) -> YAML (values) -> command line (overrides) and are merged there
-by Hydra. `to_config` turns the result into the frozen dataclasses below, and checks every rule
-that needs no corpus. This is the only module of the package that sees OmegaConf; past it,
-settings are plain data.
+Hydra merges the files of `conf/` and the command line. `to_config` turns the result into the frozen
+models below, and checks every rule that needs no corpus. Past it, settings are plain data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import functools
-import hashlib
 import importlib.util
 import math
 import os
-import re
-import secrets
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass, replace
-from enum import Enum
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import fields, is_dataclass
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
 
 from proglayer.errors import ConfigError, first_line, install_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-# A whole number that a tensor's size, an epoch's number or a token's index may be.
-INT32 = 2**31 - 1
-# Far from what float32 can no longer hold, also as the product of a rate and its factors.
-LARGE = 1e15
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a number must keep to: from `least` to `most`, or strictly `above` and `below`.
-
-    `hint` follows the line of an error.
-    """
-
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    hint: str = ""
-
-    def hold(self, value: float) -> bool:
-        """Whether `value` keeps to them; nan never does."""
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-            and value == value
-        )
-
-    def __str__(self) -> str:
-        parts = (
-            (self.least, "from {}"),
-            (self.above, "above {}"),
-            (self.most, "to {}" if self.least is not None else "up to {}"),
-            (self.below, "below {}"),
-        )
-        return " ".join(word.format(_digits(end)) for end, word in parts if end is not None)
-
-
-def _digits(end: float) -> str:
-    return f"{end:,}" if isinstance(end, int) and end < 10**12 else f"{end:g}"
 
 
 class DataSource(Enum):
@@ -174,7 +137,7 @@ class Carry(Enum):
     copy = "copy"
 
 
-class ExitWeights(Enum):
+class ExitWeights(StrEnum):
     """Named weights of the loss over the exits (a list of numbers is the other possibility)."""
 
     uniform = "uniform"
@@ -222,51 +185,100 @@ class OnError(Enum):
     stop = "stop"
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class Settings(BaseModel):
+    """Settings that belong together. Every one has its value in `conf/`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_other_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be taken for another value: true for 1, the text none for null."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError("should be neither true nor false")
+        if kind == (str | None) and str(value).lower() == "none" and value is not None:
+            raise ValueError("is a text like any other: write null for none")
+        return value
+
+
+def _one_of(said: str) -> WrapValidator:
+    """Say of a value that fits none of several types what it should be, in one sentence."""
+
+    def judge(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"should be {said}") from None
+
+    return WrapValidator(judge)
+
+
+# A whole number that a tensor's size, an epoch's number or a token's index may be.
+INT32 = 2**31 - 1
+# Far from what float32 can no longer hold, also as the product of a rate and its factors.
+LARGE = 1e15
+
+Count = Annotated[int, Field(ge=1, le=INT32)]
+CountOrNone = Annotated[int, Field(ge=0, le=INT32)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Layers = Annotated[int, Field(ge=0, le=4_096)]
+Positive = Annotated[float, Field(gt=0, le=LARGE)]
+Amount = Annotated[float, Field(ge=0, le=LARGE)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Small = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+WeightsOfExits = Annotated[
+    ExitWeights | tuple[Annotated[int | float, Field(ge=0, le=LARGE)], ...],
+    _one_of("uniform, linear, last, or a list of numbers from 0, one for each layer"),
+]
+
+
+class ModelConfig(Settings):
     """The model. `exit_weights` is a name of `ExitWeights` or a list, bottom layer first.
 
     Of a `causal_lm`, either `path` is given, a checkpoint that has sizes of its own, or `family`
     with sizes: an untrained one. A size that is null is the family's, or not asked for.
     """
 
-    dim: Annotated[int | None, Bounds(least=1, most=65_536)]
-    num_heads: Annotated[int | None, Bounds(least=1, most=65_536)]
-    ffn_multiple: Annotated[int | None, Bounds(least=1, most=1_024)]
-    rotary_base: Annotated[float | None, Bounds(above=0, most=LARGE)]
-    norm_eps: Annotated[float | None, Bounds(above=0, most=1)]
-    vocab_size: Annotated[int | None, Bounds(least=3, most=INT32)]
-    exit_weights: Any
-    norm: Norm = Norm.post
-    checkpoint_activations: bool = False
-    evaluated_exits: EvaluatedExits = EvaluatedExits.all
-    kind: ModelKind = ModelKind.transformer
-    path: str | None = None
-    revision: str | None = None
-    family: Family | None = None
-    num_kv_heads: Annotated[int | None, Bounds(least=1, most=65_536)] = None
-    max_positions: Annotated[int | None, Bounds(least=1, most=INT32)] = None
-    untie: bool = False
-    weights: Weights = Weights.float32
+    dim: Width | None
+    num_heads: Width | None
+    ffn_multiple: Annotated[int, Field(ge=1, le=1_024)] | None
+    rotary_base: Positive | None
+    norm_eps: Small | None
+    vocab_size: Annotated[int, Field(ge=3, le=INT32)] | None
+    exit_weights: WeightsOfExits
+    norm: Norm
+    checkpoint_activations: bool
+    evaluated_exits: EvaluatedExits
+    kind: ModelKind
+    path: str | None
+    revision: str | None
+    family: Family | None
+    num_kv_heads: Width | None
+    max_positions: Count | None
+    untie: bool
+    weights: Weights
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The corpus: its source, how it is cut into tokens and windows, and how much is used.
 
     `tokenizer` is words, bpe, model, or a folder or a name on the hub.
     """
 
     source: DataSource
-    seq_len: Annotated[int, Bounds(least=1, most=2**20)]
-    samples: Annotated[int | None, Bounds(least=1, most=INT32)]
-    validation_samples: Annotated[int | None, Bounds(least=1, most=INT32)]
+    seq_len: Annotated[int, Field(ge=1, le=2**20)]
+    samples: Count | None
+    validation_samples: Count | None
     lowercase: bool
-    min_count: Annotated[int, Bounds(least=1, most=INT32)]
-    max_vocab: Annotated[int | None, Bounds(least=3, most=INT32)]
+    min_count: Count
+    max_vocab: Annotated[int, Field(ge=3, le=INT32)] | None
     path: str | None
-    files: list[str]
-    held_out: Annotated[float, Bounds(above=0, below=1)]
+    files: tuple[str, ...]
+    held_out: Annotated[float, Field(gt=0, lt=1)]
     repository: str | None
     configuration: str | None
     revision: str | None
@@ -274,166 +286,156 @@ class DataConfig:
     validation_split: str
     text_column: str
     cache_dir: str | None
-    tokenizer: str = WORDS
-    tokenizer_revision: str | None = None
+    tokenizer: str
+    tokenizer_revision: str | None
 
 
-@dataclass(frozen=True)
-class BudgetOverrides:
+class BudgetOverrides(Settings):
     """A phase's own budget and loss; null keeps what holds for all phases. With no epoch at all the
     phase ends with the model that it starts with.
     """
 
-    batch_size: Annotated[int | None, Bounds(least=1, most=INT32)]
-    max_epochs: Annotated[int | None, Bounds(least=0, most=INT32)]
-    patience: Annotated[int | None, Bounds(least=1, most=INT32)]
-    min_delta: Annotated[float | None, Bounds(least=0, most=LARGE)]
-    samples: Annotated[int | None, Bounds(least=1, most=INT32)]
-    exit_weights: Any = None
+    batch_size: Count | None
+    max_epochs: CountOrNone | None
+    patience: Count | None
+    min_delta: Amount | None
+    samples: Count | None
+    exit_weights: WeightsOfExits | None
 
 
-@dataclass(frozen=True)
-class PhaseConfig:
+class PhaseConfig(Settings):
     """Which phases there are, and what each may spend. A batch's gradient comes from `accumulate`
     parts of it, one after another.
     """
 
     schedule: PhaseSchedule
-    batch_size: Annotated[int, Bounds(least=1, most=INT32)]
-    max_epochs: Annotated[int, Bounds(least=1, most=INT32)]
-    patience: Annotated[int, Bounds(least=1, most=INT32)]
-    min_delta: Annotated[float, Bounds(least=0, most=LARGE)]
-    samples: Annotated[int | None, Bounds(least=1, most=INT32)]
+    batch_size: Count
+    max_epochs: Count
+    patience: Count
+    min_delta: Amount
+    samples: Count | None
     initial: BudgetOverrides
     grown: BudgetOverrides
-    accumulate: Annotated[int, Bounds(least=1, most=65_536)] = 1
+    accumulate: Width
 
 
-@dataclass(frozen=True)
-class GrowthConfig:
+class GrowthConfig(Settings):
     """How layers are added: `noise` is the share of a copied tensor that is drawn afresh, `block`
     the layers that `middle` repeats, `gate_steps` the optimizer steps over which `gate` opens.
     """
 
     init: GrowthInit
     position: GrowthPosition
-    noise: Annotated[float, Bounds(least=0, most=1)] = 0.0
-    block: Annotated[int, Bounds(least=1, most=4_096)] = 1
-    gate_steps: Annotated[int, Bounds(least=1, most=INT32)] = 40
+    noise: Share
+    block: Annotated[int, Field(ge=1, le=4_096)]
+    gate_steps: Count
 
 
-@dataclass(frozen=True)
-class FreezeStep:
+class FreezeStep(Settings):
     """One phase after a growth. `existing` counts trained old layers from the top, or is `all`."""
 
-    existing: int | str
+    existing: Annotated[Layers | Literal["all"], _one_of("a number of layers from 0, or all")]
     embedding: bool
     head: bool
 
 
-@dataclass(frozen=True)
-class FreezeInitial:
+class FreezeInitial(Settings):
     """Whether embedding and head train in the initial phase."""
 
-    embedding: bool = True
-    head: bool = True
+    embedding: bool
+    head: bool
 
 
-@dataclass(frozen=True)
-class FreezeConfig:
+class FreezeConfig(Settings):
     """What trains in the initial phase, and the steps after each growth, one phase each."""
 
-    steps: list[FreezeStep]
-    initial: FreezeInitial = FreezeInitial()
+    steps: tuple[FreezeStep, ...]
+    initial: FreezeInitial
 
 
-@dataclass(frozen=True)
-class RoleFactors:
-    """What the base rate is multiplied by after the initial phase, per role."""
+class RoleFactors(Settings):
+    """What the base rate is multiplied by after the initial phase, per role. To hold a role still,
+    use freeze.
+    """
 
-    new: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
-    existing: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
-    embedding: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
-    head: Annotated[float, Bounds(above=0, most=LARGE, hint="to hold it still, use freeze")]
+    new: Positive
+    existing: Positive
+    embedding: Positive
+    head: Positive
 
 
-@dataclass(frozen=True)
-class ScheduleOverrides:
+class ScheduleOverrides(Settings):
     """The schedule of the phases after the initial one; null keeps what holds for all."""
 
-    schedule: ScheduleShape | None = None
-    warmup_steps: Annotated[int | None, Bounds(least=0, most=INT32)] = None
-    final_factor: Annotated[float | None, Bounds(least=0, most=1)] = None
+    schedule: ScheduleShape | None
+    warmup_steps: CountOrNone | None
+    final_factor: Share | None
 
 
-@dataclass(frozen=True)
-class LrConfig:
+class LrConfig(Settings):
     """Learning rates. Warm-up in optimizer steps; `final_factor` is where a decay ends, and
     `decay_share` how much of a phase `wsd` decays for, at its end.
     """
 
-    base: Annotated[float, Bounds(above=0, most=LARGE)]
+    base: Positive
     factor: RoleFactors
     schedule: ScheduleShape
-    warmup_steps: Annotated[int, Bounds(least=0, most=INT32)]
-    final_factor: Annotated[float, Bounds(least=0, most=1)]
-    decay_share: Annotated[float, Bounds(above=0, most=1)] = 0.2
-    grown: ScheduleOverrides = ScheduleOverrides()
+    warmup_steps: CountOrNone
+    final_factor: Share
+    decay_share: Small
+    grown: ScheduleOverrides
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
+def _finite(value: Any) -> Any:
+    """Take PyTorch's "no clipping" for null: JSON has no infinity."""
+    return None if value in (math.inf, "inf") else value
+
+
+class OptimizerConfig(Settings):
     """AdamW, the norm that gradients are clipped to (null: not clipped), what weight decay leaves
     out, and what is carried from phase to phase.
     """
 
-    beta1: Annotated[float, Bounds(least=0, below=1)]
-    beta2: Annotated[float, Bounds(least=0, below=1)]
-    eps: Annotated[float, Bounds(above=0, most=1)]
-    weight_decay: Annotated[float, Bounds(least=0, most=LARGE)]
-    clip_norm: Annotated[float | None, Bounds(above=0, most=math.inf)]
-    carry: Carry = Carry.none
-    decay_norms: bool = True
-    decay_embedding: bool = True
+    beta1: Beta
+    beta2: Beta
+    eps: Small
+    weight_decay: Amount
+    clip_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_finite)]
+    carry: Carry
+    decay_norms: bool
+    decay_embedding: bool
 
 
-@dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """The exits that the loss reads, step by step. Where exits are detached, all but the last train
     the head alone.
     """
 
-    curriculum: Curriculum = Curriculum.all
-    rotate_every: Annotated[int | None, Bounds(least=1, most=4_096)] = None
-    gradual_steps: Annotated[int, Bounds(least=1, most=INT32)] = 1_000
-    detach: bool = False
+    curriculum: Curriculum
+    rotate_every: Annotated[int, Field(ge=1, le=4_096)] | None
+    gradual_steps: Count
+    detach: bool
 
 
-@dataclass(frozen=True)
-class LoggerConfig:
+class LoggerConfig(Settings):
     """Who else gets a run's metrics as they come."""
 
     tensorboard: bool
     mlflow: bool
 
 
-@dataclass(frozen=True)
-class StagesConfig:
+class StagesConfig(Settings):
     """The store of trained phases. `dir` null: PROGLAYER_STAGES, else multirun/.stages."""
 
     dir: str | None
 
 
-@dataclass(frozen=True)
-class Config:
-    """Every setting of one run.
+class Config(Settings):
+    """Every setting of one run."""
 
-    A setting with a default here is younger than records without it: what they did is the default.
-    """
-
-    seed: Annotated[int, Bounds(least=0, most=2**63 - 1)]
-    initial_layers: Annotated[int | None, Bounds(least=0, most=4_096)]
-    added_layers: Annotated[int, Bounds(least=0, most=4_096)]
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    initial_layers: Layers | None
+    added_layers: Layers
     model: ModelConfig
     data: DataConfig
     phase: PhaseConfig
@@ -444,81 +446,164 @@ class Config:
     device: Device
     precision: Precision
     compile: bool
-    threads: Annotated[int | None, Bounds(least=1, most=1_024)]
-    jobs_per_gpu: Annotated[int, Bounds(least=1, most=1_024)]
+    threads: Annotated[int, Field(ge=1, le=1_024)] | None
+    jobs_per_gpu: Annotated[int, Field(ge=1, le=1_024)]
     plan: bool
     on_error: OnError
     objective: str
     reuse: bool
     report: bool
-    checkpoint_every_s: Annotated[float, Bounds(above=0, most=LARGE)]
+    checkpoint_every_s: Positive
     logger: LoggerConfig
     stages: StagesConfig
-    loss: LossConfig = LossConfig()
-    cache_frozen: bool = False
-
-
-# ---------------------------------------------------------------------------------------------
-# Hydra's side
-
-
-def register() -> None:
-    """Give Hydra the schema (as `schema`) and the resolvers that `conf/` uses. Safe to repeat."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    ConfigStore.instance().store(name="schema", node=_SCHEMA)
-    # Cached, so that every job of a sweep sees the token that the sweep was given.
-    OmegaConf.register_new_resolver(
-        "unique_token", lambda: secrets.token_hex(3), replace=True, use_cache=True
-    )
-    OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
-
-
-def short_hash(text: str) -> str:
-    """Six hexadecimal digits that stand for `text` in the name of a folder."""
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    loss: LossConfig
+    cache_frozen: bool
 
 
 def to_config(settings: DictConfig) -> Config:
     """Turn what Hydra composed into a checked `Config`.
 
-    Raises ConfigError with one line for each setting that cannot work.
+    Raises ConfigError with one line for each mistake.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-    # Hydra's own part holds values that only a running job knows.
-    own = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
+    plain = _resolved(settings)
     try:
-        plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-        # What an interpolation gave, such as an environment variable's text, has the type of its
-        # setting only once the schema has seen it.
-        typed = OmegaConf.merge(OmegaConf.structured(_SCHEMA), plain)
-        plain = OmegaConf.to_container(typed)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        if isinstance(error, MissingMandatoryValue) and key:
-            raise ConfigError(f"{key} has no value: give it one") from error
-        said = value_problem(error) or (f"{key}: {first_line(error)}" if key else first_line(error))
-        raise ConfigError(said) from error
-    assert isinstance(plain, dict)
-    config = _frozen(Config, plain)
-    if config.optimizer.clip_norm == math.inf:
-        # PyTorch's "no clipping", which has a value of its own here; JSON has none for infinity.
-        config = replace(config, optimizer=replace(config.optimizer, clip_norm=None))
+        config = Config.model_validate(plain)
+    except ValidationError as error:
+        lines = problem_lines(error)
+        parts = Config.model_construct(**_parts_that_fit(plain))
+    else:
+        lines, parts = [], config
+    lines += _rule_problems(parts)
+    if lines:
+        raise ConfigError("\n".join(lines))
     if config.data.tokenizer == MODEL and config.model.path is not None:
         own = {"tokenizer": config.model.path, "tokenizer_revision": config.model.revision}
-        config = replace(config, data=replace(config.data, **own))
-    problems = list(_problems(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
+        config = config.model_copy(update={"data": config.data.model_copy(update=own)})
     return config
+
+
+def _resolved(settings: DictConfig) -> dict[str, Any]:
+    """What Hydra composed as plain data. Hydra's own part, which only a running job has, stays out,
+    but `${hydra:...}` reads it.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ours = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    try:
+        if "hydra" in settings:
+            hydra.set_config(settings)
+        plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
+    finally:
+        hydra.cfg = before
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
+
+
+def problem_lines(error: ValidationError, prefix: str = "") -> list[str]:
+    """Say each of pydantic's errors in a line: the setting, its value, what it should be.
+
+    prefix: what the settings are below, such as `hydra.sweeper.`.
+    """
+    lines = []
+    for each in error.errors(include_url=False):
+        name = prefix.rstrip(".")
+        for part in each["loc"]:
+            name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+        if each["type"] == "missing":
+            lines.append(f"{name} has no value: give it one")
+        elif each["type"] == "extra_forbidden":
+            lines.append(unknown_setting(name))
+        elif each["type"] == "model_type":
+            lines.append(f"{name}={shortened(each['input'])} should be settings: {name}.(name)=...")
+        else:
+            said = each["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            lines.append(f"{name}={shortened(each['input'])} {said}")
+    return lines
+
+
+def _parts_that_fit(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the first level that are right by themselves, so that rules are checked
+    wherever all that they weigh is there.
+    """
+    fitting = {}
+    for name, field in Config.model_fields.items():
+        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        with contextlib.suppress(ValidationError, KeyError):
+            fitting[name] = TypeAdapter(kind).validate_python(plain[name])
+    return fitting
+
+
+def setting_types(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name, such as `lr.factor.head`, and the type of every setting, without bounds."""
+    hints = get_type_hints(schema)
+    for name in schema.model_fields:
+        kind = hints[name]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from setting_types(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def setting_names() -> list[str]:
+    """Return every setting as it is written on the command line."""
+    return [name for name, _ in setting_types()]
+
+
+def flat_settings(
+    settings: Mapping[str, Any], prefix: str = "", whole: Container[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of each setting; those in `whole` may hold a mapping."""
+    for part, value in settings.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, dict) and name not in whole:
+            yield from flat_settings(value, f"{name}.", whole)
+        else:
+            yield name, value
+
+
+def nearest_setting(name: str) -> str | None:
+    """Return the setting that a misspelt `name` most likely meant."""
+    known = setting_names()
+    by_leaf = {known_name.rsplit(".", 1)[-1]: known_name for known_name in reversed(known)}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)
+    return by_leaf[close[0]] if close else None
+
+
+def unknown_setting(name: str) -> str:
+    """Say that there is no such setting, with the nearest that there is."""
+    near = nearest_setting(name)
+    return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it, and as it is written on the command line."""
+    words = {None: "null", True: "true", False: "false"}
+    if isinstance(value, Enum):
+        value = value.value
+    plain = value is None or isinstance(value, bool)
+    text = words[value] if plain else str(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def stages_dir(config: Config) -> str:
+    """Return the folder of the store: the setting, else PROGLAYER_STAGES, else multirun/.stages."""
+    chosen = config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
+    return os.path.expanduser(chosen)
 
 
 def to_plain(
     value: Any,
-    written: Callable[[Field[Any], Any], bool] = lambda *_: True,
+    written: Callable[[Any, Any], bool] = lambda *_: True,
     leaf: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
     """A dataclass as plain data: enums by their value, tuples as lists.
@@ -526,6 +611,8 @@ def to_plain(
     written: whether a field with this value is part of it.
     leaf: what becomes of a value that holds no others.
     """
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
         items = [(f, getattr(value, f.name)) for f in fields(value)]
         return {f.name: to_plain(item, written, leaf) for f, item in items if written(f, item)}
@@ -538,222 +625,28 @@ def to_plain(
     return leaf(value)
 
 
-def from_plain(plain: dict[str, Any]) -> Config:
-    """The `Config` that `to_plain` wrote, in this version or an earlier one, unchecked.
-
-    Raises KeyError where a setting is missing that every version has.
-    """
-    return _frozen(Config, plain)
-
-
-def with_defaults(plain: dict[str, Any], schema: type = Config) -> dict[str, Any]:
-    """Settings of an earlier version, with those that it did not have at what it did."""
-    filled = dict(plain)
-    hints = _hints(schema)
-    for each in fields(schema):
-        value = filled.get(each.name)
-        if each.name not in filled and each.default is not MISSING:
-            filled[each.name] = to_plain(each.default)
-        elif isinstance(value, dict) and is_dataclass(hints[each.name]):
-            filled[each.name] = with_defaults(value, hints[each.name])
-    return filled
-
-
-# Resolving them takes longer than reading a record.
-_hints = functools.cache(get_type_hints)
-
-
-def setting_names(schema: type = Config, prefix: str = "") -> list[str]:
-    """Every setting as it is written on the command line, such as `lr.factor.head`."""
-    names = []
-    for name, kind in get_type_hints(schema).items():
-        names.append(prefix + name)
-        if is_dataclass(kind):
-            assert isinstance(kind, type)
-            names += setting_names(kind, f"{prefix}{name}.")
-    return names
-
-
-def flat_settings(
-    settings: dict[str, Any], prefix: str = "", whole: Container[str] = ()
-) -> Iterator[tuple[str, Any]]:
-    """The dotted name and the value of each setting; those in `whole` may hold a mapping."""
-    for part, value in settings.items():
-        name = f"{prefix}{part}"
-        if isinstance(value, dict) and name not in whole:
-            yield from flat_settings(value, f"{name}.", whole)
-        else:
-            yield name, value
-
-
-def nearest_setting(name: str) -> str | None:
-    """The setting that a misspelt `name` most likely meant."""
-    known = setting_names()
-    by_leaf = {known_name.rsplit(".", 1)[-1]: known_name for known_name in reversed(known)}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)
-    return by_leaf[close[0]] if close else None
-
-
-def value_problem(error: BaseException) -> str | None:
-    """Say what a setting takes that was given something of another type.
-
-    Returns None where `error` is about something else.
-    """
-    from omegaconf.errors import MissingMandatoryValue, ValidationError
-
-    # An OverflowError has the name in its text alone.
-    said = re.search(r"full_key: (\S+)", str(error))
-    key = getattr(error, "full_key", None) or (said[1] if said else "")
-    name = re.sub(r"\[(\d+)\]", r".\1", key)
-    wrong_type = isinstance(error, (ValidationError, OverflowError))
-    if not wrong_type or isinstance(error, MissingMandatoryValue):
-        return None
-    found = re.search(
-        r"alue '(.*?)'( of type|, expected| is not| is incompat)|value: (.*)", str(error)
-    )
-    return misfit(name, (found[1] or found[3]) if found else None)
-
-
-def misfit(name: str, given: str | None) -> str | None:
-    """What a setting takes that was given something else; None where there is no such setting."""
-    schema: Any = Config
-    bounds = None
-    for part in name.split("."):
-        options = [kind for kind in get_args(schema) if kind is not NoneType]
-        if get_origin(schema) is list and part.isdigit():
-            schema = options[0]
-            continue
-        hints = get_type_hints(schema, include_extras=True) if is_dataclass(schema) else {}
-        if part not in hints:
-            return None
-        schema = hints[part]
-        bounds = bounds_of(schema)
-        if bounds is not None:
-            schema = get_args(schema)[0]
-    setting = name if given is None else f"{name}={shortened(given)}"
-    return f"{setting} does not fit: it takes {expected(name, schema, bounds)}"
-
-
-def expected(name: str, kind: Any, bounds: Bounds | None) -> str:
-    """What a setting of this type takes, with an example."""
-    options = [option for option in get_args(kind) if option is not NoneType]
-    if get_origin(kind) in (Union, UnionType):
-        null = ", or null" if NoneType in get_args(kind) else ""
-        return " or ".join(expected(name, option, bounds) for option in options) + null
-    if is_dataclass(kind):
-        return "settings of its own: " + ", ".join(f"{name}.{f.name}" for f in fields(kind))
-    if get_origin(kind) is list and options[0] is str:
-        return f"a list of texts, as in '{name}=[one,two]'"
-    if get_origin(kind) is list:
-        members = ", ".join(f"{f.name}: ..." for f in fields(options[0]))
-        return f"a list, as in '{name}=[{{{members}}}]'"
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return "one of " + ", ".join(kind.__members__)
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return plain.get(kind, "another value") + (f" {bounds}" if bounds else "")
-
-
-def stages_dir(config: Config) -> str:
-    """The folder of the store: the setting, else PROGLAYER_STAGES, else multirun/.stages."""
-    chosen = config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
-    return os.path.expanduser(chosen)
-
-
-def _writable(schema: type) -> type:
-    """A twin of a frozen dataclass that OmegaConf can merge values into.
-
-    It is put into this module under a name of its own, so that a launcher that pickles the schema
-    for its workers finds it there by name.
-    """
-    name = f"Writable{schema.__name__}"
-    if name not in globals():
-        hints = get_type_hints(schema)
-        members = [(f.name, _writable_type(hints[f.name])) for f in fields(schema)]
-        twin = make_dataclass(name, members)
-        twin.__module__ = __name__
-        globals()[name] = twin
-    return globals()[name]
-
-
-def _writable_type(kind: Any) -> Any:
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _writable(kind)
-    if get_origin(kind) is list:
-        return list[_writable_type(get_args(kind)[0])]
-    return kind
-
-
-def _frozen(kind: Any, value: Any) -> Any:
-    """`value`, plain data, as an instance of the type `kind`; lists become tuples."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(
-            **{
-                f.name: _frozen(hints[f.name], value[f.name])
-                for f in fields(kind)
-                if f.name in value or f.default is MISSING
-            }
-        )
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return value if isinstance(value, kind) else kind[value]
-    if get_origin(kind) in (Union, UnionType) and value is not None:
-        options = [option for option in get_args(kind) if option is not NoneType]
-        return _frozen(options[0], value) if len(options) == 1 else value
-    if isinstance(value, (list, tuple)):
-        item = get_args(kind)[0] if get_args(kind) else Any
-        return tuple(_frozen(item, v) for v in value)
-    return value
-
-
 # ---------------------------------------------------------------------------------------------
-# The rules
+# The rules that weigh settings against each other
 
 
-def _problems(config: Config) -> Iterator[str]:
-    """One line for each setting that cannot work, named as on the command line."""
-    beyond = list(_bound_problems(config))
-    yield from beyond
-    # Rules that weigh numbers against each other make no sense of one beyond its bounds.
-    if not any("layers" in line for line in beyond):
-        yield from depth_problems(config)
-    if not any(line.startswith("model.") for line in beyond):
-        yield from _model_problems(config)
-    for part in ("initial", "grown"):
-        own = getattr(config.phase, part).exit_weights
-        if own is not None:
-            yield from _exit_weight_problems(f"phase.{part}", own)
-    yield from _batch_problems(config.phase)
-    yield from _data_problems(config.data)
-    yield from _rate_problems(config.lr)
-    yield from _logger_problems(config.logger)
-
-
-def _bound_problems(settings: Any, prefix: str = "") -> Iterator[str]:
-    """The numbers that do not keep to the bounds of the schema."""
-    for part, kind in get_type_hints(type(settings), include_extras=True).items():
-        name, value, bounds = prefix + part, getattr(settings, part), bounds_of(kind)
-        if is_dataclass(value):
-            yield from _bound_problems(value, f"{name}.")
-        elif kind == (str | None) and str(value).lower() == "none" and value is not None:
-            yield f"{name}={value} is a text like any other: write {name}=null for none"
-        elif bounds is not None and value is not None and not bounds.hold(value):
-            null = ", or null" if NoneType in get_args(get_args(kind)[0]) else ""
-            hint = f" ({bounds.hint})" if bounds.hint else ""
-            yield f"{name}={shortened(value)} must be {bounds}{null}{hint}"
-
-
-def bounds_of(kind: Any) -> Bounds | None:
-    """The bounds with which a type is annotated, if it is."""
-    return next((each for each in get_args(kind) if isinstance(each, Bounds)), None)
-
-
-def shortened(value: Any) -> str:
-    """A value as an error shows it."""
-    text = str(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
+def _rule_problems(config: Config) -> list[str]:
+    """One line for each rule that is broken, of those whose settings are there."""
+    rules = (
+        depth_problems,
+        _model_problems,
+        _batch_problems,
+        _data_problems,
+        _rate_problems,
+        _logger_problems,
+    )
+    lines: list[str] = []
+    for rule in rules:
+        try:
+            lines += rule(config)
+        except AttributeError:
+            if set(Config.model_fields) <= config.model_fields_set:
+                raise
+    return lines
 
 
 def depth_problems(config: Config) -> Iterator[str]:
@@ -784,9 +677,7 @@ def _layer_problems(config: Config, layers: float) -> Iterator[str]:
         setting = f"freeze.steps[{number}].existing={step.existing}"
         if step.existing == "all":
             continue
-        if not isinstance(step.existing, int) or step.existing < 0:
-            yield f"{setting} must be a number of layers from 0 up, or all"
-        elif step.existing >= max(1, layers):
+        if step.existing >= max(1, layers):
             yield (
                 f"{setting} leaves none of {layers} existing layer(s) frozen: "
                 f"the schedule needs initial_layers={step.existing + 1} or more, or existing: all"
@@ -795,13 +686,13 @@ def _layer_problems(config: Config, layers: float) -> Iterator[str]:
             yield f"freeze.steps[{number}] freezes everything: nothing would train"
 
 
-def _batch_problems(phase: PhaseConfig) -> Iterator[str]:
-    parts = max(1, phase.accumulate)
+def _batch_problems(config: Config) -> Iterator[str]:
+    phase = config.phase
+    parts = phase.accumulate
     sizes = {"": phase, "initial.": phase.initial, "grown.": phase.grown}
     for part, size in ((part, own.batch_size) for part, own in sizes.items()):
         if size is not None and size % parts:
-            number = shortened(parts)
-            yield f"phase.accumulate={number} does not divide phase.{part}batch_size={size}"
+            yield f"phase.accumulate={parts} does not divide phase.{part}batch_size={size}"
 
 
 def _growth_problems(config: Config, layers: float) -> Iterator[str]:
@@ -819,7 +710,7 @@ def _growth_problems(config: Config, layers: float) -> Iterator[str]:
             f"growth.position={growth.position.name} does not go with growth.init="
             f"{growth.init.name}, which has a place of its own: leave growth.position=top"
         )
-    if 0 < growth.noise <= 1 and not copies:
+    if growth.noise and not copies:
         yield (
             f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}, "
             "which copies no layer"
@@ -833,8 +724,12 @@ def _growth_problems(config: Config, layers: float) -> Iterator[str]:
 
 # What says how large an untrained model is; a checkpoint has sizes of its own.
 SIZES = ("dim", "num_heads", "ffn_multiple", "rotary_base", "norm_eps")
-# What only a model of `transformers` has.
-OF_CAUSAL_LM = ("path", "revision", "family", "num_kv_heads", "max_positions", "untie", "weights")
+# What only a model of `transformers` has, and its value where it says nothing.
+OF_CAUSAL_LM = {
+    **dict.fromkeys(("path", "revision", "family", "num_kv_heads", "max_positions")),
+    "untie": False,
+    "weights": Weights.float32,
+}
 
 
 def _model_problems(config: Config) -> Iterator[str]:
@@ -845,14 +740,12 @@ def _model_problems(config: Config) -> Iterator[str]:
         for name in SIZES:
             if getattr(model, name) is None:
                 yield f"model.{name} has no value: give it one"
-        defaults = {each.name: each.default for each in fields(ModelConfig)}
-        for name in OF_CAUSAL_LM:
-            if getattr(model, name) != defaults[name]:
+        for name, nothing in OF_CAUSAL_LM.items():
+            if getattr(model, name) != nothing:
                 yield f"model.{name} is of model=causal_lm, and changes nothing of this model"
         if config.initial_layers is None:
             yield "initial_layers=null takes all that model.path has: give a number, or a path"
     yield from _head_problems(model)
-    yield from _exit_weight_problems("model", model.exit_weights)
 
 
 def _causal_lm_problems(config: Config) -> Iterator[str]:
@@ -911,42 +804,29 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _exit_weight_problems(part: str, weights: Any) -> Iterator[str]:
-    given = weights if isinstance(weights, (list, tuple)) else []
-    numbers = [w for w in given if isinstance(w, (int, float)) and not isinstance(w, bool)]
-    weighs = bool(given) and len(numbers) == len(given) and all(0 <= w <= LARGE for w in numbers)
-    if not weighs and not (isinstance(weights, str) and weights in ExitWeights.__members__):
-        names = ", ".join(ExitWeights.__members__)
-        yield (
-            f"{part}.exit_weights={shortened(weights)} is none of {names}, nor a list of numbers "
-            f"from 0 to {LARGE:g}, one for each layer"
-        )
-
-
-def _data_problems(data: DataConfig) -> Iterator[str]:
+def _data_problems(config: Config) -> Iterator[str]:
+    data = config.data
     if data.source is DataSource.text and not data.files:
         yield "data.files is empty: name text files, for example 'data.files=[notes/*.txt]'"
     if data.source is DataSource.hub and not data.repository and not data.path:
         yield "data.repository is empty: name a data set, for example data.repository=owner/name"
 
 
-def _rate_problems(lr: LrConfig) -> Iterator[str]:
+def _rate_problems(config: Config) -> Iterator[str]:
+    lr = config.lr
     shape = lr.schedule if lr.grown.schedule is None else lr.grown.schedule
     grown = "lr.grown", shape, lr.grown.final_factor
     for part, shape, factor in (("lr", lr.schedule, lr.final_factor), grown):
-        if shape is ScheduleShape.constant and 0 < (factor or 0) <= 1:
+        if shape is ScheduleShape.constant and factor:
             yield (
                 f"{part}.final_factor={factor} changes nothing with a constant schedule: take "
                 f"{part}.schedule=cosine, linear or wsd"
             )
 
 
-def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
+def _logger_problems(config: Config) -> Iterator[str]:
+    logger = config.logger
     # The extra of each logger has its name, and so has the module that it brings.
-    for name in (each.name for each in fields(logger)):
+    for name in LoggerConfig.model_fields:
         if getattr(logger, name) and importlib.util.find_spec(name) is None:
             yield f"logger.{name}=true needs the extra {name}: {install_command(name)}"
-
-
-# Made when this module is imported, also where only a pickle of it is read.
-_SCHEMA = _writable(Config)

@@ -22,8 +22,9 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from proglayer.config import Config, register, to_config
+from proglayer.config import Config, to_config
 from proglayer.data.corpus import Corpus
+from proglayer.launch.ask import register
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from proglayer.config import to_plain
 from proglayer.store.record import (
     BestEpoch,
     CorpusRecord,
@@ -286,7 +285,7 @@ def run(
         "overrides": own,
         "choices": {"model": model, "data": "pydocs", "experiment": experiment or None},
     }
-    plain = to_plain(settings) | {"seed": seed}
+    plain = settings.model_dump(mode="json") | {"seed": seed}
     return leave(folder, plain, phases, rows, status=status, **(given | extra))
 
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ def run_until_killed(name: str, store: Path, folder: Path, step: int) -> None:
 
     Trajectory._after_step = killing
     folder.mkdir()
-    run(replace(settings(name, store), checkpoint_every_s=0.0), folder)
+    run(settings(name, store).model_copy(update={"checkpoint_every_s": 0.0}), folder)
 
 
 def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:

@@ -16,7 +16,6 @@ from proglayer.config import Config, ConfigError, Device, Precision, setting_nam
 from proglayer.data.corpus import open_corpus
 from proglayer.run import machine
 from proglayer.run.machine import pick_device, switches
-from proglayer.store.stages import stage_key
 from proglayer.store.trajectory import Machine, describe
 from proglayer.training.plan import plan
 
@@ -165,31 +164,6 @@ def test_every_setting_is_classified_once() -> None:
 def test_a_setting_of_training_is_in_the_key(name: str) -> None:
     value, *others = IN_THE_PHASES[name].split(" ") if name != "freeze.steps" else (STEPS,)
     assert keys(config(*BASE, *others, f"{name}={value}")) != keys(config(*BASE, *others))
-
-
-# Keys that the version before `growth.noise`, `model.norm` and what came after them gave.
-EARLIER_KEYS = {
-    ("experiment=original",): [
-        "542da8b6a9f27d71eefd86ab501dba0d", "ea12ebf487f023edd5d43b6c6fe77650",
-    ],
-    ("experiment=gradual_unfreezing", "model=deep_supervision"): [
-        "68eed600075ebf81198a288bf1447c4d", "0e44451b023ee47ed089a014ca395534",
-        "d9810149103a9f9ccf3b2e048f94801e", "0e102e4673ea471f1adcca3b73638dd5",
-    ],
-    (
-        "growth=copy", "growth.position=interleave", "freeze=none", "lr.schedule=cosine",
-        "lr=split",
-    ): ["609c24593d697131c666e7d546b06f7f", "80f131c555aefd1853ef848115dae59a"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("overrides", EARLIER_KEYS)
-def test_a_setting_at_its_old_value_keeps_the_old_keys(overrides: tuple[str, ...]) -> None:
-    machine = Machine("cpu", "a processor", 2, "2.13.0")
-    assert [
-        stage_key(describe(("abc", 2) if phase.index else None, phase, "a text", machine))
-        for phase in plan(config(*overrides), vocab_size=100)
-    ] == EARLIER_KEYS[overrides]
 
 
 def test_each_precision_has_a_key_of_its_own() -> None:

@@ -30,9 +30,10 @@ from rich.table import Table
 
 from proglayer import files
 from proglayer.bench.harness import PARTS, RATIOS, Measurement, measure, peak_memory_mb
-from proglayer.config import Config, ConfigError, register, to_config
+from proglayer.config import Config, ConfigError, to_config
 from proglayer.console import console
 from proglayer.errors import run_command
+from proglayer.launch.ask import register
 from proglayer.launch.job import explain
 from proglayer.run import machine
 from proglayer.run.code import git_state

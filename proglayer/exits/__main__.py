@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proglayer import files
-from proglayer.config import from_plain, with_defaults
+from proglayer.config import Config
 from proglayer.console import tell
 from proglayer.data import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, print_error, run_command
@@ -117,9 +117,9 @@ def _corpus(folder: Path, record: RunRecord) -> Corpus:
     assert record.config is not None
     assert record.corpus is not None
     try:
-        data = from_plain(with_defaults(record.config)).data
+        data = Config.model_validate(record.config).data
         corpus = open_corpus(data, tell)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"the text of {folder} is not to be had: {error}") from error
     if corpus.fingerprint != record.corpus.fingerprint:
         raise ConfigError(

@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_origin, get_type_hints
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import (
@@ -29,8 +28,9 @@ from hydra.core.utils import (
 )
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import TypeAdapter, ValidationError
 
-from proglayer.config import bounds_of, expected
+from proglayer.config import shortened
 from proglayer.console import going_on_unread
 from proglayer.errors import ConfigError, with_type
 from proglayer.store.record import RecordError, RunRecord, read_record
@@ -62,16 +62,14 @@ def check_settings(sweeper: object, schema: type) -> None:
     annotates it with.
     """
     for name, hint in get_type_hints(schema, include_extras=True).items():
-        bounds = bounds_of(hint)
-        if bounds is None:
+        if get_origin(hint) is not Annotated:
             continue
-        value, kind = getattr(sweeper, name), get_args(hint)[0]
-        kinds = get_args(kind) or (kind,)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        fits = whole or (isinstance(value, float) and float in kinds)
-        if not (bounds.hold(value) if fits else value is None and NoneType in kinds):
-            wanted = expected(name, kind, bounds)
-            raise ConfigError(f"hydra.sweeper.{name}={value} does not fit: it takes {wanted}")
+        value = getattr(sweeper, name)
+        try:
+            TypeAdapter(hint).validate_python(value, strict=True)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Input ")
+            raise ConfigError(f"hydra.sweeper.{name}={shortened(value)} {said}") from None
 
 
 # Compared by identity: the corpus holds arrays.

@@ -19,7 +19,6 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml.parser import ParserError
 
-from proglayer.config import flat_settings, misfit, value_problem
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.overrides import KNOWN, unknown_setting, unreadable
 
@@ -37,13 +36,10 @@ def in_one_line(error: BaseException) -> str:
     """What composing raised, with the nearest setting where a name is unknown."""
     whole = f"{error}\n{error.__cause__ or ''}"
     first = " ".join(first_line(error).split())
-    file = re.search(r"In '([^']+)': \w+ raised while composing", str(error))
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):
             return str(cause)
-        if problem := value_problem(cause):
-            return f"conf/{file[1]}.yaml: {problem}" if file else problem
         if problem := file_problem(cause):
             return problem
         cause = cause.__cause__ or cause.__context__
@@ -51,8 +47,6 @@ def in_one_line(error: BaseException) -> str:
         return unreadable(error.override)
     if unknown := UNKNOWN.search(whole):
         return _unknown_in_file(unknown[1])
-    if file and (problem := _shape_problem(_conf() / f"{file[1]}.yaml")):
-        return problem
     missing = re.search(
         r"Could not find '([^']+)/([^'/]+)'.*Available options in [^\n]+\n(.*)Config search path",
         whole,
@@ -105,23 +99,6 @@ def file_problem(error: BaseException) -> str | None:
     if group not in GLOBAL_GROUPS:
         return None
     return next(filter(None, map(_header_problem, _files(group))), None)
-
-
-def _shape_problem(path: Path) -> str | None:
-    """What is wrong with the shape of the settings in a file, as far as one can tell by reading."""
-    content = _content(path)
-    if isinstance(content, list):
-        return f"{path}: settings are lines of 'name: value', not a list"
-    for name, value in flat_settings(content) if isinstance(content, dict) else ():
-        known = name
-        while known and known not in KNOWN:
-            known = known.rpartition(".")[0]
-        # A value where a group is, or settings below what is no group.
-        if known and (known != name or any(other.startswith(f"{known}.") for other in KNOWN)):
-            choice = isinstance(value, str) and "." not in name
-            near = f"; to choose a file: defaults: [override /{name}: {value}]" if choice else ""
-            return f"{path}: {misfit(known, str(value))}{near}"
-    return None
 
 
 def _content(path: Path) -> Any:

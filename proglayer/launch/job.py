@@ -9,7 +9,6 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from proglayer import files
-from proglayer.config import Config, OnError, flat_settings, to_config, to_plain, with_defaults
+from proglayer.config import Config, OnError, flat_settings, to_config
 from proglayer.errors import (
     FAILED,
     ConfigError,
@@ -154,7 +153,8 @@ def _run_in_sweep(settings: DictConfig, hydra: HydraConf, folder: Path) -> float
         if config.on_error is OnError.stop and (name := failed_job(folder.parent)):
             record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
             return None
-        config = replace(config, threads=config.threads or threads_per_job(hydra.launcher))
+        threads = config.threads or threads_per_job(hydra.launcher)
+        config = config.model_copy(update={"threads": threads})
         prune = None
         if hydra.sweeper.get("pruner"):
             from proglayer.launch.study import pruning
@@ -216,8 +216,8 @@ def _check_other_run(folder: Path, config: Config) -> None:
     from proglayer.results import NOT_THE_EXPERIMENT
     from proglayer.run.machine import with_precision
 
-    then = dict(flat_settings(with_defaults(record.config)))
-    now = dict(flat_settings(to_plain(with_precision(config)[0])))
+    then = dict(flat_settings(record.config))
+    now = dict(flat_settings(with_precision(config)[0].model_dump(mode="json")))
     compared = [name for name in now if name not in NOT_THE_EXPERIMENT]
     if other := [name for name in compared if then.get(name) != now[name]]:
         raise ConfigError(

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import OverrideParseException
 
-from proglayer.config import misfit, nearest_setting, setting_names
+from proglayer.config import nearest_setting, setting_names
 from proglayer.errors import ConfigError
 
 # Hydra's parser takes 17 s for a text of 1 MB, and 20 ms for a further override.
@@ -109,18 +109,16 @@ def unreadable(override: str) -> str:
         candidates.append(f"{name}={plain.rstrip(',')}")
     if plain.startswith("(") and plain.endswith(")"):
         candidates.append(f"{name}=[{plain[1:-1]}]")
-    takes = misfit(name, plain) or "a text"
-    quoted = "text" in takes or "another value" in takes  # they make no number of it
-    if quoted and plain.startswith("[") and plain.endswith("]"):
+    if plain.startswith("[") and plain.endswith("]"):
         items = (item.strip().strip("'\"") for item in plain[1:-1].split(","))
         candidates.append(f"{name}=[{','.join(map(_quoted, items))}]")
-    elif quoted:
+    else:
         candidates.append(f"{name}={_quoted(plain)}")
     for candidate in candidates:
         with contextlib.suppress(OverrideParseException):
             OverridesParser.create().parse_overrides([candidate])
             return f"{override}: Hydra cannot read this; write {shlex.quote(candidate)}"
-    return f"{override}: Hydra cannot read this" if quoted else takes
+    return f"{override}: Hydra cannot read this"
 
 
 def _quoted(text: str) -> str:
@@ -232,4 +230,8 @@ def no_match(override: str, choices: Sequence[str]) -> str:
     return f"{override} matches no choice (choices: {', '.join(choices)})"
 
 
-KNOWN = frozenset(setting_names())
+KNOWN = frozenset(
+    ".".join(name.split(".")[: depth + 1])
+    for name in setting_names()
+    for depth in range(name.count(".") + 1)
+)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from hydra.errors import HydraException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import ValidationError
+from pydantic import Field
 
 from proglayer import files
-from proglayer.config import BPE, Bounds, OnError, short_hash
+from proglayer.config import BPE, OnError
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
+from proglayer.launch.ask import short_hash
 from proglayer.launch.common import (
     Job,
     check_settings,
@@ -33,7 +34,6 @@ from proglayer.launch.common import (
     unread,
     without_hydra,
 )
-from proglayer.launch.composing import in_one_line
 from proglayer.launch.job import record_unstarted
 from proglayer.launch.space import Space, read_space
 from proglayer.launch.study import (
@@ -82,9 +82,9 @@ class OptunaSweeper(Sweeper, Protocol):
     direction: Literal["minimize", "maximize"]
     storage: str | None
     study_name: str | None
-    n_trials: Annotated[int, Bounds(least=1)]
-    n_jobs: Annotated[int, Bounds(least=1)]
-    max_failure_rate: Annotated[float, Bounds(least=0, most=1)]
+    n_trials: Annotated[int, Field(ge=1)]
+    n_jobs: Annotated[int, Field(ge=1)]
+    max_failure_rate: Annotated[float, Field(ge=0, le=1)]
     params: Any
     custom_search_space: str | None
 
@@ -313,10 +313,6 @@ class Trials:
                 continue
             except ConfigError as error:
                 reason = str(error)
-            except HydraException as error:
-                if not _is_of_a_value(error):
-                    raise
-                reason = in_one_line(error)
             record_unstarted(self._folder / folder, RunState.failed, reason)
             jobs.append(None)
         return jobs
@@ -362,14 +358,6 @@ class Trials:
             raise
         except ConfigError:
             return  # with other values it may be right
-        except HydraException as error:
-            if not _is_of_a_value(error):
-                raise
-
-
-def _is_of_a_value(error: HydraException) -> bool:
-    """Whether another value might do: a setting or a choice that does not exist never does."""
-    return isinstance(error.__cause__, ValidationError)
 
 
 def _custom_search_space(name: str | None) -> Callable[..., None] | None:

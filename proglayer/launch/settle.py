@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from omegaconf import open_dict, read_write
+from pydantic import Field
 
-from proglayer.config import Bounds, OnError, short_hash
+from proglayer.config import OnError
 from proglayer.console import console
 from proglayer.errors import ConfigError
+from proglayer.launch.ask import short_hash
 from proglayer.launch.common import Job, check_settings, record_of, sole_writer, unread
 from proglayer.launch.sweep import (
     Checks,
@@ -47,13 +49,13 @@ COST = "{hours:.3g} hours and {operations:.3g} operations"
 class SettleSweeper(ProductSweeper, Protocol):
     """A sweeper of Hydra's with the settings of conf/hydra/sweeper/settle.yaml."""
 
-    first: Annotated[int, Bounds(least=2)]
-    step: Annotated[int, Bounds(least=1)]
-    most: Annotated[int, Bounds(least=2)]
-    first_seed: Annotated[int, Bounds(least=0)]
-    margin: Annotated[float, Bounds(above=0, most=100)]
-    hours: Annotated[float | None, Bounds(above=0)]
-    operations: Annotated[float | None, Bounds(above=0)]
+    first: Annotated[int, Field(ge=2)]
+    step: Annotated[int, Field(ge=1)]
+    most: Annotated[int, Field(ge=2)]
+    first_seed: Annotated[int, Field(ge=0)]
+    margin: Annotated[float, Field(gt=0, le=100)]
+    hours: Annotated[float | None, Field(gt=0)]
+    operations: Annotated[float | None, Field(gt=0)]
 
 
 def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:

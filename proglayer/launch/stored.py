@@ -73,7 +73,7 @@ def print_plan(
         said.append((what, why))
     windows = len(corpus.train), len(corpus.validation)
     console().print(plan_table(phases, config.data.seq_len, *windows, title, said))
-    if unused := unused_settings(config, phases, corpus.vocab_size):
+    if unused := unused_settings(config, phases):
         console().print(printable(unused), markup=False)
 
 

@@ -21,9 +21,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from proglayer import files
-from proglayer.config import flat_settings, short_hash
+from proglayer.config import flat_settings
 from proglayer.console import counted
 from proglayer.errors import ConfigError, StoreError, first_line
+from proglayer.launch.ask import short_hash
 from proglayer.results import NOT_THE_EXPERIMENT
 from proglayer.store.record import METRICS_COLUMNS, STUDY, SWEEP, MetricsRow
 

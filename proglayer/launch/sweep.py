@@ -28,10 +28,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from proglayer import files
-from proglayer.config import Config, DataConfig, short_hash, to_config, to_plain
+from proglayer.config import Config, DataConfig, to_config
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, first_line, with_type
+from proglayer.launch.ask import short_hash
 from proglayer.launch.common import (
     Job,
     jobs_at_once,
@@ -199,13 +200,15 @@ def launch(
     held: dict[str, str] = ask() if ask is not None else {}
     for job in jobs:
         before = read_submission(folder / job.folder) if job.folder in held else None
-        if before is not None and before.config != to_plain(job.config):
+        if before is not None and before.config != job.config.model_dump(mode="json"):
             raise ConfigError(
                 f"hydra.sweep.dir={folder}: its job {job.folder} is in the queue with other "
                 f"settings: choose another folder, or end that job ({held[job.folder]}) first"
             )
     write_jobs(folder, [ListedJob(job, tuple(given)) for job, given in listed.items()])
-    if new := {job.folder: to_plain(job.config) for job in jobs if job.folder not in held}:
+    if new := {
+        job.folder: job.config.model_dump(mode="json") for job in jobs if job.folder not in held
+    }:
         write_submissions(folder, new, git_state(), git_difference())
     ended: list[JobReturn] = []
     size = at_once if at_once and at_once > 0 else max(1, len(jobs))
@@ -339,7 +342,7 @@ class Checks:
         launched = [*overrides, f"hydra.sweep.subdir='{folder}'", f"hydra.job.num={number}"]
         composed = self._loader.load_sweep_config(self._master, launched)
         config = to_config(composed)
-        config = replace(config, threads=config.threads or self._threads)
+        config = config.model_copy(update={"threads": config.threads or self._threads})
         self._check_hydra(composed, self._folder / folder)
         if config.data not in self._corpora:
             check_checkpoint(config.model)
@@ -518,6 +521,6 @@ def _completed(folder: Path, config: Config) -> bool:
     record = record_of(folder)
     return (
         record.status is RunState.completed
-        and record.config == to_plain(config)
+        and record.config == config.model_dump(mode="json")
         and has_whole_weights(folder, record)
     )

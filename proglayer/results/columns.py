@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
 
-from proglayer.config import Config
+from proglayer.config import setting_types
 from proglayer.store.record import ExitRecord, MetricsRow, PhaseRecord, RunRecord
 from proglayer.training.plan import Rates
 
@@ -43,13 +43,18 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, type]]:
     That is bool, int, float, list, or text for any other.
     """
     for name, hint in get_type_hints(kind).items():
-        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        hint, *others = (option for option in options if option is not NoneType)
-        hint = str if others else get_origin(hint) or hint
-        if is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{name}.")
+        held = _held(hint)
+        if is_dataclass(held):
+            yield from _leaves(held, f"{prefix}{name}.")
         else:
-            yield prefix + name, hint if hint in (bool, int, float, list) else str
+            yield prefix + name, held if held in (bool, int, float, list) else str
+
+
+def _held(hint: Any) -> Any:
+    """The type of what a field holds where it holds something; text for one of several."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    hint, *others = (option for option in options if option is not NoneType)
+    return str if others else get_origin(hint) or hint
 
 
 def _fields(record: type, but: str, renamed: Mapping[str, str] | None = None) -> dict[str, Column]:
@@ -109,7 +114,10 @@ _RUN_COLUMNS = {
 }
 PLACE_COLUMNS = [name for name in _RUN_COLUMNS if name not in IDENTITY_COLUMNS + METRIC_COLUMNS]
 # Every setting that holds a value -> what its column holds; lists and enums are text.
-SETTINGS = {path: str if kind is list else kind for path, kind in _leaves(Config)}
+SETTINGS = {
+    name: held if (held := _held(kind)) in (bool, int, float) else str
+    for name, kind in setting_types()
+}
 COLUMNS: dict[str, dict[str, Column]] = {
     "runs": {
         **_RUN_COLUMNS,

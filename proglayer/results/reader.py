@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
-from proglayer.config import flat_settings, with_defaults
+from proglayer.config import flat_settings
 from proglayer.results.columns import (
     COLUMNS,
     DTYPES,
@@ -120,7 +120,6 @@ def _read_run(folder: RunFolder) -> tuple[dict[str, Any], Rows, Rows]:
             if choice is not None and not str(group).startswith(("hydra", "local", "logger"))
         }
     if isinstance(settings, dict):
-        settings = with_defaults(settings) if settings else settings
         flat = list(flat_settings(settings, whole=SETTINGS))
         if len(flat) > MOST_SETTINGS:
             raise RecordError("damaged", f"it has more than {MOST_SETTINGS:,} settings")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from proglayer import files
-from proglayer.config import Carry, Config, Precision, to_plain
+from proglayer.config import Carry, Config, Precision
 from proglayer.console import tell
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError
@@ -90,7 +90,7 @@ def run(
         overrides=list(overrides),
         choices=choices or {},
         seed=config.seed,
-        config=to_plain(config),
+        config=config.model_dump(mode="json"),
         environment=machine.environment(),
         git=git_state(),
     )
@@ -177,7 +177,7 @@ def prepare(config: Config, record: RunRecord) -> Setup:
     phases = plan(config, corpus.vocab_size)
     for phase in phases:
         phase.windows(len(corpus.train))
-    if unused := unused_settings(config, phases, corpus.vocab_size):
+    if unused := unused_settings(config, phases):
         tell(unused)
     setup = Setup(device, machine.describe_machine(device), corpus, phases)
     record.machine = setup.machine

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from proglayer import __version__, files
-from proglayer.config import BPE, WORDS, Config, from_plain
+from proglayer.config import BPE, WORDS, Config
 from proglayer.data.corpus import open_corpus
 from proglayer.errors import ConfigError, first_line
 from proglayer.run.experiment import load_run
@@ -41,7 +41,7 @@ def export_run(folder: str | Path, to: str | Path) -> Path:
         raise ConfigError(f"{folder} holds no record of a run, which the model card is made from")
     if to.exists():
         raise ConfigError(f"{to} is there already: name a folder that is not")
-    config = from_plain(record.config)
+    config = Config.model_validate(record.config)
     to.parent.mkdir(parents=True, exist_ok=True)
     with files.new_folder(to.parent, f"{to.name}.partial") as partial:
         with quiet():

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def with_precision(config: Config) -> tuple[Config, str | None]:
         picked, why = Precision.bfloat16, f"this processor has {', '.join(units)}"
     else:
         picked, why = Precision.float32, f"this {device.type} has no units for less"
-    return replace(config, precision=picked), f"precision=auto is {picked.name} here: {why}"
+    line = f"precision=auto is {picked.name} here: {why}"
+    return config.model_copy(update={"precision": picked}), line
 
 
 def precision_warning(device: torch.device, precision: Precision) -> str | None:

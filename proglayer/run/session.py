@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from proglayer import files
-from proglayer.config import Config, stages_dir, to_plain
+from proglayer.config import Config, stages_dir
 from proglayer.errors import ConfigError, UserError
 from proglayer.files import NotOursError
 from proglayer.run import gpu_slots, machine
@@ -74,7 +74,7 @@ class Session:
         """
         remove_record(self.folder)
         self.begun = True
-        plain = to_plain(self.config)
+        plain = self.config.model_dump(mode="json")
         choices = self.record.choices or {}
         self._loggers = Loggers(self.config.logger, self.folder, plain, choices)
         self._during_walk.enter_context(self.signals.noted())

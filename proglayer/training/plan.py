@@ -314,7 +314,7 @@ def _causal_lm_phases(config: Config, vocab_size: int) -> tuple[Phase, ...]:
     architecture, depth = architecture_of(model, found, vocab_size, config.data.seq_len)
     if depth is not None:
         layers = depth if config.initial_layers is None else config.initial_layers
-        config = replace(config, initial_layers=layers)
+        config = config.model_copy(update={"initial_layers": layers})
         if problems := list(depth_problems(config)):
             raise ConfigError("\n".join(problems))
     phases = tuple(_phases(config, architecture))
@@ -505,7 +505,9 @@ def _phase(
             total_epochs=budget("max_epochs") if decays else None,
             decay_share=config.lr.decay_share if shape is ScheduleShape.wsd else None,
         ),
-        optimizer=config.optimizer if index else replace(config.optimizer, carry=Carry.none),
+        optimizer=config.optimizer
+        if index
+        else config.optimizer.model_copy(update={"carry": Carry.none}),
         batch_size=budget("batch_size"),
         samples=budget("samples"),
         precision=config.precision,

@@ -1,86 +1,82 @@
-"""Settings that a run was given and that none of its phases depends on."""
+"""Settings that a run was given and that nothing in it reads."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
-from enum import Enum
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from proglayer.config import Config, ConfigError, GrowthInit, GrowthPosition
-from proglayer.training.plan import Phase, Role, plan
+from proglayer.config import (
+    WORDS,
+    BudgetOverrides,
+    Carry,
+    Config,
+    Curriculum,
+    DataSource,
+    FreezeStep,
+    GrowthInit,
+    GrowthPosition,
+    PhaseSchedule,
+    ScheduleOverrides,
+    ScheduleShape,
+    shortened,
+)
+from proglayer.training.plan import Phase, Role
 
-# The parts of the settings that go into phases alone.
-PARTS = ("phase", "growth", "freeze", "lr", "optimizer", "loss")
-# What is done where nothing else is asked for; of the rest, the schema's default, or null.
-DEFAULTS = {"init": GrowthInit.random, "position": GrowthPosition.top}
 
+def unused_settings(config: Config, phases: Sequence[Phase]) -> str | None:
+    """Name in one line what was asked for and has no effect in a run; None where all has.
 
-def unused_settings(config: Config, phases: Sequence[Phase], vocab_size: int) -> str | None:
-    """In one line, what was asked for and changes no phase of a run; None where all does.
-
-    A setting counts as asked for where it is not at its default, and the factor of a role that
-    nothing trains where it is not that of a role that trains.
-
-    phases: what `plan` makes of the settings and the vocabulary.
+    phases: what `plan` makes of the settings.
     """
-    found = [
-        f"{name}={value.name if isinstance(value, Enum) else value}"
-        for name, value, other in _others(config)
-        if value != _general(config, name) and _plans(other, vocab_size, phases)
-    ]
-    later = phases[1:]
+    named = []
+    for is_read, settings in _readers(config, phases):
+        for name, default in settings.items() if not is_read else ():
+            value = operator.attrgetter(name)(config)
+            if value != default:
+                named.append(f"{name}={shortened(value)}")
+    named += _idle_factors(config, phases[1:])
+    return f"without effect in this run: {', '.join(named)}" if named else None
+
+
+def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Yield whether settings are read in this run, and their values where nothing is asked for."""
+    init, loss, data = config.growth.init, config.loss, config.data
+    grows = any(phase.growth is not None for phase in phases)
+    later = len(phases) > 1
+    yield grows, {"growth.init": GrowthInit.random, "growth.position": GrowthPosition.top}
+    yield grows, {"growth.noise": 0.0}
+    yield grows and init is GrowthInit.middle, {"growth.block": 1}
+    yield grows and init is GrowthInit.gate, {"growth.gate_steps": 40}
+    yield config.phase.schedule is not PhaseSchedule.keep_training, {"added_layers": 1}
+    steps = (FreezeStep(existing=0, embedding=False, head=True),)
+    yield later, {"freeze.steps": steps, "optimizer.carry": Carry.none}
+    yield later, {f"phase.grown.{name}": None for name in BudgetOverrides.model_fields}
+    yield later, {f"lr.grown.{name}": None for name in ScheduleOverrides.model_fields}
+    yield later, {f"lr.factor.{role.name}": 0.1 for role in Role}
+    shapes = {phase.schedule.shape for phase in phases}
+    yield ScheduleShape.wsd in shapes, {"lr.decay_share": 0.2}
+    yield loss.curriculum is Curriculum.rotate, {"loss.rotate_every": None}
+    yield loss.curriculum is Curriculum.gradual, {"loss.gradual_steps": 1_000}
+    several = any(sum(weight > 0 for weight in phase.exit_weights) > 1 for phase in phases)
+    yield several, {"loss.curriculum": Curriculum.all, "loss.detach": False}
+    decays = config.optimizer.weight_decay > 0
+    yield decays, {"optimizer.decay_norms": True, "optimizer.decay_embedding": True}
+    yield any(phase.cache_frozen for phase in phases), {"cache_frozen": False}
+    yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
+    columns = {"train_split": "train", "validation_split": "validation", "text_column": "text"}
+    of_hub = data.source in (DataSource.hub, DataSource.wikitext2)
+    yield of_hub, {f"data.{name}": value for name, value in columns.items()}
+
+
+def _idle_factors(config: Config, later: Sequence[Phase]) -> Iterator[str]:
+    """Name the factor of a role that no later phase trains, where it is not that of one it does."""
     factors = {role.name: getattr(config.lr.factor, role.name) for role in Role}
     trained = {
         role: factor
         for role, factor in factors.items()
         if any(getattr(phase.rates, role) is not None for phase in later)
     }
-    idle = [
-        f"lr.factor.{role}={factor:g} (no phase after the first trains it)"
-        for role, factor in factors.items()
-        if later and role not in trained and factor not in trained.values()
-    ]
-    return f"without effect in this run: {', '.join([*found, *idle])}" if found or idle else None
-
-
-def _others(config: Config) -> Iterator[tuple[str, Any, Config]]:
-    """Each setting that is not at its default, its value, and the settings with the default."""
-    for part in PARTS:
-        for name, value, changed in _with_default(getattr(config, part)):
-            yield f"{part}.{name}", value, replace(config, **{part: changed})
-    if config.cache_frozen:
-        yield "cache_frozen", True, replace(config, cache_frozen=False)
-
-
-def _with_default(settings: Any) -> Iterator[tuple[str, Any, Any]]:
-    hints = get_type_hints(type(settings))
-    for each in fields(settings):
-        value = getattr(settings, each.name)
-        if is_dataclass(value):
-            for name, inner, changed in _with_default(value):
-                yield f"{each.name}.{name}", inner, replace(settings, **{each.name: changed})
-            continue
-        default = DEFAULTS.get(each.name, each.default)
-        if default is MISSING and NoneType in get_args(hints[each.name]):
-            default = None
-        if default is not MISSING and value != default:
-            yield each.name, value, replace(settings, **{each.name: default})
-
-
-def _general(config: Config, name: str) -> Any:
-    """What holds for all phases, of a setting such as `lr.grown.schedule`; None for another."""
-    part, _, rest = name.partition(".")
-    leaf = rest.rpartition(".")[2]
-    if leaf == "exit_weights":
-        return config.model.exit_weights
-    return getattr(getattr(config, part), leaf, None) if "." in rest else None
-
-
-def _plans(config: Config, vocab_size: int, phases: Sequence[Phase]) -> bool:
-    """Whether these settings give the same phases."""
-    try:
-        return plan(config, vocab_size) == tuple(phases)
-    except (ConfigError, ArithmeticError):
-        return False
+    for role, factor in factors.items() if later else ():
+        if role not in trained and factor not in trained.values():
+            yield f"lr.factor.{role}={factor:g} (no phase after the first trains it)"

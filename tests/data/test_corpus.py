@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import collections
-import dataclasses
 import json
 import lzma
 import os
@@ -26,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proglayer.config import ConfigError, DataConfig, to_plain
+from proglayer.config import ConfigError, DataConfig
 from proglayer.data import corpus as corpus_module
 from proglayer.data import sources
 from proglayer.data.corpus import Corpus, open_corpus
@@ -43,10 +42,10 @@ def data_config(source: str, **changes: Any) -> DataConfig:
     files = "data.files=[unused]" if source == "text" else "data.files=[]"
     base = config(f"data={source}", files, "data.repository=x/y").data
     if source in ("pydocs", "text"):
-        base = dataclasses.replace(base, repository=None)
+        base = base.model_copy(update={"repository": None})
     elif source == "wikitext2":
-        base = dataclasses.replace(base, repository="Salesforce/wikitext")
-    return dataclasses.replace(base, **settings)
+        base = base.model_copy(update={"repository": "Salesforce/wikitext"})
+    return base.model_copy(update=settings)
 
 
 def write_release(folder: Path, train: str = TRAIN, validation: str = VALIDATION) -> Path:
@@ -157,7 +156,7 @@ def test_streams_equal_the_rule_read_slowly(
 
 def test_wikitext2_has_the_ids_that_are_known_of_it(wikitext2_folder, tmp_path):
     data = config("data=wikitext2", f"data.path={wikitext2_folder}").data
-    corpus = open_corpus(dataclasses.replace(data, cache_dir=str(tmp_path)))
+    corpus = open_corpus(data.model_copy(update={"cache_dir": str(tmp_path)}))
     first = [2, 3, 4, 5, 2, 6, 7, 3, 8, 9, 10, 4, 11, 12, 9, 13, 14, 15, 16, 3]
     held = [2, 26921, 26922, 2, 26921, 26922, 14, 405, 24, 18, 6655, 26923]
     assert corpus.train[0, :20].tolist() == first
@@ -371,7 +370,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """A fresh process that opens these corpora and prints one line of JSON for each."""
     arguments = tmp_path / "settings.json"
-    arguments.write_text(json.dumps([to_plain(data) for data in settings]))
+    arguments.write_text(json.dumps([data.model_dump(mode="json") for data in settings]))
     return subprocess.Popen(
         [sys.executable, "-c", script, str(arguments)],
         cwd=ROOT,
@@ -428,7 +427,7 @@ def test_killed_preparation_leaves_nothing_in_the_way(tmp_path, tokens):
     process.communicate()
     assert len(list(cache.glob("*.partial-*"))) == 1
     corpus = open_corpus(data)
-    other = open_corpus(dataclasses.replace(data, cache_dir=str(tmp_path / "other")))
+    other = open_corpus(data.model_copy(update={"cache_dir": str(tmp_path / "other")}))
     assert corpus.fingerprint == other.fingerprint
     assert sorted(path.name for path in cache.iterdir()) == sorted(
         [entry_folder(data).name, f"{entry_folder(data).name}.lock"]
@@ -923,7 +922,7 @@ def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
         "no such column": {"text_column": "body"},
         "half": {"train_split": "train[:50%]", "validation_split": "train[50%:]"},
     }
-    asked = [dataclasses.replace(cached, **changes) for changes in variants.values()]
+    asked = [cached.model_copy(update=changes) for changes in variants.values()]
     process = start(tmp_path, asked, HF_HOME=str(hub_cache(home)), HF_HUB_OFFLINE="1")
     hub = dict(zip(variants, answers(process), strict=True))
     for name in ("pinned", "whatever"):
@@ -948,14 +947,14 @@ def test_single_saved_data_set_holds_out_its_last_rows(tmp_path):
     train, validation = held_words(open_corpus(data))
     assert train[::2] == [f"w{n}" for n in range(80) if n % 7]
     assert validation[::2] == [f"w{n}" for n in range(80, 100) if n % 7]
-    other = dataclasses.replace(data, held_out=0.3)
+    other = data.model_copy(update={"held_out": 0.3})
     assert open_corpus(other).fingerprint != open_corpus(data).fingerprint
     for column, message in (
         ("text", "data.text_column=text: the columns of the data set are body, n"),
         ("n", "data.text_column=n is no column of text"),
     ):
         with pytest.raises(ConfigError, match=message):
-            open_corpus(dataclasses.replace(data, text_column=column))
+            open_corpus(data.model_copy(update={"text_column": column}))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -1013,7 +1012,7 @@ def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "pydocs", lambda: documents)
     data = config("data=pydocs").data
     notes: list[str] = []
-    corpus = open_corpus(dataclasses.replace(data, cache_dir=str(tmp_path)), notes.append)
+    corpus = open_corpus(data.model_copy(update={"cache_dir": str(tmp_path)}), notes.append)
     assert corpus.name == "pydocs"
     assert corpus.train.shape == (data.samples, 33)
     assert corpus.validation.shape == (data.samples // 5, 33)
@@ -1025,7 +1024,7 @@ def test_pydocs_split_by_document(documents, monkeypatch, tmp_path):
     assert sorted(train + held) == sorted(texts)
     share = sum(map(len, held)) / sum(map(len, texts))
     assert data.held_out <= share < data.held_out + 0.05
-    other = dataclasses.replace(data, held_out=0.2)
+    other = data.model_copy(update={"held_out": 0.2})
     assert sources.open_source(other).key != parts.key
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from proglayer.config import flat_settings, to_plain
+from proglayer.config import flat_settings
 from proglayer.files import everything
 from proglayer.report import comparisons, ledger, page, sections, stats, study
 from proglayer.report import pictures as figures
@@ -342,7 +342,7 @@ def test_what_was_swept_across_experiments_is_a_condition_and_the_rest_a_variant
 def test_the_original_is_known_by_its_settings(tmp_path: Path) -> None:
     """And what this module takes for its settings is what `experiment=original` sets."""
     settings = study.founding()["settings"]
-    of_file = to_plain(config("experiment=original"))
+    of_file = config("experiment=original").model_dump(mode="json")
     apart = (*NOT_THE_EXPERIMENT, "seed", "model.exit_weights", "model.vocab_size")
     set_there = {
         name: value if isinstance(value, (int, float, str, NoneType)) else json.dumps(value)

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from proglayer.config import to_plain
 from proglayer.report import study, tokenizers, write_report
 from proglayer.results import load
 from proglayer.results.difference import difference
@@ -193,7 +192,7 @@ def test_two_texts_of_words_are_no_two_tokenizers(tmp_path: Path) -> None:
     settings = config("data=text", "data.files=[a.txt]")
     folder = leave(tmp_path / "runs" / "b", "words", 1, 4.0)
     plain = json.loads((folder / "result.json").read_text())
-    plain["config"]["data"] = to_plain(settings)["data"]
+    plain["config"]["data"] = settings.model_dump(mode="json")["data"]
     plain["corpus"] |= {"name": "text", "fingerprint": "e" * 64, "vocab_size": 900}
     (folder / "result.json").write_text(json.dumps(plain))
     assert tokenizers.across(study.arms(load(tmp_path / "runs"))).empty

@@ -25,7 +25,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from proglayer.config import ConfigError, to_plain
+from proglayer.config import ConfigError
 from proglayer.data.corpus import Corpus
 from proglayer.results import summary
 from proglayer.results.__main__ import main
@@ -57,7 +57,7 @@ from ..synthetic import STARTED, Cost, leave, metrics, metrics_row, phase_record
 
 @functools.cache
 def settings(*overrides: str) -> dict[str, Any]:
-    return to_plain(config(*overrides))
+    return config(*overrides).model_dump(mode="json")
 
 
 def with_setting(plain: dict[str, Any], name: str, value: Any) -> dict[str, Any]:

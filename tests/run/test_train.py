@@ -85,7 +85,7 @@ def test_the_model_comes_back_and_scores_what_the_record_says(
     train: Command, tmp_path: Path
 ) -> None:
     from proglayer import load_run
-    from proglayer.config import from_plain
+    from proglayer.config import Config
     from proglayer.data.corpus import open_corpus
     from proglayer.training.plan import plan
     from proglayer.training.trainer import evaluate
@@ -94,7 +94,7 @@ def test_the_model_comes_back_and_scores_what_the_record_says(
     record = json.loads((tmp_path / "run/result.json").read_text())
     model = load_run(tmp_path / "run")
     assert model.logits(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 200)
-    settings = from_plain(record["config"])
+    settings = Config.model_validate(record["config"])
     corpus = open_corpus(settings.data)
     phase = plan(settings, corpus.vocab_size)[-1]
     (last,) = evaluate(model, phase, corpus, torch.device("cpu"), [3])
