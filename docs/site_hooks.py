@@ -12,11 +12,8 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import is_dataclass
-from enum import Enum
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
@@ -27,7 +24,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from proglayer.config import Bounds, Config  # noqa: E402
+from proglayer.config import Config  # noqa: E402
 
 CONF = ROOT / "conf"
 # The files whose values a run has when nothing is chosen, and what of the schema they set.
@@ -190,15 +187,15 @@ def settings() -> str:
         "experiment=...` prints those of a choice. What is out of its bounds is refused before "
         "anything starts, in one line.",
     ]
-    for section, schema in _sections(Config):
+    for section, schema in _sections():
         parts.append(f"## {section or 'A run'}")
-        if schema is not Config and schema.__doc__:
-            parts.append(" ".join(schema.__doc__.split()))
+        if section:
+            parts.append(" ".join(schema["description"].split()))
         rows = ["| setting | takes | value | |", "|---|---|---|---|"]
-        for name, kind, bounds in _leaves(schema, f"{section}." if section else ""):
+        for name, kind in _leaves(schema, f"{section}." if section else ""):
             value = values.get(name, _MISSING)
             shown = "" if value is _MISSING else f"`{_yaml(value)}`"
-            takes = _takes(kind, bounds)
+            takes = _takes(kind)
             said = _comment(comments.get(name, ""), takes) or _choices_are(kind)
             cells = f"`{name}`", takes, shown, said
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -256,40 +253,54 @@ def _groups() -> str:
     return "\n\n".join(rows) + "\n" + "\n".join(lines)
 
 
-def _sections(schema: type) -> Iterator[tuple[str, Any]]:
-    """The schema itself, then each of its parts."""
-    yield "", schema
-    for name, kind in get_type_hints(schema).items():
-        if is_dataclass(kind):
-            yield name, kind
+# As JSON Schema has it: types, bounds, choices and descriptions.
+SCHEMA = Config.model_json_schema()
 
 
-def _leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any, Bounds | None]]:
-    """Each setting of a part of the schema: its name, type and bounds."""
-    for name, hint in get_type_hints(schema, include_extras=True).items():
-        bounds = None
-        if get_origin(hint) is Annotated:
-            hint, bounds = get_args(hint)[:2]
-        if not is_dataclass(hint):
-            yield prefix + name, hint, bounds
+def _sections() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the schema itself, then each of its parts."""
+    yield "", SCHEMA
+    for name, part in SCHEMA["properties"].items():
+        if "properties" in (part := _followed(part)):
+            yield name, part
+
+
+def _leaves(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each setting of a part of the schema with what it says of it."""
+    for name, kind in schema["properties"].items():
+        kind = _followed(kind)
+        if "properties" not in kind:
+            yield prefix + name, kind
         elif prefix:
-            yield from _leaves(hint, f"{prefix}{name}.")
+            yield from _leaves(kind, f"{prefix}{name}.")
 
 
-def _takes(kind: Any, bounds: Bounds | None) -> str:
-    options = [option for option in get_args(kind) if option is not NoneType]
-    null = ", or null" if NoneType in get_args(kind) else ""
-    if get_origin(kind) is list:
-        return "a list"
-    if kind is Any:
-        return "a name or a list of numbers"
-    named = [option for option in options or [kind] if isinstance(option, type)]
-    for option in named:
-        if issubclass(option, Enum):
-            return ", ".join(option.__members__) + null
-    words = {int: "a whole number", float: "a number", bool: "true, false", str: "text"}
-    text = " or ".join(words[option] for option in named if option in words)
-    return f"{text}{f' {bounds}' if bounds else ''}{null}"
+def _followed(kind: dict[str, Any]) -> dict[str, Any]:
+    return SCHEMA["$defs"][kind["$ref"].rpartition("/")[2]] if "$ref" in kind else kind
+
+
+def _takes(kind: dict[str, Any]) -> str:
+    kind = _followed(kind)
+    if "anyOf" in kind:
+        options = [_takes(option) for option in kind["anyOf"] if option.get("type") != "null"]
+        null = ", or null" if len(options) < len(kind["anyOf"]) else ""
+        return " or ".join(dict.fromkeys(options)) + null
+    if "enum" in kind:
+        return ", ".join(kind["enum"])
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true, false"}
+    words |= {"array": "a list", "string": "text"}
+    bounds = (
+        ("from {}", "minimum"),
+        ("above {}", "exclusiveMinimum"),
+        ("to {}" if "minimum" in kind else "up to {}", "maximum"),
+        ("below {}", "exclusiveMaximum"),
+    )
+    said = [text.format(_digits(kind[end])) for text, end in bounds if end in kind]
+    return " ".join([words[kind["type"]], *said])
+
+
+def _digits(end: float) -> str:
+    return f"{end:,}" if isinstance(end, int) and end < 10**12 else f"{end:g}"
 
 
 def _comment(text: str, takes: str) -> str:
@@ -298,11 +309,10 @@ def _comment(text: str, takes: str) -> str:
     return re.sub(r"docs/(\w+\.md)", r"[more](\1)", text)
 
 
-def _choices_are(kind: Any) -> str:
-    """What the choices of a setting are about, by the schema."""
-    enums = (each for each in get_args(kind) or (kind,) if isinstance(each, type))
-    said = [each.__doc__ or "" for each in enums if issubclass(each, Enum)]
-    return " ".join(said[0].split()) if said else ""
+def _choices_are(kind: dict[str, Any]) -> str:
+    """Return what the choices of a setting are about, by the schema."""
+    options = map(_followed, kind.get("anyOf", (kind,)))
+    return next((" ".join(o.get("description", "").split()) for o in options if "enum" in o), "")
 
 
 def _yaml(value: Any) -> str:
