@@ -495,7 +495,7 @@ def _resolved(settings: DictConfig) -> dict[str, Any]:
     before = hydra.cfg
     try:
         if "hydra" in settings:
-            hydra.set_config(settings)
+            hydra.cfg = settings  # set_config would forbid later changes of it
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
