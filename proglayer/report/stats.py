@@ -1,7 +1,7 @@
 """What a handful of seeds can and cannot say: summaries, paired comparisons, verdicts.
 
 Pure functions on numpy arrays and pandas objects. Distributions and powers are SciPy's and
-statsmodels'; written out here are the t-tests, Hedges' factor and the binomial error.
+statsmodels'; written out here are the t-tests and the binomial error.
 
 Three conventions hold throughout:
 
@@ -9,8 +9,8 @@ Three conventions hold throughout:
   loss before - after. A comparison of a with b is a - b, so plus means that a did better.
 - Runs are **paired by seed**. Two arms that share a seed share their initial phase and their batch
   order; the difference within a seed is much less noisy than the two values.
-- Values that are not finite (a failed or diverged run) are left out and **counted** in `dropped`;
-  a comparison also says why, for what is true of the seeds that came through need not be of all.
+- Values that are not finite (a failed or diverged run) are left out and **counted**; pairs also
+  say why, for what is true of the seeds that came through need not be of all.
 
 With the small numbers of seeds that a study can afford, the paired t-test decides; the exact
 sign-flip test, which assumes only symmetry, stands beside it. Where every difference is the same, a
@@ -101,13 +101,32 @@ def summary(values: Any, confidence: float = 0.95) -> Summary:
 # --- two arms, paired by seed ---------------------------------------------------------------------
 
 
+class LeftOut(StrEnum):
+    """Why a seed has no difference, where no run of it ended otherwise than completed."""
+
+    no_value = "no finite value"
+    no_partner = "not in both arms"
+    over_budget = "over the budget in its first epoch"
+
+
+class Interval(NamedTuple):
+    """An interval of a mean difference; nan where it is not known."""
+
+    low: float
+    high: float
+    confidence: float
+
+
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """The difference a - b within seeds, in the unit of the values. See `paired`."""
+class Pairs:
+    """The differences a - b within seeds, in the unit of the values. See `paired`.
+
+    Where every difference is the same (up to rounding), t-tests are undefined: exact sign tests
+    decide, and there is no interval, since the spread is not known.
+    """
 
     differences: pd.Series  # of the seeds with a finite value in both arms, indexed by seed
-    dropped: int  # seeds of either arm without such a partner
-    left_out: str  # why those were dropped, each reason with the number of seeds; empty if none was
+    left_out: Mapping[str, int]  # why seeds have none, LeftOut or a state of a run -> how many
     margin: float  # differences within +-margin count as none
     rounding: float  # what rounding alone can make of a difference
 
@@ -117,49 +136,46 @@ class Comparison:
         return len(self.differences)
 
     @property
-    def _values(self) -> np.ndarray:
-        return self.differences.to_numpy(dtype=float)
+    def dropped(self) -> int:
+        """The number of seeds left out."""
+        return sum(self.left_out.values())
 
     @property
     def mean(self) -> float:
         """The mean difference; nan without a pair."""
-        return self._over_seeds.mean
+        return self._summary.mean
 
     @property
     def sd(self) -> float:
         """Sample standard deviation; nan below two pairs; exactly 0 if all are the same."""
-        return self._over_seeds.sd
+        return self._summary.sd
 
     @cached_property
-    def _over_seeds(self) -> Summary:
-        return summary(self._values)
+    def _summary(self) -> Summary:
+        return summary(self.differences)
 
     @property
     def constant(self) -> bool:
         """Whether every seed shows the same difference, up to rounding."""
         return self.n >= 2 and self.sd == 0
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Student's interval of the mean difference.
-
-        Returns:
-            low and high; nan below two pairs, and where sd is 0, since the spread is not known.
-        """
-        found = summary(self._values, confidence)
-        return (math.nan, math.nan) if self.constant else (found.low, found.high)
+    def interval(self, confidence: float) -> Interval:
+        """Student's interval of the mean difference."""
+        if self.constant:
+            return Interval(math.nan, math.nan, confidence)
+        found = summary(self.differences, confidence)
+        return Interval(found.low, found.high, confidence)
 
     @cached_property
     def p(self) -> float:
-        """The p-value that decides, two-sided: the paired t-test's; where sd is 0 the exact sign
-        test's; nan below two pairs.
+        """The p-value of no difference, two-sided: the paired t-test's, or the exact sign test's;
+        nan below two pairs.
         """
         if self.n < 2:
             return math.nan
         if self.constant:
-            from scipy import stats as sps
-
             # Of equal differences a sum is as large as the one observed only with all its signs.
-            return float(sps.binomtest(self.n, self.n, 0.5).pvalue) if self.mean else 1.0
+            return 2 * 0.5**self.n if self.mean else 1.0
         return 2 * self._tail(-abs(self.mean))
 
     def _tail(self, away: float) -> float:
@@ -178,7 +194,7 @@ class Comparison:
         from scipy import stats as sps
 
         flipped = sps.permutation_test(
-            (np.sort(self._values),),  # the same seeds in any order give the same p-value
+            (np.sort(self.differences.to_numpy()),),  # seeds in any order give the same p-value
             np.mean,
             permutation_type="samples",  # of a single sample: its signs
             vectorized=True,
@@ -189,23 +205,13 @@ class Comparison:
 
     @cached_property
     def equivalence_p(self) -> float:
-        """That the true difference lies outside +-margin; nan below two pairs."""
+        """The p-value of a true difference outside +-margin; nan below two pairs."""
         if self.n < 2:
             return math.nan
         if self.constant:
-            from scipy import stats as sps
-
             inside = self.margin - abs(self.mean) > max(self.rounding, ROUNDING * self.margin)
-            tests = sps.binomtest(self.n * inside, self.n, 0.5, alternative="greater")
-            return float(tests.pvalue)
+            return 0.5**self.n if inside else 1.0
         return max(self._tail(side * self.mean - self.margin) for side in (-1, 1))
-
-    @property
-    def effect_size(self) -> float:
-        """Cohen's dz with Hedges' correction, unitless; nan below three pairs."""
-        if self.n < 3 or self.constant:
-            return math.nan
-        return _hedges_factor(self.n - 1) * self.mean / self.sd
 
     @property
     def outlying(self) -> list[Any]:
@@ -223,23 +229,17 @@ def paired(
     *,
     margin: float = 0.1,
     reasons: Mapping[Any, str] | None = None,
-) -> Comparison:
-    """Compare two arms by their differences a - b within seeds.
+) -> Pairs:
+    """Pair two arms by seed.
 
     Args:
-        a_by_seed, b_by_seed: one value per seed, indexed by seed. Seeds that only one arm has, or
-            that lack a finite value, are counted in `dropped`.
-        reasons: seed -> why one of its arms has no finite value, for `left_out`.
+        a_by_seed, b_by_seed: one value per seed, indexed by seed.
         margin: a true difference within +-margin counts as none; in the unit of the values.
+        reasons: seed -> why one of its arms has no finite value, for `left_out`.
 
     Two-sided tests of no difference: the paired t-test (Student's distribution is that of
     `scipy.special`) and the sign-flip test (`scipy.stats.permutation_test`). Equivalence: two
-    one-sided t-tests (Schuirmann 1987), whose p-value is the larger of the two. Effect size:
-    mean / sd, times Hedges' (1981) factor for n - 1 degrees of freedom.
-
-    Where every difference is the same (up to rounding), the t-tests are undefined: the sign test
-    decides, and equivalence is judged by the exact sign test, whose p is 0.5 ** n if the difference
-    is within the margin, else 1.
+    one-sided t-tests (Schuirmann 1987), whose p-value is the larger of the two.
 
     Raises:
         ValueError: for a seed that occurs twice in one arm.
@@ -248,16 +248,12 @@ def paired(
     both = both.astype("float64").sort_index()
     differences: Any = both["a"] - both["b"]
     finite = np.isfinite(differences)
-    why = Counter(
-        (reasons or {}).get(
-            seed,
-            "no finite value"
-            if seed in a_by_seed.index and seed in b_by_seed.index
-            else "not in both arms",
-        )
-        for seed in both.index[~finite]
-    )
-    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
+
+    def why(seed: Any) -> str:
+        in_both = seed in a_by_seed.index and seed in b_by_seed.index
+        return (reasons or {}).get(seed, LeftOut.no_value if in_both else LeftOut.no_partner)
+
+    left_out = dict(sorted(Counter(why(seed) for seed in both.index[~finite]).items()))
     differences = differences[finite]
     rounding = ROUNDING * float(both[finite].abs().max(axis=None)) if finite.any() else 0.0
     if len(differences) and np.ptp(differences) <= rounding:
@@ -265,13 +261,7 @@ def paired(
         # of anything; a mean of last bits is no difference either.
         mean = float(np.mean(differences))
         differences[:] = 0.0 if abs(mean) <= rounding else mean
-    return Comparison(differences, int((~finite).sum()), left_out, margin, rounding)
-
-
-def _hedges_factor(degrees: int) -> float:
-    """Hedges (1981), J. Educ. Stat. 6, eq. 6e: what makes mean / sd an unbiased effect size."""
-    log_ratio = math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)
-    return math.exp(log_ratio) / math.sqrt(degrees / 2)
+    return Pairs(differences, left_out, margin, rounding)
 
 
 # --- how many seeds, how small a difference -------------------------------------------------------
@@ -369,14 +359,6 @@ class Verdict(StrEnum):
     untested = "not tested"
 
 
-# The columns of `judge`.
-JUDGED = (
-    *("verdict", "n", "dropped", "left_out", "mean", "sd", "low", "high", "confidence"),
-    *("low_95", "high_95", "p", "p_adjusted", "equivalence_p", "equivalence_p_adjusted"),
-    *("margin", "family", "level"),
-)
-
-
 class Levels(NamedTuple):
     """The levels at which a family of comparisons is judged.
 
@@ -389,8 +371,37 @@ class Levels(NamedTuple):
     alone: float = ALPHA
 
 
-def judge(comparisons: Sequence[Comparison], levels: Levels | None = None) -> pd.DataFrame:
-    """Judge comparisons as one family, at the level ALPHA / their number (Bonferroni).
+@dataclass(frozen=True)
+class Judgement:
+    """What is said of one member of a family; see `judge`.
+
+    Corrected p-values are ALPHA where the level is reached. `interval` is the one that the verdict
+    rests on: of confidence 1 - 2 `levels.each` and within the margin if that is *same*, else of
+    confidence 1 - `levels.each`, which holds 0 just if that is *unclear* (or the whole margin and
+    more). `alone` is that of the comparison by itself.
+    """
+
+    verdict: Verdict
+    levels: Levels
+    p_adjusted: float
+    equivalence_p_adjusted: float
+    interval: Interval
+    alone: Interval
+
+
+# Of a comparison that is not made.
+NO_PAIRS = Pairs(pd.Series(dtype=float), {}, math.nan, 0.0)
+UNTESTED = Judgement(
+    Verdict.untested,
+    Levels(0, ALPHA),
+    math.nan,
+    math.nan,
+    *(Interval(math.nan, math.nan, 1 - ALPHA),) * 2,
+)
+
+
+def judge(family: Sequence[Pairs], levels: Levels | None = None) -> list[Judgement]:
+    """Judge pairs as one family, at the level ALPHA / their number (Bonferroni).
 
     Tests of difference and tests of equivalence are corrected apart, so that the chance of any
     false claim of a difference is at most ALPHA, and so is that of any false claim of equivalence.
@@ -404,31 +415,23 @@ def judge(comparisons: Sequence[Comparison], levels: Levels | None = None) -> pd
 
     Args:
         levels: others to judge at, for what is looked at more than once.
-
-    Returns:
-        one row per comparison, with the columns JUDGED. Corrected p-values are ALPHA where the
-        level is reached. `low` and `high` are the interval that belongs to the verdict: of
-        confidence 1 - 2 ALPHA / family and within the margin if that is *same*, else of confidence
-        1 - ALPHA / family, which holds 0 just if that is *unclear* (or the whole margin and more).
-        nan where every seed shows the same difference.
     """
     if levels is None:
-        family = sum(comparison.n >= 2 for comparison in comparisons)
-        levels = Levels(family, ALPHA / max(1, family))
-    rows = []
-    for own in comparisons:
-        p, same_p = (min(ALPHA / levels.each * p, 1.0) for p in (own.p, own.equivalence_p))
-        confidence = 1 - levels.each
-        if own.n < 2:
-            verdict = Verdict.untested
-        elif same_p <= ALPHA:
-            verdict, confidence = Verdict.same, 1 - 2 * levels.each
-        elif p <= ALPHA:
-            verdict = Verdict.better if own.mean > 0 else Verdict.worse
-        else:
-            verdict = Verdict.unclear
-        interval, plain = own.interval(confidence), own.interval(1 - levels.alone)
-        row = [str(verdict), own.n, own.dropped, own.left_out, own.mean, own.sd, *interval]
-        row += [confidence, *plain, own.p, p, own.equivalence_p, same_p, own.margin]
-        rows.append([*row, levels.family, levels.each])
-    return pd.DataFrame(rows, columns=list(JUDGED))
+        tested = sum(pairs.n >= 2 for pairs in family)
+        levels = Levels(tested, ALPHA / max(1, tested))
+    return [_judge_one(pairs, levels) for pairs in family]
+
+
+def _judge_one(pairs: Pairs, levels: Levels) -> Judgement:
+    p, same_p = (min(ALPHA / levels.each * p, 1.0) for p in (pairs.p, pairs.equivalence_p))
+    confidence = 1 - levels.each
+    if pairs.n < 2:
+        verdict = Verdict.untested
+    elif same_p <= ALPHA:
+        verdict, confidence = Verdict.same, 1 - 2 * levels.each
+    elif p <= ALPHA:
+        verdict = Verdict.better if pairs.mean > 0 else Verdict.worse
+    else:
+        verdict = Verdict.unclear
+    interval, alone = pairs.interval(confidence), pairs.interval(1 - levels.alone)
+    return Judgement(verdict, levels, p, same_p, interval, alone)

@@ -1,0 +1,336 @@
+"""Which runs are one arm, what each came to, and which arm is a control of which.
+
+An **arm** is what is repeated over seeds: a *variant* (an experiment, and what else was set)
+trained as a *model* (a loss at the last layer, or at every layer) under a *condition* (the corpus,
+and any setting that was swept across the experiments alike). Only completed runs give figures, each
+experiment and seed once; those that did not complete are known to their arms, so that a comparison
+can tell how many seeds it lacks and why. Accuracies are in percent of tokens and their differences
+in points, perplexities compare in percent, losses in nats per token; in every change and difference
+a plus is an improvement.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from proglayer.report import stats
+from proglayer.results import Results
+from proglayer.results.variants import asked_of, name_variants, settings_text, swept, value_text
+from proglayer.store.record import RunState
+
+# A pandas frame or series. Its own types cannot follow a selection, which may be either.
+Frame = Any
+
+ORIGINAL = "original"
+FROM_SCRATCH = "control_from_scratch"
+KEEP_TRAINING = "control_keep_training"
+UNFROZEN = "control_unfrozen"
+# The order of variants in a report; others follow in the order of their runs.
+ORDER = (
+    *(ORIGINAL, "more_layers", "wider", "gradual_unfreezing", "longer_training", "split_lr"),
+    *(FROM_SCRATCH, KEEP_TRAINING, "control_head_only", UNFROZEN),
+)
+STANDARD = "standard"
+DEEP = "deep_supervision"
+EXIT_WEIGHTS = "config.model.exit_weights"  # what makes the model
+
+
+class Metric(StrEnum):
+    """What arms are judged by (accuracy), and what is described beside it."""
+
+    accuracy = "accuracy"
+    perplexity = "perplexity"
+    loss = "loss"
+
+    @property
+    def change(self) -> str:
+        """The column of `Arms.runs` with a run's change from its first phase to its last."""
+        return f"{self}_change_{self.unit.replace('%', 'percent')}"
+
+    @property
+    def unit(self) -> str:
+        """The unit of a change or a difference."""
+        return {Metric.accuracy: "points", Metric.perplexity: "%", Metric.loss: "nats"}[self]
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Differences within these count as none. Perplexity's follows from the loss's."""
+
+    points: float = 0.1
+    nats: float = 0.01
+
+    def of(self, metric: Metric) -> float:
+        """The margin of a metric, in its unit."""
+        percent = 100 * -math.expm1(-self.nats)
+        return {"points": self.points, "%": percent, "nats": self.nats}[metric.unit]
+
+
+@functools.cache
+def published() -> dict[str, Any]:
+    """Read the figures of the founding experiment's published run."""
+    text = resources.files("proglayer.report").joinpath("founding.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
+
+
+# --- arms -----------------------------------------------------------------------------------------
+
+_ARM = ["condition", "variant", "model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Arms:
+    """Completed runs, each with its arm; and the others of these arms' seeds.
+
+    `runs` has one row a run, in the order of conditions, variants, models and seeds: the columns of
+    `Results.runs`, and `condition` (a number), `variant` (within the condition), `base` (the
+    experiment as it is, nothing else set), `grows`, `cut` (`max_epochs` ended its last phase),
+    `judged_on` (test or validation), what it came to on that text (`end_accuracy`, `end_loss`,
+    `end_bits_per_byte`) and the changes of each Metric (nan for a run of one phase).
+    `conditions` names each condition. `lacking` has the same columns for the runs of these arms
+    that did not complete, of seeds without a completed run: their figures are nan, and `lacks` is
+    their status (it is missing in `runs`).
+    """
+
+    runs: Frame
+    conditions: tuple[str, ...]
+    lacking: Frame
+
+    def of(self, condition: int) -> Frame:
+        """Return the completed runs of one condition."""
+        return self.runs[self.runs["condition"] == condition]
+
+    def asked(self, condition: int) -> Frame:
+        """Return the runs of one condition, and after them those that did not complete."""
+        lacking = self.lacking[self.lacking["condition"] == condition]
+        own = self.of(condition)
+        return pd.concat([own, lacking], ignore_index=True) if len(lacking) else own
+
+
+def arms(results: Results) -> Arms:
+    """Sort completed runs into arms."""
+    every: Frame = results.distinct().runs
+    every = every[every["seed"].notna()]
+    runs = every[every["status"] == RunState.completed].reset_index(drop=True)
+    runs["lacks"] = None
+    for name, otherwise in (("experiment", ""), ("model", "unknown model")):
+        runs[name] = runs[name].astype(object).where(runs[name].notna(), otherwise)
+    runs["seed"] = runs["seed"].astype("int64")
+    varied = swept(runs)
+    conditions = [column for column in varied if _is_condition(runs, column)]
+    runs["condition"], names = _conditions(runs, conditions)
+    settings = [column for column in varied if column not in conditions]
+    variants, runs["base"] = name_variants(runs, settings, ["condition"])
+    runs["variant"] = variants.astype("str")
+    _add_ends(runs, results.phases)
+    # Duplicates were taken out by their settings; nothing may pair two runs of one arm and seed.
+    runs = runs.drop_duplicates([*_ARM, "seed"], keep="last")
+    order = pd.DataFrame(
+        {
+            "condition": runs["condition"],
+            "experiment": _rank(runs["experiment"], ORDER),
+            "base": ~runs["base"],
+            "variant": pd.factorize(runs["variant"])[0],
+            "model": _rank(runs["model"], (STANDARD, DEEP)),
+            "name": runs["model"],
+            "seed": runs["seed"],
+        },
+        index=runs.index,
+    )
+    runs = runs.loc[order.sort_values(list(order), kind="stable").index].reset_index(drop=True)
+    return Arms(runs, names, _lacking(runs, every[every["status"] != RunState.completed]))
+
+
+def _rank(names: Frame, order: Sequence[str]) -> Frame:
+    return names.map({name: place for place, name in enumerate(order)}).fillna(len(order))
+
+
+def _lacking(runs: Frame, others: Frame) -> Frame:
+    """Return those of `others`, which did not complete, that belong to the arms of `runs`: what was
+    asked of them is the same, the seed apart, and so is their text, if they came to read one.
+    """
+    # What a run of an arm is known by before it ends; it has no metrics.
+    known = [*_ARM, "experiment", "base", "grows", "phases", "first_layers", "last_layers"]
+    known += ["corpus_fingerprint", "asked", *(c for c in runs if c.startswith("config."))]
+    arms: Frame = runs.assign(asked=runs["overrides"].map(asked_of))
+    arms = arms[known].drop_duplicates([*_ARM, "asked"])
+    own: Frame = others[["run", "seed", "status", "corpus_fingerprint"]]
+    own = own.assign(asked=others["overrides"].map(asked_of), lacks=others["status"])
+    own = own.merge(arms, on="asked", suffixes=("_own", ""))
+    text = own["corpus_fingerprint_own"]
+    own = own[(text.isna() | (text == own["corpus_fingerprint"])).fillna(False)]
+    own = own.drop_duplicates("run").drop_duplicates([*_ARM, "seed"], keep="last")
+    there = pd.MultiIndex.from_frame(runs[[*_ARM, "seed"]])
+    own = own.astype({"seed": "int64"})
+    own = own[~pd.MultiIndex.from_frame(own[[*_ARM, "seed"]]).isin(there)]
+    return own.reindex(columns=runs.columns).reset_index(drop=True)
+
+
+def _is_condition(runs: Frame, column: str) -> bool:
+    """Whether a setting varies inside most of the experiments: then it divides them all alike.
+
+    What varies inside one experiment only makes variants of that one.
+    """
+    kinds = runs.groupby(["corpus_fingerprint", "experiment", "model"], dropna=False)
+    varies = kinds[column].nunique(dropna=False) > 1
+    inside = set(varies[varies].index.get_level_values("experiment"))
+    experiments = runs["experiment"].nunique()
+    return experiments > 1 and 2 * len(inside) > experiments
+
+
+def _conditions(runs: Frame, columns: Sequence[str]) -> tuple[Frame, tuple[str, ...]]:
+    """Number each run's condition, in the order of their first runs, and name them."""
+    numbers = runs.groupby(["corpus_fingerprint", *columns], dropna=False, sort=False).ngroup()
+    data = [c for c in runs.columns if c.startswith("config.data.") and c not in OF_NO_TEXT]
+    data = [column for column in data if runs[column].nunique(dropna=False) > 1]
+    names: list[str] = []
+    for _, row in runs.loc[~numbers.duplicated()].iterrows():
+        corpus = row["corpus"] if pd.notna(row["corpus"]) else "unknown corpus"
+        name = " ".join([str(corpus), *settings_text(row, [*columns, *data])])
+        names.append(f"{name} ({len(names) + 1})" if name in names else name)
+    return numbers, tuple(names)
+
+
+# Settings of the text that a condition is not named by: it has the corpus's name.
+OF_NO_TEXT = {f"config.data.{name}" for name in ("source", "path", "files", "cache_dir")}
+
+
+def _add_ends(runs: Frame, phases: Frame) -> None:
+    """Add how each run ended, and its changes from the first phase."""
+    phases = phases.sort_values("phase", kind="stable")
+    first, last = (
+        phases.drop_duplicates("run", keep=which).set_index("run").reindex(runs["run"].to_numpy())
+        for which in ("first", "last")
+    )
+    grown = set(phases.loc[phases["new_layers"].map(bool), "run"])
+    runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
+    runs["cut"] = last["stopped"].astype(str).str.startswith("max_epochs").to_numpy()
+    runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
+    # Runs without a test text, or of several texts, cannot be compared on one.
+    texts = runs.reindex(columns=["corpus_fingerprint", "test_fingerprint"])
+    texts = texts.groupby("corpus_fingerprint", dropna=False)["test_fingerprint"]
+    tested = len(runs) and last["test_loss"].notna().all()
+    tested = bool(tested and (texts.nunique(dropna=False) == 1).all())
+    runs["judged_on"] = "test" if tested else "validation"
+
+    def judged(ends: Frame, place: str, name: str) -> np.ndarray:
+        column = ends[f"test_{name}"] if tested else runs[f"{place}_{name}"]
+        return column.to_numpy(dtype=float, na_value=math.nan)
+
+    runs["end_accuracy"] = judged(last, "last", "accuracy_percent")
+    runs["end_loss"] = judged(last, "last", "loss")
+    runs["end_bits_per_byte"] = judged(last, "last", "bits_per_byte")
+    steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
+    points = runs["end_accuracy"] - judged(first, "first", "accuracy_percent")
+    nats = judged(first, "first", "loss") - runs["end_loss"]
+    changes = {Metric.accuracy: points, Metric.loss: nats}
+    for metric, change in (changes | {Metric.perplexity: fall_in_perplexity(nats)}).items():
+        runs[metric.change] = change.where(steps)
+
+
+def fall_in_perplexity(nats: Frame) -> Frame:
+    """Return the fall in perplexity, in percent, that a fall of the loss by so many nats is."""
+    return -100 * np.expm1(-nats)
+
+
+# --- what arms come to, and their controls --------------------------------------------------------
+
+
+def changes(runs: Frame) -> Frame:
+    """Return each arm's change in each metric over its seeds.
+
+    Args:
+        runs: of `Arms`, of one condition; those that did not complete count as dropped.
+
+    Returns:
+        one row per arm and metric: `variant`, `model`, `metric`, `unit`, and the fields of
+        `stats.Summary`. Arms of one phase have none.
+    """
+    grown = runs[runs["phases"].fillna(0) > 1]
+    rows = [
+        [variant, model, str(metric), metric.unit, *vars(stats.summary(arm[metric.change])).values()]
+        for (variant, model), arm in grown.groupby(["variant", "model"], sort=False)
+        for metric in Metric
+    ]
+    names = [field.name for field in fields(stats.Summary)]
+    return pd.DataFrame(rows, columns=["variant", "model", "metric", "unit", *names])
+
+
+def plain_variant(runs: Frame, experiment: str) -> str | None:
+    """Return the variant that is this experiment and nothing else; else its first; else None."""
+    named = runs["experiment"] == experiment
+    plain = named & runs["base"]
+    variants = runs["variant"][plain if plain.any() else named]
+    return str(variants.iloc[0]) if len(variants) else None
+
+
+def controls(runs: Frame, experiment: str) -> dict[str, str]:
+    """Map each growing variant to the variant of this control that is of its size.
+
+    Training from scratch is a control of the depth and width that growing ends with, training on
+    of those that it begins with. Variants of which no such control was run are left out.
+    """
+    end = "first_layers" if experiment == KEEP_TRAINING else "last_layers"
+    size = [end, "config.model.dim"]
+    runs = runs.dropna(subset=size)
+    held = runs[runs["experiment"] == experiment]
+    held = held.assign(tokens=held["tokens"].astype("float64").fillna(0))
+    how = {**dict.fromkeys(size, "first"), "cut": "mean", "tokens": "max", "base": "any"}
+    held = held.groupby("variant", sort=False).agg(how).reset_index()
+    # Rather one that `max_epochs` did not cut, else the longest; then the plain one.
+    held["cut"] = held["cut"] >= 0.5
+    held["tokens"] *= held["cut"]
+    order = {"cut": True, "tokens": False, "base": False}
+    held = held.sort_values(list(order), ascending=list(order.values()), kind="stable")
+    growing = runs[runs["grows"].astype(bool)].drop_duplicates("variant")[["variant", *size]]
+    pairs = growing.merge(held.drop_duplicates(size), on=size, suffixes=("", "_held"))
+    return dict(zip(pairs["variant"], pairs["variant_held"], strict=True))
+
+
+def differing(runs: Frame, reference: str) -> dict[str, str]:
+    """Map each variant to the settings in which it differs from `reference`, whatever the model."""
+    varied = [column for column in swept(runs) if column != EXIT_WEIGHTS]
+    first = runs.drop_duplicates("variant").set_index("variant")[varied].map(value_text)
+    differs = first.ne(first.loc[reference]).rename(columns=lambda c: c.removeprefix("config."))
+    return {str(variant): ", ".join(differs.columns[own]) for variant, own in differs.iterrows()}
+
+
+def has_seeds(runs: Frame) -> bool:
+    """Whether any arm was run with more than one seed."""
+    return bool(len(runs)) and bool(runs.groupby(["variant", "model"]).size().max() > 1)
+
+
+def single_seeds(runs: Frame) -> Frame:
+    """Return the completed runs whose arm has no other."""
+    return runs[~runs.duplicated(["variant", "model"], keep=False)]
+
+
+def binomial_errors(runs: Frame) -> Frame:
+    """Return what the size of the text that is judged on leaves unsure of each model's accuracy.
+
+    Returns:
+        one row per model: `model`, `accuracy_percent` (mean), `tokens`, `error_points` (of an
+        accuracy), and `error_of_difference`: the largest that the text gives a difference of two.
+        McNemar's (1947): only tokens that one model gets right and the other wrong count, and how
+        many those are is taken as if the models erred unrelatedly; the more alike they are, the
+        smaller the true error. It does not shrink with more seeds that read the same text.
+    """
+    rows = []
+    for model, group in runs.groupby("model", sort=False):
+        accuracy = group["end_accuracy"].mean()
+        tokens = (group[f"{group['judged_on'].iloc[0]}_windows"] * group["seq_len"]).min()
+        if pd.notna(tokens) and math.isfinite(accuracy):
+            error = stats.binomial_error(accuracy / 100, int(tokens))
+            rows.append([model, accuracy, int(tokens), error, math.sqrt(2) * error])
+    columns = ["model", "accuracy_percent", "tokens", "error_points", "error_of_difference"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,372 @@
+"""What arms spent and what they got for it, what growing did at once, and when it is best.
+
+Three currencies: training tokens, floating-point operations of training (with the output head and
+without it, for the head of a large vocabulary outweighs every layer), and seconds of training and
+evaluation as they were originally taken, reused or not. A phase counts with all its epochs, also
+those after its best one. Epoch 0, the model right after a growth, was evaluated only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from proglayer.report import stats
+from proglayer.report.arms import EXIT_WEIGHTS, Frame
+from proglayer.results import Results
+from proglayer.results.frames import sum_so_far
+from proglayer.results.variants import settings_text, swept
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A currency: its column in `curves`, its name, its unit."""
+
+    column: str
+    name: str
+    unit: str
+
+
+TOKENS = Measure("tokens", "training tokens", "tokens")
+FLOPS = Measure("flops", "operations with the head", "FLOP")
+BODY = Measure("flops_without_head", "operations without the head", "FLOP")
+SECONDS = Measure("seconds", "time", "s")
+MEASURES = (TOKENS, FLOPS, BODY, SECONDS)
+COLUMNS = [measure.column for measure in MEASURES]
+
+
+def curves(results: Results, runs: Frame) -> Frame:
+    """Return loss against compute, epoch by epoch, of the runs named in `runs["run"]`.
+
+    Returns:
+        `run`, `phase`, `layers`, `epoch` (counted within its phase), `step` (counted through all
+        phases), `loss` (validation, nats), `accuracy_percent`, `best`, and, summed over all epochs
+        so far, the columns of MEASURES. Operations are nan from a phase on that did not end.
+    """
+    phases: Frame = results.phases
+    cost = phases[["run", "phase"]].assign(
+        body=phases["train_flops_body"].astype("float64") / phases["epochs"]
+    )
+    epochs: Frame = results.epochs[results.epochs["run"].isin(runs["run"])]
+    table = epochs.merge(cost, on=["run", "phase"], how="left")
+    table["flops_without_head"] = sum_so_far(table["body"] * (table["epoch"] > 0), table["run"])
+    seconds = table["train_seconds"] + table["evaluation_seconds"]
+    table["seconds"] = sum_so_far(seconds, table["run"])
+    table["tokens"] = table["tokens"].astype("float64")
+    table["loss"] = table["validation_loss"].astype("float64")
+    table["accuracy_percent"] = table["validation_accuracy_percent"].astype("float64")
+    table["best"] = table["best"].fillna(False).astype(bool)
+    names = ["run", "phase", "layers", "epoch", "step", "loss", "accuracy_percent", "best"]
+    return table[[*names, *COLUMNS]]
+
+
+def spent(results: Results, runs: Frame) -> Frame:
+    """Return what each arm spent in all its phases, and what it ended with: means over seeds.
+
+    Returns:
+        one row per arm: `variant`, `model`, `seeds`, `phases`, `epochs`, `tokens`, `flops`,
+        `flops_without_head`, `train_seconds`, `evaluation_seconds`, `seconds`,
+        `seconds_saved` (by reuse), `loss`, `perplexity`, `bits_per_byte` (of the last phase).
+    """
+    own = results.phases[results.phases["run"].isin(runs["run"])]
+    seconds = own.groupby("run")[["train_seconds", "evaluation_seconds"]].sum(min_count=1)
+    names = ["phases", "epochs", "tokens", "flops", "flops_without_head", *seconds]
+    names += ["seconds", "seconds_saved", "last_loss", "last_perplexity", "last_bits_per_byte"]
+    table = runs.join(seconds, on="run")
+    table[names] = table[names].astype("float64")
+    arms = table.groupby(["variant", "model"], sort=False)[names]
+    means = arms.mean().rename(columns=lambda name: name.removeprefix("last_"))
+    means.insert(0, "seeds", arms.size())
+    return means.reset_index()
+
+
+def default_targets(runs: Frame, reference: str) -> dict[str, float]:
+    """Return for each model a loss that every seed of the reference variant had at its end."""
+    own = runs[runs["variant"] == reference]
+    return own["last_loss"].astype("float64").groupby(own["model"], sort=False).max().to_dict()
+
+
+def to_target(runs: Frame, curves: Frame, targets: Mapping[str, float]) -> Frame:
+    """Return the compute at which each arm, at its final depth, first came down to its target.
+
+    Returns:
+        one row per arm: `variant`, `model`, `target`, `seeds`, `reached` (how many), and geometric
+        means in the columns of MEASURES; nan where a seed did not get there, for a mean over the
+        others would flatter.
+    """
+    found = runs.assign(target=runs["model"].map(targets).astype("float64"))
+    found = found[["run", "variant", "model", "target", "last_layers"]].dropna(subset="target")
+    found = found.join(np.log(_reached(curves, found)), on="run")
+    arms = found.groupby(["variant", "model"], sort=False)
+    means = np.exp(arms[COLUMNS].mean()).where(arms[COLUMNS].count().eq(arms.size(), axis=0))
+    means.insert(0, "target", arms["target"].mean())
+    means.insert(1, "seeds", arms.size())
+    means.insert(2, "reached", arms[TOKENS.column].count())
+    return means.reset_index()
+
+
+def speed_up(runs: Frame, curves: Frame, scratch: Mapping[str, str]) -> Frame:
+    """Return the speed-up of growing against training the same size from scratch, within seeds.
+
+    As defined by Du et al. (2024), "Stacking Your Transformers": compute from scratch / compute of
+    growing, all phases, to one loss, - 1, following the comparison of cost at equal quality of Gong
+    et al. (2019), "Efficient Training of BERT by Progressively Stacking". 0.5 means that from
+    scratch takes half as much again; below 0, growing was slower. The target is the loss that the
+    run from scratch of the same model and seed ended with. The grown model gets there at its final
+    depth: what it reached before growing is no merit of growing.
+
+    Args:
+        scratch: growing variant -> the variant that trains its size from scratch.
+
+    Returns:
+        one row per growing arm and measure: `variant`, `model`, `measure`, `seeds` (with a run from
+        scratch), `reached` (how many got there), and, where all did, `mean`, `low`, `high`: the
+        geometric mean of the ratios, less 1, and its 95 % interval, of the logarithms.
+    """
+    every = runs[["run", "variant", "model", "seed", "last_layers"]]
+    target = runs["last_loss"].astype("float64")
+    base = every.assign(target=target, scratch=runs["variant"])
+    base = base[base["scratch"].isin(scratch.values())]
+    base = base.join(_reached(curves, base), on="run")
+    grown = every[every["variant"].isin(scratch)]
+    grown = grown.assign(scratch=grown["variant"].map(scratch).astype("str"))
+    alike = ["scratch", "model", "seed"]
+    grown = grown.merge(base[[*alike, "target", *COLUMNS]], on=alike)
+    own = _reached(curves, grown).reindex(grown["run"].to_numpy())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log(grown[COLUMNS].astype("float64") / own.to_numpy(dtype=float))
+    rows = []
+    for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
+        for column in COLUMNS:
+            found = stats.summary(ratios.loc[arm.index, column])
+            ends = [found.mean, found.low, found.high] if not found.dropped else [math.nan] * 3
+            rows.append([variant, model, column, len(arm), found.n, *np.expm1(ends)])
+    names = ["variant", "model", "measure", "seeds", "reached", "mean", "low", "high"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _reached(curves: Frame, runs: Frame) -> Frame:
+    """Return the compute at which each run's loss, at its final depth, first comes down to its
+    target.
+
+    It is interpolated between the two epochs around that; where the first epoch of that depth is
+    already there it is that epoch's own, for what came before it is not known. Losses that are not
+    finite are passed over.
+
+    Args:
+        runs: with `run`, `last_layers`, and `target`, the loss in nats.
+
+    Returns:
+        the columns of MEASURES, indexed by run; only runs that reached their target.
+    """
+    epochs = curves[["run", "layers", "epoch", "loss", *COLUMNS]]
+    epochs = epochs.merge(runs[["run", "last_layers", "target"]], on="run")
+    epochs = epochs[(epochs["layers"] == epochs["last_layers"]) & (epochs["epoch"] > 0)]
+    epochs = epochs[np.isfinite(epochs[["loss", "target"]].to_numpy(dtype=float)).all(axis=1)]
+    before = epochs.groupby("run", sort=False)[["loss", *COLUMNS]].shift()
+    at = epochs[epochs["loss"] <= epochs["target"]].drop_duplicates("run")
+    before = before.loc[at.index]
+    share = (before["loss"] - at["target"]) / (before["loss"] - at["loss"])
+    share = share.where(before["loss"].notna(), 1.0)
+    start = before[COLUMNS].fillna(0.0)
+    found = start.add((at[COLUMNS] - start).mul(share, axis=0))
+    return found.set_axis(at["run"].to_numpy(dtype=object))
+
+
+# --- the moment of growth -------------------------------------------------------------------------
+
+# What a study of the moment of growth varies: how long the phases are, in epochs.
+MOMENT = "config.phase.initial.max_epochs"
+LENGTHS = (MOMENT, "config.phase.grown.max_epochs")
+FEWEST_MOMENTS = 3
+FEWEST_RANKED = 3
+# The order of the arms is looked at in so many epochs at most.
+MOST_STEPS = 24
+
+
+def growths(results: Results, runs: Frame) -> Frame:
+    """Return every growth of the runs named in `runs["run"]`, and what it did at the last exit.
+
+    Returns:
+        one row per growth of a run: `variant`, `model`, `seed`, `run`, `phase` (which it begins),
+        `layers` (after it), `loss_before` (nats, the selected epoch of the phase before),
+        `loss_after` (nats, epoch 0: before its first step), `shock_nats` (after - before, plus is
+        worse), `accuracy_points` (the same of the accuracy, minus is worse), `tokens_to_recovery`
+        (until an epoch ended below the loss before; inf for never), `share_new` (of the gradient's
+        norm, from 0 to 1, the new layers' over the first steps; their mean).
+    """
+    phases = results.phases.drop(columns=["variant", "model", "seed"])
+    phases = runs[["run", "variant", "model", "seed"]].merge(phases, on="run")
+    accuracy = "validation_accuracy_percent"
+    before = phases[["run", "phase", accuracy]].assign(phase=phases["phase"] + 1)
+    at_once = results.epochs.loc[results.epochs["epoch"] == 0, ["run", "phase", accuracy]]
+    own = phases[phases["loss_after"].notna()].drop(columns=accuracy)
+    own = own.merge(before, on=["run", "phase"], how="left")
+    own = own.merge(at_once, on=["run", "phase"], how="left", suffixes=("_before", "_after"))
+    tokens = own["tokens_to_recovery"].astype("float64")
+    shares = own["gradient_share_new"]
+    own = own.assign(
+        shock_nats=own["loss_after"] - own["loss_before"],
+        accuracy_points=own[f"{accuracy}_after"] - own[f"{accuracy}_before"],
+        tokens_to_recovery=tokens.fillna(math.inf).where(own["loss_before"].notna()),
+        share_new=[np.mean(own) if isinstance(own, list) else math.nan for own in shares],
+    )
+    names = ["variant", "model", "seed", "run", "phase", "layers", "loss_before", "loss_after"]
+    return own[[*names, "shock_nats", "accuracy_points", "tokens_to_recovery", "share_new"]]
+
+
+def mixing(runs: Frame, curves: Frame, scratch: Mapping[str, str], margin: float) -> Frame:
+    """Return the tokens after the last growth until a run is as good as one from scratch.
+
+    At equal operations, of all phases: the lowest loss so far of the grown depth against that of
+    the run from scratch with the same model and seed (its last one, where it ended before).
+
+    Args:
+        scratch: growing variant -> the variant that trains its size from scratch.
+        margin: in nats, within which a loss is as good.
+
+    Returns:
+        tokens by run; inf for never. Runs without such a partner are left out.
+    """
+    place = {(r.variant, r.model, r.seed): r.run for r in runs.itertuples()}
+    by_run = dict(iter(curves.groupby("run", sort=False))) if scratch else {}
+    found = {}
+    for row in runs[runs["variant"].isin(scratch)].itertuples():
+        other = by_run.get(place.get((scratch[row.variant], row.model, row.seed), ""))
+        own = by_run.get(row.run)
+        if own is None or other is None:
+            continue
+        own = own[own["phase"] == own["phase"].max()]
+        start = float(own["tokens"].iloc[0]) if own["epoch"].iloc[0] == 0 else math.nan
+        own, other = own[own["epoch"] > 0], other[other["epoch"] > 0]
+        target = np.interp(
+            own["flops"].to_numpy(float),
+            other["flops"].to_numpy(float),
+            np.fmin.accumulate(other["loss"].to_numpy(float)),
+            left=math.nan,
+        )
+        there = np.fmin.accumulate(own["loss"].to_numpy(float)) <= target + margin
+        tokens = own["tokens"].to_numpy(float)
+        found[row.run] = tokens[there.argmax()] - start if there.any() else math.inf
+    return pd.Series(found, dtype=float)
+
+
+@dataclass(frozen=True, eq=False)
+class Timing:
+    """The loss at an equal budget against the moment of growth, of one model."""
+
+    model: str
+    settings: Sequence[str]  # what tells it from the others, `growth.init=stack`
+    losses: Frame  # a row a seed, a column a moment (epochs before the growth); nats
+    budget: float  # operations of each run, up to which it counts
+    longest: float  # operations of the longest run over the budget
+    shares: Mapping[int, float]  # moment -> share of the budget that was spent before the growth
+
+    @property
+    def best(self) -> int:
+        """The moment of the lowest mean loss."""
+        return int(self.losses.mean().idxmin())
+
+    @property
+    def best_in(self) -> int:
+        """The number of seeds in which that moment is the best."""
+        return int((self.losses.idxmin(axis=1) == self.best).sum())
+
+    @property
+    def worse(self) -> list[int]:
+        """The moments that are shown to be worse than the best.
+
+        The best was chosen by these losses: the intervals of all pairs hold together with 95 %.
+        """
+        confidence = 1 - stats.ALPHA / math.comb(self.losses.shape[1], 2)
+        best, worse = self.losses[self.best], []
+        for moment in self.losses:
+            pairs = stats.paired(self.losses[moment], best)
+            low = pairs.mean if pairs.constant else pairs.interval(confidence).low
+            if low > 0:
+                worse.append(int(moment))
+        return worse
+
+
+def timings(runs: Frame, curves: Frame) -> list[Timing]:
+    """Return the studies of the moment of growth among these runs: sets of arms that grow and
+    differ in the lengths of their phases alone, in at least FEWEST_MOMENTS moments.
+
+    Losses are the lowest of the final depth within the operations that every run of the set spent,
+    interpolated between the two epochs around that. Seeds that lack a moment are left out.
+    """
+    if MOMENT not in runs:
+        return []
+    grown = runs[runs["grows"] & runs[MOMENT].notna()]
+    others = [column for column in swept(grown) if column not in LENGTHS]
+    found = []
+    for _, own in grown.groupby(["model", "experiment", *others], sort=False, dropna=False):
+        moments = own[MOMENT].astype(int)
+        by_run = curves[curves["run"].isin(own["run"]) & (curves["epoch"] > 0)].groupby("run")
+        spent = by_run["flops"].max()
+        budget = float(spent.min())
+        if moments.nunique() < FEWEST_MOMENTS or not np.isfinite(spent).all():
+            continue
+        first = curves[curves["phase"] == 1].groupby("run")["flops"].max()
+        loss = pd.Series({run: _loss_within(curve, budget) for run, curve in by_run})
+        table = own.assign(loss=own["run"].map(loss), moment=moments)
+        losses = table.pivot_table("loss", "seed", "moment").dropna()
+        if losses.empty:
+            continue
+        shares = (own["run"].map(first) / budget).groupby(moments).mean().to_dict()
+        settings = settings_text(own.iloc[0], [c for c in others if c != EXIT_WEIGHTS])
+        longest = float(spent.max()) / budget
+        found.append(Timing(own["model"].iloc[0], settings, losses, budget, longest, shares))
+    return found
+
+
+def _loss_within(curve: Frame, budget: float) -> float:
+    """Return the lowest loss of the final depth of a run up to `budget` operations."""
+    last = curve[curve["layers"] == curve["layers"].iloc[-1]]
+    lowest = np.fmin.accumulate(last["loss"].to_numpy(float))
+    return float(np.interp(budget, last["flops"].to_numpy(float), lowest, left=math.nan))
+
+
+def ranking(curves: Frame) -> Frame:
+    """Return Kendall's tau-b of the order of the arms after so many epochs with that at the end.
+
+    Arms are ordered by the loss of the model in hand, the lowest of its phase so far; one that
+    ended keeps its last. Seeds that an arm lacks are left out.
+
+    Args:
+        curves: of one model, with `variant` and `seed`.
+
+    Returns:
+        `step` (epochs of training, all phases), `seed`, `tau` (nan where all arms are equal);
+        empty below FEWEST_RANKED arms.
+    """
+    import scipy.stats
+
+    # Its own types lack what it returns.
+    kendalltau: Any = scipy.stats.kendalltau
+    own = curves[curves["epoch"] > 0].sort_values("step", kind="stable")
+    own = own.assign(lowest=own.groupby(["run", "phase"])["loss"].cummin())
+    wide = own.pivot_table("lowest", ["variant", "seed"], "step", observed=True)
+    wide = wide.ffill(axis="columns").unstack("variant").dropna()
+    if own["variant"].nunique() < FEWEST_RANKED or wide.empty:
+        return pd.DataFrame(columns=["step", "seed", "tau"])
+    steps = wide.columns.get_level_values("step").unique().sort_values()
+    shown = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, MOST_STEPS)})
+    rows = [
+        [int(step), seed, float(kendalltau(losses[step], losses[steps[-1]]).statistic)]
+        for seed, losses in wide.iterrows()
+        for step in shown
+    ]
+    return pd.DataFrame(rows, columns=["step", "seed", "tau"])
+
+
+def settled_from(ranks: Frame) -> int:
+    """Return the epoch from which on the order of the arms is the final one in every seed."""
+    early = ranks.loc[~(ranks["tau"] >= 1 - 1e-9), "step"]
+    later = ranks.loc[ranks["step"] > (early.max() if len(early) else 0), "step"]
+    return int(later.min() if len(later) else ranks["step"].max())

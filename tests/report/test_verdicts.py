@@ -1,0 +1,143 @@
+"""What the committed studies of docs/findings say does not move.
+
+`verdicts.json` holds their figures as the code gave them before it was rebuilt. It has changed once:
+epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of training
+where a loss is reached.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from proglayer.report import arms, measures, sequential, study
+from proglayer.report.comparisons import Comparison
+from proglayer.results import Results
+
+from ..helpers import ROOT
+
+FINDINGS = ROOT / "docs" / "findings"
+GOLDEN = json.loads((Path(__file__).parent / "verdicts.json").read_text())
+
+
+def read(part: str) -> Results:
+    """The data of a part, as scripts/findings.py wrote them."""
+    frames = {
+        name: pd.read_parquet(FINDINGS / part / f"{name}.parquet")
+        for name in ("runs", "phases", "epochs", "exits", "left_out")
+    }
+    for frame in frames.values():
+        for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
+            frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]
+    frames["runs"]["folder"] = "gone"
+    return Results(**frames)
+
+
+def rows(frame: pd.DataFrame, *names: str) -> list[list[Any]]:
+    """The names of each row as text, then its numbers."""
+    numbers = [
+        c for c in frame if c not in names and pd.api.types.is_numeric_dtype(frame[c].dtype)
+    ]
+    return [
+        [*(str(row[name]) for name in names), *(row[name] for name in numbers)]
+        for row in frame.to_dict("records")
+    ]
+
+
+def figures(own: Comparison) -> dict[str, Any]:
+    pairs, judged = own.accuracy, own.judged
+    found = {
+        **{name: getattr(own, name) for name in ("condition", "a", "b", "model", "on_validation")},
+        "claim": own.claim and own.claim.name,
+        "kind": "none" if own.not_made and not own.b else own.kind.name,
+        "budgets": [budget.name for budget in own.budgets],
+        "verdict": own.verdict.name,
+        "left_out": dict(pairs.left_out),
+        "n": pairs.n,
+        "interval": [*judged.interval],
+        "alone": [*judged.alone][:2],
+        "p": [pairs.p, judged.p_adjusted, pairs.equivalence_p, judged.equivalence_p_adjusted],
+        "levels": [judged.levels.family, judged.levels.each] if pairs.n > 1 else None,
+        "look": own.look,
+    }
+    for metric, each in own.pairs.items():
+        found[metric.name] = [each.mean, each.sd, each.sign_flip_p, each.margin]
+    return found
+
+
+def figures_of(condition: study.Condition, results: Results, margins: arms.Margins) -> dict:
+    runs, curves = condition.runs, condition.curves
+    held = arms.controls(runs, arms.FROM_SCRATCH)
+    ends = [*("end_accuracy", "end_loss", "end_bits_per_byte"), *(m.change for m in arms.Metric)]
+    grouped = runs.groupby(["variant", "model"], sort=False)
+    growths = condition.tables["growth"].drop(columns=["seed", "run", "layers"])
+    growths = growths.groupby(["variant", "model", "phase"], sort=False).mean().reset_index()
+    rankings = {}
+    for model, growing in runs[runs["grows"]].groupby("model"):
+        ranks = measures.ranking(curves[curves["model"] == model])
+        if growing["variant"].nunique() >= measures.FEWEST_RANKED and len(ranks):
+            rankings[model] = [measures.settled_from(ranks), ranks["tau"].sum(), len(ranks)]
+    return {
+        "name": condition.name,
+        "reference": condition.reference,
+        "lacking": len(condition.asked) - len(runs),
+        "arms": rows(grouped[ends].mean().assign(n=grouped.size()).reset_index(), "variant", "model"),
+        "ledger": rows(condition.tables["ledger"], "variant", "model"),
+        "to_target": rows(condition.tables["to_target"], "variant", "model"),
+        "speed_up": rows(condition.tables["speed_up"], "variant", "model", "measure"),
+        "growths": rows(growths, "variant", "model"),
+        "mixing": measures.mixing(runs, curves, held, margins.nats).sort_index().tolist(),
+        "timings": [
+            [t.best, t.budget, t.longest, t.losses.mean().tolist(), list(t.shares.values())]
+            for t in measures.timings(runs, curves)
+        ],
+        "rankings": rankings,
+    }
+
+
+def all_figures(part: str) -> dict[str, Any]:
+    results, looks = read(part), sequential.read_looks(FINDINGS / part)
+    margins = arms.Margins(points=looks.margin) if looks else arms.Margins()
+    judged = study.judge_study(results, margins, looks)
+    return {
+        "conditions": [figures_of(own, results, margins) for own in judged.conditions],
+        "claims": [figures(own) for own in judged.claims],
+        "others": [figures(own) for own in judged.others],
+    }
+
+
+def plain(value: Any) -> Any:
+    """Numbers as JSON has them, with seven digits."""
+    if isinstance(value, dict):
+        return {str(key): plain(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(own) for own in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.7g}") if math.isfinite(value) else str(float(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def assert_same(found: Any, frozen: Any, where: str) -> None:
+    if isinstance(frozen, dict):
+        assert found.keys() == frozen.keys(), where
+        for key in frozen:
+            assert_same(found[key], frozen[key], f"{where}.{key}")
+    elif isinstance(frozen, list):
+        assert len(found) == len(frozen), where
+        for number, pair in enumerate(zip(found, frozen, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    elif isinstance(frozen, float):
+        assert found == pytest.approx(frozen, rel=1e-5, abs=1e-9), where
+    else:
+        assert found == frozen, where
+
+
+@pytest.mark.parametrize("part", GOLDEN)
+def test_the_verdicts_of_the_findings_do_not_move(part: str) -> None:
+    assert_same(plain(all_figures(part)), GOLDEN[part], part)
