@@ -66,7 +66,7 @@ class Column:
             text = format(value, self.form) if isinstance(self.form, str) else self.form(value)
         if self.shown_as != "figure":
             return Cell(text)
-        return Cell(text, float(value) if isinstance(value, int | float) and text else "")
+        return Cell(text, float(value) if isinstance(value, int | float) and text else None)
 
 
 @dataclass(frozen=True)

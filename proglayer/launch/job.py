@@ -234,9 +234,9 @@ def leave_report(folder: Path, *before: Path) -> None:
     """
     try:
         from proglayer.console import console
-        from proglayer.report.write import write_report
+        from proglayer.report.page import write_report
 
-        page = write_report([*before, folder], folder / "report", png=False)
+        page = write_report([*before, folder], folder / "report")
         console().print(f"report: {page}", markup=False)
     except Exception as error:
         log.warning("no report could be written (%s)", with_type(error))

@@ -3,6 +3,6 @@
 `python -m proglayer.report FOLDER... -o report/` writes it.
 """
 
-from proglayer.report.write import write_report
+from proglayer.report.page import write_report
 
 __all__ = ["write_report"]

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from proglayer.errors import run_command
-from proglayer.report.study import Margins
-from proglayer.report.write import write_report
+from proglayer.report.arms import Margins
+from proglayer.report.page import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
-"""A document of plain blocks, as one self-contained HTML page and as Markdown.
+"""The report of a study: verdicts, pictures and tables of any runs, as one page.
 
-Whoever builds a document gives plain text. `page.html.jinja` and `page.md.jinja` lay it out, and
-everything is escaped on the way there, so that text from a configuration or a log can be given as
-it is.
+`python -m proglayer.report FOLDER... -o report/` writes `index.html` (self-contained), `figures/`
+(SVG) and `tables/` (CSV). Nothing in it depends on when it was written: equal runs give equal
+files. Here objects are put together; the layout and the sentences are in `page.html.jinja`, what
+several pages and commands say in `proglayer.report.words`.
 """
 
 from __future__ import annotations
@@ -11,149 +12,360 @@ import base64
 import functools
 import hashlib
 import re
+import shlex
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
-from typing import NamedTuple
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-
-class Cell(NamedTuple):
-    """Text of a table's cell, and what it is sorted by where that is not the text."""
-
-    text: str
-    sort: float | str | None = None
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading of level 2 or 3."""
-
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-    muted: bool = False
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: Sequence[str]
-    muted: bool = False
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text to copy or to read as it stands."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A claim, what of it was compared, the verdicts, and one sentence with their numbers."""
-
-    claim: str
-    compared: str
-    verdicts: Sequence[str]
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The findings and the picture of them: what a reader sees first."""
-
-    findings: Sequence[Finding]
-    pictures: Sequence[Picture]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table. `strong` names rows (by number) that sum up the others.
-
-    A column is its title and its kind: a figure is set right, a name keeps together, prose wraps.
-    With ` screen` after its kind it gives way in print.
-    """
-
-    title: str
-    columns: Sequence[tuple[str, str]]
-    rows: Sequence[Sequence[Cell | str]]
-    note: str = ""
-    sortable: bool = False
-    strong: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Tables that stand beside each other where there is room."""
-
-    tables: Sequence[Table]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure: SVG to put into a page, what it shows in words, and the name of its files."""
-
-    name: str
-    title: str
-    alt: str
-    svg: str
-
-
-@dataclass(frozen=True)
-class Pictures:
-    items: Sequence[Picture]
-
-
-@dataclass(frozen=True)
-class Collapsible:
-    """Blocks that a reader opens; on paper they are open. A section has a heading of level 2."""
-
-    title: str
-    blocks: Sequence[Block]
-    section: bool = False
-    open: bool = False
-
-
-Block = (
-    Heading
-    | Paragraph
-    | Bullets
-    | Code
-    | Summary
-    | Table
-    | SideBySide
-    | Picture
-    | Pictures
-    | Collapsible
+from proglayer import files
+from proglayer.console import counted
+from proglayer.errors import ConfigError, printable
+from proglayer.report import (
+    arms,
+    comparisons,
+    early_exit,
+    measures,
+    pictures,
+    sequential,
+    tables,
+    words,
 )
+from proglayer.report.arms import Frame, Margins, Metric
+from proglayer.report.comparisons import Comparison
+from proglayer.report.pictures import Picture
+from proglayer.report.study import Condition, Study, judge_study
+from proglayer.report.words import model_name, variant_name
+from proglayer.results import Results, load, plain_values
+from proglayer.results.formatting import listed, ranges
+from proglayer.store.reading import read_yaml
+from proglayer.store.record import RunState
+from proglayer.table import Table, csv_of
+
+PAGE = "index.html"
+FIGURES, TABLES = "figures", "tables"
+# A page shows so many: the others are in the tables.
+MOST_VARIANTS = 12
+MOST_JUDGED = 12
+MOST_COMMANDS = 20
 
 
-def note(text: str) -> Paragraph:
-    """What is said beside something else."""
-    return Paragraph(text, muted=True)
+def write_report(
+    folders: Sequence[str | Path], out: str | Path, margins: Margins | None = None
+) -> Path:
+    """Read the runs in `folders` and write their report into the folder `out`.
+
+    Args:
+        folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
+        margins: differences within them count as none; None for the usual ones, or those of a
+            sequential study.
+
+    Returns:
+        the page's path.
+
+    Raises:
+        OSError: for a folder that is not there, or that cannot be written.
+        ConfigError: if the folders hold no run at all, or for another margin than a study's own.
+        RecordError: for interim looks at a study that cannot be read.
+    """
+    results = load(*folders)
+    if results.runs.empty and not results.failures:
+        raise ConfigError(f"no run in {', '.join(map(str, folders))}")
+    looks = sequential.looks_of(results)
+    if looks and margins and margins.points != looks.margin:
+        raise ConfigError(
+            f"--margin={margins.points:g}: this study was looked at with a margin of "
+            f"{looks.margin:g} points: leave that out, or give --margin={looks.margin:g}"
+        )
+    out, margins = Path(out), margins or (Margins(points=looks.margin) if looks else Margins())
+    study = judge_study(results, margins, looks)
+    looks_before = [] if looks else _looks_before(study.arms.runs, out)
+    frames = _frames(study) | {"looks": pd.DataFrame({"seeds": looks_before})}
+    drawn = _pictures(study, frames)
+    page = _render(study, _tables(study, frames), drawn, looks_before)
+    for folder in (out, out / FIGURES, out / TABLES):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, frame in frames.items():
+        _write(out / TABLES / f"{name}.csv", csv_of(frame))
+    for picture in (picture for several in drawn.values() for picture in several):
+        _write(out / FIGURES / f"{picture.name}.svg", picture.svg)
+    _write(out / PAGE, page)
+    return out / PAGE
 
 
-def left_to(tables: str, number: int, noun: str, names: str = "") -> list[Block]:
-    """What is not shown, if anything: how many, perhaps which, and in what tables they are."""
-    if number <= 0:
+def _write(path: Path, text: str) -> None:
+    files.write_over(path, text.encode(), files.everything, "-o")
+
+
+def _looks_before(runs: Frame, out: Path) -> list[int]:
+    """Return how many seeds earlier reports of a part of these runs had when more were run.
+
+    They are sought in `out` and in the folders of sweeps. Each knows of those before it.
+    """
+    here = runs.assign(place=runs["folder"].map(_place))
+    seeds: set[int] = set()
+    sweeps = {Path(folder).parent / "report" for folder in runs["folder"]}
+    for earlier in (report / TABLES for report in {out, *sweeps}):
+        try:
+            seen: Frame = pd.read_csv(earlier / "runs.csv", usecols=["folder", "status"], dtype=str)
+            before = pd.read_csv(earlier / "looks.csv")["seeds"]
+        except (OSError, ValueError, KeyError):
+            continue
+        completed = seen["folder"][seen["status"] == RunState.completed].map(_place)
+        here["before"] = here["place"].isin(completed)
+        later = here["started"] > here.loc[here["before"], "ended"].max()
+        here["added"] = later & ~here["place"].isin(seen["folder"].map(_place))
+        arms = here.groupby(["condition", "variant", "model"])[["before", "added"]].sum()
+        more = arms.loc[(arms["before"] > 1) & (arms["added"] > 0), "before"]
+        seeds |= {*before, *more} if here["before"].any() else set()
+    return sorted(map(int, seeds))
+
+
+def _place(folder: str) -> str:
+    """The name of a run's folder in its sweep's, from wherever the report is made."""
+    return "/".join(Path(folder).parts[-2:])
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _frames(study: Study) -> dict[str, Frame]:
+    """Every table as it is written: by the name of its file."""
+    results = study.results
+    frames: dict[str, Frame] = {
+        name: getattr(results, name) for name in ("runs", "phases", "epochs", "exits", "left_out")
+    }
+    described, by_seed = comparisons.as_frames([*study.claims, *study.others])
+    frames |= {"comparisons": described, "differences": by_seed}
+    parts: dict[str, dict[str, Frame]] = {}
+    for condition in study.conditions:
+        made = dict(condition.tables)
+        made["arms"] = tables.arms(condition.asked)
+        made["phase_by_phase"] = _phases(condition, results)
+        for name, frame in made.items():
+            if len(frame):
+                parts.setdefault(name, {})[condition.name] = frame
+    for name, frame in parts.items():
+        frames[name] = pd.concat(frame, names=["condition"]).reset_index("condition")
+    return {name: frame for name, frame in frames.items() if len(frame)}
+
+
+def _phases(condition: Condition, results: Results) -> Frame:
+    """The phases of each arm, and the published ones after those of the original."""
+    runs, phases = condition.runs, results.phases
+    original = arms.plain_variant(runs, arms.ORIGINAL)
+    if original is None:
+        return tables.phases(runs, phases)
+    there, theirs = [runs], [phases]
+    for model, own in arms.published()["published"].items():
+        if model in condition.models:
+            run = f"published {model}"
+            which = {"run": run, "variant": tables.PUBLISHED, "model": model}
+            there.append(pd.DataFrame([which | {"phases": len(own["phases"])} | own["change"]]))
+            part = pd.DataFrame(own["phases"]).assign(run=run, evaluation_seconds=0.0)
+            theirs.append(part.assign(phase=range(1, len(part) + 1)))
+    frame = tables.phases(pd.concat(there), pd.concat(theirs))
+    order = condition.variants
+    order.insert(order.index(original) + 1, tables.PUBLISHED)
+    return frame.sort_values("variant", key=lambda v: v.map(order.index), kind="stable")
+
+
+def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
+    """The tables that the page shows: those that have a row."""
+    runs = study.results.runs
+    under_way = [RunState.completed, RunState.running, RunState.waiting]
+    # Failures first: an interruption cures itself.
+    ended = runs[~runs["status"].isin(under_way)].sort_values("status", kind="stable")
+    named = dict(zip(study.arms.runs["run"], study.arms.runs["variant"], strict=True))
+    mixing = [
+        measures.mixing(c.runs, c.curves, _scratch(c), study.margins.nats) for c in study.conditions
+    ]
+    differs = {
+        (c.name, b): arms.differing(c.runs, b)
+        for c in study.conditions
+        for b in {own.b for own in study.others if own.b and own.condition == c.name}
+    }
+    made: dict[str, Any] = {
+        "arms": tables.arms_table,
+        "phase_by_phase": tables.phases_table,
+        "growth": lambda frame: tables.growth_table(frame, pd.concat(mixing)),
+        "ledger": tables.spent_table,
+        "to_target": tables.target_table,
+        "speed_up": tables.speed_up_table,
+        "runs": lambda frame: tables.runs_table(frame, named),
+        "left_out": tables.left_out_table,
+    }
+    shown = {name: make(frames[name]) for name, make in made.items() if name in frames}
+    for name, title, family in (
+        ("claims", "The claims", [own for own in study.claims if own.pairs]),
+        ("others", "The other comparisons", study.others),
+    ):
+        if family:
+            shown[name] = tables.comparisons_table(title, family, differs)
+    if len(ended):
+        shown["ended"] = tables.ended_table(ended)
+    return shown | ({"versions": tables.versions_table(runs)} if len(runs) else {})
+
+
+def _scratch(condition: Condition) -> dict[str, str]:
+    return arms.controls(condition.runs, arms.FROM_SCRATCH)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def _pictures(study: Study, frames: dict[str, Frame]) -> dict[str, list[Picture]]:
+    """The pictures of each section of the page."""
+    drawn: dict[str, list[Picture]] = {
+        name: _forest_of(study, name, family)
+        for name, family in (("claims", study.claims), ("others", study.others))
+    }
+    for condition in study.conditions:
+        for name, own in (
+            ("changes", _changes(study, condition)),
+            ("growth", _growth(study, condition)),
+            ("timing", _timing(condition)),
+            ("curves", _curves(study, condition)),
+            ("compute", _compute(study, condition)),
+            ("exits", pictures.exits(_worth(condition), _slug(condition))),
+        ):
+            drawn.setdefault(name, []).extend(own)
+    return drawn
+
+
+def _slug(condition: Condition) -> str:
+    return f"-{condition.number + 1}" if condition.number else ""
+
+
+def _on(study: Study, condition: str) -> str:
+    """Which condition something is of, where there are several."""
+    return f", on {condition}" if len(study.conditions) > 1 else ""
+
+
+def _worth(condition: Condition) -> early_exit.Worth:
+    names = "exits_worth", "early_exit", "changed_layers"
+    return early_exit.Worth(*(condition.tables[name] for name in names))
+
+
+def _forest_of(study: Study, name: str, family: Sequence[Comparison]) -> list[Picture]:
+    rows = [
+        {
+            "label": words.label(own)
+            + (f", {words.measured(own)}" if own.budgets else "")
+            + _on(study, own.condition),
+            "model": own.model,
+            "mean": own.accuracy.mean,
+            "low": own.judged.interval.low,
+            "high": own.judged.interval.high,
+            "seeds": own.accuracy.differences.tolist(),
+        }
+        for own in [own for own in family if own.tested][:MOST_JUDGED]
+    ]
+    title, unit = "Differences in accuracy", "points of accuracy"
+    return [pictures.forest(name, title, rows, study.margins.points, unit)] if rows else []
+
+
+def _changes(study: Study, condition: Condition) -> list[Picture]:
+    runs = condition.runs.dropna(subset=Metric.accuracy.change)
+    rows = [
+        {"label": variant_name(variant), "model": model, "seeds": arm[Metric.accuracy.change]}
+        for (variant, model), arm in _by_arm(runs)
+    ]
+    title = f"Change in accuracy by arm{_on(study, condition.name)}"
+    name, margin = f"changes{_slug(condition)}", study.margins.points
+    return [pictures.forest(name, title, rows, margin, "points")] if len(rows) > 1 else []
+
+
+def _by_arm(frame: Frame, *more: str) -> list[Any]:
+    shown = list(dict.fromkeys(frame["variant"]))[:MOST_VARIANTS]
+    frame = frame[frame["variant"].isin(shown)]
+    return list(frame.groupby(["variant", "model", *more], sort=False))
+
+
+def _growth(study: Study, condition: Condition) -> list[Picture]:
+    growths = condition.tables["growth"].dropna(subset="shock_nats")
+    several = growths["phase"].nunique() > 1
+    rows = [
+        {
+            "label": variant_name(variant) + (f", phase {phase}" if several else ""),
+            "model": model,
+            "seeds": arm["shock_nats"],
+        }
+        for (variant, model, phase), arm in _by_arm(growths, "phase")
+    ]
+    title = f"The loss at the moment of growth rose by{_on(study, condition.name)}"
+    name, margin = f"growth{_slug(condition)}", study.margins.nats
+    return [pictures.forest(name, title, rows, margin, "nats", "left")] if rows else []
+
+
+def _timing(condition: Condition) -> list[Picture]:
+    """The loss against the moment of growth, where that was varied."""
+    labels = "epochs before the growth", "validation loss (nats)"
+    return [
+        pictures.lines(
+            f"timing{_slug(condition)}-{number}",
+            f"{model_name(found.model)}: the loss against the moment of growth",
+            found.losses.melt(var_name="x", value_name="y"),
+            *labels,
+        )
+        for number, found in enumerate(measures.timings(condition.runs, condition.curves), start=1)
+    ]
+
+
+def _curves(study: Study, condition: Condition) -> list[Picture]:
+    """Learning curves, a picture for each variant, on one scale."""
+    names = study.results.phases[["run", "phase", "name"]].rename(columns={"name": "phase_name"})
+    curves = condition.curves.merge(names.astype({"phase_name": object}), on=["run", "phase"])
+    known = curves.loc[np.isfinite(curves["loss"]), "loss"]
+    if known.empty:
         return []
-    are = f"{noun} are" if number != 1 else f"{noun.removesuffix('s')} is"
-    which = f" ({names})" if names else ""
-    return [note(f"{number:,} more {are} in tables/: {tables}{which}.")]
+    limits = float(known.min()), float(known.max())
+    return [
+        pictures.learning_curve(
+            f"curve{_slug(condition)}-{number}",
+            variant_name(variant) + _on(study, condition.name),
+            curves[curves["variant"] == variant],
+            limits,
+        )
+        for number, variant in enumerate(condition.variants[:MOST_VARIANTS], start=1)
+    ]
 
 
-def printable(text: str) -> str:
-    """Text without what no page can show; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+def _compute(study: Study, condition: Condition) -> list[Picture]:
+    """The loss against operations, a picture for each model, a line for each variant."""
+    shown = condition.variants[:MOST_VARIANTS]
+    curves = condition.curves[condition.curves["variant"].isin(shown)].dropna(subset="flops")
+    curves = curves.assign(x=curves["flops"], y=curves["loss"], at=curves["step"])
+    curves["arm"] = curves["variant"].map(variant_name)
+    labels = "operations with the head, all phases so far", "validation loss (nats)"
+    return [
+        pictures.lines(
+            f"compute{_slug(condition)}-{number}",
+            f"{model_name(str(model))}: loss against operations{_on(study, condition.name)}",
+            own[own["epoch"] > 0],
+            *labels,
+            compute=True,
+        )
+        for number, (model, own) in enumerate(curves.groupby("model", sort=False), start=1)
+    ]
 
 
-def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
+# --- the page -------------------------------------------------------------------------------------
+
+
+def _render(
+    study: Study,
+    shown: dict[str, Table],
+    drawn: dict[str, list[Picture]],
+    looks_before: Sequence[int],
+) -> str:
     """One page that needs nothing else and asks for nothing: style, script and figures inside."""
     style, script = (
         resources.files("proglayer.report").joinpath(name).read_text(encoding="utf-8")
@@ -165,36 +377,99 @@ def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
-    assets = {"style": Markup(style), "script": Markup(script), "policy": policy}
-    page = _templates().get_template("page.html.jinja")
-    return page.render(title=title, lead=lead, blocks=blocks, **assets)
+    commands = _commands(study.results.runs)
+    return _template().render(
+        study=study,
+        tables=shown,
+        pictures=drawn,
+        groups=_groups(study),
+        conditions=[_notes(condition) for condition in study.conditions],
+        statuses=Counter(study.results.runs["status"]),
+        seeds=ranges(study.arms.runs["seed"]),
+        names=listed([condition.name for condition in study.conditions], 3),
+        published=arms.published()["source"],
+        looks_before=looks_before,
+        joined=bool(sequential.sweeps_with_looks(study.results)) and study.looks is None,
+        exits=[
+            words.needed_text(needed)
+            for condition in study.conditions
+            if len((worth := _worth(condition)).exits)
+            for needed in early_exit.needed(worth)
+        ],
+        commands=commands[:MOST_COMMANDS],
+        more_commands=len(commands) - MOST_COMMANDS,
+        style=Markup(style),
+        script=Markup(script),
+        policy=policy,
+    )
 
 
-def to_markdown(title: str, lead: str, blocks: Sequence[Block]) -> str:
-    """The same document as Markdown; its figures lie in `figures/` beside it."""
-    page = _templates().get_template("page.md.jinja")
-    return page.render(title=title, lead=lead, blocks_of_page=blocks)
+def _groups(study: Study) -> list[dict[str, Any]]:
+    """What the first screen answers: questions, each with its comparisons.
+
+    A study without the original is about its own comparisons. Claims that nothing was run for come
+    last, with what it takes.
+    """
+    claims, others = ([own for own in f if own.tested] for f in (study.claims, study.others))
+    original = arms.ORIGINAL in study.arms.runs["experiment"].to_numpy()
+    groups = []
+    if others and not (claims and original):
+        made = others[:MOST_JUDGED]
+        groups.append({"name": "others", "made": others, "questions": _questions(made)})
+    of_claims = {"name": "claims", "made": claims, "questions": _questions(study.claims)}
+    return [*groups, of_claims]
+
+
+def _questions(made: Sequence[Comparison]) -> list[list[Comparison]]:
+    """Comparisons that answer one question, together."""
+
+    def question(own: Comparison) -> tuple[str, ...]:
+        which = (str(own.claim),) if own.claim else (own.a, own.b, str(own.kind))
+        return (*which, own.condition)
+
+    order = list(dict.fromkeys(map(question, made)))
+    ordered = sorted(made, key=lambda own: order.index(question(own)))
+    return [list(group) for _, group in groupby(ordered, key=question)]
+
+
+def _notes(condition: Condition) -> dict[str, Any]:
+    """What the size of the text leaves unsure, single seeds, and controls that are missing."""
+    runs = condition.runs
+    single = arms.single_seeds(runs)
+    growing = runs.loc[runs["grows"].astype(bool), "variant"].unique().tolist()
+    missing = {}
+    for experiment in (arms.FROM_SCRATCH, arms.KEEP_TRAINING):
+        having = arms.controls(runs, experiment)
+        if having and (lacking := [v for v in growing if v not in having]):
+            missing[experiment] = listed([variant_name(v) for v in lacking], 6)
+    return {
+        "name": condition.name,
+        "errors": arms.binomial_errors(runs),
+        "judged_on": runs["judged_on"].iloc[0],
+        "single": [
+            f"{variant_name(r.variant)} ({model_name(r.model)})" for r in single.itertuples()
+        ],
+        "single_errors": arms.binomial_errors(single),
+        "every": not arms.has_seeds(runs),
+        "missing": missing,
+        "timings": measures.timings(runs, condition.curves),
+    }
 
 
 @functools.cache
-def _templates() -> Environment:
+def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("proglayer.report", ""),
-        autoescape=lambda name: name == "page.html.jinja",
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )
-    environment.filters |= {"anchor": anchor, "breakable": _breakable, "md": _marked}
-    environment.filters |= {"kind": lambda block: type(block).__name__, "fence": _fence}
-    return environment
-
-
-def anchor(text: str) -> str:
-    """Text as the name of an element or a file."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    environment.filters |= {"breakable": _breakable, "counted": counted, "listed": listed}
+    environment.filters |= {"anchor": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower())}
+    environment.globals |= {"words": words}
+    return environment.get_template("page.html.jinja")
 
 
 def _breakable(text: str) -> Markup:
@@ -204,18 +479,23 @@ def _breakable(text: str) -> Markup:
     return Markup(re.sub(places, "<wbr>", escaped))
 
 
-def _marked(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    line = " ".join(printable(text).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # Only what begins a block or encloses something needs a backslash; the rest stays readable.
-    line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)
-    line = re.sub(r"^([#+\-=])(?=[#+\-=\s]|$)", r"\\\1", line)
-    line = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
-    # No address becomes a link by itself.
-    return re.sub(r"(?i)(://|www\.|@)", lambda m: m[0][0] + "<!-- -->" + m[0][1:], line)
+def _commands(runs: Frame) -> list[str]:
+    """The command of each sweep, and of each run that was none of a sweep's."""
+    of_sweep = functools.cache(_sweep_command)
+    columns = [plain_values(runs[name]) for name in ("sweep", "folder", "overrides")]
+    return list(
+        dict.fromkeys(
+            (of_sweep(Path(folder).parent) if sweep is not None else None)
+            or f"python train.py {overrides or ''}".strip()
+            for sweep, folder, overrides in zip(*columns, strict=True)
+        )
+    )
 
 
-def _fence(code: str) -> str:
-    """What encloses code in Markdown: more backticks than stand in it."""
-    return "`" * max(3, *(1 + len(run) for run in re.findall("`+", code)), 0)
+def _sweep_command(folder: Path) -> str | None:
+    """What a sweep was started with, as Hydra recorded it; None where that cannot be read."""
+    try:
+        given = read_yaml(folder / "multirun.yaml")["hydra"]["overrides"]
+        return f"python train.py -m {shlex.join(map(str, given['task']))}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,8 +1,9 @@
-"""The report's tables: each is a list of (title, kind, cell), where a cell is made of a row."""
+"""The tables of a report: for each a frame, which is its CSV file, and its columns on the page."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -10,277 +11,355 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from proglayer.report import comparisons, ledger, stats, study
-from proglayer.report.page import Cell, Table
-from proglayer.report.pictures import engineering
-from proglayer.report.study import DEEP, METRICS, STANDARD, Frame, model_name, variant_name
+from proglayer.report import stats, words
+from proglayer.report.arms import Frame, Metric
+from proglayer.report.comparisons import Comparison
+from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results import plain_values
-from proglayer.results.formatting import duration, listed, number_text, pair, ranges, text_of
+from proglayer.results.formatting import duration, listed, pair, ranges, text_of
+from proglayer.table import Column, Row, Table, is_missing
 
-Row = dict[str, Any]
-Columns = Sequence[tuple[str, str, Callable[[Row], Cell | str]]]
-
-
-def _table(title: str, rows: Any, columns: Columns, note: str = "", **how: Any) -> Table:
-    """A table of these rows (a frame, or dictionaries): a line each, a cell for each column."""
-    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-    cells = [[cell(row) for _, _, cell in columns] for row in rows]
-    return Table(title, [(title, kind) for title, kind, _ in columns], cells, note, **how)
+ARM = ["variant", "model"]
+PUBLISHED = "published"
+# What a page can hold and a reader can read; the rest is counted, and whole in the files.
+MOST_ROWS = 200
 
 
-def _text(name: str) -> Callable[[Row], str]:
-    return lambda row: row[name]
+def set_table(frame: Frame, columns: Sequence[Column], title: str, file: str) -> Table:
+    """A table of a report: as many rows as a reader can read, and where the others are.
+
+    The condition is named where there are several.
+    """
+    if "condition" in frame and frame["condition"].nunique() > 1:
+        columns = [Column("condition", "On"), *columns]
+    more = len(frame) - MOST_ROWS
+    note = f"{more:,} more rows are in tables/{file}.csv." if more > 0 else ""
+    return Table(frame.head(MOST_ROWS), columns, title, note)
 
 
-def _number(name: str, form: str) -> Callable[[Row], Cell]:
-    return lambda row: Cell(number_text(row[name], form), _sort(row[name]))
+def over_seeds(values: Frame, by: Sequence[str], names: Sequence[str]) -> Frame:
+    """Summarise columns of `values` over the seeds of each group.
+
+    Returns:
+        the columns `by`, `seeds`, and for each name `<name>_mean`, `_sd`, `_low` and `_high` (the
+        95 % interval of the mean).
+    """
+    rows = []
+    for key, group in values.groupby(list(by), sort=False):
+        row = dict(zip(by, key, strict=True)) | {"seeds": len(group)}
+        for name in names:
+            found = stats.summary(group[name].to_numpy(float, na_value=math.nan))
+            row |= {
+                f"{name}_{part}": getattr(found, part) for part in ("mean", "sd", "low", "high")
+            }
+        rows.append(row)
+    parts = [f"{name}_{part}" for name in names for part in ("mean", "sd", "low", "high")]
+    return pd.DataFrame(rows, columns=[*by, "seeds", *parts])
 
 
-def _duration(name: str) -> Callable[[Row], Cell]:
-    return lambda row: Cell(duration(row[name]), _sort(row[name]))
+# --- columns --------------------------------------------------------------------------------------
+
+VARIANT = Column("variant", "Variant", variant_name)
+MODEL = Column("model", "Model", model_name)
+SEEDS = Column("seeds", "Seeds", "d")
 
 
-def _large(name: str) -> Callable[[Row], Cell]:
-    return lambda row: Cell("" if pd.isna(row[name]) else engineering(row[name]), _sort(row[name]))
+def spread(name: str, label: str, form: str, unit: str = "", **how: Any) -> Column:
+    """Mean ± standard deviation of what `over_seeds` summarised."""
+
+    def text(row: Row) -> str:
+        mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
+        around = "" if is_missing(sd) else f" ± {sd:{form.replace('+', '')}}"
+        return "" if is_missing(mean) else f"{mean:{form}}{around}{unit}"
+
+    return Column(f"{name}_mean", label, of_row=text, kind="figure", **how)
 
 
-def _model(row: Row) -> str:
-    return model_name(text_of(row["model"]))
+def interval(name: str, label: str, form: str, **how: Any) -> Column:
+    """Mean and 95 % interval of what `over_seeds` summarised."""
+
+    def text(row: Row) -> str:
+        return between(row[f"{name}_mean"], row[f"{name}_low"], row[f"{name}_high"], form)
+
+    return Column(f"{name}_mean", label, of_row=text, kind="figure", **how)
 
 
-def _variant(row: Row) -> str:
-    return variant_name(row["variant"])
+def between(mean: float, low: float, high: float, form: str) -> str:
+    """`+0.1 (-0.1 to +0.3)`, as far as it is known."""
+    around = "" if is_missing(low) else f" ({low:{form}} to {high:{form}})"
+    return "" if is_missing(mean) else f"{mean:{form}}{around}"
 
 
-ARM: Columns = (("Variant", "name", _variant), ("Model", "name", _model))
-COMPUTE: Columns = (
-    ("Tokens", "figure", _large("tokens")),
-    ("FLOP with head", "figure", _large("flops")),
-    ("FLOP without", "figure", _large("flops_without_head")),
-)
-
-# --- the founding experiment's --------------------------------------------------------------------
-
-PHASE_HEADS = ("Phase", "Layers", "Best Acc", "Best PPL", "Time", "Best Epoch")
-MODEL_HEADS = ("Figure", "Standard", "Deep supervision", "Difference")
+def amount(name: str, label: str, **how: Any) -> Column:
+    """A large number."""
+    return Column(name, label, engineering, kind="figure", **how)
 
 
-def _founding_table(
-    title: str, heads: Sequence[str], rows: list[list[str]], note: str = ""
-) -> Table:
-    """A table in the form that the founding experiment gave it; its last row may sum up."""
-    columns = [(head, "figure" if number else "name") for number, head in enumerate(heads)]
-    strong = [len(rows) - 1] if rows and rows[-1][0] == "Change" else []
-    return Table(title, columns, rows, note, strong=strong)
+def seconds(name: str, label: str, **how: Any) -> Column:
+    """A time."""
+    return Column(name, label, duration, kind="figure", **how)
 
 
-def phase_table(title: str, runs: Frame, phases: Frame, left_out: str = "") -> Table:
-    """`Phase | Layers | Best Acc | Best PPL | Time | Best Epoch` of an arm, and the change row.
+def _unique(values: Any, most: int = 6) -> str:
+    """The values that there are."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        return f"{value:,}" if isinstance(value, Integral) else str(value)
+
+    known = [v for v in plain_values(values.drop_duplicates()) if v is not None]
+    return listed([text(v) for v in known], most)
+
+
+# --- where the arms ended -------------------------------------------------------------------------
+
+CHANGES = [metric.change for metric in Metric]
+
+
+def arms(asked: Frame) -> Frame:
+    """Where each arm ended, in absolute figures, and its change from the first phase.
 
     Args:
-        left_out: what became of the seeds of this arm that did not complete.
+        asked: of `arms.Arms.asked`.
+
+    Returns:
+        ARM, `seeds`, the summaries of `over_seeds` for `end_accuracy`, `end_loss`,
+        `end_bits_per_byte` and the changes, `judged_on`, `layers`, `left_out` (the seeds that did
+        not complete, each status with their number).
     """
-    own: Frame = phases[phases["run"].isin(runs["run"])]
-    rows = [
-        [
-            listed(unique(part["name"]), 2),
-            listed(unique(part["layers"]), 3),
-            _mean(part["validation_accuracy_percent"], ".2f", " %"),
-            _mean(part["validation_perplexity"], ",.2f"),
-            _mean_seconds(part["train_seconds"] + part["evaluation_seconds"]),
-            ranges(part["best_epoch"]),
-        ]
-        for _, part in own.groupby("phase", sort=True)
+    completed = asked[asked["lacks"].isna()]
+    names = ["end_accuracy", "end_loss", "end_bits_per_byte", *CHANGES]
+    frame = over_seeds(completed, ARM, names)
+    for name, column in (("judged_on", "judged_on"), ("layers", "last_layers")):
+        frame[name] = [_unique(arm[column], 3) for _, arm in completed.groupby(ARM, sort=False)]
+    lacks = asked.dropna(subset="lacks").groupby(ARM)["lacks"].agg(_tally)
+    frame["left_out"] = [
+        lacks.get(arm, "") for arm in frame[ARM].itertuples(index=False, name=None)
     ]
-    if len(rows) > 1:
-        points = _mean(runs["accuracy_points"], "+.2f", " points")
-        percent = _mean(runs["perplexity_percent"], "+.2f", " %")
-        rows.append(["Change", "", points, percent, _mean_seconds(runs["seconds"]), ""])
-    several = f"Mean ± standard deviation over {len(runs)} seeds."
-    note = several if len(runs) > 1 else "One seed."
-    note += f" Left out: {left_out}." if left_out else ""
-    return _founding_table(title, PHASE_HEADS, rows, note)
+    return frame
 
 
-# Title, column of `Arms.runs`, form, unit of the values and of their difference.
-MODEL_ROWS = (
-    ("Final accuracy", "last_accuracy_percent", ".2f", " %", " points"),
-    ("Final perplexity", "last_perplexity", ",.2f", "", ""),
-    ("Change in accuracy", "accuracy_points", "+.2f", " points", " points"),
-    ("Change in perplexity", "perplexity_percent", "+.2f", " %", " %"),
-    ("Time", "seconds", ",.1f", " s", " s"),
-)
+def _tally(values: Any) -> str:
+    """`1 failed, 2 waiting`."""
+    return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
 
 
-def model_table(name: str, runs: Frame) -> Table:
-    """The comparison of the models in the runs of one variant."""
-    standard, deep = (runs[runs["model"] == model].set_index("seed") for model in (STANDARD, DEEP))
-    one_phase = standard["phases"].max() == 1
-    rows = []
-    for title, column, form, unit, unit_of_difference in MODEL_ROWS:
-        a, b = (arm[column].astype("float64") for arm in (standard, deep))
-        if a.notna().any() and b.notna().any() and not (one_phase and "Change" in title):
-            difference = _mean((b - a).dropna(), f"+{form.removeprefix('+')}", unit_of_difference)
-            rows.append([title, _mean(a, form, unit), _mean(b, form, unit), difference])
-    note = "Difference: deep supervision − Standard, within seeds."
-    return _founding_table(f"{name}, comparison of models", MODEL_HEADS, rows, note)
+def arms_table(frame: Frame) -> Table:
+    """The first table of a report."""
+    grown = frame["accuracy_change_points_mean"].notna().any()
+    columns = [
+        VARIANT,
+        MODEL,
+        Column("layers", "Layers", kind="figure"),
+        SEEDS,
+        *([Column("left_out", "Left out")] if frame["left_out"].any() else []),
+        spread("end_accuracy", "Accuracy", ".2f", " %"),
+        spread("end_loss", "Loss, nats", ".4f"),
+        *([interval(CHANGES[0], "Change in accuracy, points", "+.2f")] if grown else []),
+        *([interval(CHANGES[1], "Perplexity fell by, %", "+.1f", minor=2)] if grown else []),
+        spread("end_bits_per_byte", "Bits per byte", ".4f", minor=1),
+    ]
+    return set_table(frame, columns, "Where each arm ended", "arms")
 
 
-# --- changes and differences ----------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
+
+OF_PHASE = ["validation_accuracy_percent", "validation_perplexity", "seconds"]
 
 
-def changes_table(changes: Frame) -> Table:
-    """Each arm's change from the first phase to the last, in every metric."""
-    rows = []
-    for (variant, model), arm in changes.groupby(["variant", "model"], sort=False):
-        most = arm.loc[arm["n"].idxmax(), ["n", "dropped"]]
-        metrics = dict(arm.set_index("metric").iterrows())
-        rows.append({"variant": variant, "model": model, **most} | metrics)
+def phases(runs: Frame, every: Frame) -> Frame:
+    """Each arm's phases and the change over them, in the form of the founding experiment.
 
-    def cell(metric: study.Metric) -> Callable[[Row], Cell]:
-        return lambda row: _interval(row[metric.name], metric.decimals)
+    Args:
+        runs: completed runs, of `arms.Arms`.
+        every: the phases of all runs.
+
+    Returns:
+        ARM, `phase` (its number, or "change"), `name`, `layers`, `best_epoch`, `seeds`, and the
+        summaries of OF_PHASE: accuracy in percent (of the change, in points), perplexity (of the
+        change, in percent), seconds of training and evaluation.
+    """
+    table = runs[["run", *ARM]].merge(every.drop(columns=["variant", "model"], errors="ignore"))
+    table["seconds"] = table["train_seconds"] + table["evaluation_seconds"]
+    by = [*ARM, "phase"]
+    frame = over_seeds(table, by, OF_PHASE)
+    groups = table.groupby(by, sort=False)
+    for name, shown in (("name", _unique), ("layers", _unique), ("best_epoch", ranges)):
+        frame[name] = groups[name].agg(shown).to_numpy(object)
+    several = runs[runs["phases"].astype(float) > 1]
+    parts = dict(zip(OF_PHASE, ("accuracy_points", "perplexity_percent", "seconds"), strict=True))
+    change = several.assign(**{name: several[column] for name, column in parts.items()})
+    change = over_seeds(change, ARM, OF_PHASE)
+    change = change.assign(phase="change", name="change", layers="", best_epoch="")
+    both = pd.concat([frame, change], ignore_index=True)
+    arm = pd.factorize(pd.MultiIndex.from_frame(both[ARM]))[0]
+    return both.iloc[np.argsort(arm, kind="stable")].reset_index(drop=True)
+
+
+def phases_table(frame: Frame) -> Table:
+    """The phases; the published ones of the founding run are a variant of their own."""
+
+    def signed(name: str, label: str, form: str, units: tuple[str, str]) -> Column:
+        plain = spread(name, label, form, units[0])
+        change = spread(name, label, "+.2f", units[1])
+
+        def text(row: Row) -> str:
+            return (change if row["phase"] == "change" else plain).cell(row).text
+
+        return Column(plain.name, label, of_row=text, kind="figure")
 
     columns = [
-        *ARM,
-        ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
-        *((metric.heading, "figure", cell(metric)) for metric in METRICS),
+        VARIANT,
+        MODEL,
+        Column("name", "Phase"),
+        Column("layers", "Layers", kind="figure"),
+        SEEDS,
+        signed("validation_accuracy_percent", "Best Acc", ".2f", (" %", " points")),
+        signed("validation_perplexity", "Best PPL", ",.2f", ("", " %")),
+        Column("seconds_mean", "Time", duration, kind="figure"),
+        Column("best_epoch", "Best Epoch", kind="figure", minor=1),
     ]
-    note = "Mean ± standard deviation over the seeds that completed, and its 95 % interval."
-    return _table("Change from the first phase to the last", rows, columns, note, sortable=True)
+    return set_table(frame, columns, "Phase by phase", "phase_by_phase")
 
 
-def comparisons_table(title: str, judged: Frame) -> Table:
-    """Comparisons of `comparisons.judge`: the verdict on accuracy, and what it rests on."""
-    rows = judged.to_dict("records")
-    for row in rows:
-        accuracy = row["comparisons"].get(study.ACCURACY.name, comparisons.NOT_MADE)
-        row |= {"effect_size": accuracy.effect_size, "sign_flip_p": accuracy.sign_flip_p}
-        row["detectable"] = comparisons.detectable(row)
+# --- comparisons ----------------------------------------------------------------------------------
 
-    def described(metric: study.Metric) -> Callable[[Row], Cell]:
-        def cell(row: Row) -> Cell:
-            own = row["comparisons"].get(metric.name, comparisons.NOT_MADE)
-            low, high = own.interval(0.95)
-            return _interval({"mean": own.mean, "low": low, "high": high}, metric.decimals)
 
-        return cell
+def comparisons_table(
+    title: str, family: Sequence[Comparison], differs: Mapping[tuple[str, str], Mapping[str, str]]
+) -> Table:
+    """Comparisons of one family: the verdicts on accuracy, and what they rest on.
 
-    columns: Columns = [
-        ("Comparison", "name", comparisons.label),
-        ("Model", "name", _model),
-        ("Measured", "name", _text("measured")),
-        ("Accuracy", "name", _text("verdict")),
-        ("Change, points", "figure", _difference),
-        ("Interval of the verdict", "figure", lambda row: _range(row, "low", "high")),
-        ("Confidence", "figure", _confidence),
-        ("95 % interval", "figure", lambda row: _range(row, "low_95", "high_95")),
-        ("Seeds", "figure", lambda row: _of_all(row["n"], row["dropped"])),
-        *([("Left out", "name", _text("left_out"))] if judged["dropped"].any() else []),
-        ("p, corrected", "figure", _p("p_adjusted")),
-        ("Equivalence p, corrected", "figure screen", _p("equivalence_p_adjusted")),
-        ("Sign-flip p", "figure screen", _p("sign_flip_p")),
-        ("Effect size", "figure screen", _number("effect_size", "+.2f")),
-        ("Detectable, points", "figure", _number("detectable", ".2g")),
-        ("Seeds to plan, in all", "figure", _plan),
-        *((m.heading, "figure screen", described(m)) for m in (study.PERPLEXITY, study.LOSS)),
+    Args:
+        differs: (condition, b) -> variant -> the settings in which it differs from b.
+    """
+    rows = [
+        {
+            "own": own,
+            "condition": own.condition,
+            "model": own.model,
+            "left_out": words.left_out_text(own.accuracy),
+            "seeds": own.accuracy.n,
+            "mean": own.accuracy.mean,
+            "low": own.judged.interval.low,
+            "low_alone": own.judged.alone.low,
+            "p": own.judged.p_adjusted,
+            "equivalence_p": own.judged.equivalence_p_adjusted,
+            "sign_flip_p": own.accuracy.sign_flip_p,
+            "detectable": own.detectable,
+            "plan": own.seeds_to_plan[0],
+            "settings": differs.get((own.condition, own.b), {}).get(own.a, ""),
+            **{metric: pairs.mean for metric, pairs in own.pairs.items()},
+        }
+        for own in family
     ]
-    looks = " and all looks" if "look" in judged else ""
-    note = (
-        f"Judged by accuracy as one family of {judged['family'].max()}{looks} (Bonferroni). Same: "
-        "the interval lies within the margin. Detectable: the smallest true difference that so "
-        "many seeds would find with a power of 80 %. Seeds to plan: how many in all, not added to "
-        "these, would settle with that power whether there is a difference of the margin or none; "
-        "the range comes from a spread that is known only roughly. Perplexity and loss: mean and "
-        "95 % interval, without a verdict."
-    )
-    return _table(title, rows, columns, note, sortable=True)
+
+    def said(
+        name: str, label: str, text: Callable[[Comparison], str], minor: int = 0, kind: Any = "name"
+    ) -> Column:
+        return Column(name, label, of_row=lambda row: text(row["own"]), kind=kind, minor=minor)
+
+    def interval_of(name: str, label: str, alone: bool, minor: int = 0) -> Column:
+        def text(own: Comparison) -> str:
+            shown = own.judged.alone if alone else own.judged.interval
+            ends = words.ends(shown, words.decimals(own))
+            return f"{ends} ({words.percent(shown.confidence)})" if ends else ""
+
+        return said(name, label, text, minor, "figure")
+
+    def described(metric: Metric, label: str, form: str, minor: int) -> Column:
+        def text(own: Comparison) -> str:
+            pairs = own.pairs.get(metric, stats.NO_PAIRS)
+            return between(pairs.mean, *pairs.interval(0.95)[:2], form)
+
+        return said(metric, label, text, minor, "figure")
+
+    columns = [
+        said("comparison", "Comparison", words.label),
+        MODEL,
+        said("measured", "Measured", words.measured),
+        said("verdict", "Accuracy", lambda own: words.VERDICTS[own.verdict]),
+        said("mean", "Difference, points", words.mean_text, kind="figure"),
+        interval_of("low", "Interval of the verdict", alone=False),
+        interval_of("low_alone", "Interval by itself", alone=True, minor=6),
+        said("seeds", "Seeds", _of_all, kind="figure"),
+        *([Column("left_out", "Left out")] if any(row["left_out"] for row in rows) else []),
+        Column("p", "p, corrected", _p, kind="figure"),
+        Column("equivalence_p", "Equivalence p, corrected", _p, kind="figure", minor=5),
+        Column("sign_flip_p", "Sign-flip p", _p, kind="figure", minor=7),
+        Column("detectable", "Detectable, points", ".2g", minor=4),
+        said("plan", "Seeds to plan, in all", _plan, 3, "figure"),
+        described(Metric.perplexity, "Perplexity fell by, %", "+.1f", 2),
+        described(Metric.loss, "Loss fell by, nats", "+.3f", 1),
+        Column("settings", "Settings that differ", kind="prose", minor=8),
+    ]
+    return set_table(pd.DataFrame(rows), columns, title, "comparisons")
 
 
-def _confidence(row: Row) -> str:
-    return comparisons.percent(row["confidence"]) if row["n"] > 1 else ""
+def _of_all(own: Comparison) -> str:
+    n, dropped = own.accuracy.n, own.accuracy.dropped
+    return f"{n} of {n + dropped}" if dropped else str(n)
 
 
-def _difference(row: Row) -> Cell:
-    return Cell(number_text(row["mean"], f"+.{comparisons.decimals(row)}f"), _sort(row["mean"]))
+def _plan(own: Comparison) -> str:
+    return "" if is_missing(own.seeds_to_plan[0]) else words.plan(*own.seeds_to_plan)
 
 
-def _range(row: Row, low: str, high: str) -> Cell:
-    if not math.isfinite(row[low]):
-        return Cell("", "")
-    form = f"+.{comparisons.decimals(row)}f"
-    return Cell(f"{row[low]:{form}} to {row[high]:{form}}", row[low])
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _p(name: str) -> Callable[[Row], Cell]:
-    return lambda row: Cell(
-        "< 0.001" if row[name] < 0.001 else number_text(row[name], ".3f"), _sort(row[name])
-    )
+# --- growth, exits --------------------------------------------------------------------------------
 
-
-def _of_all(seeds: int, left_out: int) -> Cell:
-    return Cell(f"{seeds} of {seeds + left_out}" if left_out else str(seeds), seeds)
-
-
-def _plan(row: Row) -> Cell:
-    seeds, low, high = comparisons.seeds_to_plan(row)
-    return Cell("" if math.isnan(seeds) else comparisons.plan(seeds, low, high), _sort(seeds))
+OF_GROWTH = ["loss_before", "loss_after", "shock_nats", "accuracy_points", "share_new"]
 
 
 def growth_table(growths: Frame, mixing: Frame) -> Table:
-    """Every arm's growths, of `growth.growths`, over its seeds.
+    """The immediate effect of each arm's growths, over its seeds.
 
     Args:
-        mixing: of `growth.mixing`; it counts from a run's last growth.
+        growths: of `measures.growths`, with `condition`.
+        mixing: tokens by run, of `measures.mixing`; it counts from a run's last growth.
     """
     last = growths["phase"] == growths.groupby("run")["phase"].transform("max")
     growths = growths.assign(mixing=growths["run"].map(mixing).where(last))
-    rows = [
-        {"variant": variant, "model": model, "phase": phase, "arm": arm}
-        for (variant, model, phase), arm in growths.groupby(
-            ["variant", "model", "phase"], sort=False
-        )
-    ]
-
-    def growth_of(row: Row) -> str:
-        return f"{row['phase']}: {listed(unique(row['arm']['layers']), 3)} layers"
-
-    def over_seeds(cell: Callable[..., Cell | str], name: str, *how: Any) -> Callable[[Row], Any]:
-        return lambda row: cell(row["arm"][name].astype("float64"), *how)
-
-    def described(values: Frame, decimals: int) -> Cell:
-        return _interval(vars(stats.summary(values)), decimals)
-
-    def percent(values: Frame) -> Cell:
-        return _interval(vars(stats.summary(100 * values)), 0, sign="")
-
-    columns: Columns = [
-        *ARM,
-        ("Phase", "name", growth_of),
-        ("Seeds", "figure", lambda row: str(len(row["arm"]))),
-        ("Loss before", "figure", over_seeds(_mean, "loss_before", ".3f")),
-        ("Loss after", "figure", over_seeds(_mean, "loss_after", ".3f")),
-        ("Loss rose by, nats", "figure", over_seeds(described, "shock_nats", 3)),
-        ("Accuracy: change, points", "figure", over_seeds(described, "accuracy_points", 2)),
-        ("Back after, tokens", "figure", over_seeds(_tokens, "tokens_to_recovery")),
+    by = ["condition", *ARM, "phase"]
+    frame = over_seeds(growths, by, OF_GROWTH)
+    groups = growths.groupby(by, sort=False)
+    frame["layers"] = groups["layers"].agg(_unique).to_numpy(object)
+    for name in ("tokens_to_recovery", "mixing"):
+        frame[name] = groups[name].agg(_tokens).to_numpy(object)
+    columns = [
+        VARIANT,
+        MODEL,
+        Column("layers", "Grown to, layers", kind="figure"),
+        SEEDS,
+        spread("loss_before", "Loss before", ".3f"),
+        spread("loss_after", "Loss after", ".3f"),
+        interval("shock_nats", "Loss rose by, nats", "+.3f"),
+        interval("accuracy_points", "Accuracy, points", "+.2f", minor=2),
+        Column("tokens_to_recovery", "Tokens to recover", kind="figure"),
         *(
-            [("As from scratch after", "figure", over_seeds(_tokens, "mixing"))]
-            if len(mixing)
+            [Column("mixing", "Tokens to match from scratch", kind="figure")]
+            if frame["mixing"].any()
             else []
         ),
-        ("Gradient in new layers, %", "figure", over_seeds(percent, "share_new")),
+        spread("share_new", "Gradient in new layers", ".0%", minor=1),
     ]
-    note = (
-        "At the last exit, before the first step after the growth, against the selected epoch of "
-        "the phase before. Back after: training tokens until an epoch ended below the loss before. "
-        "Gradient in new layers: their share of its norm over the first steps. Means ± standard "
-        "deviation over seeds, with their 95 % intervals."
-    )
-    if len(mixing):
-        note += (
-            " As from scratch after: tokens until the loss is, within the margin, that of training "
-            "from scratch with as many operations."
-        )
-    return _table("What growing did at once", rows, columns, note, sortable=True)
+    return set_table(frame, columns, "The immediate effect of growth", "growth")
+
+
+def _tokens(values: Any) -> str:
+    """Mean and 95 % interval of tokens; where any are infinite, in how many seeds they are."""
+    tokens = values.dropna().to_numpy(float)
+    if never := int(np.isinf(tokens).sum()):
+        return f"never in {never} of {len(tokens)}"
+    found = stats.summary(tokens)
+    if not found.n:
+        return ""
+    around = f" ({engineering(found.low)} to {engineering(found.high)})" if found.n > 1 else ""
+    return engineering(found.mean) + around
 
 
 # --- compute --------------------------------------------------------------------------------------
@@ -289,222 +368,122 @@ def growth_table(growths: Frame, mixing: Frame) -> Table:
 def spent_table(spent: Frame) -> Table:
     """What every arm spent, and the loss that it ended with."""
     columns = [
-        *ARM,
-        ("Seeds", "figure", lambda row: str(row["seeds"])),
-        ("Epochs", "figure", _number("epochs", ".3g")),
-        *COMPUTE,
-        ("Training", "figure", _duration("train_seconds")),
-        ("Evaluation", "figure screen", _duration("evaluation_seconds")),
-        ("Saved by reuse", "figure screen", _duration("seconds_saved")),
-        ("Final loss", "figure", _number("loss", ".4f")),
-        ("Bits per byte", "figure", _number("bits_per_byte", ".4f")),
+        VARIANT,
+        MODEL,
+        SEEDS,
+        Column("epochs", "Epochs", ".3g"),
+        amount("tokens", "Tokens"),
+        amount("flops", "FLOP with head"),
+        amount("flops_without_head", "FLOP without", minor=3),
+        seconds("train_seconds", "Training"),
+        seconds("evaluation_seconds", "Evaluation", minor=1),
+        seconds("seconds_saved", "Saved by reuse", minor=2),
+        Column("loss", "Validation loss", ".4f"),
     ]
-    return _table("What every arm spent", spent, columns, sortable=True)
+    return set_table(spent, columns, "What every arm spent", "ledger")
 
 
-def target_table(reached: Frame, reference: str) -> Table:
+def target_table(reached: Frame) -> Table:
     """The compute at which every arm reached its target loss."""
     columns = [
-        *ARM,
-        ("Target loss", "figure", _number("target", ".4f")),
-        ("Reached by", "figure", lambda row: _share(row["reached"], row["seeds"])),
-        *COMPUTE,
-        ("Time", "figure", _duration("seconds")),
+        VARIANT,
+        MODEL,
+        Column("target", "Target loss", ".4f"),
+        _share(),
+        amount("tokens", "Tokens"),
+        amount("flops", "FLOP with head"),
+        amount("flops_without_head", "FLOP without", minor=1),
+        seconds("seconds", "Time"),
     ]
-    note = (
-        f"The target is a loss that every seed of {study.variant_name(reference)} ended with or "
-        "below. It counts at the final depth, interpolated between epochs. Geometric means over "
-        "seeds; none where a seed did not get there."
-    )
-    title = "Compute and time to reach a target loss"
-    return _table(title, reached, columns, note, sortable=True)
+    return set_table(reached, columns, "Compute to reach a target loss", "to_target")
 
 
 def speed_up_table(gains: Frame) -> Table:
-    """The speed-up of growing, in each measure of compute."""
-    rows = [
-        {"variant": variant, "model": model, **arm[["reached", "seeds"]].max()}
-        | dict(arm.set_index("measure").iterrows())
-        for (variant, model), arm in gains.groupby(["variant", "model"], sort=False)
-    ]
-
-    def cell(measure: ledger.Measure) -> Callable[[Row], Cell]:
-        def of(row: Row) -> Cell:
-            if row["reached"] < row["seeds"]:
-                return Cell(f"only {row['reached']:.0f} of {row['seeds']:.0f} got there", "")
-            found = row[measure.column]
-            percent = {name: 100 * found[name] for name in ("mean", "low", "high")}
-            return _interval(percent, 0)
-
-        return of
-
-    columns = [
-        *ARM,
-        ("Reached by", "figure", lambda row: _share(row["reached"], row["seeds"])),
-        ("In tokens, %", "figure", cell(ledger.TOKENS)),
-        ("In FLOP with head, %", "figure", cell(ledger.FLOPS)),
-        ("In FLOP without, %", "figure", cell(ledger.BODY)),
-        ("In time, %", "figure", cell(ledger.SECONDS)),
-    ]
-    note = (
-        "Compute from scratch / compute of growing, all phases, to the loss that the run from "
-        "scratch of the same seed ended with, reached at the final depth, − 1 (Du et al. 2024): "
-        "+50 means that from scratch takes half as much again, minus that growing was slower. "
-        "Geometric mean and 95 % interval over seeds; no average where a seed did not get there."
+    """The speed-up of growing: a row an arm, a column a measure of compute."""
+    wide = gains.pivot_table(
+        ["mean", "low", "high"],
+        ["condition", *ARM, "seeds", "reached"],
+        "measure",
+        sort=False,
+        dropna=False,
     )
-    return _table("Speed-up of growing against from scratch", rows, columns, note, sortable=True)
-
-
-def _share(part: int, whole: int) -> Cell:
-    return Cell(f"{part:.0f} of {whole:.0f}", part / max(1, whole))
-
-
-# --- tokenizers -----------------------------------------------------------------------------------
-
-
-def tokenizers_table(rows: Frame) -> Table:
-    """What arms come to with different tokenizers; see `tokenizers.across`."""
-
-    def difference(row: Row) -> Cell:
-        return _interval({"mean": row["difference"], "low": row["low"], "high": row["high"]}, 4)
-
+    wide.columns = [f"{measure}_{part}" for part, measure in wide.columns]
+    frame = wide.mul(100).reset_index()
     columns = [
-        ("On", "name", _text("condition")),
-        ("Tokenizer (vocabulary)", "name", _text("tokenizer")),
-        *ARM,
-        ("Seeds", "figure", lambda row: str(row["seeds"])),
-        ("Bits per byte", "figure", _number("mean", ".4f")),
-        ("± sd", "figure", _number("sd", ".4f")),
-        ("Difference to the first", "figure", difference),
-        ("Bytes of text", "figure", _number("bytes", ",.0f")),
-        ("Unknown words", "figure", _number("unknown", ".1%")),
+        VARIANT,
+        MODEL,
+        _share(),
+        interval("tokens", "In tokens, %", "+.0f"),
+        interval("flops", "In FLOP with head, %", "+.0f"),
+        interval("flops_without_head", "In FLOP without, %", "+.0f", minor=1),
+        interval("seconds", "In time, %", "+.0f"),
     ]
-    note = (
-        "Bits per byte: loss x tokens / (bytes x ln 2), of the text that runs are judged on. Minus "
-        "is better. Difference: within seeds, to the tokenizer that stands first for the same text "
-        "and arm, with its 95 % interval. Windows of other tokens end elsewhere in the text, so "
-        "compare where all of it is read, or bytes are about equal. A word that is unknown says "
-        "nothing of its text and, where many are, costs little; and lower-casing and white space "
-        "are not predicted by words at all: both flatter them."
-    )
-    return _table("Bits per byte", rows, columns, note, sortable=True)
+    return set_table(frame, columns, "Speed-up of growing", "speed_up")
+
+
+def _share() -> Column:
+    """How many of an arm's seeds got there."""
+
+    def text(row: Row) -> str:
+        return f"{row['reached']:.0f} of {row['seeds']:.0f}"
+
+    return Column("reached", "Reached by", of_row=text, kind="figure")
 
 
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def runs_table(runs: Frame, of: int, variants: Mapping[str, str]) -> Table:
-    """A row for each of `runs`, the first of so many; `variants` names the arms of some."""
+def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
+    """A row for each run; `variants` names the arms of those that completed."""
     changed = runs["phases"].astype("float64") > 1
-    runs = runs.assign(
-        variant=[
-            variants.get(run) or text_of(name)
-            for run, name in zip(runs["run"], runs["experiment"], strict=True)
-        ],
+    frame = runs.assign(
+        variant=runs["run"].map(variants).fillna(runs["experiment"]).map(text_of),
         accuracy_points=runs["accuracy_points"].where(changed),
-        perplexity_percent=runs["perplexity_percent"].where(changed),
+        model=runs["model"].map(text_of),
     )
-    repeated = " (repeated)"
+    frame["status"] += np.where(runs["duplicate_of"].notna(), " (repeated)", "")
     columns = [
-        ("Run", "name", _text("run")),
-        *ARM,
-        ("Seed", "figure", lambda row: number_text(row["seed"], "d")),
-        (
-            "Status",
-            "name",
-            lambda row: row["status"] + repeated * int(pd.notna(row["duplicate_of"])),
-        ),
-        ("Layers", "figure", lambda row: pair(row, "layers", "d")),
-        ("Accuracy %", "figure", _number("last_accuracy_percent", ".2f")),
-        ("Change, points", "figure", _number("accuracy_points", "+.2f")),
-        ("Perplexity", "figure", _number("last_perplexity", ",.2f")),
-        ("Perplexity fell by, %", "figure", _number("perplexity_percent", "+.2f")),
-        ("Bits per byte", "figure", _number("last_bits_per_byte", ".4f")),
-        ("Epochs", "figure", lambda row: number_text(row["epochs"], "d")),
-        ("Time", "figure", _duration("seconds")),
+        Column("run", "Run"),
+        VARIANT,
+        MODEL,
+        Column("seed", "Seed", "d"),
+        Column("status", "Status"),
+        Column("last_layers", "Layers", of_row=lambda r: pair(r, "layers", "d"), kind="figure"),
+        Column("last_accuracy_percent", "Accuracy %", ".2f"),
+        Column("accuracy_points", "Change, points", "+.2f"),
+        Column("last_perplexity", "Perplexity", ",.2f"),
+        Column("last_bits_per_byte", "Bits per byte", ".4f", minor=2),
+        Column("epochs", "Epochs", "d", minor=1),
+        seconds("seconds", "Time"),
     ]
-    note = "All settings and figures are in tables/runs.csv, every epoch in tables/epochs.csv."
-    if of > len(runs):
-        note = f"The first {len(runs):,} of {of:,} runs. {note}"
-    return _table("Every run (click a head to sort)", runs, columns, note, sortable=True)
+    return set_table(frame, columns, "Every run", "runs")
+
+
+def ended_table(ended: Frame) -> Table:
+    """Runs that ended otherwise than completed, with their reasons."""
+    columns = [
+        Column("run", "Run"),
+        Column("status", "Status"),
+        Column("overrides", "Overrides", kind="prose"),
+        Column("reason", "Reason", kind="prose"),
+    ]
+    return set_table(ended, columns, "Runs that ended otherwise", "runs")
+
+
+def left_out_table(left_out: Frame) -> Table:
+    """What could not be read."""
+    columns = [Column("folder", "Folder"), Column("reason", "Reason", kind="prose")]
+    return set_table(left_out, columns, "Left out, for it cannot be read", "left_out")
+
+
+VERSIONS = (
+    *("proglayer", "python", "torch", "platform", "device_name", "threads", "git_commit"),
+    *("git_changed", "corpus", "corpus_fingerprint", "tokenizer", "vocab_size", "seed"),
+)
 
 
 def versions_table(runs: Frame) -> Table:
     """The versions, machines, texts and seeds of these runs."""
-    columns = {
-        "proglayer": "proglayer",
-        "Python": "python",
-        "torch": "torch",
-        "Platform": "platform",
-        "Device": "device_name",
-        "Threads": "threads",
-        "Commit": "git_commit",
-        "Working tree changed": "git_changed",
-        "Corpus": "corpus",
-        "Corpus fingerprint": "corpus_fingerprint",
-        "Tokenizer": "tokenizer",
-        "Vocabulary": "vocab_size",
-        "Validation tokens": "validation_tokens",
-        "Validation bytes": "validation_bytes",
-    }
-    rows = [[title, listed(unique(runs[column]), 6)] for title, column in columns.items()]
-    rows.append(["Seeds", ranges(runs["seed"])])
-    heads = [("What", "name"), ("Values in these runs", "prose")]
-    return Table("With what it ran", heads, [row for row in rows if row[1]])
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-def _tokens(values: Frame) -> Cell:
-    """Mean and 95 % interval of tokens; where any are infinite, in how many seeds they are."""
-    tokens = values.dropna().to_numpy(dtype=float)
-    if never := int(np.isinf(tokens).sum()):
-        return Cell(f"never in {never} of {len(tokens)}", math.inf)
-    found = stats.summary(tokens)
-    if not found.n:
-        return Cell("", "")
-    between = f" ({engineering(found.low)} to {engineering(found.high)})" if found.n > 1 else ""
-    return Cell(engineering(found.mean) + between, found.mean)
-
-
-def _mean(values: Any, form: str, unit: str = "") -> str:
-    """Mean ± standard deviation, or the value where there is one."""
-    array = np.asarray(values, dtype=float)
-    known = array[np.isfinite(array)]
-    if not len(known):
-        return ""
-    spread = f" ± {known.std(ddof=1):{form.replace('+', '')}}" if len(known) > 1 else ""
-    return f"{known.mean():{form}}{spread}{unit}"
-
-
-def _mean_seconds(values: Any) -> str:
-    mean = np.nanmean(np.asarray(values, dtype=float))
-    return duration(mean) if mean >= 100 else _mean(values, ".1f", " s")
-
-
-def _interval(summary: Any, decimals: int, sign: str = "+") -> Cell:
-    """`+0.1 ± 0.2 (-0.1 to +0.3)`, as far as it is known."""
-    mean, sd, low, high = (summary.get(name, math.nan) for name in ("mean", "sd", "low", "high"))
-    form = f"{sign}.{decimals}f"
-    text = number_text(mean, form)
-    if math.isfinite(sd):
-        text += f" ± {sd:.{decimals}f}"
-    if math.isfinite(low):
-        text += f" ({low:{form}} to {high:{form}})"
-    return Cell(text, _sort(mean))
-
-
-def _sort(value: Any) -> float | str:
-    return "" if pd.isna(value) else float(value)
-
-
-def unique(values: Frame) -> list[str]:
-    """The values that there are, as text."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, bool | np.bool_):
-            return "yes" if value else "no"
-        return f"{value:,}" if isinstance(value, Integral) else str(value)
-
-    return [text(v) for v in plain_values(values.drop_duplicates()) if v is not None]
+    rows = [{"what": name.replace("_", " "), "values": _unique(runs[name])} for name in VERSIONS]
+    columns = [Column("what", "What"), Column("values", "Values in these runs", kind="prose")]
+    return Table([row for row in rows if row["values"]], columns, "With what it ran")

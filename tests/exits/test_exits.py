@@ -14,7 +14,7 @@ from proglayer import load_run
 from proglayer.exits import measure
 from proglayer.exits.__main__ import main
 from proglayer.report import early_exit
-from proglayer.report.write import write_report
+from proglayer.report.page import write_report
 from proglayer.run.experiment import run
 from proglayer.training.growth import build
 from proglayer.training.model import Model

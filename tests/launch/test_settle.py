@@ -15,7 +15,7 @@ import pytest
 from proglayer.errors import ConfigError
 from proglayer.launch.settle import Study
 from proglayer.report.sequential import Design, Looks, read_looks, write_looks
-from proglayer.report.write import write_report
+from proglayer.report.page import write_report
 
 from .. import synthetic
 from ..helpers import SHORT, Command, assert_same_bits, results, start, until
@@ -106,10 +106,7 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
     assert first
     assert first == second
     # The claims as the report finds them.
-    reports = [
-        write_report([tmp_path / name], tmp_path / f"r_{name}", png=False)
-        for name in ("s", "whole_s")
-    ]
+    reports = [write_report([tmp_path / name], tmp_path / f"r_{name}") for name in ("s", "whole_s")]
     tables = [page.with_name("tables") / "comparisons.csv" for page in reports]
     assert tables[0].read_bytes() == tables[1].read_bytes()
     assert "Looked at with 2, 3 seeds, of at most 3." in reports[0].read_text()
@@ -227,7 +224,7 @@ def test_damaged_looks_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="looks.json cannot be read"):
         study(tmp_path, 1, ())
     with pytest.raises(ValueError, match="looks.json cannot be read"):
-        write_report([tmp_path], tmp_path / "r", png=False)
+        write_report([tmp_path], tmp_path / "r")
     # Another's file of that name is no business of a report's.
     (tmp_path / "looks.json").write_text(json.dumps({"haircut": "short"}))
-    assert write_report([tmp_path], tmp_path / "r", png=False).is_file()
+    assert write_report([tmp_path], tmp_path / "r").is_file()
