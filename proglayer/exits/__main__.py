@@ -12,10 +12,9 @@ from proglayer.config import Config
 from proglayer.console import tell
 from proglayer.data import Corpus, open_corpus
 from proglayer.errors import ConfigError, StoreError, first_line, print_error, run_command
-from proglayer.report import early_exit, study
+from proglayer.report import early_exit, pictures, words
+from proglayer.report.arms import Frame, arms
 from proglayer.report.early_exit import Measured
-from proglayer.report.pictures import Gallery
-from proglayer.report.study import Frame
 from proglayer.results import load, write_csv
 from proglayer.store.record import RecordError, RunRecord, read_record
 
@@ -42,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(folders: Sequence[str], out: Path) -> int:
-    runs = study.arms(load(*folders)).runs
+    runs = arms(load(*folders)).runs
     if runs.empty:
         raise ConfigError(f"no completed run in {', '.join(folders)}")
-    ours = _open_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     corpus: Corpus | None = None
     measured: dict[str, Measured] = {}
     failed = 0
@@ -70,25 +69,13 @@ def _measure_all(folders: Sequence[str], out: Path) -> int:
     found = early_exit.worth(runs, measured)
     tables = {name: table for name, table in vars(found).items() if len(table)}
     for name, table in tables.items():
-        write_csv(table, out / f"{name}.csv", ours)
-    drawn = early_exit.pictures(Gallery(out, ours), found)
-    print("\n".join(early_exit.sentences(found)))
+        write_csv(table, out / f"{name}.csv", files.everything)
+    drawn = pictures.exits(found)
+    for picture in drawn:
+        files.write_over(out / f"{picture.name}.svg", picture.svg.encode(), files.everything, OUT)
+    print("\n".join(words.needed_text(own) for own in early_exit.needed(found)))
     print(f"{out}: {len(tables)} tables and {len(drawn)} pictures")
     return FAILED if failed else 0
-
-
-def _open_folder(out: Path) -> files.Ours:
-    """What knows the files of this command in a folder: those beside a table of ours.
-
-    Raises StoreError where other files have the names of ours.
-    """
-    table, is_table = out / "exits.csv", files.begins_with(b"variant,model,seed,run,layer,")
-    if not files.is_ours(table, is_table):
-        for name in early_exit.NAMES:
-            for ending in ("csv", "svg", "png"):
-                files.check_ours(out / f"{name}.{ending}", lambda _: False, OUT)
-    out.mkdir(parents=True, exist_ok=True)
-    return lambda _: files.is_ours(table, is_table)
 
 
 def _check_texts(runs: Frame) -> None:

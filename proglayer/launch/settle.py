@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -39,6 +38,7 @@ from proglayer.results import keys_and_values
 from proglayer.store.record import JOBS, RecordError, RunState, read_jobs
 
 if TYPE_CHECKING:
+    from proglayer.report.comparisons import Comparison
     from proglayer.report.sequential import Looks
     from proglayer.results import Results
 
@@ -73,7 +73,7 @@ def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
         say = console().print
         if firsts[0].config.plan:
             print_plans(sweeper, firsts)
-            at = ", ".join(map(str, looks.design.looks))
+            at = ", ".join(map(str, looks.at))
             say(f"these {len(arms)} arms, looked at with {at} seeds", markup=False)
             return
         folder = open_folder(sweeper.config)
@@ -92,20 +92,20 @@ def settle(sweeper: SettleSweeper, arguments: list[str]) -> None:
 
 def _looks(sweeper: SettleSweeper) -> Looks:
     """The looks that are asked for, none taken. Raises ConfigError for settings out of range."""
-    from proglayer.report.sequential import Design, Looks
+    from proglayer.report.sequential import Looks
 
     check_settings(sweeper, SettleSweeper)
-    design = Design(sweeper.first, sweeper.step, sweeper.most)
-    if design.most < design.first:
+    if sweeper.most < sweeper.first:
         raise ConfigError(
-            f"hydra.sweeper.most={design.most} is less than hydra.sweeper.first={design.first}"
+            f"hydra.sweeper.most={sweeper.most} is less than hydra.sweeper.first={sweeper.first}"
         )
-    return Looks(design, sweeper.first_seed, float(sweeper.margin))
+    names = "first", "step", "most", "first_seed", "margin"
+    return Looks(**{name: getattr(sweeper, name) for name in names})
 
 
 def _arms(sweeper: SettleSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
     """The overrides of each arm. Raises ConfigError for a seed, or arms that test no claim."""
-    from proglayer.report import study
+    from proglayer.report import arms as known
 
     arms = expand(sweeper, arguments)
     if any(text.lstrip("+~").partition("=")[0] == "seed" for arm in arms for text in arm):
@@ -114,14 +114,14 @@ def _arms(sweeper: SettleSweeper, arguments: list[str]) -> list[tuple[str, ...]]
             "hydra.sweeper.first_seed"
         )
     values = [dict(keys_and_values(arm)) for arm in arms]
-    models = {own.get("model", study.STANDARD) for own in values}
-    experiments = {own.get("experiment", study.ORIGINAL) for own in values}
-    compared = {study.UNFROZEN, study.FROM_SCRATCH} & experiments
-    if not ({study.STANDARD, study.DEEP} <= models or (study.ORIGINAL in experiments and compared)):
+    models = {own.get("model", known.STANDARD) for own in values}
+    experiments = {own.get("experiment", known.ORIGINAL) for own in values}
+    compared = {known.UNFROZEN, known.FROM_SCRATCH} & experiments
+    if not ({known.STANDARD, known.DEEP} <= models or (known.ORIGINAL in experiments and compared)):
         raise ConfigError(
             "hydra/sweeper=settle: these arms test no claim: give both models "
-            f"(model={study.STANDARD},{study.DEEP}), or experiment={study.ORIGINAL} with a control "
-            f"({study.UNFROZEN}, {study.FROM_SCRATCH})"
+            f"(model={known.STANDARD},{known.DEEP}), or experiment={known.ORIGINAL} with a control "
+            f"({known.UNFROZEN}, {known.FROM_SCRATCH})"
         )
     return arms
 
@@ -173,28 +173,31 @@ class Study:
 
     def _judge(self) -> None:
         """Read the runs, judge the claims at the looks so far, and see which arms are needed."""
-        from proglayer.report import ledger, study
-        from proglayer.report.sequential import is_open, judge
+        from proglayer.report import measures
+        from proglayer.report.arms import DEEP, STANDARD, Margins
+        from proglayer.report.arms import arms as arms_of
+        from proglayer.report.sequential import judge_looks
         from proglayer.results import load
 
         self._needed = list(range(len(self._arms)))
-        self._rows: list[dict[str, Any]] = []
+        self._claims: list[Comparison] = []
         if not self._looks.taken:
             return
         results: Any = load(self._folder)
         self._spent = _spent(results)
         self._runs = int((results.runs["status"] == RunState.completed).sum())
-        arms = study.arms(results)
+        arms = arms_of(results)
         conditions = [(name, arms.asked(n)) for n, name in enumerate(arms.conditions)]
-        margins = study.Margins(points=self._looks.margin)
-        claims = judge(conditions, ledger.curves(results, arms.runs), margins, self._looks)
-        self._rows = claims.to_dict("records")
-        wanted: set[tuple[str, str, str]] = set()
-        for row in self._rows:
-            if is_open(row):
-                both = [row["model"]] if row["model"] else [study.STANDARD, study.DEEP]
-                variants = [row["a"], row["b"]] if row["model"] else [row["a"]]
-                wanted |= {(row["condition"], v, model) for v in variants for model in both}
+        curves = measures.curves(results, arms.runs)
+        margins = Margins(points=self._looks.margin)
+        self._claims = judge_looks(conditions, curves, margins, self._looks)
+        wanted = {
+            (own.condition, variant, model)
+            for own in self._claims
+            if own.open
+            for variant in filter(None, (own.a, own.b))
+            for model in ([own.model] if own.model else [STANDARD, DEEP])
+        }
         needed = set()
         for run in arms.runs.to_dict("records"):
             if (arms.conditions[run["condition"]], run["variant"], run["model"]) in wanted:
@@ -207,9 +210,9 @@ class Study:
 
         looks, number = self._looks, len(self._looks.taken)
         before = looks.taken[-1] if number else 0
-        if not self._needed or before == looks.design.most:
+        if not self._needed or before == looks.most:
             return False
-        seeds = looks.design.looks[number]
+        seeds = looks.at[number]
         if number and self._budget_in_the_way():
             return False
         jobs = check(
@@ -222,7 +225,7 @@ class Study:
         )
         write_looks(self._folder, looks)
         self._run(jobs)
-        self._looks = replace(looks, taken=(*looks.taken, seeds))
+        self._looks = looks.model_copy(update={"taken": (*looks.taken, seeds)})
         write_looks(self._folder, self._looks)
         self._judge()
         self._say_look()
@@ -246,7 +249,7 @@ class Study:
 
     def _next_cost(self) -> dict[str, float]:
         """What the next batch takes, as the runs so far did."""
-        looks, taken = self._looks.design.looks, self._looks.taken
+        looks, taken = self._looks.at, self._looks.taken
         runs = (looks[len(taken)] - taken[-1]) * len(self._needed)
         return {name: spent * runs / max(1, self._runs) for name, spent in self._spent.items()}
 
@@ -259,10 +262,8 @@ class Study:
         return None
 
     def _say_look(self) -> None:
-        from proglayer.report.sequential import is_open
-
-        made = sum(bool(row["comparisons"]) for row in self._rows)
-        left = sum(map(is_open, self._rows))
+        made = sum(bool(own.pairs) for own in self._claims)
+        left = sum(own.open for own in self._claims)
         console().print(
             f"looked at {self._looks.taken[-1]} seeds: {made - left} of {made} comparisons settled"
             + (f"; {len(self._needed)} of {len(self._arms)} arms are still needed" if left else ""),
@@ -271,36 +272,36 @@ class Study:
 
     def outcome(self) -> list[str]:
         """What is settled, what is not, and what it would take further, in lines."""
-        from proglayer.report import comparisons, stats
-        from proglayer.report.sequential import is_open, is_settled
+        from proglayer.report import stats, words
 
-        looks, lines, plans = self._looks, [], []
-        several = len({row["condition"] for row in self._rows}) > 1
-        for row in self._rows:
-            on = f" on {row['condition']}" if several else ""
-            if not row["comparisons"]:
-                lines.append(f"{row['claim']}{on}: {row['reason']}")
+        looks, lines = self._looks, []
+        several = len({own.condition for own in self._claims}) > 1
+        for own in self._claims:
+            on = f" on {own.condition}" if several else ""
+            claim = f"{words.TITLES[own.claim]}{on}" if own.claim else ""
+            if own.not_made:
+                lines.append(f"{claim}: {words.why_not(own, own.not_made)}")
                 continue
-            what = f"{row['claim']}{on}: {comparisons.described_as(row)}: {comparisons.clause(row)}"
-            if is_settled(row):
-                lines.append(f"settled at {row['look']} seeds: {what}")
+            what = f"{claim}: {words.described_as(own)}: {words.clause(own)}"
+            if own.settled:
+                lines.append(f"settled at {own.look} seeds: {what}")
                 continue
-            level = looks.design.levels(len(looks.design.looks) - 1, row["family"]).each
-            plan = stats.seeds_for_margin(row["sd"], row["n"], row["margin"], alpha=level)
+            level = looks.levels(len(looks.at) - 1, own.judged.levels.family).each
+            pairs = own.accuracy
+            plan = stats.seeds_for_margin(pairs.sd, pairs.n, pairs.margin, alpha=level)
             known = not math.isnan(plan[0])
-            plans += [plan] if known else []
-            takes = f"; it takes about {comparisons.plan(*plan)} seeds in all" if known else ""
+            takes = f"; it takes about {words.plan(*plan)} seeds in all" if known else ""
             lines.append(f"open: {what}{takes}")
-        if not any(map(is_open, self._rows)):
+        if not any(own.open for own in self._claims):
             return [*lines, "every claim that can be tested is settled"]
-        if looks.taken[-1] == looks.design.most:
+        if looks.taken[-1] == looks.most:
             return [
                 *lines,
-                f"hydra.sweeper.most={looks.design.most} is reached, and all of the error spent: "
+                f"hydra.sweeper.most={looks.most} is reached, and all of the error spent: "
                 "to know more, plan a study of new seeds, with a larger most and "
-                f"hydra.sweeper.first_seed={looks.first_seed + looks.design.most}",
+                f"hydra.sweeper.first_seed={looks.first_seed + looks.most}",
             ]
-        seeds = looks.design.looks[len(looks.taken)] - looks.taken[-1]
+        seeds = looks.at[len(looks.taken)] - looks.taken[-1]
         return [
             *lines,
             f"{self._budget_in_the_way()} is spent ({COST.format(**self._spent)}): {seeds} more "
@@ -311,9 +312,8 @@ class Study:
 
 def _check_same(before: Looks, asked: Looks) -> None:
     """Raise ConfigError where a study that was looked at is to be looked at otherwise."""
-    given = asdict(asked.design) | {"first_seed": asked.first_seed, "margin": asked.margin}
-    for name, now in given.items():
-        then = getattr(before if name in ("first_seed", "margin") else before.design, name)
+    for name, now in asked.model_dump(exclude={"taken"}).items():
+        then = getattr(before, name)
         if then != now:
             raise ConfigError(
                 f"hydra.sweeper.{name}={now:g}: this study was looked at with {then:g}, and what "

@@ -258,7 +258,13 @@ def changes(runs: Frame) -> Frame:
     """
     grown = runs[runs["phases"].fillna(0) > 1]
     rows = [
-        [variant, model, str(metric), metric.unit, *vars(stats.summary(arm[metric.change])).values()]
+        [
+            variant,
+            model,
+            str(metric),
+            metric.unit,
+            *vars(stats.summary(arm[metric.change])).values(),
+        ]
         for (variant, model), arm in grown.groupby(["variant", "model"], sort=False)
         for metric in Metric
     ]

@@ -274,9 +274,13 @@ def _within(
             found = within_budget(own, other, curves, MEASURES[budget])
             if (cut := found[found["too_short"]]).size:
                 why = _cut_short(runs, b, model, cut)
-                lacking.append(Comparison(Kind.budget, a, b, model, budgets=(budget,), not_made=why))
+                lacking.append(
+                    Comparison(Kind.budget, a, b, model, budgets=(budget,), not_made=why)
+                )
                 continue
-            same = [key for key, earlier in alike.items() if earlier["epoch"].equals(found["epoch"])]
+            same = [
+                key for key, earlier in alike.items() if earlier["epoch"].equals(found["epoch"])
+            ]
             alike |= {(*same[0], budget): alike.pop(same[0])} if same else {(budget,): found}
         made += lacking[:1]
         for key, found in alike.items():
@@ -410,8 +414,11 @@ def as_frames(comparisons: Iterable[Comparison]) -> tuple[Frame, Frame]:
     for own in comparisons:
         names = {name: getattr(own, name) for name in ("condition", "a", "b", "model")}
         which = {
-            **{"claim": own.claim and str(own.claim), **names, "measured": str(own.kind)},
-            **{"budgets": " ".join(own.budgets), "on_validation": own.on_validation},
+            "claim": own.claim and str(own.claim),
+            **names,
+            "measured": str(own.kind),
+            "budgets": " ".join(own.budgets),
+            "on_validation": own.on_validation,
         }
         judged, levels = own.judged, own.judged.levels
         verdict = {

@@ -1,4 +1,4 @@
-"""A study: many runs read together, sorted into conditions, with every comparison made and judged."""
+"""A study: many runs read together, with every comparison made and judged."""
 
 from __future__ import annotations
 

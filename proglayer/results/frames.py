@@ -21,7 +21,6 @@ from proglayer.results.columns import (
     GROUPS,
     IDENTITY_COLUMNS,
     METRIC_COLUMNS,
-    NOT_THE_EXPERIMENT,
     PLACE_COLUMNS,
     WHICH_RUN,
     plain_values,
@@ -30,6 +29,7 @@ from proglayer.results.columns import (
 )
 from proglayer.results.reader import keys_and_values, read_runs
 from proglayer.results.scan import scan
+from proglayer.results.variants import asked_of, name_variants, swept
 from proglayer.store.record import RunState
 from proglayer.table import csv_of
 
@@ -130,13 +130,16 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
 
 
 def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with `variant`; it and the model as categories in the order of the first runs."""
-    aside = ("seed", "model", "experiment", *NOT_THE_EXPERIMENT)
-    varied = what_varied(runs, aside, as_given=False)
-    labels = []
-    for place, experiment in enumerate(plain_values(runs["experiment"])):
-        parts = [f"{title}={values[place]}" for title, values in varied.items() if values[place]]
-        labels.append(" ".join([*([experiment] if experiment else []), *parts]) or "as configured")
+    """`runs` with `variant`; it and the model as categories in the order of the first runs.
+
+    A run whose settings are not known yet is named as those of which the same was asked.
+    """
+    known: Any = runs[runs["config.seed"].notna()]
+    names, _ = name_variants(known, swept(known))
+    asked = runs["overrides"].map(asked_of)
+    alike = dict(zip(asked[known.index], names, strict=True))
+    otherwise = runs["experiment"].astype(object).where(runs["experiment"].notna(), "as configured")
+    labels = names.reindex(runs.index).fillna(asked.map(alike)).fillna(otherwise).tolist()
     columns = {}
     for name, values in (("variant", labels), ("model", plain_values(runs["model"]))):
         known = list(dict.fromkeys(value for value in values if value is not None))

@@ -14,8 +14,8 @@ import pytest
 
 from proglayer.errors import ConfigError
 from proglayer.launch.settle import Study
-from proglayer.report.sequential import Design, Looks, read_looks, write_looks
 from proglayer.report.page import write_report
+from proglayer.report.sequential import Design, Looks, read_looks, write_looks
 
 from .. import synthetic
 from ..helpers import SHORT, Command, assert_same_bits, results, start, until

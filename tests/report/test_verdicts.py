@@ -1,7 +1,7 @@
 """What the committed studies of docs/findings say does not move.
 
-`verdicts.json` holds their figures as the code gave them before it was rebuilt. It has changed once:
-epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of training
+`verdicts.json` holds their figures as the code gave them before it was rebuilt. One
+thing has changed: epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of training
 where a loss is reached.
 """
 
@@ -41,9 +41,7 @@ def read(part: str) -> Results:
 
 def rows(frame: pd.DataFrame, *names: str) -> list[list[Any]]:
     """The names of each row as text, then its numbers."""
-    numbers = [
-        c for c in frame if c not in names and pd.api.types.is_numeric_dtype(frame[c].dtype)
-    ]
+    numbers = [c for c in frame if c not in names and pd.api.types.is_numeric_dtype(frame[c].dtype)]
     return [
         [*(str(row[name]) for name in names), *(row[name] for name in numbers)]
         for row in frame.to_dict("records")
@@ -87,7 +85,9 @@ def figures_of(condition: study.Condition, results: Results, margins: arms.Margi
         "name": condition.name,
         "reference": condition.reference,
         "lacking": len(condition.asked) - len(runs),
-        "arms": rows(grouped[ends].mean().assign(n=grouped.size()).reset_index(), "variant", "model"),
+        "arms": rows(
+            grouped[ends].mean().assign(n=grouped.size()).reset_index(), "variant", "model"
+        ),
         "ledger": rows(condition.tables["ledger"], "variant", "model"),
         "to_target": rows(condition.tables["to_target"], "variant", "model"),
         "speed_up": rows(condition.tables["speed_up"], "variant", "model", "measure"),

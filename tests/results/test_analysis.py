@@ -104,9 +104,9 @@ def test_a_variant_is_what_was_set_but_for_seed_model_and_machine(tmp_path: Path
     for name, overrides in given.items():
         run(tmp_path / name, "original", "standard", 1, *overrides)
     assert load(tmp_path).runs["variant"].tolist() == [
-        "original base=0.001",
-        "original base=0.001",
-        "original base=0.002",
+        "original lr.base=0.001",
+        "original lr.base=0.001",
+        "original lr.base=0.002",
     ]
     assert load(tmp_path / "a").runs["variant"].tolist() == ["original"]
 

@@ -1,25 +1,22 @@
-"""Between tokenizers: bits per byte, in records, frames, the table, the report and a search."""
+"""Between tokenizers: bits per byte, in records, frames, the table and a search."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from rich.console import Console
 
-from proglayer.report import study, tokenizers, write_report
 from proglayer.results import load
 from proglayer.results.difference import difference
 from proglayer.results.summary import summary_table
 from proglayer.store.record import CorpusRecord, RunRecord, read_record, write_record
 
-from ..helpers import SHORT, Command, config
+from ..helpers import SHORT, Command
 from ..helpers import results as records
 from ..synthetic import run
 
@@ -137,65 +134,6 @@ def test_an_untrained_model_costs_what_its_vocabulary_says(train: Command, tmp_p
     assert 0 < corpus["validation_unknown"] < 32 * 32
     expected = math.log2(corpus["vocab_size"]) * 32 * 32 / corpus["validation_bytes"]
     assert expected < best["validation_bits_per_byte"] < 1.2 * expected
-
-
-def test_the_report_compares_tokenizers_in_bits_per_byte_alone(both: Path) -> None:
-    arms = study.arms(load(both))
-    found = tokenizers.across(arms)
-    assert len(arms.conditions) == 2
-    rows = {row["tokenizer"]: row for row in found.to_dict("records")}
-    assert rows.keys() == {"words (8,192)", "bpe (4,096)"}
-    words, bpe = rows["words (8,192)"], rows["bpe (4,096)"]
-    assert words["mean"] == pytest.approx(bits("words", 5.02))
-    assert bpe["mean"] == pytest.approx(bits("bpe", 3.02))
-    expected = bpe["mean"] - words["mean"]
-    first, second = (words, bpe) if math.isnan(words["difference"]) else (bpe, words)
-    assert abs(second["difference"]) == pytest.approx(abs(expected))
-    assert math.isnan(first["difference"])
-    assert words["unknown"] == pytest.approx(800 / (500 * 32))
-    assert math.isnan(bpe["unknown"])
-    page = write_report([both], both.parent / "report", png=False)
-    text = (page.parent / "report.md").read_text()
-    assert "Between tokenizers" in text
-    assert "they do not compare, and no comparison of theirs is made here" in " ".join(text.split())
-    assert f"{bpe['mean']:.4f}" in text
-    kept = pd.read_csv(page.parent / "tables" / "tokenizers.csv")
-    assert sorted(kept["mean"]) == pytest.approx(sorted([words["mean"], bpe["mean"]]))
-    # Nothing else sets one against the other: each table is of one condition at a time.
-    for name in ("changes", "ledger", "to_target"):
-        table = pd.read_csv(page.parent / "tables" / f"{name}.csv")
-        assert set(table["condition"]) == set(arms.conditions)
-
-
-def test_runs_that_recorded_no_bytes_are_not_compared_and_that_is_said(tmp_path: Path) -> None:
-    for tokenizer in TEXTS:
-        leave(tmp_path / "runs" / tokenizer, tokenizer, 1, 4.0, recorded=False)
-    frames = load(tmp_path / "runs")
-    assert frames.runs["last_bits_per_byte"].isna().all()
-    assert frames.runs["tokenizer"].isna().all()
-    page = write_report([tmp_path / "runs"], tmp_path / "report", png=False)
-    text = " ".join((page.parent / "report.md").read_text().split())
-    assert "between tokenizers they do not compare" in text
-    assert "None of these runs recorded them." in text
-
-
-def test_one_tokenizer_has_no_such_section(tmp_path: Path) -> None:
-    for seed in (1, 2):
-        leave(tmp_path / "runs" / str(seed), "bpe", seed, 3.0)
-    page = write_report([tmp_path / "runs"], tmp_path / "report", png=False)
-    assert "Between tokenizers" not in (page.parent / "report.md").read_text()
-
-
-def test_two_texts_of_words_are_no_two_tokenizers(tmp_path: Path) -> None:
-    """Words of another text are another vocabulary, but nothing that compares."""
-    leave(tmp_path / "runs" / "a", "words", 1, 4.0)
-    settings = config("data=text", "data.files=[a.txt]")
-    folder = leave(tmp_path / "runs" / "b", "words", 1, 4.0)
-    plain = json.loads((folder / "result.json").read_text())
-    plain["config"]["data"] = settings.model_dump(mode="json")["data"]
-    plain["corpus"] |= {"name": "text", "fingerprint": "e" * 64, "vocab_size": 900}
-    (folder / "result.json").write_text(json.dumps(plain))
-    assert tokenizers.across(study.arms(load(tmp_path / "runs"))).empty
 
 
 def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
