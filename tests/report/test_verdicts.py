@@ -1,8 +1,8 @@
 """What the committed studies of docs/findings say does not move.
 
-`verdicts.json` holds their figures as the code gave them before it was rebuilt. One
-thing has changed: epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of training
-where a loss is reached.
+`verdicts.json` holds their figures as the code gave them before it was rebuilt. One thing has
+changed: epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of
+training where a loss is reached.
 """
 
 from __future__ import annotations
