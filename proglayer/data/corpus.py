@@ -1,15 +1,8 @@
-"""Text to token windows: the sources, the vocabulary, the cache on disk, the fingerprint.
+"""Text to token windows: prepared once, memory-mapped from then on, known by a fingerprint.
 
-Every source gives the same thing, a `Corpus`. Text becomes words by one rule: lower-case it (a
-setting), split on white space. Line ends are white space like any other and there is no token for
-them, so the words of a split form one stream, however its text was cut into lines, rows or files.
-The vocabulary is `<unk>` = 0, `<pad>` = 1, then every word of train and then of validation in
-order of first appearance; rare words can be left out of it (`min_count`, `max_vocab`). Or text
-becomes subwords, which is `subwords`'s business.
-
-The two streams are stored once, as int32 arrays, in a cache that depends on the text and the
-tokenisation only. Beside them lies how many bytes of text each token of validation stands for, so
-that losses of different tokenizers compare as bits per byte. Windows are a view of the
+The streams of a text's splits are stored as int32, in a cache that depends on the text and the
+tokenization alone. Beside those that are held out lies how many bytes of text each token stands
+for, so that losses of different tokenizers compare as bits per byte. Windows are a view of the
 memory-mapped stream, so `seq_len` and `samples` cost nothing to change, and opening a stored corpus
 imports neither `datasets` nor pyarrow.
 """
@@ -20,43 +13,35 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
-from proglayer import files
 from proglayer.config import WORDS, DataConfig
-from proglayer.data import subwords
-from proglayer.data.sources import TextSource, open_source
-from proglayer.data.subwords import TOKENIZER_FILE, Subwords, open_subwords
+from proglayer.data.text import Text, open_text
+from proglayer.data.tokens import (
+    TOKENIZER_FILE,
+    UNK,
+    Sized,
+    Tokenization,
+    open_tokenization,
+)
 from proglayer.errors import ConfigError, file_problem, first_line
 
 Notify = Callable[[str], None]
 
-UNK = 0
-SPECIAL_WORDS = ("<unk>", "<pad>")
-
-# Part of every cache key: raise it when the tokenisation or the files of an entry change.
-CACHE_FORMAT = 1
-# The content hashes of an entry are checked whenever it is opened, up to this size (hashing it
-# takes some 50 ms); above, sizes and headers have to do.
+# Part of every cache key: raise it when the tokenization or the files of an entry change.
+CACHE_FORMAT = 2
+# The content of an entry is checked by its hashes whenever it is opened, up to this size (hashing
+# it takes some 50 ms); above, by its sizes.
 CHECKED_BYTES = 64 * 2**20
-# More of the held-out text than this in the training text, in passages of so many words or
-# subwords, is warned of. WikiText-2 has none, pydocs 6 % of phrases that docstrings repeat.
-NOTED_OVERLAP = 0.1
-PASSAGE_WORDS, PASSAGE_SUBWORDS = 16, 64
-# Stored tokens are gone through in pieces of this many.
-PIECE_TOKENS = 2**18
-# A word with the white space before it, which is split off otherwise.
-SPACED_WORD = re.compile(r"\s*\S+")
 SECONDS_BETWEEN_NOTES = 5.0
 # The test text has at most so many windows for each of the validation text.
 MOST_TEST_SHARE = 4
@@ -105,18 +90,9 @@ class Corpus:
         """The `tokenizer.json` that made the tokens, None of words."""
         return None if self.tokenizer == WORDS else self.folder / TOKENIZER_FILE
 
-    def words(self) -> list[str]:
-        """The vocabulary; an entry's place is its id."""
-        if self.tokenizer_file is not None:
-            content = self.tokenizer_file.read_bytes()
-            tokenizer = subwords.load_tokenizer(content, str(self.tokenizer_file))
-            return [tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
-        content = (self.folder / VOCABULARY_FILE).read_bytes()
-        return content.decode("utf-8", "surrogatepass").split("\n")
-
 
 def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
-    """The corpus that `data` describes, from the cache, where it is prepared first if need be.
+    """Return the corpus that `data` describes, from the cache, where it is prepared first.
 
     However many processes ask for the same corpus at once, one prepares it and the others wait.
     `notify` is given a line of plain text now and then while that takes long.
@@ -124,428 +100,259 @@ def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
     Raises ConfigError where the text can't be had or read, is too short for what is asked of it,
     or the cache can't be written.
     """
-    source = open_source(data)
-    chosen = open_subwords(data)
-    folder = _cache_folder(data) / "corpora" / _entry_name(source, data, chosen)
-    with _cache_errors(folder.parent):
-        entry = _read_entry(folder, source, notify)
-        if entry is None:
-            entry = _prepare_once(folder, source, data, chosen, notify)
-    for split in ("validation", "test"):
-        if share := entry.meta.get(f"{split}_in_train"):
-            notify(
-                f"warning: {source.label}: {share:.0%} of the {split} text is training text, too: "
-                "its loss says less about new text, so choose splits or files that do not overlap"
-            )
-    return _take_windows(entry, source, data)
+    text, tokenization = open_text(data), open_tokenization(data)
+    identity = {"format": CACHE_FORMAT, "text": text.key, **tokenization.key}
+    name = re.sub(r"[^A-Za-z0-9.-]", "_", text.name)
+    folder = _cache_folder(data) / "corpora" / f"{name}-{_hash_json(identity)[:24]}"
+    try:
+        entry = _read_entry(folder, notify) or _prepare_once(folder, text, tokenization, notify)
+    except OSError as error:
+        named = OSError(error.errno, error.strerror or str(error), str(folder.parent))
+        advice = "set data.cache_dir to a folder that can be written"
+        raise ConfigError(file_problem(named, advice)) from error
+    return _with_windows(entry, text, data)
 
 
 # ---------------------------------------------------------------------------------------------
 # Windows
 
 
-def _take_windows(entry: _Entry, source: TextSource, data: DataConfig) -> Corpus:
-    """The windows that the settings ask for, or a ConfigError that says how many there are."""
-    length, meta, streams = data.seq_len + 1, entry.meta, entry.streams
-    words = data.tokenizer == WORDS
-
-    def windows(split: str, wanted: int | None, asked: str) -> np.ndarray:
-        """The first `wanted` windows of a split, a view of its stream; None: all of them."""
-        stream, unit = streams[split], _unit(data)
-        available = len(stream) // length
-        if available == 0:
-            raise ConfigError(
-                f"data.seq_len={data.seq_len} needs {length} {unit} for one window, but "
-                f"{source.label} has {len(stream)} for {split}: take a smaller data.seq_len, or "
-                f"{source.more}"
-            )
-        if wanted is not None and wanted > available:
-            setting = "data.samples" if split == "train" else "data.validation_samples"
-            raise ConfigError(
-                f"{asked} asks for {wanted} windows, but {source.label} has {available} for "
-                f"{split} ({len(stream)} {unit} in windows of {length}): set {setting}={available} "
-                f"or fewer, or {source.more}"
-            )
-        return _first_windows(stream, length, available if wanted is None else wanted)
-
-    asked = f"data.samples={data.samples}"
-    train = windows("train", data.samples, asked)
-    wanted = data.validation_samples
-    if wanted is not None:
-        asked = f"data.validation_samples={wanted}"
-    elif data.samples is not None:
-        wanted = int(0.2 * data.samples)
-        asked += ", a fifth of it for validation,"
-        if wanted == 0:
-            raise ConfigError(
-                f"data.samples={data.samples} leaves no window for validation, which gets a fifth "
-                "of it: raise it, or set data.validation_samples"
-            )
-    validation = windows("validation", wanted, asked)
-    sizes = streams["validation_bytes"]
-    if len(streams.get("test", ())) >= length:
-        rest, rest_sizes = streams["test"], streams["test_bytes"]
-        of_test = meta["test"]["sha256"]
-    else:  # it follows from what the fingerprint holds
-        rest, rest_sizes = streams["validation"][validation.size :], sizes[validation.size :]
-        of_test = None
-    count = min(len(rest) // length, MOST_TEST_SHARE * len(validation))
-
-    def bytes_of(sizes: np.ndarray, count: int) -> int:
-        return int(_first_windows(sizes, length, count)[:, 1:].sum(dtype=np.int64))
-
-    identity = {
-        "train": meta["train"]["sha256"],
-        "validation": meta["validation"]["sha256"],
-        "vocabulary": meta["vocabulary"]["sha256"],
-        "seq_len": data.seq_len,
-        "windows": [len(train), len(validation)],
-    }
+def _with_windows(entry: _Entry, text: Text, data: DataConfig) -> Corpus:
+    """Return the windows that the settings ask for."""
+    length, streams = data.seq_len + 1, entry.streams
+    wanted = {"train": data.samples, "validation": _held_windows(data)}
+    train, validation = (
+        _windows(streams[split], length, _count(streams[split], split, count, text, data))
+        for split, count in wanted.items()
+    )
+    split = streams.get("test", ())
+    if len(split) >= length:
+        test, test_bytes, test_fingerprint = split, streams["test_bytes"], entry.sha256["test"]
+    else:  # what follows the validation windows, which the fingerprint holds
+        rest = slice(validation.size, None)
+        test, test_bytes = streams["validation"][rest], streams["validation_bytes"][rest]
+        test_fingerprint = None
+    tests = min(len(test) // length, MOST_TEST_SHARE * len(validation))
+    unknown = int((validation[:, 1:] == UNK).sum()) if data.tokenizer == WORDS else None
+    identity = {name: entry.sha256[name] for name in ("train", "validation", "vocabulary")}
+    windows = [len(train), len(validation)]
     return Corpus(
-        name=source.name,
+        name=text.name,
         train=train,
         validation=validation,
-        vocab_size=meta["vocabulary"]["entries"],
-        fingerprint=_hash_json(identity),
+        vocab_size=entry.vocab_size,
+        fingerprint=_hash_json({**identity, "seq_len": data.seq_len, "windows": windows}),
         folder=entry.folder,
-        test=_first_windows(rest, length, count) if count else None,
+        test=_windows(test, length, tests) if tests else None,
         tokenizer=data.tokenizer,
-        validation_bytes=bytes_of(sizes, len(validation)),
-        test_bytes=bytes_of(rest_sizes, count) if count else None,
-        validation_unknown=int((validation[:, 1:] == UNK).sum()) if words else None,
-        test_fingerprint=of_test,
+        validation_bytes=_target_bytes(streams["validation_bytes"], length, len(validation)),
+        test_bytes=_target_bytes(test_bytes, length, tests) if tests else None,
+        validation_unknown=unknown,
+        test_fingerprint=test_fingerprint,
     )
 
 
-def _first_windows(stream: np.ndarray, length: int, count: int) -> np.ndarray:
-    """The first `count` windows of a stream, a view of it."""
+def _held_windows(data: DataConfig) -> int | None:
+    """Return how many windows validate, a fifth of those that train; None: all there are."""
+    if data.validation_samples is not None or data.samples is None:
+        return data.validation_samples
+    count = int(0.2 * data.samples)
+    if count == 0:
+        raise ConfigError(
+            f"data.samples={data.samples} leaves no window for validation, which gets a fifth of "
+            "it: raise it, or set data.validation_samples"
+        )
+    return count
+
+
+def _count(stream: np.ndarray, split: str, wanted: int | None, text: Text, data: DataConfig) -> int:
+    """Return how many windows a split gets: so many as wanted, all there are where that is None."""
+    available = len(stream) // (data.seq_len + 1)
+    there = f"{text.label} has {len(stream)} tokens, {available} windows, for {split}"
+    if available == 0:
+        raise ConfigError(f"data.seq_len={data.seq_len}: {there}: take a smaller one or more text")
+    if wanted is not None and wanted > available:
+        setting = "data.samples" if split == "train" else "data.validation_samples"
+        raise ConfigError(f"{setting}={wanted}: {there}: set {setting}={available} or fewer")
+    return available if wanted is None else wanted
+
+
+def _windows(stream: np.ndarray, length: int, count: int) -> np.ndarray:
+    """Return the first `count` windows of a stream, a view of it."""
     return stream[: count * length].reshape(count, length)
 
 
-def _unit(data: DataConfig) -> str:
-    return "words" if data.tokenizer == WORDS else "tokens"
+def _target_bytes(sizes: np.ndarray, length: int, count: int) -> int:
+    return int(_windows(sizes, length, count)[:, 1:].sum(dtype=np.int64))
 
 
 # ---------------------------------------------------------------------------------------------
-# The cache: one folder for each text and tokenisation, holding train.npy, validation.npy,
-# validation_bytes.npy (the bytes of each token of validation), of a data set that has one also
-# test.npy and test_bytes.npy, vocabulary.txt (one word a line, a word's line is its id) or
-# tokenizer.json, and meta.json, which is written last.
-
-VOCABULARY_FILE = "vocabulary.txt"
-ENTRY_FORM = r"(train|(validation|test)(_bytes)?)\.npy|vocabulary\.txt|(tokenizer|meta)\.json"
+# The cache: one folder for each text and tokenization, holding train.bin, validation.bin and
+# validation_bytes.bin (the bytes of each of its tokens), of a data set that has one also test.bin
+# and test_bytes.bin, all int32; vocabulary.txt (one word a line, a word's line is its id) or
+# tokenizer.json; and meta.json, which is written last.
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A stored corpus: its meta data and the memory-mapped streams by name."""
+    """A stored corpus: the memory-mapped streams by name, and the hashes of these."""
 
     folder: Path
-    meta: dict[str, Any]
     streams: dict[str, np.ndarray]
+    sha256: dict[str, str]
+    vocab_size: int
 
 
 def _cache_folder(data: DataConfig) -> Path:
     chosen = data.cache_dir or os.environ.get("PROGLAYER_CACHE")
-    try:
-        if chosen is None:
-            import platformdirs
-
-            chosen = platformdirs.user_cache_dir("proglayer", appauthor=False)
-        return Path(chosen).expanduser().absolute()
-    except RuntimeError as error:  # no HOME, and a user without a name, as in containers
-        raise ConfigError(
-            "data.cache_dir: prepared text is kept in the user's home folder, which is not known "
-            "here: set data.cache_dir=FOLDER, or PROGLAYER_CACHE"
-        ) from error
-
-
-def _entry_name(source: TextSource, data: DataConfig, chosen: Subwords | None) -> str:
-    """The name for reading, then a hash of all that the streams depend on."""
-    identity = {"format": CACHE_FORMAT, "text": source.key}
     if chosen is None:
-        identity |= {
-            "lowercase": data.lowercase,
-            "min_count": data.min_count,
-            "max_vocab": data.max_vocab,
-        }
-    else:
-        identity["tokenizer"] = chosen.key
-    return f"{re.sub(r'[^A-Za-z0-9.-]', '_', source.name)}-{_hash_json(identity)[:24]}"
+        import platformdirs
+
+        chosen = platformdirs.user_cache_dir("proglayer", appauthor=False)
+    return Path(chosen).expanduser().absolute()
 
 
-def _read_entry(folder: Path, source: TextSource, notify: Notify) -> _Entry | None:
-    """The stored corpus; None where there is none, or not all of it as stored (which is noted)."""
+def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
+    """Return the stored corpus; None where there is none, or not all as stored (which is noted)."""
     if not folder.exists():
         return None
     try:
-        signed = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        meta = signed["meta"]
-        if signed["sha256"] != _hash_json(meta):
-            raise ValueError("meta.json does not match its own hash")
-        names = ["train", "validation", "validation_bytes"]
-        if source.may_test and meta["test"] is not None:
-            names += ["test", "test_bytes"]
-        streams = {name: _read_stream(folder / f"{name}.npy", **meta[name]) for name in names}
-        vocabulary = folder / meta["vocabulary"].get("file", VOCABULARY_FILE)
-        if hashlib.sha256(vocabulary.read_bytes()).hexdigest() != meta["vocabulary"]["sha256"]:
-            raise ValueError(f"{vocabulary.name} does not match its hash")
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if meta.pop("sha256") != _hash_json(meta):
+            raise ValueError("meta.json does not match its hash")
+        about, vocabulary = meta["streams"], meta["vocabulary"]
+        streams = {name: _read_stream(folder, name, **about[name]) for name in about}
+        content = (folder / vocabulary["file"]).read_bytes()
+        if hashlib.sha256(content).hexdigest() != vocabulary["sha256"]:
+            raise ValueError(f"{vocabulary['file']} does not match its hash")
+        sha256 = {name: about[name]["sha256"] for name in about}
+        sha256["vocabulary"] = vocabulary["sha256"]
+        return _Entry(folder, streams, sha256, vocabulary["entries"])
     except PermissionError:
         raise  # nothing wrong with it, but it belongs to someone else
-    except Exception as error:  # the many ways in which NumPy and json object to damage
-        notify(
-            f"the cached corpus in {folder} is damaged, or of an earlier version "
-            f"({first_line(error)}): preparing it again"
-        )
+    except Exception as error:  # the many ways in which files can be damaged
+        notify(f"the cached corpus in {folder} is damaged ({first_line(error)}): preparing it anew")
         return None
-    return _Entry(folder, meta, streams)
 
 
-def _read_stream(path: Path, words: int, sha256: str) -> np.ndarray:
-    """The memory-mapped values of a stream. Raises ValueError where they are not those stored."""
-    stream: np.memmap = np.load(path, mmap_mode="r", max_header_size=1000)
-    if stream.dtype != np.dtype("<i4") or stream.shape != (words,):
-        raise ValueError(f"{path.name} has the wrong header")
-    if path.stat().st_size != stream.offset + stream.nbytes:
-        raise ValueError(f"{path.name} has the wrong size")
+def _read_stream(folder: Path, name: str, tokens: int, sha256: str) -> np.ndarray:
+    """Return the values of a stream, memory-mapped. Raises ValueError where they are damaged."""
+    stream = np.memmap(folder / f"{name}.bin", "<i4", "r")
     checked = stream.nbytes <= CHECKED_BYTES
-    if checked and hashlib.sha256(stream.data).hexdigest() != sha256:
-        raise ValueError(f"{path.name} does not match its hash")
+    if len(stream) != tokens or (checked and hashlib.sha256(stream.data).hexdigest() != sha256):
+        raise ValueError(f"{name}.bin does not match its size or hash")
     return stream
 
 
-def _prepare_once(
-    folder: Path, source: TextSource, data: DataConfig, chosen: Subwords | None, notify: Notify
-) -> _Entry:
+def _prepare_once(folder: Path, text: Text, tokenization: Tokenization, notify: Notify) -> _Entry:
     """Prepare the entry under a lock, unless another process did so in the meantime."""
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(f"{folder}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
-        notify(f"{source.name}: another process is preparing the corpus, waiting for it")
-        lock.acquire()
-    partial_name = f"{folder.name}.partial"
-    try:
-        # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
-        for leftover in folder.parent.glob(f"{partial_name}-*"):
-            if re.fullmatch(rf"{re.escape(partial_name)}-[0-9a-f]{{16}}", leftover.name):
-                files.delete_folder(leftover, files.everything)
-        entry = _read_entry(folder, source, _silent)
+        notify(f"{text.name}: another process is preparing the corpus, waiting for it")
+        held = lock.acquire()
+    with held:
+        entry = _read_entry(folder, _silent)
         if entry is not None:
             return entry
-        with files.new_folder(folder.parent, partial_name) as partial_folder:
-            _prepare(partial_folder, source, data, chosen, notify)
-            if not files.delete_folder(folder, files.named(ENTRY_FORM)):
-                raise ConfigError(
-                    f"data.cache_dir: the cached corpus in {folder} is damaged, and other files "
-                    "lie in it, which are left as they are: move them"
-                )
-            files.put_in_place(partial_folder, folder)
-    finally:
-        lock.release()
-    entry = _read_entry(folder, source, notify)
-    if entry is None:
-        raise ConfigError(f"data.cache_dir: {folder} can't be read back after writing it")
+        # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
+        for left_over in folder.parent.glob(f"{folder.name}.partial-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{folder.name}.partial-", dir=folder.parent
+        ) as name:
+            scratch = Path(name)
+            (scratch / "entry").mkdir()
+            _prepare(scratch / "entry", scratch, text, tokenization, notify)
+            if folder.exists():
+                os.rename(folder, scratch / "damaged")
+            os.rename(scratch / "entry", folder)
+    entry = _read_entry(folder, notify)
+    assert entry is not None, "it was just written"
     return entry
 
 
 def _prepare(
-    folder: Path, source: TextSource, data: DataConfig, chosen: Subwords | None, notify: Notify
+    entry: Path, scratch: Path, text: Text, tokenization: Tokenization, notify: Notify
 ) -> None:
-    """Write an entry into the empty `folder`, holding the vocabulary and a piece in memory."""
+    """Write an entry into an empty folder, holding the vocabulary and a piece in memory."""
     started = time.monotonic()
-    notify(f"{source.name}: preparing {source.label}")
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    text = partial(_text, source, scratch, notify)
-    if chosen is None:
-        # All words are numbered as they come; which of them stay is known at the end.
-        ids: defaultdict[str, int] = defaultdict(None, {w: i for i, w in enumerate(SPECIAL_WORDS)})
-        ids.default_factory = ids.__len__
-        encode, ids_folder, passage = partial(_encode_words, ids, data), scratch, PASSAGE_WORDS
-    else:
-        content = chosen.content
-        if content is None:
-            assert chosen.size is not None
-            notify(f"{source.name}: training a BPE of {chosen.size:,} entries")
-            content = subwords.train_bpe(text("train"), chosen.size)
-        tokenizer = subwords.load_tokenizer(content, chosen.label)
-        encode, ids_folder, passage = partial(subwords.encode, tokenizer), folder, PASSAGE_SUBWORDS
-    meta: dict[str, Any] = {}
-    for split in ("train", "validation", "test") if source.may_test else ("train", "validation"):
-        with_bytes = split != "train"
-        paths = [ids_folder / f"{split}.npy", folder / f"{split}_bytes.npy"][: 1 + with_bytes]
-        written = _write_streams(paths, encode(text(split), with_bytes=with_bytes))
-        if written[split]["words"] == 0:
-            if split != "test":
-                raise ConfigError(f"{source.label} has no {_unit(data)} for {split}: {source.more}")
-            written = dict.fromkeys(written)
-            for path in paths:
-                files.delete(path, files.everything)
-        elif with_bytes:
-            share = _overlap(ids_folder / "train.npy", paths[0], passage)
-            if share > NOTED_OVERLAP:
-                written[f"{split}_in_train"] = round(share, 3)
-        meta |= written
-    if chosen is None:
-        kept = _kept_words(scratch, len(ids), data)
-        new_ids = np.full(len(ids), UNK, "<i4")
-        new_ids[kept] = np.arange(len(kept), dtype="<i4")
-        for path in scratch.glob("*.npy"):
-            renumbered = ([new_ids[piece]] for piece in _pieces(path))
-            meta |= _write_streams([folder / path.name], renumbered)
-        entries, words = len(kept), list(ids)
-        # A docstring may hold half a surrogate pair, which strict UTF-8 can't express.
-        content = "\n".join(words[i] for i in kept).encode("utf-8", "surrogatepass")
-        vocabulary_file, own_file = VOCABULARY_FILE, {}
-    else:
-        entries = subwords.entries(tokenizer)
-        vocabulary_file, own_file = TOKENIZER_FILE, {"file": TOKENIZER_FILE}
-    digest = hashlib.sha256(content).hexdigest()
-    meta["vocabulary"] = {"entries": entries, "bytes": len(content), "sha256": digest, **own_file}
-    files.delete_folder(scratch, files.everything)
-    signed = json.dumps({"meta": meta, "sha256": _hash_json(meta)}, indent=1).encode()
-    for name, whole in ((vocabulary_file, content), ("meta.json", signed)):
-        with open(folder / name, "xb") as file:
-            file.write(whole)  # checked by its hash whenever it is opened
+    notify(f"{text.name}: preparing {text.label}")
+
+    def read(split: str) -> Iterator[str]:
+        return _noting(text.read(split, scratch), f"{text.name}: {split}", notify)
+
+    encoder = tokenization.fit(read)
+    streams = _write_streams(entry, ["train"], ((ids,) for ids in encoder.ids(read("train"))))
+    for split in ("validation", "test"):
+        names = [split, f"{split}_bytes"]
+        streams |= _write_streams(entry, names, _carried(encoder.sized(read(split))))
+    for name in [name for name, stream in streams.items() if not stream["tokens"]]:
+        if name in ("train", "validation"):
+            raise ConfigError(f"{text.label} has no text for {name}")
+        (entry / f"{name}.bin").unlink()
+        del streams[name]
+    (entry / encoder.file).write_bytes(encoder.content)
+    digest = hashlib.sha256(encoder.content).hexdigest()
+    vocabulary = {"file": encoder.file, "entries": encoder.entries, "sha256": digest}
+    meta = {"streams": streams, "vocabulary": vocabulary}
+    (entry / "meta.json").write_text(json.dumps({**meta, "sha256": _hash_json(meta)}, indent=1))
+    counts = ", ".join(f"{streams[name]['tokens']:,} {name}" for name in ("train", "validation"))
     notify(
-        f"{source.name}: {meta['train']['words']:,} training and {meta['validation']['words']:,} "
-        f"validation {_unit(data)}, {entries:,} vocabulary entries, "
-        f"prepared in {time.monotonic() - started:.1f} s"
+        f"{text.name}: {counts} tokens, {encoder.entries:,} vocabulary entries, prepared in "
+        f"{time.monotonic() - started:.1f} s"
     )
 
 
-def _text(source: TextSource, scratch: Path, notify: Notify, split: str) -> Iterator[str]:
-    """The text of a split, with a line end where a piece lacks one: what ends without any ends its
-    document. Says now and then how much was read.
-    """
+def _noting(pieces: Iterable[str], label: str, notify: Notify) -> Iterator[str]:
+    """Hand pieces of text on, and say now and then how much was read."""
     characters, due = 0, time.monotonic() + SECONDS_BETWEEN_NOTES
-    for piece in source.pieces(split, scratch):
-        yield piece if not piece or piece[-1].isspace() else piece + "\n"
+    for piece in pieces:
+        yield piece
         characters += len(piece)
         if time.monotonic() >= due:
-            notify(f"{source.name}: {split}: {characters:,} characters read")
+            notify(f"{label}: {characters:,} characters read")
             due = time.monotonic() + SECONDS_BETWEEN_NOTES
 
 
-def _encode_words(
-    ids: Mapping[str, int], data: DataConfig, pieces: Iterable[str], with_bytes: bool
-) -> Iterator[list[np.ndarray]]:
-    """The ids of the words of each piece; and where asked, how many bytes of text, in UTF-8, each
-    word takes with the white space before it.
-    """
+def _carried(parts: Iterable[Sized]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Count the bytes that follow the last token of a part with the first one after it."""
     before = 0
-    for piece in pieces:
-        words = (piece.lower() if data.lowercase else piece).split()
-        arrays = [np.fromiter(map(ids.__getitem__, words), "<i4", len(words))]
-        if with_bytes:
-            spaced = SPACED_WORD.findall(piece)
-            sizes = [len(word.encode("utf-8", "surrogatepass")) for word in spaced]
-            after = len(piece.encode("utf-8", "surrogatepass")) - sum(sizes)
-            if sizes:
-                sizes[0] += before
-                before = 0
-            before += after
-            arrays.append(np.array(sizes, "<i4"))
-        yield arrays
+    for ids, sizes, after in parts:
+        if len(sizes):
+            sizes[0] += before
+            before = 0
+        before += after
+        yield ids, sizes
 
 
-def _kept_words(streams: Path, count: int, data: DataConfig) -> np.ndarray:
-    """Ids of the words that stay, of `count`: the special ones, then by first appearance."""
-    counts = np.zeros(count, np.int64)
-    for split in ("train", "validation"):
-        for piece in _pieces(streams / f"{split}.npy"):
-            counts += np.bincount(piece, minlength=count)
-    special = np.arange(len(SPECIAL_WORDS))
-    counts[special] = 0
-    ids = np.flatnonzero(counts >= data.min_count)
-    if data.max_vocab is not None:
-        most_frequent = np.argsort(-counts[ids], kind="stable")
-        ids = np.sort(ids[most_frequent[: data.max_vocab - len(special)]])
-    return np.concatenate([special, ids])
-
-
-def _write_streams(paths: Sequence[Path], parts: Iterable[Sequence[np.ndarray]]) -> dict[str, Any]:
-    """Write one-dimensional int32 .npy files in step, part by part.
+def _write_streams(
+    folder: Path, names: list[str], parts: Iterable[tuple[np.ndarray, ...]]
+) -> dict[str, Any]:
+    """Write int32 files in step, part by part, and return the length and the hash of each.
 
     Written and not memory-mapped: a full disk is then an error and no signal.
-
-    Returns:
-        by the stem of each path the length, as `words`, and the hash of the values.
     """
-    count, digests = 0, [hashlib.sha256() for _ in paths]
-
-    def write_header(file: BinaryIO) -> None:  # NumPy leaves room in it for a length of any size
-        about = {"descr": "<i4", "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(file, about)
-
+    tokens, digests = 0, [hashlib.sha256() for _ in names]
     with ExitStack() as stack:
-        opened = [stack.enter_context(open(path, "xb")) for path in paths]
-        for file in opened:
-            write_header(file)
+        files = [stack.enter_context(open(folder / f"{name}.bin", "xb")) for name in names]
         for arrays in parts:
-            count += len(arrays[0])
-            for file, digest, values in zip(opened, digests, arrays, strict=True):
-                file.write(values.tobytes())
-                digest.update(values.tobytes())
-        for file in opened:
-            file.seek(0)
-            write_header(file)
+            tokens += len(arrays[0])
+            for file, digest, values in zip(files, digests, arrays, strict=True):
+                content = values.tobytes()
+                file.write(content)
+                digest.update(content)
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
     return {
-        path.stem: {"words": count, "sha256": digest.hexdigest()}
-        for path, digest in zip(paths, digests, strict=True)
+        name: {"tokens": tokens, "sha256": digest.hexdigest()}
+        for name, digest in zip(names, digests, strict=True)
     }
-
-
-def _pieces(path: Path, more: int = 0) -> Iterator[np.ndarray]:
-    """The tokens of a stream file, piece by piece, each with so many `more` of the next."""
-    stream = np.load(path, mmap_mode="r")
-    for first in range(0, len(stream), PIECE_TOKENS):
-        yield stream[first : first + PIECE_TOKENS + more]
-
-
-def _overlap(train: Path, held_out: Path, length: int) -> float:
-    """The share of a thousand held-out passages of `length` tokens that train has as well.
-
-    By hashes of all passages of train, which takes a tenth of the time of preparing the text.
-    """
-    stream = np.load(held_out, mmap_mode="r")
-    if len(stream) < length:
-        return 0.0
-    starts = np.unique(np.linspace(0, len(stream) - length, 1000, dtype=np.int64))
-    passages = np.unique(_hashes(sliding_window_view(stream, length)[starts]))
-    seen = np.zeros(len(passages), bool)
-    for piece in _pieces(train, more=length - 1):
-        if len(piece) >= length:
-            hashes = _hashes(sliding_window_view(piece, length))
-            place = np.searchsorted(passages, hashes).clip(max=len(passages) - 1)
-            seen[place[passages[place] == hashes]] = True
-    return float(seen.mean())
-
-
-def _hashes(passages: np.ndarray) -> np.ndarray:
-    """A hash of each row of ids."""
-    hashes = np.zeros(len(passages), np.uint64)
-    for ids in passages.T:
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += ids.astype(np.uint64) + np.uint64(1)
-    return hashes
-
-
-@contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
-    """Turn what a file system may object to into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        named = OSError(error.errno, error.strerror or str(error), str(folder))
-        advice = "set data.cache_dir to a folder that can be written"
-        raise ConfigError(file_problem(named, advice)) from error
 
 
 def _hash_json(value: Any) -> str:

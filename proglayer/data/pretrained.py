@@ -43,7 +43,9 @@ class Pretrained:
     def sha256(self) -> str:
         """A hash of its settings and weights, wherever they lie. Raises ConfigError."""
         try:
-            stats = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in self.weights]
+            # What says which weights lie in which file is part of them.
+            paths = [*self.weights, *sorted(self.folder.glob("*.safetensors.index.json"))]
+            stats = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
             hashes = [_hash_of_file(*each) for each in stats]
         except OSError as error:
             raise ConfigError(
@@ -71,7 +73,9 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
     elif folder.exists():
         raise ConfigError(f"model.path={path} is a file: give the folder that holds {CONFIG_FILE}")
     else:
-        folder, commit = _from_hub(path, revision, weights)
+        wanted = [*FETCHED, WEIGHTS_FILES] if weights else [CONFIG_FILE]
+        folder = from_hub("model.path", path, revision, wanted)
+        commit = folder.name
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
         found = Pretrained(folder, commit, dict(config))
@@ -88,22 +92,26 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
     return found
 
 
-def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str]:
-    """The folder of a snapshot of the hub, fetched or of its cache, and its commit."""
-    if not NAME_ON_HUB.fullmatch(name):
-        raise ConfigError(f"model.path={name} is no folder, nor a name of the hub (owner/name)")
-    from huggingface_hub import snapshot_download
+def from_hub(setting: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Return the folder of a snapshot of the hub, fetched or of its cache.
 
-    wanted = [*FETCHED, WEIGHTS_FILES] if weights else [CONFIG_FILE]
+    setting: what names it, for messages.
+
+    Raises ConfigError where the hub gives no such repository.
+    """
+    label = f"{setting}={name}" + (f" at revision {revision}" if revision else "")
+    if not NAME_ON_HUB.fullmatch(name):
+        raise ConfigError(f"{label} is no folder, nor a name of the hub (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library raises many kinds
-        at = "" if revision is None else f" at model.revision={revision}"
         raise ConfigError(
-            f"model.path={name} is no folder, and cannot be had from the hub{at} "
-            f"({first_line(error)})"
+            f"{label} is no folder, and cannot be had from the hub ({first_line(error)})"
         ) from error
-    return folder, folder.name
 
 
 @functools.cache

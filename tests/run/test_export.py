@@ -32,7 +32,7 @@ def checkpoint(folder: Path) -> Path:
     """A tiny Llama with a tokenizer of its own, as transformers saves them."""
     from tokenizers import Tokenizer
 
-    from proglayer.data.subwords import train_bpe
+    from proglayer.data.tokens import train_bpe
 
     text = FILE.read_text()
     tokenizer = transformers.PreTrainedTokenizerFast(

@@ -1,40 +1,109 @@
-"""Subwords: round trips, the same tokens wherever and however prepared, bytes, bad tokenizers."""
+"""Words against their slow twin, subwords, the bytes of each token, bad tokenizers."""
 
 from __future__ import annotations
 
 import collections
 import importlib.util
+import json
+import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proglayer.config import ConfigError, DataConfig
 from proglayer.data import corpus as corpus_module
-from proglayer.data import subwords
+from proglayer.data import text as text_module
+from proglayer.data import tokens
 from proglayer.data.corpus import Corpus, open_corpus
-from proglayer.data.sources import TextSource
 
-from .test_corpus import (
-    ROOT,
-    TEXT,
+from ..helpers import config
+from .made import (
     TRAIN,
     VALIDATION,
     answers,
+    changed,
     one_line,
     release,
     start,
+    stream,
     twin_words,
+    words_of,
     write_release,
 )
 
 tokenizers = pytest.importorskip("tokenizers")
+
+
+def twin_ids(
+    train: str, validation: str, lowercase: bool, min_count: int, max_vocab: int | None
+) -> tuple[list[int], list[int], list[str]]:
+    streams = twin_words(train, lowercase), twin_words(validation, lowercase)
+    counts = collections.Counter(streams[0] + streams[1])
+    order = [word for word in dict.fromkeys(streams[0] + streams[1]) if word != "<unk>"]
+    kept = [word for word in order if counts[word] >= min_count]
+    if max_vocab is not None:
+        frequent = sorted(kept, key=lambda word: (-counts[word], order.index(word)))
+        kept = [word for word in kept if word in frequent[: max_vocab - 2]]
+    vocabulary = ["<unk>", "<pad>", *kept]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    first, second = ([ids.get(word, 0) for word in stream] for stream in streams)
+    return first, second, vocabulary
+
+
+# Letters of one to four bytes, some of which lower-case to more letters or by their neighbours;
+# every kind of white space, line ends of other conventions, and what only looks like a space.
+TEXT = st.lists(
+    st.sampled_from(["a", "A", "bé", "É", "İ", "ΑΣ", "σß", "漢", "😀", "<unk>", "\ufeff", "\u200b"])
+    | st.sampled_from([" ", "\n", "\t", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x1f", "\x85"])
+    | st.sampled_from(["\xa0", "\u2028", "\u2029", "\u3000"]),
+    max_size=40,
+).map("".join)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    train=TEXT,
+    validation=TEXT,
+    lowercase=st.booleans(),
+    min_count=st.integers(1, 3),
+    max_vocab=st.none() | st.integers(3, 9),
+    piece=st.integers(1, 20),
+)
+def test_streams_equal_the_rule_read_slowly(
+    tmp_path_factory, train, validation, lowercase, min_count, max_vocab, piece
+):
+    train, validation = f"x A {train}", f"y A {validation}"
+    folder = write_release(tmp_path_factory.mktemp("twin") / "text", train, validation)
+    data = release(folder, seq_len=1, lowercase=lowercase, min_count=min_count, max_vocab=max_vocab)
+    with pytest.MonkeyPatch.context() as patch:
+        # Pieces end within words and within the bytes of a letter.
+        patch.setattr(text_module, "BLOCK_BYTES", piece)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        corpus = open_corpus(data)
+    *streams, vocabulary = twin_ids(train, validation, lowercase, min_count, max_vocab)
+    for windows, ids in zip((corpus.train, corpus.validation), streams, strict=True):
+        assert windows.shape == (len(ids) // 2, 2)
+        assert windows.reshape(-1).tolist() == ids[: windows.size]
+    assert words_of(corpus) == vocabulary
+    assert corpus.vocab_size == len(vocabulary)
+
+
+def test_wikitext2_has_the_ids_that_are_known_of_it(wikitext2_folder, tmp_path):
+    data = config("data=wikitext2", f"data.path={wikitext2_folder}").data
+    corpus = open_corpus(changed(data, cache_dir=str(tmp_path)))
+    first = [2, 3, 4, 5, 2, 6, 7, 3, 8, 9, 10, 4, 11, 12, 9, 13, 14, 15, 16, 3]
+    held = [2, 26921, 26922, 2, 26921, 26922, 14, 405, 24, 18, 6655, 26923]
+    assert corpus.train[0, :20].tolist() == first
+    assert corpus.validation[0, :12].tolist() == held
+    assert corpus.vocab_size == 33_448
+    assert corpus.train.shape == (10_000, 33)
+    assert corpus.validation.shape == (2_000, 33)
 
 
 def bpe(folder: Path, size: int = 300, **changes: Any) -> DataConfig:
@@ -44,22 +113,14 @@ def bpe(folder: Path, size: int = 300, **changes: Any) -> DataConfig:
 def tokenizer_folder(folder: Path, size: int = 280, text: str = TRAIN) -> Path:
     """A folder with a tokenizer, as `save_pretrained` leaves it."""
     folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_bytes(subwords.train_bpe([text], size))
+    (folder / "tokenizer.json").write_bytes(tokens.train_bpe([text], size))
     return folder
-
-
-def stream(corpus: Corpus, name: str = "validation") -> np.ndarray:
-    return np.load(corpus.folder / f"{name}.npy")
 
 
 def decoded(corpus: Corpus, name: str) -> str:
     assert corpus.tokenizer_file is not None
     tokenizer = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_file))
     return tokenizer.decode(stream(corpus, name).tolist(), skip_special_tokens=False)
-
-
-# ---------------------------------------------------------------------------------------------
-# Tokens
 
 
 @pytest.mark.parametrize("size", [257, 300, 5000])
@@ -71,15 +132,8 @@ def test_the_text_comes_back_to_the_byte(tmp_path: Path, size: int) -> None:
     assert decoded(corpus, "validation") == validation
     assert corpus.vocab_size <= size
     assert stream(corpus, "train").max() < corpus.vocab_size
-    assert len(corpus.words()) == corpus.vocab_size
-    assert corpus.words()[stream(corpus)[0]] == "ĉ"  # how a byte-level vocabulary writes a tab
-
-
-def test_what_ends_without_white_space_ends_there(tmp_path: Path) -> None:
-    """The last word of a document is not the beginning of the next one's first."""
-    source = TextSource("x", "x", {}, lambda *_: ["one two", "three four"], "")
-    text = "".join(corpus_module._text(source, tmp_path, print, "train"))
-    assert text == "one two\nthree four\n"
+    assert len(words_of(corpus)) == corpus.vocab_size
+    assert words_of(corpus)[stream(corpus)[0]] == "ĉ"  # how a byte-level vocabulary writes a tab
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,9 +145,9 @@ def test_tokens_do_not_depend_on_the_pieces(text: str, cuts: list[int], part: in
         pieces.append(text[at : at + step])
         at += step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subwords, "PART_CHARACTERS", part)
-        whole = list(subwords.parts([text]))
-        assert list(subwords.parts(pieces)) == whole
+        patch.setattr(tokens, "PART_CHARACTERS", part)
+        whole = list(tokens.parts([text]))
+        assert list(tokens.parts(pieces)) == whole
     assert "".join(whole) == text
 
 
@@ -101,7 +155,7 @@ def test_tokens_do_not_depend_on_the_pieces(text: str, cuts: list[int], part: in
 def test_parts_have_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
     """Where a part ends, a token ends, too, by GPT-2's rule and by that of Llama 3 and Qwen."""
     text = f"{TRAIN}{VALIDATION} \"Don't\",  she said;\n\n  it's 12345...\nyes (no)\nend " * 3
-    gpt2 = subwords.load_tokenizer(subwords.train_bpe([text], 400), "x")
+    gpt2 = tokenizers.Tokenizer.from_str(tokens.train_bpe([text], 400).decode())
     llama = tokenizers.Tokenizer.from_str(gpt2.to_str())
     rule = tokenizers.Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -111,15 +165,11 @@ def test_parts_have_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch, par
     llama.pre_tokenizer = own.Sequence(
         [own.Split(rule, "isolated"), own.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    monkeypatch.setattr(subwords, "PART_CHARACTERS", part)
-    assert len(list(subwords.parts([text]))) > 3
+    monkeypatch.setattr(tokens, "PART_CHARACTERS", part)
+    assert len(list(tokens.parts([text]))) > 3
     for tokenizer in (gpt2, llama):
-        ids = np.concatenate(list(subwords.encode(tokenizer, [text])), axis=None)
+        ids = np.concatenate(list(subwords(tokenizer).ids([text])))
         assert ids.tolist() == tokenizer.encode(text).ids
-
-
-def test_half_a_surrogate_pair_is_a_question_mark() -> None:
-    assert list(subwords.parts(["a \ud800 b"])) == ["a ? b"]
 
 
 def test_the_same_text_gives_the_same_tokens_in_every_process(tmp_path: Path) -> None:
@@ -186,7 +236,7 @@ def test_what_a_tokenizer_was_stored_with_cuts_and_adds_nothing(tmp_path: Path) 
     corpus = open_corpus(release(marked, tokenizer=str(other)))
     assert stream(corpus)[0] == mark
     assert corpus.vocab_size == mark + 1
-    assert np.load(corpus.folder / "validation_bytes.npy")[0] == len("<|endoftext|>")
+    assert stream(corpus, "validation_bytes")[0] == len("<|endoftext|>")
 
 
 def test_a_name_on_the_hub_is_read_from_its_cache_at_its_revision(tmp_path: Path) -> None:
@@ -209,14 +259,10 @@ def test_a_name_on_the_hub_is_read_from_its_cache_at_its_revision(tmp_path: Path
     newest, first, second, unknown, other = answers(start(tmp_path, asked, **environment))
     assert newest["fingerprint"] == second["fingerprint"] != first["fingerprint"]
     assert first["fingerprint"] == open_corpus(bpe(folder, 270)).fingerprint
-    revision = f"data.tokenizer=owner/name data.tokenizer_revision={'c' * 40}: "
+    revision = f"data.tokenizer=owner/name at revision {'c' * 40} "
     assert unknown["error"].startswith(revision)
-    assert other["error"].startswith("data.tokenizer=owner/other: it is none of words, bpe, ")
+    assert other["error"].startswith("data.tokenizer=owner/other is no folder")
     assert "\n" not in unknown["error"] + other["error"]
-
-
-# ---------------------------------------------------------------------------------------------
-# Bytes
 
 
 def test_bytes_of_bpe_tokens_are_their_own(tmp_path: Path) -> None:
@@ -225,7 +271,7 @@ def test_bytes_of_bpe_tokens_are_their_own(tmp_path: Path) -> None:
     folder = write_release(tmp_path / "text", validation=validation)
     data = bpe(folder, seq_len=6, validation_samples=9)
     corpus = open_corpus(data)
-    names = corpus.words()
+    names = words_of(corpus)
     assert corpus.validation_bytes == sum(
         len(names[token]) for window in corpus.validation for token in window[1:]
     )
@@ -234,9 +280,13 @@ def test_bytes_of_bpe_tokens_are_their_own(tmp_path: Path) -> None:
         len(names[token]) for window in corpus.test for token in window[1:]
     )
     assert corpus.validation_unknown is None
-    every = np.load(corpus.folder / "validation_bytes.npy")
+    every = stream(corpus, "validation_bytes")
     assert every.tolist() == [len(names[token]) for token in stream(corpus)]
     assert every.sum() == len(validation.encode())
+
+
+def subwords(tokenizer: Any) -> tokens.Subwords:
+    return tokens.Subwords(tokenizer.to_str().encode(), "x")
 
 
 @settings(max_examples=60, deadline=None)
@@ -248,14 +298,14 @@ def test_bytes_add_up_to_the_text_whatever_a_tokenizer_drops(text: str, part: in
     own = tokenizers.normalizers
     lossy.normalizer = own.Sequence([own.NFKD(), own.Lowercase(), own.StripAccents()])
     lossy.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    exact = subwords.load_tokenizer(subwords.train_bpe([TRAIN], 300), "x")
+    exact = tokens.Subwords(tokens.train_bpe([TRAIN], 300), "x")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subwords, "PART_CHARACTERS", part)
-        for tokenizer, all_of_it in ((lossy, False), (exact, True)):
-            found = list(subwords.encode(tokenizer, [text, "a "], True))
+        patch.setattr(tokens, "PART_CHARACTERS", part)
+        for encoder, all_of_it in ((subwords(lossy), False), (exact, True)):
+            found = list(corpus_module._carried(encoder.sized([text, "a "])))
             ids = np.concatenate([pair[0] for pair in found])
             sizes = np.concatenate([pair[1] for pair in found])
-            plain = np.concatenate(list(subwords.encode(tokenizer, [text, "a "])), axis=None)
+            plain = np.concatenate(list(encoder.ids([text, "a "])))
             assert ids.tolist() == plain.tolist()
             assert len(ids) == len(sizes)
             assert (sizes >= 0).all()
@@ -275,8 +325,7 @@ def test_bytes_of_words_are_those_up_to_their_end(text: str, cuts: list[int]) ->
         if character.isspace() and len(held) >= cuts[len(pieces) % len(cuts)]:
             pieces.append(held)
             held = ""
-    ids = collections.defaultdict(int)
-    parts = corpus_module._encode_words(ids, release(Path("x")), [*pieces, held], True)
+    parts = corpus_module._carried(tokens.Words([], True).sized([*pieces, held]))
     sizes = np.concatenate([part[1] for part in parts])
     expected, at = [], 0
     for word in text.split():
@@ -297,10 +346,10 @@ def test_bytes_and_unknown_words_of_windows(tmp_path: Path, lowercase: bool) -> 
         lowercase=lowercase,
     )
     corpus = open_corpus(data)
-    spaced = subwords_of(validation)
+    spaced = re.findall(r"\s*\S+", validation)
     words = twin_words(validation, lowercase)
     assert len(spaced) == len(words)
-    names = corpus.words()
+    names = words_of(corpus)
     counted = {"validation": [0, 0], "test": [0, 0]}
     for place, (text, word) in enumerate(zip(spaced, words, strict=True)):
         window, at = divmod(place, 4)
@@ -314,62 +363,10 @@ def test_bytes_and_unknown_words_of_windows(tmp_path: Path, lowercase: bool) -> 
     assert corpus.validation_unknown == counted["validation"][1] > 0
 
 
-def subwords_of(text: str) -> list[str]:
-    """Each word with the white space before it."""
-    spaced, held = [], ""
-    for character in text:
-        if character.isspace() and held.strip():
-            spaced.append(held)
-            held = ""
-        held += character
-    return spaced
-
-
-# ---------------------------------------------------------------------------------------------
-# The cache
-
-
-STREAMED = """
-import resource, sys
-from proglayer.data import subwords
-text = open(sys.argv[1], newline="").read()
-
-def streamed(times):
-    pieces = lambda: (text for _ in range(times))
-    tokenizer = subwords.load_tokenizer(subwords.train_bpe(pieces(), 300), "x")
-    tokens = sum(len(ids) for ids, in subwords.encode(tokenizer, pieces()))
-    tokens += sum(len(ids) for ids, _ in subwords.encode(tokenizer, pieces(), True))
-    return tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-few, many = streamed(100), streamed(400)
-assert many[0] == 4 * few[0] > 800_000, (few, many)
-print((many[1] - few[1]) // 1000)
-"""
-
-
-def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """All that is resident, in MB, for much of it is not Python's. 400 times take 2 MB of text."""
-    text = tmp_path / "text"
-    text.write_text(TRAIN * 4)
-    done = subprocess.run(
-        [sys.executable, "-c", STREAMED, str(text)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 10
-
-
-# ---------------------------------------------------------------------------------------------
-# Bad tokenizers
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": "bpe"}, "data.max_vocab=null is no size for "),
+        ({"tokenizer": "bpe"}, "data.max_vocab=None is no size for "),
         ({"tokenizer": "bpe", "max_vocab": 256}, "data.max_vocab=256 is no size for "),
         ({"tokenizer": "bpe", "max_vocab": 300, "min_count": 2}, "data.min_count=2 changes "),
         ({"tokenizer_revision": "main"}, "data.tokenizer_revision=main is not for "),
@@ -377,9 +374,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
             {"tokenizer": "{empty}"},
             "data.tokenizer={empty}: its tokenizer.json can't be read (No such file",
         ),
-        ({"tokenizer": "{empty}/a.txt"}, "data.tokenizer={empty}/a.txt is a file: "),
-        ({"tokenizer": "./nowhere"}, "data.tokenizer=./nowhere: it is none of words, bpe, "),
-        ({"tokenizer": ""}, "data.tokenizer=: it is none of words, bpe, "),
+        ({"tokenizer": "{empty}/a.txt"}, "data.tokenizer={empty}/a.txt is no folder"),
+        ({"tokenizer": "./nowhere"}, "data.tokenizer=./nowhere is no folder"),
         ({"tokenizer": "model"}, "data.tokenizer=model takes the tokenizer of model.path, "),
         ({"tokenizer": "{cut}"}, "data.tokenizer={cut}: its tokenizer.json is damaged, "),
         ({"tokenizer": "{other}"}, "data.tokenizer={other}: its tokenizer.json is damaged, "),
@@ -408,10 +404,36 @@ def test_a_bad_tokenizer_is_one_clear_line(
     assert not list(Path(data.cache_dir or "").glob("corpora/*/*"))
 
 
-def test_too_little_text_is_told_in_tokens(tmp_path: Path) -> None:
-    data = bpe(write_release(tmp_path / "text", validation="ab\n"), 257, seq_len=50)
-    with pytest.raises(ConfigError, match="needs 51 tokens for one window, but .* has 3 for"):
-        open_corpus(data)
+def test_a_tokenizer_without_an_unknown_token_is_one_clear_line(tmp_path: Path) -> None:
+    pieces = {"a": 0, "b": 1}
+    for model in (tokenizers.models.WordLevel(pieces), tokenizers.models.WordPiece(pieces)):
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+        with pytest.raises(ConfigError, match=r"tokenizer\.json is damaged, or cannot") as error:
+            open_corpus(release(write_release(tmp_path / "text"), tokenizer=str(tmp_path)))
+        one_line(error)
+
+
+def test_a_tokenizer_that_is_drawn_by_lot_is_refused(tmp_path: Path) -> None:
+    """BPE dropout: another text each time."""
+    content = json.loads(tokens.train_bpe([TRAIN], 280))
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"a dropout of 0\.1") as error:
+        open_corpus(release(write_release(tmp_path / "text"), tokenizer=str(tmp_path)))
+    one_line(error)
+
+
+def test_whatever_the_library_raises_is_one_line(tmp_path: Path) -> None:
+    """Its panics are no exceptions of Python's."""
+    content = json.loads(tokens.train_bpe([TRAIN], 280))
+    for change in ({"vocab": {}}, {"merges": [["a", "zz"]]}, {"type": "Unigram"}, {"vocab": None}):
+        damaged = content | {"model": content["model"] | change}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+        with pytest.raises(ConfigError, match=r"tokenizer\.json is damaged") as error:
+            open_corpus(release(write_release(tmp_path / "text"), tokenizer=str(tmp_path)))
+        one_line(error)
 
 
 def test_without_the_library_the_extra_is_named(

@@ -1,0 +1,480 @@
+"""Sources to documents: the documentation of Python, files of one's own, data sets of `datasets`.
+
+Every source is a `Text`. Data sets and files of rows (`.jsonl`, `.csv`, `.parquet`) are read by
+`datasets`. Plain text, packed or not, is read here: its "text" builder changes line ends, counts no
+bytes, by which a file is split, and copies the whole to Arrow first.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import codecs
+import contextlib
+import glob
+import gzip
+import hashlib
+import lzma
+import os
+import platform
+import re
+import sys
+import sysconfig
+import tokenize
+import warnings
+import zlib
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from proglayer.config import DataConfig, DataSource, shortened
+from proglayer.errors import ConfigError, first_line
+
+# Part of the key of pydocs: raise it when other text is taken from the standard library.
+PYDOCS_FORMAT = 1
+# Folders within the standard library that say little about it, or belong to other people.
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "turtledemo", "_bundled"}
+SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
+
+# What a split is called in the file names of the WikiText releases.
+RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
+
+# Files are read in blocks of this size, which bounds the memory they take.
+BLOCK_BYTES = 2**20
+# Files of rows, and the builders of `datasets` that read them.
+ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# UTF-8 that is markup and no text.
+MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html|\{\\rtf)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text before it is cut into tokens.
+
+    label: how the user named it, for messages.
+    key: plain data that is equal where the text is equal, and is had without loading the text.
+    read: returns the text of "train", "validation" or "test", in pieces that are cut anywhere; a
+        document ends with white space. Of "test" it gives nothing where there is none. It may use
+        the folder that it is given, which is deleted afterwards.
+    """
+
+    name: str
+    label: str
+    key: dict[str, Any]
+    read: Callable[[str, Path], Iterable[str]]
+
+
+def open_text(data: DataConfig) -> Text:
+    """Return the text that `data` names.
+
+    Raises ConfigError where it can't be found, or a setting is not for this kind of source. What
+    goes wrong while reading is a ConfigError of `read`.
+    """
+    data_sets = (DataSource.wikitext2, DataSource.hub)
+    readers = dict.fromkeys(("path", "repository", "configuration", "revision"), data_sets)
+    for setting, sources in {**readers, "files": (DataSource.text,)}.items():
+        given = getattr(data, setting)
+        if given and data.source not in sources:
+            wanted = " or ".join(f"data={source.name}" for source in sources)
+            raise ConfigError(
+                f"data.{setting}={shortened(given)} is not for data={data.source.name}: it needs "
+                f"{wanted}"
+            )
+    if data.source is DataSource.pydocs:
+        return _pydocs(data)
+    if data.source is DataSource.text:
+        return _files(data)
+    if data.path is None:
+        return _hub(data)
+    folder = Path(data.path).expanduser()
+    if data.source is DataSource.wikitext2 and (folder / "wiki.train.raw").exists():
+        return _release(data, folder)
+    return _saved(data, folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# pydocs: the English that every Python carries
+
+
+def _pydocs(data: DataConfig) -> Text:
+    # sys.version names the build as well, because distributions change their standard library.
+    key = {
+        "source": "pydocs",
+        "format": PYDOCS_FORMAT,
+        "implementation": platform.python_implementation(),
+        "version": sys.version,
+        "held_out": data.held_out,
+    }
+
+    @cache
+    def shuffled() -> list[tuple[str, str]]:
+        # The order is drawn from the names, so the first windows are a fair sample of the whole
+        # and not its modules from a to f.
+        return sorted(pydocs(), key=lambda d: hashlib.sha256(d[0].encode()).digest())
+
+    def read(split: str, scratch: Path) -> Iterator[str]:
+        documents = shuffled()
+        ends = list(accumulate(len(text) for _, text in documents))
+        kept = bisect(ends, (1 - data.held_out) * ends[-1])
+        parts = {"train": documents[:kept], "validation": documents[kept:]}
+        for _, text in parts.get(split, ()):
+            yield text + "\n"
+
+    return Text("pydocs", f"the documentation of Python {platform.python_version()}", key, read)
+
+
+def pydocs() -> list[tuple[str, str]]:
+    """Return name and text of each document: a module's docstrings, or a topic of Python's help().
+
+    The modules are parsed, never imported. Sorted by name; the same for the same Python.
+    Raises ConfigError if this Python came without the source of its library, or without the topics.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    if folder.is_dir():
+        for name, path in _modules(folder):
+            text = "\n\n".join(_docstrings(_parsed(path)))
+            if text:
+                documents.append((name, text))
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    if not documents or not topics:
+        raise ConfigError(
+            f"data=pydocs: this Python came without the sources of its library ({folder}) or "
+            "without pydoc_data.topics: take another corpus, for example data=text"
+        )
+    documents += [(f"pydoc_data.topics:{name}", text) for name, text in topics.items()]
+    return sorted(documents)
+
+
+def _modules(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
+    """Yield dotted name and file of every module below `folder`."""
+    for path in folder.iterdir():
+        if path.suffix == ".py" and path.is_file():
+            yield package + path.stem, path
+        elif path.name.isidentifier() and path.name not in SKIPPED_FOLDERS and path.is_dir():
+            yield from _modules(path, f"{package}{path.name}.")
+
+
+def _parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of a source file; an empty one if it isn't in this Python's syntax."""
+    try:
+        with warnings.catch_warnings(), tokenize.open(path) as file:
+            warnings.simplefilter("ignore")  # invalid escapes, in a library that isn't ours
+            return ast.parse(file.read())
+    except (SyntaxError, UnicodeDecodeError):
+        return ast.Module(body=[], type_ignores=[])
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Yield the docstrings of a module, its classes and functions, in the order of the source."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        text = ast.get_docstring(node)
+        if text:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _docstrings(child)
+
+
+# ---------------------------------------------------------------------------------------------
+# text: files of one's own, and the files of the WikiText release
+
+
+def _files(data: DataConfig) -> Text:
+    paths = _matching_files(data.files)
+    kinds = [_kind(path) for path in paths]
+
+    def read(split: str, scratch: Path) -> Iterator[str]:
+        if split == "test":
+            return
+        for path, (builder, _) in zip(paths, kinds, strict=True):
+            if builder:
+                rows = _rows_of_file(path, builder, scratch)
+                yield from _documents(_held_out(rows, split, data), data, f"data.files: {path}")
+            else:
+                cut = _train_bytes(path, data.held_out)
+                yield from _decoded(path, *((0, cut) if split == "train" else (cut, None)))
+
+    key = {
+        "source": "text",
+        "files": [[*kind, _sha256(path)] for path, kind in zip(paths, kinds, strict=True)],
+        "held_out": data.held_out,
+        "column": data.text_column if any(builder for builder, _ in kinds) else None,
+    }
+    return Text("text", f"data.files ({len(paths)} file{'s' * (len(paths) > 1)})", key, read)
+
+
+def _matching_files(patterns: Iterable[str]) -> list[Path]:
+    """Return the files that names, folders and globs stand for, each once, sorted by name."""
+    every: set[str] = set()
+    for pattern in patterns:
+        wanted = os.path.expanduser(pattern)
+        if os.path.isdir(wanted):
+            wanted = os.path.join(glob.escape(wanted), "**")
+        # A name that exists means itself, even with brackets in it.
+        matches = [wanted] if os.path.exists(wanted) else glob.glob(wanted, recursive=True)
+        files = {os.path.abspath(match) for match in matches if not os.path.isdir(match)}
+        if not files:
+            raise ConfigError(f"data.files={pattern}: there is no such file in {os.getcwd()}")
+        every |= files
+    return [Path(file) for file in sorted(every)]
+
+
+def _kind(path: Path) -> tuple[str | None, str | None]:
+    """Return the builder that reads a file's rows, None of plain text; and how it is packed."""
+    packed = path.suffix if path.suffix in PACKED else None
+    name = path.with_suffix("") if packed else path
+    return ROW_FILES.get(name.suffix), packed
+
+
+def _open_zstd(path: Path, mode: str) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a file into one line."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{path} can't be read ({why})") from error
+
+
+def _sha256(path: Path) -> str:
+    with _reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file, unpacked."""
+    with _reading(path), PACKED.get(path.suffix, open)(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def _train_bytes(path: Path, held_out: float) -> int:
+    """Return the byte at which the held-out part of a file begins.
+
+    It is the first after a line end or a space; after other white space, or at any character, where
+    neither leaves something to hold out.
+    """
+    size = sum(map(len, _blocks(path))) if path.suffix in PACKED else path.stat().st_size
+    first = int((1 - held_out) * size)
+    for boundary in (rb"[\n ]", rb"\s", rb"(?=[^\x80-\xbf])"):
+        start = 0
+        for block in _blocks(path):
+            if match := re.compile(boundary).search(block, max(0, first - start)):
+                if start + match.end() < size:
+                    return start + match.end()
+                break
+            start += len(block)
+    return size
+
+
+def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
+    """Yield the text of a UTF-8 file from one byte to another, and a line end where it lacks one.
+
+    Raises ConfigError where it is no such text or can't be read.
+    """
+    # A byte order mark is no part of the first word.
+    decoder = codecs.getincrementaldecoder("utf-8" if first else "utf-8-sig")()
+    start, last = 0, " "
+    for block in _blocks(path):
+        if start == 0 and MARKUP.match(block):
+            raise ConfigError(f"{path} is HTML or RTF: take the text out of it")
+        part = block[max(0, first - start) : None if end is None else max(0, end - start)]
+        if b"\0" in part:
+            raise ConfigError(f"{path} is binary, or of another encoding: text is UTF-8")
+        start += len(block)
+        try:
+            piece = decoder.decode(part)
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path} is binary, or of another encoding than UTF-8: convert it (byte "
+                f"0x{error.object[error.start]:02x} at offset "
+                f"{start - len(error.object) + error.start})"
+            ) from error
+        last = piece[-1:] or last
+        yield piece
+        if end is not None and start >= end:
+            break
+    if decoder.getstate()[0]:
+        raise ConfigError(f"{path} is binary, or ends within a character of UTF-8")
+    if not last.isspace():
+        yield "\n"
+
+
+def _release(data: DataConfig, folder: Path) -> Text:
+    """Return what lies in the files of the WikiText releases, `wiki.train.raw` and so on."""
+    names = {split: _split_name(data, split, RELEASE_SPLITS) for split in _splits(data)}
+    files = {split: folder / f"wiki.{RELEASE_SPLITS[name]}.raw" for split, name in names.items()}
+    if "test" in files and not files["test"].exists():
+        del files["test"]
+
+    def read(split: str, scratch: Path) -> Iterable[str]:
+        return _decoded(files[split], 0, None) if split in files else ()
+
+    key = {"source": "release", "files": {split: _sha256(path) for split, path in files.items()}}
+    return Text(_name(data), f"data.path={data.path}", key, read)
+
+
+# ---------------------------------------------------------------------------------------------
+# data sets of `datasets`: from a folder or from the hub
+
+
+def _splits(data: DataConfig) -> tuple[str, ...]:
+    """Return the splits to read: "test" is one where it is no part of the others."""
+    of_test = "test" not in f"{data.train_split} {data.validation_split}"
+    return ("train", "validation", "test") if of_test else ("train", "validation")
+
+
+def _split_name(data: DataConfig, split: str, known: Iterable[str]) -> str:
+    """Return the name that the settings give to a split, once it is a known one."""
+    name = getattr(data, f"{split}_split", split)
+    if name not in known and split != "test":
+        raise ConfigError(
+            f"data.{split}_split={name}: the splits in data.path={data.path} are "
+            + ", ".join(sorted(known))
+        )
+    return name
+
+
+def _name(data: DataConfig) -> str:
+    if data.source is DataSource.hub and data.repository:
+        return data.repository.rsplit("/", 1)[-1]
+    return data.source.name
+
+
+def _saved(data: DataConfig, folder: Path) -> Text:
+    """Return what `save_to_disk` wrote of a data set, whole or of one split."""
+    label = f"data.path={data.path}"
+    written = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".json")]
+    if not any(path.name == "state.json" for path in written):
+        release = " or wiki.train.raw" if data.source is DataSource.wikitext2 else ""
+        raise ConfigError(f"{label} is no folder that save_to_disk wrote{release}")
+
+    @cache
+    def loaded() -> Any:
+        with _loading(label) as datasets:
+            return datasets.load_from_disk(str(folder))
+
+    def read(split: str, scratch: Path) -> Iterator[str]:
+        rows = loaded()
+        if hasattr(rows, "keys"):
+            name = _split_name(data, split, rows.keys())
+            rows = rows.get(name) if split in _splits(data) else None
+        else:
+            rows = _held_out(rows, split, data) if split != "test" else None
+        return _documents(rows, data, label)
+
+    key = {
+        "source": "saved",
+        "files": sorted([str(path.relative_to(folder)), _sha256(path)] for path in written),
+        "column": data.text_column,
+        "held_out": data.held_out,
+        "splits": [data.train_split, data.validation_split],
+    }
+    return Text(_name(data), label, key, read)
+
+
+def _hub(data: DataConfig) -> Text:
+    if data.repository and os.path.isdir(data.repository):
+        # It would be known by its name, whatever became of its content.
+        raise ConfigError(f"data.repository={data.repository} is a folder: give it as data.path")
+    names = ("repository", "configuration", "revision", "train_split", "validation_split")
+    given = {name: getattr(data, name) for name in names}
+    label = " ".join(f"data.{name}={given[name]}" for name in names[:3] if given[name])
+
+    @cache
+    def rows(split: str) -> Any:
+        with _loading(label) as datasets:
+            loaded = datasets.load_dataset(
+                data.repository, data.configuration, revision=data.revision, split=split
+            )
+            # Without a network `datasets` takes what its cache has under that name, of whatever
+            # revision; the folder of its files is named after the commit.
+            commit = re.fullmatch("[0-9a-f]{40}", data.revision or "")
+            for file in loaded.cache_files if commit else ():
+                if data.revision not in Path(file["filename"]).parts:
+                    raise ConnectionError("its cache holds another revision")
+            return loaded
+
+    def read(split: str, scratch: Path) -> Iterator[str]:
+        if split == "test" and not has_test():
+            return _documents(None, data, label)
+        return _documents(rows(getattr(data, f"{split}_split", split)), data, label)
+
+    def has_test() -> bool:
+        return "test" in _splits(data) and "test" in (rows(data.train_split).info.splits or {})
+
+    return Text(_name(data), label, {"source": "hub", "column": data.text_column, **given}, read)
+
+
+def _rows_of_file(path: Path, builder: str, scratch: Path) -> Any:
+    """Load a file of rows. `datasets` keeps its copy, and an unpacked file lies, in `scratch`."""
+    if path.suffix in PACKED:
+        plain = scratch / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.{builder}"
+        with open(plain, "wb") as file:
+            file.writelines(_blocks(path))
+        path = plain
+    with _loading(f"data.files: {path}") as datasets:
+        return datasets.load_dataset(
+            builder, data_files=[glob.escape(str(path))], split="train", cache_dir=str(scratch)
+        )
+
+
+def _held_out(rows: Any, split: str, data: DataConfig) -> Any:
+    """Return the first rows for training, the last share for validation."""
+    kept = int((1 - data.held_out) * len(rows))
+    return rows.select(range(kept) if split == "train" else range(kept, len(rows)))
+
+
+def _documents(rows: Any, data: DataConfig, label: str) -> Iterator[str]:
+    """Yield the text of a column of a `datasets.Dataset`, some rows at a time; None has none."""
+    if rows is None:
+        return
+    column = data.text_column
+    kind = str(getattr(rows.features.get(column), "dtype", "it has no such column"))
+    if "string" not in kind:
+        columns = ", ".join(rows.column_names)
+        raise ConfigError(
+            f"data.text_column={column} is no column of text of {label} ({kind}): its columns are "
+            f"{columns}"
+        )
+    with _loading(label):
+        for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=100):
+            texts = batch.column(0).to_pylist()
+            yield "\n".join(text for text in texts if text is not None) + "\n"
+
+
+@contextlib.contextmanager
+def _loading(label: str) -> Iterator[Any]:
+    """Hand out the library `datasets`, quiet, and turn whatever it raises into one line."""
+    import datasets
+    import huggingface_hub.utils
+
+    for library in (datasets.utils, huggingface_hub.utils):
+        library.disable_progress_bars()
+        library.logging.set_verbosity_error()
+    try:
+        yield datasets
+    except ConnectionError as error:
+        raise ConfigError(
+            f"{label}: the Hugging Face hub can't be reached and the cache of `datasets` does not "
+            "hold this: give a folder (data.path), or take data=pydocs, which needs no network"
+        ) from error
+    except Exception as error:  # the many ways in which a data set of others can be amiss
+        raise ConfigError(f"{label} can't be loaded ({first_line(error)})") from error
