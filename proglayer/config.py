@@ -204,6 +204,11 @@ class Settings(BaseModel):
         return value
 
 
+def _listed(value: Any) -> Any:
+    """Take a single text for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 def _one_of(said: str) -> WrapValidator:
     """Say of a value that fits none of several types what it should be, in one sentence."""
 
@@ -277,7 +282,7 @@ class DataConfig(Settings):
     min_count: Count
     max_vocab: Annotated[int, Field(ge=3, le=INT32)] | None
     path: str | None
-    files: tuple[str, ...]
+    files: Annotated[tuple[str, ...], BeforeValidator(_listed)]
     held_out: Annotated[float, Field(gt=0, lt=1)]
     repository: str | None
     configuration: str | None

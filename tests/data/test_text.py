@@ -173,6 +173,10 @@ def test_a_folder_is_all_files_in_it_and_a_glob_those_that_match(tmp_path):
     assert words_of(open_corpus(data))[2:] == ["c", "b"]
 
 
+def test_a_single_file_needs_no_list():
+    assert config("data=text", "data.files=notes.txt").data.files == ("notes.txt",)
+
+
 def test_text_without_white_space_has_subwords(tmp_path):
     """Chinese, for example: held out at a character, also where the last byte ends a line."""
     pytest.importorskip("tokenizers")
