@@ -8,8 +8,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from proglayer.run.experiment import load_run
     from proglayer.run.export import export_run
+    from proglayer.run.run import load_run
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return export_run
     if name == "load_run":
-        from proglayer.run.experiment import load_run
+        from proglayer.run.run import load_run
 
         return load_run
     raise AttributeError(f"module 'proglayer' has no attribute {name!r}")

@@ -185,6 +185,19 @@ class OnError(Enum):
     stop = "stop"
 
 
+class Objective(StrEnum):
+    """What a search goes by: a figure of the last phase's selected epoch."""
+
+    validation_loss = "validation_loss"
+    validation_perplexity = "validation_perplexity"
+    validation_accuracy_percent = "validation_accuracy_percent"
+    validation_bits_per_byte = "validation_bits_per_byte"
+    test_loss = "test_loss"
+    test_perplexity = "test_perplexity"
+    test_accuracy_percent = "test_accuracy_percent"
+    test_bits_per_byte = "test_bits_per_byte"
+
+
 class Settings(BaseModel):
     """Settings that belong together. Every one has its value in `conf/`."""
 
@@ -455,7 +468,7 @@ class Config(Settings):
     jobs_per_gpu: Annotated[int, Field(ge=1, le=1_024)]
     plan: bool
     on_error: OnError
-    objective: str
+    objective: Objective
     reuse: bool
     report: bool
     checkpoint_every_s: Positive

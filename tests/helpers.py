@@ -110,17 +110,18 @@ Command = Callable[..., Done]
 
 def results(folder: Path) -> list[dict[str, Any]]:
     """The records below `folder`, jobs in their order."""
-    paths = list(folder.rglob("result.json"))
+    paths = list(folder.rglob("run.json"))
     ordered = sorted(paths, key=lambda p: int(p.parent.name.split("_")[0])) if paths[1:] else paths
     return [json.loads(path.read_text()) for path in ordered]
 
 
 def assert_same_bits(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     """All of ours completed, with the figures of theirs."""
-    assert [r["status"] for r in ours] == ["completed"] * len(theirs)
+    assert [r["state"] for r in ours] == ["completed"] * len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         for p, q in zip(mine["phases"], other["phases"], strict=True):
-            assert (p["stage"], p["best"], p["exits"]) == (q["stage"], q["best"], q["exits"])
+            for name in ("trajectory", "train_loss", "validation", "exits"):
+                assert p[name] == q[name]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -162,8 +163,9 @@ def until(there: Callable[[], T], process: subprocess.Popen[str] | None = None) 
 def worker_of(job: Path) -> int | None:
     """The process that is at work on a job and has recorded an epoch."""
     with contextlib.suppress(OSError, ValueError):
-        if (job / "metrics.csv").exists() and not (job / "result.json").exists():
-            return json.loads((job / "heartbeat.json").read_text())["process"]
+        record = json.loads((job / "run.json").read_text())
+        if record["state"] == "running" and record["epochs"]:
+            return record["environment"]["process"]
     return None
 
 
@@ -193,5 +195,5 @@ def epochs_trained(records: list[dict[str, Any]]) -> dict[str, int]:
     trained: Counter[str] = Counter()
     for record in records:
         for phase in record["phases"]:
-            trained[phase["stage"]] += phase["work"]["epochs_trained"]
+            trained[phase["trajectory"]] += phase["work"]["epochs_trained"]
     return dict(trained)

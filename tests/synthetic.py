@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import os
+import time
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
-from proglayer.store.record import (
-    BestEpoch,
+from proglayer.run.record import (
     CorpusRecord,
     Environment,
-    EpochOnTest,
-    ExitRecord,
+    EpochRow,
     GitState,
     GrowthRecord,
-    ListedJob,
-    Machine,
-    MetricsRow,
     PeakMemory,
     PhaseRecord,
     PhaseWork,
     RunRecord,
     RunState,
-    changes_of,
-    write_jobs,
+    Score,
+    SweepJob,
+    SweepRecord,
     write_metrics,
     write_record,
+    write_sweep,
 )
+from proglayer.store.stages import Machine
 from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
 
 from .helpers import config
@@ -54,29 +53,18 @@ class Cost(NamedTuple):
     evaluation_seconds: float
 
 
-def metrics(
-    loss: float, accuracy_percent: float, perplexity: float | None = None
-) -> dict[str, float]:
-    """What an evaluation gives; perplexity is the loss's unless another is named."""
-    return {
-        "validation_loss": loss,
-        "validation_perplexity": math.exp(loss) if perplexity is None else perplexity,
-        "validation_accuracy_percent": accuracy_percent,
-    }
-
-
-def on_test(loss: float) -> EpochOnTest:
-    """What a phase has on the test text at this loss."""
-    accuracy = 100 * (0.16 + (6.9 - loss) / 20)
-    return EpochOnTest(
-        test_loss=loss, test_perplexity=math.exp(loss), test_accuracy_percent=accuracy
-    )
+def score(loss: float, accuracy_percent: float | None = None) -> Score:
+    """What an evaluation gives; accuracy falls by 5 points a nat, unless it is another."""
+    if accuracy_percent is None:
+        accuracy_percent = 100 * (0.16 + (6.9 - loss) / 20)
+    return Score(loss=loss, accuracy=accuracy_percent / 100)
 
 
 def phase_record(
     index: int,
     cost: Cost,
-    best: BestEpoch,
+    train_loss: float,
+    validation: Score,
     *,
     epochs: int,
     best_epoch: int,
@@ -86,12 +74,12 @@ def phase_record(
 ) -> PhaseRecord:
     """A phase as a run records it; `own` is what its plan says of it, and its exits."""
     return PhaseRecord(
-        index=index,
         **({"stopped": "no improvement in 1 epoch"} | own),
-        stage=f"{index:032x}",
+        trajectory=f"{index:032x}",
         epochs=epochs,
         best_epoch=best_epoch,
-        best=best,
+        train_loss=train_loss,
+        validation=validation,
         train_tokens=cost.tokens * epochs,
         train_flops_head=cost.flops_head * epochs,
         train_flops_body=cost.flops_body * epochs,
@@ -123,13 +111,16 @@ def growth_record(
     )
 
 
-def metrics_row(phase: PhaseRecord, epoch: int, cost: Cost, evaluated: BestEpoch) -> MetricsRow:
-    """A row of `metrics.csv`; `evaluated` are the metrics of the epoch."""
-    return MetricsRow(
-        phase=(phase.index or 0) + 1,
+def epoch_row(
+    number: int, phase: PhaseRecord, epoch: int, cost: Cost, train_loss: float | None, to: Score
+) -> EpochRow:
+    """An epoch of the phase with this number."""
+    return EpochRow(
+        phase=number,
         layers=phase.layers,
         epoch=epoch,
-        **dataclasses.asdict(evaluated),
+        train_loss=train_loss,
+        validation=to,
         train_tokens=cost.tokens,
         train_seconds=cost.train_seconds,
         evaluation_seconds=cost.evaluation_seconds,
@@ -142,7 +133,7 @@ def leave(
     folder: Path,
     plain: dict[str, Any],
     phases: list[PhaseRecord],
-    rows: list[MetricsRow],
+    rows: list[EpochRow],
     /,
     *,
     overrides: list[str],
@@ -151,32 +142,24 @@ def leave(
     windows: tuple[int, int] = WINDOWS,
     **extra: Any,
 ) -> Path:
-    """A run's folder as the tool leaves it; with `status="running"` without its record.
+    """A run's folder as the tool leaves it.
 
     A run that did not complete has no record of its last phase. `extra` goes over the rest.
     """
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    hydra = {
-        "runtime": {"choices": choices | {"hydra/launcher": "basic"}},
-        "job": {"name": "train"},
-    }
-    for name, content in (("config", plain), ("overrides", overrides), ("hydra", {"hydra": hydra})):
-        (folder / ".hydra" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.log").write_text("began\n")
-    write_metrics(folder, rows)
-    if status == "running":
-        return folder
     completed = status == RunState.completed
     recorded = phases if completed else phases[:-1]
     record = RunRecord(
-        status=RunState(status),
-        reason=None if completed else "the loss became NaN",
-        started=STARTED,
+        state=RunState(status),
+        reason="the loss became NaN" if status == "failed" else None,
+        started=datetime.now(UTC) if status == "running" else datetime.fromisoformat(STARTED),
         overrides=overrides,
         choices=choices,
-        seed=plain["seed"],
         config=plain,
-        environment=Environment(proglayer="0.1.0", python="3.11.7", platform="x", host="h"),
+        environment=Environment(
+            proglayer="0.1.0", python="3.11.7", platform="x", host="h", process=1
+        ),
         machine=Machine("cpu", "a cpu", 2, "2.13.0"),
         git=GitState(commit="c" * 40, changed=False),
         corpus=CorpusRecord(
@@ -188,12 +171,23 @@ def leave(
             validation_windows=windows[1],
         ),
         phases=recorded,
-        changes=changes_of(recorded) if completed else None,
-        ended="2026-03-01T12:01:30+00:00",
+        epochs=rows,
+        ended=datetime.fromisoformat("2026-03-01T12:01:30+00:00"),
         seconds=90.0,
     )
-    write_record(folder, dataclasses.replace(record, **extra))
+    if status in ("running", "pending"):
+        record.phases, record.ended, record.seconds = [], None, None
+    record = RunRecord.model_validate(record.model_dump() | extra)
+    write_record(folder, record)
+    write_metrics(folder, record)
     return folder
+
+
+def aged(folder: Path, seconds: float) -> None:
+    """Make a folder and all that lies in it as old as that."""
+    then = time.time() - seconds
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (then, then))
 
 
 def run(
@@ -245,7 +239,8 @@ def run(
         recorded = phase_record(
             phase.index,
             cost,
-            BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy)),
+            loss - 0.3,
+            score(loss, accuracy),
             epochs=count,
             best_epoch=best,
             name=phase.name,
@@ -257,28 +252,22 @@ def run(
             rates=phase.rates,
             exit_weights=list(phase.exit_weights),
             stopped="no improvement in 1 epoch" if best < count else f"max_epochs={count} reached",
-            test=None if test_losses is None else on_test(test_losses[phase.index]),
-            exits=[
-                ExitRecord(
-                    layer=phase.layers - gap, **metrics(loss + 0.3 * gap, accuracy - reach * gap)
-                )
+            test=None if test_losses is None else score(test_losses[phase.index]),
+            exits={
+                phase.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
                 for gap in reversed(range(phase.layers))
-            ],
+            },
         )
         growth = None
         if phase.growth is not None and shock is not None:
-            before = phases[-1].best.validation_loss or math.nan
+            before = phases[-1].validation.loss
             growth = growth_record(phase, before, before + shock, curve, cost)
-            at_once = metrics(before + shock, 100 * (0.16 + (6.9 - before - shock) / 20))
-            row = metrics_row(recorded, 0, cost, BestEpoch(train_loss=None, **at_once))
-            rows.append(
-                dataclasses.replace(row, train_tokens=0, train_seconds=0.0, evaluation_seconds=0.0)
-            )
-        phases.append(dataclasses.replace(recorded, growth=growth))
+            start = cost._replace(tokens=0, train_seconds=0.0, evaluation_seconds=0.0)
+            to = score(before + shock)
+            rows.append(epoch_row(phase.index + 1, recorded, 0, start, None, to))
+        phases.append(recorded.model_copy(update={"growth": growth}))
         rows += [
-            metrics_row(
-                recorded, epoch, cost, BestEpoch(train_loss=loss - 0.3, **metrics(loss, accuracy))
-            )
+            epoch_row(phase.index + 1, recorded, epoch, cost, loss - 0.3, score(loss, accuracy))
             for epoch, (loss, accuracy) in enumerate(zip(curve, accuracies, strict=True), start=1)
         ]
     given: dict[str, Any] = {
@@ -311,8 +300,11 @@ def sweep(
     given = {"hydra": {"overrides": {"task": task}}}
     (folder / "multirun.yaml").write_text(yaml.safe_dump(given))
     listed = [
-        ListedJob(f"{number}_aaaaaa", (f"experiment={e}", f"model={m}", f"seed={s}", *overrides))
+        SweepJob(
+            folder=f"{number}_aaaaaa",
+            overrides=[f"experiment={e}", f"model={m}", f"seed={s}", *overrides],
+        )
         for number, (e, m, s) in enumerate(jobs)
     ]
-    write_jobs(folder, listed)
+    write_sweep(folder, SweepRecord(jobs=listed))
     return folder

@@ -39,7 +39,7 @@ WITHOUT_TORCH = (
     "training.plan",
     "training.stopping",
     "store.stages",
-    "store.record",
+    "run.record",
     "run.progress",
     "results",
     "results.summary",
@@ -105,10 +105,10 @@ def test_a_wing_imports_only_from_those_before_it(module: str) -> None:
 
 
 def test_an_import_against_the_line_is_seen() -> None:
-    source = "if TYPE_CHECKING:\n    from proglayer.run import experiment\n"
+    source = "if TYPE_CHECKING:\n    from proglayer.run import run\n"
     assert wrong_way("proglayer.store.stages", imports_of(source, set(MODULES))) == {
         "proglayer.run",
-        "proglayer.run.experiment",
+        "proglayer.run.run",
     }
 
 

@@ -161,7 +161,7 @@ def prepared(folder: Path) -> dict[str, bytes]:
     """A folder to give commands in; what must still be in it afterwards."""
     (folder / "words.txt").write_text(WORDS)
     (folder / "notes").mkdir()
-    (folder / "notes/result.json").write_text("mine")
+    (folder / "notes/run.json").write_text("mine")
     (folder / "train.log").write_text("mine")
     return contents(folder)
 
@@ -287,7 +287,7 @@ def spoil(source: random.Random, path: Path) -> str:
     elif how == "device":
         path.symlink_to("/dev/zero")
     elif how == "rename":
-        names = ("\x1b[31m", "[b]", "a\nb", "\u202e", "x" * 200, "-rf", "result.json.bak")
+        names = ("\x1b[31m", "[b]", "a\nb", "\u202e", "x" * 200, "-rf", "run.json.bak")
         (path.parent / source.choice(names)).write_bytes(content)
     elif how == "elsewhere":
         other = source.choice([p for p in path.parent.parent.rglob("*") if p.is_dir()])
@@ -377,8 +377,8 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     """What runs came to: records without times, and the bytes of their models."""
     found = []
     for record in results(folder):
-        phases = [(p["stage"], p["best"], p["exits"]) for p in record["phases"]]
-        found.append({"status": record["status"], "phases": phases})
+        phases = [(p["trajectory"], p["validation"], p["exits"]) for p in record["phases"]]
+        found.append({"status": record["state"], "phases": phases})
     return [*found, *({"weights": p.read_bytes()} for p in sorted(folder.rglob("weights.saf*")))]
 
 

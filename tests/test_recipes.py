@@ -16,9 +16,8 @@ import pytest
 
 from proglayer import load_run
 from proglayer.config import Config
-from proglayer.run.experiment import run
-from proglayer.store.record import Machine
-from proglayer.store.stages import stage_key
+from proglayer.run.run import run
+from proglayer.store.stages import Machine, stage_key
 from proglayer.store.trajectory import Trajectory, describe
 from proglayer.training.plan import Phase, plan, training_flops
 from proglayer.training.trainer import Progress, Training
@@ -92,13 +91,13 @@ def test_a_recipe_runs_from_end_to_end_and_killed_in_its_middle_gives_the_same_b
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(settings(name, tmp_path / "a"), whole)
-    record = json.loads((whole / "result.json").read_text())
-    assert record["status"] == "completed", record["reason"]
+    record = json.loads((whole / "run.json").read_text())
+    assert record["state"] == "completed", record["reason"]
     phases = record["phases"]
     assert [phase["layers"] for phase in phases] == [phase[0] for phase in SHORTENED[name]]
     assert len(load_run(whole).layers) == phases[-1]["layers"]
     for phase in phases[1:]:
-        if "growth" not in phase:
+        if phase["growth"] is None:
             continue
         growth = phase["growth"]
         assert len(growth["exit_losses_after"]) == phase["layers"]
@@ -111,7 +110,7 @@ def test_a_recipe_runs_from_end_to_end_and_killed_in_its_middle_gives_the_same_b
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    assert not (killed / "result.json").exists()
+    assert not (killed / "run.json").exists()
     assert list((tmp_path / "b").glob("*/state-*"))
     run(settings(name, tmp_path / "b"), killed)
     assert lasting(killed) == lasting(whole)
@@ -135,7 +134,7 @@ def run_until_killed(name: str, store: Path, folder: Path, step: int) -> None:
 
 def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """Phases and epochs of a run, times and the account of who trained them apart."""
-    phases = json.loads((folder / "result.json").read_text())["phases"]
+    phases = json.loads((folder / "run.json").read_text())["phases"]
     for phase in phases:
         for name in ("work", "train_seconds", "evaluation_seconds", "tokens_per_second"):
             del phase[name]
@@ -192,13 +191,13 @@ def test_the_moments_of_growth_share_one_initial_trajectory_a_seed(
     assert len(records) == 6
     alone = sum(phase["epochs"] for record in records for phase in record["phases"])
     trained = epochs_trained(records)
-    initial = {record["phases"][0]["stage"] for record in records}
+    initial = {record["phases"][0]["trajectory"] for record in records}
     assert [trained[stage] for stage in initial] == [3, 3]
     # Moments whose initial phases selected the same epoch share what is grown from it as well.
     grown: dict[str, int] = {}
     for record in records:
         phase = record["phases"][1]
-        grown[phase["stage"]] = max(phase["epochs"], grown.get(phase["stage"], 0))
+        grown[phase["trajectory"]] = max(phase["epochs"], grown.get(phase["trajectory"], 0))
     assert trained == dict.fromkeys(initial, 3) | grown
     assert alone == 24
     assert sum(trained.values()) <= 18

@@ -37,7 +37,6 @@ from proglayer.launch.ask import register
 from proglayer.launch.job import explain
 from proglayer.run import machine
 from proglayer.run.code import git_state
-from proglayer.store.record import to_dict
 from proglayer.training.plan import Phase, plan
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -176,8 +175,8 @@ def _bench(options: argparse.Namespace) -> int:
         figures = {
             "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "overrides": options.overrides,
-            "environment": to_dict(machine.environment()),
-            "git": to_dict(git_state()),
+            "environment": machine.environment().model_dump(),
+            "git": (git := git_state()) and git.model_dump(),
             "machine": asdict(here),
             "measured": [asdict(row) | more for row, more in zip(measured, ratios, strict=True)],
         }

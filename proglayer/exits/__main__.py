@@ -16,7 +16,7 @@ from proglayer.report import early_exit, pictures, words
 from proglayer.report.arms import Frame, arms
 from proglayer.report.early_exit import Measured
 from proglayer.results import load, write_csv
-from proglayer.store.record import RecordError, RunRecord, read_record
+from proglayer.run.record import RecordError, RunRecord, read_record
 
 OUT = "-o"
 FAILED, NOTHING = 1, 2
@@ -94,8 +94,8 @@ def _check_texts(runs: Frame) -> None:
 
 def _record(folder: Path) -> RunRecord:
     record = read_record(folder)
-    if record is None or record.config is None or record.corpus is None or not record.phases:
-        raise RecordError("damaged", "its record names no settings, text or phases")
+    if record.config is None or record.corpus is None or not record.phases:
+        raise RecordError(f"{folder}: its record names no settings, text or phases")
     return record
 
 
@@ -120,13 +120,13 @@ def _measured(folder: Path, record: RunRecord, corpus: Corpus) -> Measured:
     """Measure a run's model, and keep that in its folder where it can be written."""
     from proglayer.config import Device, Precision
     from proglayer.exits.measure import measure
-    from proglayer.run.experiment import load_run
     from proglayer.run.machine import pick_device
+    from proglayer.run.run import load_run
     from proglayer.training.trainer import Windows
 
     device = pick_device(Device.auto, Precision.float32)
     model = load_run(folder).to(device)
-    trained = [weight > 0 for weight in record.phases[-1].exit_weights or []]
+    trained = [weight > 0 for weight in record.phases[-1].exit_weights]
     found = measure(model, Windows(corpus.validation, device), trained)
     try:
         early_exit.keep(folder, record.weights_sha256, found)

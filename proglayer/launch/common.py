@@ -33,7 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 from proglayer.config import shortened
 from proglayer.console import going_on_unread
 from proglayer.errors import ConfigError, with_type
-from proglayer.store.record import RecordError, RunRecord, read_record
+from proglayer.run.record import RecordError, RunRecord, RunState, read_record
 
 if TYPE_CHECKING:
     from proglayer.config import Config
@@ -193,10 +193,10 @@ def unread(master: DictConfig) -> Iterator[None]:
 
 
 def record_of(folder: Path) -> RunRecord:
-    """The record of a job, empty if it left none that can be read."""
-    with contextlib.suppress(OSError, RecordError):
-        return read_record(folder) or RunRecord()
-    return RunRecord()
+    """Return the record of a job; that of one that waits if there is none that can be read."""
+    with contextlib.suppress(RecordError):
+        return read_record(folder)
+    return RunRecord(state=RunState.waiting)
 
 
 class FolderInUse(ConfigError):

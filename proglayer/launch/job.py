@@ -9,7 +9,6 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,15 +35,8 @@ from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, in_one_lin
 from proglayer.launch.composing import file_problem as settings_file_problem
 from proglayer.launch.overrides import check_arguments
 from proglayer.launch.snapshot import changed_files
-from proglayer.store.record import (
-    METRICS,
-    RESULT,
-    RunRecord,
-    RunState,
-    failed_job,
-    note_failed_job,
-    write_record,
-)
+from proglayer.run.record import RunRecord, RunState, now, write_record
+from proglayer.store.stages import RUN_FILE
 
 if TYPE_CHECKING:
     from proglayer.run.session import Prune
@@ -128,7 +120,7 @@ def run_job(settings: DictConfig) -> float | None:
                 print_error(str(error))
                 sys.exit(FAILED)
             finally:
-                if not any((folder / name).exists() for name in (RESULT, METRICS)):
+                if not (folder / RUN_FILE).exists():
                     _leave_nothing(folder)
 
 
@@ -142,7 +134,7 @@ def _run_alone(settings: DictConfig, hydra: HydraConf, folder: Path) -> float | 
     record = _run(config, hydra, folder)
     if config.report:
         leave_report(folder)
-    if record.status is RunState.failed:
+    if record.state is RunState.failed:
         sys.exit(FAILED)
     return record.objective
 
@@ -168,10 +160,7 @@ def _run_in_sweep(settings: DictConfig, hydra: HydraConf, folder: Path) -> float
     except (ConfigError, StoreError) as error:
         with contextlib.suppress(StoreError):
             record_unstarted(folder, RunState.failed, str(error))
-        note_failed_job(folder)
         return None
-    if record.status is RunState.failed:
-        note_failed_job(folder)
     return record.objective
 
 
@@ -194,7 +183,7 @@ def _config(settings: DictConfig) -> Config:
 def _run(config: Config, hydra: HydraConf, folder: Path, prune: Prune | None = None) -> RunRecord:
     """Run a job. Raises KeyboardInterrupt where it was stopped; ConfigError or StoreError."""
     from proglayer.console import going_on_unread
-    from proglayer.run.experiment import run
+    from proglayer.run.run import run
 
     choices = {
         group: str(choice)
@@ -203,7 +192,7 @@ def _run(config: Config, hydra: HydraConf, folder: Path, prune: Prune | None = N
     }
     with going_on_unread():
         record = run(config, folder, list(hydra.overrides.task), choices, prune)
-    if record.status is RunState.interrupted:
+    if record.state is RunState.interrupted:
         raise KeyboardInterrupt
     return record
 
@@ -211,7 +200,7 @@ def _run(config: Config, hydra: HydraConf, folder: Path, prune: Prune | None = N
 def _check_other_run(folder: Path, config: Config) -> None:
     """Raise ConfigError where a folder holds what a run with other settings came to."""
     record = record_of(folder)
-    if record.status is not RunState.completed or not record.config:
+    if record.state is not RunState.completed or not record.config:
         return
     from proglayer.results import NOT_THE_EXPERIMENT
     from proglayer.run.machine import with_precision
@@ -302,8 +291,14 @@ def explain(error: Exception) -> str | None:
 def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
     """Leave the record of a job that ended before its first phase, or that never said how."""
     log.error("%s", reason)
-    ended = datetime.now(UTC).isoformat(timespec="seconds")
-    write_record(folder, RunRecord(status=status, reason=reason, ended=ended))
+    ended = {"state": status, "reason": reason, "ended": now()}
+    write_record(folder, record_of(folder).model_copy(update=ended))
+
+
+def failed_job(sweep: Path) -> str | None:
+    """Return the name of a job that failed since the sweep began, if one did."""
+    jobs = (path.parent for path in sorted(sweep.glob(f"*/{RUN_FILE}")))
+    return next((job.name for job in jobs if record_of(job).state is RunState.failed), None)
 
 
 def _leave_nothing(folder: Path) -> None:

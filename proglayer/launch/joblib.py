@@ -20,8 +20,8 @@ from hydra.core.utils import JobReturn
 
 from proglayer.errors import ConfigError
 from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of
+from proglayer.run.record import RunState, change_state
 from proglayer.run.signals import on_signals, stop_signals
-from proglayer.store.record import HEARTBEAT, RESULT, mark_lost
 
 # How often a worker looks whether its parent lives.
 LOOK_S = 1.0
@@ -91,9 +91,9 @@ def launch(launcher: Launcher) -> list[JobReturn]:
     except BrokenExecutor as error:
         if stops:  # that ended a worker which was not at a job yet
             raise KeyboardInterrupt from error
-        for sign in folder_of(launcher).glob(f"*/{HEARTBEAT}"):
-            if not (sign.parent / RESULT).exists():
-                mark_lost(sign.parent, "its process was killed")
+        for job in launcher.jobs:
+            folder = folder_of(launcher) / job.folder
+            change_state(folder, RunState.lost, "its process was killed", (RunState.running,))
         raise ConfigError(
             "a worker of joblib was killed, and the others with it (by the system, for want of "
             "memory? then lower hydra.launcher.n_jobs); the same command goes on from here"

@@ -22,8 +22,8 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from proglayer.errors import ConfigError
 from proglayer.launch.common import Launcher, folder_of, jobs_of
-from proglayer.launch.snapshot import snapshot_code
-from proglayer.store.record import SUBMITTED, mark_lost
+from proglayer.launch.snapshot import SUBMITTED, snapshot_code
+from proglayer.run.record import ENDS, RunState, change_state
 
 log = logging.getLogger(__name__)
 
@@ -108,5 +108,6 @@ def _ended(task: Any, folder: Path) -> JobReturn:
         # Of an error in the worker, what was raised is at the end of a traceback.
         reason = lines[-1] if isinstance(error, RayTaskError) else lines[0]
         log.error("job %s was lost by Ray: %s", folder.name, reason)
-        mark_lost(folder, f"it was lost by Ray: {reason}")
+        not_ended = tuple(state for state in RunState if state not in ENDS)
+        change_state(folder, RunState.lost, f"it was lost by Ray: {reason}", not_ended)
     return JobReturn(status=JobStatus.COMPLETED)

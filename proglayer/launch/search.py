@@ -56,16 +56,16 @@ from proglayer.launch.sweep import (
     open_folder,
     sum_up,
 )
-from proglayer.store.record import (
-    JOBS,
+from proglayer.run.record import (
     SWEEP,
-    ListedJob,
+    RecordError,
     RunRecord,
     RunState,
-    read_heartbeat,
-    read_jobs,
-    write_jobs,
+    SweepJob,
+    read_sweep,
+    write_sweep,
 )
+from proglayer.store.stages import SWEEP_FILE
 
 if TYPE_CHECKING:
     import optuna
@@ -148,7 +148,7 @@ def _check_objective(space: Space, master: DictConfig) -> None:
     if searched and master.objective.endswith(PER_TOKEN):
         raise ConfigError(
             f"objective={master.objective} is per token, so it does not compare what "
-            f"{searched[0]} makes: take objective=phases.-1.best.validation_bits_per_byte"
+            f"{searched[0]} makes: take objective=validation_bits_per_byte"
         )
 
 
@@ -283,10 +283,10 @@ class Trials:
         """Tell the study what a trial came to."""
         import optuna
 
-        record = record_of(self._folder / job.folder) if job else RunRecord()
-        if record.status is RunState.completed and record.objective is not None:
+        record = record_of(self._folder / job.folder) if job else RunRecord(state=RunState.failed)
+        if record.state is RunState.completed and record.objective is not None:
             return self._study.tell(trial, record.objective).state
-        pruned = record.status is RunState.pruned
+        pruned = record.state is RunState.pruned
         state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL
         return self._study.tell(trial, state=state).state
 
@@ -372,22 +372,27 @@ def _custom_search_space(name: str | None) -> Callable[..., None] | None:
 
 def list_what_began(sweep: Path) -> None:
     """Take from the list of a sweep's jobs those that have not begun, if it can be written."""
-    if (sweep / JOBS).exists():
-        with contextlib.suppress(OSError):
-            write_jobs(sweep, listed_and_begun(sweep))
+    if (sweep / SWEEP_FILE).exists():
+        with contextlib.suppress(OSError, RecordError):
+            kept = {"jobs": listed_and_begun(sweep)}
+            write_sweep(sweep, read_sweep(sweep).model_copy(update=kept))
 
 
-def listed_and_begun(sweep: Path) -> list[ListedJob]:
+def listed_and_begun(sweep: Path) -> list[SweepJob]:
     """The jobs in a sweep's list that have begun."""
-    with contextlib.suppress(OSError, ValueError):
-        return [job for job in read_jobs(sweep) if (sweep / job.folder).is_dir()]
+    with contextlib.suppress(RecordError):
+        return [job for job in read_sweep(sweep).jobs if (sweep / job.folder).is_dir()]
     return []
 
 
 def _has_ended(folder: Path) -> bool:
     """Whether a trial completed, failed, was pruned or lost: not one stopped or not begun."""
-    state = record_of(folder).status or read_heartbeat(folder).sign
-    return state in (RunState.completed, RunState.failed, RunState.pruned, RunState.lost)
+    return record_of(folder).state in (
+        RunState.completed,
+        RunState.failed,
+        RunState.pruned,
+        RunState.lost,
+    )
 
 
 def best_command(space: Space, best: Mapping[str, Any], threads: int | None = None) -> str:

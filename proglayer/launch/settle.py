@@ -35,7 +35,8 @@ from proglayer.launch.sweep import (
     sum_up,
 )
 from proglayer.results import keys_and_values
-from proglayer.store.record import JOBS, RecordError, RunState, read_jobs
+from proglayer.run.record import RecordError, RunState, read_sweep
+from proglayer.store.stages import SWEEP_FILE
 
 if TYPE_CHECKING:
     from proglayer.report.comparisons import Comparison
@@ -161,7 +162,7 @@ class Study:
         self._arms = arms
         try:
             before = read_looks(folder)
-            listed = read_jobs(folder) if (folder / JOBS).exists() else []
+            listed = read_sweep(folder).jobs if (folder / SWEEP_FILE).exists() else []
         except RecordError as error:
             raise ConfigError(f"hydra.sweep.dir={folder}: {error}") from error
         self._listed: dict[str, Sequence[str]] = {job.folder: job.overrides for job in listed}
@@ -236,7 +237,7 @@ class Study:
         waiting = announce(self._sweeper, jobs)
         self._listed |= {job.folder: job.overrides for job in jobs}
         launch(self._sweeper, self._listed, waiting, self._sweeper.max_batch_size)
-        states = [record_of(self._folder / job.folder).status for job in jobs]
+        states = [record_of(self._folder / job.folder).state for job in jobs]
         if left := sum(s not in (RunState.completed, RunState.failed) for s in states):
             raise ConfigError(
                 f"{left} of {len(jobs)} jobs of this batch did not end, so the claims are not "

@@ -28,17 +28,8 @@ from proglayer import files
 from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of, record_of
-from proglayer.launch.snapshot import snapshot_code
-from proglayer.store.record import (
-    SUBMITTED,
-    SWEEP,
-    RunState,
-    amend_record,
-    mark_lost,
-    remove_heartbeat,
-    remove_record,
-    write_heartbeat,
-)
+from proglayer.launch.snapshot import SUBMITTED, snapshot_code
+from proglayer.run.record import ENDS, SWEEP, RunState, change_state
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +68,9 @@ class SlurmJob:
             self._ask_why_stopped()
             sys.exit(1)
         if job.status is JobStatus.FAILED:
-            amend_record(self.folder, RunState.preempted, RunState.interrupted, NOT_TAKEN_BACK)
+            change_state(self.folder, RunState.interrupted, NOT_TAKEN_BACK, (RunState.preempted,))
         _ = job.return_value  # raises what the run could not record
-        if record_of(self.folder).status not in (RunState.completed, RunState.pruned):
+        if record_of(self.folder).state not in (RunState.completed, RunState.pruned):
             sys.exit(1)
 
     def checkpoint(self) -> Any:
@@ -98,16 +89,18 @@ class SlurmJob:
         restarts = int(about.get("Restarts", 0))
         why = "Slurm starts it again"
         if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            amend_record(self.folder, RunState.interrupted, RunState.preempted, why)
+            change_state(self.folder, RunState.preempted, why, (RunState.interrupted,))
         elif about.get("PreemptTime", "None") != "None" and about.get("Requeue") == "1":
             # In its grace time. A job that ends by itself now would not be started again.
-            amend_record(self.folder, RunState.interrupted, RunState.preempted, why)
+            change_state(self.folder, RunState.preempted, why, (RunState.interrupted,))
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit listens"
             try:
                 requeue(signal.SIGUSR2, None)
             except Exception:
-                amend_record(self.folder, RunState.preempted, RunState.interrupted, NOT_TAKEN_BACK)
+                change_state(
+                    self.folder, RunState.interrupted, NOT_TAKEN_BACK, (RunState.preempted,)
+                )
                 raise
 
 
@@ -161,17 +154,12 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
     from submitit.core.utils import FailedJobError
 
     code = snapshot_code(sweep / SUBMITTED)
-    old_records = {task.folder: record_of(task.folder) for task in jobs}
     left = list(jobs)
     ids: dict[str, str] = {}
-    made: set[Path] = set()
     try:
         executor = _executor(launcher, code)
         for task in jobs:
-            if not task.folder.exists():
-                made.add(task.folder)
-            task.folder.mkdir(parents=True, exist_ok=True)
-            write_heartbeat(task.folder, RunState.pending)
+            change_state(task.folder, RunState.pending, "", (RunState.waiting,))
         while left:
             array = left[:LONGEST_ARRAY]
             with executor.batch():
@@ -180,9 +168,6 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
             for task, job in zip(array, submitted, strict=True):
                 ids[task.folder.name] = job.job_id
                 _link_outputs(task.folder, job.paths)
-                # That of an earlier try: this one has not had the time to leave one.
-                if old_records[task.folder] == record_of(task.folder):
-                    remove_record(task.folder)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
             files.write_atomically(sweep / SUBMITTED / IDS, data, SWEEP, is_ids)
     except (FailedJobError, RuntimeError) as error:
@@ -190,9 +175,7 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
         raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
     finally:
         for task in left:
-            remove_heartbeat(task.folder)
-            if task.folder in made:
-                files.delete_if_empty(task.folder)
+            change_state(task.folder, RunState.waiting, "", (RunState.pending,))
     for task in jobs:
         log.info("#%d is job %s of Slurm", task.job.number, ids[task.folder.name])
     return ids
@@ -272,15 +255,16 @@ def _ask(*command: str) -> str:
 def _ended(folder: Path, number: str, until: float) -> JobReturn:
     """How a job ended that Slurm no longer holds. Waits for a record `until` then at most."""
     job = JobReturn(status=JobStatus.COMPLETED)
-    while (record := record_of(folder)).status is None and time.monotonic() < until:
+    while (record := record_of(folder)).state not in ENDS and time.monotonic() < until:
         time.sleep(0.5)
         with contextlib.suppress(OSError):
             os.listdir(folder)  # makes a network file system look again
-    if record.status is None:
-        mark_lost(folder, "Slurm ended it without a record")
+    if record.state not in ENDS:
+        change_state(folder, RunState.lost, "Slurm ended it without a record")
         log.error("job %s of Slurm ended without a record: see %s", number, folder / "slurm.err")
         return job
-    amend_record(folder, RunState.preempted, RunState.interrupted, "Slurm no longer holds it")
+    no_longer = "Slurm no longer holds it"
+    change_state(folder, RunState.interrupted, no_longer, (RunState.preempted,))
     job.return_value = record.objective
     return job
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from proglayer import files
 from proglayer.errors import ConfigError
 from proglayer.run.code import ORIGIN, PACKAGE, git_state, origin
-from proglayer.store.record import to_dict
 
 PLUGINS = "hydra_plugins"
+# In the folder of a sweep: the code that its jobs run from.
+SUBMITTED = ".submitted"
 
 
 def snapshot_code(into: Path) -> Path:
@@ -32,7 +33,8 @@ def snapshot_code(into: Path) -> Path:
     """
     folders = {PACKAGE.name: PACKAGE, PLUGINS: PACKAGE.parent / PLUGINS}
     copied = {name: str(path) for name, path in folders.items()}
-    made_from = {"git": to_dict(git_state()), "folders": copied}
+    git = git_state()
+    made_from = {"git": git and git.model_dump(), "folders": copied}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode())
     try:
         contents = {

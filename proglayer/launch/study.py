@@ -26,7 +26,7 @@ from proglayer.console import counted
 from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.launch.ask import short_hash
 from proglayer.results import NOT_THE_EXPERIMENT
-from proglayer.store.record import METRICS_COLUMNS, STUDY, SWEEP, MetricsRow
+from proglayer.run.record import METRICS_COLUMNS, STUDY, SWEEP
 
 if TYPE_CHECKING:
     import optuna
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 JOURNAL = "journal:///"
-Prune = Callable[[MetricsRow], str | None]
+Prune = Callable[[dict[str, Any]], str | None]
 NO_PRUNER = "optuna.pruners.NopPruner"
 # The attribute of a study that holds what its trials have in common.
 SHARED = "proglayer:shared"
@@ -235,13 +235,13 @@ def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:
         return None
     step = 0
 
-    def prune(row: MetricsRow) -> str | None:
+    def prune(row: dict[str, Any]) -> str | None:
         nonlocal step
         step += 1
         try:
             # A trial that is gone on with begins by reporting what it reported before.
             if step not in reported:
-                trial.report(sign * getattr(row, column), step)
+                trial.report(sign * row[column], step)
             if step < max(reported, default=0) or not trial.should_prune():
                 return None
         except Exception as error:
@@ -249,6 +249,6 @@ def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:
             return None
         name = settings._target_.rpartition(".")[2]
         epochs = counted(step, "epoch")
-        return f"pruned by {name} after {epochs}, with a {column} of {getattr(row, column):.6g}"
+        return f"pruned by {name} after {epochs}, with a {column} of {row[column]:.6g}"
 
     return prune

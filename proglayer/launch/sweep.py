@@ -50,21 +50,23 @@ from proglayer.launch.overrides import no_match, parse, plain
 from proglayer.launch.stored import follow_store, print_plan, stored_here
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
-from proglayer.run.signals import interrupt, on_signals
-from proglayer.store.nearest import Nearest
-from proglayer.store.record import (
-    SUBMITTED,
+from proglayer.run.record import (
     SWEEP,
     Heartbeat,
-    ListedJob,
     RunState,
+    SweepJob,
+    SweepRecord,
+    check_objective,
+    corpus_record,
     has_whole_weights,
-    note_failed_job,
-    read_submission,
-    write_jobs,
-    write_submissions,
+    now,
+    submit,
+    write_sweep,
 )
-from proglayer.training.plan import Phase, StoppingRule, check_checkpoint, plan, training_flops
+from proglayer.run.signals import interrupt, on_signals
+from proglayer.store.nearest import Nearest
+from proglayer.store.stages import SWEEP_FILE
+from proglayer.training.plan import StoppingRule, check_checkpoint, plan, training_flops
 
 if TYPE_CHECKING:
     from proglayer.store.trajectory import StoredEpochs
@@ -90,10 +92,9 @@ class ProductSweeper(Sweeper, Protocol):
     filter: str | None
 
 
+DIFFERENCE = "code.diff"
 # How Hydra's settings of a sweep begin.
 is_multirun = files.begins_with(b"hydra:")
-# That of conf/config.yaml, which every record has.
-OBJECTIVE = "phases.-1.best.validation_loss"
 # Checked in a quarter of an hour.
 MOST_JOBS = 10_000
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
@@ -117,8 +118,7 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[JobReturn]:
         waiting = announce(sweeper, jobs)
         folder = open_folder(sweeper.config)
         with sole_writer(folder, "hydra.sweep.dir"):
-            for part in folder, folder / SUBMITTED:
-                files.delete_left_over(part)
+            files.delete_left_over(folder)
             try:
                 listed = {job.folder: job.overrides for job in jobs}
                 returns = launch(sweeper, listed, waiting, sweeper.max_batch_size)
@@ -199,20 +199,16 @@ def launch(
     ask = getattr(sweeper.launcher, "in_queue", None)
     held: dict[str, str] = ask() if ask is not None else {}
     for job in jobs:
-        before = read_submission(folder / job.folder) if job.folder in held else None
-        if before is not None and before.config != job.config.model_dump(mode="json"):
+        before = record_of(folder / job.folder) if job.folder in held else None
+        if before is not None and before.config not in (None, job.config.model_dump(mode="json")):
             raise ConfigError(
                 f"hydra.sweep.dir={folder}: its job {job.folder} is in the queue with other "
                 f"settings: choose another folder, or end that job ({held[job.folder]}) first"
             )
-    write_jobs(folder, [ListedJob(job, tuple(given)) for job, given in listed.items()])
-    if new := {
-        job.folder: job.config.model_dump(mode="json") for job in jobs if job.folder not in held
-    }:
-        write_submissions(folder, new, git_state(), git_difference())
+    _list_jobs(folder, listed, [job for job in jobs if job.folder not in held])
     ended: list[JobReturn] = []
     size = at_once if at_once and at_once > 0 else max(1, len(jobs))
-    with Heartbeat(folder):
+    with Heartbeat(folder / SWEEP_FILE):
         for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
             sweeper.launcher.jobs = batch
             with on_signals(interrupt, once=False):
@@ -221,9 +217,27 @@ def launch(
                 if job_return.status is JobStatus.FAILED:  # by an error that it could not record
                     reason = with_type(job_return._return_value)
                     record_unstarted(folder / job.folder, RunState.failed, reason)
-                    note_failed_job(folder / job.folder)
             ended += returns
     return ended
+
+
+def _list_jobs(folder: Path, listed: Mapping[str, Sequence[str]], new: Sequence[Job]) -> None:
+    """Say in the folder of a sweep which jobs it has, and what those that are to come go by."""
+    git = git_state()
+    write_sweep(
+        folder,
+        SweepRecord(
+            jobs=[SweepJob(folder=job, overrides=list(given)) for job, given in listed.items()],
+            command=sys.argv,
+            git=git,
+            submitted=now(),
+        ),
+    )
+    difference = folder / DIFFERENCE
+    if git is not None and git.changed:
+        files.write_atomically(difference, git_difference().encode(), SWEEP, files.everything)
+    for job in new:
+        submit(folder / job.folder, list(job.overrides), job.config.model_dump(mode="json"), git)
 
 
 def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...]]:
@@ -352,8 +366,7 @@ class Checks:
         phases = plan(config, corpus.vocab_size)
         for phase in phases:
             phase.windows(len(corpus.train))
-        if config.objective != OBJECTIVE:
-            _check_objective(config, corpus, phases)
+        _check_objective(config, corpus)
         completed = _completed(self._folder / folder, config)
         packed = b"" if completed else pickle.dumps(composed)
         given = number, folder, overrides, tuple(launched), packed
@@ -388,14 +401,10 @@ class Checks:
             OmegaConf.set_readonly(composed.hydra, None)  # Hydra sets it with its configuration
 
 
-def _check_objective(config: Config, corpus: Corpus, phases: tuple[Phase, ...]) -> None:
+def _check_objective(config: Config, corpus: Corpus) -> None:
     """Raise SweepError where `objective` names no number of the record that comes."""
-    from proglayer.run.experiment import check_objective, corpus_record
-    from proglayer.store.record import PeakMemory, RunRecord
-
-    record = RunRecord(seed=config.seed, corpus=corpus_record(config, corpus))
     try:
-        check_objective(config, record, phases, PeakMemory(process=1.0, device=1.0))
+        check_objective(config.objective, corpus_record(corpus))
     except ConfigError as error:
         raise SweepError(str(error)) from error
 
@@ -520,7 +529,7 @@ def _completed(folder: Path, config: Config) -> bool:
     """Whether the folder holds a completed run with these settings, its threads among them."""
     record = record_of(folder)
     return (
-        record.status is RunState.completed
+        record.state is RunState.completed
         and record.config == config.model_dump(mode="json")
         and has_whole_weights(folder, record)
     )

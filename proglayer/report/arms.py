@@ -26,7 +26,7 @@ import yaml
 from proglayer.report import stats
 from proglayer.results import Results
 from proglayer.results.variants import asked_of, name_variants, settings_text, swept, value_text
-from proglayer.store.record import RunState
+from proglayer.run.record import RunState
 
 # A pandas frame or series. Its own types cannot follow a selection, which may be either.
 Frame = Any

@@ -25,7 +25,7 @@ from proglayer.report import comparisons, stats
 from proglayer.report.arms import Frame, Margins
 from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reason
 from proglayer.results import Results
-from proglayer.store.record import SWEEP, RecordError
+from proglayer.run.record import SWEEP, RecordError
 
 # In the folder of a sweep: how it is looked at, and when it was.
 LOOKS = "looks.json"
@@ -75,7 +75,7 @@ def read_looks(sweep: Path) -> Looks | None:
     try:
         return Looks.model_validate_json(file.read_bytes()) if file.exists() else None
     except (OSError, ValidationError) as error:
-        raise RecordError("damaged", f"{file} cannot be read ({error})") from error
+        raise RecordError(f"{file} cannot be read ({error})") from error
 
 
 def write_looks(sweep: Path, looks: Looks) -> None:

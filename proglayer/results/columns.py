@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
+from pydantic import BaseModel
 
 from proglayer.config import setting_types
-from proglayer.store.record import ExitRecord, MetricsRow, PhaseRecord, RunRecord
+from proglayer.run.record import METRICS_COLUMNS, Changes, EpochRow, PhaseRecord, RunRecord, Score
 from proglayer.training.plan import Rates
 
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
@@ -38,13 +39,17 @@ class Column(NamedTuple):
 
 
 def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """The path of each field of a dataclass, those of dataclasses in it included, and its type.
+    """The path of each field of a dataclass or model, those of others in it included, and its type.
 
-    That is bool, int, float, list, or text for any other.
+    That is bool, int, float, list, or text for any other. A score is its figures.
     """
-    for name, hint in get_type_hints(kind).items():
-        held = _held(hint)
-        if is_dataclass(held):
+    hints = get_type_hints(kind)
+    for name in getattr(kind, "model_fields", hints):
+        held = _held(hints[name])
+        if held is Score:
+            for figure in ("loss", "perplexity", "accuracy_percent", "bits_per_byte"):
+                yield f"{prefix}{name}_{figure}", float
+        elif is_dataclass(held) or issubclass(held, BaseModel):
             yield from _leaves(held, f"{prefix}{name}.")
         else:
             yield prefix + name, held if held in (bool, int, float, list) else str
@@ -90,7 +95,8 @@ _RUN_COLUMNS = {
     **_computed(datetime, "started ended last_sign"),
     **_fields(
         RunRecord,
-        "format status reason started overrides choices seed config gpu.index phases ended",
+        "format state reason submitted started overrides choices config gpu.index phases epochs "
+        "environment.process ended mlflow_run weights_sha256 traceback seconds objective",
         {
             "corpus.name": "corpus",
             "corpus.fingerprint": "corpus_fingerprint",
@@ -101,9 +107,12 @@ _RUN_COLUMNS = {
             "git.commit": "git_commit",
             "git.changed": "git_changed",
             "git.difference": "git_difference",
-            "seconds": "wall_seconds",
         },
     ),
+    **{name: Column(float, f"changes.{name}") for name in Changes._fields},
+    **{name: Column(str, name) for name in ("weights_sha256", "traceback")},
+    "wall_seconds": Column(float, "seconds"),
+    "objective": Column(float, "objective"),
     **_computed(int, "first_layers last_layers phases epochs epochs_reused tokens"),
     **_computed(float, "first_loss first_perplexity first_accuracy_percent first_bits_per_byte"),
     **_computed(float, "last_loss last_perplexity last_accuracy_percent last_bits_per_byte"),
@@ -113,6 +122,7 @@ _RUN_COLUMNS = {
     **_computed(str, "run variant sweep status reason duplicate_of folder"),
 }
 PLACE_COLUMNS = [name for name in _RUN_COLUMNS if name not in IDENTITY_COLUMNS + METRIC_COLUMNS]
+_EPOCH = _fields(EpochRow, "")
 # Every setting that holds a value -> what its column holds; lists and enums are text.
 SETTINGS = {
     name: held if (held := _held(kind)) in (bool, int, float) else str
@@ -129,16 +139,21 @@ COLUMNS: dict[str, dict[str, Column]] = {
         **_computed(int, "phase"),
         **_fields(
             PhaseRecord,
-            "index exits",
+            "exits",
             {
+                "trajectory": "stage",
                 "work.peak_memory_mb.process": "peak_memory_mb",
                 "work.peak_memory_mb.device": "peak_device_memory_mb",
                 **{f"rates.{role}": f"rate_{role}" for role in get_type_hints(Rates)},
             },
         ),
     },
-    "epochs": {**_computed(str, "run"), **_fields(MetricsRow, "")},
-    "exits": {**_computed(str, "run"), **_computed(int, "phase"), **_fields(ExitRecord, "")},
+    "epochs": {**_computed(str, "run"), **{name: _EPOCH[name] for name in METRICS_COLUMNS}},
+    "exits": {
+        **_computed(str, "run"),
+        **_computed(int, "phase layer"),
+        **{name: column for name, column in _EPOCH.items() if name.startswith("validation")},
+    },
     "left_out": _computed(str, "folder kind reason"),
 }
 _PATHS = {
@@ -188,11 +203,3 @@ def without_gaps(frame: pd.DataFrame) -> pd.DataFrame:
 def plain_values(values: Any) -> list[Any]:
     """A column as Python values, None for what is missing."""
     return [None if gone else value for value, gone in zip(values, values.isna(), strict=True)]
-
-
-def as_moment(value: Any) -> datetime | None:
-    """A time as the record writes it; None for anything else."""
-    try:
-        return datetime.fromisoformat(value).astimezone(UTC)
-    except (TypeError, ValueError, OverflowError):
-        return None

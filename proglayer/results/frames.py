@@ -30,7 +30,7 @@ from proglayer.results.columns import (
 from proglayer.results.reader import keys_and_values, read_runs
 from proglayer.results.scan import scan
 from proglayer.results.variants import asked_of, name_variants, swept
-from proglayer.store.record import RunState
+from proglayer.run.record import RunState
 from proglayer.table import csv_of
 
 

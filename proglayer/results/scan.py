@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from proglayer.console import one_line
 from proglayer.errors import UserError
-from proglayer.store.record import HEARTBEAT, JOBS, METRICS, RESULT, as_text, read_jobs
+from proglayer.run.record import RecordError, read_sweep
+from proglayer.store.stages import RUN_FILE, SWEEP_FILE
 
 # Folders below folders that are searched for runs.
 MOST_LEVELS = 50
-HYDRA = ".hydra"
 Rows = list[dict[str, Any]]
 
 
@@ -27,18 +27,12 @@ class RunFolder:
     name: the path below the folder that was scanned.
     sweep: the name of the folder of its sweep; None for a single run.
     overrides: as the sweep lists them; None where none does.
-    last_sign: when a file of a run without a record last changed.
-    sweep_sign: when a file of its sweep did, those of its runs included.
-    configured: when Hydra wrote its settings, of a run without a record.
     """
 
     path: str
     name: str
     sweep: str | None = None
     overrides: tuple[str, ...] | None = None
-    last_sign: datetime | None = None
-    sweep_sign: datetime | None = None
-    configured: datetime | None = None
 
 
 class NoFolder(UserError, FileNotFoundError):
@@ -85,27 +79,19 @@ def scan(*folders: str | Path) -> tuple[list[RunFolder], Rows]:
 
 
 def _scan(root: str, left_out: Rows) -> Iterator[RunFolder]:
-    """The runs in and below one folder, with paths for names: one listing a folder, a few stats a
-    run.
-    """
-    found: list[RunFolder] = []
+    """Yield the runs in and below one folder, with paths for names."""
     jobs_of: dict[str, dict[str, tuple[str, ...]]] = {}
-    sweep_signs: dict[str | None, datetime] = {}
 
     def closed(error: OSError) -> None:
         reason = f"cannot be opened ({error.strerror})"
         left_out.append(row_left_out(error.filename, "foreign", reason))
 
     for path, below, files in os.walk(root, onerror=closed):
-        above, own = os.path.split(path)
+        above, name = os.path.split(path)
         sweep = above if above in jobs_of else None
-        overrides = jobs_of[above].get(own) if sweep is not None else None
-        if overrides is not None or {RESULT, METRICS, HYDRA} & {*below, *files}:
-            run = _run_folder(path, sweep, overrides, files)
-            found.append(run)
-            sign = run.last_sign or _last_change(path, RESULT)
-            if sign and sweep in sweep_signs:
-                sweep_signs[sweep] = max(sign, sweep_signs[sweep])
+        overrides = jobs_of[above].get(name) if sweep is not None else None
+        if overrides is not None or RUN_FILE in files:
+            yield RunFolder(path, "", sweep, overrides)
         below[:] = [each for each in below if not each.startswith(".") and each != "stages"]
         for each in below:
             if os.path.islink(link := os.path.join(path, each)):
@@ -113,35 +99,21 @@ def _scan(root: str, left_out: Rows) -> Iterator[RunFolder]:
                 left_out.append(row_left_out(link, "foreign", reason))
         if path.removeprefix(root).count(os.sep) > MOST_LEVELS:
             below.clear()
-        if JOBS in files or "multirun.yaml" in files:
+        if SWEEP_FILE in files:
             jobs_of[path] = {}
-        if JOBS in files:
             try:
-                listed = read_jobs(Path(path))
-                own_jobs = [job for job in listed if Path(job.folder).name == job.folder]
-                jobs_of[path] = {job.folder: job.overrides for job in own_jobs}
-            except (OSError, ValueError) as error:
-                reason = f"cannot be read ({brief(error)}): waiting jobs are not known"
-                left_out.append(row_left_out(os.path.join(path, JOBS), "foreign", reason))
-            if sign := _last_change(path, JOBS, HEARTBEAT):
-                sweep_signs[path] = sign
+                jobs = read_sweep(Path(path)).jobs
+                jobs_of[path] = {
+                    job.folder: tuple(job.overrides)
+                    for job in jobs
+                    if Path(job.folder).name == job.folder
+                }
+            except RecordError as error:
+                reason = f"{brief(error)}: waiting jobs are not known"
+                left_out.append(row_left_out(os.path.join(path, SWEEP_FILE), "foreign", reason))
             for job, given in jobs_of[path].items():
                 if job not in (*below, *files, "", ".."):
-                    found.append(RunFolder(os.path.join(path, job), "", path, given))
-    return (replace(run, sweep_sign=sweep_signs.get(run.sweep)) for run in found)
-
-
-def _run_folder(
-    path: str, sweep: str | None, overrides: tuple[str, ...] | None, files: Sequence[str]
-) -> RunFolder:
-    """The run in this folder. Times are looked at only where there is no record."""
-    if RESULT in files:
-        return RunFolder(path, "", sweep, overrides)
-    configured = _last_change(path, os.path.join(HYDRA, "config.yaml"))
-    own = [file for file in files if file in (METRICS, HEARTBEAT) or file.endswith(".log")]
-    changes = [_last_change(path, *own) if own else None, configured]
-    last_sign = max(filter(None, changes), default=_last_change(path))
-    return RunFolder(path, "", sweep, overrides, last_sign, configured=configured)
+                    yield RunFolder(os.path.join(path, job), "", path, given)
 
 
 def row_left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
@@ -149,18 +121,12 @@ def row_left_out(name: str, kind: str, reason: str) -> dict[str, Any]:
     return {"folder": as_text(name), "kind": kind, "reason": as_text(reason)}
 
 
-def _last_change(folder: str, *names: str) -> datetime | None:
-    """When the newest of these files, or without names the folder, changed; None if none is there.
-
-    What no calendar holds counts as not known.
-    """
-    times = []
-    for path in [os.path.join(folder, name) for name in names] or [folder]:
-        try:
-            times.append(datetime.fromtimestamp(os.stat(path).st_mtime, UTC))
-        except (OSError, ValueError, OverflowError):
-            continue
-    return max(times, default=None)
+def as_text(value: Any) -> str | None:
+    """Return text that every file format can hold; other values as JSON writes them."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def brief(error: Exception) -> str:

@@ -19,7 +19,7 @@ from rich.text import Text
 from proglayer.console import Columns, console, counted, one_line, plain_cell, table
 from proglayer.results.formatting import duration, listed, number_text, pair, text_of, tokenizer_of
 from proglayer.results.frames import Results, load, what_varied
-from proglayer.store.record import RunState
+from proglayer.run.record import RunState
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from proglayer.store.record import GitState, from_dict
+from proglayer.run.record import GitState
 
 ORIGIN = "origin.json"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def git_state() -> GitState | None:
     """
     made_from = origin()
     if made_from is not None:
-        return from_dict(GitState, made_from["git"]) if made_from["git"] else None
+        return GitState(**made_from["git"]) if made_from["git"] else None
     commit = _git("rev-parse", "HEAD").strip()
     if not commit or not _git("ls-files", "--", ".").strip():
         return None

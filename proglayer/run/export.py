@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from proglayer import __version__, files
 from proglayer.config import BPE, WORDS, Config
 from proglayer.data.corpus import open_corpus
 from proglayer.errors import ConfigError, first_line
-from proglayer.run.experiment import load_run
-from proglayer.store.record import PhaseRecord, RunRecord, read_record
+from proglayer.run.record import PhaseRecord, RunRecord, read_record
+from proglayer.run.run import load_run
 from proglayer.training.causal_lm import CausalModel, quiet
+from proglayer.training.stopping import perplexity
 
 CARD = "README.md"
 
@@ -37,7 +37,7 @@ def export_run(folder: str | Path, to: str | Path) -> Path:
             f"{folder} holds the project's own model, which transformers does not know: only runs "
             "of model=causal_lm are exported"
         )
-    if record is None or record.config is None:
+    if record.config is None:
         raise ConfigError(f"{folder} holds no record of a run, which the model card is made from")
     if to.exists():
         raise ConfigError(f"{to} is there already: name a folder that is not")
@@ -87,7 +87,7 @@ def _card(config: Config, record: RunRecord) -> str:
         began = f"the first {at.layers} layers of `{at.path}`{revision}"
         began += f" (SHA-256 of its settings and weights: `{at.sha256}`)"
     windows = f"{corpus.train_windows:,} of {corpus.seq_len:,} tokens" if corpus else ""
-    phases = "\n".join(map(_card_row, record.phases))
+    phases = "\n".join(_card_row(*each) for each in enumerate(record.phases, start=1))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -113,16 +113,16 @@ Layers are counted from 1 at the bottom. Losses are in nats per token, at the se
 """
 
 
-def _card_row(phase: PhaseRecord) -> str:
-    frozen = phase.frozen or []
+def _card_row(number: int, phase: PhaseRecord) -> str:
+    frozen = phase.frozen
     others = [part for part in frozen if not part.startswith("layers.")]
     cells = (
-        f"{(phase.index or 0) + 1} {phase.name}",
+        f"{number} {phase.name}",
         str(phase.layers),
-        ", ".join(str(layer + 1) for layer in phase.new_layers or []) or "none",
+        ", ".join(str(layer + 1) for layer in phase.new_layers) or "none",
         ", ".join((f"{len(frozen) - len(others)} layers", *others)),
         str(phase.epochs),
-        f"{phase.best.validation_loss:.4f}",
-        f"{phase.best.validation_perplexity or math.inf:.2f}",
+        f"{phase.validation.loss:.4f}",
+        f"{perplexity(phase.validation.loss):.2f}",
     )
     return f"| {' | '.join(cells)} |"

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from proglayer.config import ConfigError
-from proglayer.store.record import Gpu
+from proglayer.run.record import Gpu
 from proglayer.store.trajectory import Hooks, Interrupted
 
 LOOK_AGAIN_S = 0.2
@@ -43,7 +43,7 @@ def hold(device: torch.device, jobs_per_gpu: int, hooks: Hooks) -> Iterator[Gpu 
     lock, index, seconds = _take(names, jobs_per_gpu, hooks)
     try:
         with use(index):
-            yield Gpu(index, names[index], seconds)
+            yield Gpu(index=index, name=names[index], seconds_waited=seconds)
     finally:
         lock.release()
 

@@ -17,7 +17,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,7 +25,7 @@ from filelock import FileLock
 
 from proglayer import files
 from proglayer.config import LoggerConfig, flat_settings
-from proglayer.store.record import MetricsRow, RunRecord, RunState
+from proglayer.run.record import PhaseRecord, RunRecord, RunState
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +41,8 @@ MLFLOW_EXPERIMENT = "proglayer"
 class Loggers:
     """The loggers that `config` asks for, as one that never fails."""
 
-    def __init__(
-        self, config: LoggerConfig, folder: Path, settings: dict[str, Any], choices: dict[str, str]
-    ) -> None:
+    def __init__(self, config: LoggerConfig, folder: Path, record: RunRecord) -> None:
+        settings, choices = record.config or {}, record.choices
         self._epochs = 0
         self._loggers: dict[str, TensorBoard | MLflow] = {}
         openers: dict[str, Callable[[], TensorBoard | MLflow]] = {
@@ -56,12 +54,12 @@ class Loggers:
                 with self._may_fail(name):
                     self._loggers[name] = opened()
 
-    def epoch(self, row: MetricsRow) -> None:
+    def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is done: `row` is what `metrics.csv` gets of it."""
         self._epochs += 1
         metrics = [
             (name, float(value), self._epochs)
-            for name, value in asdict(row).items()
+            for name, value in row.items()
             if name != "best" and value is not None
         ]
         self._each(lambda logger: logger.metrics(metrics))
@@ -71,14 +69,14 @@ class Loggers:
         metrics: list[Metric] = [
             (f"best/{name}", value, number)
             for number, phase in enumerate(record.phases, start=1)
-            for name, value in asdict(phase.best).items()
+            for name, value in best_figures(record, phase).items()
         ]
         if record.changes:
-            changes = asdict(record.changes).items()
+            changes = record.changes._asdict().items()
             metrics += [(f"changes/{name}", value, len(record.phases)) for name, value in changes]
         known = [metric for metric in metrics if metric[1] is not None]
         self._each(lambda logger: logger.metrics(known))
-        self._each(lambda logger: logger.end(record.status))
+        self._each(lambda logger: logger.end(record.state))
 
     def _each(self, act: Callable[[TensorBoard | MLflow], None]) -> None:
         for name, logger in list(self._loggers.items()):
@@ -93,6 +91,12 @@ class Loggers:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning("logger=%s gets no more of this run (%s)", name, what)
             self._loggers.pop(name, None)
+
+
+def best_figures(record: RunRecord, phase: PhaseRecord) -> dict[str, float | None]:
+    """Return what the selected epoch of a phase came to."""
+    assert record.corpus is not None, "it was opened"
+    return {"train_loss": phase.train_loss, **record.corpus.figures(phase.validation)}
 
 
 class TensorBoard:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision
+from proglayer.run.record import Environment, PeakMemory, Scheduler
 from proglayer.run.signals import on_signals
-from proglayer.store.record import Environment, Machine, PeakMemory, Scheduler
+from proglayer.store.stages import Machine
 
 
 def pick_device(wanted: Device, precision: Precision) -> torch.device:
@@ -99,7 +100,7 @@ def describe_machine(device: torch.device) -> Machine:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
-    return Machine(device.type, name, torch.get_num_threads(), torch.__version__)
+    return Machine(device.type, name, torch.get_num_threads(), str(torch.__version__))
 
 
 def environment() -> Environment:
@@ -111,6 +112,7 @@ def environment() -> Environment:
         python=platform.python_version(),
         platform=platform.platform(),
         host=socket.gethostname(),
+        process=os.getpid(),
         cores=os.cpu_count(),
         scheduler=_scheduler(),
     )

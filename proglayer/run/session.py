@@ -11,30 +11,36 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from proglayer import files
 from proglayer.config import Config, stages_dir
-from proglayer.errors import ConfigError, UserError
-from proglayer.files import NotOursError
+from proglayer.data.corpus import Corpus
+from proglayer.errors import UserError
 from proglayer.run import gpu_slots, machine
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
-from proglayer.store.marker import delete_private, open_store, private_store
-from proglayer.store.record import (
+from proglayer.run.record import (
+    METRICS,
+    RUN_FILE,
+    WEIGHTS,
+    EpochRow,
     Heartbeat,
-    MetricsRow,
+    RecordError,
     RunRecord,
     RunState,
-    check_folder,
-    remove_record,
+    Score,
+    now,
+    read_record,
     write_metrics,
     write_record,
 )
+from proglayer.store.marker import delete_private, open_store, private_store
+from proglayer.store.stages import Machine
 from proglayer.store.trajectory import Counts, Hooks, Interrupted
 from proglayer.training.plan import Phase
 from proglayer.training.stopping import EpochMetrics, perplexity
@@ -44,101 +50,84 @@ log = logging.getLogger(__name__)
 
 # Called with each row of `metrics.csv` once it is written. Returns why the run is to end early, or
 # None for it to go on.
-Prune = Callable[[MetricsRow], str | None]
+Prune = Callable[[dict[str, Any]], str | None]
 
 
 class Pruned(Exception):
     """The search that the run belongs to gave it up. The message says why."""
 
 
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a run needs besides its settings."""
+
+    device: torch.device
+    machine: Machine
+    corpus: Corpus
+    phases: tuple[Phase, ...]
+
+
 @dataclass(eq=False)
 class Session:
-    """The surroundings of one run; `record` is what it will leave."""
+    """The surroundings of one run; `record` is what it leaves."""
 
     config: Config
     folder: Path
     record: RunRecord
     prune: Prune | None
-
-    def __post_init__(self) -> None:
-        self.begun = False
-        self.signals = machine.StopSignals()
-        self._rows: list[MetricsRow] = []
-        # What is held while the phases are walked through.
-        self._during_walk = contextlib.ExitStack()
-
-    def begin(self, phases: int, device: torch.device) -> None:
-        """Open everything that the walk needs. From here on every end is recorded.
-
-        Raises Interrupted, ConfigError or StoreError.
-        """
-        remove_record(self.folder)
-        self.begun = True
-        plain = self.config.model_dump(mode="json")
-        choices = self.record.choices or {}
-        self._loggers = Loggers(self.config.logger, self.folder, plain, choices)
-        self._during_walk.enter_context(self.signals.noted())
-        corpus = self.record.corpus
-        assert corpus is not None, "it was opened"
-        display = RunDisplay(phases, corpus.train_windows or 0)
-        self.display = self._during_walk.enter_context(display)
-        self.hooks = Hooks(lambda: self.signals.received, display.step, display.note)
-        slot = gpu_slots.hold(device, self.config.jobs_per_gpu, self.hooks)
-        self.record.gpu = self._during_walk.enter_context(slot)
-        if self.config.reuse:
-            self.store = Path(stages_dir(self.config))
-            open_store(self.store)
-        else:
-            self.store = private_store(self.folder)
-
-    # -- while the phases are walked through ----------------------------------------------------
+    signals: machine.StopSignals
+    loggers: Loggers
+    display: RunDisplay
+    hooks: Hooks
+    store: Path
 
     def epoch(
         self, phase: Phase, counts: Counts, metrics: EpochMetrics, best: EpochMetrics
     ) -> None:
-        """Write and show an epoch that was trained or read. Raises Pruned."""
+        """Record and show an epoch that was trained or read. Raises Pruned."""
         reused = metrics.epoch not in (0, *counts.trained)
         is_best = best.epoch == metrics.epoch
         self.display.epoch(metrics, best, reused)
         if is_best:
-            self._rows = [
-                replace(row, best=False) if row.phase == phase.index + 1 else row
-                for row in self._rows
+            self.record.epochs = [
+                row.model_copy(update={"best": row.best and row.phase != phase.index + 1})
+                for row in self.record.epochs
             ]
-        row = self._row(phase, metrics, is_best, reused)
-        self._rows.append(row)
-        write_metrics(self.folder, self._rows)
-        self._loggers.epoch(row)
+        row = self._add(phase, metrics, is_best, reused)
+        self.loggers.epoch(row)
         if self.prune is not None and (reason := self.prune(row)) is not None:
             raise Pruned(reason)
 
     def start(self, phase: Phase, last: ExitMetrics) -> None:
-        """Write and show the model right after a growth as epoch 0 of its phase."""
+        """Record and show the model right after a growth as epoch 0 of its phase."""
         at_once = EpochMetrics(0, None, last.loss, last.accuracy, 0, 0.0, 0.0)
-        self._rows.append(self._row(phase, at_once, is_best=False, reused=False))
-        write_metrics(self.folder, self._rows)
+        self._add(phase, at_once, is_best=False, reused=False)
         self.display.note(
             f"  epoch  0  before its first step: validation loss {last.loss:.4f}  "
             f"perplexity {perplexity(last.loss):.2f}"
         )
 
-    def _row(self, phase: Phase, metrics: EpochMetrics, is_best: bool, reused: bool) -> MetricsRow:
-        corpus = self.record.corpus
-        assert corpus is not None, "it was opened"
-        return MetricsRow(
+    def _add(
+        self, phase: Phase, metrics: EpochMetrics, is_best: bool, reused: bool
+    ) -> dict[str, Any]:
+        """Write an epoch down. Returns its row of `metrics.csv`."""
+        row = EpochRow(
             phase=phase.index + 1,
             layers=phase.layers,
             epoch=metrics.epoch,
             train_loss=metrics.train_loss,
-            **corpus.metrics(metrics.validation_loss, metrics.validation_accuracy),
+            validation=Score(loss=metrics.validation_loss, accuracy=metrics.validation_accuracy),
             train_tokens=metrics.train_tokens,
             train_seconds=round(metrics.train_seconds, 3),
             evaluation_seconds=round(metrics.evaluation_seconds, 3),
             best=is_best,
             reused=reused,
         )
-
-    # -- how it ends ----------------------------------------------------------------------------
+        self.record.epochs.append(row)
+        write_record(self.folder, self.record)
+        write_metrics(self.folder, self.record)
+        assert self.record.corpus is not None, "it was opened"
+        return row.columns(self.record.corpus)
 
     def explain(self, error: Exception) -> RunState:
         """Put into the record why the run ends so, and say it. Returns the state it ends in."""
@@ -152,62 +141,67 @@ class Session:
                 return RunState.interrupted
             self.display.note(f"{error}; it goes on when its scheduler starts it again")
             return RunState.preempted
-        if not isinstance(error, UserError):
-            memory = machine.out_of_memory(error) if self.begun else None
-            if memory is None:
-                self.record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                self.record.traceback = traceback.format_exc()
-                log.exception("the run failed")
-                return RunState.failed
-            self.record.reason = memory
-        log.error("%s", self.record.reason)
+        explain_failure(self.record, error)
         return RunState.failed
 
-    def end(self, state: RunState, seconds: float) -> None:
-        """Leave the record."""
-        self.record.status = state
-        self.record.ended = now()
-        self.record.seconds = seconds
-        write_record(self.folder, self.record)
-        if self.begun:
-            self._loggers.end(self.record)
-        if not self.config.reuse and state in (RunState.completed, RunState.pruned):
-            delete_private(self.store)
+
+def explain_failure(record: RunRecord, error: Exception) -> None:
+    """Put into the record why the run failed, and say it: a fault of ours with its traceback."""
+    reason = str(error) if isinstance(error, UserError) else machine.out_of_memory(error)
+    if reason is None:
+        record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        record.traceback = traceback.format_exc()
+        log.exception("the run failed")
+    else:
+        record.reason = reason
+        log.error("%s", reason)
+
+
+def give_up(folder: Path, record: RunRecord, error: Exception) -> None:
+    """Leave the record of a run that failed before its first phase."""
+    explain_failure(record, error)
+    record.state, record.ended = RunState.failed, now()
+    write_record(folder, record)
 
 
 @contextlib.contextmanager
 def session(
-    config: Config, folder: Path, record: RunRecord, prune: Prune | None
+    config: Config, folder: Path, record: RunRecord, setup: Setup, prune: Prune | None
 ) -> Iterator[Session]:
-    """Surround the walk through a run's phases.
-
-    What the block raises is in the record and goes no further, but for a UserError before
-    `Session.begin`, which leaves no record. Raises ConfigError where a user's file lies in the
-    place of one that the run would write.
+    """Surround the walk through a run's phases. What the block raises is in the record and goes no
+    further.
     """
-    started = time.perf_counter()
-    try:
-        check_folder(folder)
-    except NotOursError as error:
-        raise ConfigError(str(error)) from error
+    began = time.perf_counter()
+    signals = machine.StopSignals()
+    with contextlib.suppress(RecordError):
+        before = read_record(folder)
+        record.submitted, record.mlflow_run = before.submitted, before.mlflow_run
+    store = Path(stages_dir(config)) if config.reuse else private_store(folder)
+    if config.reuse:
+        open_store(store)
     files.delete_left_over(folder)
-    current = Session(config, folder, record, prune)
-    with Heartbeat(folder), machine.switches(config.threads, config.precision):
-        with current._during_walk:
-            try:
-                yield current
-                state = RunState.completed
-            except Exception as error:
-                if not current.begun:
-                    if isinstance(error, UserError):
-                        raise
-                    remove_record(folder)
-                state = current.explain(error)
-        current.end(state, time.perf_counter() - started)
-    if current.signals.scheduler is not None:
-        current.signals.scheduler()
-
-
-def now() -> str:
-    """The time as a record writes it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    write_record(folder, record)
+    for name in (METRICS, WEIGHTS):
+        files.delete(folder / name, files.everything)
+    loggers = Loggers(config.logger, folder, record)
+    with contextlib.ExitStack() as during:
+        during.enter_context(Heartbeat(folder / RUN_FILE))
+        during.enter_context(signals.noted())
+        display = during.enter_context(RunDisplay(len(setup.phases), len(setup.corpus.train)))
+        hooks = Hooks(lambda: signals.received, display.step, display.note)
+        current = Session(config, folder, record, prune, signals, loggers, display, hooks, store)
+        try:
+            slot = gpu_slots.hold(setup.device, config.jobs_per_gpu, hooks)
+            record.gpu = during.enter_context(slot)
+            yield current
+            record.state = RunState.completed
+        except Exception as error:
+            record.state = current.explain(error)
+    record.ended = now()
+    record.seconds = time.perf_counter() - began
+    write_record(folder, record)
+    loggers.end(record)
+    if not config.reuse and record.state in (RunState.completed, RunState.pruned):
+        delete_private(store)
+    if signals.scheduler is not None:
+        signals.scheduler()

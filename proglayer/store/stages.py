@@ -31,6 +31,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,6 @@ from proglayer import files
 from proglayer.errors import StoreError
 from proglayer.files import TEMPORARY_FORM
 from proglayer.store.reading import read_json
-from proglayer.store.record import JOBS, RESULT, read_jobs
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,20 @@ STORED_FORM = re.compile(
 STORED_FOLDER = re.compile(rf"{KEY_FORM}(?:/{USED})?|{re.escape(DAMAGED)}")
 
 T = TypeVar("T")
+
+# What a run and a sweep say of themselves in their folders: see `proglayer.run.record`.
+RUN_FILE = "run.json"
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the bits of a result depend on besides the phase and the corpus."""
+
+    device: str | None
+    device_name: str | None
+    threads: int | None
+    torch: str | None
 
 
 def stage_key(description: dict[str, Any]) -> str:
@@ -325,15 +339,15 @@ def read_unverified(path: Path | None) -> dict[str, Any]:
 
 
 def _status(run: Path) -> str | None:
-    """How a run ended; None without a record."""
-    return read_unverified(run / RESULT).get("status")
+    """How a run stands; None without a record."""
+    return read_unverified(run / RUN_FILE).get("state")
 
 
 def _has_jobs_left(sweep: Path) -> bool:
-    """Whether the folder lists jobs that have no record; so, too, if its list cannot be read."""
-    if not (sweep / JOBS).exists():
+    """Whether the folder lists jobs that did not begin; so, too, if its list cannot be read."""
+    if not (sweep / SWEEP_FILE).exists():
         return False
-    try:
-        return any(not (sweep / job.folder / RESULT).exists() for job in read_jobs(sweep))
-    except (OSError, ValueError):
+    jobs = read_unverified(sweep / SWEEP_FILE).get("jobs")
+    if not isinstance(jobs, list):
         return True
+    return any(_status(sweep / job["folder"]) in (None, "waiting", "pending") for job in jobs)

@@ -33,8 +33,7 @@ from proglayer.store.checkpoint import (
     pack_weights,
     trainable_parameters,
 )
-from proglayer.store.record import Machine
-from proglayer.store.stages import FORMAT, Stage, stage_key
+from proglayer.store.stages import FORMAT, Machine, Stage, stage_key
 from proglayer.training.build import restored
 from proglayer.training.model import Model
 from proglayer.training.optim import trains

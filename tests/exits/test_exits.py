@@ -15,7 +15,7 @@ from proglayer.exits import measure
 from proglayer.exits.__main__ import main
 from proglayer.report import early_exit
 from proglayer.report.page import write_report
-from proglayer.run.experiment import run
+from proglayer.run.run import run
 from proglayer.training.growth import build
 from proglayer.training.model import Model
 from proglayer.training.plan import plan
@@ -179,9 +179,9 @@ def done(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_leaves_tables_and_pictures(runs: Path, done: Path) -> None:
     exits = pd.read_csv(done / "exits.csv")
     assert len(exits) == 4 * 4  # runs and exits: three layers and the grown one
-    record = json.loads((runs / "standard1" / "result.json").read_text())
+    record = json.loads((runs / "standard1" / "run.json").read_text())
     own = exits[exits["run"] == "standard1"]
-    recorded = [each["validation_loss"] for each in record["phases"][-1]["exits"]]
+    recorded = [each["loss"] for each in record["phases"][-1]["exits"].values()]
     assert own["loss"].tolist() == pytest.approx(recorded, rel=1e-5)
     assert own["trained"].tolist() == [False, False, False, True]
     assert exits.loc[exits["run"] == "deep_supervision1", "trained"].all()
@@ -240,7 +240,7 @@ def test_runs_of_several_texts_are_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pile = shutil.copytree(runs, tmp_path / "pile")
-    path = pile / "standard1" / "result.json"
+    path = pile / "standard1" / "run.json"
     record = json.loads(path.read_text())
     record["corpus"]["fingerprint"] = "0" * 64
     path.write_text(json.dumps(record))
@@ -254,7 +254,7 @@ def test_a_text_that_is_not_to_be_had_is_told(
 ) -> None:
     one = shutil.copytree(runs / "standard1", tmp_path / "one")
     (one / "exits.json").unlink(missing_ok=True)
-    path = one / "result.json"
+    path = one / "run.json"
     record = json.loads(path.read_text())
     record["config"]["data"]["files"] = [str(tmp_path / "gone.txt")]
     path.write_text(json.dumps(record))

@@ -34,18 +34,3 @@ def test_slurm_that_does_not_answer_is_told_before_anything_is_left(
         assert "squeue" in line
         assert not (tmp_path / "s").exists()
         assert not list(tmp_path.rglob("*.db"))
-
-
-@pytest.mark.parametrize("place", ["phases.-1.best.accuracy", "phases.7", "status", "phases"])
-def test_an_objective_that_is_no_number_is_told_before_anything_trains(
-    train: Command, tmp_path: Path, place: str
-) -> None:
-    done = train(*SHORT, "phase.max_epochs=1", f"objective={place}", "hydra.run.dir=run")
-    assert done.status == 1
-    (line,) = done.err.splitlines()
-    assert line.startswith(f"error: objective={place}: ")
-    assert f"has no {place}: " in line or f"{place} of a record is not a number" in line
-    if place.endswith("accuracy"):
-        assert "validation_accuracy_percent" in line
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "stages").exists()

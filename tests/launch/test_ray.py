@@ -169,7 +169,7 @@ def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path
 
     (job,) = until(at_work_on_second, process)
     cluster.kill_node(1)
-    assert not (job / "result.json").exists()
+    assert not (job / "run.json").exists()
     ended(process)
     records = results(died)
     assert_same_bits(records, alone)
@@ -195,7 +195,7 @@ def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
     os.kill(worker, signal.SIGKILL)
     out = ended(process, status=1)
     diverged, well, also_diverged = results(tmp_path / "s")
-    assert [r["status"] for r in (diverged, well, also_diverged)] == [
+    assert [r["state"] for r in (diverged, well, also_diverged)] == [
         "failed",
         "completed",
         "failed",
@@ -220,7 +220,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> No
     assert list((tmp_path / "stages").glob("*/state-*"))
     ended(sweep(tmp_path, *jobs, stages="stages"))
     records = results(tmp_path / "s")
-    assert [r["status"] for r in records] == ["completed"] * 3
+    assert [r["state"] for r in records] == ["completed"] * 3
     reused = [p["work"]["epochs_reused"] for r in records[:2] for p in r["phases"]]
     assert all(reused[::2])
 
@@ -234,7 +234,7 @@ def test_plain_ray_needs_no_variable_of_its_own(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr.lower()
-    assert [r["status"] for r in results(tmp_path / "s")] == ["completed"] * 2
+    assert [r["state"] for r in results(tmp_path / "s")] == ["completed"] * 2
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:

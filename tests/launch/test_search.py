@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from proglayer.errors import ConfigError
 from proglayer.results import load
+from proglayer.run.record import read_record
 
 from ..helpers import SHORT, Command, results
 
@@ -27,16 +26,16 @@ GRID = (*SEARCH, "hydra/sweeper/sampler=grid")
 def test_a_search_takes_a_failed_job_for_a_failed_trial(train: Command, tmp_path: Path) -> None:
     # One rate diverges, one number of heads does not divide the dimension, one is not whole.
     searched = ("lr.base=choice(1e-3,1e12)", "model.num_heads=choice(2,2.5,3)")
-    place = "objective=phases.0.best.validation_loss"
+    place = "objective=validation_loss"
     done = train(*GRID, *searched, place, "hydra.sweep.dir=a")
     assert done.status == 0, done.err
     records = results(tmp_path / "a")
-    reasons = " ".join(sorted(r["reason"] for r in records if r["status"] == "failed"))
+    reasons = " ".join(sorted(r["reason"] for r in records if r["state"] == "failed"))
     assert reasons.count("model.num_heads=3 does not divide model.dim=8") == 2
     assert reasons.count("model.num_heads=2.5 does not fit: it takes a whole number") == 2
     assert reasons.count("lower lr.base") == 1
-    (best,) = [r for r in records if r["status"] == "completed"]
-    assert best["objective"] == best["phases"][0]["best"]["validation_loss"]
+    (best,) = [r for r in records if r["state"] == "completed"]
+    assert best["objective"] == best["phases"][-1]["validation"]["loss"]
     replaced = ("model.num_heads=2", "phase.max_epochs=2")  # by what is said after them
     kept = " ".join(given for given in SEARCH[2:] if given not in replaced)
     assert done.out.splitlines()[-1] == (
@@ -90,13 +89,13 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     assert [t.params for t in after[:3]] == [t.params for t in before]
     # Not a draw of the first three again, as the seed alone would make them.
     assert len({t.params["lr.base"] for t in after}) == 5
-    gone_on = json.loads(next((tmp_path / "b").glob("2_*/result.json")).read_text())
+    gone_on = json.loads(next((tmp_path / "b").glob("2_*/run.json")).read_text())
     assert gone_on["phases"][0]["work"]["epochs_reused"] > 0
     # The table is of the whole study.
     assert "6 runs: 5 completed, 1 interrupted" in done.out
     command = shlex.split(done.out.splitlines()[-1])[2:]
     assert train(*command, "hydra.run.dir=best").status == 0
-    record = json.loads((tmp_path / "best/result.json").read_text())
+    record = json.loads((tmp_path / "best/run.json").read_text())
     assert record["objective"] == min(t.value for t in after)
     assert sum(phase["work"]["epochs_trained"] for phase in record["phases"]) == 0
 
@@ -122,12 +121,12 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
     records = results(tmp_path / "a")
     # For each seed the initial phase, the grown one of two ways of freezing, which gradual
     # unfreezing begins like one of, and two more of its own.
-    trained = [p["stage"] for r in records for p in r["phases"] if p["work"]["epochs_trained"]]
+    trained = [p["trajectory"] for r in records for p in r["phases"] if p["work"]["epochs_trained"]]
     assert len(trained) == len(set(trained)) == 2 * 5
     command = shlex.split(done.out.splitlines()[-1])[2:]
     assert command[-1].startswith("threads=")
     assert train(*command, "hydra.run.dir=best").status == 0
-    record = json.loads((tmp_path / "best/result.json").read_text())
+    record = json.loads((tmp_path / "best/run.json").read_text())
     assert record["objective"] == min(r["objective"] for r in records)
     assert sum(phase["work"]["epochs_trained"] for phase in record["phases"]) == 0
 
@@ -145,7 +144,7 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
         (["lr.base=choice(1,2)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up: min"),
         (["lr.base=choice(1,2)", "hydra.sweeper.max_failure_rate=2"], "hydra.sweeper.max_failure_"),
         (["lr.base=choice(1,2)", "hydra.sweeper.sampler.seed=x"], "hydra.sweeper.sampler: "),
-        (["lr.base=1e-3,1", "objective=phases.-1.best.loss"], "objective=phases.-1.best.loss: "),
+        (["lr.base=1e-3,1", "objective=loss"], "objective=loss does not fit"),
         (["lr.base=choice(1,2)", "hydra.sweeper.params={seed: [1,2]}"], "hydra.sweeper.params: se"),
         (["lr.base=choice(1,2)", "lr.base=3,4"], "lr.base is given twice"),
         (["lr.base=1,2", "hydra.sweeper.custom_search_space=no.such"], "hydra.sweeper.custom_sear"),
@@ -174,7 +173,7 @@ def test_a_search_that_cannot_work_says_why_and_runs_nothing(
     assert line.startswith("error: ")
     assert message in line
     assert "Traceback" not in done.err
-    assert not list(tmp_path.glob("a/*/result.json"))
+    assert not list(tmp_path.glob("a/*/run.json"))
     # No trial is spent on it.
     assert not Path("multirun/optuna.db").exists() or not any(_studies())
 
@@ -183,7 +182,7 @@ def test_a_grid_whose_trials_all_fail_says_so(train: Command, tmp_path: Path) ->
     done = train(*GRID, "report=true", "lr.base=choice(1e12)", "hydra.sweep.dir=a")
     assert done.status == 1
     assert done.err.endswith("error: every trial failed, for the reasons above\n")
-    assert [r["status"] for r in results(tmp_path / "a")] == ["failed"]
+    assert [r["state"] for r in results(tmp_path / "a")] == ["failed"]
     assert (tmp_path / "a/report/index.html").exists()
 
 
@@ -206,7 +205,7 @@ def test_a_search_gone_on_with_keeps_what_its_earlier_trials_were(
             *SEARCH, "model.num_heads=choice(3,5)", f"hydra.sweeper.n_trials={trials}",
             "hydra.sweep.dir=a",
         )  # fmt: skip
-    listed = json.loads((tmp_path / "a/jobs.json").read_text())
+    listed = json.loads((tmp_path / "a/sweep.json").read_text())
     assert len(listed) == 2
     assert all("model.num_heads=" in " ".join(job["overrides"]) for job in listed)
 
@@ -234,9 +233,9 @@ def test_a_trial_whose_worker_is_killed_is_a_failed_one_and_the_others_go_on(
     def kill_the_first() -> None:
         while not (begun := list(tmp_path.glob("a/*/metrics.csv"))):
             time.sleep(0.01)
-        sign = json.loads(begun[0].with_name("heartbeat.json").read_text())
-        assert sign["process"] != os.getpid()
-        os.kill(sign["process"], signal.SIGKILL)
+        process = read_record(begun[0].parent).environment.process
+        assert process != os.getpid()
+        os.kill(process, signal.SIGKILL)
 
     threading.Thread(target=kill_the_first, daemon=True).start()
     done = train(*search)
@@ -266,7 +265,7 @@ def test_the_command_of_the_best_names_what_the_sweeper_was_told_to_keep(
     assert train(*command, "hydra.run.dir=best").status == 0
     (best,) = results(tmp_path / "best")
     assert best["config"]["freeze"] == trial["config"]["freeze"]
-    assert [p["stage"] for p in best["phases"]] == [p["stage"] for p in trial["phases"]]
+    assert [p["trajectory"] for p in best["phases"]] == [p["trajectory"] for p in trial["phases"]]
     # Other settings are another search.
     train(*GRID, "seed=choice(3)", "hydra.sweeper.params={freeze:existing}", "hydra.sweep.dir=b")
     assert len(_studies()) == 2
@@ -311,9 +310,9 @@ def test_a_named_study_takes_trials_of_its_own_search_alone(train: Command, tmp_
     assert train(*named, "lr.base=1e-3,2e-3", "hydra.sweeper.n_trials=1").status == 0
     for other, message in (
         (
-            ["lr.base=1e-3,2e-3", "objective=phases.-1.best.validation_accuracy_percent"],
-            "study rates has trials with objective=phases.-1.best.validation_loss, not "
-            "objective=phases.-1.best.validation_accuracy_percent: ",
+            ["lr.base=1e-3,2e-3", "objective=validation_accuracy_percent"],
+            "study rates has trials with objective=validation_loss, not "
+            "objective=validation_accuracy_percent: ",
         ),
         (["lr.base=1e-3,2e-3", "hydra.sweeper.direction=maximize"], "with direction=minimize, not"),
         (["lr.base=1e-3,2e-3", "data.max_vocab=100"], "data.max_vocab=200, not data.max_vocab=100"),
@@ -350,10 +349,10 @@ def test_trials_that_promise_less_are_pruned(train: Command, tmp_path: Path) -> 
         done = train(*PRUNED, f"hydra.sweeper.storage={name}", f"hydra.sweep.dir={folder}")
         assert done.status == 0, done.err
         records = results(tmp_path / folder)
-        ends.append([(r["status"], r["reason"]) for r in records])
+        ends.append([(r["state"], r["reason"]) for r in records])
         (study,) = _studies(name)
         pruned = [t for t in study if t.state.name == "PRUNED"]
-        assert len(pruned) == sum(r["status"] == "pruned" for r in records) >= 1
+        assert len(pruned) == sum(r["state"] == "pruned" for r in records) >= 1
         for trial in study:
             rows = load(tmp_path / folder).epochs
             # What a growth came to before it was trained is no epoch.
@@ -382,8 +381,8 @@ def test_trials_in_other_processes_are_pruned(train: Command, tmp_path: Path) ->
     (study,) = _studies("journal:///optuna.journal")
     records = results(tmp_path / "a")
     states = {"completed": "COMPLETE", "pruned": "PRUNED"}
-    assert [states[r["status"]] for r in records] == [t.state.name for t in study]
-    assert "pruned" in {r["status"] for r in records}
+    assert [states[r["state"]] for r in records] == [t.state.name for t in study]
+    assert "pruned" in {r["state"] for r in records}
 
 
 def test_what_is_reported_goes_the_way_of_the_objective(tmp_path: Path) -> None:
@@ -393,12 +392,12 @@ def test_what_is_reported_goes_the_way_of_the_objective(tmp_path: Path) -> None:
     from proglayer.launch.study import open_storage, pruning
 
     storage = f"sqlite:///{tmp_path}/optuna.db"
-    row: Any = SimpleNamespace(validation_loss=3.0, validation_accuracy_percent=25.0)
+    row = {"validation_loss": 3.0, "validation_accuracy_percent": 25.0}
     for direction, objective, reported in (
-        ("minimize", "phases.-1.best.validation_loss", 3.0),
-        ("maximize", "phases.-1.best.validation_accuracy_percent", 25.0),
-        ("maximize", "changes.perplexity_percent", -3.0),
-        ("minimize", "changes.loss_nats", 3.0),
+        ("minimize", "validation_loss", 3.0),
+        ("maximize", "validation_accuracy_percent", 25.0),
+        ("maximize", "test_accuracy_percent", -3.0),
+        ("minimize", "test_loss", 3.0),
     ):
         study = optuna.create_study(
             study_name=f"{direction} {objective}", storage=open_storage(storage)
@@ -434,7 +433,7 @@ def test_a_study_that_trials_cannot_reach_prunes_nothing(
     pruner = {"_target_": "optuna.pruners.MedianPruner"}
     about = {"direction": "minimize", "storage": f"sqlite:///{tmp_path}/no/optuna.db"}
     sweeper = OmegaConf.create({"pruner": pruner, "study_name": "rates", **about})
-    assert pruning(sweeper, "phases.-1.best.validation_loss", 0) is None
+    assert pruning(sweeper, "validation_loss", 0) is None
     assert "no epoch is reported to the study" in caplog.text
 
 

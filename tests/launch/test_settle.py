@@ -94,7 +94,7 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
 
     again = train("-m", *settle)
     assert again.status == 0, again.err
-    for name in ("looks.json", "jobs.json"):
+    for name in ("looks.json", "sweep.json"):
         assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "whole_s" / name).read_bytes()
     records = results(tmp_path / "whole_s")
     assert len(records) == 6

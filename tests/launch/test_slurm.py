@@ -273,7 +273,7 @@ class Sweep:
 
     def record(self, job: str) -> dict[str, Any]:
         """The record of a job; empty while there is none."""
-        for path in self.folder.glob(f"{job}_*/result.json"):
+        for path in self.folder.glob(f"{job}_*/run.json"):
             with contextlib.suppress(OSError):
                 return json.loads(path.read_text())
         return {}
@@ -329,19 +329,21 @@ def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
     cluster.until(lambda: sweep.epochs("0") > 2, 180)
     first, second = sweep.numbers
     cluster.ask("scontrol", "requeue", first)
-    cluster.until(lambda: sweep.record("0").get("status") == "preempted", 20)
+    cluster.until(lambda: sweep.record("0").get("state") == "preempted", 20)
     assert sweep.record("0")["reason"] == "stopped by SIGTERM; Slurm starts it again"
     assert sweep.statuses()[0] == "preempted"
     before = sweep.epochs("0")
     # Meanwhile the other waits for the end of its time, at no cost: the signal goes with SIGCONT.
     cluster.until(lambda: sweep.epochs("1") > 2, 60)
-    process = int(json.loads(next(sweep.folder.glob("1_*/heartbeat.json")).read_text())["process"])
+    process = int(sweep.record("1")["environment"]["process"])
     os.kill(process, signal.SIGSTOP)
 
-    cluster.until(lambda: not sweep.record("0") and sweep.epochs("0") > before, 60)
+    cluster.until(
+        lambda: sweep.record("0")["state"] == "running" and sweep.epochs("0") > before, 60
+    )
     node = cluster.state(first)["NodeList"]
     cluster.ask("sbatch", "-p", "urgent", "-w", node, "-o", "/dev/null", "--wrap", "sleep 1")
-    cluster.until(lambda: sweep.record("0").get("status") == "preempted", 20)
+    cluster.until(lambda: sweep.record("0").get("state") == "preempted", 20)
 
     status, out = sweep.finish()
     assert status == 0, out
@@ -413,7 +415,7 @@ def test_what_is_edited_while_jobs_queue_has_no_effect_and_the_same_command_wait
     assert sweep.numbers == numbers
 
     record = sweep.record("0")
-    assert record["status"] == "completed", record["reason"]
+    assert record["state"] == "completed", record["reason"]
     assert record["git"]["commit"] == commit
     assert record["config"]["lr"]["factor"]["new"] == 0.1
     log = next(sweep.folder.glob("0_*/train.log")).read_text()

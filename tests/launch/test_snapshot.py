@@ -13,7 +13,7 @@ from proglayer.config import ConfigError
 from proglayer.launch import snapshot
 from proglayer.launch.snapshot import changed_files, snapshot_code
 from proglayer.run import code
-from proglayer.store.record import GitState, to_dict
+from proglayer.run.record import GitState
 
 from ..helpers import ROOT
 
@@ -78,8 +78,8 @@ def test_a_process_that_imports_from_the_copy_has_its_code_and_its_git_state(
     there = snapshot_code(tmp_path / "kept")
     asked = (
         "import json, proglayer, hydra_plugins.proglayer_engines as engines;"
-        "from proglayer.run import code; from proglayer.store.record import to_dict;"
-        "print(json.dumps([proglayer.__file__, engines.__file__, to_dict(code.git_state())]))"
+        "from proglayer.run import code;"
+        "print(json.dumps([proglayer.__file__, engines.__file__, code.git_state().model_dump()]))"
     )
     # From the checkout's folder, which Python would otherwise prefer.
     done = subprocess.run(
@@ -89,7 +89,7 @@ def test_a_process_that_imports_from_the_copy_has_its_code_and_its_git_state(
     package, plugins, git = json.loads(done.stdout)
     assert Path(package).is_relative_to(there)
     assert Path(plugins).is_relative_to(there)
-    assert git == to_dict(GIT)
+    assert git == GIT.model_dump()
 
 
 def test_a_copy_that_cannot_be_made_names_the_folder(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_an_error_that_nobody_foresaw_leaves_no_folder_of_a_run_that_did_not_beg
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("proglayer.run.experiment.run", fails)
+    monkeypatch.setattr("proglayer.run.run.run", fails)
     with pytest.raises(ZeroDivisionError):
         train(*QUICK, "hydra.run.dir=run")
     assert not list(tmp_path.iterdir())
@@ -90,7 +90,7 @@ def test_a_command_whose_output_nobody_reads_goes_on_and_says_so(
         said = process.stderr.read()
     broken = "warning: the output cannot be written any more (Broken pipe): going on without it\n"
     assert (process.returncode, said) == (0, broken)
-    assert {r["status"] for r in results(tmp_path)} == {"completed"}
+    assert {r["state"] for r in results(tmp_path)} == {"completed"}
     assert len(results(tmp_path)) == (2 if jobs else 1)
 
 
@@ -119,7 +119,7 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out
     records = results(tmp_path / "s")
-    assert [r["status"] for r in records] == ["completed"] * 3
+    assert [r["state"] for r in records] == ["completed"] * 3
     assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
     # Threads that the launcher shared out are no other setting.
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
@@ -144,7 +144,7 @@ def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
     assert not list(filter(is_running, workers))
     stopped_by = "SIGTERM" if name == "SIGKILL" else name
     assert [r["reason"] for r in results(tmp_path / "s")] == [f"stopped by {stopped_by}"] * 2
-    assert [r["status"] for r in results(tmp_path / "s")] == ["interrupted"] * 2
+    assert [r["state"] for r in results(tmp_path / "s")] == ["interrupted"] * 2
 
 
 def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
@@ -156,8 +156,7 @@ def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
         assert done.status == 1
         assert f"{setting}={folder}: another command is at work in this folder" in done.err
         if jobs:
-            assert not list(folder.rglob("result.json"))
-            assert not list(folder.rglob("heartbeat.json"))
+            assert not list(folder.rglob("run.json"))
         else:
             assert not list(folder.iterdir())
 

@@ -8,7 +8,7 @@ import pytest
 
 from proglayer.results.__main__ import main
 from proglayer.results.difference import Row, difference
-from proglayer.store.record import GitState
+from proglayer.run.record import GitState
 
 from .test_results import settings, write_run
 
@@ -60,14 +60,14 @@ def test_what_is_no_single_run_is_refused(
         write_run(tmp_path / "sweep" / str(seed), seed=seed)
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "cut")
-    record = tmp_path / "cut" / "result.json"
+    record = tmp_path / "cut" / "run.json"
     record.write_bytes(record.read_bytes()[:200])
     one = str(tmp_path / "sweep" / "1")
     for other, problem in (
         ("sweep", "holds 2 runs (1, 2, ...): name one of them"),
         ("empty", "no run in"),
         ("gone", "there is no folder"),
-        ("cut", "result.json"),
+        ("cut", "run.json"),
     ):
         assert main(["--diff", one, str(tmp_path / other)]) == 2
         error = capsys.readouterr().err

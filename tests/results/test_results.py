@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import csv
-import errno
 import functools
 import io
 import json
+import math
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +22,24 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from proglayer.config import ConfigError
-from proglayer.data.corpus import Corpus
 from proglayer.results import summary
 from proglayer.results.__main__ import main
 from proglayer.results.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
 from proglayer.results.frames import Results, load, what_varied
 from proglayer.results.reader import experiment_key
 from proglayer.results.summary import print_results
-from proglayer.run import experiment, session
-from proglayer.run.signals import interrupt
-from proglayer.store import record
-from proglayer.store.record import (
-    RECORD_FORMAT,
-    BestEpoch,
-    ExitRecord,
-    ListedJob,
+from proglayer.run.record import (
+    FORMAT,
     PhaseRecord,
-    RunRecord,
-    RunState,
-    mark_lost,
-    write_heartbeat,
-    write_jobs,
-    write_record,
+    SweepJob,
+    SweepRecord,
+    write_sweep,
 )
+from proglayer.run.signals import interrupt
 from proglayer.training.plan import Rates
 
-from ..helpers import ROOT, TINY, config, tiny_corpus
-from ..synthetic import STARTED, Cost, leave, metrics, metrics_row, phase_record
+from ..helpers import ROOT, config
+from ..synthetic import STARTED, Cost, aged, epoch_row, leave, phase_record, score
 
 
 @functools.cache
@@ -77,12 +64,13 @@ COST = Cost(320_000, 3e12, 1e12, 10.0, 1.0)
 def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> PhaseRecord:
     """A phase of the original: its last epoch but one was the best."""
     layers = 3 + (number > 0)
-    loss = 6.0 + perplexity / 1e4
-    evaluated = metrics(loss, 16.0 + number / 10, perplexity)
+    loss = math.log(perplexity)
+    evaluated = score(loss, 16.0 + number / 10)
     return phase_record(
         number,
         COST,
-        BestEpoch(train_loss=loss + 0.5, **evaluated),
+        loss + 0.5,
+        evaluated,
         epochs=epochs,
         best_epoch=max(1, epochs - 1),
         reused=reused,
@@ -95,7 +83,7 @@ def phase_of(number: int, epochs: int, perplexity: float, reused: int = 0) -> Ph
         frozen=["embedding", "layers.0"] if number else [],
         rates=Rates(new=1e-3, existing=None, embedding=None, head=1e-4),
         exit_weights=[0.0] * (layers - 1) + [1.0],
-        exits=[ExitRecord(layer=layer + 1, **evaluated) for layer in range(layers)],
+        exits={layer + 1: evaluated for layer in range(layers)},
     )
 
 
@@ -114,8 +102,8 @@ def write_run(
     """A run's folder as the tool leaves it; with `status="running"` without its record."""
     phases = [phase_of(i, epochs, p, reused) for i, p in enumerate(perplexities)]
     rows = [
-        metrics_row(phase, epoch, COST, phase.best)
-        for phase in phases
+        epoch_row(number, phase, epoch, COST, phase.train_loss, phase.validation)
+        for number, phase in enumerate(phases, start=1)
         for epoch in range(1, phase.epochs + 1)
     ]
     return leave(
@@ -143,7 +131,10 @@ def row(results: Results, run: str) -> dict[str, Any]:
 
 
 def list_jobs(sweep: Path, *folders: str) -> None:
-    write_jobs(sweep, [ListedJob(name, (f"seed={name[0]}", "model=standard")) for name in folders])
+    jobs = [
+        SweepJob(folder=name, overrides=[f"seed={name[0]}", "model=standard"]) for name in folders
+    ]
+    write_sweep(sweep, SweepRecord(jobs=jobs))
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -151,7 +142,7 @@ def list_jobs(sweep: Path, *folders: str) -> None:
 
 def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
-    (tmp_path / "sweep" / "multirun.yaml").touch()
+    list_jobs(tmp_path / "sweep", "0_abc")
     run = row(load(tmp_path), "sweep/0_abc")
     assert run["sweep"] == "sweep"
     assert (run["status"], run["model"], run["experiment"]) == (
@@ -160,10 +151,10 @@ def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
         "original",
     )
     assert (run["seed"], run["first_layers"], run["last_layers"]) == (7, 3, 4)
-    assert (run["first_perplexity"], run["last_perplexity"]) == (980.0, 970.0)
+    assert (run["first_perplexity"], run["last_perplexity"]) == pytest.approx((980.0, 970.0))
     assert run["perplexity_percent"] == pytest.approx(10 / 980 * 100)
     assert run["accuracy_points"] == pytest.approx(0.1)
-    assert run["loss_nats"] == pytest.approx(0.001)
+    assert run["loss_nats"] == pytest.approx(math.log(980 / 970))
     # two phases of three epochs of 10 + 1 seconds; two of each phase's were read from the store
     assert (run["seconds"], run["seconds_saved"]) == (66.0, 44.0)
     assert (run["epochs"], run["epochs_reused"], run["tokens"]) == (6, 4, 1_920_000)
@@ -188,7 +179,7 @@ def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
     assert results.phases["frozen"].tolist() == [[], ["embedding", "layers.0"], []]
     assert len(results.epochs) == 9
     kept = results.epochs[results.epochs["best"]]
-    assert kept["validation_perplexity"].tolist() == [980.0, 970.0, 900.0]
+    assert kept["validation_perplexity"].tolist() == pytest.approx([980.0, 970.0, 900.0])
     assert results.exits.groupby(["run", "phase"]).size().tolist() == [3, 4, 3]
 
 
@@ -268,14 +259,14 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
         "sweep/1_abc": "failed",
         "sweep/2_abc": "interrupted",
         "sweep/3_abc": "running",
-        "sweep/4_abc": "running",
+        "sweep/4_abc": "waiting",
         "sweep/5_abc": "waiting",
     }
     assert results.left_out.empty
     assert row(results, "sweep/1_abc")["reason"] == "the loss became NaN"
     # failed in its second phase: the first one's metrics, the epochs of both, no change
     failed = row(results, "sweep/1_abc")
-    assert (failed["first_perplexity"], failed["epochs"], failed["seconds"]) == (980.0, 6, 66.0)
+    assert (failed["first_layers"], failed["epochs"], failed["seconds"]) == (3, 6, 66.0)
     assert pd.isna(failed["last_perplexity"])
     assert pd.isna(failed["accuracy_points"])
     # what is still running is known from what Hydra wrote, what waits from the sweep's list
@@ -290,408 +281,38 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     assert results.varied == ["config.seed", "config.model.dim", "config.new_idea.strength"]
 
 
-def test_a_job_that_failed_before_its_first_phase_still_tells_its_settings(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", seed=4, overrides=["seed=4", "model.dim=63"])
-    (folder / "metrics.csv").unlink()
-    reason = "model.num_heads=4 does not divide model.dim=63"
-    ended = "2026-03-01T12:00:00+00:00"
-    write_record(folder, RunRecord(status=RunState.failed, reason=reason, ended=ended))
-    run = row(load(tmp_path), "run")
-    assert (run["status"], run["seed"], run["overrides"]) == ("failed", 4, "seed=4 model.dim=63")
-    assert run["model"] == "standard"
-
-
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    write_run(tmp_path / "pile" / "good")
     pile = tmp_path / "pile"
+    write_run(pile / "good")
     (pile / "photos" / "2024").mkdir(parents=True)
     (pile / "photos" / "2024" / "a.jpg").touch()
-    other = pile / "other_tool"
-    other.mkdir()
-    (other / "result.json").write_text('{"accuracy": 1.0}')
-    hydra = pile / "other_hydra" / ".hydra"
-    hydra.mkdir(parents=True)
-    (hydra / "config.yaml").write_text("db: mysql\n")
-    numbers = pile / "numbers"
-    numbers.mkdir()
-    (numbers / "result.json").write_text("[1, 2]")
+    for name, content in (("other_tool", '{"accuracy": 1.0}'), ("numbers", "[1, 2]")):
+        (pile / name).mkdir()
+        (pile / name / "run.json").write_text(content)
     (pile / "link").symlink_to(pile / "good")
-    (pile / "jobs.json").write_text("[1]")
-    (pile / "report").mkdir()
+    (pile / "sweep.json").write_text("[1]")
     write_run(pile / ".stages" / "x")
     write_run(pile / "good" / "stages" / "x")
-    future = write_run(pile / "future", seed=2)
-    edit(future, format=RECORD_FORMAT + 1)
-    no_end = write_run(pile / "no_end", seed=3)
-    edit(no_end, status="exploded")
-    bad_phase = write_run(pile / "bad_phase", seed=4)
-    edit(bad_phase, phases=["one"])
+    edit(write_run(pile / "future", seed=2), format=FORMAT + 1)
+    edit(write_run(pile / "no_end", seed=3), state="exploded")
+    edit(write_run(pile / "bad_phase", seed=4), phases=["one"])
+    short = write_run(pile / "short", seed=5) / "run.json"
+    short.write_bytes(short.read_bytes()[:-100])
     os.symlink(pile / "good", os.fsencode(pile) + b"/caf\xe9")
     results = load(pile)
     assert ends(results) == {"good": "completed"}
-    assert left_out(results) == {
-        "other_tool": "foreign",
-        "other_hydra": "foreign",
-        "numbers": "foreign",
-        "link": "foreign",
-        "caf\\udce9": "foreign",
-        "jobs.json": "foreign",
-        "future": "newer",
-        "no_end": "damaged",
-        "bad_phase": "damaged",
-    }
-    reasons = dict(zip(results.left_out["folder"], results.left_out["reason"], strict=True))
-    assert f"format {RECORD_FORMAT + 1}, newer than {RECORD_FORMAT}" in reasons["future"]
-    assert results.failures == 2
+    records = "other_tool", "numbers", "future", "no_end", "bad_phase", "short"
+    others = "link", "caf\\udce9", "sweep.json"
+    assert left_out(results) == dict.fromkeys(others, "foreign") | dict.fromkeys(records, "damaged")
     assert "left out: link: a link: name the folder that it points to" in printed(results, 160)
 
 
 def edit(folder: Path, **changed: Any) -> None:
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | changed))
-
-
-def test_a_record_cut_short_anywhere_is_left_out_and_named(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "pile" / "run")
-    whole = (folder / "result.json").read_bytes().rstrip()
-    for length in [0, 1, 2, len(whole) - 1, *range(10, len(whole) - 1, 397)]:
-        (folder / "result.json").write_bytes(whole[:length])
-        results = load(tmp_path / "pile")
-        assert results.runs.empty
-        assert results.epochs.empty
-        assert left_out(results) == {"run": "damaged"}
-        assert results.failures == 1
-    for junk in (b"\xff\xfe{}", b"[" * 100_000, b'{"format": 1e999}', b"null", b"NaN"):
-        (folder / "result.json").write_bytes(junk)
-        results = load(tmp_path / "pile")
-        assert results.runs.empty
-        assert len(results.left_out) == 1
-
-
-def test_a_record_with_anything_in_any_place_is_read_or_named(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
-    result = json.loads((folder / "result.json").read_text())
-
-    def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        below = [
-            place
-            for name, item in items
-            if isinstance(item, (dict, list))
-            for place in places(item, (*here, name))
-        ]
-        names = value.keys() if isinstance(value, dict) else range(len(value))
-        return below + [(*here, name) for name in names]
-
-    junk = [None, "text", "\ud800", -1, 10**400, True, [], {}, [[1]], {"a": {"b": 1}}]
-    spots = places(result)
-    for number, place in enumerate(spots):
-        broken = copy.deepcopy(result)
-        part = broken
-        for name in place[:-1]:
-            part = part[name]
-        part[place[-1]] = junk[number % len(junk)]
-        folder = tmp_path / "pile" / str(number)
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps(broken))
-    results = load(tmp_path / "pile")
-    assert len(results.runs) + len(results.left_out) == len(spots) > 200
-    assert printed(results, 100)
-    results.to_csv(tmp_path / "csv")
-    results.to_parquet(tmp_path / "parquet")
-
-
-def test_damaged_metrics_cost_their_own_epochs_only(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", seed=1)
-    write_run(tmp_path / "c", seed=3)
-    header, *rows = (tmp_path / "a" / "metrics.csv").read_text().splitlines()
-    for content in (
-        "",
-        header,
-        f"{header}\n1,3",
-        f"{header}\n{rows[0]}\n\n",
-        f'{header}\n"{rows[0]}\n',
-        f"{header}\n{rows[0].replace('1,3', 'one,3')}\n",
-        "step,loss\n1,2\n",
-        "\0\xff",
-    ):
-        folder = write_run(tmp_path / "b", seed=2)
-        (folder / "metrics.csv").write_text(content, encoding="latin-1")
-        results = load(tmp_path)
-        assert set(results.epochs["run"]) == {"a", "c"}
-        assert len(results.epochs) == 12
-        assert set(results.runs["run"]) == {"a", "b", "c"}
-        assert left_out(results) == ({} if content == header else {"b": "damaged"}), content
-
-
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghijklmnop"
-)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        BOMB,
-        "a: &a [*a]\n",
-        "[" * 5_000 + "]" * 5_000,
-        'initial_layers: !!timestamp "abc"\nadded_layers: 1\n',
-        "initial_layers: !!int ''\nadded_layers: 1\n",
-        "initial_layers: !!bool zzz\nadded_layers: 1\n",
-        "\t- x",
-        "\0",
-    ],
-)
-def test_settings_that_no_parser_should_follow_are_named_and_hide_nothing(
-    tmp_path: Path, content: str
-) -> None:
-    write_run(tmp_path / "good", seed=1)
-    for name in ("config", "overrides", "hydra"):
-        folder = write_run(tmp_path / name, seed=2, status="running")
-        (folder / ".hydra" / f"{name}.yaml").write_text(content)
-    results = load(tmp_path)
-    assert set(ends(results)) == {"good", "overrides", "hydra"}
-    assert left_out(results) == {"config": "foreign"}
-    assert "no .hydra/config.yaml of this tool that can be read" in results.left_out["reason"][0]
-
-
-def test_what_is_no_regular_file_or_too_large_is_named_and_hides_nothing(tmp_path: Path) -> None:
-    pile = tmp_path / "pile"
-    write_run(pile / "good", seed=1)
-    records = {
-        "device": lambda path: path.symlink_to("/dev/zero"),
-        "pipe": os.mkfifo,
-        "large": lambda path: path.write_bytes(b" " * 16_000_001),
-        "settings": lambda path: edit(path.parent, config=dict.fromkeys(map(str, range(2_000)))),
-    }
-    for name, spoil in records.items():
-        path = write_run(pile / name, seed=2) / "result.json"
-        if name != "settings":
-            path.unlink()
-        spoil(path)
-    metrics = write_run(pile / "metrics", seed=3) / "metrics.csv"
-    metrics.unlink()
-    metrics.symlink_to("/dev/zero")
-    deep = pile.joinpath(*["deep"] * 300)
-    deep.mkdir(parents=True)
-    jobs = [{"folder": name, "overrides": []} for name in ("../../x", "/etc", "", "..", "5_abc")]
-    (pile / "sweep").mkdir()
-    (pile / "sweep" / "jobs.json").write_text(json.dumps(jobs))
-    results = load(pile)
-    assert ends(results).keys() == {"good", "metrics", "sweep/5_abc"}
-    damaged = dict.fromkeys((*records, "metrics"), "damaged")
-    assert left_out(results) == damaged
-    assert set(results.epochs["run"]) == {"good"}
-
-
-def test_numbers_and_times_at_the_edge_are_shown_or_missing(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "pile" / "run", status="completed")
-    phases = json.loads((folder / "result.json").read_text())["phases"]
-    for phase in phases:
-        phase |= {"train_tokens": 2**63 - 1, "train_seconds": 1e308, "epochs": 2**62}
-    edit(folder, phases=phases, started="0001-01-01T00:00:00+14:00", seed=2**63)
-    going_on = write_run(tmp_path / "pile" / "going_on", status="running")
-    for path in (going_on / "metrics.csv", going_on / ".hydra" / "config.yaml"):
-        os.utime(path, (2**40, 2**40))
-    results = load(tmp_path / "pile")
-    run = row(results, "run")
-    assert pd.isna(run["tokens"])
-    assert pd.isna(run["epochs"])
-    assert pd.isna(run["started"])
-    assert "inf s" in printed(results, 200)
-    results.to_csv(tmp_path / "csv")
-    results.to_parquet(tmp_path / "parquet")
+    result = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(result | changed))
 
 
 # --- alive or not ---------------------------------------------------------------------------------
-
-
-def aged(folder: Path, seconds: float) -> None:
-    """Make a folder and all that lies in it as old as that."""
-    then = time.time() - seconds
-    for path in (*folder.rglob("*"), folder):
-        os.utime(path, (then, then))
-
-
-def test_a_run_is_lost_once_nothing_of_it_has_moved_for_long(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "pile" / "run", status="running")
-    aged(folder, 600)
-    write_heartbeat(folder, RunState.running)
-    # a long epoch, but somebody is at work
-    assert ends(load(tmp_path / "pile")) == {"run": "running"}
-    aged(folder, record.LOST_AFTER_S - 10)
-    assert ends(load(tmp_path / "pile")) == {"run": "running"}
-    aged(folder, record.LOST_AFTER_S + 1)
-    results = load(tmp_path / "pile")
-    lost = row(results, "run")
-    assert (lost["status"], lost["host"]) == ("lost", socket.gethostname())
-    assert re.fullmatch(
-        rf"no sign of life since \d{{4}}(-\d\d){{2}} \d\d:\d\d UTC \(it ran on {lost['host']}\)",
-        lost["reason"],
-    )
-    # what it trained before it was lost is known, and that it did not end well
-    assert lost["epochs"] == 6
-    assert results.failures == 1
-    (folder / "metrics.csv").touch()
-    assert ends(load(tmp_path / "pile")) == {"run": "running"}
-
-
-def test_a_run_is_alive_by_the_clock_that_dates_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Ahead(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + timedelta(seconds=3 * record.LOST_AFTER_S)
-
-    folder = write_run(tmp_path / "pile" / "run", status="running")
-    write_heartbeat(folder, RunState.running)
-    monkeypatch.setattr(record, "datetime", Ahead)
-    assert ends(load(tmp_path / "pile")) == {"run": "running"}
-    aged(folder, record.LOST_AFTER_S + 1)
-    before = sorted(folder.rglob("*"))
-    assert ends(load(tmp_path / "pile")) == {"run": "lost"}
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_a_damaged_sign_is_as_good_as_its_time(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "pile" / "run", status="running")
-    for content in (b"", b"{", b"[1]", b"\xff", b'{"sign": 3, "host": {"a": 1}}', b"[" * 100_000):
-        aged(folder, 600)
-        (folder / "heartbeat.json").write_bytes(content)
-        assert ends(load(tmp_path / "pile")) == {"run": "running"}
-        aged(folder, 600)
-        assert ends(load(tmp_path / "pile")) == {"run": "lost"}
-
-
-def test_what_a_scheduler_holds_is_neither_lost_nor_at_an_end(tmp_path: Path) -> None:
-    queued = write_run(tmp_path / "queued", seed=1, status="running")
-    (queued / "metrics.csv").unlink()
-    write_heartbeat(queued, RunState.pending)
-    aged(queued, 1e6)
-    stopped = write_run(
-        tmp_path / "stopped", seed=2, status="preempted", reason="stopped by SIGTERM"
-    )
-    aged(stopped, 1e6)
-    results = load(tmp_path)
-    assert ends(results) == {"queued": "pending", "stopped": "preempted"}
-    assert results.failures == 0
-    assert "2 runs: 1 preempted, 1 pending" in printed(results, 80)
-    # somebody asked the scheduler
-    mark_lost(queued, "its time was up")
-    results = load(tmp_path)
-    assert ends(results) == {"queued": "lost", "stopped": "preempted"}
-    assert results.failures == 1
-    assert row(results, "queued")["host"] == socket.gethostname()
-    assert row(results, "queued")["reason"] == "its time was up"
-    # a sign of an earlier version does not say why: nobody is accused
-    sign = json.loads((queued / "heartbeat.json").read_text())
-    del sign["reason"]
-    (queued / "heartbeat.json").write_text(json.dumps(sign))
-    neutral = "it was ended from outside and left no record"
-    assert row(load(tmp_path), "queued")["reason"] == neutral
-    write_heartbeat(queued, RunState.pending)
-    assert ends(load(tmp_path))["queued"] == "pending"
-
-
-def test_jobs_wait_only_while_their_sweep_lives(tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
-    write_run(sweep / "0_abc", seed=0)
-    job = write_run(sweep / "1_abc", seed=1, status="running")
-    list_jobs(sweep, "0_abc", "1_abc", "2_abc")
-    aged(sweep, 600)
-    dead = load(sweep)
-    assert list(ends(dead).values()) == ["completed", "lost", "not started"]
-    assert row(dead, "2_abc")["reason"].startswith("its sweep shows no sign of life since ")
-    # a job that works, one that ended just now, or the sweep's own process: each is a sign
-    for alive in (job / "metrics.csv", sweep / "0_abc" / "result.json", sweep / "heartbeat.json"):
-        aged(sweep, 600)
-        alive.touch()
-        assert row(load(sweep), "2_abc")["status"] == "waiting", alive
-
-
-def test_a_job_that_a_scheduler_holds_is_not_lost_with_its_sweep(tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
-    job = write_run(sweep / "0_abc", seed=0, status="running")
-    list_jobs(sweep, "0_abc")
-    write_heartbeat(job, RunState.pending)
-    write_heartbeat(sweep, RunState.running)
-    aged(sweep, 600)
-    assert ends(load(sweep)) == {"0_abc": "pending"}
-
-
-def test_a_killed_process_leaves_its_sign_and_one_that_ends_takes_it_away(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from proglayer.store.record import Heartbeat\n"
-        "with Heartbeat(Path(sys.argv[1])): print(flush=True); time.sleep(float(sys.argv[2]))"
-    )
-    for name, seconds in (("killed", 60), ("ended", 0)):
-        (tmp_path / name).mkdir()
-        command = [sys.executable, "-c", code, str(tmp_path / name), str(seconds)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            if name == "killed":
-                process.kill()
-    assert record.read_heartbeat(tmp_path / "killed").host == socket.gethostname()
-    assert not list((tmp_path / "ended").iterdir())
-
-
-def test_a_sign_is_renewed_while_the_run_lasts(tmp_path: Path) -> None:
-    sign = tmp_path / "heartbeat.json"
-
-    def until(done: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
-        while not done():
-            assert time.monotonic() < end
-            time.sleep(0.005)
-
-    with record.Heartbeat(tmp_path, every_s=0.01):
-        for _ in range(3):
-            aged(tmp_path, 600)
-            until(lambda: time.time() - sign.stat().st_mtime < 60)
-        # taken away by somebody, as when an earlier try's folder is cleared
-        sign.unlink()
-        until(sign.exists)
-    assert not sign.exists()
-
-
-def test_no_room_for_a_sign_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-
-    def full(path: Path, *_: object, **__: object) -> None:
-        tried.append(path.name)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with record.Heartbeat(tmp_path, every_s=0.01):
-        while len(tried) < 3:
-            time.sleep(0.005)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_run_shows_life_from_before_its_corpus_to_its_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    signs: list[str | None] = []
-
-    def opening(*_: object) -> Corpus:
-        signs.append(record.read_heartbeat(tmp_path).sign)
-        return tiny_corpus()
-
-    def writing(folder: Path, ended: RunRecord) -> None:
-        signs.append(record.read_heartbeat(tmp_path).sign)
-        write_record(folder, ended)
-
-    monkeypatch.setattr(experiment, "open_corpus", opening)
-    monkeypatch.setattr(session, "write_record", writing)
-    # a mistake that shows only with the corpus leaves nothing behind
-    with pytest.raises(ConfigError):
-        experiment.run(config(*TINY, "model.vocab_size=3"), tmp_path)
-    assert not list(tmp_path.iterdir())
-    experiment.run(config(*TINY, "phase.max_epochs=1"), tmp_path)
-    assert signs == ["running"] * 3
-    assert not (tmp_path / "heartbeat.json").exists()
 
 
 # --- the same run twice ---------------------------------------------------------------------------
@@ -757,7 +378,7 @@ def test_a_formula_and_a_script_are_text_in_csv(tmp_path: Path) -> None:
         back = [cell.removeprefix("'") for cell in cells]
         assert back == [text, shlex.quote(text)]
         # numbers are not text: a fall stays a number that can be summed
-        assert float(written["loss_nats"]) == pytest.approx(0.001)
+        assert float(written["loss_nats"]) == pytest.approx(math.log(980 / 970))
     assert rows[-1]["config.data.text_column"] == "plain"
     assert SCRIPT in rows[-2]["overrides"]
 
@@ -775,13 +396,13 @@ def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
 
 def test_three_hundred_runs_load_in_a_moment(tmp_path: Path, no_fsync: None) -> None:
     base = write_run(tmp_path / "0", epochs=20, perplexities=(980.0, 975.0, 970.0, 965.0))
-    result = json.loads((base / "result.json").read_text())
+    result = json.loads((base / "run.json").read_text())
     metrics = (base / "metrics.csv").read_bytes()
     for number in range(300):
         folder = tmp_path / str(number)
         folder.mkdir(exist_ok=True)
-        result["seed"] = result["config"]["seed"] = number
-        (folder / "result.json").write_text(json.dumps(result, indent=2))
+        result["config"]["seed"] = number
+        (folder / "run.json").write_text(json.dumps(result, indent=2))
         (folder / "metrics.csv").write_bytes(metrics)
     load()
     began = time.process_time()
@@ -910,22 +531,21 @@ def test_watching_a_killed_sweep_ends(
 ) -> None:
     sweep = tmp_path / "sweep"
     write_run(sweep / "0_abc", seed=0)
-    write_heartbeat(write_run(sweep / "1_abc", seed=1, status="running"), RunState.running)
+    write_run(sweep / "1_abc", seed=1, status="running")
     list_jobs(sweep, "0_abc", "1_abc", "2_abc")
     monkeypatch.setattr(summary.time, "sleep", lambda _: aged(sweep, 600))
     assert main([str(sweep), "--watch"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any("3 runs: 1 completed, 1 running, 1 waiting" in line for line in lines)
     assert lines[-1] == "3 runs: 1 completed, 1 lost, 1 not started"
-    host = socket.gethostname()
-    assert any(re.search(rf"lost 1_abc: no sign of life .*ran on {host}", line) for line in lines)
+    assert any(re.search("lost 1_abc: no sign of life .*ran on h", line) for line in lines)
 
 
 def test_watching_waits_for_a_scheduler_and_tells_since_when(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep"
-    write_heartbeat(write_run(sweep / "0_abc", seed=0, status="running"), RunState.pending)
+    write_run(sweep / "0_abc", seed=0, status="pending")
     stopped = "2026-03-01T12:01:30+00:00"
     write_run(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
     aged(sweep, 40 * 24 * 3600)
@@ -970,7 +590,7 @@ def test_the_time_left_is_reckoned_from_runs_that_trained(tmp_path: Path) -> Non
     assert "what the 1 completed took (90.0 s each)" in summary._time_left(load(sweep).runs)
     shutil.rmtree(sweep / "4_abc")
     assert summary._time_left(load(sweep).runs) == "nothing is running"
-    (sweep / "jobs.json").unlink()
+    (sweep / "sweep.json").unlink()
     assert summary._time_left(load(sweep).runs) == ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from proglayer.results import load
 from proglayer.results.difference import difference
 from proglayer.results.summary import summary_table
-from proglayer.store.record import CorpusRecord, RunRecord, read_record, write_record
+from proglayer.run.record import CorpusRecord, Score
 
 from ..helpers import SHORT, Command
 from ..helpers import results as records
@@ -44,21 +43,7 @@ def leave(folder: Path, tokenizer: str, seed: int, loss: float, recorded: bool =
     )
     losses = [[loss + 0.2, loss + 0.1], [loss + 0.1, loss]]
     run(folder, "original", "standard", seed, *overrides, losses=losses, corpus=corpus)
-    if recorded:
-        record = read_record(folder)
-        assert record is not None
-        write_record(folder, with_bits(record, corpus))
     return folder
-
-
-def with_bits(record: RunRecord, corpus: CorpusRecord) -> RunRecord:
-    phases = []
-    for phase in record.phases:
-        found = corpus.metrics(phase.best.validation_loss or math.nan, 0.0)
-        bits = found["validation_bits_per_byte"]
-        best = dataclasses.replace(phase.best, validation_bits_per_byte=bits)
-        phases.append(dataclasses.replace(phase, best=best))
-    return dataclasses.replace(record, phases=phases)
 
 
 @pytest.fixture
@@ -77,25 +62,26 @@ def bits(tokenizer: str, loss: float) -> float:
 def test_bits_per_byte_by_hand() -> None:
     """100 windows of 8 targets, a bit each, over 200 bytes are 4 bits a byte."""
     corpus = CorpusRecord(
-        name=None, fingerprint=None, vocab_size=None, seq_len=8, train_windows=1,
+        name="a", fingerprint="f", vocab_size=9, seq_len=8, train_windows=1,
         validation_windows=100, validation_bytes=200, test_windows=50, test_bytes=800,
     )  # fmt: skip
-    assert corpus.metrics(math.log(2), 0.5) == pytest.approx(
+    assert corpus.figures(Score(loss=math.log(2), accuracy=0.5)) == pytest.approx(
         {
             "validation_loss": math.log(2), "validation_perplexity": 2,
             "validation_accuracy_percent": 50, "validation_bits_per_byte": 4,
         }
     )  # fmt: skip
-    assert corpus.metrics(2 * math.log(2), 0.5, "test")["test_bits_per_byte"] == pytest.approx(1)
-    unknown = dataclasses.replace(corpus, validation_bytes=None, test_windows=None)
-    assert unknown.metrics(1.0, 0.5)["validation_bits_per_byte"] is None
-    assert unknown.metrics(1.0, 0.5, "test")["test_bits_per_byte"] is None
+    two = Score(loss=2 * math.log(2), accuracy=0.5)
+    assert corpus.figures(two, "test")["test_bits_per_byte"] == pytest.approx(1)
+    unknown = corpus.model_copy(update={"validation_bytes": None, "test_windows": None})
+    assert unknown.figures(two)["validation_bits_per_byte"] is None
+    assert unknown.figures(two, "test")["test_bits_per_byte"] is None
 
 
 def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Path) -> None:
     done = train(
         *SHORT, "data.tokenizer=bpe", "data.max_vocab=300", "hydra.run.dir=run",
-        "objective=phases.-1.best.validation_bits_per_byte",
+        "objective=validation_bits_per_byte",
     )  # fmt: skip
     assert done.status == 0, done.err
     (record,) = records(tmp_path / "run")
@@ -106,22 +92,17 @@ def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Pat
     tokens = 32 * 32
     assert tokens <= corpus["validation_bytes"] <= 20 * tokens
     per_nat = tokens / corpus["validation_bytes"] / math.log(2)
-    for phase in record["phases"]:
-        for figures in (phase["best"], *phase["exits"]):
-            expected = figures["validation_loss"] * per_nat
-            assert figures["validation_bits_per_byte"] == pytest.approx(expected)
-        on_test = phase["test"]
-        expected = on_test["test_loss"] * 4 * tokens / corpus["test_bytes"] / math.log(2)
-        assert on_test["test_bits_per_byte"] == pytest.approx(expected)
-    assert record["objective"] == record["phases"][-1]["best"]["validation_bits_per_byte"]
+    last = record["phases"][-1]
+    assert record["objective"] == pytest.approx(last["validation"]["loss"] * per_nat)
     frames = load(tmp_path / "run")
     for frame in (frames.epochs, frames.exits, frames.phases):
         losses = frame["validation_loss"].astype(float)
         assert frame["validation_bits_per_byte"].tolist() == pytest.approx(
             (losses * per_nat).tolist()
         )
-    (last,) = frames.runs["last_bits_per_byte"]
-    assert last == record["objective"]
+    assert frames.runs["last_bits_per_byte"].tolist() == [record["objective"]]
+    on_test = last["test"]["loss"] * 4 * tokens / corpus["test_bytes"] / math.log(2)
+    assert frames.phases["test_bits_per_byte"].iloc[-1] == pytest.approx(on_test)
 
 
 def test_an_untrained_model_costs_what_its_vocabulary_says(train: Command, tmp_path: Path) -> None:
@@ -171,8 +152,8 @@ def test_a_search_over_tokenizers_does_not_go_by_a_loss(train: Command) -> None:
     done = train(*search, "data.tokenizer=words,bpe")
     assert done.status == 1
     assert [line for line in done.err.splitlines() if line.startswith("error: ")] == [
-        "error: objective=phases.-1.best.validation_loss is per token, so it does not compare what "
-        "data.tokenizer makes: take objective=phases.-1.best.validation_bits_per_byte"
+        "error: objective=validation_loss is per token, so it does not compare what "
+        "data.tokenizer makes: take objective=validation_bits_per_byte"
     ]
     done = train(*search[:3], "data.tokenizer=bpe", "data.max_vocab=300,400")
     assert done.status == 1

@@ -12,8 +12,8 @@ from proglayer import export_run, load_run
 from proglayer.errors import ConfigError
 from proglayer.results import load
 from proglayer.run.__main__ import main
-from proglayer.run.experiment import run
-from proglayer.store.record import RunRecord, RunState, read_record
+from proglayer.run.record import RunRecord, RunState, read_record
+from proglayer.run.run import run
 
 from ..helpers import ROOT, config
 
@@ -61,7 +61,7 @@ def runs_to_its_end(folder: Path, *overrides: str) -> RunRecord:
     record = run(
         config(*TEXT, f"stages.dir={folder / 'stages'}", *overrides), folder / "run", overrides
     )
-    assert record.status is RunState.completed, record.reason
+    assert record.state is RunState.completed, record.reason
     return record
 
 
@@ -77,8 +77,8 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     assert (first.epochs, first.best_epoch, first.train_tokens) == (0, 0, 0)
     assert (first.layers, second.layers) == (3, 5)
     assert second.growth is not None
-    assert second.growth.loss_before == second.growth.loss_after == first.best.validation_loss
-    assert second.best.validation_loss < first.best.validation_loss
+    assert second.growth.loss_before == second.growth.loss_after == first.validation.loss
+    assert second.validation.loss < first.validation.loss
     read = read_record(tmp_path / "run")
     assert read.checkpoint.layers == 3
     assert read.checkpoint.path == str(path)

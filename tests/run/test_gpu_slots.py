@@ -15,8 +15,8 @@ import torch
 
 from proglayer.config import ConfigError
 from proglayer.run import gpu_slots as slots
-from proglayer.run.experiment import run
-from proglayer.store.record import RunState, read_record
+from proglayer.run.record import RunState, read_record
+from proglayer.run.run import run
 from proglayer.store.trajectory import Hooks, Interrupted
 
 from ..helpers import ROOT, SHORT, config
@@ -28,7 +28,7 @@ EIGHT_JOBS = """
 import contextlib, os, sys, time
 from pathlib import Path
 from proglayer.run import gpu_slots as slots
-from proglayer.run.experiment import run
+from proglayer.run.run import run
 from tests.helpers import config
 from tests.helpers import SHORT
 
@@ -138,7 +138,7 @@ def test_a_run_that_is_stopped_while_it_waits_for_a_gpu_tells_so(
     with held(1), held(1):
         monkeypatch.setattr(slots, "gpus", stopped)
         settings = config(*SHORT, f"stages.dir={tmp_path}/stages")
-        assert run(settings, tmp_path / "run").status is RunState.interrupted
+        assert run(settings, tmp_path / "run").state is RunState.interrupted
     record = read_record(tmp_path / "run")
     assert record
     assert (record.reason, record.phases) == ("stopped by SIGTERM", [])

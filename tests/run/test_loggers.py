@@ -16,7 +16,10 @@ import torch
 
 from proglayer import load_run
 from proglayer.config import ConfigError, to_config
-from proglayer.run import experiment, loggers
+from proglayer.run import loggers
+from proglayer.run import run as experiment
+from proglayer.run.loggers import best_figures
+from proglayer.run.record import read_record
 
 from ..helpers import TINY, composed, config, tiny_corpus
 
@@ -64,12 +67,12 @@ def recorded(folder: Path) -> dict[str, list[tuple[int, float]]]:
         for name in rows[0]
         if name != "best"
     }
-    result = json.loads((folder / "result.json").read_text())
-    for number, phase in enumerate(result["phases"], start=1):
-        for name, value in phase["best"].items():
+    record = read_record(folder)
+    for number, phase in enumerate(record.phases, start=1):
+        for name, value in best_figures(record, phase).items():
             figures.setdefault(f"best/{name}", []).append((number, value))
-    for name, value in result.get("changes", {}).items():
-        figures[f"changes/{name}"] = [(len(result["phases"]), value)]
+    for name, value in record.changes._asdict().items() if record.changes else ():
+        figures[f"changes/{name}"] = [(len(record.phases), value)]
     return figures
 
 
@@ -162,7 +165,7 @@ def test_stored_epochs_are_told_like_trained_ones(run: Run) -> None:
 @for_mlflow
 def test_a_failed_run_is_failed_there_too(run: Run) -> None:
     folder = run("run", "lr.base=1e15", "optimizer.clip_norm=null", given=("mlflow",))
-    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    assert json.loads((folder / "run.json").read_text())["state"] == "failed"
     assert mlflow_runs(folder)[0].info.status == "FAILED"
 
 
@@ -171,7 +174,7 @@ def test_a_failed_run_is_failed_there_too(run: Run) -> None:
 
 def test_loggers_change_no_bit(run: Run) -> None:
     logged, alone = run("logged", "reuse=false"), run("alone", "reuse=false", given=())
-    results = [json.loads((folder / "result.json").read_text()) for folder in (logged, alone)]
+    results = [json.loads((folder / "run.json").read_text()) for folder in (logged, alone)]
     assert [p["exits"] for p in results[0]["phases"]] == [p["exits"] for p in results[1]["phases"]]
     ours, theirs = (load_run(folder).state_dict() for folder in (logged, alone))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -204,7 +207,7 @@ def test_a_logger_that_fails_is_dropped_with_one_line(
 
     monkeypatch.setattr(loggers.TensorBoard, "metrics", full)
     folder = run("run")
-    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    assert json.loads((folder / "run.json").read_text())["state"] == "completed"
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     why = "OSError: [Errno 28] No space left on device"
     assert warning == f"logger=tensorboard gets no more of this run ({why})"
@@ -219,7 +222,7 @@ def test_a_store_that_cannot_be_written_ends_no_run(
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "file" / "store").as_uri())
     folder = run("run", given=("mlflow",))
-    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    assert json.loads((folder / "run.json").read_text())["state"] == "completed"
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warning.startswith("logger=mlflow gets no more of this run (")
 

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from proglayer.store.record import read_jobs
+from proglayer.run.record import RunRecord, RunState, read_record, read_sweep, write_record
 
 from ..helpers import (
     ROOT,
@@ -40,24 +41,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_one_run_leaves_its_record(train: Command, tmp_path: Path) -> None:
     done = train(*SHORT, "hydra.run.dir=run")
     assert done.status == 0, done.err
-    record = json.loads((tmp_path / "run/result.json").read_text())
-    assert record["status"] == "completed"
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["state"] == "completed"
     assert record["machine"]["torch"] == torch.__version__
     assert [p["layers"] for p in record["phases"]] == [3, 4]
     assert [len(p["exits"]) for p in record["phases"]] == [3, 4]
     for phase in record["phases"]:
-        best = phase["best"]
-        assert best["validation_perplexity"] == pytest.approx(math.exp(best["validation_loss"]))
         # The last exit is what selection read.
-        assert phase["exits"][-1]["validation_loss"] == pytest.approx(best["validation_loss"])
+        assert phase["exits"][str(phase["layers"])] == phase["validation"]
         assert phase["tokens_per_second"] > 0
         assert phase["work"]["peak_memory_mb"]["process"] > 0
-    before, after = (p["best"]["validation_perplexity"] for p in record["phases"])
-    changes = record["changes"]
-    assert changes["perplexity_percent"] == pytest.approx((before - after) / before * 100)
+    before, after = (math.exp(p["validation"]["loss"]) for p in record["phases"])
+    changes = read_record(tmp_path / "run").changes
+    assert changes.perplexity_percent == pytest.approx((before - after) / before * 100)
     log = (tmp_path / "run/train.log").read_text()
     assert "phase 2/2 grown" in log
-    growths = sum("growth" in phase for phase in record["phases"])
+    growths = sum(phase["growth"] is not None for phase in record["phases"])
     assert log.count("validation loss") == growths + sum(p["epochs"] for p in record["phases"])
     with open(tmp_path / "run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -78,7 +77,7 @@ def test_an_automatic_precision_is_said_and_recorded(train: Command, tmp_path: P
     (record,), (other,) = (results(tmp_path / name) for name in ("run", "two"))
     assert record["config"]["precision"] == picked
     assert record["weights_sha256"] == other["weights_sha256"]
-    assert other["phases"][0]["stage"] == record["phases"][0]["stage"]
+    assert other["phases"][0]["trajectory"] == record["phases"][0]["trajectory"]
 
 
 def test_the_model_comes_back_and_scores_what_the_record_says(
@@ -91,14 +90,14 @@ def test_the_model_comes_back_and_scores_what_the_record_says(
     from proglayer.training.trainer import evaluate
 
     assert train(*SHORT, "hydra.run.dir=run").status == 0
-    record = json.loads((tmp_path / "run/result.json").read_text())
+    record = json.loads((tmp_path / "run/run.json").read_text())
     model = load_run(tmp_path / "run")
     assert model.logits(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 200)
     settings = Config.model_validate(record["config"])
     corpus = open_corpus(settings.data)
     phase = plan(settings, corpus.vocab_size)[-1]
     (last,) = evaluate(model, phase, corpus, torch.device("cpu"), [3])
-    assert last.loss == record["phases"][-1]["best"]["validation_loss"]
+    assert last.loss == record["phases"][-1]["validation"]["loss"]
 
 
 def test_a_file_that_claims_to_be_a_model_is_refused_at_once(tmp_path: Path) -> None:
@@ -137,15 +136,15 @@ def test_a_sweep_shares_its_first_phase_and_changes_no_bit(train: Command, tmp_p
     one, three = results(tmp_path / "sweep")
     assert [p["layers"] for p in one["phases"]] == [3, 4]
     assert [p["layers"] for p in three["phases"]] == [3, 6]
-    assert one["phases"][0]["stage"] == three["phases"][0]["stage"]
+    assert one["phases"][0]["trajectory"] == three["phases"][0]["trajectory"]
     trained = [[p["work"]["epochs_trained"] for p in r["phases"]] for r in (one, three)]
     assert trained[0][0] == 2
     assert trained[1][0] == 0
     # Alone, in a store of its own, the second job comes to the same bits.
     assert train(*SHORT, "added_layers=3", "hydra.run.dir=alone", "reuse=false").status == 0
-    alone = json.loads((tmp_path / "alone/result.json").read_text())
+    alone = json.loads((tmp_path / "alone/run.json").read_text())
     assert alone["phases"][0]["work"]["epochs_trained"] == 2
-    assert [p["best"] for p in alone["phases"]] == [p["best"] for p in three["phases"]]
+    assert [p["validation"] for p in alone["phases"]] == [p["validation"] for p in three["phases"]]
     job = next((tmp_path / "sweep").glob("1_*"))
     ours, theirs = weights(job), weights(tmp_path / "alone")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -157,7 +156,9 @@ def test_the_same_command_again_trains_nothing(train: Command, tmp_path: Path) -
     assert train(*command, "hydra.sweep.dir=a").status == 0
     assert train(*command, "hydra.sweep.dir=b").status == 0
     for first, second in zip(results(tmp_path / "a"), results(tmp_path / "b"), strict=True):
-        assert [p["best"] for p in first["phases"]] == [p["best"] for p in second["phases"]]
+        assert [p["validation"] for p in first["phases"]] == [
+            p["validation"] for p in second["phases"]
+        ]
         assert [p["exits"] for p in first["phases"]] == [p["exits"] for p in second["phases"]]
         assert sum(p["work"]["epochs_trained"] for p in second["phases"]) == 0
         assert second["phases"][0]["train_seconds"] == first["phases"][0]["train_seconds"]
@@ -175,7 +176,7 @@ def test_a_failing_job_does_not_stop_the_others(train: Command, tmp_path: Path) 
     done = train("-m", *SHORT, rates, "optimizer.clip_norm=null", "hydra.sweep.dir=mixed")
     assert done.status == 1
     records = results(tmp_path / "mixed")
-    assert [r["status"] for r in records] == ["completed", "failed", "completed", "completed"]
+    assert [r["state"] for r in records] == ["completed", "failed", "completed", "completed"]
     assert "lower lr.base" in records[1]["reason"]
     assert "failed" in done.out
     assert "lower lr.base" in done.out
@@ -191,23 +192,23 @@ def test_a_sweep_can_stop_at_the_first_failure(train: Command, tmp_path: Path) -
     )
     assert done.status == 1
     records = results(tmp_path / "s")
-    assert [r["status"] for r in records] == ["completed", "failed", "interrupted"]
+    assert [r["state"] for r in records] == ["completed", "failed", "interrupted"]
     assert records[2]["reason"].startswith("not started: job 1_")
 
 
 def test_a_fault_of_ours_is_recorded_with_its_traceback(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import proglayer.run.experiment
+    import proglayer.run.run
 
     def broken(*_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(proglayer.run.experiment, "grow", broken)
+    monkeypatch.setattr(proglayer.run.run, "grow", broken)
     done = train(*SHORT, "hydra.run.dir=run")
     assert done.status == 1
-    record = json.loads((tmp_path / "run/result.json").read_text())
-    assert record["status"] == "failed"
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["state"] == "failed"
     assert record["reason"] == "RuntimeError: a fault"
     assert "in broken" in record["traceback"]
     assert "in broken" in (tmp_path / "run/train.log").read_text()
@@ -221,11 +222,11 @@ def test_a_model_that_memory_cannot_hold_is_told_in_one_line(
     done = train("-m", *SHORT, *sizes, "hydra.sweep.dir=sizes")
     assert done.status == 1
     large, small = results(tmp_path / "sizes")
-    assert large["status"] == "failed"
+    assert large["state"] == "failed"
     assert large["reason"].startswith("not enough memory for ")
     assert "lower phase.batch_size, model.dim" in large["reason"]
-    assert "traceback" not in large
-    assert small["status"] == "completed"
+    assert large["traceback"] is None
+    assert small["state"] == "completed"
     assert large["reason"] in done.out
     assert "Traceback" not in done.out + done.err
 
@@ -245,73 +246,55 @@ def test_memory_that_runs_out_is_told_however_it_is_reported() -> None:
         assert out_of_memory(error) is None
 
 
-@pytest.mark.parametrize("error", [MemoryError("corpus"), RuntimeError("CUDA start-up\nfailed")])
 def test_a_fault_before_the_first_phase_is_in_the_record_of_a_job(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import proglayer.run.experiment
+    import proglayer.run.run
     from proglayer.results import load
 
     def broken(*_: object) -> None:
-        raise error
+        raise RuntimeError("CUDA start-up\nfailed")
 
-    monkeypatch.setattr(proglayer.run.experiment, "open_corpus", broken)
+    monkeypatch.setattr(proglayer.run.run, "open_corpus", broken)
     assert train("-m", *SHORT, "seed=1,2", "hydra.sweep.dir=s").status == 1
     records = results(tmp_path / "s")
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    assert [(r["status"], r["reason"]) for r in records] == [("failed", reason)] * 2
+    reason = "RuntimeError: CUDA start-up"
+    assert [(r["state"], r["reason"]) for r in records] == [("failed", reason)] * 2
     assert all("in broken" in r["traceback"] for r in records)
     assert list(load(tmp_path / "s").runs["status"]) == ["failed", "failed"]
-
-
-def test_a_figure_that_is_missing_at_the_end_fails_no_run(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from proglayer.run import machine
-    from proglayer.store.record import PeakMemory
-
-    memory = [PeakMemory(process=1.0)]
-    missing = PeakMemory(process=None)
-    monkeypatch.setattr(machine, "peak_memory_mb", lambda _: memory.pop() if memory else missing)
-    place = "phases.0.work.peak_memory_mb.process"
-    assert train(*SHORT, f"objective={place}", "hydra.run.dir=run").status == 0
-    record = json.loads((tmp_path / "run/result.json").read_text())
-    assert (record["status"], record["objective"]) == ("completed", None)
-    assert f"objective={place}: " in (tmp_path / "run/train.log").read_text()
 
 
 def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proglayer.run.experiment import run
-    from proglayer.store.record import MetricsRow, RunState
+    from proglayer.run.run import run
 
     monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
     seen: list[tuple[int, int]] = []
 
-    def prune(row: MetricsRow) -> str | None:
-        seen.append((row.phase, row.epoch))
-        return "worse than the others" if row.phase == 2 else None
+    def prune(row: dict[str, Any]) -> str | None:
+        seen.append((row["phase"], row["epoch"]))
+        return "worse than the others" if row["phase"] == 2 else None
 
     settings = config(*SHORT)
     ended = run(settings, tmp_path / "run", prune=prune)
-    assert ended.status is RunState.pruned
+    assert ended.state is RunState.pruned
     assert ended.objective is None
     assert seen == [(1, 1), (1, 2), (2, 1)]
     (record,) = results(tmp_path / "run")
-    assert (record["status"], record["reason"]) == ("pruned", "worse than the others")
+    assert (record["state"], record["reason"]) == ("pruned", "worse than the others")
     assert len(record["phases"]) == 1
     assert not (tmp_path / "run/weights.safetensors").exists()
     # Whoever wants it whole all the same trains the epochs that are missing.
     whole = run(settings, tmp_path / "run")
-    assert whole.status is RunState.completed
+    assert whole.state is RunState.completed
     assert [p.work.epochs_reused for p in whole.phases] == [2, 1]
 
 
 def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import proglayer.run.experiment
+    import proglayer.run.run
 
     def preparing(_: object, say: Callable[[str], None]) -> None:
         say("preparing the [corpus]")
@@ -319,7 +302,7 @@ def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
         time.sleep(10)
         pytest.fail("the signal was swallowed")
 
-    monkeypatch.setattr(proglayer.run.experiment, "open_corpus", preparing)
+    monkeypatch.setattr(proglayer.run.run, "open_corpus", preparing)
     done = train(*SHORT, "hydra.run.dir=run")
     assert done.status == 130
     assert "preparing the [corpus]\n" in done.out
@@ -330,10 +313,10 @@ def test_a_failed_try_leaves_nothing_of_the_one_before(train: Command, tmp_path:
     """A reader would take the old weights and figures for those of the failed run."""
     assert train(*SHORT, "hydra.run.dir=run").status == 0
     assert train(*SHORT, "hydra.run.dir=run", "stages.dir=/dev/null/no").status == 1
-    record = json.loads((tmp_path / "run/result.json").read_text())
-    assert record["status"] == "failed"
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["state"] == "failed"
     assert "stages.dir" in record["reason"]
-    assert "traceback" not in record
+    assert record["traceback"] is None
     assert not (tmp_path / "run/weights.safetensors").exists()
     assert not (tmp_path / "run/metrics.csv").exists()
 
@@ -344,7 +327,7 @@ def test_a_diverged_run_keeps_the_last_good_weights(train: Command, tmp_path: Pa
         "optimizer.clip_norm=null",
     )  # fmt: skip
     assert done.status == 1
-    record = json.loads((tmp_path / "run/result.json").read_text())
+    record = json.loads((tmp_path / "run/run.json").read_text())
     assert "phase 2, epoch 1" in record["reason"]
     assert len(weights(tmp_path / "run")) == 2 + 3 * 9
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
@@ -365,7 +348,7 @@ def test_a_run_that_diverges_later_keeps_the_epoch_before(
     monkeypatch.setattr(Training, "loss", in_epoch_2)
     done = train(*one, "phase.max_epochs=3", "hydra.run.dir=run")
     assert done.status == 1
-    record = json.loads((tmp_path / "run/result.json").read_text())
+    record = json.loads((tmp_path / "run/run.json").read_text())
     assert "the training loss became nan in phase 1, epoch 2" in record["reason"]
     kept, expected = weights(tmp_path / "run"), weights(tmp_path / "one")
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
@@ -375,8 +358,8 @@ def test_a_run_that_diverges_later_keeps_the_epoch_before(
 
 def test_a_flipped_bit_in_stored_weights_reaches_no_run(train: Command, tmp_path: Path) -> None:
     assert train(*SHORT, "hydra.run.dir=a").status == 0
-    last = json.loads((tmp_path / "a/result.json").read_text())["phases"][-1]
-    (stored,) = (tmp_path / "stages" / last["stage"]).glob("weights-*")
+    last = json.loads((tmp_path / "a/run.json").read_text())["phases"][-1]
+    (stored,) = (tmp_path / "stages" / last["trajectory"]).glob("weights-*")
     whole = stored.read_bytes()
     flipped = bytearray(whole)
     flipped[-1] ^= 1
@@ -450,7 +433,7 @@ def test_a_job_keeps_its_folders_name_whatever_its_hash(
     monkeypatch.setattr(proglayer.launch.sweep, "short_hash", lambda _: "693136")
     done = train("-m", *SHORT, "seed=1,2", "phase.max_epochs=1", "hydra.sweep.dir=s")
     assert done.status == 0, done.err
-    assert sorted(p.parent.name for p in (tmp_path / "s").glob("*/result.json")) == [
+    assert sorted(p.parent.name for p in (tmp_path / "s").glob("*/run.json")) == [
         "0_693136",
         "1_693136",
     ]
@@ -481,8 +464,10 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     import proglayer.run.session
     from proglayer.errors import StoreError
 
-    def full(*_: object) -> None:
-        raise StoreError("cannot write to run (No space left on device)")
+    def full(folder: Path, record: RunRecord) -> None:
+        if record.state is not RunState.running:
+            raise StoreError("cannot write to run (No space left on device)")
+        write_record(folder, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(proglayer.run.session, "write_record", full)
@@ -492,7 +477,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     assert (tmp_path / "run/metrics.csv").exists()
     assert "phase 2/2" in (tmp_path / "run/train.log").read_text()
     assert train(*SHORT, "hydra.run.dir=run").status == 0
-    record = json.loads((tmp_path / "run/result.json").read_text())
+    record = json.loads((tmp_path / "run/run.json").read_text())
     assert sum(p["work"]["epochs_trained"] for p in record["phases"]) == 0
 
 
@@ -508,7 +493,7 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
     assert train(*jobs, "hydra.sweep.dir=one", "stages.dir=b").status == 0
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert len(two) == 2 * len(experiments())
-    assert [r["status"] for r in one] == ["completed"] * len(two)
+    assert [r["state"] for r in one] == ["completed"] * len(two)
     assert_same_bits(two, one)
     assert epochs_trained(two) == epochs_trained(one)
     epochs = sum(phase["epochs"] for record in one for phase in record["phases"])
@@ -520,7 +505,7 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
 def test_a_sweeps_jobs_land_in_its_own_folder(train: Command, tmp_path: Path) -> None:
     assert train("-m", *SHORT, "seed=1,2").status == 0
     (sweep,) = (tmp_path / "multirun").glob("[!.]*")
-    assert len(read_jobs(sweep)) == len(results(sweep)) == 2
+    assert len(read_sweep(sweep).jobs) == len(results(sweep)) == 2
 
 
 def test_a_sweep_says_what_is_stored_before_it_starts(train: Command, tmp_path: Path) -> None:
@@ -562,8 +547,8 @@ def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
-    record = json.loads((tmp_path / "run/result.json").read_text())
-    assert (record["status"], record["reason"]) == ("interrupted", f"stopped by {name}")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["state"], record["reason"]) == ("interrupted", f"stopped by {name}")
     assert list((tmp_path / "stages").rglob("state-*"))
     # The same command goes on, and comes to the bits of a run that nobody stopped.
     arguments = command[2:]

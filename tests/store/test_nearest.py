@@ -11,8 +11,7 @@ import pytest
 from proglayer.config import Config
 from proglayer.store import nearest
 from proglayer.store.nearest import Nearest
-from proglayer.store.record import Machine
-from proglayer.store.stages import Stage, stage_key
+from proglayer.store.stages import Machine, Stage, stage_key
 from proglayer.store.trajectory import describe
 from proglayer.training.plan import plan
 

@@ -16,13 +16,20 @@ from typing import Any
 
 import pytest
 
-from proglayer.run.experiment import run
+from proglayer.run.record import (
+    RunRecord,
+    RunState,
+    SweepJob,
+    SweepRecord,
+    write_record,
+    write_sweep,
+)
+from proglayer.run.run import run
 from proglayer.store import __main__ as command
 from proglayer.store import stages
 from proglayer.store.__main__ import main
 from proglayer.store.listing import contents_of, prunable, verify
 from proglayer.store.marker import open_store
-from proglayer.store.record import ListedJob, RunRecord, RunState, write_jobs, write_record
 from proglayer.store.stages import Stage, stage_key
 
 from ..helpers import config
@@ -61,7 +68,7 @@ def stage(
 def run_folder(folder: Path, status: str | None, *stages: Stage) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if status:
-        write_record(folder, RunRecord(status=RunState(status)))
+        write_record(folder, RunRecord(state=RunState(status)))
     for made in stages:
         times = {path: path.stat().st_mtime for path in made.folder.iterdir()}
         made.mark_used(folder)
@@ -86,7 +93,7 @@ def test_who_reads_a_stage_is_not_among_its_files(tmp_path: Path) -> None:
     kept = stage(tmp_path / "store", "a", 10, 1)
     before = sorted(kept.folder.iterdir())
     runs = [run_folder(tmp_path / f"sweep/{number}_abcdef", "completed", kept) for number in (0, 1)]
-    runs[0].joinpath("result.json").unlink()
+    runs[0].joinpath("run.json").unlink()
     # A thousand runs may: each look for a file would list them all.
     assert sorted(kept.folder.iterdir()) == sorted([*before, kept.folder / "used"])
     (listed,), _ = contents_of(tmp_path / "store")
@@ -157,12 +164,13 @@ def test_who_may_come_back_for_a_stage(tmp_path: Path) -> None:
     assert needed("elsewhere", 29, None, seen=False)
     assert not needed("gone", 31, None, seen=False)
     # A sweep whose other jobs have not begun.
-    write_jobs(tmp_path / "sweep", [ListedJob("0_abcdef", ()), ListedJob("1_abcdef", ("seed=1",))])
+    jobs = [SweepJob(folder=f"{number}_abcdef", overrides=[]) for number in (0, 1)]
+    write_sweep(tmp_path / "sweep", SweepRecord(jobs=jobs))
     assert needed("sweep", 1, "completed")
-    write_record(tmp_path / "sweep/1_abcdef", RunRecord(status=RunState.completed))
+    write_record(tmp_path / "sweep/1_abcdef", RunRecord(state=RunState.completed))
     assert not needed("sweep", 1, "completed")
     # A list that cannot be read may list any job.
-    (tmp_path / "sweep/jobs.json").write_text('{"0_abcdef": []}')
+    (tmp_path / "sweep/sweep.json").write_text('{"0_abcdef": []}')
     assert needed("sweep", 1, "completed")
 
 
@@ -273,11 +281,11 @@ def test_a_disk_that_fills_up_ends_a_run_that_goes_on_when_there_is_room(
     run_once(tmp_path / "whole", tmp_path / "ample", "standard")
     expected = record(tmp_path / "whole")
     run_once(tmp_path / "run", small_disk / "stages", "standard")
-    failed = json.loads((tmp_path / "run/result.json").read_text())
-    assert failed["status"] == "failed"
+    failed = json.loads((tmp_path / "run/run.json").read_text())
+    assert failed["state"] == "failed"
     assert "No space left on device" in failed["reason"]
     assert "make room there or point stages.dir elsewhere" in failed["reason"]
-    assert "traceback" not in failed
+    assert failed["traceback"] is None
     assert 0 < len(failed["phases"]) < len(expected)
     assert not list(small_disk.rglob(".tmp-*"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
@@ -308,7 +316,7 @@ def start(folder: Path, store: Path, model: str) -> Any:
 
 def record(folder: Path) -> list[dict[str, Any]]:
     """The phases of a run's record, times and the account of who did what apart."""
-    phases = json.loads((folder / "result.json").read_text())["phases"]
+    phases = json.loads((folder / "run.json").read_text())["phases"]
     for phase in phases:
         for name in ("work", "train_seconds", "evaluation_seconds", "tokens_per_second"):
             del phase[name]
@@ -349,9 +357,9 @@ def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path, model
         process.join()
         after = finished_files(store)
         assert {path: after.get(path) for path in before} == before
-        if (tmp_path / "killed/result.json").exists():
+        if (tmp_path / "killed/run.json").exists():
             assert record(tmp_path / "killed") == expected
-            (tmp_path / "killed/result.json").unlink()
+            (tmp_path / "killed/run.json").unlink()
             store = tmp_path / f"b{kills}"
     last = start(tmp_path / "killed", store, model)
     last.join()

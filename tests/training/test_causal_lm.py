@@ -330,7 +330,7 @@ def test_a_checkpoint_is_read_as_the_library_reads_it(checkpoint: Path) -> None:
 def test_what_a_checkpoint_holds_is_in_the_key_and_where_it_lies_is_not(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    from proglayer.store.record import Machine
+    from proglayer.store.stages import Machine
 
     def key(path: Path) -> str:
         machine = Machine("cpu", "a processor", 2, "2.13.0")
@@ -520,7 +520,7 @@ def test_who_does_not_ask_for_the_library_does_not_import_it() -> None:
     script = """
 import sys
 from tests.helpers import config, tiny_corpus
-import proglayer.run.experiment, proglayer.launch.job
+import proglayer.run.run, proglayer.launch.job
 from proglayer.training.growth import build
 from proglayer.training.plan import plan
 build(plan(config(), 30)[0])

@@ -5,44 +5,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from proglayer import files
 from proglayer.config import Carry, Config, Precision
 from proglayer.console import tell
-from proglayer.data.corpus import Corpus, open_corpus
-from proglayer.errors import ConfigError, StoreError
+from proglayer.data.corpus import open_corpus
+from proglayer.errors import StoreError, UserError
 from proglayer.run import machine
 from proglayer.run.code import git_state
-from proglayer.run.session import Prune, Session, now, session
-from proglayer.store.checkpoint import Tensors, load_model
-from proglayer.store.record import (
+from proglayer.run.record import (
     FOLDER_SETTINGS,
     WEIGHTS,
-    BestEpoch,
     CheckpointRecord,
-    CorpusRecord,
-    EpochOnTest,
-    ExitRecord,
     GrowthRecord,
-    Machine,
     PeakMemory,
     PhaseRecord,
     PhaseWork,
     RunRecord,
-    changes_of,
+    RunState,
+    Score,
+    check_objective,
+    corpus_record,
     has_whole_weights,
-    is_of_run,
-    metric,
+    now,
+    objective_of,
     read_record,
 )
-from proglayer.store.trajectory import Counts, Trajectory
+from proglayer.run.session import Prune, Session, Setup, give_up, session
+from proglayer.store.checkpoint import Tensors, load_model
+from proglayer.store.stages import RUN_FILE
+from proglayer.store.trajectory import Trajectory
 from proglayer.training.build import restored
 from proglayer.training.growth import build, grow
 from proglayer.training.model import Model
@@ -54,11 +50,9 @@ from proglayer.training.plan import (
     plan,
     training_flops,
 )
-from proglayer.training.stopping import EpochMetrics, Stopped, follow
+from proglayer.training.stopping import Stopped, follow
 from proglayer.training.trainer import Diverged, ExitMetrics
 from proglayer.training.unused import unused_settings
-
-log = logging.getLogger(__name__)
 
 
 class Ended(NamedTuple):
@@ -81,26 +75,30 @@ def run(
     overrides, choices: the command line and the group options, recorded as given.
     prune: by this a search ends the run early.
 
-    Returns:
-        the record. What goes wrong is in it, and not raised, but for a ConfigError or StoreError
-        before the first phase: then nothing is written.
+    Returns the record. What goes wrong is in it, and not raised, but for a ConfigError or
+    StoreError before the first phase: then nothing is written.
     """
     record = RunRecord(
+        state=RunState.running,
         started=now(),
         overrides=list(overrides),
         choices=choices or {},
-        seed=config.seed,
         config=config.model_dump(mode="json"),
         environment=machine.environment(),
         git=git_state(),
     )
-    with session(config, folder, record, prune) as current:
-        setup = prepare(config, record)
-        current.begin(len(setup.phases), setup.device)
-        last = train_phases(setup, current)
-        record.weights_sha256 = keep_weights(last.trajectory, last.epoch, folder)
-        record.changes = changes_of(record.phases)
-        record.objective = _objective(record, config.objective)
+    with machine.switches(config.threads, config.precision):
+        try:
+            setup = prepare(config, record)
+        except UserError:
+            raise
+        except Exception as error:
+            give_up(folder, record, error)
+            return record
+        with session(config, folder, record, setup, prune) as current:
+            last = train_phases(setup, current)
+            record.weights_sha256 = keep_weights(last.trajectory, last.epoch, folder)
+            record.objective = objective_of(config.objective, record)
     return record
 
 
@@ -123,11 +121,8 @@ def train_phases(setup: Setup, current: Session) -> Ended:
             test = trajectory.test(stopped.best.epoch)
             growth = _growth_record(trajectory, previous, stopped)
         memory = machine.peak_memory_mb(setup.device)
-        corpus = current.record.corpus
-        assert corpus is not None, "it was opened"
-        key, counts = trajectory.key, trajectory.counts
         current.record.phases.append(
-            _phase_record(phase, corpus, key, counts, stopped, exits, test, memory, growth)
+            _phase_record(setup, trajectory, stopped, exits, test, memory, growth)
         )
         previous = Ended(trajectory, stopped.best.epoch, stopped.best.validation_loss)
     assert previous is not None, "a plan has a phase"
@@ -153,16 +148,6 @@ def carried_moments(phase: Phase, previous: Ended | None) -> Tensors:
     return carried_tensors(state, phase, previous.trajectory.phase.layers)
 
 
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """What a run needs besides its settings."""
-
-    device: torch.device
-    machine: Machine
-    corpus: Corpus
-    phases: tuple[Phase, ...]
-
-
 def prepare(config: Config, record: RunRecord) -> Setup:
     """Open the corpus, plan, and look at the machine; adds to `record` what that gives.
 
@@ -179,12 +164,11 @@ def prepare(config: Config, record: RunRecord) -> Setup:
         phase.windows(len(corpus.train))
     if unused := unused_settings(config, phases):
         tell(unused)
-    setup = Setup(device, machine.describe_machine(device), corpus, phases)
-    record.machine = setup.machine
-    record.corpus = corpus_record(config, corpus)
+    record.machine = machine.describe_machine(device)
+    record.corpus = corpus_record(corpus)
     record.checkpoint = checkpoint_record(config, phases[0])
-    check_objective(config, record, phases, machine.peak_memory_mb(device))
-    return setup
+    check_objective(config.objective, record.corpus)
+    return Setup(device, record.machine, corpus, phases)
 
 
 def checkpoint_record(config: Config, first: Phase) -> CheckpointRecord | None:
@@ -194,28 +178,10 @@ def checkpoint_record(config: Config, first: Phase) -> CheckpointRecord | None:
     # Of the hub, a folder has the name of its commit.
     of_hub = not Path(str(config.model.path)).expanduser().is_dir()
     return CheckpointRecord(
-        path=config.model.path,
+        path=str(config.model.path),
         revision=Path(first.checkpoint_folder).name if of_hub else None,
         sha256=first.checkpoint_sha256,
         layers=first.layers,
-    )
-
-
-def corpus_record(config: Config, corpus: Corpus) -> CorpusRecord:
-    """What the record says of a corpus."""
-    return CorpusRecord(
-        name=corpus.name,
-        fingerprint=corpus.fingerprint,
-        vocab_size=corpus.vocab_size,
-        seq_len=config.data.seq_len,
-        train_windows=len(corpus.train),
-        validation_windows=len(corpus.validation),
-        test_windows=None if corpus.test is None else len(corpus.test),
-        tokenizer=corpus.tokenizer,
-        validation_bytes=corpus.validation_bytes,
-        test_bytes=corpus.test_bytes,
-        validation_unknown=corpus.validation_unknown,
-        test_fingerprint=corpus.test_fingerprint,
     )
 
 
@@ -262,32 +228,32 @@ def keep_weights(trajectory: Trajectory, epoch: int, folder: Path) -> str:
     """
     with trajectory:
         stored = trajectory.weights_file(epoch)
-    files.link_or_copy(stored, folder / WEIGHTS, FOLDER_SETTINGS, is_of_run)
+    files.link_or_copy(stored, folder / WEIGHTS, FOLDER_SETTINGS, files.everything)
     with open(folder / WEIGHTS, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _phase_record(
-    phase: Phase,
-    corpus: CorpusRecord,
-    stage: str,
-    counts: Counts,
+    setup: Setup,
+    trajectory: Trajectory,
     stopped: Stopped,
     exits: list[ExitMetrics],
     test: ExitMetrics | None,
     peak_memory_mb: PeakMemory,
     growth: GrowthRecord | None,
 ) -> PhaseRecord:
-    """What the record says of a phase."""
+    """Return what the record says of a phase."""
+    phase, counts = trajectory.phase, trajectory.counts
     parameters, best = parameter_counts(phase), stopped.best
-    windows, seq_len = corpus.train_windows or 0, corpus.seq_len or 0
+    windows = setup.corpus.train
     trained = [epoch for epoch in stopped.epochs if epoch.epoch]
-    flops = [training_flops(phase, seq_len, windows, epoch.epoch) for epoch in trained]
+    flops = [
+        training_flops(phase, windows.shape[1] - 1, len(windows), epoch.epoch) for epoch in trained
+    ]
     train_seconds = sum(epoch.train_seconds for epoch in trained)
     tokens = sum(epoch.train_tokens for epoch in trained)
     reused = [epoch for epoch in trained if epoch.epoch not in counts.trained]
     return PhaseRecord(
-        index=phase.index,
         name=phase.name,
         layers=phase.layers,
         new_layers=list(phase.new_layers) if phase.index else [],
@@ -296,21 +262,17 @@ def _phase_record(
         frozen=list(phase.frozen),
         rates=phase.rates,
         exit_weights=list(phase.exit_weights),
-        stage=stage,
+        trajectory=trajectory.key,
         epochs=len(trained),
         best_epoch=best.epoch,
         stopped=stopped.reason,
-        best=BestEpoch(
-            train_loss=best.train_loss,
-            **corpus.metrics(best.validation_loss, best.validation_accuracy),
-        ),
-        exits=[
-            ExitRecord(
-                layer=exit.exit + 1 if phase.layers else 0,
-                **corpus.metrics(exit.loss, exit.accuracy),
-            )
-            for exit in exits
-        ],
+        train_loss=best.train_loss,
+        validation=Score(loss=best.validation_loss, accuracy=best.validation_accuracy),
+        test=test and Score(loss=test.loss, accuracy=test.accuracy),
+        exits={
+            each.exit + 1 if phase.layers else 0: Score(loss=each.loss, accuracy=each.accuracy)
+            for each in exits
+        },
         train_tokens=tokens,
         train_flops_head=sum(epoch.head for epoch in flops),
         train_flops_body=sum(epoch.body for epoch in flops),
@@ -326,7 +288,6 @@ def _phase_record(
             peak_memory_mb=peak_memory_mb,
         ),
         growth=growth,
-        test=test and EpochOnTest(**corpus.metrics(test.loss, test.accuracy, "test")),
     )
 
 
@@ -354,59 +315,17 @@ def _growth_record(
     )
 
 
-def check_objective(
-    config: Config, record: RunRecord, phases: Sequence[Phase], peak_memory_mb: PeakMemory
-) -> None:
-    """Look the objective up in a record with made-up metrics. Raises ConfigError.
-
-    `record` is what is known before the first phase, the corpus at least.
-    """
-    corpus = record.corpus
-    assert corpus is not None
-    epoch = EpochMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1.0)
-    stopped = Stopped(epoch, (epoch,), "")
-    records = []
-    for phase in phases:
-        exits = [ExitMetrics(exit, 1.0, 1.0) for exit in phase.evaluated_exits]
-        growth = GrowthRecord(
-            loss_before=1.0,
-            loss_after=1.0,
-            exit_losses_after=[1.0 for _ in exits],
-            tokens_to_recovery=1,
-            gradient_share_new=[1.0],
-        )
-        growth = growth if phase.growth is not None else None
-        test = exits[-1] if corpus.test_windows else None
-        records.append(
-            _phase_record(phase, corpus, "", Counts(), stopped, exits, test, peak_memory_mb, growth)
-        )
-    changes = changes_of(records)
-    try:
-        metric(replace(record, phases=records, changes=changes), config.objective)
-    except ValueError as error:
-        raise ConfigError(f"objective={config.objective}: {error}") from error
-
-
-def _objective(record: RunRecord, path: str) -> float | None:
-    """The metric that a search goes by; a run whose work is done does not fail for want of it."""
-    try:
-        return metric(record, path)
-    except ValueError as error:
-        log.warning("objective=%s: %s; the run is complete without it", path, error)
-        return None
-
-
 def load_run(folder: str | Path) -> Model:
     """The model that a run left in its folder, on the CPU, ready to evaluate.
 
-    Raises FileNotFoundError where the run left none, and StoreError where the file is not what the
-    run left, or no model.
+    Raises FileNotFoundError where the run left none, RecordError for a damaged record, and
+    StoreError where the file is not what the run left, or no model.
     """
     path = Path(folder) / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: did the run complete?")
-    record = read_record(path.parent)
-    if record is not None and not has_whole_weights(path.parent, record):
+    has_record = (path.parent / RUN_FILE).exists()
+    if has_record and not has_whole_weights(path.parent, read_record(path.parent)):
         raise StoreError(
             f"{path} is not what the run left there, but damaged or written over: the command of "
             "the run, given again, puts it back"

@@ -1,0 +1,579 @@
+"""The record of a run and of a sweep: one file of state each, which says all that others may know.
+
+A run's folder holds `run.json`. It is written whole when the job is submitted, when it starts,
+after each epoch and at its end, and touched every few seconds in between: its age is the sign of
+life. `metrics.csv` is a view of its epochs for people. A sweep's folder holds `sweep.json`, which
+lists its jobs and is touched as long as the command works. `docs/job.md` draws the states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import math
+import os
+import threading
+import time
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from proglayer import files
+from proglayer.config import Objective
+from proglayer.errors import ConfigError, UserError
+from proglayer.store.stages import RUN_FILE, SWEEP_FILE, Machine
+from proglayer.training.plan import Rates
+from proglayer.training.stopping import perplexity
+
+if TYPE_CHECKING:
+    from proglayer.data.corpus import Corpus
+
+METRICS = "metrics.csv"
+WEIGHTS = "weights.safetensors"
+STUDY = "study.json"
+HEARTBEAT_EVERY_S = 10.0
+# A shared file system may show a change of time a minute late.
+LOST_AFTER_S = 120.0
+# Raise by hand when a reader of older records would misread a newer one.
+FORMAT = 3
+
+FOLDER_SETTINGS = "hydra.run.dir or hydra.sweep.dir"
+SWEEP = "hydra.sweep.dir"
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class RunState(StrEnum):
+    """Where a job stands. The first five are ends."""
+
+    completed = "completed"
+    failed = "failed"
+    interrupted = "interrupted"
+    # Stopped by its scheduler, which will start it again.
+    preempted = "preempted"
+    # Stopped by its search, as it promised less than other trials.
+    pruned = "pruned"
+    running = "running"
+    # Held by a scheduler, which may take days.
+    pending = "pending"
+    # Submitted by its sweep and not begun; not started: its sweep shows no sign of life either.
+    waiting = "waiting"
+    not_started = "not started"
+    # Nobody is at work on it, and it did not say how it ended.
+    lost = "lost"
+
+
+ENDS = tuple(RunState)[:5]
+
+
+class RecordError(UserError, ValueError):
+    """A file that is no record of this version."""
+
+
+class Part(BaseModel):
+    """A part of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Score(Part):
+    """What an evaluation gives: the loss in nats per token, and the share of tokens, from 0 to 1,
+    that were predicted.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class Gpu(Part):
+    """The GPU of a job: its index in this process, and its name on this machine."""
+
+    index: int
+    name: str
+    seconds_waited: float = 0.0
+
+
+class GitState(Part):
+    """A checkout: its commit, whether files differ from it, and a hash of that difference."""
+
+    commit: str
+    changed: bool
+    difference: str | None = None
+
+
+class Scheduler(Part):
+    """Who started a job and on which of its nodes: several may have the name of one host."""
+
+    name: str
+    job: str
+    node: str | None = None
+
+
+class Environment(Part):
+    """Versions and place of a run."""
+
+    proglayer: str
+    python: str
+    platform: str
+    host: str
+    process: int
+    cores: int | None = None
+    scheduler: Scheduler | None = None
+
+
+class CorpusRecord(Part):
+    """What was trained and validated on. `seq_len` in tokens.
+
+    The bytes are those of the text that the targets of the windows stand for, in UTF-8;
+    `validation_unknown` counts the targets that are `<unk>`, of words. `test_fingerprint` hashes a
+    data set's own test split; without it the test windows are what follows the validation windows.
+    """
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    seq_len: int
+    train_windows: int
+    validation_windows: int
+    test_windows: int | None = None
+    tokenizer: str | None = None
+    validation_bytes: int | None = None
+    test_bytes: int | None = None
+    validation_unknown: int | None = None
+    test_fingerprint: str | None = None
+
+    def figures(
+        self, score: Score, on: Literal["validation", "test"] = "validation"
+    ) -> dict[str, float | None]:
+        """Return what a score means on this text, by the names of the frames' columns.
+
+        Bits per byte are loss x tokens / (bytes x ln 2): unlike a loss per token they do not depend
+        on how long tokens are. None of unknown bytes; perplexity is None where it overflows.
+        """
+        windows, size = getattr(self, f"{on}_windows"), getattr(self, f"{on}_bytes")
+        known = windows and size
+        bits = score.loss * windows * self.seq_len / (size * math.log(2)) if known else None
+        base = perplexity(score.loss)
+        return {
+            f"{on}_loss": score.loss,
+            f"{on}_perplexity": None if math.isinf(base) else base,
+            f"{on}_accuracy_percent": 100 * score.accuracy,
+            f"{on}_bits_per_byte": bits,
+        }
+
+
+def corpus_record(corpus: Corpus) -> CorpusRecord:
+    """Return what the record says of a corpus."""
+    return CorpusRecord(
+        name=corpus.name,
+        fingerprint=corpus.fingerprint,
+        vocab_size=corpus.vocab_size,
+        seq_len=corpus.train.shape[1] - 1,
+        train_windows=len(corpus.train),
+        validation_windows=len(corpus.validation),
+        test_windows=None if corpus.test is None else len(corpus.test),
+        tokenizer=corpus.tokenizer,
+        validation_bytes=corpus.validation_bytes,
+        test_bytes=corpus.test_bytes,
+        validation_unknown=corpus.validation_unknown,
+        test_fingerprint=corpus.test_fingerprint,
+    )
+
+
+class CheckpointRecord(Part):
+    """The weights of others that a run began with: where they were, and their first so many layers.
+
+    revision: the commit, of a name of the hub. sha256: of their settings and their files.
+    """
+
+    path: str
+    revision: str | None
+    sha256: str | None
+    layers: int
+
+
+class PeakMemory(Part):
+    """Peak resident memory of the process and of its GPU in MB (10^6 bytes)."""
+
+    process: float
+    device: float | None = None
+
+
+class GrowthRecord(Part):
+    """What happened at the moment of a phase's growth. Losses in nats per token, validation.
+
+    loss_before, loss_after: at the last exit of the old model's selected epoch, and of the grown
+        model before its first step.
+    exit_losses_after: at each evaluated exit of the grown model before its first step, bottom
+        first.
+    tokens_to_recovery: trained until the end of the first epoch below `loss_before`; None if never.
+    gradient_share_new: over the first steps, the norm of the new layers' gradient over that of all
+        that trains.
+    """
+
+    loss_before: float | None
+    loss_after: float
+    exit_losses_after: list[float]
+    tokens_to_recovery: int | None
+    gradient_share_new: list[float] | None
+
+
+class PhaseWork(Part):
+    """What a phase cost the run itself, and what it saved by reading epochs from the store."""
+
+    epochs_trained: int
+    epochs_replayed: int
+    epochs_reused: int
+    seconds_saved: float
+    seconds_waited: float
+    peak_memory_mb: PeakMemory
+
+
+class PhaseRecord(Part):
+    """One phase of a run.
+
+    Tokens, FLOPs and seconds are those of all its epochs as they were first trained, whether this
+    run trained them or read them from the store. `trajectory` is its key there. `train_loss`,
+    `validation`, `test` and `exits` are of the selected epoch; the exits by their layer, from 1.
+    """
+
+    name: str
+    layers: int
+    new_layers: list[int]
+    parameters_total: int
+    parameters_trainable: int
+    frozen: list[str]
+    rates: Rates
+    exit_weights: list[float]
+    trajectory: str
+    epochs: int
+    best_epoch: int
+    stopped: str
+    train_loss: float | None
+    validation: Score
+    exits: dict[int, Score]
+    train_tokens: int
+    train_flops_head: float
+    train_flops_body: float
+    train_seconds: float
+    evaluation_seconds: float
+    tokens_per_second: float | None
+    work: PhaseWork
+    growth: GrowthRecord | None = None
+    test: Score | None = None
+
+
+class EpochRow(Part):
+    """One epoch. Phases, layers and epochs count from 1; `reused` epochs were read from the store.
+
+    Epoch 0 is the model right after a growth, before its first step: it is never the best, unless
+    the phase has no other epoch. `best` says whether it is the best epoch of its phase so far.
+    """
+
+    phase: int
+    layers: int
+    epoch: int
+    train_loss: float | None
+    validation: Score
+    train_tokens: int
+    train_seconds: float
+    evaluation_seconds: float
+    best: bool
+    reused: bool
+
+    def columns(self, corpus: CorpusRecord) -> dict[str, Any]:
+        """Return the row as `metrics.csv` and the frames have it."""
+        plain = dict(self)
+        figures = corpus.figures(plain.pop("validation"))
+        bits = figures.pop("validation_bits_per_byte")
+        before = {name: plain.pop(name) for name in ("phase", "layers", "epoch", "train_loss")}
+        return {**before, **figures, **plain, "validation_bits_per_byte": bits}
+
+
+METRICS_COLUMNS = (
+    *("phase", "layers", "epoch", "train_loss", "validation_loss", "validation_perplexity"),
+    *("validation_accuracy_percent", "train_tokens", "train_seconds", "evaluation_seconds"),
+    *("best", "reused", "validation_bits_per_byte"),
+)
+
+
+class Changes(NamedTuple):
+    """What changed from the first phase to the last: plus is an improvement in each. Accuracy in
+    percentage points, perplexity in percent of the first, loss in nats per token.
+    """
+
+    accuracy_points: float
+    perplexity_percent: float
+    loss_nats: float
+
+
+class RunRecord(Part):
+    """`run.json`. A job that waits has its settings alone.
+
+    `config` and `choices` are the settings and the group options it was composed from; `objective`
+    is the figure that the setting of this name asks for. `weights_sha256` is the hash of WEIGHTS.
+    `seconds` are those of the clock, from its start to its end.
+    """
+
+    model_config = ConfigDict(frozen=False)
+
+    format: Literal[3] = FORMAT
+    state: RunState
+    reason: str | None = None
+    submitted: datetime | None = None
+    started: datetime | None = None
+    ended: datetime | None = None
+    seconds: float | None = None
+    overrides: list[str] = []
+    choices: dict[str, str] = {}
+    config: dict[str, Any] | None = None
+    environment: Environment | None = None
+    machine: Machine | None = None
+    gpu: Gpu | None = None
+    git: GitState | None = None
+    corpus: CorpusRecord | None = None
+    checkpoint: CheckpointRecord | None = None
+    phases: list[PhaseRecord] = []
+    epochs: list[EpochRow] = []
+    objective: float | None = None
+    weights_sha256: str | None = None
+    mlflow_run: str | None = None
+    traceback: str | None = None
+
+    @property
+    def seed(self) -> int | None:
+        return (self.config or {}).get("seed")
+
+    @property
+    def host(self) -> str | None:
+        return self.environment.host if self.environment else None
+
+    @property
+    def changes(self) -> Changes | None:
+        """What changed from the first phase to the last of a completed run of several."""
+        if self.state is not RunState.completed or len(self.phases) < 2:
+            return None
+        first, last = self.phases[0].validation, self.phases[-1].validation
+        base = perplexity(first.loss)
+        return Changes(
+            100 * (last.accuracy - first.accuracy),
+            (base - perplexity(last.loss)) / base * 100,
+            first.loss - last.loss,
+        )
+
+
+class SweepJob(Part):
+    """A job of a sweep: the name of its folder there, and its overrides."""
+
+    folder: str
+    overrides: list[str]
+
+
+class SweepRecord(Part):
+    """`sweep.json`: which jobs there are, and what asked for them.
+
+    study: what a sweep that goes on by looks at its results is about; None of a plain one.
+    """
+
+    format: Literal[3] = FORMAT
+    jobs: list[SweepJob]
+    command: list[str] = []
+    git: GitState | None = None
+    submitted: datetime | None = None
+    study: str | None = None
+
+
+# --- reading and writing --------------------------------------------------------------------------
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read `run.json`. Raises RecordError."""
+    return _read(RunRecord, folder / RUN_FILE)
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Read `sweep.json`. Raises RecordError."""
+    return _read(SweepRecord, folder / SWEEP_FILE)
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write `run.json`, whole or not at all. Raises StoreError."""
+    _write(folder / RUN_FILE, record)
+
+
+def write_sweep(folder: Path, sweep: SweepRecord) -> None:
+    """Write `sweep.json`, whole or not at all. Raises StoreError."""
+    _write(folder / SWEEP_FILE, sweep)
+
+
+def submit(
+    folder: Path,
+    overrides: list[str],
+    config: dict[str, Any] | None,
+    git: GitState | None,
+    state: RunState = RunState.waiting,
+) -> None:
+    """Write the record of a job that is to come, in place of that of an earlier try.
+
+    Raises StoreError.
+    """
+    record = RunRecord(state=state, submitted=now(), overrides=overrides, config=config, git=git)
+    with contextlib.suppress(RecordError):
+        record.mlflow_run = read_record(folder).mlflow_run
+    write_record(folder, record)
+
+
+def change_state(
+    folder: Path, state: RunState, reason: str, of: tuple[RunState, ...] = tuple(RunState)
+) -> None:
+    """Say of a job from outside where it stands and why, if its record says one of the states `of`.
+
+    A record that cannot be read stays as it is. Raises StoreError.
+    """
+    with contextlib.suppress(RecordError):
+        record = read_record(folder)
+        if record.state in of:
+            words = "; ".join(filter(None, (record.reason, reason))) or None
+            write_record(folder, record.model_copy(update={"state": state, "reason": words}))
+
+
+def write_metrics(folder: Path, record: RunRecord) -> None:
+    """Write `metrics.csv`, every epoch so far, whole or not at all. Raises StoreError."""
+    assert record.corpus is not None, "epochs are of a text"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRICS_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.columns(record.corpus) for row in record.epochs)
+    _write_bytes(folder / METRICS, text.getvalue().encode())
+
+
+def has_whole_weights(folder: Path, record: RunRecord) -> bool:
+    """Whether a run's weights are still what it left."""
+    try:
+        with open(folder / WEIGHTS, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == record.weights_sha256
+    except OSError:
+        return False
+
+
+def now() -> datetime:
+    """Return the time as records hold it."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _read(kind: type[T], path: Path) -> T:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RecordError(f"{path}: {f'{place}: ' if place else ''}{first['msg']}") from error
+
+
+def _write(path: Path, record: BaseModel) -> None:
+    _write_bytes(path, record.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    files.write_atomically(path, content, FOLDER_SETTINGS, files.everything)
+
+
+# --- signs of life --------------------------------------------------------------------------------
+
+
+class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
+    """Touches a file while the block lasts, in a thread of its own: a long step is no silence."""
+
+    def __init__(self, path: Path, every_s: float = HEARTBEAT_EVERY_S) -> None:
+        self._path = path
+        self._every_s = every_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._every_s):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+
+class JobState(NamedTuple):
+    """Where a job stands, why if that is known, and when it last showed life."""
+
+    state: RunState
+    reason: str | None = None
+    last_sign: datetime | None = None
+
+
+def state_of(folder: Path, record: RunRecord | None = None) -> JobState:
+    """Return where the job of a folder stands, by what its record says and how old that is.
+
+    record: its record, where it was read already. A job without one is listed by its sweep and
+        waits. Raises RecordError for a record that cannot be read.
+    """
+    own = folder / RUN_FILE
+    last_sign = _changed(own)
+    if record is None:
+        record = RunRecord(state=RunState.waiting) if last_sign is None else read_record(folder)
+    state, reason = record.state, record.reason
+    if state is RunState.running and _is_old(last_sign):
+        where = f" (it ran on {record.host})" if record.host else ""
+        state, reason = RunState.lost, f"no sign of life since {_words(last_sign)}{where}"
+    elif state is RunState.waiting:
+        signs = last_sign, _changed(folder.parent / SWEEP_FILE)
+        last_sign = max(filter(None, signs), default=None)
+        if _is_old(last_sign):
+            reason = f"its sweep shows no sign of life since {_words(last_sign)}"
+            state = RunState.not_started
+    moment = None if last_sign is None else datetime.fromtimestamp(last_sign, UTC)
+    return JobState(state, reason, moment)
+
+
+def _changed(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _is_old(moment: float | None) -> bool:
+    return moment is not None and time.time() - moment > LOST_AFTER_S
+
+
+def _words(moment: float | None) -> str:
+    return f"{datetime.fromtimestamp(moment or 0, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+# --- what a search goes by ------------------------------------------------------------------------
+
+
+def check_objective(objective: Objective, corpus: CorpusRecord) -> None:
+    """Raise ConfigError for an objective that no run on this text has."""
+    if objective.startswith("test") and not corpus.test_windows:
+        raise ConfigError(f"objective={objective.value}: this text has no test windows")
+    if objective.endswith("per_byte") and not corpus.validation_bytes:
+        raise ConfigError(f"objective={objective.value}: the bytes of this text are not known")
+
+
+def objective_of(objective: Objective, record: RunRecord) -> float | None:
+    """Return the figure of the last phase that a search goes by."""
+    assert record.corpus is not None, "it was opened"
+    last = record.phases[-1]
+    figures = record.corpus.figures(last.validation)
+    if last.test is not None:
+        figures |= record.corpus.figures(last.test, "test")
+    return figures.get(objective.value)
