@@ -49,7 +49,7 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, type]]:
         if held is Score:
             for figure in ("loss", "perplexity", "accuracy_percent", "bits_per_byte"):
                 yield f"{prefix}{name}_{figure}", float
-        elif is_dataclass(held) or issubclass(held, BaseModel):
+        elif is_dataclass(held) or (isinstance(held, type) and issubclass(held, BaseModel)):
             yield from _leaves(held, f"{prefix}{name}.")
         else:
             yield prefix + name, held if held in (bool, int, float, list) else str
