@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+from proglayer.report.write import write_report
 
 from proglayer.report import growth, ledger, stats, study
 from proglayer.report.study import STANDARD
-from proglayer.report.write import write_report
 from proglayer.results import load
 
 from .. import synthetic
