@@ -42,7 +42,6 @@ CACHE_FORMAT = 2
 # The content of an entry is checked by its hashes whenever it is opened, up to this size (hashing
 # it takes some 50 ms); above, by its sizes.
 CHECKED_BYTES = 64 * 2**20
-SECONDS_BETWEEN_NOTES = 5.0
 # The test text has at most so many windows for each of the validation text.
 MOST_TEST_SHARE = 4
 
@@ -95,7 +94,7 @@ def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
     """Return the corpus that `data` describes, from the cache, where it is prepared first.
 
     However many processes ask for the same corpus at once, one prepares it and the others wait.
-    `notify` is given a line of plain text now and then while that takes long.
+    `notify` is given a line of plain text where that takes long.
 
     Raises ConfigError where the text can't be had or read, is too short for what is asked of it,
     or the cache can't be written.
@@ -158,10 +157,7 @@ def _held_windows(data: DataConfig) -> int | None:
         return data.validation_samples
     count = int(0.2 * data.samples)
     if count == 0:
-        raise ConfigError(
-            f"data.samples={data.samples} leaves no window for validation, which gets a fifth of "
-            "it: raise it, or set data.validation_samples"
-        )
+        raise ConfigError(f"data.samples={data.samples} leaves none for validation, a fifth of it")
     return count
 
 
@@ -283,8 +279,8 @@ def _prepare(
     started = time.monotonic()
     notify(f"{text.name}: preparing {text.label}")
 
-    def read(split: str) -> Iterator[str]:
-        return _noting(text.read(split, scratch), f"{text.name}: {split}", notify)
+    def read(split: str) -> Iterable[str]:
+        return text.read(split, scratch)
 
     encoder = tokenization.fit(read)
     streams = _write_streams(entry, ["train"], ((ids,) for ids in encoder.ids(read("train"))))
@@ -306,17 +302,6 @@ def _prepare(
         f"{text.name}: {counts} tokens, {encoder.entries:,} vocabulary entries, prepared in "
         f"{time.monotonic() - started:.1f} s"
     )
-
-
-def _noting(pieces: Iterable[str], label: str, notify: Notify) -> Iterator[str]:
-    """Hand pieces of text on, and say now and then how much was read."""
-    characters, due = 0, time.monotonic() + SECONDS_BETWEEN_NOTES
-    for piece in pieces:
-        yield piece
-        characters += len(piece)
-        if time.monotonic() >= due:
-            notify(f"{label}: {characters:,} characters read")
-            due = time.monotonic() + SECONDS_BETWEEN_NOTES
 
 
 def _carried(parts: Iterable[Sized]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -27,7 +27,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,7 @@ def open_text(data: DataConfig) -> Text:
         given = getattr(data, setting)
         if given and data.source not in sources:
             wanted = " or ".join(f"data={source.name}" for source in sources)
-            raise ConfigError(
-                f"data.{setting}={shortened(given)} is not for data={data.source.name}: it needs "
-                f"{wanted}"
-            )
+            raise ConfigError(f"data.{setting}={shortened(given)}: it needs {wanted}")
     if data.source is DataSource.pydocs:
         return _pydocs(data)
     if data.source is DataSource.text:
@@ -197,7 +194,7 @@ def _files(data: DataConfig) -> Text:
         for path, (builder, _) in zip(paths, kinds, strict=True):
             if builder:
                 rows = _rows_of_file(path, builder, scratch)
-                yield from _documents(_held_out(rows, split, data), data, f"data.files: {path}")
+                yield from _documents(_held_out(rows, split, data), data, str(path))
             else:
                 cut = _train_bytes(path, data.held_out)
                 yield from _decoded(path, *((0, cut) if split == "train" else (cut, None)))
@@ -292,35 +289,33 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
     # A byte order mark is no part of the first word.
     decoder = codecs.getincrementaldecoder("utf-8" if first else "utf-8-sig")()
     start, last = 0, " "
-    for block in _blocks(path):
+    for block in chain(_blocks(path), [b""]):
         if start == 0 and MARKUP.match(block):
             raise ConfigError(f"{path} is HTML or RTF: take the text out of it")
         part = block[max(0, first - start) : None if end is None else max(0, end - start)]
-        if b"\0" in part:
-            raise ConfigError(f"{path} is binary, or of another encoding: text is UTF-8")
         start += len(block)
         try:
-            piece = decoder.decode(part)
-        except UnicodeDecodeError as error:
+            piece = decoder.decode(part, final=not part)
+            if "\0" in piece:
+                raise UnicodeError("it holds bytes of 0")
+        except UnicodeError as error:
             raise ConfigError(
-                f"{path} is binary, or of another encoding than UTF-8: convert it (byte "
-                f"0x{error.object[error.start]:02x} at offset "
-                f"{start - len(error.object) + error.start})"
+                f"{path} is binary, or of another encoding than UTF-8 ({first_line(error)})"
             ) from error
         last = piece[-1:] or last
         yield piece
         if end is not None and start >= end:
             break
-    if decoder.getstate()[0]:
-        raise ConfigError(f"{path} is binary, or ends within a character of UTF-8")
     if not last.isspace():
         yield "\n"
 
 
 def _release(data: DataConfig, folder: Path) -> Text:
     """Return what lies in the files of the WikiText releases, `wiki.train.raw` and so on."""
-    names = {split: _split_name(data, split, RELEASE_SPLITS) for split in _splits(data)}
-    files = {split: folder / f"wiki.{RELEASE_SPLITS[name]}.raw" for split, name in names.items()}
+    files = {
+        split: folder / f"wiki.{RELEASE_SPLITS.get(name, name)}.raw"
+        for split, name in _splits(data).items()
+    }
     if "test" in files and not files["test"].exists():
         del files["test"]
 
@@ -328,34 +323,32 @@ def _release(data: DataConfig, folder: Path) -> Text:
         return _decoded(files[split], 0, None) if split in files else ()
 
     key = {"source": "release", "files": {split: _sha256(path) for split, path in files.items()}}
-    return Text(_name(data), f"data.path={data.path}", key, read)
+    return Text(data.source.name, f"data.path={data.path}", key, read)
 
 
 # ---------------------------------------------------------------------------------------------
 # data sets of `datasets`: from a folder or from the hub
 
 
-def _splits(data: DataConfig) -> tuple[str, ...]:
-    """Return the splits to read: "test" is one where it is no part of the others."""
-    of_test = "test" not in f"{data.train_split} {data.validation_split}"
-    return ("train", "validation", "test") if of_test else ("train", "validation")
+def _splits(data: DataConfig) -> dict[str, str]:
+    """Return the names of the splits to read: "test" is one where it is no part of the others."""
+    names = {"train": data.train_split, "validation": data.validation_split}
+    return names if "test" in "".join(names.values()) else names | {"test": "test"}
 
 
-def _split_name(data: DataConfig, split: str, known: Iterable[str]) -> str:
-    """Return the name that the settings give to a split, once it is a known one."""
-    name = getattr(data, f"{split}_split", split)
-    if name not in known and split != "test":
-        raise ConfigError(
-            f"data.{split}_split={name}: the splits in data.path={data.path} are "
-            + ", ".join(sorted(known))
-        )
-    return name
+def _data_set(
+    data: DataConfig, label: str, key: dict[str, Any], load: Callable[[str, str], Any]
+) -> Text:
+    """Return a data set, whose splits `load` returns: of train, validation or test, by name."""
 
+    def read(split: str, scratch: Path) -> Iterable[str]:
+        rows = load(split, _splits(data)[split]) if split in _splits(data) else None
+        return () if rows is None else _documents(rows, data, label)
 
-def _name(data: DataConfig) -> str:
-    if data.source is DataSource.hub and data.repository:
-        return data.repository.rsplit("/", 1)[-1]
-    return data.source.name
+    name = (data.repository or "").rsplit("/", 1)[-1]
+    if data.source is not DataSource.hub or not name:
+        name = data.source.name
+    return Text(name, label, {**key, "column": data.text_column, "splits": _splits(data)}, read)
 
 
 def _saved(data: DataConfig, folder: Path) -> Text:
@@ -371,56 +364,46 @@ def _saved(data: DataConfig, folder: Path) -> Text:
         with _loading(label) as datasets:
             return datasets.load_from_disk(str(folder))
 
-    def read(split: str, scratch: Path) -> Iterator[str]:
+    def load(split: str, name: str) -> Any:
         rows = loaded()
-        if hasattr(rows, "keys"):
-            name = _split_name(data, split, rows.keys())
-            rows = rows.get(name) if split in _splits(data) else None
-        else:
-            rows = _held_out(rows, split, data) if split != "test" else None
-        return _documents(rows, data, label)
+        if not hasattr(rows, "keys"):
+            return None if split == "test" else _held_out(rows, split, data)
+        if name not in rows and split != "test":
+            raise ConfigError(f"data.{split}_split={name}: {label} has {', '.join(rows)}")
+        return rows.get(name)
 
-    key = {
-        "source": "saved",
-        "files": sorted([str(path.relative_to(folder)), _sha256(path)] for path in written),
-        "column": data.text_column,
-        "held_out": data.held_out,
-        "splits": [data.train_split, data.validation_split],
-    }
-    return Text(_name(data), label, key, read)
+    files = sorted([str(path.relative_to(folder)), _sha256(path)] for path in written)
+    key = {"source": "saved", "files": files, "held_out": data.held_out}
+    return _data_set(data, label, key, load)
 
 
 def _hub(data: DataConfig) -> Text:
-    if data.repository and os.path.isdir(data.repository):
+    if os.path.isdir(data.repository or ""):
         # It would be known by its name, whatever became of its content.
         raise ConfigError(f"data.repository={data.repository} is a folder: give it as data.path")
-    names = ("repository", "configuration", "revision", "train_split", "validation_split")
-    given = {name: getattr(data, name) for name in names}
-    label = " ".join(f"data.{name}={given[name]}" for name in names[:3] if given[name])
+    given = {name: getattr(data, name) for name in ("repository", "configuration", "revision")}
+    label = " ".join(f"data.{name}={value}" for name, value in given.items() if value)
 
     @cache
-    def rows(split: str) -> Any:
+    def loaded(name: str) -> Any:
         with _loading(label) as datasets:
-            loaded = datasets.load_dataset(
-                data.repository, data.configuration, revision=data.revision, split=split
+            rows = datasets.load_dataset(
+                data.repository, data.configuration, revision=data.revision, split=name
             )
             # Without a network `datasets` takes what its cache has under that name, of whatever
             # revision; the folder of its files is named after the commit.
-            commit = re.fullmatch("[0-9a-f]{40}", data.revision or "")
-            for file in loaded.cache_files if commit else ():
-                if data.revision not in Path(file["filename"]).parts:
-                    raise ConnectionError("its cache holds another revision")
-            return loaded
+            if re.fullmatch("[0-9a-f]{40}", data.revision or ""):
+                for file in rows.cache_files:
+                    if data.revision not in Path(file["filename"]).parts:
+                        raise ConnectionError("its cache holds another revision")
+            return rows
 
-    def read(split: str, scratch: Path) -> Iterator[str]:
-        if split == "test" and not has_test():
-            return _documents(None, data, label)
-        return _documents(rows(getattr(data, f"{split}_split", split)), data, label)
+    def load(split: str, name: str) -> Any:
+        if split == "test" and name not in (loaded(data.train_split).info.splits or {}):
+            return None
+        return loaded(name)
 
-    def has_test() -> bool:
-        return "test" in _splits(data) and "test" in (rows(data.train_split).info.splits or {})
-
-    return Text(_name(data), label, {"source": "hub", "column": data.text_column, **given}, read)
+    return _data_set(data, label, {"source": "hub", **given}, load)
 
 
 def _rows_of_file(path: Path, builder: str, scratch: Path) -> Any:
@@ -430,7 +413,7 @@ def _rows_of_file(path: Path, builder: str, scratch: Path) -> Any:
         with open(plain, "wb") as file:
             file.writelines(_blocks(path))
         path = plain
-    with _loading(f"data.files: {path}") as datasets:
+    with _loading(str(path)) as datasets:
         return datasets.load_dataset(
             builder, data_files=[glob.escape(str(path))], split="train", cache_dir=str(scratch)
         )
@@ -443,16 +426,12 @@ def _held_out(rows: Any, split: str, data: DataConfig) -> Any:
 
 
 def _documents(rows: Any, data: DataConfig, label: str) -> Iterator[str]:
-    """Yield the text of a column of a `datasets.Dataset`, some rows at a time; None has none."""
-    if rows is None:
-        return
+    """Yield the text of a column of a `datasets.Dataset`, some rows at a time."""
     column = data.text_column
-    kind = str(getattr(rows.features.get(column), "dtype", "it has no such column"))
-    if "string" not in kind:
-        columns = ", ".join(rows.column_names)
+    if "string" not in str(getattr(rows.features.get(column), "dtype", None)):
         raise ConfigError(
-            f"data.text_column={column} is no column of text of {label} ({kind}): its columns are "
-            f"{columns}"
+            f"data.text_column={column} is no column of text of {label}, which has "
+            + ", ".join(rows.column_names)
         )
     with _loading(label):
         for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=100):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,26 +54,6 @@ ReadSplit = Callable[[str], Iterable[str]]
 Sized = tuple[np.ndarray, np.ndarray, int]
 
 
-class Encoder(Protocol):
-    """A vocabulary that is known, and how it cuts text.
-
-    content: what its `file` holds, by which it is known.
-    entries: how many ids there are.
-    """
-
-    file: str
-    content: bytes
-    entries: int
-
-    def ids(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of a text, some at a time."""
-        ...
-
-    def sized(self, pieces: Iterable[str]) -> Iterator[Sized]:
-        """Yield the ids of a text with the bytes of text that each stands for."""
-        ...
-
-
 @dataclass(frozen=True)
 class Tokenization:
     """A way to cut text, as the settings name it.
@@ -83,7 +63,7 @@ class Tokenization:
     """
 
     key: dict[str, Any]
-    fit: Callable[[ReadSplit], Encoder]
+    fit: Callable[[ReadSplit], Words | Subwords]
 
 
 def open_tokenization(data: DataConfig) -> Tokenization:
@@ -102,14 +82,10 @@ def open_tokenization(data: DataConfig) -> Tokenization:
         key = {key: getattr(data, key) for key in ("lowercase", "min_count", "max_vocab")}
         return Tokenization(key, lambda read: fit_words(read, data))
     if name == MODEL:  # the model's own stands in its place, if it has one
-        raise ConfigError(
-            "data.tokenizer=model takes the tokenizer of model.path, which is not set: take "
-            "model=causal_lm, or another tokenizer"
-        )
+        raise ConfigError("data.tokenizer=model is that of model.path, which is not set")
     if data.min_count > 1:
         raise ConfigError(
-            f"data.min_count={data.min_count} changes nothing with data.tokenizer={name}: only "
-            "data.tokenizer=words leaves rare words out"
+            f"data.min_count={data.min_count} changes nothing with data.tokenizer={name}"
         )
     if importlib.util.find_spec("tokenizers") is None:
         raise ConfigError(f"data.tokenizer={name} needs the extra hf: {install_command('hf')}")
@@ -118,8 +94,8 @@ def open_tokenization(data: DataConfig) -> Tokenization:
         size = data.max_vocab or 0
         if size <= ALL_BYTES:
             raise ConfigError(
-                f"data.max_vocab={data.max_vocab} is no size for data.tokenizer=bpe, whose first "
-                f"{ALL_BYTES} entries are the bytes: take more, for example 4096"
+                f"data.max_vocab={data.max_vocab} is no size for data.tokenizer=bpe: take "
+                f"{ALL_BYTES + 1} or more, for example 4096"
             )
         return Tokenization(
             {"bpe": size}, lambda read: Subwords(train_bpe(read("train"), size), label)
@@ -146,7 +122,7 @@ def _tokenizer_file(data: DataConfig, on_hub: bool) -> bytes:
     except OSError as error:
         raise ConfigError(
             f"data.tokenizer={data.tokenizer}: its {TOKENIZER_FILE} can't be read "
-            f"({error.strerror}): save_pretrained of a fast tokenizer of transformers writes one"
+            f"({error.strerror})"
         ) from error
 
 
@@ -160,7 +136,11 @@ class _Ids(dict[str, int]):
 
 
 class Words:
-    """Words between white space, by their place in a list."""
+    """Words between white space, by their place in a list.
+
+    content: what is stored of it in `file`, by which it is known.
+    entries: how many ids there are.
+    """
 
     file = "vocabulary.txt"
 
@@ -221,7 +201,10 @@ def _bytes(text: str) -> int:
 
 
 class Subwords:
-    """What a `tokenizer.json` says. Raises ConfigError, which begins with `label`."""
+    """What a `tokenizer.json` says, with the same attributes as `Words`.
+
+    Raises ConfigError, which begins with `label`, whatever the library raises.
+    """
 
     file = TOKENIZER_FILE
 

@@ -193,9 +193,8 @@ def bpe_or_words(folder: Path, tokens: dict[str, Any], **changes: Any) -> DataCo
     return release(folder, **tokens, **changes)
 
 
-@both_tokenizers
-def test_processes_at_once_prepare_once(tmp_path, tokens):
-    data = bpe_or_words(write_release(tmp_path / "text", TRAIN * 500), tokens, samples=100)
+def test_processes_at_once_prepare_once(tmp_path):
+    data = release(write_release(tmp_path / "text", TRAIN * 500), samples=100)
     gate = tmp_path / "open"
     wait = f"while not Path({str(gate)!r}).exists(): time.sleep(0.001)\n"
     script = SCRIPT.replace("for settings", wait + "for settings", 1)
@@ -211,9 +210,8 @@ def test_processes_at_once_prepare_once(tmp_path, tokens):
     ]
 
 
-@both_tokenizers
-def test_killed_preparation_leaves_nothing_in_the_way(tmp_path, tokens):
-    data = bpe_or_words(write_release(tmp_path / "text", TRAIN * 3_000), tokens)
+def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
+    data = release(write_release(tmp_path / "text", TRAIN * 3_000))
     cache = Path(data.cache_dir or "") / "corpora"
     process = start(tmp_path, [data])
     while not list(cache.glob("*.partial-*/entry/train.bin")):
@@ -363,7 +361,7 @@ def test_fewer_windows_than_asked_for_says_how_many(tmp_path):
     for changes, message in (
         ({"samples": train + 1}, f"set data.samples={train} or fewer"),
         ({"samples": 10, "validation_samples": 999}, f"set data.validation_samples={validation}"),
-        ({"samples": 1}, "data.samples=1 leaves no window for validation"),
+        ({"samples": 1}, "data.samples=1 leaves none for validation"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             open_corpus(release(folder, **changes))

@@ -376,7 +376,7 @@ def test_bytes_and_unknown_words_of_windows(tmp_path: Path, lowercase: bool) -> 
         ),
         ({"tokenizer": "{empty}/a.txt"}, "data.tokenizer={empty}/a.txt is no folder"),
         ({"tokenizer": "./nowhere"}, "data.tokenizer=./nowhere is no folder"),
-        ({"tokenizer": "model"}, "data.tokenizer=model takes the tokenizer of model.path, "),
+        ({"tokenizer": "model"}, "data.tokenizer=model is that of model.path, "),
         ({"tokenizer": "{cut}"}, "data.tokenizer={cut}: its tokenizer.json is damaged, "),
         ({"tokenizer": "{other}"}, "data.tokenizer={other}: its tokenizer.json is damaged, "),
         ({"tokenizer": "{binary}"}, "data.tokenizer={binary}: its tokenizer.json is damaged, "),
