@@ -586,21 +586,50 @@ def flat_settings(
             yield name, value
 
 
+# Words of other tools -> ours.
+SYNONYMS = {
+    **dict.fromkeys(("lr", "learning_rate", "max_lr"), "lr.base"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "lr.schedule"),
+    **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "lr.warmup_steps"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "phase.max_epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "phase.batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulate_grad_batches"), "phase.accumulate"),
+    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "phase.patience"),
+    **dict.fromkeys(("max_grad_norm", "gradient_clip_val", "grad_clip"), "optimizer.clip_norm"),
+    **dict.fromkeys(("fp16", "bf16", "dtype", "mixed_precision"), "precision"),
+    **dict.fromkeys(("gpu", "gpus", "cuda", "accelerator"), "device"),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "width"), "model.dim"),
+    **dict.fromkeys(("heads", "n_head", "n_heads", "num_attention_heads"), "model.num_heads"),
+    **dict.fromkeys(("n_layer", "num_layers", "num_hidden_layers", "depth"), "initial_layers"),
+    **dict.fromkeys(("block_size", "context_length", "max_seq_length"), "data.seq_len"),
+    **dict.fromkeys(("dataset", "dataset_name"), "data"),
+    **dict.fromkeys(("report_to", "wandb"), "logger"),
+    **dict.fromkeys(("output_dir", "out_dir", "resume_from_checkpoint"), "hydra.run.dir"),
+    "submitit_slurm": "slurm",
+}
+
+
 def nearest_setting(name: str) -> str | None:
-    """Return the setting that a misspelt `name` most likely meant."""
-    known = setting_names()
-    by_leaf = {known_name.rsplit(".", 1)[-1]: known_name for known_name in reversed(known)}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
+    """Return the setting that an unknown `name` most likely meant."""
+    plain = name.lower().replace("-", "_")
+    leaf = plain.rpartition(".")[2]
+    if leaf in SYNONYMS:
+        return SYNONYMS[leaf]
+    known = [*Config.model_fields, *setting_names()]
+    by_leaf = {each.rpartition(".")[2]: each for each in reversed(known)}
+    if close := difflib.get_close_matches(plain, known, n=1, cutoff=0.7):
         return close[0]
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
     return by_leaf[close[0]] if close else None
 
 
 def unknown_setting(name: str) -> str:
     """Say that there is no such setting, with the nearest that there is."""
-    near = nearest_setting(name)
-    return f"there is no setting {name}" + (f"; did you mean {near}?" if near else "")
+    said = f"there is no setting {name}"
+    if name.split(".")[0] in ("experiment", "local"):
+        return f"{said}: such a file begins with the line '# @package _global_'"
+    near = None if name.startswith("hydra.") else nearest_setting(name)
+    return f"{said}; did you mean {near}?" if near else said
 
 
 def shortened(value: Any) -> str:

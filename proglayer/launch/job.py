@@ -30,10 +30,8 @@ from proglayer.errors import (
     run_command,
     with_type,
 )
+from proglayer.launch.ask import check_arguments, in_one_line
 from proglayer.launch.common import FolderInUse, record_of, sole_writer, threads_per_job
-from proglayer.launch.composing import COMPOSING_ERRORS, FILE_ERRORS, in_one_line
-from proglayer.launch.composing import file_problem as settings_file_problem
-from proglayer.launch.overrides import check_arguments
 from proglayer.launch.snapshot import changed_files
 from proglayer.run.record import RunRecord, RunState, now, write_record
 from proglayer.store.stages import RUN_FILE
@@ -45,9 +43,6 @@ log = logging.getLogger(__name__)
 
 # A worker whose parent was killed needs so long at most to store its state.
 LOCK_WAIT_S = 20.0
-# Functions of Hydra's that refuse options which do not go together, and that compose settings.
-RUNNERS = ("_run_hydra", "shell_completion")
-COMPOSERS = ("compose_config", "load_sweep_config")
 # What lies in the folder `hydra.output_subdir` of a run.
 WRITTEN_BY_HYDRA = r"(config|hydra|overrides)\.yaml"
 # What is printed where there is no log: for a plan, and for a run that does not start.
@@ -272,16 +267,9 @@ def explain(error: Exception) -> str | None:
     """The lines for an error of composing, or of a file of the results; None for another."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, FILE_ERRORS):
-        # Where no file of settings is to blame, it is a fault of ours.
-        return in_one_line(error) if settings_file_problem(error) else None
-    if isinstance(error, COMPOSING_ERRORS):
-        return in_one_line(error)
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, ValueError) and names[-1] in RUNNERS:
-        return str(error)
-    if any(name in COMPOSERS for name in names):
-        return f"the settings cannot be composed ({with_type(error)})"
+    if not {"run_job", "sweep"} & set(names):  # Hydra has not come to us yet
+        return in_one_line(error)
     if isinstance(error, OSError):
         advice = "if results go there, choose hydra.run.dir, or hydra.sweep.dir in a sweep"
         return file_problem(error, advice)

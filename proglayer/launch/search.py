@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from hydra.errors import HydraException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pydantic import Field
@@ -24,7 +23,7 @@ from proglayer import files
 from proglayer.config import BPE, OnError
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.ask import short_hash
+from proglayer.launch.ask import Space, read_space, short_hash
 from proglayer.launch.common import (
     Job,
     check_settings,
@@ -35,7 +34,6 @@ from proglayer.launch.common import (
     without_hydra,
 )
 from proglayer.launch.job import record_unstarted
-from proglayer.launch.space import Space, read_space
 from proglayer.launch.study import (
     absolute,
     alone,
@@ -249,7 +247,7 @@ class Trials:
         asked = [self._next() for _ in range(count)]
         try:
             jobs = self._jobs(asked)
-        except (ConfigError, HydraException):
+        except ConfigError:
             for trial in asked:
                 self._study.tell(trial, state=fail)
             raise
@@ -301,7 +299,7 @@ class Trials:
     def _jobs(self, asked: Sequence[optuna.trial.Trial]) -> list[Job | None]:
         """The jobs of trials, checked; None for one whose settings cannot work, recorded as failed.
 
-        Raises ConfigError or HydraException where no trial of this search could.
+        Raises ConfigError where no trial of this search could.
         """
         jobs: list[Job | None] = []
         for trial in asked:
@@ -351,7 +349,7 @@ class Trials:
             ]
 
     def _check_any(self) -> None:
-        """Raises ConfigError or HydraException for what is wrong with every trial."""
+        """Raises ConfigError for what is wrong with every trial."""
         try:
             self._checks.job(0, self._space.first())
         except SweepError:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
@@ -32,7 +31,15 @@ from proglayer.config import Config, DataConfig, to_config
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, first_line, with_type
-from proglayer.launch.ask import short_hash
+from proglayer.launch.ask import (
+    MOST_JOBS,
+    in_one_line,
+    is_kept,
+    parse,
+    plain,
+    short_hash,
+    values_of,
+)
 from proglayer.launch.common import (
     Job,
     jobs_at_once,
@@ -43,10 +50,7 @@ from proglayer.launch.common import (
     unread,
     without_hydra,
 )
-from proglayer.launch.composing import COMPOSING_ERRORS, in_one_line
-from proglayer.launch.filter import is_kept
 from proglayer.launch.job import leave_report, record_unstarted
-from proglayer.launch.overrides import no_match, parse, plain
 from proglayer.launch.stored import follow_store, print_plan, stored_here
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
@@ -95,8 +99,6 @@ class ProductSweeper(Sweeper, Protocol):
 DIFFERENCE = "code.diff"
 # How Hydra's settings of a sweep begin.
 is_multirun = files.begins_with(b"hydra:")
-# Checked in a quarter of an hour.
-MOST_JOBS = 10_000
 ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
@@ -262,7 +264,10 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
                 f"hydra.sweeper.blocks gives {twice[0]}, and so does the command line: keep one"
             )
     all_axes = [
-        {key: _values(each, loader) for key, each in (common | block | asked).items()}
+        {
+            key: [f"{key}={value}" for value in values_of(each, loader)]
+            for key, each in (common | block | asked).items()
+        }
         for block in blocks or [{}]
     ]
     pairs = sweeper.pairs or []
@@ -286,23 +291,6 @@ def expand(sweeper: ProductSweeper, arguments: list[str]) -> list[tuple[str, ...
     }
     settings = [dict(values[text] for text in job) for job in jobs]
     return list(itertools.compress(jobs, is_kept(str(sweeper.filter), settings)))
-
-
-def _values(override: Override, loader: ConfigLoader) -> list[str]:
-    """An override for each value of a setting. Raises ConfigError for one without any."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
-        raise ConfigError(
-            f"{override.input_line}: it takes hydra/sweeper=optuna to search an interval; this "
-            "sweeper takes lists, range and glob"
-        )
-    values = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
-    if not values:
-        choices = loader.get_group_options(override.key_or_group)
-        raise ConfigError(no_match(override.input_line or key, choices))
-    return [f"{key}={value}" for value in values]
 
 
 def _paired(
@@ -354,7 +342,10 @@ class Checks:
         """Job `number`. Raises ConfigError."""
         folder = job_folder(number, overrides)
         launched = [*overrides, f"hydra.sweep.subdir='{folder}'", f"hydra.job.num={number}"]
-        composed = self._loader.load_sweep_config(self._master, launched)
+        try:
+            composed = self._loader.load_sweep_config(self._master, launched)
+        except Exception as error:
+            raise SweepError(in_one_line(error)) from error
         config = to_config(composed)
         config = config.model_copy(update={"threads": config.threads or self._threads})
         self._check_hydra(composed, self._folder / folder)
@@ -416,9 +407,8 @@ def check(checks: Checks, numbered: Iterable[tuple[int, tuple[str, ...]]]) -> li
     for number, overrides in numbered:
         try:
             jobs.append(checks.job(number, overrides))
-        except (ConfigError, *COMPOSING_ERRORS) as error:
-            refusal = str(error) if isinstance(error, ConfigError) else in_one_line(error)
-            for line in refusal.splitlines():
+        except ConfigError as error:
+            for line in str(error).splitlines():
                 problems.setdefault(line, without_hydra(overrides))
     if problems:
         raise ConfigError("\n".join(f"{line}  [{text}]" for line, text in problems.items()))
