@@ -23,8 +23,12 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from proglayer.report import comparisons, early_exit, growth, ledger, sequential, stats, study
-from proglayer.report.pictures import Gallery, forest, learning_curve, over_seeds
+from proglayer.report import early_exit, measures, sequential, stats, words
+from proglayer.report.arms import DEEP, ORIGINAL, STANDARD, Margins, Metric
+from proglayer.report.arms import arms as arms_of
+from proglayer.report.comparisons import Comparison, Kind, judge
+from proglayer.report.pictures import Picture, forest, learning_curve, lines
+from proglayer.report.study import judge_study
 from proglayer.results import Results, load
 
 FINDINGS = Path(__file__).resolve().parents[1] / "docs" / "findings"
@@ -35,7 +39,8 @@ PLACE = (
     *("folder", "host", "node", "scheduler", "scheduler_job", "sweep", "platform", "started"),
     *("ended", "last_sign", "reason", "traceback", "git_commit", "git_changed", "git_difference"),
 )
-MARGINS = study.Margins()
+MARGINS = Margins()
+CHANGE = Metric.accuracy.change
 # The 2 x 2: the loss of the initial phase, then that of the grown one.
 CELLS = {"last": "last layer", "uniform": "every layer"}
 
@@ -65,11 +70,11 @@ def take(part: str, folders: list[str]) -> None:
 
 def by_experiment(results: Results) -> pd.DataFrame:
     """What the runs of each experiment file came to, a row for each model."""
-    runs = study.arms(results).runs
+    runs = arms_of(results).runs
     rows = []
     for (experiment, model), arm in runs.groupby(["experiment", "model"], sort=True):
         own: dict[str, Any] = {"experiment": experiment, "model": model, "seeds": len(arm)}
-        for name in ("end_accuracy", study.ACCURACY.change, "end_loss"):
+        for name in ("end_accuracy", CHANGE, "end_loss"):
             found = stats.summary(arm[name])
             own |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(own)
@@ -85,26 +90,28 @@ def read(part: str) -> Results:
     return Results(**frames)
 
 
+def compared(a: Any, b: Any, name: str = "") -> Comparison:
+    """Compare two columns of accuracies by seed."""
+    pairs = stats.paired(a, b, margin=MARGINS.points)
+    return Comparison(Kind.ends, name, "", "", {Metric.accuracy: pairs})
+
+
 class Claims:
     """The founding experiment, its follow-ups and controls, under both models."""
 
     def __init__(self, results: Results) -> None:
-        self.arms = study.arms(results)
-        self.runs = self.arms.of(0)
         self.results = results
+        self.study = judge_study(results, MARGINS, None)
+        (condition,) = self.study.conditions
+        self.runs, self.curves = condition.runs, condition.curves
         self.first = self.runs.iloc[0]
         self.seconds = float(results.phases.drop_duplicates("stage")["train_seconds"].sum())
-        self.curves = ledger.curves(results, self.runs)
-        questions = comparisons.claimed(self.arms.asked(0), self.curves, MARGINS)
-        self.judged = comparisons.judge(questions)
-        others = comparisons.others(self.arms.asked(0), questions, MARGINS)
-        self.others = comparisons.judge(others)
 
     def answers(self) -> list[tuple[str, str]]:
         """Each claim with its sentence."""
         return [
-            (claim.title, comparisons.answer(self.judged[self.judged["claim"] == claim.title]))
-            for claim in comparisons.CLAIMS
+            (title, words.answer([own for own in self.study.claims if own.claim is claim]))
+            for claim, title in words.TITLES.items()
         ]
 
     def seeds(self, experiment: str) -> int:
@@ -115,11 +122,11 @@ class Claims:
     def change(self, experiment: str, model: str) -> stats.Summary:
         """The change in accuracy of an arm over its seeds."""
         own = (self.runs["experiment"] == experiment) & (self.runs["model"] == model)
-        return stats.summary(self.runs.loc[own, study.ACCURACY.change])
+        return stats.summary(self.runs.loc[own, CHANGE])
 
     def limits(self) -> list[str]:
         """What so many seeds can show, and what it takes to settle the claims."""
-        return comparisons.limits(self.judged[self.judged["n"] > 1])
+        return words.limits([own for own in self.study.claims if own.tested])
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each experiment: in each model its depths, accuracies and change."""
@@ -127,49 +134,54 @@ class Claims:
         for experiment in dict.fromkeys(self.runs["experiment"]):
             own = self.runs[self.runs["experiment"] == experiment]
             models = {}
-            for model in (study.STANDARD, study.DEEP):
+            for model in (STANDARD, DEEP):
                 arm = own[own["model"] == model]
                 if len(arm):
                     models[model] = {
                         "end": stats.summary(arm["end_accuracy"]),
                         "loss": stats.summary(arm["end_loss"]),
-                        "change": stats.summary(arm[study.ACCURACY.change]),
+                        "change": stats.summary(arm[CHANGE]),
                     }
             first = own.iloc[0]
-            name = study.variant_name(experiment)
+            name = words.variant_name(experiment)
             rows.append({"name": name, "first": first, "seeds": self.seeds(experiment), **models})
         return rows
 
-    def pictures(self, gallery: Gallery) -> None:
+    def pictures(self) -> list[Picture]:
         """The changes of every arm, the claims' differences, and the original's curves."""
         grown = self.runs[self.runs["phases"] > 1]
-        rows = []
+        changes = []
         for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
-            values = arm[study.ACCURACY.change]
+            values = arm[CHANGE]
             found = stats.summary(values)
-            label = study.variant_name(str(variant))
             # Of two seeds an interval is so wide that the others cannot be read beside it.
             low, high = (found.low, found.high) if found.n > 2 else (found.mean, found.mean)
-            interval = {"mean": found.mean, "low": low, "high": high}
-            rows.append({"label": label, "model": model, **interval, "seeds": values.tolist()})
-        unit = "points of accuracy"
-        forest(gallery, "change-by-arm", "Change by arm", rows, MARGINS.points, unit)
-        made = self.judged[self.judged["n"] > 1].to_dict("records")
-        rows = [
+            row = {"label": words.variant_name(str(variant)), "model": model}
+            row |= {"mean": found.mean, "low": low, "high": high, "seeds": values.tolist()}
+            changes.append(row)
+        differences = [
             {
-                "label": comparisons.label(row),
-                **{name: row[name] for name in ("model", "mean", "low", "high")},
-                "seeds": row["comparisons"][study.ACCURACY.name].differences.tolist(),
+                "label": words.label(own),
+                "model": own.model,
+                "mean": own.accuracy.mean,
+                "low": own.judged.interval.low,
+                "high": own.judged.interval.high,
+                "seeds": own.accuracy.differences.tolist(),
             }
-            for row in made
+            for own in self.study.claims
+            if own.tested
         ]
-        forest(gallery, "claims", "Differences in accuracy", rows, MARGINS.points, unit)
         names = self.results.phases[["run", "phase", "name"]]
-        own = self.runs.loc[self.runs["experiment"] == study.ORIGINAL, ["run", "model", "seed"]]
-        curves = self.curves.merge(own, on="run").merge(names, on=["run", "phase"])
+        own = self.runs.loc[self.runs["experiment"] == ORIGINAL, "run"]
+        curves = self.curves[self.curves["run"].isin(own)].merge(names, on=["run", "phase"])
         curves = curves.rename(columns={"name": "phase_name"}).astype({"phase_name": object})
         limits = float(curves["loss"].min()), float(curves["loss"].max())
-        learning_curve(gallery, "learning-curves", "The original", curves, limits)
+        unit, margin = "points of accuracy", MARGINS.points
+        return [
+            forest("change-by-arm", "Change by arm", changes, margin, unit),
+            forest("claims", "Differences in accuracy", differences, margin, unit),
+            learning_curve("learning-curves", "The original", curves, limits),
+        ]
 
 
 class Settled:
@@ -178,45 +190,43 @@ class Settled:
     def __init__(self, results: Results, part: str) -> None:
         looks = sequential.read_looks(FINDINGS / part)
         assert looks is not None
-        arms = study.arms(results)
-        curves = ledger.curves(results, arms.runs)
-        margins = study.Margins(points=looks.margin)
-        judged = sequential.judge([("", arms.asked(0))], curves, margins, looks)
+        study = judge_study(results, Margins(points=looks.margin), looks)
         self.looks = looks
-        self.rows = judged[judged["n"] > 0].to_dict("records")
-        self.settled = [row for row in self.rows if sequential.is_settled(row)]
-        self.runs = arms.runs
+        self.rows = [own for own in study.claims if own.accuracy.n]
+        self.runs = study.arms.runs
         self.first = self.runs.iloc[0]
         self.hours = float(results.phases.drop_duplicates("stage")["train_seconds"].sum()) / 3600
 
-    def title(self, row: dict[str, Any]) -> str:
+    def title(self, own: Comparison) -> str:
         """The claim of a comparison, and what it compares."""
-        return f"{row['claim']}: {comparisons.described_as(row)}"
+        assert own.claim
+        return f"{words.TITLES[own.claim]}: {words.described_as(own)}"
 
 
 class Timing:
     """When to grow, at an equal budget."""
 
     def __init__(self, results: Results) -> None:
-        runs = study.arms(results).runs
-        (self.found,) = growth.timings(runs, ledger.curves(results, runs))
+        runs = arms_of(results).runs
+        (self.found,) = measures.timings(runs, measures.curves(results, runs))
+        self.sentence = words.timing_text(self.found)
         self.windows = int(runs["train_windows"].iloc[0])
         phases = results.phases
         self.epochs = int(phases["epochs"].sum())
         self.trained = int(phases.drop_duplicates("stage")["epochs"].sum())
 
-    def pictures(self, gallery: Gallery) -> None:
+    def pictures(self) -> list[Picture]:
         """The valley: the loss at the equal budget against the moment of growth."""
         values = self.found.losses.melt(var_name="x", value_name="y")
-        words = "epochs before the growth", "validation loss (nats)"
-        over_seeds(gallery, "growth-timing", "The moment of growth", values, *words)
+        axes = "epochs before the growth", "validation loss (nats)"
+        return [lines("growth-timing", "The moment of growth", values, *axes)]
 
 
 class Rotating:
     """A curriculum that reads two exits a step against the loss at all of them, by patience."""
 
     def __init__(self, results: Results) -> None:
-        runs = study.arms(results).runs
+        runs = arms_of(results).runs
         runs["curriculum"] = runs["config.loss.curriculum"].astype(str)
         runs["patience"] = runs["config.phase.patience"].astype(int)
         self.windows = int(runs["train_windows"].iloc[0])
@@ -234,9 +244,8 @@ class Rotating:
             self.seeds = len(both)
             self.ends[patience] = {name: stats.summary(both[name]) for name in both}
             accuracy, loss = (both[name] for name in values)
-            made = [stats.paired(accuracy["rotate"], accuracy["all"], margin=MARGINS.points)]
-            (row,) = stats.judge(made).assign(name="", reason="").to_dict("records")
-            self.clause[patience] = comparisons.clause(row)
+            (found,) = judge([compared(accuracy["rotate"], accuracy["all"])])
+            self.clause[patience] = words.clause(found)
             self.loss_rise[patience] = stats.summary(loss["rotate"] - loss["all"])
 
 
@@ -244,16 +253,16 @@ class Wikitext:
     """The original on WikiText-2 at the founding size."""
 
     def __init__(self, results: Results) -> None:
-        runs = study.arms(results).runs
-        self.runs = runs[runs["model"] == study.STANDARD]
-        self.change = stats.summary(self.runs[study.ACCURACY.change])
+        runs = arms_of(results).runs
+        self.runs = runs[runs["model"] == STANDARD]
+        self.change = stats.summary(self.runs[CHANGE])
 
 
 class Losses:
     """The 2 x 2 of losses: what the initial and the grown phase are trained with."""
 
     def __init__(self, results: Results) -> None:
-        runs = study.arms(results).runs
+        runs = arms_of(results).runs
         names = [f"config.phase.{phase}.exit_weights" for phase in ("initial", "grown")]
         known = runs[names].astype(str)
         self.values = {
@@ -275,11 +284,9 @@ class Losses:
             "both beyond their sum": (accuracy[last, last] - accuracy[last, first])
             - (accuracy[first, last] - accuracy[first, first]),
         }
-        made = [
-            stats.paired(own, pd.Series(0.0, own.index), margin=MARGINS.points)
-            for own in effects.values()
-        ]
-        self.effects = stats.judge(made).assign(name=list(effects), reason="").to_dict("records")
+        self.effects = judge(
+            compared(own, pd.Series(0.0, own.index), name) for name, own in effects.items()
+        )
 
     def cell(self, initial: str, grown: str, metric: str = "end_accuracy") -> stats.Summary:
         """A figure of a cell over its seeds."""
@@ -290,7 +297,7 @@ class Operators:
     """Growth operators: what happens at the growth, and where it ends."""
 
     def __init__(self, results: Results) -> None:
-        runs = study.arms(results).runs
+        runs = arms_of(results).runs
         self.runs = runs.assign(init=runs["config.growth.init"].astype(str))
         phases = results.phases[results.phases["loss_after"].notna()]
         self.runs = self.runs.merge(
@@ -300,12 +307,8 @@ class Operators:
         by_seed = self.runs.pivot_table(index="seed", columns="init", values="end_accuracy")
         others = [name for name in by_seed if name != "random"]
         self.seeds = len(by_seed)
-        margin = MARGINS.points
-        made = [stats.paired(by_seed[name], by_seed["random"], margin=margin) for name in others]
-        self.against_random = {
-            row["init"]: row
-            for row in stats.judge(made).assign(init=others, reason="").to_dict("records")
-        }
+        made = judge(compared(by_seed[name], by_seed["random"], name) for name in others)
+        self.against_random = {own.a: own for own in made}
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each operator."""
@@ -328,7 +331,7 @@ class Operators:
             )
         return sorted(rows, key=lambda row: row["shock"].mean)
 
-    def pictures(self, gallery: Gallery) -> None:
+    def pictures(self) -> list[Picture]:
         """The rise of the loss at the growth, by operator."""
         rows = [
             {
@@ -342,7 +345,7 @@ class Operators:
             for row in self.rows()
         ]
         title = "The change of the loss at the growth"
-        forest(gallery, "growth-shock", title, rows, 0.0, "fall of the loss, nats")
+        return [forest("growth-shock", title, rows, 0.0, "fall of the loss, nats")]
 
 
 class Exits:
@@ -365,15 +368,15 @@ class Exits:
 
     def sentences(self) -> list[str]:
         """How many layers each model needs."""
-        return early_exit.sentences(self.found)
+        return [words.needed_text(own) for own in early_exit.needed(self.found)]
 
-    def pictures(self, gallery: Gallery) -> None:
+    def pictures(self) -> list[Picture]:
         """Accuracy against layers used."""
         early = self.found.early_exit
         early = early.assign(at=early["threshold"], x=early["layers"], y=early["accuracy_percent"])
-        early["arm"] = early["model"].map(study.model_name)
-        words = "layers used, mean over tokens", "validation accuracy (%)"
-        over_seeds(gallery, "early-exit", "Early exit", early, *words)
+        early["arm"] = early["model"].map(words.model_name)
+        axes = "layers used, mean over tokens", "validation accuracy (%)"
+        return [lines("early-exit", "Early exit", early, *axes)]
 
 
 PARTS = {
@@ -398,12 +401,12 @@ def interval(found: stats.Summary, digits: int = 2, sign: bool = False) -> str:
 
 def render(pictures: Path = FINDINGS) -> str:
     """Draw the pictures into a folder. Returns the text."""
-    gallery = Gallery(pictures, lambda _: True, png=False)
     parts: dict[str, Any] = {part: made(read(part)) for part, made in PARTS.items()}
     parts |= {part: Settled(read(part), part) for part in ("asked", "settled")}
     parts["exits"] = Exits()
     for part in ("claims", "operators", "timing", "exits"):
-        parts[part].pictures(gallery)
+        for picture in parts[part].pictures():
+            (pictures / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FINDINGS),
         trim_blocks=True,
@@ -420,7 +423,7 @@ def render(pictures: Path = FINDINGS) -> str:
     return environment.get_template("findings.md.jinja").render(
         **parts,
         cells=CELLS,
-        clause=comparisons.clause,
+        clause=words.clause,
         margin=MARGINS.points,
     )
 

@@ -103,6 +103,7 @@ def worth(runs: Frame, measured: Mapping[str, Measured] | None = None) -> Worth:
     """
     rows: dict[str, list[dict[str, object]]] = {"exits": [], "early_exit": [], "changed_layers": []}
     own = runs[["variant", "model", "seed", "run", "folder", "weights_sha256"]]
+    own = own.dropna(subset="folder")
     for row in own.astype(object).where(own.notna(), None).to_dict("records"):
         folder, sha = row.pop("folder"), row.pop("weights_sha256")
         of_run = measured.get(row["run"]) if measured is not None else kept(Path(folder), sha)

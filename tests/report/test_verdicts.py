@@ -35,7 +35,6 @@ def read(part: str) -> Results:
     for frame in frames.values():
         for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
             frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]
-    frames["runs"]["folder"] = "gone"
     return Results(**frames)
 
 
