@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats as sps
 
-from proglayer.report import stats, study
+from proglayer.report import stats
+from proglayer.report.arms import Margins
 from proglayer.report.sequential import Design
 
 from .simulated import DISTRIBUTIONS, print_cells
@@ -24,7 +25,7 @@ ARMS = 6
 PAIRS = ((1, 0), (0, 2), (1, 3), (0, 4), (1, 5), (0, 4), (1, 5))
 # What sets the epochs of the two budgets apart, as a share of what sets runs apart.
 EPOCHS_APART = 0.3
-MARGIN = study.Margins().points
+MARGIN = Margins().points
 METHODS = ("looks that pay", "plain looks", "fixed")
 SAME, BETTER = str(stats.Verdict.same), str(stats.Verdict.better)
 WORSE, UNCLEAR = str(stats.Verdict.worse), str(stats.Verdict.unclear)
@@ -65,7 +66,7 @@ def settled(method: str, design: Design, values: np.ndarray) -> dict[str, np.nda
     found: dict[str, np.ndarray] = {name: np.zeros(shape) for name in names}
     found["verdict"] = np.full(shape, UNCLEAR, dtype=object)
     found["seeds"] = np.zeros(shape, int)
-    looks = list(enumerate(design.looks)) if method != "fixed" else [(0, design.most)]
+    looks = list(enumerate(design.at)) if method != "fixed" else [(0, design.most)]
     for look, seeds in looks:
         level = stats.ALPHA / family
         levels = stats.Levels(family, level)
@@ -141,7 +142,7 @@ def simulate(
     }
 
 
-DESIGN = Design(5, 3, 20)
+DESIGN = Design(first=5, step=3, most=20)
 NOTHING, MARGINAL, LARGE = (0.0,) * 7, (MARGIN,) * 7, (0.4,) * 7
 MIXED = (0.4, 0.6, 0.6, 0.0, 0.0, 0.0, 0.0)
 CELLS: list[dict[str, Any]] = [
@@ -152,7 +153,7 @@ CELLS: list[dict[str, Any]] = [
 ]
 CELLS += [
     {"method": "looks that pay", "design": design, "true": true, "sd": sd}
-    for design in (Design(3, 1, 12), Design(5, 5, 40))
+    for design in (Design(first=3, step=1, most=12), Design(first=5, step=5, most=40))
     for true, sd in ((NOTHING, 0.2), (MARGINAL, 0.05), (LARGE, 0.2))
 ]
 

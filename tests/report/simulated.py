@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from proglayer.report import comparisons, ledger, stats, study
+from proglayer.report import comparisons, measures, stats
+from proglayer.report.arms import DEEP, STANDARD, Margins
+from proglayer.report.arms import arms as arms_of
+from proglayer.report.comparisons import Comparison
 from proglayer.results import Results, load
 
 from .. import synthetic
@@ -123,7 +126,7 @@ def write(
     names = [
         (experiment, model, seed)
         for experiment in EXPERIMENTS
-        for model in (study.STANDARD, study.DEEP)
+        for model in (STANDARD, DEEP)
         for seed in range(seeds)
     ]
     for number, (experiment, model, seed) in enumerate(names):
@@ -189,15 +192,15 @@ def _set(frame: Any, prefix: str, accuracy: np.ndarray, rows: Any = slice(None))
     frame.loc[rows, f"{prefix}perplexity"] = np.exp(loss_of(accuracy))
 
 
-def judged(results: Results) -> Iterator[Any]:
+def judged(results: Results) -> Iterator[list[Comparison]]:
     """The claims of the studies in these frames, each judged as by a report of its own."""
-    margins = study.Margins()
-    arms = study.arms(results)
+    margins = Margins()
+    arms = arms_of(results)
     # Of two hundred settings one is read; plain strings are faster to read.
     aside = [c for c in arms.runs if c.startswith("config.") and c != "config.model.dim"]
     runs = arms.runs.drop(columns=aside)
     arms = replace(arms, runs=runs.astype(dict.fromkeys(runs.select_dtypes("string"), object)))
-    curves = ledger.curves(results, arms.runs)
+    curves = measures.curves(results, arms.runs)
     texts = arms.runs.set_index("run")["condition"]
     runs_of = arms.runs.groupby("condition")
     for (_, runs), (_, own) in zip(runs_of, curves.groupby(curves["run"].map(texts)), strict=True):
@@ -236,25 +239,26 @@ def simulate(
     # The models in the original, then each of two controls in each model.
     truths = np.array([0.0, true, true, true, true])
 
-    def of(column: str) -> np.ndarray:
-        return np.array([own[column].tolist() for own in found])
+    def of(figure: Callable[[Comparison], Any]) -> np.ndarray:
+        return np.array([[figure(own) for own in family] for family in found])
 
-    def holds(low: str, high: str) -> np.ndarray:
-        return (of(low) <= truths) & (truths <= of(high))
+    def holds(interval: Callable[[Comparison], stats.Interval]) -> np.ndarray:
+        low, high, _ = np.moveaxis(of(interval), -1, 0)
+        return (low <= truths) & (truths <= high)
 
-    verdicts = of("verdict")
+    verdicts = of(lambda own: own.verdict)
     better, worse, same = (
-        verdicts == str(word)
-        for word in (stats.Verdict.better, stats.Verdict.worse, stats.Verdict.same)
+        verdicts == word for word in (stats.Verdict.better, stats.Verdict.worse, stats.Verdict.same)
     )
+    alone = holds(lambda own: own.judged.alone)
     wrong = (better & (truths <= 0)) | (worse & (truths >= 0))
     return {
-        "plain 95 %": holds("low_95", "high_95").mean(),
-        "plain 95 %, controls": holds("low_95", "high_95")[:, 1:].mean(),
-        "all together": holds("low", "high").all(axis=1).mean(),
+        "plain 95 %": alone.mean(),
+        "plain 95 %, controls": alone[:, 1:].mean(),
+        "all together": holds(lambda own: own.judged.interval).all(axis=1).mean(),
         "false difference": wrong.any(axis=1).mean(),
-        "false same": (same & (truths >= study.Margins().points)).any(axis=1).mean(),
-        "mean error": (of("mean") - truths)[:, 1:].mean(),
+        "false same": (same & (truths >= Margins().points)).any(axis=1).mean(),
+        "mean error": (of(lambda own: own.accuracy.mean) - truths)[:, 1:].mean(),
     }
 
 
