@@ -16,18 +16,22 @@ STUDIES = 2_000
 TOLERANCE = 4 * (0.05 * 0.95 / STUDIES) ** 0.5
 
 
+def design(first: int, step: int, most: int) -> Design:
+    return Design(first=first, step=step, most=most)
+
+
 def test_the_looks_of_a_design():
-    assert Design(first=5, step=3, most=20).at == (5, 8, 11, 14, 17, 20)
-    assert Design(first=5, step=4, most=12).at == (5, 9, 12)
-    assert Design(first=8, step=3, most=8).at == (8,)
+    assert design(5, 3, 20).at == (5, 8, 11, 14, 17, 20)
+    assert design(5, 4, 12).at == (5, 9, 12)
+    assert design(8, 3, 8).at == (8,)
 
 
 @pytest.mark.parametrize(
     "design",
     [
-        Design(first=5, step=3, most=20),
-        Design(first=2, step=1, most=7),
-        Design(first=8, step=3, most=8),
+        design(5, 3, 20),
+        design(2, 1, 7),
+        design(8, 3, 8),
     ],
 )
 def test_all_looks_of_all_comparisons_spend_what_one_test_may(design: Design):
@@ -39,7 +43,7 @@ def test_all_looks_of_all_comparisons_spend_what_one_test_may(design: Design):
 def test_one_look_is_a_plain_test():
     own = [stats.paired(pd.Series([0.4, 0.5, 0.7, 0.6]), pd.Series(np.zeros(4)))] * 3
     plain = stats.judge(own)
-    assert plain == stats.judge(own, levels=Design(first=4, step=1, most=4).levels(0, 3))
+    assert plain == stats.judge(own, levels=design(4, 1, 4).levels(0, 3))
 
 
 @pytest.mark.parametrize("distribution", ["normal", "heavy tails"])
@@ -47,7 +51,7 @@ def test_one_look_is_a_plain_test():
 def test_false_differences(method: str, distribution: str):
     found = settling.simulate(
         method,
-        Design(first=5, step=3, most=20),
+        design(5, 3, 20),
         settling.NOTHING,
         distribution=distribution,
         studies=STUDIES,
@@ -63,7 +67,7 @@ def test_false_differences(method: str, distribution: str):
 @pytest.mark.parametrize("distribution", ["normal", "heavy tails"])
 def test_false_equivalence_and_what_is_saved(distribution: str):
     found = settling.simulate(
-        "looks that pay", Design(first=5, step=3, most=20), settling.MARGINAL,
+        "looks that pay", design(5, 3, 20), settling.MARGINAL,
         sd=0.05, distribution=distribution, studies=STUDIES,
     )  # fmt: skip
     assert found["false same"] < 0.05
@@ -73,16 +77,16 @@ def test_false_equivalence_and_what_is_saved(distribution: str):
 
 
 def test_the_simulation_judges_as_the_report_does():
-    design = Design(first=4, step=3, most=10)
+    looks = design(4, 3, 10)
     draw = np.random.default_rng(0)
-    values = settling.differences(draw, 20, design.most, settling.MIXED, 0.1, "normal")
-    found = settling.settled("looks that pay", design, values)
+    values = settling.differences(draw, 20, looks.most, settling.MIXED, 0.1, "normal")
+    found = settling.settled("looks that pay", looks, values)
     for study, differences in enumerate(values):
-        for look, seeds in enumerate(design.at):
+        for look, seeds in enumerate(looks.at):
             compared = [
                 stats.paired(pd.Series(d[:seeds]), pd.Series(np.zeros(seeds))) for d in differences
             ]
-            judged = stats.judge(compared, levels=design.levels(look, len(differences)))
+            judged = stats.judge(compared, levels=looks.levels(look, len(differences)))
             here = found["seeds"][study] == seeds
             verdicts = np.array([own.verdict for own in judged])
             assert verdicts[here].tolist() == found["verdict"][study][here].tolist()
