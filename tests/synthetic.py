@@ -31,7 +31,8 @@ from proglayer.run.record import (
     write_sweep,
 )
 from proglayer.store.stages import Machine
-from proglayer.training.plan import Phase, parameter_counts, plan, training_flops
+from proglayer.training.cost import parameter_counts, training_flops
+from proglayer.training.plan import Phase, plan
 
 from .helpers import config
 
@@ -105,7 +106,7 @@ def growth_record(
     return GrowthRecord(
         loss_before=before,
         loss_after=after,
-        exit_losses_after=[after] * phase.layers,
+        exit_losses_after=[after] * phase.train.layers,
         tokens_to_recovery=None if back is None else back * cost.tokens,
         gradient_share_new=[0.2, 0.4],
     )
@@ -216,6 +217,7 @@ def run(
     floor = 6.85 - DEEP_GAIN * (model == "deep_supervision") + shared.normal(0, 0.01)
     phases, rows = [], []
     for phase in plan(settings, VOCABULARY):
+        spec = phase.train
         if phase.index:
             floor -= STEP_GAIN + draw.normal(0, 0.006)
         best = int(draw.integers(2, 5))
@@ -228,8 +230,8 @@ def run(
             curve = [float(loss) for loss in losses[phase.index]]
             count, best = len(curve), int(np.argmin(curve)) + 1
         accuracies = [100 * (0.16 + (6.9 - loss) / 20) for loss in curve]
-        flops = training_flops(phase, 32, WINDOWS[0])
-        counts = parameter_counts(phase)
+        flops = training_flops(spec, 32, WINDOWS[0])
+        counts = parameter_counts(spec)
         seconds = (flops.head + flops.body) / 4e10
         cost = Cost(
             WINDOWS[0] * 32, flops.head, flops.body, round(seconds, 3), round(seconds / 20, 3)
@@ -244,22 +246,22 @@ def run(
             epochs=count,
             best_epoch=best,
             name=phase.name,
-            layers=phase.layers,
-            new_layers=list(phase.new_layers) if phase.index else [],
+            layers=spec.layers,
+            new_layers=list(spec.new_layers) if phase.index else [],
             parameters_total=counts.total,
             parameters_trainable=counts.trainable,
-            frozen=list(phase.frozen),
-            rates=phase.rates,
-            exit_weights=list(phase.exit_weights),
+            frozen=list(spec.frozen),
+            rates=spec.rates,
+            exit_weights=list(spec.exit_weights),
             stopped="no improvement in 1 epoch" if best < count else f"max_epochs={count} reached",
             test=None if test_losses is None else score(test_losses[phase.index]),
             exits={
-                phase.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
-                for gap in reversed(range(phase.layers))
+                spec.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
+                for gap in reversed(range(spec.layers))
             },
         )
         growth = None
-        if phase.growth is not None and shock is not None:
+        if spec.growth is not None and shock is not None:
             before = phases[-1].validation.loss
             growth = growth_record(phase, before, before + shock, curve, cost)
             start = cost._replace(tokens=0, train_seconds=0.0, evaluation_seconds=0.0)

@@ -22,7 +22,7 @@ from proglayer.config import (
     to_config,
 )
 from proglayer.errors import first_line, with_type
-from proglayer.training.plan import plan
+from proglayer.training.plan import open_checkpoint, plan
 
 from .helpers import composed, config, experiments
 
@@ -258,7 +258,7 @@ def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
         if refusal is None:
             json.dumps(settings.model_dump(mode="json"), allow_nan=False)
             with contextlib.suppress(ConfigError):
-                plan(settings, 100)
+                plan(settings, 100, open_checkpoint(settings))
         else:
             assert name.split(".")[0] in refusal
             assert all(len(line) < 300 for line in refusal.splitlines())

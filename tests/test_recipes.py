@@ -19,7 +19,8 @@ from proglayer.config import Config
 from proglayer.run.run import run
 from proglayer.store.stages import Machine, stage_key
 from proglayer.store.trajectory import Trajectory, describe
-from proglayer.training.plan import Phase, plan, training_flops
+from proglayer.training.cost import training_flops
+from proglayer.training.plan import Phase, plan
 from proglayer.training.trainer import Progress, Training
 
 from .helpers import ROOT, Command, config, epochs_trained, results
@@ -53,9 +54,9 @@ SMALL = (
 
 
 def shortened(phase: Phase) -> tuple[int, str, str, float | None]:
-    rate = phase.rates.new if phase.new_layers else phase.rates.head
-    frozen = " ".join(part.removeprefix("layers.") for part in phase.frozen)
-    return phase.layers, "".join(map(str, phase.new_layers)), frozen, rate
+    rate = phase.train.rates.new if phase.train.new_layers else phase.train.rates.head
+    frozen = " ".join(part.removeprefix("layers.") for part in phase.train.frozen)
+    return phase.train.layers, "".join(map(str, phase.train.new_layers)), frozen, rate
 
 
 def test_every_recipe_is_here() -> None:
@@ -148,7 +149,7 @@ def test_recipes_that_begin_alike_share_their_first_phase() -> None:
     first: dict[str, set[str]] = {}
     for name in SHORTENED:
         phase = plan(config(f"experiment=recipe/{name}"), 8192)[0]
-        first.setdefault(stage_key(describe(None, phase, "text", machine)), set()).add(name)
+        first.setdefault(stage_key(describe(None, phase.train, "text", machine)), set()).add(name)
     shared = [names for names in first.values() if len(names) > 1]
     assert sorted(map(sorted, shared)) == [
         ["exits_only", "gated", "growth_timing", "loss_by_phase"],
@@ -169,7 +170,7 @@ def test_moments_of_growth_spend_the_same_operations(model: str, within: float) 
     ]
     initial, grown = lengths[:2] if model == "standard" else lengths[2:]
     phases = plan(config("experiment=recipe/growth_timing", f"model={model}"), 8192)
-    flops = [sum(vars(training_flops(phase, 32, 3000)).values()) for phase in phases]
+    flops = [sum(vars(training_flops(phase.train, 32, 3000)).values()) for phase in phases]
     spent = [a * flops[0] + b * flops[1] for a, b in zip(initial, grown, strict=True)]
     mean = sum(spent) / len(spent)
     assert len(spent) == 6

@@ -231,11 +231,11 @@ def _print_plan(config: Config) -> None:
     from proglayer.console import tell
     from proglayer.data.corpus import open_corpus
     from proglayer.launch import stored
-    from proglayer.training.plan import check_checkpoint, plan
+    from proglayer.training.plan import open_checkpoint, plan
 
-    check_checkpoint(config.model)
+    checkpoint = open_checkpoint(config)
     corpus = open_corpus(config.data, tell)
-    phases = plan(config, corpus.vocab_size)
+    phases = plan(config, corpus.vocab_size, checkpoint)
     stored.print_plan(config, corpus, phases, stored=stored.stored_here(config, corpus, phases))
 
 

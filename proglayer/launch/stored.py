@@ -38,7 +38,8 @@ def follow_store(
     reachable = config.reuse
     stored: list[StoredEpochs | None] = []
     for planned in phases:
-        phase = replace(planned, precision=config.precision)
+        train = replace(planned.train, precision=config.precision)
+        phase = replace(planned, train=train)
         found = None
         if reachable:
             store = Path(stages_dir(config))

@@ -15,7 +15,6 @@ import math
 import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,7 +69,8 @@ from proglayer.run.record import (
 from proglayer.run.signals import interrupt, on_signals
 from proglayer.store.nearest import Nearest
 from proglayer.store.stages import SWEEP_FILE
-from proglayer.training.plan import StoppingRule, check_checkpoint, plan, training_flops
+from proglayer.training.cost import training_flops
+from proglayer.training.plan import open_checkpoint, plan
 
 if TYPE_CHECKING:
     from proglayer.store.trajectory import StoredEpochs
@@ -99,7 +99,6 @@ class ProductSweeper(Sweeper, Protocol):
 DIFFERENCE = "code.diff"
 # How Hydra's settings of a sweep begin.
 is_multirun = files.begins_with(b"hydra:")
-ANY_STOP = StoppingRule(max_epochs=1, patience=1, min_delta=0.0)
 
 
 class SweepError(ConfigError):
@@ -349,14 +348,14 @@ class Checks:
         config = to_config(composed)
         config = config.model_copy(update={"threads": config.threads or self._threads})
         self._check_hydra(composed, self._folder / folder)
+        checkpoint = open_checkpoint(config)
         if config.data not in self._corpora:
-            check_checkpoint(config.model)
             # In a sweep Hydra has the log on the console, too.
             self._corpora[config.data] = open_corpus(config.data, log.info)
         corpus = self._corpora[config.data]
-        phases = plan(config, corpus.vocab_size)
+        phases = plan(config, corpus.vocab_size, checkpoint)
         for phase in phases:
-            phase.windows(len(corpus.train))
+            phase.train.windows(len(corpus.train))
         _check_objective(config, corpus)
         completed = _completed(self._folder / folder, config)
         packed = b"" if completed else pickle.dumps(composed)
@@ -475,7 +474,7 @@ def describe_work(
     phases: dict[Any, PhaseProgress] = {}
     for job, run, stored in zip(jobs, runs, followed, strict=True):
         for prefix, phase, found in zip(run, job.phases, stored, strict=True):
-            flops = training_flops(phase, job.config.data.seq_len, len(job.corpus.train))
+            flops = training_flops(phase.train, job.config.data.seq_len, len(job.corpus.train))
             epochs = found.epochs if found else ()
             progress = PhaseProgress(
                 flops.head + flops.body,
@@ -509,10 +508,7 @@ def prefixes(job: Job) -> list[tuple[Any, ...]]:
     """
     config = job.config
     where = config.data, config.device, config.threads, None if config.reuse else job.folder
-    return [
-        (*where, *job.phases[:depth], replace(phase, stop=ANY_STOP))
-        for depth, phase in enumerate(job.phases)
-    ]
+    return [(*where, *job.phases[:depth], phase.train) for depth, phase in enumerate(job.phases)]
 
 
 def _completed(folder: Path, config: Config) -> bool:

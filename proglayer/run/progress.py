@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from proglayer.console import Columns, console, table
 from proglayer.errors import printable
-from proglayer.training.plan import (
-    Phase,
+from proglayer.training.cost import (
     evaluation_flops,
     memory_bytes,
     parameter_counts,
-    schedule_warnings,
     training_flops,
 )
+from proglayer.training.plan import Phase, TrainSpec, schedule_warnings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,9 +72,9 @@ class RunDisplay(AbstractContextManager["RunDisplay"]):
 
     def phase(self, phase: Phase) -> None:
         """A phase begins."""
-        counts = parameter_counts(phase)
+        counts = parameter_counts(phase.train)
         self.note(
-            f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.layers} layers, "
+            f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.train.layers} layers, "
             f"{counts.trainable:,} of {counts.total:,} parameters train"
         )
         for warning in schedule_warnings(phase, self._train_windows):
@@ -129,16 +128,16 @@ def plan_table(
     costs = [
         (
             phase,
-            parameter_counts(phase),
-            training_flops(phase, seq_len, train_windows),
-            evaluation_flops(phase, seq_len, validation_windows),
+            parameter_counts(phase.train),
+            training_flops(phase.train, seq_len, train_windows),
+            evaluation_flops(phase.train, seq_len, validation_windows),
         )
         for phase in phases
     ]
     columns: Columns = (
         ("phase", "long", lambda row: f"{row[0].index + 1} {row[0].name}"),
-        ("layers", "long", lambda row: str(row[0].layers)),
-        ("frozen", "long", lambda row: ", ".join(frozen_ranges(row[0])) or "nothing"),
+        ("layers", "long", lambda row: str(row[0].train.layers)),
+        ("frozen", "long", lambda row: ", ".join(frozen_ranges(row[0].train)) or "nothing"),
         (
             "trainable / total parameters",
             "text",
@@ -147,7 +146,7 @@ def plan_table(
             ),
         ),
         ("rate: new, existing, embedding, head", "long", lambda row: _rates(row[0])),
-        ("batches", "number", lambda row: str(row[0].steps_per_epoch(train_windows))),
+        ("batches", "number", lambda row: str(row[0].train.steps_per_epoch(train_windows))),
         ("head GFLOP", "number", lambda row: f"{row[2].head / 1e9:,.1f}"),
         ("body GFLOP", "number", lambda row: f"{row[2].body / 1e9:,.1f}"),
         ("evaluation GFLOP", "number", lambda row: f"{(row[3].head + row[3].body) / 1e9:,.1f}"),
@@ -161,29 +160,29 @@ def plan_table(
         for number, (_, why) in enumerate(stored, start=1)
         if why
     ]
-    most = max(memory_bytes(phase, seq_len) for phase in phases)
+    most = max(memory_bytes(phase.train, seq_len) for phase in phases)
     lines.append(f"memory at the peak, by estimate: {most / 1e6:,.0f} MB beside the process itself")
     shown.caption = "\n".join(map(printable, lines))
     return shown
 
 
 def _rates(phase: Phase) -> str:
-    rates = phase.rates
+    rates = phase.train.rates
     if not phase.index:
         return f"{rates.new:g}"
     each = (rates.new, rates.existing, rates.embedding, rates.head)
     return ", ".join("-" if rate is None else f"{rate:g}" for rate in each)
 
 
-def frozen_ranges(phase: Phase) -> list[str]:
+def frozen_ranges(spec: TrainSpec) -> list[str]:
     """The frozen parts for people: layers counted from 1, neighbours joined (`layers 1-3`)."""
     words = []
-    layers = [layer for layer in range(phase.layers) if layer not in phase.trained_layers]
-    if phase.rates.embedding is None:
+    layers = [layer for layer in range(spec.layers) if layer not in spec.trained_layers]
+    if spec.rates.embedding is None:
         words.append("embedding")
     for _, group in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
         own = [layer + 1 for _, layer in group]
         words.append(f"layers {own[0]}-{own[-1]}" if own[1:] else f"layer {own[0]}")
-    if phase.rates.head is None:
+    if spec.rates.head is None:
         words.append("head")
     return words

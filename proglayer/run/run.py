@@ -14,6 +14,7 @@ from proglayer import files
 from proglayer.config import Carry, Config, Precision
 from proglayer.console import tell
 from proglayer.data.corpus import open_corpus
+from proglayer.data.pretrained import Pretrained
 from proglayer.errors import StoreError, UserError
 from proglayer.run import machine
 from proglayer.run.code import git_state
@@ -39,17 +40,11 @@ from proglayer.run.session import Prune, Session, Setup, give_up, session
 from proglayer.store.checkpoint import Tensors, load_model
 from proglayer.store.stages import RUN_FILE
 from proglayer.store.trajectory import Trajectory
-from proglayer.training.build import restored
-from proglayer.training.growth import build, grow
+from proglayer.training.build import build, grow, restored
+from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
-from proglayer.training.plan import (
-    Phase,
-    check_checkpoint,
-    parameter_counts,
-    plan,
-    training_flops,
-)
+from proglayer.training.plan import Phase, open_checkpoint, plan
 from proglayer.training.stopping import Stopped, follow
 from proglayer.training.trainer import Diverged, ExitMetrics
 from proglayer.training.unused import unused_settings
@@ -112,7 +107,7 @@ def train_phases(setup: Setup, current: Session) -> Ended:
         current.display.phase(phase)
         machine.reset_peak_memory(setup.device)
         with _trajectory(phase, previous, setup, current) as trajectory:
-            if phase.growth is not None and phase.stop.max_epochs:
+            if phase.train.growth is not None and phase.stop.max_epochs:
                 current.start(phase, trajectory.start_exits()[-1])
             on_epoch = functools.partial(current.epoch, phase, trajectory.counts)
             stopped = follow(phase.stop, trajectory.epochs(), on_epoch)
@@ -129,23 +124,25 @@ def train_phases(setup: Setup, current: Session) -> Ended:
     return previous
 
 
-def starting_model(phase: Phase, previous: Ended | None) -> Model:
-    """The model that `phase` begins with: untrained, or the last one's selected epoch, grown."""
+def starting_model(phase: Phase, previous: Ended | None, checkpoint: Path | None) -> Model:
+    """The model that `phase` begins with: untrained, that of the folder `checkpoint`, or the last
+    one's selected epoch, grown.
+    """
     if previous is None:
-        return build(phase)
-    before = previous.trajectory.phase
+        return build(phase.train, checkpoint)
+    before = previous.trajectory.phase.train
     with previous.trajectory as trajectory:
         weights = trajectory.weights(previous.epoch)
-    return grow(restored(before.layers, asdict(before.architecture), weights), phase)
+    return grow(restored(before.layers, asdict(before.architecture), weights), phase.train)
 
 
 def carried_moments(phase: Phase, previous: Ended | None) -> Tensors:
     """What the optimizer of `phase` takes over from the selected epoch of the phase before."""
-    if previous is None or phase.optimizer.carry is Carry.none:
+    if previous is None or phase.train.optimizer.carry is Carry.none:
         return {}
     with previous.trajectory as trajectory:
         state = trajectory.optimizer_state(previous.epoch)
-    return carried_tensors(state, phase, previous.trajectory.phase.layers)
+    return carried_tensors(state, phase.train, previous.trajectory.phase.train.layers)
 
 
 def prepare(config: Config, record: RunRecord) -> Setup:
@@ -157,31 +154,31 @@ def prepare(config: Config, record: RunRecord) -> Setup:
     device = machine.pick_device(config.device, config.precision)
     if warning := machine.precision_warning(device, config.precision):
         tell(warning)
-    check_checkpoint(config.model)
+    checkpoint = open_checkpoint(config)
     corpus = open_corpus(config.data, tell)
-    phases = plan(config, corpus.vocab_size)
+    phases = plan(config, corpus.vocab_size, checkpoint)
     for phase in phases:
-        phase.windows(len(corpus.train))
+        phase.train.windows(len(corpus.train))
     if unused := unused_settings(config, phases):
         tell(unused)
     record.machine = machine.describe_machine(device)
     record.corpus = corpus_record(corpus)
-    record.checkpoint = checkpoint_record(config, phases[0])
+    record.checkpoint = checkpoint_record(config, checkpoint, phases[0])
     check_objective(config.objective, record.corpus)
-    return Setup(device, record.machine, corpus, phases)
+    return Setup(device, record.machine, corpus, checkpoint, phases)
 
 
-def checkpoint_record(config: Config, first: Phase) -> CheckpointRecord | None:
+def checkpoint_record(
+    config: Config, checkpoint: Pretrained | None, first: Phase
+) -> CheckpointRecord | None:
     """What the record says of the weights that a run began with; None for an untrained model."""
-    if first.checkpoint_folder is None:
+    if checkpoint is None:
         return None
-    # Of the hub, a folder has the name of its commit.
-    of_hub = not Path(str(config.model.path)).expanduser().is_dir()
     return CheckpointRecord(
         path=str(config.model.path),
-        revision=Path(first.checkpoint_folder).name if of_hub else None,
-        sha256=first.checkpoint_sha256,
-        layers=first.layers,
+        revision=checkpoint.revision,
+        sha256=first.train.checkpoint_sha256,
+        layers=first.train.layers,
     )
 
 
@@ -196,7 +193,9 @@ def _trajectory(
     trajectory = Trajectory(
         store=current.store,
         parent=(previous.trajectory.key, previous.epoch) if previous else None,
-        start=functools.partial(starting_model, phase, previous),
+        start=functools.partial(
+            starting_model, phase, previous, setup.checkpoint and setup.checkpoint.folder
+        ),
         phase=phase,
         corpus=setup.corpus,
         device=setup.device,
@@ -204,7 +203,7 @@ def _trajectory(
         checkpoint_every_s=current.config.checkpoint_every_s,
         hooks=current.hooks,
         carried=functools.partial(carried_moments, phase, previous),
-        keep_optimizer=any(after.optimizer.carry is not Carry.none for after in following),
+        keep_optimizer=any(after.train.optimizer.carry is not Carry.none for after in following),
     )
     with trajectory:
         trajectory.stage.mark_used(current.folder)
@@ -244,24 +243,25 @@ def _phase_record(
 ) -> PhaseRecord:
     """Return what the record says of a phase."""
     phase, counts = trajectory.phase, trajectory.counts
-    parameters, best = parameter_counts(phase), stopped.best
+    spec = phase.train
+    parameters, best = parameter_counts(spec), stopped.best
     windows = setup.corpus.train
     trained = [epoch for epoch in stopped.epochs if epoch.epoch]
     flops = [
-        training_flops(phase, windows.shape[1] - 1, len(windows), epoch.epoch) for epoch in trained
+        training_flops(spec, windows.shape[1] - 1, len(windows), epoch.epoch) for epoch in trained
     ]
     train_seconds = sum(epoch.train_seconds for epoch in trained)
     tokens = sum(epoch.train_tokens for epoch in trained)
     reused = [epoch for epoch in trained if epoch.epoch not in counts.trained]
     return PhaseRecord(
         name=phase.name,
-        layers=phase.layers,
-        new_layers=list(phase.new_layers) if phase.index else [],
+        layers=spec.layers,
+        new_layers=list(spec.new_layers) if phase.index else [],
         parameters_total=parameters.total,
         parameters_trainable=parameters.trainable,
-        frozen=list(phase.frozen),
-        rates=phase.rates,
-        exit_weights=list(phase.exit_weights),
+        frozen=list(spec.frozen),
+        rates=spec.rates,
+        exit_weights=list(spec.exit_weights),
         trajectory=trajectory.key,
         epochs=len(trained),
         best_epoch=best.epoch,
@@ -270,7 +270,7 @@ def _phase_record(
         validation=Score(loss=best.validation_loss, accuracy=best.validation_accuracy),
         test=test and Score(loss=test.loss, accuracy=test.accuracy),
         exits={
-            each.exit + 1 if phase.layers else 0: Score(loss=each.loss, accuracy=each.accuracy)
+            each.exit + 1 if spec.layers else 0: Score(loss=each.loss, accuracy=each.accuracy)
             for each in exits
         },
         train_tokens=tokens,
@@ -295,7 +295,7 @@ def _growth_record(
     trajectory: Trajectory, previous: Ended | None, stopped: Stopped
 ) -> GrowthRecord | None:
     """What the growth at the start of a phase did; None where there was none."""
-    if trajectory.phase.growth is None:
+    if trajectory.phase.train.growth is None:
         return None
     losses = [exit.loss for exit in trajectory.start_exits()]
     before = previous.validation_loss if previous else None

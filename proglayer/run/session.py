@@ -20,6 +20,7 @@ import torch
 from proglayer import files
 from proglayer.config import Config, stages_dir
 from proglayer.data.corpus import Corpus
+from proglayer.data.pretrained import Pretrained
 from proglayer.errors import UserError
 from proglayer.run import gpu_slots, machine
 from proglayer.run.loggers import Loggers
@@ -64,6 +65,7 @@ class Setup:
     device: torch.device
     machine: Machine
     corpus: Corpus
+    checkpoint: Pretrained | None
     phases: tuple[Phase, ...]
 
 
@@ -113,7 +115,7 @@ class Session:
         """Write an epoch down. Returns its row of `metrics.csv`."""
         row = EpochRow(
             phase=phase.index + 1,
-            layers=phase.layers,
+            layers=phase.train.layers,
             epoch=metrics.epoch,
             train_loss=metrics.train_loss,
             validation=Score(loss=metrics.validation_loss, accuracy=metrics.validation_accuracy),

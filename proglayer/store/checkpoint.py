@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import safetensors.torch
@@ -14,7 +15,7 @@ from proglayer.errors import first_line
 from proglayer.training.build import restored
 from proglayer.training.model import Model
 from proglayer.training.optim import optimizer_tensors, start_from
-from proglayer.training.plan import Phase, described
+from proglayer.training.plan import TrainSpec
 from proglayer.training.trainer import Training
 
 # The entry of a file's metadata that holds what is not a tensor.
@@ -36,9 +37,9 @@ def trainable_parameters(training: Training) -> Tensors:
     return {n: p for n, p in training.model.named_parameters() if p.requires_grad}
 
 
-def pack_weights(phase: Phase, weights: Tensors) -> bytes:
+def pack_weights(spec: TrainSpec, weights: Tensors) -> bytes:
     """The file of a phase's model."""
-    return _pack(weights, {"architecture": described(phase.architecture), "layers": phase.layers})
+    return _pack(weights, {"architecture": asdict(spec.architecture), "layers": spec.layers})
 
 
 def load_model(content: bytes) -> Model:

@@ -45,7 +45,7 @@ from proglayer.store.reading import read_json
 log = logging.getLogger(__name__)
 
 # Raise by hand whenever the same key would stand for different numbers, or a file's form changes.
-FORMAT = 2
+FORMAT = 3
 DAMAGED = ".damaged"
 LOCK = "lock"
 # What makes a folder a store, and what holds one that is private to a run: see `marker`.

@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic_core import to_jsonable_python
 
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
@@ -37,7 +38,7 @@ from proglayer.store.stages import FORMAT, Machine, Stage, stage_key
 from proglayer.training.build import restored
 from proglayer.training.model import Model
 from proglayer.training.optim import trains
-from proglayer.training.plan import Phase, Precision, described
+from proglayer.training.plan import Phase, TrainSpec
 from proglayer.training.stopping import EpochMetrics, best_of, follow
 from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate, set_gate
 
@@ -108,7 +109,9 @@ class Trajectory:
     keep_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        self.description = describe(self.parent, self.phase, self.corpus.fingerprint, self.machine)
+        self.description = describe(
+            self.parent, self.phase.train, self.corpus.fingerprint, self.machine
+        )
         self.stage = Stage(self.store, stage_key(self.description))
         self.counts = Counts()
         self._recorded: dict[int, EpochMetrics] = {}
@@ -145,7 +148,7 @@ class Trajectory:
         from the store, else untrained. An epoch that is stored needs its weights again, not its
         metrics: then its own end will do.
         """
-        steps = self.phase.steps_per_epoch(len(self.corpus.train))
+        steps = self.phase.train.steps_per_epoch(len(self.corpus.train))
         latest = (number, 0) if self._stored_epoch(number) else (number - 1, steps)
         if self._training is None or _position(self._training) > latest:
             self._training = self._resume(latest)
@@ -171,7 +174,7 @@ class Trajectory:
         while (exits := self._stored_exits(0)) is None:
             if self._become_writer(unless=lambda: self._stored_exits(0) is not None):
                 model = self.start().to(self.device)
-                set_gate(model, self.phase, 0)
+                set_gate(model, self.phase.train, 0)
                 self._store_exits(0, self._evaluate_exits(model, None))
         return exits
 
@@ -206,7 +209,7 @@ class Trajectory:
             if exits is None:
                 self._check_moved(weights)
                 metrics = self._stored_epoch(selected)
-                if self.phase.evaluated_exits == [last := self.phase.exits - 1] and metrics:
+                if self.phase.evaluate == (last := self.phase.train.exits - 1,) and metrics:
                     exits = [
                         ExitMetrics(last, metrics.validation_loss, metrics.validation_accuracy)
                     ]
@@ -256,7 +259,7 @@ class Trajectory:
         while (metrics := self._stored_test(selected)) is None:
             if self._become_writer(unless=lambda: self._stored_test(selected) is not None):
                 model = self._model(self.weights(selected))
-                last = [self.phase.exits - 1]
+                last = [self.phase.train.exits - 1]
                 (metrics,) = self._evaluate(model, last, self._training, tokens=self.corpus.test)
                 self.stage.write_json(self._test_name(selected), asdict(metrics))
         return metrics
@@ -315,7 +318,7 @@ class Trajectory:
                 self.counts.epochs_replayed += 1
             else:
                 metrics = self._finish_epoch(training)
-                if self.phase.growth is not None and metrics.epoch == 1:
+                if self.phase.train.growth is not None and metrics.epoch == 1:
                     shares = [float(share) for share in training.gradient_shares]
                     self.stage.write_json("gradients-0001", {"new_layers": shares})
                 self._record(metrics)
@@ -325,7 +328,7 @@ class Trajectory:
         """Evaluate and close the epoch under way. Raises Diverged where a loss is not finite."""
         number = training.epoch + 1
         started = time.perf_counter()
-        last, frozen = self.phase.exits - 1, training.frozen_validation
+        last, frozen = self.phase.train.exits - 1, training.frozen_validation
         (exit,) = self._evaluate(training.model, [last], training, frozen=frozen)
         evaluation_seconds = time.perf_counter() - started
         if not math.isfinite(exit.loss):
@@ -374,13 +377,13 @@ class Trajectory:
         self, model: Model, exits: list[int], training: Training | None, **how: Any
     ) -> list[ExitMetrics]:
         how["between_batches"] = functools.partial(self._check_stop, training)
-        return evaluate(model, self.phase, self.corpus, self.device, exits, **how)
+        return evaluate(model, self.phase.train, self.corpus, self.device, exits, **how)
 
     def _evaluate_exits(self, model: Model, training: Training | None) -> list[ExitMetrics]:
-        return self._evaluate(model, self.phase.evaluated_exits, training)
+        return self._evaluate(model, list(self.phase.evaluate), training)
 
     def _model(self, weights: Tensors) -> Model:
-        model = restored(self.phase.layers, asdict(self.phase.architecture), weights)
+        model = restored(self.phase.train.layers, asdict(self.phase.train.architecture), weights)
         return model.to(self.device)
 
     def _check_moved(self, weights: Tensors) -> None:
@@ -397,7 +400,7 @@ class Trajectory:
     def _hashes(self, model: Model) -> dict[str, str]:
         """Of each parameter that the phase trains."""
         parameters = model.named_parameters()
-        return {name: _hash(value) for name, value in parameters if trains(name, self.phase)}
+        return {name: _hash(value) for name, value in parameters if trains(name, self.phase.train)}
 
     def _after_step(self, training: Training, progress: Progress) -> None:
         self.hooks.on_step(progress)
@@ -436,7 +439,8 @@ class Trajectory:
 
     def _exits_name(self, epoch: int) -> str:
         # An exit's loss is rounded by what it is evaluated with, so neither file stands for both.
-        return f"{'exits' if self.phase.evaluates_all else 'trained'}-{epoch:04d}"
+        every = len(self.phase.evaluate) == self.phase.train.exits
+        return f"{'exits' if every else 'trained'}-{epoch:04d}"
 
     def _stored_test(self, epoch: int) -> ExitMetrics | None:
         return self.stage.read_json(self._test_name(epoch), lambda plain: ExitMetrics(**plain))
@@ -455,7 +459,7 @@ class Trajectory:
 
     def _store_weights(self, epoch: int, weights: Tensors) -> None:
         if self.weights_path(epoch) is None:
-            content = pack_weights(self.phase, weights)
+            content = pack_weights(self.phase.train, weights)
             self.stage.write(f"weights-{epoch:04d}", "safetensors", content)
 
     def _store_state(self, training: Training) -> None:
@@ -480,7 +484,7 @@ class Trajectory:
         self._checkpointed = time.monotonic()
         model = self.start()
         self._started = self._hashes(model)
-        training = Training(model, self.phase, self.corpus, self.device, self.carried())
+        training = Training(model, self.phase.train, self.corpus, self.device, self.carried())
 
         def load(content: bytes) -> bool:
             self._best = load_training(training, content)
@@ -512,7 +516,7 @@ def stored_epochs(
     store: Path, parent: tuple[str, int] | None, phase: Phase, fingerprint: str, machine: Machine
 ) -> StoredEpochs:
     """Read as much of a trajectory as is stored, training nothing."""
-    description = describe(parent, phase, fingerprint, machine)
+    description = describe(parent, phase.train, fingerprint, machine)
     stage = Stage(store, stage_key(description))
     epochs: list[EpochMetrics] = []
 
@@ -526,26 +530,16 @@ def stored_epochs(
 
 
 def describe(
-    parent: tuple[str, int] | None, phase: Phase, fingerprint: str, machine: Machine
+    parent: tuple[str, int] | None, train: TrainSpec, fingerprint: str, machine: Machine
 ) -> dict[str, Any]:
     """Everything a trajectory depends on, as plain data: what its key is the hash of.
 
-    `parent` is the key and the selected epoch of the phase before, None for an untrained model.
-    The stopping rule is left out, and which exits are evaluated: they only read.
+    `parent` is the key and the selected epoch of the phase before, None for the first.
     """
-    plain = described(phase)
-    del plain["stop"]
-    plain.pop("checkpoint_folder", None)
-    plain.pop("evaluates_all", None)
-    # Raised by hand where the products of one precision change, so that the others keep their keys.
-    arithmetic = {}
-    if machine.device == "cpu" and phase.precision is Precision.bfloat16:
-        arithmetic = {"arithmetic": 2}
     return {
-        **arithmetic,
         "format": FORMAT,
         "parent": {"key": parent[0], "epoch": parent[1]} if parent else "fresh",
-        "phase": plain,
+        "phase": to_jsonable_python(train),
         "corpus": fingerprint,
         "machine": asdict(machine),
     }

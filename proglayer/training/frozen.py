@@ -25,7 +25,7 @@ from torch import Tensor
 
 from proglayer.config import ConfigError
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, lowest_trained
+from proglayer.training.plan import TrainSpec
 
 SHARE_OF_FREE_MEMORY = 0.25
 
@@ -39,13 +39,13 @@ class FrozenStates:
 
     def __init__(
         self,
-        phase: Phase,
+        spec: TrainSpec,
         exits: Sequence[int],
         windows: int,
         inputs: Callable[[Tensor], Tensor],
     ) -> None:
-        self.phase, self.windows, self.inputs = phase, windows, inputs
-        self.first = min(lowest_trained(phase), 1 + max(exits))
+        self.spec, self.windows, self.inputs = spec, windows, inputs
+        self.first = min(spec.lowest_trained, 1 + max(exits))
         self.above = max(exits) >= self.first
         self.kept = [e for e in range(self.first) if e in exits or e == self.first - 1]
         self._states: list[Tensor] | None = None
@@ -66,7 +66,7 @@ class FrozenStates:
     @torch.no_grad()
     def _compute(self, model: Model) -> list[Tensor]:
         states: list[Tensor] = []
-        for window_n in torch.arange(self.windows).split(self.phase.batch_size):
+        for window_n in torch.arange(self.windows).split(self.spec.batch_size):
             x_ntd = model.embed(self.inputs(window_n))
             below = model.layers_from(0, x_ntd, self.first)
             hidden_entd = [below[e] for e in self.kept]

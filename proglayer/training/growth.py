@@ -1,94 +1,182 @@
-"""A shallow model becomes a deeper one: untrained models, and the growth operators.
+"""The growth operators: where the layers of a deeper model come from, and what each one preserves.
 
-To add an operator: a name in `config.GrowthInit`, where its layers come from in
-`plan.layer_sources`, what it changes in `grow`, and a test of what it preserves.
+To add one: a name in `config.GrowthInit`, a class here and its row in `OPERATORS`, and a test of
+what it preserves. Needs no torch: `plan` reads it, and `build.grow` does it to a model.
+
+Whatever the operator, embedding, head, final norm and old layers keep their values bit for bit, and
+the old layers their order; every exit below the lowest new layer computes what it did.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from proglayer.config import GrowthConfig, GrowthInit, GrowthPosition
 
-from proglayer.config import GrowthInit
-from proglayer.training.architecture import CausalLM
-from proglayer.training.build import empty
-from proglayer.training.model import Model
-from proglayer.training.plan import Growth, Phase, layer_sources
-from proglayer.training.streams import stream
+if TYPE_CHECKING:
+    from torch import nn
+
+    from proglayer.training.model import Model
 
 
-def build(phase: Phase) -> Model:
-    """The model that the first phase of a plan starts with, on the CPU: untrained, or a checkpoint.
+@dataclass(frozen=True)
+class Growth:
+    """Layers added at the start of a phase. What the operator does not read is as it is here."""
 
-    Embedding, head and each layer draw from streams of their own, so models of different depth
-    share what they have in common.
+    layers: int
+    init: GrowthInit
+    position: GrowthPosition = GrowthPosition.top
+    noise: float = 0.0
+    block: int = 1
+    gate_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a layer of a grown model comes from.
+
+    `layer` is the old layer that it is or starts from, None for one that is drawn; `new` whether
+    the growth added it.
     """
-    if phase.checkpoint_folder is not None:
-        from proglayer.training.causal_lm import loaded  # its library takes seconds
 
-        assert isinstance(phase.architecture, CausalLM)
-        return loaded(phase.architecture, phase.layers, Path(phase.checkpoint_folder))
-    model = empty(phase.architecture, phase.layers)
-    for name, part in model.named_children():
-        if name != "layers":
-            model.initialize(part, stream(phase.seed, name, phase.index))
-    for number, layer in enumerate(model.layers):
-        model.initialize(layer, stream(phase.seed, "layer", phase.index, number))
-    return model
+    layer: int | None
+    new: bool
 
 
-@torch.no_grad()
-def grow(model: Model, phase: Phase) -> Model:
-    """The model that `phase` starts with: `model` with the phase's growth, as new tensors.
+class Operator:
+    """How the new layers of a growth come to be.
 
-    Embedding, head, final norm and old layers keep their values bit for bit, and the old layers
-    their order; every exit below the lowest new layer computes what it did. What else is kept:
-
-    - random: nothing. The draw comes from a stream of its own.
-    - copy: nothing; the layer below once more (Chang et al. 2018, interleaved).
-    - stack: exit 2L of L layers is the old layers applied to the old last exit (Gong et al. 2019;
-      Du et al. 2024, "G_stack").
-    - middle: nothing; a block of the middle is repeated (Saunshi et al. 2024, "MIDAS").
-    - zero: copies whose branches give 0, as their attention output `o` and `w2` are 0 (Wu et al.
-      2024, "LLaMA Pro"). Pre-norm: every function, bit for bit, in every position. Post-norm: such
-      a layer is x / rms(x), so on top of the model every token's most likely next word stays and
-      only the loss's temperature moves; its gains start at 1 for that. Their first gradient is 0
-      but at `o`, `w2` and, post-norm, at the gains.
-    - gate: copies behind a gate g, hidden state = g layer(h) + (1 - g) h (after Yao et al. 2024,
-      "Masked structural growth"). At g = 0 every function, bit for bit, in both norms and every
-      position; at g = 1 it is the model without a gate. `gate_value` says how g moves.
-
-    `growth.noise` mixes each matrix of a copy with normal noise of the same root mean square:
-    (1 - noise) w + noise n. At 0 nothing is drawn (Du et al. 2024, section 5.2).
-
-    No tensor of the grown model shares storage with another or with `model`.
+    reads: the settings of `growth` that it reads, beside `init`.
     """
-    growth = phase.growth
+
+    reads: tuple[str, ...] = ("position", "noise")
+
+    def places(self, layers: int, growth: Growth) -> tuple[int, ...]:
+        """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers.
+
+        `interleave` spreads them evenly: 3 on 3 layers gives every old layer a new one above it,
+        and 1 on 3 goes above the second.
+        """
+        added = growth.layers
+        if growth.position is GrowthPosition.top:
+            return tuple(range(layers, layers + added))
+        if growth.position is GrowthPosition.bottom:
+            return tuple(range(added))
+        return tuple(math.ceil((i + 0.5) * layers / added) + i for i in range(added))
+
+    def origin(self, layers: int, growth: Growth, place: int, number: int) -> int | None:
+        """The old layer that new layer `number`, which stands at `place`, starts from; None for one
+        that is drawn. Of a copy it is the one below, and at the bottom the one above.
+        """
+        return max(0, place - number - 1)
+
+    def start(self, model: Model, layer: nn.Module) -> None:
+        """Change a new layer of `model` once it has its values."""
+
+
+class Random(Operator):
+    """New layers as of an untrained model, from a stream of their own. Preserves nothing."""
+
+    reads = ("position",)
+
+    def origin(self, layers: int, growth: Growth, place: int, number: int) -> None:
+        return None
+
+
+class Copy(Operator):
+    """The layer below once more (Chang et al. 2018, interleaved). Preserves nothing."""
+
+
+class Stack(Operator):
+    """The old layers once more on top: new layer i starts from old layer i mod L of L. Preserves
+    the old last exit's function: exit 2L is the old layers applied to it (Gong et al. 2019; Du et
+    al. 2024, "G_stack").
+    """
+
+    reads = ("noise",)
+
+    def origin(self, layers: int, growth: Growth, place: int, number: int) -> int:
+        return place % layers
+
+
+class Middle(Operator):
+    """A block in the middle repeated, above itself (Saunshi et al. 2024, "MIDAS"). Preserves
+    nothing.
+    """
+
+    reads = ("noise", "block")
+
+    def places(self, layers: int, growth: Growth) -> tuple[int, ...]:
+        above = self._lowest(layers, growth) + growth.block
+        return tuple(range(above, above + growth.layers))
+
+    def origin(self, layers: int, growth: Growth, place: int, number: int) -> int:
+        return self._lowest(layers, growth) + number % growth.block
+
+    @staticmethod
+    def _lowest(layers: int, growth: Growth) -> int:
+        return (layers - growth.block) // 2
+
+
+class Zero(Operator):
+    """Copies whose branches give 0, as their attention output `o` and `w2` are 0 (Wu et al. 2024,
+    "LLaMA Pro"). Preserves, pre-norm, every function, bit for bit, in every position. Post-norm
+    such a layer is x / rms(x): on top of the model every token's most likely next word stays and
+    only the loss's temperature moves; its gains start at 1 for that. Their first gradient is 0 but
+    at `o`, `w2` and, post-norm, at the gains.
+    """
+
+    def start(self, model: Model, layer: nn.Module) -> None:
+        model.silence(layer)
+
+
+class Gate(Operator):
+    """Copies behind a gate g: hidden state = g layer(h) + (1 - g) h (after Yao et al. 2024, "Masked
+    structural growth"). Preserves, at g = 0, every function, bit for bit, in both norms and every
+    position; at g = 1 it is the model without a gate. `gate_value` says how g moves.
+    """
+
+    reads = ("position", "noise", "gate_steps")
+
+
+OPERATORS: dict[GrowthInit, Operator] = {
+    GrowthInit.random: Random(),
+    GrowthInit.copy: Copy(),
+    GrowthInit.stack: Stack(),
+    GrowthInit.middle: Middle(),
+    GrowthInit.zero: Zero(),
+    GrowthInit.gate: Gate(),
+}
+
+
+def growth_of(settings: GrowthConfig, added: int) -> Growth | None:
+    """The growth by so many layers, with what its operator reads; None where none is added."""
+    if not added:
+        return None
+    reads = OPERATORS[settings.init].reads
+    return Growth(added, settings.init, **{name: getattr(settings, name) for name in reads})
+
+
+def placements(layers: int, growth: Growth) -> tuple[int, ...]:
+    """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers."""
+    return OPERATORS[growth.init].places(layers, growth)
+
+
+def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
+    """Where each layer, bottom first, of a model of `layers` layers comes from after `growth`."""
     if growth is None:
-        return model
-    device = model.head_weight.device
-    grown = empty(phase.architecture, phase.layers).to(device)
-    for name, part in model.named_children():
-        if name != "layers":
-            grown.get_submodule(name).load_state_dict(part.state_dict())
-    sources = layer_sources(len(model.layers), growth)
-    added = 0
-    for layer, source in zip(grown.layers, sources, strict=True):
-        if source.layer is not None:
-            layer.load_state_dict(model.layers[source.layer].state_dict())
-        else:
-            draw = stream(phase.seed, "layer", phase.index, added)
-            grown.initialize(layer.cpu(), draw)
-            layer.to(device)
-        if source.new:
-            if growth.noise:
-                _add_noise(layer, growth.noise, stream(phase.seed, "noise", phase.index, added))
-            if growth.init is GrowthInit.zero:
-                grown.silence(layer)
-            added += 1
-    return grown
+        return tuple(Source(layer, False) for layer in range(layers))
+    operator = OPERATORS[growth.init]
+    places = operator.places(layers, growth)
+    old = iter(range(layers))
+    return tuple(
+        Source(operator.origin(layers, growth, place, places.index(place)), True)
+        if place in places
+        else Source(next(old), False)
+        for place in range(layers + growth.layers)
+    )
 
 
 def gate_value(growth: Growth | None, step: int) -> float | None:
@@ -97,15 +185,6 @@ def gate_value(growth: Growth | None, step: int) -> float | None:
     It rises from 0 by equal parts to 1, which it has reached after `gate_steps` steps; from then
     on, and where there is no gate, the result is None.
     """
-    if growth is None or growth.init is not GrowthInit.gate or step >= growth.gate_steps:
+    if growth is None or step >= growth.gate_steps:
         return None
     return step / growth.gate_steps
-
-
-def _add_noise(layer: nn.Module, share: float, generator: torch.Generator) -> None:
-    """Mix the layer's matrices with noise of their own scale; gains and biases stay."""
-    for weight in layer.parameters():
-        if weight.ndim > 1:
-            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-            scale = weight.square().mean().sqrt()
-            weight.mul_(1 - share).add_(noise * scale, alpha=share)

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from proglayer.config import Carry, OptimizerConfig
+from proglayer.training.growth import layer_sources
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, Role, Source, layer_sources
+from proglayer.training.plan import Role, TrainSpec
 
 # What AdamW remembers of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def role_of(name: str, phase: Phase) -> Role:
+def role_of(name: str, spec: TrainSpec) -> Role:
     """The role of the parameter called `name`. Raises ValueError for one that has none."""
     part, _, rest = name.partition(".")
     if part == "embedding":
@@ -23,24 +24,24 @@ def role_of(name: str, phase: Phase) -> Role:
     if part in ("head", "norm"):
         return Role.head
     if part == "layers":
-        return Role.new if int(rest.split(".")[0]) in phase.new_layers else Role.existing
+        return Role.new if int(rest.split(".")[0]) in spec.new_layers else Role.existing
     raise ValueError(f"parameter {name} has no role")
 
 
-def trains(name: str, phase: Phase) -> bool:
-    """Whether the parameter called `name` trains in `phase`."""
-    role = role_of(name, phase)
+def trains(name: str, spec: TrainSpec) -> bool:
+    """Whether the parameter called `name` trains in the phase."""
+    role = role_of(name, spec)
     if role in (Role.new, Role.existing):
-        return int(name.split(".")[1]) in phase.trained_layers
-    return getattr(phase.rates, role) is not None
+        return int(name.split(".")[1]) in spec.trained_layers
+    return getattr(spec.rates, role) is not None
 
 
-def set_trainable(model: Model, phase: Phase) -> dict[str, Tensor]:
-    """Mark what trains in `phase`, drop left-over gradients; gives the trainable set by name."""
+def set_trainable(model: Model, spec: TrainSpec) -> dict[str, Tensor]:
+    """Mark what trains in the phase, drop left-over gradients; gives the trainable set by name."""
     trainable = {}
     for name, parameter in model.named_parameters():
         parameter.grad = None
-        parameter.requires_grad_(trains(name, phase))
+        parameter.requires_grad_(trains(name, spec))
         if parameter.requires_grad:
             trainable[name] = parameter
     return trainable
@@ -53,24 +54,24 @@ def decayed(name: str, parameter: Tensor, settings: OptimizerConfig) -> bool:
     return settings.decay_norms or parameter.ndim > 1
 
 
-def build_optimizer(model: Model, phase: Phase) -> torch.optim.AdamW:
+def build_optimizer(model: Model, spec: TrainSpec) -> torch.optim.AdamW:
     """A fresh AdamW over exactly the trainable set, one group for each role that trains (two where
     weight decay leaves out some of it).
 
     Each group carries `role`, `base_lr` (the rate before the schedule) and `names`, in the order
     of its parameters.
     """
-    trainable = set_trainable(model, phase)
-    settings = phase.optimizer
+    trainable = set_trainable(model, spec)
+    settings = spec.optimizer
     groups = []
     for role, decays in itertools.product(Role, (True, False)):
         names = [
             name
             for name, parameter in trainable.items()
-            if role_of(name, phase) is role and decayed(name, parameter, settings) is decays
+            if role_of(name, spec) is role and decayed(name, parameter, settings) is decays
         ]
         if names:
-            rate = getattr(phase.rates, role)
+            rate = getattr(spec.rates, role)
             group = {
                 "params": [trainable[name] for name in names],
                 "lr": rate,
@@ -107,20 +108,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def carried_tensors(tensors: dict[str, Tensor], phase: Phase, layers: int) -> dict[str, Tensor]:
-    """The part of an optimizer's state that `phase` takes over, under the names it has there.
+def carried_tensors(tensors: dict[str, Tensor], spec: TrainSpec, layers: int) -> dict[str, Tensor]:
+    """The part of an optimizer's state that the phase takes over, under the names it has there.
 
     `tensors` are those of the phase before, of a model of `layers` layers. What did not train there
     has no state to give; the result is empty with `carry=none`.
     """
-    carry = phase.optimizer.carry
+    carry = spec.optimizer.carry
     if carry is Carry.none:
         return {}
     carried = {name: value for name, value in tensors.items() if not name.startswith("layers.")}
-    sources = [Source(number, False) for number in range(layers)]
-    if phase.growth is not None:
-        sources = list(layer_sources(layers, phase.growth))
-    for number, source in enumerate(sources):
+    for number, source in enumerate(layer_sources(layers, spec.growth)):
         if source.layer is None or (source.new and carry is not Carry.copy):
             continue
         old = f"layers.{source.layer}."

@@ -1,16 +1,16 @@
-"""From settings to a tuple of phases, and what each phase costs. Pure: no torch, no disk.
+"""From settings to a tuple of phases. Needs no torch.
 
-A `Phase` holds everything its training depends on and nothing that comes later in the plan, so
-two runs whose plans begin alike share those phases bit for bit.
+A phase's `train` holds everything its training depends on and nothing that comes later in the
+plan, so two runs whose plans begin alike share those phases bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proglayer.config import (
     BudgetOverrides,
@@ -20,18 +20,19 @@ from proglayer.config import (
     Curriculum,
     EvaluatedExits,
     ExitWeights,
-    GrowthInit,
-    GrowthPosition,
-    ModelConfig,
     ModelKind,
     OptimizerConfig,
     PhaseSchedule,
     Precision,
     ScheduleShape,
     depth_problems,
-    to_plain,
 )
 from proglayer.training.architecture import Architecture, CausalLM
+from proglayer.training.growth import Growth, growth_of, placements
+from proglayer.training.stopping import StoppingRule
+
+if TYPE_CHECKING:
+    from proglayer.data.pretrained import Pretrained
 
 
 class Role(StrEnum):
@@ -41,32 +42,6 @@ class Role(StrEnum):
     existing = "existing"
     embedding = "embedding"
     head = "head"  # with the norm that it reads through, where there is one
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Layers added at the start of a phase. Settings that an operator does not read keep their
-    defaults here, so that they are no part of what the phase depends on.
-    """
-
-    layers: int
-    init: GrowthInit
-    position: GrowthPosition
-    noise: float = 0.0
-    block: int = 1
-    gate_steps: int = 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a layer of a grown model comes from.
-
-    `layer` is the old layer that it is or starts from, None for one that is drawn; `new` whether
-    the growth added it.
-    """
-
-    layer: int | None
-    new: bool
 
 
 @dataclass(frozen=True)
@@ -141,58 +116,36 @@ class ExitCurriculum:
 
 
 @dataclass(frozen=True)
-class StoppingRule:
-    """When a phase ends. It only reads the trajectory, so it is no part of the trajectory's key."""
-
-    max_epochs: int
-    patience: int
-    min_delta: float
-
-    @property
-    def first_epoch(self) -> int:
-        """The first epoch that is read: 0, the model as it is, where none is trained."""
-        return min(1, self.max_epochs)
-
-    def improves(self, loss: float, best: float) -> bool:
-        """Whether an epoch with this validation loss is an improvement on the best so far."""
-        return loss < best - self.min_delta
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of training: one depth, one trainable set, one set of rates.
+class TrainSpec:
+    """Everything that the training of a phase depends on, beside its text, its machine and the
+    weights it starts with; nothing else. With these it is the key of what is trained.
 
     Layers are numbered from 0 at the bottom, as they stand after this phase's growth.
     `new_layers` came with the latest growth, which may be an earlier phase's.
+    checkpoint_sha256: the hash of a checkpoint that the first phase starts with.
     """
 
     index: int
     seed: int
     architecture: Architecture | CausalLM
+    checkpoint_sha256: str | None
     layers: int
     growth: Growth | None
     new_layers: tuple[int, ...]
     trained_layers: tuple[int, ...]
     exit_weights: tuple[float, ...]
+    curriculum: ExitCurriculum
+    detached: bool
     rates: Rates
     schedule: Schedule
     optimizer: OptimizerConfig
     batch_size: int
     samples: int | None
+    accumulate: int
     precision: Precision
     compile: bool
-    stop: StoppingRule
-    curriculum: ExitCurriculum = ExitCurriculum()
-    detached: bool = False
-    cache_frozen: bool = False
-    accumulate: int = 1
-    checkpoint_activations: bool = False
-    # Whether every exit is evaluated where the phase starts and at its end, or the trained alone.
-    evaluates_all: bool = True
-    # The weights that the first phase starts with, where others trained them: their hash is part of
-    # what the phase depends on, and where they lie is not.
-    checkpoint_sha256: str | None = None
-    checkpoint_folder: str | None = None
+    checkpoint_activations: bool
+    cache_frozen: bool
 
     @property
     def exits(self) -> int:
@@ -205,26 +158,11 @@ class Phase:
         return max(exit for exit, weight in enumerate(self.exit_weights) if weight > 0)
 
     @property
-    def evaluated_exits(self) -> list[int]:
-        """The exits that are evaluated where the phase starts and at its end, bottom first; the
-        last is one of them.
-        """
-        trained = {exit for exit, weight in enumerate(self.exit_weights) if weight > 0}
-        every = range(self.exits)
-        return [exit for exit in every if self.evaluates_all or exit in trained | {every[-1]}]
-
-    def exit_weights_at(self, step: int) -> tuple[float, ...]:
-        """The loss's weight at each exit at optimizer step `step` of the phase."""
-        return self.curriculum.weights(self.exit_weights, step)
-
-    @property
-    def name(self) -> str:
-        """What this phase is called in tables."""
-        if self.index == 0:
-            return "initial"
-        if self.growth is not None:
-            return "grown"
-        return "unfreezing" if self.new_layers else "continued"
+    def lowest_trained(self) -> int:
+        """The lowest layer whose output needs a gradient to reach something that trains."""
+        if self.rates.embedding is not None:
+            return -1
+        return min(self.trained_layers, default=self.exits)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -235,6 +173,10 @@ class Phase:
         if self.rates.head is None:
             parts.append("head")
         return tuple(parts)
+
+    def exit_weights_at(self, step: int) -> tuple[float, ...]:
+        """The loss's weight at each exit at optimizer step `step` of the phase."""
+        return self.curriculum.weights(self.exit_weights, step)
 
     def steps_per_epoch(self, train_windows: int) -> int:
         """Batches in an epoch, the last short one counted."""
@@ -260,159 +202,103 @@ class Phase:
         return windows
 
 
-def plan(config: Config, vocab_size: int) -> tuple[Phase, ...]:
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training: one depth, one trainable set, one set of rates.
+
+    train: what its training depends on.
+    stop: when it ends, and which epoch it selects.
+    evaluate: the exits, bottom first, that are evaluated where it starts and at its end; the last
+        is one of them.
+    """
+
+    train: TrainSpec
+    stop: StoppingRule
+    evaluate: tuple[int, ...]
+
+    @property
+    def index(self) -> int:
+        """Its place in the plan, counted from 0."""
+        return self.train.index
+
+    @property
+    def name(self) -> str:
+        """What this phase is called in tables."""
+        if self.index == 0:
+            return "initial"
+        if self.train.growth is not None:
+            return "grown"
+        return "unfreezing" if self.train.new_layers else "continued"
+
+
+def open_checkpoint(config: Config) -> Pretrained | None:
+    """Find what `model.path` names, before a text is prepared for it; None for an untrained model.
+
+    Raises ConfigError where there is no model of a family that is known.
+    """
+    path, revision = config.model.path, config.model.revision
+    if path is None:
+        return None
+    # Both take a while to import, which `train.py --help` and `--cfg job` are to be spared.
+    from proglayer.data.pretrained import open_pretrained
+    from proglayer.training.causal_lm import known_family
+
+    settings = open_pretrained(path, revision, weights=False)
+    known_family(settings, path)  # before its weights are fetched
+    return settings if config.plan else open_pretrained(path, revision)
+
+
+def plan(
+    config: Config, vocab_size: int, checkpoint: Pretrained | None = None
+) -> tuple[Phase, ...]:
     """The phases of a run on a corpus of `vocab_size` words.
+
+    checkpoint: what `open_checkpoint` gave.
 
     Raises ConfigError where the settings and the corpus, or the depths, do not fit together.
     """
     vocab_size = _padded(config, vocab_size)
     if config.model.kind is ModelKind.causal_lm:
-        phases = _causal_lm_phases(config, vocab_size)
-    else:
-        phases = tuple(_phases(config, _own_architecture(config.model, vocab_size)))
-    for phase in phases:
-        highest = phase.last_read
-        above = [str(layer + 1) for layer in phase.trained_layers if layer > highest]
-        if above:
-            raise ConfigError(
-                f"model.exit_weights={list(config.model.exit_weights)} gives no weight above layer "
-                f"{highest + 1} of {phase.layers}: layer {', '.join(above)} would get no gradient "
-                f"in phase {phase.index + 1}"
-            )
-    return tuple(replace(phase, cache_frozen=_caches(config, phase)) for phase in phases)
-
-
-def check_checkpoint(model: ModelConfig) -> None:
-    """Look at `model.path` before a text is prepared for it, which may take minutes.
-
-    Raises ConfigError where there is no model of a family that is known.
-    """
-    if model.path is None:
-        return
-    from proglayer.data.pretrained import open_pretrained
-    from proglayer.training.causal_lm import known_family
-
-    known_family(open_pretrained(model.path, model.revision, weights=False), model.path)
-
-
-def _own_architecture(model: ModelConfig, vocab_size: int) -> Architecture:
+        return _causal_lm_phases(config, vocab_size, checkpoint)
+    model = config.model
     sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
     assert None not in sizes, "to_config refuses it"
-    return Architecture(vocab_size, *sizes, model.norm.name)  # pyright: ignore[reportArgumentType]
+    architecture = Architecture(vocab_size, *sizes, model.norm.name)  # pyright: ignore[reportArgumentType]
+    return tuple(_phases(config, architecture))
 
 
-def _causal_lm_phases(config: Config, vocab_size: int) -> tuple[Phase, ...]:
+def _causal_lm_phases(
+    config: Config, vocab_size: int, checkpoint: Pretrained | None
+) -> tuple[Phase, ...]:
     """The phases of a model of `transformers`, which is imported here."""
     from proglayer.training.causal_lm import architecture_of
 
-    model, found = config.model, None
-    if model.path is not None:
-        # Its wing imports NumPy, which `train.py --help` and `--cfg job` are to be spared.
-        from proglayer.data.pretrained import open_pretrained
-
-        found = open_pretrained(model.path, model.revision, weights=not config.plan)
-    architecture, depth = architecture_of(model, found, vocab_size, config.data.seq_len)
+    path = config.model.path
+    assert (path is None) is (checkpoint is None), "open_checkpoint comes before"
+    architecture, depth = architecture_of(config.model, checkpoint, vocab_size, config.data.seq_len)
     if depth is not None:
         layers = depth if config.initial_layers is None else config.initial_layers
         config = config.model_copy(update={"initial_layers": layers})
         if problems := list(depth_problems(config)):
             raise ConfigError("\n".join(problems))
-    phases = tuple(_phases(config, architecture))
-    if depth is not None and phases[0].layers > depth:
+    # A plan is shown without its weights, which may be large.
+    has_weights = checkpoint is not None and not config.plan
+    sha256 = checkpoint.sha256() if checkpoint is not None and has_weights else None
+    phases = tuple(_phases(config, architecture, sha256))
+    if depth is not None and phases[0].train.layers > depth:
         raise ConfigError(
-            f"model.path={model.path} has {depth} layers, and the first phase asks for "
-            f"{phases[0].layers}: lower initial_layers, or take phase=grow_once"
+            f"model.path={path} has {depth} layers, and the first phase asks for "
+            f"{phases[0].train.layers}: lower initial_layers, or take phase=grow_once"
         )
     for phase in phases:
-        if architecture.tied and phase.rates.embedding != phase.rates.head:
+        rates = phase.train.rates
+        if architecture.tied and rates.embedding != rates.head:
             raise ConfigError(
                 f"phase {phase.index + 1} trains embedding and head apart, which are one tensor of "
                 f"this model: give them the same value in freeze.initial, in each of freeze.steps "
                 "and in lr.factor, or set model.untie=true"
             )
-    if found is None or config.plan:
-        return phases
-    first = replace(
-        phases[0], checkpoint_sha256=found.sha256(), checkpoint_folder=str(found.folder)
-    )
-    return (first, *phases[1:])
-
-
-def _caches(config: Config, phase: Phase) -> bool:
-    """Whether the phase has frozen layers, below all that trains, whose output is kept."""
-    lowest = lowest_trained(phase)
-    gated = phase.growth is not None and phase.growth.gate_steps and min(phase.new_layers) < lowest
-    return config.cache_frozen and lowest > 0 and not gated and not config.compile
-
-
-def described(value: Any) -> Any:
-    """A phase, or a part of one, as plain data, for the key of what it trains.
-
-    A field that has a default is left out where it has that value: a phase that does not use what
-    a later version brought keeps its key.
-    """
-    return to_plain(value, lambda field, item: field.default is MISSING or item != field.default)
-
-
-def placements(layers: int, growth: Growth) -> tuple[int, ...]:
-    """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers.
-
-    `interleave` spreads them evenly: 3 on 3 layers gives every old layer a new one above it, and
-    1 on 3 goes above the second. `stack` puts them on top, `middle` above the block it repeats.
-    """
-    added = growth.layers
-    if growth.init is GrowthInit.middle:
-        above = _middle(layers, growth) + growth.block
-        return tuple(range(above, above + added))
-    if growth.position is GrowthPosition.top:
-        return tuple(range(layers, layers + added))
-    if growth.position is GrowthPosition.bottom:
-        return tuple(range(added))
-    return tuple(math.ceil((i + 0.5) * layers / added) + i for i in range(added))
-
-
-def layer_sources(layers: int, growth: Growth) -> tuple[Source, ...]:
-    """Where each layer, bottom first, of `layers` layers with `growth` comes from.
-
-    stack: new layer i starts from old layer i mod `layers` (Gong et al. 2019; Du et al. 2024).
-    middle: the new layers repeat a block in the middle (MIDAS, Saunshi et al. 2024).
-    copy, zero, gate: from the old layer below; at the bottom, from the one above.
-    """
-    positions = placements(layers, growth)
-    sources: list[Source] = []
-    old = 0
-    for number in range(layers + growth.layers):
-        if number not in positions:
-            sources.append(Source(old, False))
-            old += 1
-        elif growth.init is GrowthInit.random:
-            sources.append(Source(None, True))
-        elif growth.init is GrowthInit.stack:
-            sources.append(Source(number % layers, True))
-        elif growth.init is GrowthInit.middle:
-            first = _middle(layers, growth)
-            repeated = (number - positions[0]) % growth.block
-            sources.append(Source(first + repeated, True))
-        else:
-            sources.append(Source(max(0, old - 1), True))
-    return tuple(sources)
-
-
-def _middle(layers: int, growth: Growth) -> int:
-    """The lowest layer of the block that `middle` repeats."""
-    return (layers - growth.block) // 2
-
-
-def _growth(config: Config, added: int) -> Growth | None:
-    if not added:
-        return None
-    settings = config.growth
-    growth = Growth(added, settings.init, settings.position, settings.noise)
-    if settings.init is GrowthInit.middle:
-        return replace(growth, block=settings.block)
-    if settings.init is GrowthInit.gate:
-        return replace(growth, gate_steps=settings.gate_steps)
-    return growth
+    return phases
 
 
 def _padded(config: Config, vocab_size: int) -> int:
@@ -427,7 +313,9 @@ def _padded(config: Config, vocab_size: int) -> int:
     return padded
 
 
-def _phases(config: Config, architecture: Architecture | CausalLM) -> Iterator[Phase]:
+def _phases(
+    config: Config, architecture: Architecture | CausalLM, checkpoint_sha256: str | None = None
+) -> Iterator[Phase]:
     schedule = config.phase.schedule
     assert config.initial_layers is not None, "to_config refuses it"
     layers = config.initial_layers
@@ -435,7 +323,8 @@ def _phases(config: Config, architecture: Architecture | CausalLM) -> Iterator[P
     every = tuple(range(layers))
     base, initial = config.lr.base, config.freeze.initial
     rates = Rates(base, base, base if initial.embedding else None, base if initial.head else None)
-    yield _phase(config, architecture, 0, None, layers, every, every, rates)
+    first = _phase(config, architecture, 0, None, layers, every, every, rates)
+    yield replace(first, train=replace(first.train, checkpoint_sha256=checkpoint_sha256))
     growths: list[int] = {
         PhaseSchedule.grow_once: [config.added_layers],
         PhaseSchedule.one_at_a_time: [1] * config.added_layers,
@@ -445,7 +334,7 @@ def _phases(config: Config, architecture: Architecture | CausalLM) -> Iterator[P
     factor = config.lr.factor
     index = 0
     for added in growths:
-        growth = _growth(config, added)
+        growth = growth_of(config.growth, added)
         new_layers = placements(layers, growth) if growth else ()
         layers += added
         existing = [layer for layer in range(layers) if layer not in new_layers]
@@ -475,10 +364,10 @@ def _phase(
     rates: Rates,
 ) -> Phase:
     """A phase with its own budget, schedule and loss, or what holds for all phases."""
-    own = config.phase.grown if index else config.phase.initial
+    part = config.phase.grown if index else config.phase.initial
 
     def budget(name: str) -> Any:
-        value = getattr(own, name)
+        value = getattr(part, name)
         return getattr(config.phase, name) if value is None else value
 
     def rate(name: str) -> Any:
@@ -488,15 +377,22 @@ def _phase(
     loss = config.loss
     shape = rate("schedule")
     decays = shape is not ScheduleShape.constant
-    return Phase(
+    train = TrainSpec(
         index=index,
         seed=config.seed,
         architecture=architecture,
+        checkpoint_sha256=None,
         layers=layers,
         growth=growth,
         new_layers=new_layers,
         trained_layers=trained_layers,
-        exit_weights=_exit_weights(config, own, layers),
+        exit_weights=_exit_weights(config, part, layers),
+        curriculum=ExitCurriculum(
+            loss.curriculum.name,
+            (loss.rotate_every or 0) if loss.curriculum is Curriculum.rotate else 0,
+            loss.gradual_steps if loss.curriculum is Curriculum.gradual else 0,
+        ),
+        detached=loss.detach,
         rates=rates,
         schedule=Schedule(
             shape=shape,
@@ -510,19 +406,39 @@ def _phase(
         else config.optimizer.model_copy(update={"carry": Carry.none}),
         batch_size=budget("batch_size"),
         samples=budget("samples"),
+        accumulate=config.phase.accumulate,
         precision=config.precision,
         compile=config.compile,
-        stop=StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
-        curriculum=ExitCurriculum(
-            loss.curriculum.name,
-            (loss.rotate_every or 0) if loss.curriculum is Curriculum.rotate else 0,
-            loss.gradual_steps if loss.curriculum is Curriculum.gradual else 0,
-        ),
-        detached=loss.detach,
-        accumulate=config.phase.accumulate,
         checkpoint_activations=config.model.checkpoint_activations,
-        evaluates_all=config.model.evaluated_exits is EvaluatedExits.all,
+        cache_frozen=False,
     )
+    above = [str(layer + 1) for layer in trained_layers if layer > train.last_read]
+    if above:
+        raise ConfigError(
+            f"model.exit_weights={list(config.model.exit_weights)} gives no weight above layer "
+            f"{train.last_read + 1} of {layers}: layer {', '.join(above)} would get no gradient "
+            f"in phase {index + 1}"
+        )
+    return Phase(
+        train=replace(train, cache_frozen=_caches(config, train)),
+        stop=StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
+        evaluate=_evaluated(config, train),
+    )
+
+
+def _caches(config: Config, train: TrainSpec) -> bool:
+    """Whether the phase has frozen layers, below all that trains, whose output is kept."""
+    lowest = train.lowest_trained
+    gated = train.growth is not None and train.growth.gate_steps and min(train.new_layers) < lowest
+    return config.cache_frozen and lowest > 0 and not gated and not config.compile
+
+
+def _evaluated(config: Config, train: TrainSpec) -> tuple[int, ...]:
+    """The exits that are evaluated: all, or the last and those that the loss reads."""
+    every = range(train.exits)
+    if config.model.evaluated_exits is EvaluatedExits.all:
+        return tuple(every)
+    return tuple(e for e in every if train.exit_weights[e] > 0 or e == every[-1])
 
 
 def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[float, ...]:
@@ -546,139 +462,18 @@ def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[fl
     return tuple(weight / sum(raw) for weight in raw)
 
 
-# ---------------------------------------------------------------------------------------------
-# What a phase costs
-
-# The loss's buffer of exponentials on a CPU (`blocks.KEPT_BYTES`).
-MOST_BYTES_OF_LOSS = 150_000_000
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters of a model."""
-
-    total: int
-    trainable: int
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations (a multiply-add is two) of the head and of everything below it."""
-
-    head: int
-    body: int
-
-
-def parameter_counts(phase: Phase) -> Counts:
-    """Parameters of the model in `phase`, in all and those that train."""
-    sizes = phase.architecture.sizes
-    head = sizes.norm + sizes.head
-    trainable = sizes.layer * len(phase.trained_layers)
-    trainable += sizes.embedding * (phase.rates.embedding is not None)
-    trainable += head * (phase.rates.head is not None)
-    return Counts(sizes.embedding + head + sizes.layer * phase.layers, trainable)
-
-
-def training_flops(phase: Phase, seq_len: int, train_windows: int, epoch: int = 1) -> Flops:
-    """Operations of one epoch of training: every matrix product that this phase needs.
-
-    Forward everywhere; the gradient of a matrix where it trains; the gradient of its input where
-    something below it trains. Only exits with a weight are read, and of those the ones that the
-    curriculum reads in this epoch (1 is the first). Causal attention is counted
-    over the whole square, as the usual formula 4 x tokens x dim does. What `cache_frozen` keeps
-    runs once a phase and is left out; so is what `checkpoint_activations` forms a second time.
-    """
-    tokens = phase.windows(train_windows) * seq_len
-    token_product = 2 * phase.architecture.vocab_size * phase.architecture.dim
-    lowest = lowest_trained(phase)
-    # A norm that trains between hidden state and head needs the gradient of what the head reads.
-    norm_trains = phase.architecture.final_norm and phase.rates.head is not None
-    head = 0
-    for exit, read in enumerate(_tokens_read(phase, seq_len, train_windows, epoch)):
-        attached = not phase.detached or exit == phase.last_read
-        to_hidden = (lowest <= exit and attached) or norm_trains
-        head += token_product * read * (1 + (phase.rates.head is not None) + to_hidden)
-    sizes = phase.architecture.sizes
-    matrices, reading = 2 * tokens * sizes.matrices, 2 * tokens * sizes.reading
-    scores = 4 * tokens * seq_len * sizes.attention
-    body = 0
-    for layer in range(lowest if phase.cache_frozen else 0, min(phase.last_read + 1, phase.layers)):
-        body += matrices + scores
-        if lowest <= layer:
-            body += 2 * scores
-            body += matrices - reading * (lowest == layer)
-            body += matrices * (layer in phase.trained_layers)
-    return Flops(head=head, body=body)
-
-
-def memory_bytes(phase: Phase, seq_len: int) -> int:
-    """An estimate of the bytes that training holds at its peak, the process itself apart.
-
-    Weights; gradients and the two moments of what trains; what each layer above the lowest that
-    trains keeps for the backward pass (for each token, its inputs, queries, keys and values, and
-    the feed-forward's widths; with `checkpoint_activations` its input, and one layer all of that);
-    hidden states and their gradients at the exits; and the buffers of the loss.
-    """
-    shape = phase.architecture
-    sizes, counts, width = shape.sizes, parameter_counts(phase), shape.weight_bytes
-    parameters = width * (counts.total + 3 * counts.trainable)
-    tokens = phase.batch_size // phase.accumulate * seq_len
-    layer = 6 * shape.dim + 4 * sizes.attention + 4 * sizes.hidden
-    first = max(0, lowest_trained(phase))
-    layers = max(0, min(phase.last_read + 1, phase.layers) - first)
-    kept = layers * (shape.dim if phase.checkpoint_activations else layer)
-    kept += layer * (phase.checkpoint_activations and layers > 0)
-    exits = sum(weight > 0 for weight in phase.exit_weights)
-    kept += 3 * exits * shape.dim
-    buffers = min(MOST_BYTES_OF_LOSS, 4 * tokens * shape.vocab_size)
-    return parameters + width * tokens * kept + buffers
-
-
-def evaluation_flops(phase: Phase, seq_len: int, validation_windows: int) -> Flops:
-    """Operations of one evaluation at the last exit: the forward products.
-
-    What `cache_frozen` keeps runs once a phase and is left out.
-    """
-    tokens = validation_windows * seq_len
-    sizes = phase.architecture.sizes
-    layer = 2 * tokens * sizes.matrices + 4 * tokens * seq_len * sizes.attention
-    layers = phase.layers - (lowest_trained(phase) if phase.cache_frozen else 0)
-    head = 2 * tokens * phase.architecture.vocab_size * phase.architecture.dim
-    return Flops(head=head, body=layer * layers)
-
-
-def lowest_trained(phase: Phase) -> int:
-    """The lowest layer whose output needs a gradient to reach something that trains."""
-    if phase.rates.embedding is not None:
-        return -1
-    return min(phase.trained_layers, default=phase.exits)
-
-
-def _tokens_read(phase: Phase, seq_len: int, train_windows: int, epoch: int) -> list[int]:
-    """How many tokens of an epoch the loss reads at each exit."""
-    windows, steps = phase.windows(train_windows), phase.steps_per_epoch(train_windows)
-    if phase.curriculum.kind == "all":
-        return [windows * seq_len * (weight > 0) for weight in phase.exit_weights]
-    read = [0] * phase.exits
-    for step in range(steps):
-        batch = min(phase.batch_size, windows - step * phase.batch_size)
-        for exit, weight in enumerate(phase.exit_weights_at((epoch - 1) * steps + step)):
-            read[exit] += batch * seq_len * (weight > 0)
-    return read
-
-
 def schedule_warnings(phase: Phase, train_windows: int) -> Iterator[str]:
     """What to know of a schedule: patience may end the phase before it does, or its warm-up takes
     longer than the phase.
     """
-    total, patience = phase.schedule.total_epochs, phase.stop.patience
+    schedule, patience = phase.train.schedule, phase.stop.patience
+    total, warmup = schedule.total_epochs, schedule.warmup_steps
     if total is not None and patience < total:
         yield (
-            f"lr.schedule={phase.schedule.shape.name} ends after {total} epochs; "
+            f"lr.schedule={schedule.shape.name} ends after {total} epochs; "
             f"patience={patience} may stop phase {phase.index + 1} before"
         )
-    warmup = phase.schedule.warmup_steps
-    steps = phase.stop.max_epochs * phase.steps_per_epoch(train_windows)
+    steps = phase.stop.max_epochs * phase.train.steps_per_epoch(train_windows)
     if 0 < steps < warmup:
         yield (
             f"lr.warmup_steps={warmup} is more than the {steps} steps of phase {phase.index + 1}: "

@@ -6,7 +6,23 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from proglayer.training.plan import StoppingRule
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """When a phase ends. It only reads the trajectory, so it is no part of the trajectory's key."""
+
+    max_epochs: int
+    patience: int
+    min_delta: float
+
+    @property
+    def first_epoch(self) -> int:
+        """The first epoch that is read: 0, the model as it is, where none is trained."""
+        return min(1, self.max_epochs)
+
+    def improves(self, loss: float, best: float) -> bool:
+        """Whether an epoch with this validation loss is an improvement on the best so far."""
+        return loss < best - self.min_delta
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One phase's training: an epoch and an evaluation.
 
-It sees a Phase, a model and a corpus, and never the settings they came from.
+It sees the `train` of a Phase, a model and a corpus, and never the settings they came from.
 Shapes in names: n windows, t positions, d model dimension, e exits, v vocabulary.
 """
 
@@ -20,14 +20,14 @@ from torch.profiler import record_function
 
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
+from proglayer.training.build import stream
 from proglayer.training.frozen import FrozenStates
 from proglayer.training.growth import gate_value
 from proglayer.training.loss import ExitScores, Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Model
 from proglayer.training.optim import build_optimizer, set_rates, start_from
-from proglayer.training.plan import Phase, Precision, Role
+from proglayer.training.plan import Precision, Role, TrainSpec
 from proglayer.training.recorded import RecordedSteps
-from proglayer.training.streams import stream
 
 # The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
 # that are on their way there, so within a short epoch there is none.
@@ -85,33 +85,33 @@ class Training:
     def __init__(
         self,
         model: Model,
-        phase: Phase,
+        spec: TrainSpec,
         corpus: Corpus,
         device: torch.device,
         carried: dict[str, Tensor] | None = None,
     ) -> None:
-        self.phase = phase
+        self.spec = spec
         self.device = device
         self.model = model.to(device)
-        self.model.checkpoint_activations = phase.checkpoint_activations
-        self.optimizer = build_optimizer(self.model, phase)
+        self.model.checkpoint_activations = spec.checkpoint_activations
+        self.optimizer = build_optimizer(self.model, spec)
         start_from(self.optimizer, carried or {})
-        self.body = compiled(self.model) if phase.compile else self.model
+        self.body = compiled(self.model) if spec.compile else self.model
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         # Exits that carry no weight in the loss are not read in training.
-        self.read_exits = [e for e, weight in enumerate(phase.exit_weights) if weight > 0]
-        self.windows = Windows(corpus.train[: phase.windows(len(corpus.train))], device)
+        self.read_exits = [e for e, weight in enumerate(spec.exit_weights) if weight > 0]
+        self.windows = Windows(corpus.train[: spec.windows(len(corpus.train))], device)
         # Of training windows, and of validation windows at the last exit.
         self.frozen = self.frozen_validation = None
-        if phase.cache_frozen and device.type == "cpu":
-            self.frozen = _frozen_states(phase, self.windows, self.read_exits)
+        if spec.cache_frozen and device.type == "cpu":
+            self.frozen = _frozen_states(spec, self.windows, self.read_exits)
             held = Windows(corpus.validation, device)
-            self.frozen_validation = _frozen_states(phase, held, [phase.exits - 1])
+            self.frozen_validation = _frozen_states(spec, held, [spec.exits - 1])
         self.workspace = Workspace()
         self.recorded = None
-        if self.records and device.type == "cuda" and phase.accumulate == 1 and not phase.compile:
+        if self.records and device.type == "cuda" and spec.accumulate == 1 and not spec.compile:
             self.recorded = RecordedSteps(self.trainable, self.workspace, device)
-        self.steps_per_epoch = phase.steps_per_epoch(len(corpus.train))
+        self.steps_per_epoch = spec.steps_per_epoch(len(corpus.train))
         self.epoch = 0
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
@@ -126,35 +126,35 @@ class Training:
         when the loss is no longer finite, looked at every second (elsewhere than on the CPU every
         minute, as a look waits for the device) and at the end.
         """
-        phase, model = self.phase, self.model
+        spec, model = self.spec, self.model
         model.train()
         order = torch.randperm(
-            len(self.windows), generator=stream(phase.seed, "order", phase.index, self.epoch + 1)
+            len(self.windows), generator=stream(spec.seed, "order", spec.index, self.epoch + 1)
         )
         looked = time.perf_counter()
         look_every_s = LOOK_EVERY_S if self.device.type == "cpu" else LOOK_EVERY_ON_DEVICE_S
         started, seconds_before, first_step = looked, self.seconds, self.step
         while self.step < self.steps_per_epoch:
-            batch = order[self.step * phase.batch_size : (self.step + 1) * phase.batch_size]
+            batch = order[self.step * spec.batch_size : (self.step + 1) * spec.batch_size]
             done = self.epoch * self.steps_per_epoch + self.step
-            set_rates(self.optimizer, phase.schedule.factor(done, self.steps_per_epoch))
-            set_gate(self.model, phase, done)
+            set_rates(self.optimizer, spec.schedule.factor(done, self.steps_per_epoch))
+            set_gate(self.model, spec, done)
 
             for parameter in self.trainable:
                 parameter.grad = None
-            for part in batch.tensor_split(min(phase.accumulate, len(batch))):
+            for part in batch.tensor_split(min(spec.accumulate, len(batch))):
                 share = len(part) / len(batch)
-                weights = [share * weight for weight in phase.exit_weights_at(done)]
+                weights = [share * weight for weight in spec.exit_weights_at(done)]
                 if self.recorded is not None and model.gate is None:
                     loss = self.recorded(self.backward, part, weights)
                 else:
                     loss = self.backward(part, weights)
                 self.loss_sum += loss * (len(batch) * self.windows.seq_len)
-            if phase.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
+            if spec.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
                 self.gradient_shares.append(gradient_share(self.optimizer))
-            if phase.optimizer.clip_norm is not None:
+            if spec.optimizer.clip_norm is not None:
                 with record_function("clipping"):
-                    torch.nn.utils.clip_grad_norm_(self.trainable, phase.optimizer.clip_norm)
+                    torch.nn.utils.clip_grad_norm_(self.trainable, spec.optimizer.clip_norm)
             with record_function("optimizer"):
                 self.optimizer.step()
 
@@ -167,8 +167,8 @@ class Training:
                 looked = now = time.perf_counter()
             self.seconds = seconds_before + now - started
             if after_step is not None:
-                windows = min(self.step * phase.batch_size, len(self.windows))
-                tokens = (windows - first_step * phase.batch_size) * self.windows.seq_len
+                windows = min(self.step * spec.batch_size, len(self.windows))
+                tokens = (windows - first_step * spec.batch_size) * self.windows.seq_len
                 after_step(
                     Progress(
                         self.epoch + 1,
@@ -179,7 +179,7 @@ class Training:
                     )
                 )
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
-        set_gate(model, phase, self.epoch * self.steps_per_epoch + self.step)
+        set_gate(model, spec, self.epoch * self.steps_per_epoch + self.step)
 
     def backward(self, window_n: Tensor, exit_weights: Sequence[float]) -> Tensor:
         """Add the gradients of the loss of these windows; gives the loss, detached."""
@@ -208,15 +208,15 @@ class Training:
 
         `window_n` are the numbers of its windows, by which states that are kept are found.
         """
-        phase = self.phase
-        weights = exit_weights or phase.exit_weights
+        spec = self.spec
+        weights = exit_weights or spec.exit_weights
         exits = [e for e, weight in enumerate(weights) if weight > 0]
-        with autocast(self.phase, self.device):
+        with autocast(self.spec, self.device):
             hidden_entd = self.hidden(input_nt, window_n)
             with record_function("head and loss"):  # with the gradients of both
                 states = [
                     hidden_entd[e].detach()
-                    if phase.detached and e != phase.last_read
+                    if spec.detached and e != spec.last_read
                     else hidden_entd[e]
                     for e in exits
                 ]
@@ -242,7 +242,7 @@ class Training:
         """The mean loss of the epoch under way, 0 before its first step."""
         if self.step == 0:
             return 0.0
-        tokens = min(self.step * self.phase.batch_size, len(self.windows)) * self.windows.seq_len
+        tokens = min(self.step * self.spec.batch_size, len(self.windows)) * self.windows.seq_len
         return float(self.loss_sum) / tokens
 
     def check_finite(self) -> float:
@@ -250,7 +250,7 @@ class Training:
         mean = self.mean_loss()
         if not math.isfinite(mean):
             raise Diverged(
-                f"the training loss became {mean} in phase {self.phase.index + 1}, epoch "
+                f"the training loss became {mean} in phase {self.spec.index + 1}, epoch "
                 f"{self.epoch + 1}, step {self.step}: lower lr.base, or add lr.warmup_steps"
             )
         return mean
@@ -258,7 +258,7 @@ class Training:
 
 def evaluate(
     model: Model,
-    phase: Phase,
+    spec: TrainSpec,
     corpus: Corpus,
     device: torch.device,
     exits: Iterable[int],
@@ -277,13 +277,13 @@ def evaluate(
     model.eval()
     scores: list[ExitScores] = []
     with torch.inference_mode():
-        size = phase.batch_size
+        size = spec.batch_size
         if device.type != "cpu":
             # Few launches; what is kept of a batch are hidden states.
             size = max(size, TOKENS_ON_DEVICE // windows.seq_len)
         for batch in torch.arange(len(windows)).split(size):
             input_nt, target_nt = windows.batch(batch)
-            with autocast(phase, device):
+            with autocast(spec, device):
                 hidden_entd = model(input_nt) if frozen is None else frozen.hidden(model, batch)
                 states = [model.read(hidden_entd[e]).flatten(0, 1) for e in exits]
                 target_n = target_nt.reshape(-1)
@@ -338,23 +338,23 @@ def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:
     return (torch.stack(new).sum() / total).sqrt() if new else torch.zeros_like(total)
 
 
-def _frozen_states(phase: Phase, windows: Windows, exits: Sequence[int]) -> FrozenStates:
-    return FrozenStates(phase, exits, len(windows), lambda window_n: windows.batch(window_n)[0])
+def _frozen_states(spec: TrainSpec, windows: Windows, exits: Sequence[int]) -> FrozenStates:
+    return FrozenStates(spec, exits, len(windows), lambda window_n: windows.batch(window_n)[0])
 
 
-def set_gate(model: Model, phase: Phase, step: int) -> None:
-    """Give the model its gate at optimizer step `step` of `phase`: none any more once it is 1."""
-    value = gate_value(phase.growth, step)
+def set_gate(model: Model, spec: TrainSpec, step: int) -> None:
+    """Give the model its gate at optimizer step `step` of the phase: none any more once it is 1."""
+    value = gate_value(spec.growth, step)
     if value is None:
         model.gate, model.gated_layers = None, ()
     else:
         device = model.head_weight.device
-        model.gate, model.gated_layers = torch.tensor(value, device=device), phase.new_layers
+        model.gate, model.gated_layers = torch.tensor(value, device=device), spec.new_layers
 
 
-def autocast(phase: Phase, device: torch.device) -> contextlib.AbstractContextManager[object]:
+def autocast(spec: TrainSpec, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Mixed precision for body and head, where the phase asks for it."""
-    if phase.precision is Precision.bfloat16:
+    if spec.precision is Precision.bfloat16:
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 

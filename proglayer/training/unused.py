@@ -21,6 +21,7 @@ from proglayer.config import (
     ScheduleShape,
     shortened,
 )
+from proglayer.training.growth import OPERATORS
 from proglayer.training.plan import Phase, Role
 
 
@@ -41,28 +42,28 @@ def unused_settings(config: Config, phases: Sequence[Phase]) -> str | None:
 
 def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Yield whether settings are read in this run, and their values where nothing is asked for."""
-    init, loss, data = config.growth.init, config.loss, config.data
-    grows = any(phase.growth is not None for phase in phases)
+    loss, data = config.loss, config.data
+    grows = any(phase.train.growth is not None for phase in phases)
     later = len(phases) > 1
-    yield grows, {"growth.init": GrowthInit.random, "growth.position": GrowthPosition.top}
-    yield grows, {"growth.noise": 0.0}
-    yield grows and init is GrowthInit.middle, {"growth.block": 1}
-    yield grows and init is GrowthInit.gate, {"growth.gate_steps": 40}
+    yield grows, {"growth.init": GrowthInit.random}
+    unasked = {"position": GrowthPosition.top, "noise": 0.0, "block": 1, "gate_steps": 40}
+    for name, value in unasked.items():
+        yield grows and name in OPERATORS[config.growth.init].reads, {f"growth.{name}": value}
     yield config.phase.schedule is not PhaseSchedule.keep_training, {"added_layers": 1}
     steps = (FreezeStep(existing=0, embedding=False, head=True),)
     yield later, {"freeze.steps": steps, "optimizer.carry": Carry.none}
     yield later, {f"phase.grown.{name}": None for name in BudgetOverrides.model_fields}
     yield later, {f"lr.grown.{name}": None for name in ScheduleOverrides.model_fields}
     yield later, {f"lr.factor.{role.name}": 0.1 for role in Role}
-    shapes = {phase.schedule.shape for phase in phases}
+    shapes = {phase.train.schedule.shape for phase in phases}
     yield ScheduleShape.wsd in shapes, {"lr.decay_share": 0.2}
     yield loss.curriculum is Curriculum.rotate, {"loss.rotate_every": None}
     yield loss.curriculum is Curriculum.gradual, {"loss.gradual_steps": 1_000}
-    several = any(sum(weight > 0 for weight in phase.exit_weights) > 1 for phase in phases)
+    several = any(sum(weight > 0 for weight in phase.train.exit_weights) > 1 for phase in phases)
     yield several, {"loss.curriculum": Curriculum.all, "loss.detach": False}
     decays = config.optimizer.weight_decay > 0
     yield decays, {"optimizer.decay_norms": True, "optimizer.decay_embedding": True}
-    yield any(phase.cache_frozen for phase in phases), {"cache_frozen": False}
+    yield any(phase.train.cache_frozen for phase in phases), {"cache_frozen": False}
     yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
     columns = {"train_split": "train", "validation_split": "validation", "text_column": "text"}
     of_hub = data.source in (DataSource.hub, DataSource.wikitext2)
@@ -75,7 +76,7 @@ def _idle_factors(config: Config, later: Sequence[Phase]) -> Iterator[str]:
     trained = {
         role: factor
         for role, factor in factors.items()
-        if any(getattr(phase.rates, role) is not None for phase in later)
+        if any(getattr(phase.train.rates, role) is not None for phase in later)
     }
     for role, factor in factors.items() if later else ():
         if role not in trained and factor not in trained.values():

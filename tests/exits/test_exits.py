@@ -16,7 +16,7 @@ from proglayer.exits.__main__ import main
 from proglayer.report import early_exit
 from proglayer.report.page import write_report
 from proglayer.run.run import run
-from proglayer.training.growth import build
+from proglayer.training.build import build
 from proglayer.training.model import Model
 from proglayer.training.plan import plan
 from proglayer.training.trainer import Windows, evaluate
@@ -25,7 +25,10 @@ from ..helpers import TINY, config, tiny_corpus
 
 CPU = torch.device("cpu")
 CORPUS = tiny_corpus()
-(PHASE,) = plan(config(*TINY, "phase=from_scratch", "added_layers=1"), CORPUS.vocab_size)
+(SPEC,) = (
+    phase.train
+    for phase in plan(config(*TINY, "phase=from_scratch", "added_layers=1"), CORPUS.vocab_size)
+)
 WORDS = " ".join(f"{a} {b} {(a + b) % 40}" for a in range(40) for b in range(17))
 SMALL = (
     "data=text", "data.samples=40", "data.validation_samples=16", "data.seq_len=8",
@@ -37,7 +40,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def model() -> Model:
     """Four layers whose exits do not agree: random, with a head that tells words apart."""
-    drawn = build(PHASE)
+    drawn = build(SPEC)
     with torch.no_grad():
         drawn.head_weight.mul_(4)
     return drawn.eval()
@@ -69,7 +72,7 @@ def test_scores_are_those_of_all_logits_and_of_the_trainers_evaluation(
     probabilities = logits.softmax(dim=2)
     assert torch.equal(scores.guess_em, logits.argmax(dim=2))
     torch.testing.assert_close(scores.confidence_em.float(), probabilities.amax(dim=2))
-    expected = evaluate(model, PHASE, CORPUS, CPU, range(4))
+    expected = evaluate(model, SPEC, CORPUS, CPU, range(4))
     assert scores.nll_em.mean(dim=1).tolist() == pytest.approx([e.loss for e in expected], rel=1e-5)
     right = (scores.guess_em == scores.target_m).double().mean(dim=1).tolist()
     assert right == pytest.approx([e.accuracy for e in expected])
@@ -145,7 +148,7 @@ def test_a_layer_left_out_and_neighbours_swapped_are_models_of_these_layers(
 def test_a_model_without_layers_has_one_exit_and_nothing_to_leave_out(windows: Windows) -> None:
     bigram = config(*TINY, "phase=from_scratch", "initial_layers=0", "added_layers=0")
     (phase,) = plan(bigram, CORPUS.vocab_size)
-    found = measure.measure(build(phase), windows, [True])
+    found = measure.measure(build(phase.train), windows, [True])
     assert [each.layer for each in found.exits] == [0]
     assert found.changed_layers == []
     assert {each.layers for each in found.early_exit} == {0}

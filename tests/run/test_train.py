@@ -96,7 +96,7 @@ def test_the_model_comes_back_and_scores_what_the_record_says(
     settings = Config.model_validate(record["config"])
     corpus = open_corpus(settings.data)
     phase = plan(settings, corpus.vocab_size)[-1]
-    (last,) = evaluate(model, phase, corpus, torch.device("cpu"), [3])
+    (last,) = evaluate(model, phase.train, corpus, torch.device("cpu"), [3])
     assert last.loss == record["phases"][-1]["validation"]["loss"]
 
 

@@ -23,7 +23,7 @@ MACHINE = Machine("cpu", "a cpu", 2, "2.13.0")
 def description(settings: Config, phase: int = 0, corpus: str = "c", **parent: Any) -> Any:
     """What a phase of these settings is stored as."""
     planned = plan(settings, vocab_size=30)[phase]
-    return describe(parent.get("parent"), planned, corpus, MACHINE)
+    return describe(parent.get("parent"), planned.train, corpus, MACHINE)
 
 
 def stored(store: Path, plain: dict[str, Any]) -> Stage:

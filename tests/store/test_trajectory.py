@@ -8,7 +8,7 @@ import random
 import shutil
 import weakref
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from proglayer.errors import StoreError
 from proglayer.store.listing import verify
 from proglayer.store.stages import Stage
 from proglayer.store.trajectory import Hooks, Interrupted, Machine, NotMoved, Trajectory, describe
-from proglayer.training.build import restored
-from proglayer.training.growth import build, grow
+from proglayer.training.build import build, grow, restored
 from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
-from proglayer.training.plan import Phase, Rates, StoppingRule, plan
-from proglayer.training.stopping import EpochMetrics, Stopped, follow
+from proglayer.training.plan import Phase, Rates, plan
+from proglayer.training.stopping import EpochMetrics, Stopped, StoppingRule, follow
 from proglayer.training.trainer import evaluate
 
 from ..helpers import TINY, config, tiny_corpus
@@ -59,9 +58,10 @@ def trajectory(
     **others: Any,
 ) -> Trajectory:
     hooks = Hooks(StopAt(stop_at), lambda progress: None, lambda text: None)
+    start = start or (lambda: build(phase.train))
     return Trajectory(
-        store, None, start or (lambda: build(phase)), phase, CORPUS, torch.device("cpu"), HERE,
-        checkpoint_every_s, hooks, **others,
+        store, None, start, phase, CORPUS, torch.device("cpu"), HERE, checkpoint_every_s, hooks,
+        **others,
     )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def followed(
     with trajectory(store, phase, **settings) as steps:  # type: ignore[arg-type]
         stopped = follow(phase.stop, steps.epochs())
         exits = steps.finish(stopped.best.epoch)
-        assert [e.exit for e in exits] == list(range(phase.layers))
+        assert [e.exit for e in exits] == list(range(phase.train.layers))
         return stopped, steps.weights(stopped.best.epoch), steps
 
 
@@ -122,7 +122,7 @@ def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path: Path) -
 
 def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Model]]:
     first, second = plan(config(*TINY, "phase.max_epochs=2", *overrides), CORPUS.vocab_size)
-    return first, second, lambda: grow(build(first), second)
+    return first, second, lambda: grow(build(first.train), second.train)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_the_exits_right_after_a_growth_are_those_of_the_model_it_starts_with(
     _, second, start = grown_phase("growth=gate", "growth.gate_steps=2")
     with trajectory(tmp_path, second, start=start) as steps:
         before = steps.start_exits()
-    model = build(grown_phase()[0])
-    expected = evaluate(model, second, CORPUS, torch.device("cpu"), range(3))
+    model = build(grown_phase()[0].train)
+    expected = evaluate(model, second.train, CORPUS, torch.device("cpu"), range(3))
     assert [exit.loss for exit in before] == [exit.loss for exit in (*expected, expected[-1])]
     with trajectory(tmp_path, second, start=lambda: pytest.fail("stored")) as steps:
         assert steps.start_exits() == before
@@ -183,8 +183,10 @@ def test_what_the_optimizer_carries_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
     settings = {
-        "start": lambda: grow(restored(first.layers, asdict(first.architecture), weights), second),
-        "carried": lambda: carried_tensors(kept, second, 3),
+        "start": lambda: grow(
+            restored(first.train.layers, asdict(first.train.architecture), weights), second.train
+        ),
+        "carried": lambda: carried_tensors(kept, second.train, 3),
     }
     whole = followed(tmp_path / "whole", second, **settings)
     afresh = followed(tmp_path / "afresh", second, start=settings["start"])
@@ -196,8 +198,10 @@ def test_what_the_optimizer_carries_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_phase_that_moves_nothing_fails_by_name_and_again(tmp_path: Path) -> None:
-    phase = replace(planned(), rates=Rates(1e-2, 1e-2, 1e-20, 1e-2))
-    phase = replace(phase, optimizer=replace(phase.optimizer, weight_decay=0.0))
+    phase = planned()
+    optimizer = replace(phase.train.optimizer, weight_decay=0.0)
+    still = replace(phase.train, rates=Rates(1e-2, 1e-2, 1e-20, 1e-2), optimizer=optimizer)
+    phase = replace(phase, train=still)
     for _ in range(2):
         with trajectory(tmp_path, phase) as steps:
             stopped = follow(phase.stop, steps.epochs())
@@ -211,7 +215,7 @@ def test_a_phase_builds_the_model_that_it_starts_with_once(tmp_path: Path) -> No
 
     def start() -> Model:
         built.append(1)
-        return build(phase)
+        return build(phase.train)
 
     followed(tmp_path, phase, start=start)
     assert len(built) == 1
@@ -464,23 +468,20 @@ def test_checkpoints_on_the_way_change_nothing(tmp_path: Path) -> None:
     assert len(list(stage.glob("state-*"))) == 1
 
 
-def test_the_key_covers_all_but_the_stopping_rule() -> None:
+def test_the_key_covers_all_that_training_depends_on() -> None:
     phase = planned()
-    key = describe(None, phase, CORPUS.fingerprint, HERE)
-    assert (
-        describe(None, replace(phase, stop=StoppingRule(9, 9, 0.9)), CORPUS.fingerprint, HERE)
-        == key
-    )
+    key = describe(None, phase.train, CORPUS.fingerprint, HERE)
+    assert key["phase"].keys() == {field.name for field in fields(phase.train)}
     other = planned("seed=1")
-    for field in fields(phase):
-        if field.name != "stop" and field.default is MISSING:
-            assert field.name in key["phase"]
-    assert describe(None, other, CORPUS.fingerprint, HERE) != key
-    assert describe(("abc", 2), phase, CORPUS.fingerprint, HERE) != key
-    assert describe(None, phase, "other text", HERE) != key
+    assert describe(None, other.train, CORPUS.fingerprint, HERE) != key
+    assert describe(("abc", 2), phase.train, CORPUS.fingerprint, HERE) != key
+    assert describe(None, phase.train, "other text", HERE) != key
     for field, value in asdict(HERE).items():
         different = value + 1 if isinstance(value, int) else value + "x"
-        assert describe(None, phase, CORPUS.fingerprint, replace(HERE, **{field: different})) != key
+        assert (
+            describe(None, phase.train, CORPUS.fingerprint, replace(HERE, **{field: different}))
+            != key
+        )
 
 
 def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_for(
@@ -502,8 +503,10 @@ def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_fo
             if evaluated == "trained":
                 assert exits[0].loss == stopped.best.validation_loss
     assert len(losses) == 2
-    lowest = replace(planned("model.evaluated_exits=trained"), exit_weights=(1.0, 0.0, 0.0))
-    assert lowest.evaluated_exits == [0, 2]
+    frozen = "freeze.steps=[{existing: 0, embedding: false, head: false}]"
+    lowest = ("model.exit_weights=[1,0,1,0]", "growth.position=bottom", frozen)
+    _, second, _ = grown_phase("model.evaluated_exits=trained", *lowest)
+    assert second.evaluate == (0, 2, 3)
 
 
 def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
@@ -521,9 +524,11 @@ def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
     with trajectory(tmp_path, phase) as steps:
         assert steps.key == without.key
         found = steps.test(selected)
-    model = restored(phase.layers, asdict(phase.architecture), state)
+    model = restored(phase.train.layers, asdict(phase.train.architecture), state)
     swapped = replace(CORPUS, validation=other.validation)
-    [expected] = evaluate(model, phase, swapped, torch.device("cpu"), [phase.layers - 1])
+    [expected] = evaluate(
+        model, phase.train, swapped, torch.device("cpu"), [phase.train.layers - 1]
+    )
     assert found == expected
     monkeypatch.setattr("proglayer.store.trajectory.evaluate", None)
     with trajectory(tmp_path, phase) as again:

@@ -16,10 +16,10 @@ from proglayer.config import ConfigError
 from proglayer.store.checkpoint import load_model as load_stored
 from proglayer.store.checkpoint import load_training, pack_training, pack_weights
 from proglayer.store.trajectory import describe
-from proglayer.training.build import restored
-from proglayer.training.growth import build, grow
+from proglayer.training.build import build, grow, restored
+from proglayer.training.cost import memory_bytes, parameter_counts, training_flops
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, memory_bytes, parameter_counts, plan, training_flops
+from proglayer.training.plan import TrainSpec, open_checkpoint, plan
 from proglayer.training.trainer import Training, evaluate
 
 from ..helpers import ROOT, config
@@ -46,11 +46,13 @@ OUTPUTS = {
 }
 
 
-def planned(*overrides: str, vocab_size: int = CORPUS.vocab_size) -> tuple[Phase, ...]:
-    return plan(config("model=causal_lm", *SHORT, *overrides), vocab_size)
+def planned(*overrides: str, vocab_size: int = CORPUS.vocab_size) -> tuple[TrainSpec, ...]:
+    settings = config("model=causal_lm", *SHORT, *overrides)
+    phases = plan(settings, vocab_size, open_checkpoint(settings))
+    return tuple(phase.train for phase in phases)
 
 
-def of_family(family: str, *overrides: str) -> tuple[Phase, ...]:
+def of_family(family: str, *overrides: str) -> tuple[TrainSpec, ...]:
     untie = () if "model.untie=true" in overrides or family != "gpt2" else ("freeze=none",)
     return planned(f"model.family={family}", *SIZES, *untie, *overrides)
 
@@ -68,7 +70,7 @@ def perturbed(model: Model) -> Model:
     return model
 
 
-def start(family: str, *overrides: str) -> tuple[Model, Model, Phase]:
+def start(family: str, *overrides: str) -> tuple[Model, Model, TrainSpec]:
     """An old model, the same grown, and the phase that grows it."""
     first, second = of_family(family, "phase=grow_once", *overrides)[:2]
     old = perturbed(build(first))
@@ -293,7 +295,7 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
     path = saved("gpt2", tmp_path / "gpt2")
     own = (f"model.path={path}", "data.tokenizer=model", "initial_layers=null")
     tied, untied = (
-        build(planned(*own, *more)[0]) for more in (("freeze=none",), ("model.untie=true",))
+        build(planned(*own, *more)[0], path) for more in (("freeze=none",), ("model.untie=true",))
     )
     with torch.no_grad():
         assert torch.equal(tied.logits(tokens()), untied.logits(tokens()))
@@ -306,7 +308,7 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
 # Checkpoints
 
 
-def from_path(path: Path, *overrides: str) -> tuple[Phase, ...]:
+def from_path(path: Path, *overrides: str) -> tuple[TrainSpec, ...]:
     untie = ("freeze=none",) if "gpt2" in path.name else ()
     defaults = ("data.tokenizer=model", "initial_layers=null")
     return planned(f"model.path={path}", *defaults, *untie, *overrides)
@@ -316,11 +318,11 @@ def test_a_checkpoint_is_read_as_the_library_reads_it(checkpoint: Path) -> None:
     phases = from_path(checkpoint, "growth=zero")
     assert [phase.layers for phase in phases] == [4, 5]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    model = build(phases[0])
+    model = build(phases[0], checkpoint)
     with torch.no_grad():
         assert torch.equal(model.logits(tokens()), theirs(tokens()).logits)
     (shallow, _) = from_path(checkpoint, "growth=zero", "initial_layers=2")
-    lower = build(shallow)
+    lower = build(shallow, checkpoint)
     assert len(lower.layers) == 2
     for ours, read in zip(lower.layers, model.layers, strict=False):
         for p, q in zip(ours.parameters(), read.parameters(), strict=True):
@@ -406,7 +408,7 @@ def test_what_is_no_checkpoint_is_told_in_one_line(damage: str, tmp_path: Path) 
     path = saved("llama", tmp_path / "llama")
     change(path)
     with pytest.raises(ConfigError, match=rf"^model\.path=\S+.*{line}") as error:
-        build(from_path(path)[0])
+        build(from_path(path)[0], path)
     assert "\n" not in str(error.value)
 
 
@@ -523,7 +525,7 @@ from tests.helpers import config, tiny_corpus
 import proglayer.run.run, proglayer.launch.job
 from proglayer.training.growth import build
 from proglayer.training.plan import plan
-build(plan(config(), 30)[0])
+build(plan(config(), 30)[0].train)
 assert "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

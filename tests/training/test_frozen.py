@@ -11,21 +11,22 @@ from torch import Tensor
 
 from proglayer.config import ConfigError
 from proglayer.training import frozen
-from proglayer.training.growth import grow
+from proglayer.training.build import grow
+from proglayer.training.cost import evaluation_flops, training_flops
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, evaluation_flops, training_flops
+from proglayer.training.plan import TrainSpec
 from proglayer.training.trainer import evaluate
 
 from .tiny import CORPUS, CPU, begun, planned, trained
 
 
-def grown(*overrides: str) -> tuple[Model, Phase]:
+def grown(*overrides: str) -> tuple[Model, TrainSpec]:
     """An initial model after an epoch and a growth, and the phase that goes on with it."""
     initial, phase = planned(*overrides)
     return grow(trained(initial).model, phase), phase
 
 
-def train(model: Model, phase: Phase, epochs: int = 2) -> tuple[list[float], list[Tensor]]:
+def train(model: Model, phase: TrainSpec, epochs: int = 2) -> tuple[list[float], list[Tensor]]:
     """Losses and metrics of each epoch, and the weights after the last."""
     training = begun(phase, model)
     losses = []

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from proglayer.config import Precision
 from proglayer.run.machine import switches
-from proglayer.training.growth import build, grow
-from proglayer.training.plan import Phase, plan
+from proglayer.training.build import build, grow
+from proglayer.training.plan import TrainSpec, plan
 from proglayer.training.recorded import MOST, WARM_UP
 from proglayer.training.trainer import Training, evaluate
 
@@ -23,9 +23,10 @@ CORPUS = tiny_corpus()
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def planned(*overrides: str) -> tuple[Phase, ...]:
+def planned(*overrides: str) -> tuple[TrainSpec, ...]:
     given = ("model=deep_supervision", "freeze=gradual", *overrides)
-    return plan(config(*TINY, *given), CORPUS.vocab_size)
+    phases = plan(config(*TINY, *given), CORPUS.vocab_size)
+    return tuple(phase.train for phase in phases)
 
 
 class Plain(Training):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from proglayer.config import ConfigError, GrowthInit
-from proglayer.training.growth import build, gate_value, grow
+from proglayer.training.build import build, grow
+from proglayer.training.growth import gate_value, layer_sources, placements
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, layer_sources, placements
+from proglayer.training.plan import TrainSpec
 from proglayer.training.trainer import evaluate, set_gate
 
 from .tiny import CORPUS, CPU, begun, pattern, planned, trained
@@ -18,7 +19,7 @@ from .tiny import CORPUS, CPU, begun, pattern, planned, trained
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 
 
-def grown(norm: str, *overrides: str) -> tuple[Model, Model, Phase]:
+def grown(norm: str, *overrides: str) -> tuple[Model, Model, TrainSpec]:
     """A trained model of 3 layers, what it grew into, and the phase that begins there."""
     first, second, *_ = planned(f"model.norm={norm}", *overrides)
     old = trained(first).model

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from proglayer.training.build import restored
-from proglayer.training.growth import build, grow
-from proglayer.training.plan import parameter_counts, plan
+from proglayer.training.build import build, grow, restored
+from proglayer.training.cost import parameter_counts
+from proglayer.training.plan import plan
 from proglayer.training.transformer import Transformer, rotary_tables, rotate
 
 from ..helpers import config, experiments
@@ -26,7 +26,8 @@ def tokens(windows: int = 3, length: int = 8, vocab_size: int = 30) -> torch.Ten
 def test_the_counted_parameters_are_the_models(experiment: str, norm: str) -> None:
     from proglayer.training.optim import set_trainable
 
-    for phase in plan(config(f"experiment={experiment}", f"model.norm={norm}"), 100):
+    for planned_phase in plan(config(f"experiment={experiment}", f"model.norm={norm}"), 100):
+        phase = planned_phase.train
         with torch.device("meta"):
             model = Transformer(layers=phase.layers, **asdict(phase.architecture))
         trainable = set_trainable(model, phase)
@@ -114,7 +115,7 @@ def test_a_layer_is_post_norm() -> None:
 
 
 def test_weights_start_as_described() -> None:
-    phase = plan(config("model.dim=64"), 5000)[0]
+    phase = plan(config("model.dim=64"), 5000)[0].train
     model = build(phase)
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.01)
     for name in ("head.weight", "layers.1.attention.q.weight", "layers.2.ffn.w2.weight"):

@@ -6,17 +6,13 @@ import pytest
 import torch
 
 from proglayer.config import ConfigError
-from proglayer.training.growth import build, grow
+from proglayer.training.build import build, grow
+from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.optim import build_optimizer, carried_tensors, optimizer_tensors, start_from
-from proglayer.training.plan import (
-    ExitCurriculum,
-    parameter_counts,
-    schedule_warnings,
-    training_flops,
-)
+from proglayer.training.plan import ExitCurriculum, plan, schedule_warnings
 from proglayer.training.trainer import Training, evaluate
 
-from ..helpers import config
+from ..helpers import TINY, config
 from .tiny import CORPUS, CPU, begun, planned, trained
 
 # -- the loss -------------------------------------------------------------------------------------
@@ -131,7 +127,8 @@ def test_a_schedule_that_a_phase_does_not_see_the_end_of_says_so(
     given: tuple[str, ...], warning: str
 ) -> None:
     """Of 40 windows, 16 in a batch."""
-    assert "".join(schedule_warnings(planned("phase.batch_size=16", *given)[0], 40)) == warning
+    phase = plan(config(*TINY, "phase.batch_size=16", *given), CORPUS.vocab_size)[0]
+    assert "".join(schedule_warnings(phase, 40)) == warning
 
 
 @pytest.mark.parametrize("carry", ["none", "existing", "copy"])

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 
 from proglayer.config import ConfigError, GrowthInit, GrowthPosition
-from proglayer.training.plan import (
-    Growth,
-    Phase,
-    evaluation_flops,
-    parameter_counts,
-    placements,
-    plan,
-    training_flops,
-)
+from proglayer.training.cost import evaluation_flops, parameter_counts, training_flops
+from proglayer.training.growth import Growth, placements
+from proglayer.training.plan import Phase, plan
 
 from ..helpers import config, experiments
 
@@ -29,23 +22,28 @@ def planned(*overrides: str, vocab_size: int = FOUNDING_VOCABULARY) -> tuple[Pha
 
 def test_parameter_counts_are_the_published_ones() -> None:
     initial, grown = planned("experiment=original")
-    assert initial.architecture.sizes.layer == 65_664
-    assert parameter_counts(initial).total == parameter_counts(initial).trainable == 9_135_232
-    counts = parameter_counts(grown)
+    assert initial.train.architecture.sizes.layer == 65_664
+    assert (
+        parameter_counts(initial.train).total
+        == parameter_counts(initial.train).trainable
+        == 9_135_232
+    )
+    counts = parameter_counts(grown.train)
     assert (counts.total, counts.trainable) == (9_200_896, 4_534_784)
     assert f"{counts.trainable / counts.total:.1%}" == "49.3%"
 
 
 def test_the_vocabulary_is_padded_to_the_founding_one() -> None:
     assert (
-        parameter_counts(planned("model.vocab_size=69830", vocab_size=33_448)[1]).total == 9_200_896
+        parameter_counts(planned("model.vocab_size=69830", vocab_size=33_448)[1].train).total
+        == 9_200_896
     )
     with pytest.raises(ConfigError, match=r"model.vocab_size=69829 is smaller than .* 69830"):
         planned("model.vocab_size=69829")
 
 
 def summary(phases: tuple[Phase, ...]) -> list[tuple[int, tuple[str, ...]]]:
-    return [(phase.layers, phase.frozen) for phase in phases]
+    return [(phase.train.layers, phase.train.frozen) for phase in phases]
 
 
 def test_what_each_experiment_trains() -> None:
@@ -71,12 +69,12 @@ def test_what_each_experiment_trains() -> None:
 
 def test_rates_follow_roles() -> None:
     initial, grown = planned("experiment=original")
-    assert set(vars(initial.rates).values()) == {1e-3}
-    assert grown.rates.new == grown.rates.head == pytest.approx(1e-4)
-    assert grown.rates.existing is None
-    assert grown.rates.embedding is None
+    assert set(vars(initial.train.rates).values()) == {1e-3}
+    assert grown.train.rates.new == grown.train.rates.head == pytest.approx(1e-4)
+    assert grown.train.rates.existing is None
+    assert grown.train.rates.embedding is None
     _, unfrozen = planned("experiment=split_lr", "freeze=none")
-    assert (unfrozen.rates.new, unfrozen.rates.existing) == (1e-3, 1e-5)
+    assert (unfrozen.train.rates.new, unfrozen.train.rates.existing) == (1e-3, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_rates_follow_roles() -> None:
 )
 def test_what_comes_later_does_not_leak_into_the_first_phase(experiment: str) -> None:
     first, original = planned(f"experiment={experiment}")[0], planned("experiment=original")[0]
-    assert replace(first, stop=original.stop) == original
+    assert first.train == original.train
 
 
 def test_gradual_unfreezing_begins_as_the_original() -> None:
@@ -93,7 +91,7 @@ def test_gradual_unfreezing_begins_as_the_original() -> None:
 
 def test_layers_are_added_one_at_a_time() -> None:
     phases = planned("phase=one_at_a_time", "added_layers=3")
-    assert [(p.layers, p.new_layers) for p in phases] == [
+    assert [(p.train.layers, p.train.new_layers) for p in phases] == [
         (3, (0, 1, 2)),
         (4, (3,)),
         (5, (4,)),
@@ -104,8 +102,8 @@ def test_layers_are_added_one_at_a_time() -> None:
 
 def test_freezing_counts_existing_layers_from_the_top() -> None:
     phases = planned("freeze=gradual", "growth.position=bottom")
-    assert phases[1].new_layers == (0,)
-    assert phases[2].trained_layers == (0, 3)
+    assert phases[1].train.new_layers == (0,)
+    assert phases[2].train.trained_layers == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +135,11 @@ def test_placements_are_distinct_and_inside(
 
 
 def test_exit_weights() -> None:
-    assert planned("model=standard")[1].exit_weights == (0, 0, 0, 1)
-    assert planned("model=deep_supervision")[0].exit_weights == (1 / 3,) * 3
-    assert planned("model=deep_supervision")[1].exit_weights == (1 / 4,) * 4
-    assert planned("model.exit_weights=linear")[0].exit_weights == (1 / 6, 2 / 6, 3 / 6)
-    assert planned("model.exit_weights=[1,0,1,2]")[0].exit_weights == (0.5, 0, 0.5)
+    assert planned("model=standard")[1].train.exit_weights == (0, 0, 0, 1)
+    assert planned("model=deep_supervision")[0].train.exit_weights == (1 / 3,) * 3
+    assert planned("model=deep_supervision")[1].train.exit_weights == (1 / 4,) * 4
+    assert planned("model.exit_weights=linear")[0].train.exit_weights == (1 / 6, 2 / 6, 3 / 6)
+    assert planned("model.exit_weights=[1,0,1,2]")[0].train.exit_weights == (0.5, 0, 0.5)
     with pytest.raises(ConfigError, match="has 3 weights for 4 layers"):
         planned("model.exit_weights=[1,0,1]")
     with pytest.raises(ConfigError, match="gives no weight to any of 3 layers"):
@@ -158,7 +156,7 @@ def test_exit_weights() -> None:
         planned("model.exit_weights=[1,1,1,0]", frozen)
     # What is above may be frozen: here the new layer goes to the bottom.
     below = planned("model.exit_weights=[1,0,1,0]", "growth.position=bottom", frozen)
-    assert (below[1].trained_layers, below[1].exit_weights) == ((0,), (0.5, 0, 0.5, 0))
+    assert (below[1].train.trained_layers, below[1].train.exit_weights) == ((0,), (0.5, 0, 0.5, 0))
 
 
 def test_budgets_of_their_own() -> None:
@@ -166,25 +164,29 @@ def test_budgets_of_their_own() -> None:
         "phase.initial.max_epochs=7", "phase.grown.batch_size=8", "phase.patience=3"
     )
     assert (initial.stop.max_epochs, grown.stop.max_epochs) == (7, 50)
-    assert (initial.batch_size, grown.batch_size) == (64, 8)
+    assert (initial.train.batch_size, grown.train.batch_size) == (64, 8)
     assert initial.stop.patience == grown.stop.patience == 3
 
 
 def test_a_phase_may_not_ask_for_more_windows_than_there_are() -> None:
     phase = planned("phase.samples=100")[0]
-    assert phase.windows(100) == 100
-    assert phase.steps_per_epoch(500) == 2
+    assert phase.train.windows(100) == 100
+    assert phase.train.steps_per_epoch(500) == 2
     with pytest.raises(ConfigError, match=r"phase.samples=100 .* \(99\)"):
-        phase.windows(99)
+        phase.train.windows(99)
 
 
 def test_schedules() -> None:
-    constant, warm = (planned(*o)[0].schedule for o in ((), ("lr.warmup_steps=4",)))
+    constant, warm = (planned(*o)[0].train.schedule for o in ((), ("lr.warmup_steps=4",)))
     assert {constant.factor(step, 10) for step in range(1000)} == {1.0}
     assert [warm.factor(step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    linear = planned("lr.schedule=linear", "phase.max_epochs=2", "lr.final_factor=0.5")[0].schedule
+    linear = planned("lr.schedule=linear", "phase.max_epochs=2", "lr.final_factor=0.5")[
+        0
+    ].train.schedule
     assert [linear.factor(step, 2) for step in range(6)] == [1, 0.875, 0.75, 0.625, 0.5, 0.5]
-    cosine = planned("lr.schedule=cosine", "phase.max_epochs=1", "lr.warmup_steps=2")[0].schedule
+    cosine = planned("lr.schedule=cosine", "phase.max_epochs=1", "lr.warmup_steps=2")[
+        0
+    ].train.schedule
     assert cosine.factor(2, 12) == 1
     assert cosine.factor(7, 12) == pytest.approx(0.5)
     assert cosine.factor(12, 12) == pytest.approx(0)
@@ -196,18 +198,21 @@ def test_schedules() -> None:
 def test_the_head_costs_what_its_products_cost() -> None:
     initial, grown = planned("experiment=original")
     product = 2 * 10_000 * 32 * FOUNDING_VOCABULARY * 64
-    assert training_flops(initial, 32, 10_000).head == 3 * product
-    assert training_flops(grown, 32, 10_000).head == 3 * product
+    assert training_flops(initial.train, 32, 10_000).head == 3 * product
+    assert training_flops(grown.train, 32, 10_000).head == 3 * product
     deep = planned("experiment=original", "model=deep_supervision")
-    assert training_flops(deep[0], 32, 10_000).head == 9 * product
+    assert training_flops(deep[0].train, 32, 10_000).head == 9 * product
     # Below the new layer nothing trains: the three old exits train the head only.
-    assert training_flops(deep[1], 32, 10_000).head == (3 + 3 * 2) * product
-    assert evaluation_flops(grown, 32, 2_000).head == product / 5
-    frozen_body = training_flops(grown, 32, 10_000).body / training_flops(initial, 32, 10_000).body
+    assert training_flops(deep[1].train, 32, 10_000).head == (3 + 3 * 2) * product
+    assert evaluation_flops(grown.train, 32, 2_000).head == product / 5
+    frozen_body = (
+        training_flops(grown.train, 32, 10_000).body
+        / training_flops(initial.train, 32, 10_000).body
+    )
     assert 0.4 < frozen_body < 0.7
 
 
 def test_stopping_is_no_part_of_what_a_phase_trains() -> None:
     short, long = planned("phase.patience=1"), planned("phase.patience=5", "phase.max_epochs=100")
-    assert [replace(a, stop=b.stop) for a, b in zip(short, long, strict=True)] == list(long)
-    assert math.isfinite(short[0].schedule.factor(10**6, 10))
+    assert [phase.train for phase in short] == [phase.train for phase in long]
+    assert math.isfinite(short[0].train.schedule.factor(10**6, 10))

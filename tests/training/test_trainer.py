@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from proglayer.training.growth import build, grow
+from proglayer.training.build import build, grow
+from proglayer.training.cost import training_flops
 from proglayer.training.optim import build_optimizer, role_of, set_trainable
-from proglayer.training.plan import Phase, StoppingRule, plan, training_flops
-from proglayer.training.stopping import EpochMetrics, follow
+from proglayer.training.plan import TrainSpec, plan
+from proglayer.training.stopping import EpochMetrics, StoppingRule, follow
 from proglayer.training.trainer import Diverged, NotCompiled, evaluate
 
 from ..helpers import config, experiments
@@ -70,7 +71,8 @@ def test_max_epochs_ends_a_phase_that_still_improves() -> None:
 
 @pytest.mark.parametrize("experiment", experiments())
 def test_the_trainable_set_is_the_optimizers_in_every_phase(experiment: str) -> None:
-    for phase in plan(config(f"experiment={experiment}", "model.dim=16"), 50):
+    for planned_phase in plan(config(f"experiment={experiment}", "model.dim=16"), 50):
+        phase = planned_phase.train
         model = _empty(phase)
         optimizer = build_optimizer(model, phase)
         in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -144,7 +146,7 @@ def test_a_body_that_cannot_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("model_name", ["standard", "deep_supervision"])
 def test_training_is_the_plain_loop(model_name: str, norm: str) -> None:
     """The slow, obvious twin: all logits, PyTorch's own loss, the same order of windows."""
-    from proglayer.training.streams import stream
+    from proglayer.training.build import stream
 
     phase = planned(f"model={model_name}", f"model.norm={norm}", "phase.batch_size=7")[0]
     training = begun(phase)
@@ -340,7 +342,7 @@ def test_activations_formed_again_give_the_same_bits(norm: str) -> None:
         assert torch.equal(p, q)
 
 
-def _empty(phase: Phase) -> torch.nn.Module:
+def _empty(phase: TrainSpec) -> torch.nn.Module:
     from dataclasses import asdict
 
     from proglayer.training.transformer import Transformer

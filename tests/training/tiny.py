@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from proglayer.training.growth import build
+from proglayer.training.build import build
 from proglayer.training.model import Model
-from proglayer.training.plan import Phase, plan
+from proglayer.training.plan import TrainSpec, plan
 from proglayer.training.trainer import Training
 
 from ..helpers import TINY, config, tiny_corpus
@@ -15,19 +15,19 @@ CPU = torch.device("cpu")
 CORPUS = tiny_corpus()
 
 
-def planned(*overrides: str) -> tuple[Phase, ...]:
-    """The phases of a tiny model on `CORPUS`."""
-    return plan(config(*TINY, *overrides), CORPUS.vocab_size)
+def planned(*overrides: str) -> tuple[TrainSpec, ...]:
+    """How the phases of a tiny model on `CORPUS` train."""
+    return tuple(phase.train for phase in plan(config(*TINY, *overrides), CORPUS.vocab_size))
 
 
-def begun(phase: Phase, model: Model | None = None) -> Training:
+def begun(spec: TrainSpec, model: Model | None = None) -> Training:
     """A training of this model, of a new one where none is given."""
-    return Training(build(phase) if model is None else model, phase, CORPUS, CPU)
+    return Training(build(spec) if model is None else model, spec, CORPUS, CPU)
 
 
-def trained(phase: Phase, model: Model | None = None, epochs: int = 1) -> Training:
+def trained(spec: TrainSpec, model: Model | None = None, epochs: int = 1) -> Training:
     """The same after some epochs."""
-    training = begun(phase, model)
+    training = begun(spec, model)
     for _ in range(epochs):
         training.train_epoch()
         training.finish_epoch()

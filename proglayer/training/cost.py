@@ -1,0 +1,117 @@
+"""What a phase costs: parameters, operations and memory. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proglayer.training.plan import TrainSpec
+
+# The loss's buffer of exponentials on a CPU (`blocks.KEPT_BYTES`).
+MOST_BYTES_OF_LOSS = 150_000_000
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model."""
+
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations (a multiply-add is two) of the head and of everything below it."""
+
+    head: int
+    body: int
+
+
+def parameter_counts(spec: TrainSpec) -> Counts:
+    """Parameters of the model in the phase, in all and those that train."""
+    sizes = spec.architecture.sizes
+    head = sizes.norm + sizes.head
+    trainable = sizes.layer * len(spec.trained_layers)
+    trainable += sizes.embedding * (spec.rates.embedding is not None)
+    trainable += head * (spec.rates.head is not None)
+    return Counts(sizes.embedding + head + sizes.layer * spec.layers, trainable)
+
+
+def training_flops(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int = 1) -> Flops:
+    """Operations of one epoch of training: every matrix product that this phase needs.
+
+    Forward everywhere; the gradient of a matrix where it trains; the gradient of its input where
+    something below it trains. Only exits with a weight are read, and of those the ones that the
+    curriculum reads in this epoch (1 is the first). Causal attention is counted
+    over the whole square, as the usual formula 4 x tokens x dim does. What `cache_frozen` keeps
+    runs once a phase and is left out; so is what `checkpoint_activations` forms a second time.
+    """
+    tokens = spec.windows(train_windows) * seq_len
+    token_product = 2 * spec.architecture.vocab_size * spec.architecture.dim
+    lowest = spec.lowest_trained
+    # A norm that trains between hidden state and head needs the gradient of what the head reads.
+    norm_trains = spec.architecture.final_norm and spec.rates.head is not None
+    head = 0
+    for exit, read in enumerate(_tokens_read(spec, seq_len, train_windows, epoch)):
+        attached = not spec.detached or exit == spec.last_read
+        to_hidden = (lowest <= exit and attached) or norm_trains
+        head += token_product * read * (1 + (spec.rates.head is not None) + to_hidden)
+    sizes = spec.architecture.sizes
+    matrices, reading = 2 * tokens * sizes.matrices, 2 * tokens * sizes.reading
+    scores = 4 * tokens * seq_len * sizes.attention
+    body = 0
+    for layer in range(lowest if spec.cache_frozen else 0, min(spec.last_read + 1, spec.layers)):
+        body += matrices + scores
+        if lowest <= layer:
+            body += 2 * scores
+            body += matrices - reading * (lowest == layer)
+            body += matrices * (layer in spec.trained_layers)
+    return Flops(head=head, body=body)
+
+
+def memory_bytes(spec: TrainSpec, seq_len: int) -> int:
+    """An estimate of the bytes that training holds at its peak, the process itself apart.
+
+    Weights; gradients and the two moments of what trains; what each layer above the lowest that
+    trains keeps for the backward pass (for each token, its inputs, queries, keys and values, and
+    the feed-forward's widths; with `checkpoint_activations` its input, and one layer all of that);
+    hidden states and their gradients at the exits; and the buffers of the loss.
+    """
+    shape = spec.architecture
+    sizes, counts, width = shape.sizes, parameter_counts(spec), shape.weight_bytes
+    parameters = width * (counts.total + 3 * counts.trainable)
+    tokens = spec.batch_size // spec.accumulate * seq_len
+    layer = 6 * shape.dim + 4 * sizes.attention + 4 * sizes.hidden
+    first = max(0, spec.lowest_trained)
+    layers = max(0, min(spec.last_read + 1, spec.layers) - first)
+    kept = layers * (shape.dim if spec.checkpoint_activations else layer)
+    kept += layer * (spec.checkpoint_activations and layers > 0)
+    exits = sum(weight > 0 for weight in spec.exit_weights)
+    kept += 3 * exits * shape.dim
+    buffers = min(MOST_BYTES_OF_LOSS, 4 * tokens * shape.vocab_size)
+    return parameters + width * tokens * kept + buffers
+
+
+def evaluation_flops(spec: TrainSpec, seq_len: int, validation_windows: int) -> Flops:
+    """Operations of one evaluation at the last exit: the forward products.
+
+    What `cache_frozen` keeps runs once a phase and is left out.
+    """
+    tokens = validation_windows * seq_len
+    sizes = spec.architecture.sizes
+    layer = 2 * tokens * sizes.matrices + 4 * tokens * seq_len * sizes.attention
+    layers = spec.layers - (spec.lowest_trained if spec.cache_frozen else 0)
+    head = 2 * tokens * spec.architecture.vocab_size * spec.architecture.dim
+    return Flops(head=head, body=layer * layers)
+
+
+def _tokens_read(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int) -> list[int]:
+    """How many tokens of an epoch the loss reads at each exit."""
+    windows, steps = spec.windows(train_windows), spec.steps_per_epoch(train_windows)
+    if spec.curriculum.kind == "all":
+        return [windows * seq_len * (weight > 0) for weight in spec.exit_weights]
+    read = [0] * spec.exits
+    for step in range(steps):
+        batch = min(spec.batch_size, windows - step * spec.batch_size)
+        for exit, weight in enumerate(spec.exit_weights_at((epoch - 1) * steps + step)):
+            read[exit] += batch * seq_len * (weight > 0)
+    return read
