@@ -342,7 +342,8 @@ def _compute(study: Study, condition: Condition) -> list[Picture]:
     """The loss against operations, a picture for each model, a line for each variant."""
     shown = condition.variants[:MOST_VARIANTS]
     curves = condition.curves[condition.curves["variant"].isin(shown)].dropna(subset="flops")
-    curves = curves.assign(x=curves["flops"], y=curves["loss"], at=curves["step"])
+    at = curves["phase"].map("{:03d}".format) + curves["epoch"].map(" {:05d}".format)
+    curves = curves.assign(x=curves["flops"], y=curves["loss"], at=at)
     curves["arm"] = curves["variant"].map(variant_name)
     labels = "operations with the head, all phases so far", "validation loss (nats)"
     return [

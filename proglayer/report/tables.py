@@ -151,12 +151,12 @@ def arms_table(frame: Frame) -> Table:
     columns = [
         VARIANT,
         MODEL,
-        Column("layers", "Layers", kind="figure"),
-        SEEDS,
-        *([Column("left_out", "Left out")] if frame["left_out"].any() else []),
         spread("end_accuracy", "Accuracy", ".2f", " %"),
         spread("end_loss", "Loss, nats", ".4f"),
         *([interval(CHANGES[0], "Change in accuracy, points", "+.2f")] if grown else []),
+        SEEDS,
+        *([Column("left_out", "Left out")] if frame["left_out"].any() else []),
+        Column("layers", "Layers", kind="figure"),
         *([interval(CHANGES[1], "Perplexity fell by, %", "+.1f", minor=2)] if grown else []),
         spread("end_bits_per_byte", "Bits per byte", ".4f", minor=1),
     ]
@@ -220,7 +220,7 @@ def phases_table(frame: Frame) -> Table:
         Column("seconds_mean", "Time", duration, kind="figure"),
         Column("best_epoch", "Best Epoch", kind="figure", minor=1),
     ]
-    return set_table(frame, columns, "Phase by phase", "phase_by_phase")
+    return set_table(frame, columns, "The phases of each arm", "phase_by_phase")
 
 
 # --- comparisons ----------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
     """A row for each run; `variants` names the arms of those that completed."""
     changed = runs["phases"].astype("float64") > 1
     frame = runs.assign(
-        variant=runs["run"].map(variants).fillna(runs["experiment"]).map(text_of),
+        variant=[variants.get(r, text_of(e)) for r, e in runs[["run", "experiment"]].to_numpy()],
         accuracy_points=runs["accuracy_points"].where(changed),
         model=runs["model"].map(text_of),
     )

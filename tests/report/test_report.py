@@ -1,0 +1,585 @@
+"""The report: its figures are those of the frames, its text is text, and no pile breaks it."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from proglayer.report import page as reporting
+from proglayer.report import pictures, stats
+from proglayer.report.__main__ import main
+from proglayer.report.arms import DEEP, STANDARD, Margins
+from proglayer.report.page import write_report
+from proglayer.results import load
+
+from .. import synthetic
+from ..helpers import SHORT, Command
+
+# Text that would be an element, a formula, a cell, a heading or mathematics if it were let.
+EVIL = '<script>alert("1")</script>'
+FORMULA = "=1+1"
+NASTY = f"{FORMULA} {EVIL} | `x` **b** $\\frac{{1}}$ [a](javascript:1)\n# head\x07 & é"
+
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original and a control, both models, three seeds."""
+    folder = tmp_path_factory.mktemp("study") / "sweep"
+    experiments = ("original", "control_from_scratch")
+    return synthetic.sweep(folder, experiments, seeds=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def report(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its report."""
+    out = tmp_path_factory.mktemp("report")
+    return write_report([sweep], out).parent
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, tables and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._in: list[str] = []
+        self.feed(text)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._in:
+            while self._in.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self._in:
+            self.scripts.append(data)
+        elif "style" not in self._in:
+            self.text += data
+            if "td" in self._in or "th" in self._in:
+                self.tables[-1][-1][-1] += data
+
+    def table(self, *heads: str) -> list[dict[str, str]]:
+        """The rows of the first table whose heads begin with these."""
+        for head, *rows in self.tables:
+            if head[: len(heads)] == list(heads):
+                return [dict(zip(head, row, strict=True)) for row in rows]
+        raise AssertionError(f"no table {heads} among {[t[0] for t in self.tables]}")
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+def report_of(*folders: Path, out: Path, margins: Margins | None = None) -> Page:
+    return page_of(write_report(folders, out, margins).parent)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_the_founding_tables_are_those_of_the_frames(sweep: Path, report: Path) -> None:
+    results = load(sweep)
+    runs = results.runs[(results.runs["experiment"] == "original")]
+    runs = runs[runs["model"] == STANDARD]
+    phases = results.phases[results.phases["run"].isin(runs["run"])]
+    rows = page_of(report).table("Variant", "Model", "Phase", "Layers", "Seeds", "Best Acc")[:3]
+    assert [row["Phase"] for row in rows] == ["initial", "grown", "change"]
+    for number, row in enumerate(rows[:2], start=1):
+        phase = phases[phases["phase"] == number]
+        perplexity = phase["validation_perplexity"]
+        accuracy = phase["validation_accuracy_percent"]
+        seconds = phase["train_seconds"] + phase["evaluation_seconds"]
+        assert row["Layers"] == str(phase["layers"].iloc[0])
+        assert row["Best PPL"] == f"{perplexity.mean():,.2f} ± {perplexity.std():,.2f}"
+        assert row["Best Acc"] == f"{accuracy.mean():.2f} ± {accuracy.std():.2f} %"
+        assert row["Time"] == f"{seconds.mean():.1f} s"
+    points, percent = runs["accuracy_points"], runs["perplexity_percent"]
+    assert rows[2]["Best Acc"] == f"{points.mean():+.2f} ± {points.std():.2f} points"
+    assert rows[2]["Best PPL"] == f"{percent.mean():+.2f} ± {percent.std():.2f} %"
+
+
+def test_the_published_numbers_stand_beside_them(report: Path) -> None:
+    rows = page_of(report).table("Variant", "Model", "Phase")
+    assert [row["Variant"] for row in rows] == [
+        *["original"] * 6, *["published"] * 6, *["from scratch"] * 2,
+    ]  # fmt: skip
+    shown = [(row["Best Acc"], row["Best PPL"], row["Time"]) for row in rows[6:12]]
+    assert shown == [
+        ("16.35 %", "978.89", "23.7 s"), ("16.20 %", "975.51", "27.4 s"),
+        ("-0.15 points", "+0.34 %", "51.1 s"),
+        ("16.45 %", "950.45", "53.1 s"), ("16.26 %", "968.60", "92.1 s"),
+        ("-0.19 points", "-1.91 %", "2 min 25 s"),
+    ]  # fmt: skip
+
+
+def test_absolute_figures_stand_first_and_differences_are_what_the_statistics_say(
+    sweep: Path, report: Path
+) -> None:
+    runs = load(sweep).runs
+    original = runs[runs["experiment"] == "original"]
+    by_model = {m: group.set_index("seed") for m, group in original.groupby("model")}
+    first, *_ = page_of(report).tables
+    assert first[0][:5] == [
+        *("Variant", "Model", "Accuracy", "Loss, nats", "Change in accuracy, points"),
+    ]
+    arms = pd.read_csv(report / "tables" / "arms.csv").set_index(["variant", "model"])
+    for place, (model, arm) in enumerate((m, by_model[m]) for m in (STANDARD, DEEP)):
+        accuracy, change = arm["last_accuracy_percent"], arm["accuracy_points"].to_numpy(float)
+        assert first[1 + place][2] == f"{accuracy.mean():.2f} ± {accuracy.std():.2f} %"
+        row, expected = arms.loc[("original", model)], stats.summary(change)
+        parts = [row[f"accuracy_change_points_{part}"] for part in ("mean", "low", "high")]
+        assert parts == pytest.approx([expected.mean, expected.low, expected.high])
+    judged = pd.read_csv(report / "tables" / "comparisons.csv")
+    claims = judged[judged["claim"].notna() & (judged["metric"] == "accuracy")]
+    deeper = claims[claims["claim"].str.startswith("deep supervision")].iloc[0]
+    points = {m: arm["accuracy_points"].astype(float) for m, arm in by_model.items()}
+    expected = stats.paired(points[DEEP], points[STANDARD], margin=0.1)
+    assert (deeper["mean"], deeper["p"]) == pytest.approx((expected.mean, expected.p))
+    # All comparisons that the claims rest on are one family; what was not tested is none of it.
+    tested = claims[claims["n"] > 1]
+    assert set(tested["family"]) == {len(tested)}
+    assert (claims.loc[claims["n"] == 0, "verdict"] == "not tested").all()
+    by_seed = pd.read_csv(report / "tables" / "differences.csv")
+    by_seed = by_seed[(by_seed["claim"] == deeper["claim"]) & (by_seed["metric"] == "accuracy")]
+    found = by_seed.set_index("seed")["difference"].to_dict()
+    assert found == pytest.approx((points[DEEP] - points[STANDARD]).to_dict())
+
+
+def test_a_sweep_without_an_experiment_is_told_by_what_it_varies(tmp_path: Path) -> None:
+    for added in (1, 3):
+        for seed in (1, 2):
+            given = {
+                "choices": {"model": STANDARD, "data": "pydocs", "experiment": None},
+                "overrides": [f"added_layers={added}", f"seed={seed}"],
+            }
+            synthetic.run(tmp_path / f"{added}{seed}", "original", STANDARD, seed,
+                        f"added_layers={added}", **given)  # fmt: skip
+    page = report_of(tmp_path, out=tmp_path / "report")
+    rows = page.table("Variant", "Model", "Accuracy")
+    assert [row["Variant"] for row in rows] == ["added_layers=1", "added_layers=3"]
+
+
+# --- the first screen -----------------------------------------------------------------------------
+
+
+def test_a_verdict_tells_which_seeds_it_lacks_and_why(tmp_path: Path) -> None:
+    """Of deep supervision one seed failed, one is running, and one was not asked for."""
+    synthetic.sweep(tmp_path / "s", ["original"], [STANDARD], range(1, 6))
+    for seed in (3, 4):
+        synthetic.run(tmp_path / f"deep{seed}", "original", DEEP, seed)
+    for seed, status in ((1, "failed"), (2, "interrupted")):
+        synthetic.run(tmp_path / f"deep{seed}", "original", DEEP, seed, status=status)
+    page = report_of(tmp_path, out=tmp_path / "out")
+    why = "1 failed, 1 interrupted, 1 not in both arms"
+    assert f"2 of 5 seeds, left out: {why}" in page.text
+    row = page.table("Comparison", "Model")[0]
+    assert (row["Seeds"], row["Left out"]) == ("2 of 5", why)
+    # the arm's own row says so, too; seed 5 is nobody's loss there
+    rows = page.table("Variant", "Model", "Accuracy")
+    shown = [(row["Seeds"], row["Left out"]) for row in rows]
+    assert shown == [("5", ""), ("2", "1 failed, 1 interrupted")]
+
+
+@pytest.mark.parametrize("models", [[STANDARD], [STANDARD, DEEP]])
+def test_a_study_of_one_s_own_has_its_own_comparisons_on_the_first_screen(
+    tmp_path: Path, models: list[str]
+) -> None:
+    for init, loss in (("random", 5.6), ("stack", 5.5), ("zero", 5.6)):
+        for model in models:
+            for seed in range(4):
+                given = ["experiment=more_layers", f"model={model}", f"seed={seed}"]
+                given += [f"growth.init={init}"] if init != "random" else []
+                by = wobble(seed) * {"random": 0.5, "stack": 1.0, "zero": 0.8}[init]
+                synthetic.run(tmp_path / f"{init}-{model}-{seed}", "more_layers", model, seed,
+                              f"growth.init={init}", overrides=given,
+                              losses=[[6.0, 5.9, 6.0], [5.7, loss + by, 5.8]])  # fmt: skip
+    text = report_of(tmp_path, out=tmp_path / "out").text
+    first = text[text.index("What the data say") : text.index("The comparisons, in numbers")]
+    assert "more layers growth.init=stack − more layers each at its own end Better" in first
+    assert "Better Standard: +0.50" in first
+    assert re.search("growth.init=zero − more layers each at its own end Equivalent", first)
+    assert (tmp_path / "out" / "figures" / "others.svg").is_file()
+    # with both models one of the claims is tested, too
+    assert ("What it takes to test" in first) == (len(models) == 1)
+    assert ("The study's own comparisons" in first) == (len(models) == 2)
+
+
+def wobble(seed: int, size: float = 0.001) -> float:
+    """A deviation that differs between seeds and is none on average over eight."""
+    return size * (-1) ** seed * (1 + seed // 2)
+
+
+def known(folder: Path, arms: dict[str, Any], seeds: int = 8, model: str = STANDARD) -> Path:
+    """Runs of these experiments, whose losses in each phase are given, or made of the seed."""
+    for experiment, losses in arms.items():
+        for seed in range(seeds):
+            own = losses(seed) if callable(losses) else losses
+            synthetic.run(folder / f"{experiment}-{model}-{seed}", experiment, model, seed,
+                          losses=own)  # fmt: skip
+    return folder
+
+
+def test_a_comparison_at_equal_tokens_is_not_made_where_from_scratch_was_cut(
+    tmp_path: Path,
+) -> None:
+    """From scratch had half the tokens, still falling; nothing is said of it but what to run."""
+    cut = known(tmp_path, {
+        "original": [[6.0, 5.9, 5.8], [5.7, 5.6, 5.5]], "control_from_scratch": [[6.0, 5.8, 5.6]],
+    })  # fmt: skip
+    text = report_of(cut, out=tmp_path / "out").text
+    assert "Not tested Standard, at equal tokens: From scratch had half the tokens" in text
+    assert "(cut by max_epochs). Run: python train.py -m" in text
+    assert "experiment=control_from_scratch model=standard phase.max_epochs=6" in text
+    assert "seed=range(0,8)" in text.replace("'", "")
+
+
+def test_a_plan_has_a_range_and_warns_of_a_second_look(report: Path) -> None:
+    text = page_of(report).text
+    assert re.search(r"takes about [\d,]+ \([\d,]+ to [\d,]+\) seeds in all, with a power", text)
+    assert "does not pay for a second look" in text
+    assert re.search(r"With 3 seeds, only differences above roughly [\d.]+ to [\d.]+ points", text)
+
+
+def test_seeds_that_were_added_to_a_reported_study_are_a_second_look(tmp_path: Path) -> None:
+    def text(study: str, seeds: tuple[int, ...], *models: str) -> str:
+        for seed in seeds:
+            for model in models:
+                times = dict.fromkeys(("started", "ended"), f"2026-03-{seed:02}T12:00:00+00:00")
+                folder = tmp_path / study / f"{seed}-{model}"
+                synthetic.run(folder, "original", model, seed, **times)
+        return report_of(tmp_path / study, out=tmp_path / "s" / "report").text
+
+    assert "Second look" not in text("s", (1, 2), STANDARD)
+    # Another arm of the same seeds, and the same runs again, are no seeds that were added.
+    assert "Second look" not in text("s", (1, 2), DEEP)
+    assert "Second look: 1 report (of 2 seeds) had already shown" in text("s", (3,), STANDARD)
+    more = text("s", (3, 4), STANDARD, DEEP)
+    assert "Second look: 2 reports (of 2, 3 seeds) had already shown" in more
+    assert "up to about 10.7 %" in more
+    # Another study in its place.
+    assert "Second look" not in text("t", (1, 2, 3), STANDARD, DEEP)
+
+
+def test_a_seed_that_collapses_is_named_and_every_seed_is_drawn(tmp_path: Path) -> None:
+    folder = known(tmp_path, {
+        "original": lambda seed: [[6.0, 5.9, 6.0], [5.6, (7.0 if seed == 3 else 5.5), 7.1]],
+        "control_from_scratch": lambda seed: [[6.0, 5.6 + wobble(seed), 5.9]],
+    })  # fmt: skip
+    text = report_of(folder, out=tmp_path / "out").text
+    assert re.search("Outliers in original − from scratch, Standard, at equal .*: seed 3: ", text)
+    drawn = ET.parse(tmp_path / "out" / "figures" / "claims.svg").getroot()
+    dots = [e for e in drawn.iter() if e.tag.endswith("use")]
+    assert len(dots) >= 8
+
+
+def test_the_sampling_error_of_the_text_stands_beside_the_margin(
+    sweep: Path, report: Path, tmp_path: Path
+) -> None:
+    accuracy = load(sweep).runs.groupby("model")["last_accuracy_percent"].mean().max() / 100
+    error = 100 * np.sqrt(2 * accuracy * (1 - accuracy) / 16_000)
+    text = page_of(report).text
+    assert f"gives a difference a standard error of about {error:.2g} points or less" in text
+    assert "The margin of 0.1 points is below what this text can surely show" in text
+    assert "which also chose the epochs of these runs" in text
+    wide = report_of(sweep, out=tmp_path / "b", margins=Margins(points=2.0)).text
+    assert "below what this text" not in wide
+
+
+def test_one_seed_concludes_nothing_and_tells_its_sampling_error(tmp_path: Path) -> None:
+    synthetic.sweep(tmp_path / "s", ["original"], [STANDARD], (1, 2, 3))
+    one = synthetic.run(tmp_path / "one", "split_lr", STANDARD, 1)
+    accuracy = load(one).runs["last_accuracy_percent"].iloc[0]
+    error = stats.binomial_error(accuracy / 100, 16_000)
+    said = f"of {error:.2g} points (Standard: {accuracy:.2f} % of 16,000 tokens)"
+    alone = report_of(one, out=tmp_path / "a").text
+    assert "One seed: nothing can be concluded." in alone
+    assert said in alone
+    text = report_of(tmp_path / "s", one, out=tmp_path / "b").text
+    assert "One seed of split lr (Standard): nothing can be concluded." in text
+    assert said in text
+
+
+# --- piles of all sorts ---------------------------------------------------------------------------
+
+
+def test_a_single_run_has_a_report(tmp_path: Path) -> None:
+    run = synthetic.run(tmp_path / "run", "original", STANDARD, 42)
+    page = report_of(run, out=run / "report")
+    assert page.table("Variant", "Model", "Phase")[0]["Phase"] == "initial"
+    assert "python train.py experiment=original model=standard seed=42" in page.text
+    ran = {row["What"]: row["Values in these runs"] for row in page.table("What")}
+    assert (ran["git changed"], ran["vocab size"]) == ("no", "8,192")
+    # and it is neither a run of its own nor something that could not be read
+    again = load(run)
+    assert len(again.runs) == 1
+    assert again.left_out.empty
+
+
+def test_a_run_of_one_phase_has_not_changed(tmp_path: Path) -> None:
+    synthetic.run(tmp_path / "a", "control_from_scratch", STANDARD, 1)
+    [row] = report_of(tmp_path, out=tmp_path / "out").table("Run", "Variant")
+    assert row["Change, points"] == ""
+
+
+def test_folders_without_a_run_are_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sweep: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'none'}\n"
+    assert main([str(sweep), "-o", str(tmp_path / "file")]) == 2
+    assert "file (File exists)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as end:
+        main([str(sweep), "--margin", "0"])
+    assert end.value.code == 2
+
+
+def test_a_mixed_pile_is_told_and_never_raises(tmp_path: Path) -> None:
+    pile = tmp_path / "pile"
+    sweep = synthetic.sweep(pile / "sweep", ["original", "control_unfrozen"], seeds=(1, 2))
+    for number, status in ((0, "failed"), (3, "interrupted"), (5, "running")):
+        shutil.rmtree(sweep / f"{number}_aaaaaa")
+        synthetic.run(sweep / f"{number}_aaaaaa", "original", STANDARD, 9 + number, status=status)
+    synthetic.run(pile / "other", "wider", DEEP, 3, "phase.batch_size=32")
+    (pile / "photos").mkdir()
+    synthetic.run(pile / "nothing", "original", STANDARD, 4, phases=[], changes=None)
+    page = report_of(pile, out=tmp_path / "out")
+    status = {row["Run"]: row["Status"] for row in page.table("Run", "Variant")}
+    assert status["sweep/0_aaaaaa"] == "failed"
+    reasons = {row["Run"]: row["Reason"] for row in page.table("Run", "Status", "Overrides")}
+    assert reasons["sweep/0_aaaaaa"] == "the loss became NaN"
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
+def test_a_pile_of_which_nothing_completed(tmp_path: Path, status: str) -> None:
+    synthetic.run(tmp_path / "run", "original", STANDARD, 1, status=status)
+    text = report_of(tmp_path, out=tmp_path / "out").text
+    assert "No run has completed yet" in text
+
+
+def test_more_rows_than_are_shown_are_in_the_tables_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proglayer.report.tables.MOST_ROWS", 2)
+    for rate in ("0.001", "0.003"):
+        synthetic.sweep(tmp_path / rate, ["original", "control_from_scratch"], (STANDARD, DEEP),
+                      (1, 2), f"lr.base={rate}")  # fmt: skip
+    page = report_of(tmp_path / "0.001", tmp_path / "0.003", out=tmp_path / "out")
+    for name in ("comparisons", "differences", "arms", "ledger", "to_target", "speed_up"):
+        table = pd.read_csv(tmp_path / "out" / "tables" / f"{name}.csv")
+        assert table["condition"].nunique() == 2, name
+    assert "6 more rows are in tables/arms.csv." in page.text
+    assert len(page.table("On", "Variant")) == 2
+
+
+# --- text is text ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of runs whose names, settings and reasons mean harm."""
+    pile = tmp_path_factory.mktemp("nasty")
+    choices = {"model": f"m{EVIL}", "experiment": NASTY, "data": "pydocs"}
+    for seed in (1, 2):
+        synthetic.run(pile / f"{FORMULA}{seed}<b>", "original", STANDARD, seed, choices=choices,
+                    overrides=[f"seed={seed}", f"data.files=[{NASTY}]"])  # fmt: skip
+    synthetic.run(pile / "bad", "original", STANDARD, 3, status="failed", choices=choices,
+                reason=NASTY, overrides=[FORMULA, EVIL])  # fmt: skip
+    return write_report([pile], pile / "report").parent
+
+
+def test_text_from_settings_and_logs_is_text_in_the_page(nasty: Path) -> None:
+    text = (nasty / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert text.count("<script") == 1
+    assert len(page.scripts) == 1
+    assert "alert" not in page.scripts[0]
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not any("javascript" in (a.get("href") or "") for _, a in page.elements)
+    # nothing was lost on the way either
+    assert " ".join(NASTY.replace("\x07", " ").split()) in page.text
+    assert "\x07" not in text
+
+
+def test_no_cell_of_a_table_is_a_formula(nasty: Path) -> None:
+    for path in (nasty / "tables").iterdir():
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.reader(file):
+                for cell in row:
+                    harmless = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|-?inf", cell)
+                    assert harmless or not cell.startswith(("=", "+", "-", "@")), (path.name, cell)
+
+
+def test_pictures_show_text_as_it_is(nasty: Path) -> None:
+    for path in (nasty / "figures").glob("*.svg"):
+        root = ET.parse(path).getroot()
+        assert not [e for e in root.iter() if e.tag.endswith("script")]
+    words = "".join(path.read_text() for path in (nasty / "figures").glob("compute-*.svg"))
+    assert html.escape(FORMULA) in words
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_a_mean_curve_ends_where_the_first_seed_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds of one phase: one stops after two epochs, a worse one goes on for four."""
+    uneven = pd.DataFrame(
+        {
+            "seed": [1, 1, 2, 2, 2, 2], "model": STANDARD, "phase": 1, "phase_name": "initial",
+            "layers": 3, "epoch": [1, 2, 1, 2, 3, 4], "loss": [7.0, 6.0, 9.0, 8.5, 8.0, 8.2],
+        }
+    )  # fmt: skip
+    axes = painted(monkeypatch)
+    pictures.learning_curve("c", "original", uneven, (6.0, 9.0))
+    [mean] = axes.lines
+    assert mean.get_xydata().tolist() == [[1, 8.0], [2, 7.25]]
+    [band] = axes.collections
+    sd = np.std([7.0, 9.0], ddof=1)
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(8.0 + sd)
+    values = uneven.rename(columns={"epoch": "x", "loss": "y"})
+    axes.clear()
+    pictures.lines("l", "t", values, "x", "y", compute=True)
+    assert axes.lines[0].get_xydata().tolist() == [[1, 8.0], [2, 7.25]]
+
+
+def painted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The panel that the next pictures are painted on."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    monkeypatch.setattr(pictures, "draw", lambda *given: given[-1](axes))
+    return axes
+
+
+def test_an_interval_far_beyond_all_seeds_is_cut_with_an_arrow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    axes = painted(monkeypatch)
+    wide = {"label": "two seeds", "model": "", "seeds": [0.0, 1.0]}
+    pictures.forest("f", "t", [wide, {**wide, "label": "same", "seeds": [1.0, 1.0]}], 0.1, "points")
+    assert [line.get_marker() for line in axes.lines if line.get_marker() in "<>"] == ["<", ">"]
+    assert stats.summary([0.0, 1.0]).high > 5 > axes.get_xlim()[1]
+
+
+# --- the page itself ------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
+    run = synthetic.run(tmp_path / "run", "original", STANDARD, 1)
+    one, other = (write_report([run], tmp_path / name).parent for name in ("one", "other"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_page_asks_for_nothing(report: Path) -> None:
+    page = page_of(report)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:")), (tag, target)
+    text = (report / "index.html").read_text()
+    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text
+    assert "Content-Security-Policy" in text
+
+
+def test_names_are_given_once_references_lead_somewhere_and_pictures_say_what_they_show(
+    tmp_path: Path,
+) -> None:
+    for rate in ("0.001", "0.003"):
+        synthetic.sweep(tmp_path / rate, ["original", "split_lr"], [STANDARD], (1, 2),
+                      f"lr.base={rate}", shock=0.1)  # fmt: skip
+    page = report_of(tmp_path, out=tmp_path / "out")
+    names = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(names) == len(set(names))
+    text = (tmp_path / "out" / "index.html").read_text()
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    assert {a or b for a, b in used} <= set(names)
+    figures = [a for tag, a in page.elements if tag == "figure"]
+    drawn = {path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert {a["id"] for a in figures} == {f"figure-{name}" for name in drawn}
+    assert all(len(a["aria-label"] or "") > 40 for a in figures)
+
+
+# --- by itself ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_with_a_failure_leaves_its_report(train: Command, tmp_path: Path) -> None:
+    # the second job's loss cannot but become NaN
+    rates = ("lr.base=0.001,1e15", "optimizer.clip_norm=null")
+    done = train("-m", *SHORT, *rates, "report=true", "hydra.sweep.dir=sweep")
+    assert done.status == 1
+    assert "report: sweep/report/index.html" in done.out
+    page = page_of(tmp_path / "sweep" / "report")
+    assert [row["Status"] for row in page.table("Run", "Status")] == ["failed"]
+    assert "python train.py -m" in page.text
+
+
+def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = train(*SHORT, "report=true", "hydra.run.dir=a")
+    assert (done.status, "a/report/index.html" in done.out) == (0, True)
+    assert train(*SHORT, "report=false", "hydra.run.dir=b").status == 0
+    assert not (tmp_path / "b" / "report").exists()
+
+    def broken(*_: object, **__: object) -> Path:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(reporting, "write_report", broken)
+    done = train(*SHORT, "report=true", "hydra.run.dir=c")
+    assert (done.status, "report:" in done.out) == (0, False)
+    log = (tmp_path / "c" / "train.log").read_text()
+    assert "no report could be written (RuntimeError: no ink)" in log
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_without_a_complaint(report: Path, tmp_path: Path) -> None:
+    assert CHROMIUM
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900",
+         "--enable-logging=stderr", "--v=0", "--dump-dom", (report / "index.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert "<figure" in done.stdout
