@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from proglayer.run.record import CorpusRecord
 
 from proglayer.report import measures, stats, study
 from proglayer.report.arms import DEEP, STANDARD, Margins, Metric, arms, differing
 from proglayer.report.comparisons import Budget, Claim, Comparison, Kind, Reason
 from proglayer.results import load
+from proglayer.run.record import CorpusRecord
 
 from .. import synthetic
 from .test_report import known, wobble
