@@ -442,8 +442,8 @@ class LoggerConfig(Settings):
     mlflow: bool
 
 
-class StagesConfig(Settings):
-    """The store of trained phases. `dir` null: PROGLAYER_STAGES, else multirun/.stages."""
+class StoreConfig(Settings):
+    """The store of trained phases. `dir` null: PROGLAYER_STORE, else multirun/.store."""
 
     dir: str | None
 
@@ -469,11 +469,10 @@ class Config(Settings):
     plan: bool
     on_error: OnError
     objective: Objective
-    reuse: bool
     report: bool
     checkpoint_every_s: Positive
     logger: LoggerConfig
-    stages: StagesConfig
+    store: StoreConfig
     loss: LossConfig
     cache_frozen: bool
 
@@ -642,9 +641,9 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
-def stages_dir(config: Config) -> str:
-    """Return the folder of the store: the setting, else PROGLAYER_STAGES, else multirun/.stages."""
-    chosen = config.stages.dir or os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"
+def store_dir(config: Config) -> str:
+    """Return the folder of the store: the setting, else PROGLAYER_STORE, else multirun/.store."""
+    chosen = config.store.dir or os.environ.get("PROGLAYER_STORE") or "multirun/.store"
     return os.path.expanduser(chosen)
 
 

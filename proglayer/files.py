@@ -1,135 +1,130 @@
-"""The only way by which files are written over, moved or deleted.
-
-Runs, stores and reports lie in folders that a user names, beside files that are not ours. So every
-function here is given how ours are known, and leaves alone what is not: a file that does not look
-so, and whatever is no regular file. A link is never followed. No other module of the package
-changes a file that is there; a test holds that.
-"""
+"""Files that are there whole or not at all, and folders that are ours to write in."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import secrets
 import shutil
-import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 
-from proglayer.errors import StoreError
+from filelock import FileLock, Timeout
 
-# Beside the file that it becomes. `TEMPORARY_FORM` is its whole name.
+from proglayer.errors import ConfigError, StoreError
+
+# The beginning of a file's name until it is whole.
 TEMPORARY = ".tmp-"
-TEMPORARY_FORM = r"\.tmp-[0-9]+-[0-9a-f]{8}"
-# So much of a file's beginning is looked at to know it.
-BEGINNING_BYTES = 512
-
-# Whether a regular file is one of ours, by its name, its place or its content.
-Ours = Callable[[Path], bool]
+LOCK = ".lock"
 
 
-class NotOursError(StoreError):
-    """In the place of a file of ours lies something else, which was left as it is."""
+# The one file of state of a run, and that of a sweep: see `proglayer.run.record`.
+RUN_FILE = "run.json"
+SWEEP_FILE = "sweep.json"
 
 
-# --- what is ours ---------------------------------------------------------------------------------
+class FolderKind(Enum):
+    """What a folder is for: the file that marks it, and the setting that names it."""
+
+    run = RUN_FILE, "hydra.run.dir"
+    sweep = SWEEP_FILE, "hydra.sweep.dir"
+    store = ".proglayer-store", "store.dir"
+
+    def __init__(self, mark: str, setting: str) -> None:
+        self.mark = mark
+        self.setting = setting
 
 
-def begins_with(*starts: bytes) -> Ours:
-    """Knows a file by its first bytes, spaces and line breaks apart. An empty one is nobody's."""
-    known = tuple(b"".join(start.split()) for start in starts)
+def claim_folder(folder: Path, kind: FolderKind) -> None:
+    """Make a folder, unless it is there and is empty or marked as one of its kind.
 
-    def ours(path: Path) -> bool:
-        with open(path, "rb") as file:
-            beginning = b"".join(file.read(BEGINNING_BYTES).split())
-        return not beginning or beginning.startswith(known)
-
-    return ours
-
-
-def named(form: str) -> Ours:
-    """Knows a file by its whole name, a regular expression: for names that hold a hash of ours."""
-    return lambda path: re.fullmatch(form, path.name) is not None
-
-
-def everything(_: Path) -> bool:
-    """For a folder that was just made, under a name that nobody else can have given."""
-    return True
-
-
-def is_ours(path: Path, ours: Ours) -> bool:
-    """Whether there is a regular file that `ours` knows. What cannot be looked at is none."""
+    Whoever claims it writes the mark. Raises ConfigError for any other folder, and where none can
+    be made.
+    """
     try:
-        return stat.S_ISREG(os.lstat(path).st_mode) and ours(path)
-    except OSError:
-        return False
-
-
-def check_ours(path: Path, ours: Ours, setting: str) -> None:
-    """Raise NotOursError, naming `setting`, where `path` is taken by something that is not ours."""
-    if os.path.lexists(path) and not is_ours(path, ours):
-        raise NotOursError(
-            f"{path} is there and was not written by proglayer, so it is left as it is: move it, "
-            f"or choose another folder with {setting}"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = os.listdir(folder)
+    except OSError as error:
+        raise ConfigError(f"{kind.setting}={folder}: {error.strerror}: name another") from error
+    # A process that was killed before it wrote the mark may have left these.
+    others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
+    if others and kind.mark not in names:
+        raise ConfigError(
+            f"{kind.setting}={folder}: the folder holds other files and no {kind.mark}, so nothing "
+            "is written there: name another, or an empty one"
         )
 
 
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder, and no link to one."""
+def lock_folder(folder: Path, wait_s: float = 0.0) -> FileLock | None:
+    """Become the only one at work in a folder; None if somebody else still is after `wait_s`.
+
+    The operating system frees the lock when its holder ends, however it ends. Raises StoreError.
+    """
+    lock = FileLock(folder / LOCK)
     try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait_s, poll_interval=0.05)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    # Nobody else writes here, so these are what killed processes left.
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return lock
 
 
-# --- writing --------------------------------------------------------------------------------------
+class FolderInUse(ConfigError):
+    """Another process is at work in the folder of a run or a sweep."""
 
 
-def write_atomically(final: Path, content: bytes, setting: str, ours: Ours) -> None:
+@contextlib.contextmanager
+def sole_writer(folder: Path, setting: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a folder. Raises FolderInUse where somebody else holds it."""
+    lock = lock_folder(folder, wait_s)
+    if lock is None:
+        raise FolderInUse(
+            f"{setting}={folder}: another command is at work in this folder: wait for it, or "
+            "choose another"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a crash of the machine.
 
-    Raises StoreError naming `setting` when the disk is full or the folder cannot be written;
-    NotOursError where a file that is not ours lies in its place.
+    It is a new file: links to an earlier one keep what they had. Raises StoreError.
     """
-    check_ours(final, ours, setting)
-    temporary = _temporary(final)
+    temporary = _temporary(path)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, final)
-        folder = os.open(final.parent, os.O_RDONLY)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise cannot_write(final.parent, error, setting) from error
+            temporary.unlink()
+        raise _cannot_write(path.parent, error) from error
 
 
-def write_over(path: Path, content: bytes, ours: Ours, setting: str) -> None:
-    """Write a file in its place, for what may be lost: a reader may find it empty in between.
+def link_or_copy(source: Path, path: Path) -> None:
+    """Let `path` be the same file as `source` where links can be had, else a copy of it.
 
-    Raises OSError; NotOursError, which names `setting`, where a file that is not ours lies there.
+    Raises StoreError.
     """
-    check_ours(path, ours, setting)
-    path.write_bytes(content)
-
-
-def link_or_copy(source: Path, final: Path, setting: str, ours: Ours) -> None:
-    """Let `final` be the same file as `source` where links can be had, else a copy of it.
-
-    Raises StoreError naming `setting`; NotOursError where a file that is not ours lies there.
-    """
-    check_ours(final, ours, setting)
-    temporary = _temporary(final)
+    temporary = _temporary(path)
     try:
         try:
             os.link(source, temporary)
@@ -138,94 +133,26 @@ def link_or_copy(source: Path, final: Path, setting: str, ours: Ours) -> None:
         # Who edits one of two links edits the other, too.
         with contextlib.suppress(OSError):
             os.chmod(temporary, 0o444)
-        os.replace(temporary, final)
+        os.replace(temporary, path)
     except OSError as error:
-        raise cannot_write(final.parent, error, setting) from error
+        raise _cannot_write(path.parent, error) from error
     finally:
-        # It is still there where `final` was the same file already.
+        # It is still there where `path` was the same file already.
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def point_to(link: Path, target: str) -> None:
-    """Make a link, in place of one that is there. Raises OSError, also for a file in its place."""
-    if link.is_symlink():
-        os.unlink(link)
-    link.symlink_to(target)
-
-
-def cannot_write(folder: Path, error: OSError, setting: str) -> StoreError:
-    """What tells a user that nothing can be written in a folder, and how to go on."""
-    return StoreError(
-        f"cannot write to {folder} ({error.strerror}): make room there or point {setting} "
-        "elsewhere; nothing stored so far is lost, the same command goes on from it"
-    )
-
-
-# --- moving and deleting --------------------------------------------------------------------------
-
-
-def move(path: Path, to: Path, ours: Ours) -> None:
-    """Move a file of ours to a name that is free. Raises OSError; where it is not ours, too."""
-    if not os.path.lexists(path):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if not is_ours(path, ours) or os.path.lexists(to):
-        raise OSError(errno.EPERM, "it is no file of ours, or there is another", str(path))
-    os.replace(path, to)
-
-
-def delete(path: Path, ours: Ours) -> bool:
-    """Delete a file of ours; whether that was done. Raises OSError where it cannot be."""
-    if not is_ours(path, ours):
-        return False
-    path.unlink(missing_ok=True)
-    return True
-
-
-def delete_folder(folder: Path, ours: Ours) -> bool:
-    """Delete the files of ours in and below a folder, then each folder that is empty.
-
-    Returns:
-        whether the folder is gone. It stays with all that is not ours, or cannot be deleted.
-    """
-    if is_folder(folder):
-        for parent, _, names in os.walk(folder, topdown=False):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    delete(Path(parent, name), ours)
-            delete_if_empty(Path(parent))
-    return not os.path.lexists(folder)
-
-
-def delete_left_over(folder: Path, older_than_s: float = 0.0) -> None:
-    """Delete the temporary files in a folder that processes which were killed left there.
-
-    older_than_s: how old they are to be where others may be writing there now.
-    """
-    for path in folder.glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - os.lstat(path).st_ctime >= older_than_s:
-                delete(path, named(TEMPORARY_FORM))
-
-
-def delete_if_empty(folder: Path) -> None:
-    """Delete a folder that holds nothing."""
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
+            temporary.unlink()
 
 
 @contextlib.contextmanager
 def new_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A folder to fill, `<name>-<random>` in `parent`; deleted at the end of the block unless it
-    was put into its place (`put_in_place`). Raises OSError.
+    """Give a folder to fill, `<name>-<random>` in `parent`, which is gone after the block unless
+    it was put into its place (`put_in_place`). Raises OSError.
     """
     folder = parent / f"{name}-{secrets.token_hex(8)}"
-    parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        delete_folder(folder, everything)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(folder: Path, final: Path) -> None:
@@ -234,12 +161,19 @@ def put_in_place(folder: Path, final: Path) -> None:
     Its files are as open to others as the folder is: a library that writes by way of a temporary
     file leaves it to its owner alone.
     """
-    mode = os.stat(folder).st_mode & 0o666
+    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
-        if is_ours(path, everything):
-            os.chmod(path, mode)
-    os.rename(folder, final)  # onto an empty folder at most
+        if path.is_file():
+            path.chmod(mode)
+    folder.rename(final)  # onto an empty folder at most
 
 
-def _temporary(final: Path) -> Path:
-    return final.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+def _temporary(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _cannot_write(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cannot write to {folder} ({error.strerror}): make room there or name another folder; "
+        "nothing stored so far is lost, the same command goes on from it"
+    )

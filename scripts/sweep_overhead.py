@@ -75,7 +75,7 @@ def main() -> None:
             folder = Path(scratch, str(share))
             folder.mkdir()
             sweep = [str(TRAIN), "-m", *SETTINGS, f"seed=range(0,{seeds})", *options.overrides]
-            sweep.append(f"stages.dir={folder / 'stages'}")
+            sweep.append(f"store.dir={folder / 'stages'}")
             first, again = (f"hydra.sweep.dir={folder / name}" for name in ("first", "again"))
             for name, command in {
                 "the sweep": [*sweep, first],

@@ -24,10 +24,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True, scope="session")
 def stage_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keeps trained phases out of the checkout's `multirun/.stages`, in a store of this session."""
+    """Keeps trained phases out of the checkout's `multirun/.store`, in a store of this session."""
     folder = tmp_path_factory.mktemp("stages")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROGLAYER_STAGES", str(folder))
+        patch.setenv("PROGLAYER_STORE", str(folder))
         patch.setenv("PROGLAYER_CACHE", str(tmp_path_factory.mktemp("corpora")))
         yield folder
 
@@ -61,7 +61,7 @@ def train(
     def command(*arguments: str) -> Done:
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+        monkeypatch.setenv("PROGLAYER_STORE", str(tmp_path / "stages"))
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         capsys.readouterr()
         status = 0

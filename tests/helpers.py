@@ -136,7 +136,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def environment(folder: Path) -> dict[str, str]:
     """That of a command whose store is `folder/stages`; workers import the package by name."""
-    own = {"PROGLAYER_STAGES": str(folder / "stages"), "PYTHONPATH": str(ROOT)}
+    own = {"PROGLAYER_STORE": str(folder / "stages"), "PYTHONPATH": str(ROOT)}
     return {**os.environ, **own}
 
 

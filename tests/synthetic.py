@@ -30,7 +30,7 @@ from proglayer.run.record import (
     write_record,
     write_sweep,
 )
-from proglayer.store.stages import Machine
+from proglayer.store.entries import Machine
 from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.plan import Phase, plan
 

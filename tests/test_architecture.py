@@ -29,7 +29,7 @@ LAYERS = (
 )
 # The files beside the wings. Commands and the package's own face are no ground: they only hand on.
 GROUND = {"config", "console", "errors", "files", "table"}
-FACES = {"proglayer", "proglayer.__main__", "proglayer.stages"}
+FACES = {"proglayer", "proglayer.__main__"}
 
 WITHOUT_TORCH = (
     "config",
@@ -39,7 +39,7 @@ WITHOUT_TORCH = (
     "training.growth",
     "training.plan",
     "training.stopping",
-    "store.stages",
+    "store.entries",
     "run.record",
     "run.progress",
     "results",
@@ -107,7 +107,7 @@ def test_a_wing_imports_only_from_those_before_it(module: str) -> None:
 
 def test_an_import_against_the_line_is_seen() -> None:
     source = "if TYPE_CHECKING:\n    from proglayer.run import run\n"
-    assert wrong_way("proglayer.store.stages", imports_of(source, set(MODULES))) == {
+    assert wrong_way("proglayer.store.entries", imports_of(source, set(MODULES))) == {
         "proglayer.run",
         "proglayer.run.run",
     }

@@ -18,7 +18,7 @@ from proglayer.config import (
     flat_settings,
     nearest_setting,
     setting_names,
-    stages_dir,
+    store_dir,
     to_config,
 )
 from proglayer.errors import first_line, with_type
@@ -151,7 +151,7 @@ MISTAKES = {
     "~loss.detach": "loss.detach has no value",
     "lr.final_factor=0.5": "lr.final_factor=0.5 changes nothing with a constant schedule",
     "optimizer.beta1=1": "optimizer.beta1=1",
-    "stages.dir=None": "stages.dir=None is a text like any other: write null for none",
+    "store.dir=None": "store.dir=None is a text like any other: write null for none",
     "data.cache_dir=none": "write null for none",
 }
 
@@ -166,7 +166,7 @@ def test_a_setting_that_cannot_work_is_named(override: str, message: str) -> Non
 
 def test_the_store_may_be_in_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert stages_dir(config("stages.dir='~/stages'")) == "/home/somebody/stages"
+    assert store_dir(config("store.dir='~/stages'")) == "/home/somebody/stages"
 
 
 def test_an_error_without_text_is_told_by_its_name() -> None:
@@ -213,7 +213,7 @@ def test_a_misspelt_key_gets_the_nearest_name(typed: str, meant: str | None) -> 
 def test_what_an_interpolation_gives_has_the_type_of_its_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    values = leaves(config("threads=2", "data.path=a", "stages.dir=b", "phase.samples=9"))
+    values = leaves(config("threads=2", "data.path=a", "store.dir=b", "phase.samples=9"))
     overrides = []
     for name, value in values.items():
         if value is not None and not isinstance(value, (list, tuple)):
@@ -227,9 +227,7 @@ def test_what_an_interpolation_gives_has_the_type_of_its_setting(
     assert all(type(given[n]) is type(v) for n, v in values.items() if v is not None)
 
 
-@pytest.mark.parametrize(
-    "name", ["threads", "seed", "reuse", "device", "lr.base", "phase.schedule"]
-)
+@pytest.mark.parametrize("name", ["threads", "seed", "plan", "device", "lr.base", "phase.schedule"])
 def test_an_interpolation_that_gives_another_type_is_refused_by_name(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ def test_the_notebook_runs_and_reads_what_it_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plt.switch_backend("agg")
-    monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+    monkeypatch.setenv("PROGLAYER_STORE", str(tmp_path / "stages"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.chdir(NOTEBOOK.parent)
     small = {"seeds": "1,2", "overrides": [*SHORT, "threads=1"], "folder": tmp_path / "sweep"}

@@ -17,7 +17,7 @@ import pytest
 from proglayer import load_run
 from proglayer.config import Config
 from proglayer.run.run import run
-from proglayer.store.stages import Machine, stage_key
+from proglayer.store.entries import Machine, key_of
 from proglayer.store.trajectory import Trajectory, describe
 from proglayer.training.cost import training_flops
 from proglayer.training.plan import Phase, plan
@@ -83,7 +83,7 @@ def test_a_recipe_opens_with_command_cost_and_expectation(name: str) -> None:
 def settings(name: str, store: Path) -> Config:
     """A recipe at a size that trains in a moment: 2 epochs of 3 steps a phase."""
     own = ["growth.gate_steps=3"] if name == "gated" else []
-    return config(f"experiment=recipe/{name}", *SMALL, *own, f"stages.dir={store}")
+    return config(f"experiment=recipe/{name}", *SMALL, *own, f"store.dir={store}")
 
 
 @pytest.mark.parametrize("name", SHORTENED)
@@ -149,7 +149,7 @@ def test_recipes_that_begin_alike_share_their_first_phase() -> None:
     first: dict[str, set[str]] = {}
     for name in SHORTENED:
         phase = plan(config(f"experiment=recipe/{name}"), 8192)[0]
-        first.setdefault(stage_key(describe(None, phase.train, "text", machine)), set()).add(name)
+        first.setdefault(key_of(describe(None, phase.train, "text", machine)), set()).add(name)
     shared = [names for names in first.values() if len(names) > 1]
     assert sorted(map(sorted, shared)) == [
         ["exits_only", "gated", "growth_timing", "loss_by_phase"],

@@ -128,10 +128,10 @@ EVALUATION = {"model.evaluated_exits"}
 # In the key as what they come to on this machine.
 IN_THE_MACHINE = {"device", "threads"}
 # About the process, not the training: the bits are the same with any value of theirs, shown by
-# test_checkpoints_on_the_way_change_nothing (checkpoint_every_s), test_train (reuse, stages.dir,
+# test_checkpoints_on_the_way_change_nothing (checkpoint_every_s), test_train (store.dir,
 # plan, on_error, objective), test_loggers, test_slots (jobs_per_gpu).
 HARMLESS = {
-    "plan", "on_error", "reuse", "checkpoint_every_s", "stages.dir", "logger.tensorboard",
+    "plan", "on_error", "checkpoint_every_s", "store.dir", "logger.tensorboard",
     "logger.mlflow", "objective", "report", "jobs_per_gpu",
 }  # fmt: skip
 
@@ -173,8 +173,8 @@ def test_each_precision_has_a_key_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", sorted(STOPPING | EVALUATION | HARMLESS))
 def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
-    values = {"plan": "true", "on_error": "stop", "reuse": "false", "report": "false"}
-    values |= {"stages.dir": "elsewhere", "model.evaluated_exits": "trained"}
+    values = {"plan": "true", "on_error": "stop", "report": "false"}
+    values |= {"store.dir": "elsewhere", "model.evaluated_exits": "trained"}
     values |= {"logger.tensorboard": "true", "logger.mlflow": "true"}
     assert keys(config(*BASE, f"{name}={values.get(name, '3')}")) == keys(config(*BASE))
 

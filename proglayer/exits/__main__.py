@@ -18,7 +18,6 @@ from proglayer.report.early_exit import Measured
 from proglayer.results import load, write_csv
 from proglayer.run.record import RecordError, RunRecord, read_record
 
-OUT = "-o"
 FAILED, NOTHING = 1, 2
 
 
@@ -69,10 +68,10 @@ def _measure_all(folders: Sequence[str], out: Path) -> int:
     found = early_exit.worth(runs, measured)
     tables = {name: table for name, table in vars(found).items() if len(table)}
     for name, table in tables.items():
-        write_csv(table, out / f"{name}.csv", files.everything)
+        write_csv(table, out / f"{name}.csv")
     drawn = pictures.exits(found)
     for picture in drawn:
-        files.write_over(out / f"{picture.name}.svg", picture.svg.encode(), files.everything, OUT)
+        files.write_atomically(out / f"{picture.name}.svg", picture.svg.encode())
     print("\n".join(words.needed_text(own) for own in early_exit.needed(found)))
     print(f"{out}: {len(tables)} tables and {len(drawn)} pictures")
     return FAILED if failed else 0

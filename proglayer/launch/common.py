@@ -8,11 +8,9 @@ that waits.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import pickle
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,41 +195,6 @@ def record_of(folder: Path) -> RunRecord:
     with contextlib.suppress(RecordError):
         return read_record(folder)
     return RunRecord(state=RunState.waiting)
-
-
-class FolderInUse(ConfigError):
-    """Another process is at work in the folder of a run or a sweep."""
-
-
-@contextlib.contextmanager
-def sole_writer(folder: Path, setting: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a run's or a sweep's folder, which is freed when this process ends.
-
-    The folder itself is locked, so that no file is left. Where the file system has no such lock
-    (NFS), nothing is locked.
-
-    Raises FolderInUse where another process holds it longer than `wait_s`.
-    """
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        until = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise FolderInUse(
-                        f"{setting}={folder}: another command is at work in this folder: wait for "
-                        "it, or choose another"
-                    ) from None
-                time.sleep(0.1)
-                continue
-            except OSError as error:
-                log.debug("no lock on %s (%s)", folder, error.strerror)
-            break
-        yield
-    finally:
-        os.close(number)
 
 
 def cores() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import textwrap
 import traceback
@@ -18,7 +19,6 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
-from proglayer import files
 from proglayer.config import Config, OnError, flat_settings, to_config
 from proglayer.errors import (
     FAILED,
@@ -30,11 +30,11 @@ from proglayer.errors import (
     run_command,
     with_type,
 )
+from proglayer.files import LOCK, RUN_FILE, FolderInUse, sole_writer
 from proglayer.launch.ask import check_arguments, in_one_line
-from proglayer.launch.common import FolderInUse, record_of, sole_writer, threads_per_job
+from proglayer.launch.common import record_of, threads_per_job
 from proglayer.launch.snapshot import changed_files
 from proglayer.run.record import RunRecord, RunState, now, write_record
-from proglayer.store.stages import RUN_FILE
 
 if TYPE_CHECKING:
     from proglayer.run.session import Prune
@@ -43,8 +43,6 @@ log = logging.getLogger(__name__)
 
 # A worker whose parent was killed needs so long at most to store its state.
 LOCK_WAIT_S = 20.0
-# What lies in the folder `hydra.output_subdir` of a run.
-WRITTEN_BY_HYDRA = r"(config|hydra|overrides)\.yaml"
 # What is printed where there is no log: for a plan, and for a run that does not start.
 NO_LOG = {
     "version": 1,
@@ -292,8 +290,11 @@ def failed_job(sweep: Path) -> str | None:
 def _leave_nothing(folder: Path) -> None:
     """Take away what Hydra made for a run that was not started. What was there before stays."""
     for path in Beforehand.made - {folder}:
-        if not files.delete_folder(path, files.named(WRITTEN_BY_HYDRA)):
-            with contextlib.suppress(OSError):
-                files.delete(path, files.named(r".*\.log"))
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     if folder in Beforehand.made:
-        files.delete_if_empty(folder)
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+            folder.rmdir()

@@ -28,7 +28,7 @@ from proglayer.run.record import ENDS, RunState, change_state
 log = logging.getLogger(__name__)
 
 
-# Where stages, corpora, models of the hub and runs of MLflow are.
+# Where the store, corpora, models of the hub and runs of MLflow are.
 VARIABLES = ("PROGLAYER_", "HF_", "MLFLOW_")
 # A job that is stopped stores its state; one that needs longer was not going to end.
 STOP_S = 60.0

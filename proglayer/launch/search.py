@@ -23,6 +23,7 @@ from proglayer import files
 from proglayer.config import BPE, OnError
 from proglayer.console import console
 from proglayer.errors import ConfigError, first_line
+from proglayer.files import SWEEP_FILE
 from proglayer.launch.ask import Space, read_space, short_hash
 from proglayer.launch.common import (
     Job,
@@ -55,7 +56,6 @@ from proglayer.launch.sweep import (
     sum_up,
 )
 from proglayer.run.record import (
-    SWEEP,
     RecordError,
     RunRecord,
     RunState,
@@ -63,7 +63,6 @@ from proglayer.run.record import (
     read_sweep,
     write_sweep,
 )
-from proglayer.store.stages import SWEEP_FILE
 
 if TYPE_CHECKING:
     import optuna
@@ -131,7 +130,7 @@ def search(sweeper: OptunaSweeper, arguments: Sequence[str]) -> None:
         found = {"name": "optuna", "best_params": best.params, "best_value": best.value}
         text = OmegaConf.to_yaml(OmegaConf.create(found)).encode()
         best_file = folders[-1] / "optimization_results.yaml"
-        files.write_over(best_file, text, files.begins_with(b"name: optuna"), SWEEP)
+        files.write_atomically(best_file, text)
 
 
 # Figures per token, and the settings that say what a token is (of bpe, its size does, too).

@@ -20,8 +20,9 @@ from pydantic import Field
 from proglayer.config import OnError
 from proglayer.console import console
 from proglayer.errors import ConfigError
+from proglayer.files import SWEEP_FILE, sole_writer
 from proglayer.launch.ask import short_hash
-from proglayer.launch.common import Job, check_settings, record_of, sole_writer, unread
+from proglayer.launch.common import Job, check_settings, record_of, unread
 from proglayer.launch.sweep import (
     Checks,
     ProductSweeper,
@@ -36,7 +37,6 @@ from proglayer.launch.sweep import (
 )
 from proglayer.results import keys_and_values
 from proglayer.run.record import RecordError, RunState, read_sweep
-from proglayer.store.stages import SWEEP_FILE
 
 if TYPE_CHECKING:
     from proglayer.report.comparisons import Comparison

@@ -29,14 +29,13 @@ from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of, record_of
 from proglayer.launch.snapshot import SUBMITTED, snapshot_code
-from proglayer.run.record import ENDS, SWEEP, RunState, change_state
+from proglayer.run.record import ENDS, RunState, change_state
 
 log = logging.getLogger(__name__)
 
 
 # In the folder of what was submitted: each job's folder -> its number in Slurm.
 IDS = "slurm.json"
-is_ids = files.begins_with(b'{"')
 # What a job of Slurm prints, as links in its folder.
 OUTPUTS = {"stdout": "slurm.out", "stderr": "slurm.err"}
 # Each job in the queue of this user: its number and its script.
@@ -169,7 +168,7 @@ def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, 
                 ids[task.folder.name] = job.job_id
                 _link_outputs(task.folder, job.paths)
             data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
-            files.write_atomically(sweep / SUBMITTED / IDS, data, SWEEP, is_ids)
+            files.write_atomically(sweep / SUBMITTED / IDS, data)
     except (FailedJobError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
@@ -204,7 +203,8 @@ def _link_outputs(folder: Path, paths: Any) -> None:
     """Let a job's folder lead to what it prints, which Slurm keeps by number."""
     for name, link in OUTPUTS.items():
         with contextlib.suppress(OSError):
-            files.point_to(folder / link, os.path.relpath(getattr(paths, name), folder))
+            (folder / link).unlink(missing_ok=True)
+            (folder / link).symlink_to(os.path.relpath(getattr(paths, name), folder))
 
 
 def _wait(launcher: Launcher, ids: set[str]) -> None:

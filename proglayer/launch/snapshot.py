@@ -51,7 +51,7 @@ def snapshot_code(into: Path) -> Path:
         with files.new_folder(into, f".{there.name}") as temporary:
             for name, content in contents.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                files.write_over(temporary / name, content, files.everything, "hydra.sweep.dir")
+                (temporary / name).write_bytes(content)
             try:
                 files.put_in_place(temporary, there)
             except OSError:

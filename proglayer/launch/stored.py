@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proglayer.config import Config, stages_dir
+from proglayer.config import Config, store_dir
 from proglayer.console import console, counted
 from proglayer.data.corpus import Corpus
 from proglayer.errors import ConfigError, printable
 from proglayer.run.progress import plan_table
-from proglayer.store.nearest import Nearest
 from proglayer.training.plan import Phase
 from proglayer.training.unused import unused_settings
 
@@ -35,14 +34,14 @@ def follow_store(
     with machine.switches(config.threads, config.precision):
         here = machine.describe_machine(device)
     parent: tuple[str, int] | None = None
-    reachable = config.reuse
+    reachable = True
     stored: list[StoredEpochs | None] = []
     for planned in phases:
         train = replace(planned.train, precision=config.precision)
         phase = replace(planned, train=train)
         found = None
         if reachable:
-            store = Path(stages_dir(config))
+            store = Path(store_dir(config))
             found = stored_epochs(store, parent, phase, corpus.fingerprint, here)
             reachable = found.selected is not None
             parent = found.key, found.selected or 0
@@ -56,22 +55,18 @@ def print_plan(
     phases: Sequence[Phase],
     title: str = "plan",
     stored: Sequence[StoredEpochs | None] = (),
-    nearest: Callable[[Path], Nearest] = Nearest,
 ) -> None:
     """Print a run's phases, what they cost, and what is stored of them.
 
     stored: what `follow_store` gave; empty where it is not known.
-    nearest: reads the descriptions of a store.
     """
-    store = Path(stages_dir(config))
-    said: list[tuple[str, str | None]] = []
+    store = Path(store_dir(config))
+    said: list[str] = []
     for found in stored if store.is_dir() else ():
         epochs = len(found.epochs) if found else 0
         some = counted(epochs, "epoch")
         complete = found is not None and found.selected is not None
-        what = some if complete else f"{some}, goes on" if epochs else "no"
-        why = nearest(store).why_afresh(found.description) if found and not epochs else None
-        said.append((what, why))
+        said.append(some if complete else f"{some}, goes on" if epochs else "no")
     windows = len(corpus.train), len(corpus.validation)
     console().print(plan_table(phases, config.data.seq_len, *windows, title, said))
     if unused := unused_settings(config, phases):

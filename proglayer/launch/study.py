@@ -26,7 +26,7 @@ from proglayer.console import counted
 from proglayer.errors import ConfigError, StoreError, first_line
 from proglayer.launch.ask import short_hash
 from proglayer.results import NOT_THE_EXPERIMENT
-from proglayer.run.record import METRICS_COLUMNS, STUDY, SWEEP
+from proglayer.run.record import METRICS_COLUMNS, STUDY
 
 if TYPE_CHECKING:
     import optuna
@@ -193,7 +193,7 @@ def write_study(folder: Path, study: optuna.Study, objective: str) -> None:
     }
     text = json.dumps(content, indent=1).encode()
     with contextlib.suppress(OSError, StoreError):
-        files.write_atomically(folder / STUDY, text, SWEEP, files.begins_with(b'{"study":'))
+        files.write_atomically(folder / STUDY, text)
 
 
 def pruning(sweeper: DictConfig, objective: str, number: int) -> Prune | None:

@@ -8,7 +8,6 @@ the jobs' plans form), and the jobs that only read what those have trained come 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -30,6 +29,7 @@ from proglayer.config import Config, DataConfig, to_config
 from proglayer.console import console
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, first_line, with_type
+from proglayer.files import SWEEP_FILE, sole_writer
 from proglayer.launch.ask import (
     MOST_JOBS,
     in_one_line,
@@ -44,7 +44,6 @@ from proglayer.launch.common import (
     jobs_at_once,
     params_as_overrides,
     record_of,
-    sole_writer,
     threads_per_job,
     unread,
     without_hydra,
@@ -54,7 +53,6 @@ from proglayer.launch.stored import follow_store, print_plan, stored_here
 from proglayer.run.code import git_difference, git_state
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.record import (
-    SWEEP,
     Heartbeat,
     RunState,
     SweepJob,
@@ -67,8 +65,6 @@ from proglayer.run.record import (
     write_sweep,
 )
 from proglayer.run.signals import interrupt, on_signals
-from proglayer.store.nearest import Nearest
-from proglayer.store.stages import SWEEP_FILE
 from proglayer.training.cost import training_flops
 from proglayer.training.plan import open_checkpoint, plan
 
@@ -97,8 +93,6 @@ class ProductSweeper(Sweeper, Protocol):
 
 
 DIFFERENCE = "code.diff"
-# How Hydra's settings of a sweep begin.
-is_multirun = files.begins_with(b"hydra:")
 
 
 class SweepError(ConfigError):
@@ -119,7 +113,6 @@ def sweep(sweeper: ProductSweeper, arguments: list[str]) -> list[JobReturn]:
         waiting = announce(sweeper, jobs)
         folder = open_folder(sweeper.config)
         with sole_writer(folder, "hydra.sweep.dir"):
-            files.delete_left_over(folder)
             try:
                 listed = {job.folder: job.overrides for job in jobs}
                 returns = launch(sweeper, listed, waiting, sweeper.max_batch_size)
@@ -139,12 +132,11 @@ def given_to_hydra(sweeper: Sweeper, setting: str) -> str | None:
 def print_plans(sweeper: Sweeper, jobs: Sequence[Job]) -> None:
     """Print the plan of each job, and how long what is left of all may take."""
     elsewhere = jobs_run_elsewhere(sweeper)
-    nearest = functools.cache(Nearest)  # of all jobs
     followed = []
     for job in jobs:
         stored = [] if elsewhere else stored_here(job.config, job.corpus, job.phases)
         title = f"{job.folder}: {without_hydra(job.overrides)}"
-        print_plan(job.config, job.corpus, job.phases, title, stored, nearest)
+        print_plan(job.config, job.corpus, job.phases, title, stored)
         followed.append(stored)
     if all(followed) or elsewhere:  # not for another machine's device
         console().print(describe_work(sweeper, jobs, followed), markup=False)
@@ -236,7 +228,7 @@ def _list_jobs(folder: Path, listed: Mapping[str, Sequence[str]], new: Sequence[
     )
     difference = folder / DIFFERENCE
     if git is not None and git.changed:
-        files.write_atomically(difference, git_difference().encode(), SWEEP, files.everything)
+        files.write_atomically(difference, git_difference().encode())
     for job in new:
         submit(folder / job.folder, list(job.overrides), job.config.model_dump(mode="json"), git)
 
@@ -424,7 +416,7 @@ def open_folder(master: DictConfig) -> Path:
     folder = Path(master.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(master)
-    files.write_over(folder / "multirun.yaml", text.encode(), is_multirun, SWEEP)
+    files.write_atomically(folder / "multirun.yaml", text.encode())
     return folder
 
 
@@ -503,11 +495,10 @@ def describe_work(
 def prefixes(job: Job) -> list[tuple[Any, ...]]:
     """What each phase of a job is together with those before it, for comparing jobs.
 
-    Its own stopping rule is left out, since it only reads its trajectory. What reuses nothing is
-    shared with nobody.
+    Its own stopping rule is left out, since it only reads its trajectory.
     """
     config = job.config
-    where = config.data, config.device, config.threads, None if config.reuse else job.folder
+    where = config.data, config.device, config.threads
     return [(*where, *job.phases[:depth], phase.train) for depth, phase in enumerate(job.phases)]
 
 

@@ -70,7 +70,7 @@ def keep(folder: Path, weights_sha256: str | None, measured: Measured) -> None:
     """Write `exits.json` into a run's folder."""
     kept = measured.model_copy(update={"weights_sha256": weights_sha256})
     data = kept.model_dump_json(indent=1).encode() + b"\n"
-    files.write_atomically(folder / EXITS, data, "RUN", files.begins_with(b'{"weights_sha256":'))
+    files.write_atomically(folder / EXITS, data)
 
 
 def kept(folder: Path, weights_sha256: str | None) -> Measured | None:

@@ -101,7 +101,7 @@ def write_report(
 
 
 def _write(path: Path, text: str) -> None:
-    files.write_over(path, text.encode(), files.everything, "-o")
+    files.write_atomically(path, text.encode())
 
 
 def _looks_before(runs: Frame, out: Path) -> list[int]:

@@ -25,7 +25,7 @@ from proglayer.report import comparisons, stats
 from proglayer.report.arms import Frame, Margins
 from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reason
 from proglayer.results import Results
-from proglayer.run.record import SWEEP, RecordError
+from proglayer.run.record import RecordError
 
 # In the folder of a sweep: how it is looked at, and when it was.
 LOOKS = "looks.json"
@@ -81,7 +81,7 @@ def read_looks(sweep: Path) -> Looks | None:
 def write_looks(sweep: Path, looks: Looks) -> None:
     """Write `looks.json` into the folder of a sweep."""
     text = looks.model_dump_json(indent=1).encode()
-    files.write_atomically(sweep / LOOKS, text, SWEEP, files.begins_with(b'{"first":'))
+    files.write_atomically(sweep / LOOKS, text)
 
 
 def looks_of(results: Results) -> Looks | None:

@@ -18,7 +18,7 @@ from proglayer.training.plan import Rates
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
 # and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
 NOT_THE_EXPERIMENT = (
-    *("plan", "on_error", "objective", "reuse", "report", "checkpoint_every_s", "stages.dir"),
+    *("plan", "on_error", "objective", "report", "checkpoint_every_s", "store.dir"),
     *("logger.tensorboard", "logger.mlflow", "threads", "device", "compile", "cache_frozen"),
     *("jobs_per_gpu", "data.cache_dir"),
 )

@@ -6,7 +6,6 @@ recorded as tidy pandas frames.
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -88,18 +87,18 @@ class Results:
         }
         return replace(self, **frames)
 
-    def to_csv(self, folder: str | Path, ours: files.Ours | None = None) -> None:
+    def to_csv(self, folder: str | Path) -> None:
         """Write each frame as `<name>.csv` into `folder`, as `write_csv` does it."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, frame in self._frames().items():
-            write_csv(frame, Path(folder) / f"{name}.csv", ours)
+            write_csv(frame, Path(folder) / f"{name}.csv")
 
     def to_parquet(self, folder: str | Path) -> None:
         """Write each frame as `<name>.parquet` into `folder`, with its types."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, frame in self._frames().items():
             content = frame.to_parquet(None, engine="pyarrow", index=False)
-            files.write_over(Path(folder) / f"{name}.parquet", content, _has_first(frame), OUTPUT)
+            files.write_atomically(Path(folder) / f"{name}.parquet", content)
 
     def _frames(self) -> dict[str, pd.DataFrame]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -109,7 +108,7 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
     """Read every run in and below `folders`, each of them a sweep, a run or a pile of both.
 
     Runs are named by their folder relative to the folder given (to the one that holds all those
-    given, if several). Folders that are links, hidden, or a store of stages are not entered. A run
+    given, if several). Folders that are links, hidden, or a store are not entered. A run
     that cannot be read is named in `left_out`.
 
     Args:
@@ -227,28 +226,9 @@ def _arranged(runs: pd.DataFrame) -> pd.DataFrame:
 OUTPUT = "--csv, --parquet or -o"
 
 
-def _has_first(frame: pd.DataFrame) -> files.Ours:
-    """Knows a Parquet file of ours by the first column, which is the same in all versions."""
-
-    def ours(path: Path) -> bool:
-        import pyarrow
-        import pyarrow.parquet
-
-        with contextlib.suppress(pyarrow.ArrowException):
-            return pyarrow.parquet.read_schema(path).names[:1] == [frame.columns[0]]
-        return False
-
-    return ours
-
-
-def write_csv(frame: pd.DataFrame, path: Path, ours: files.Ours | None = None) -> None:
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame for spreadsheets and for programs.
 
-    A file that is there is written over if `ours` knows it; by default, if it begins with the same
-    column. Raises NotOursError for another, and OSError.
-
-    No text in it is a formula; see `proglayer.table.csv_of`.
+    No text in it is a formula; see `proglayer.table.csv_of`. Raises StoreError.
     """
-    text = csv_of(frame)
-    first = text.split("\r")[0].split(",")[0].encode()
-    files.write_over(path, text.encode(), ours or files.begins_with(first), OUTPUT)
+    files.write_atomically(path, csv_of(frame).encode())

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from proglayer.config import flat_settings
+from proglayer.files import RUN_FILE
 from proglayer.results.columns import (
     GROUPS,
     NOT_THE_EXPERIMENT,
@@ -23,7 +24,6 @@ from proglayer.results.columns import (
 )
 from proglayer.results.scan import Rows, RunFolder, as_text, brief, row_left_out
 from proglayer.run.record import ENDS, RecordError, RunRecord, RunState, read_record, state_of
-from proglayer.store.stages import RUN_FILE
 
 # Columns of completed runs -> those of their phases that they sum up.
 SUMS = {

@@ -12,8 +12,8 @@ from typing import Any
 
 from proglayer.console import one_line
 from proglayer.errors import UserError
+from proglayer.files import RUN_FILE, SWEEP_FILE, FolderKind
 from proglayer.run.record import RecordError, read_sweep
-from proglayer.store.stages import RUN_FILE, SWEEP_FILE
 
 # Folders below folders that are searched for runs.
 MOST_LEVELS = 50
@@ -92,7 +92,9 @@ def _scan(root: str, left_out: Rows) -> Iterator[RunFolder]:
         overrides = jobs_of[above].get(name) if sweep is not None else None
         if overrides is not None or RUN_FILE in files:
             yield RunFolder(path, "", sweep, overrides)
-        below[:] = [each for each in below if not each.startswith(".") and each != "stages"]
+        below[:] = [each for each in below if not each.startswith(".")]
+        if FolderKind.store.mark in files:
+            below.clear()
         for each in below:
             if os.path.islink(link := os.path.join(path, each)):
                 reason = "a link: name the folder that it points to"

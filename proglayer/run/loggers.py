@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from proglayer import files
 from proglayer.config import LoggerConfig, flat_settings
 from proglayer.run.record import PhaseRecord, RunRecord, RunState
 
@@ -106,7 +104,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         for path in folder.glob(f"*{SUFFIX}"):
-            files.delete(path, files.named(rf"events\.out\.tfevents\..*{re.escape(SUFFIX)}"))
+            path.unlink()
         self._writer = SummaryWriter(str(folder), filename_suffix=SUFFIX)
 
     def metrics(self, metrics: list[Metric]) -> None:

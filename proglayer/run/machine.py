@@ -22,7 +22,7 @@ import torch
 from proglayer.config import Config, ConfigError, Device, Precision
 from proglayer.run.record import Environment, PeakMemory, Scheduler
 from proglayer.run.signals import on_signals
-from proglayer.store.stages import Machine
+from proglayer.store.entries import Machine
 
 
 def pick_device(wanted: Device, precision: Precision) -> torch.device:

@@ -119,11 +119,11 @@ def plan_table(
     train_windows: int,
     validation_windows: int,
     title: str,
-    stored: Sequence[tuple[str, str | None]] = (),
+    stored: Sequence[str] = (),
 ) -> Table:
     """A run's phases before anything is trained: what each trains and what it costs.
 
-    stored: for each phase, what the store has of it, and why it has not.
+    stored: for each phase, what the store has of it.
     """
     costs = [
         (
@@ -152,14 +152,9 @@ def plan_table(
         ("evaluation GFLOP", "number", lambda row: f"{(row[3].head + row[3].body) / 1e9:,.1f}"),
     )
     if stored:
-        columns = (*columns, ("stored", "text", lambda row: stored[row[0].index][0]))
+        columns = (*columns, ("stored", "text", lambda row: stored[row[0].index]))
     shown = table(costs, columns, title)
     lines = [text for phase in phases for text in schedule_warnings(phase, train_windows)]
-    lines += [
-        f"phase {number} is not stored; the nearest stage: {why}"
-        for number, (_, why) in enumerate(stored, start=1)
-        if why
-    ]
     most = max(memory_bytes(phase.train, seq_len) for phase in phases)
     lines.append(f"memory at the peak, by estimate: {most / 1e6:,.0f} MB beside the process itself")
     shown.caption = "\n".join(map(printable, lines))

@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from proglayer import files
 from proglayer.config import Objective
 from proglayer.errors import ConfigError, UserError
-from proglayer.store.stages import RUN_FILE, SWEEP_FILE, Machine
+from proglayer.files import RUN_FILE, SWEEP_FILE
+from proglayer.store.entries import Machine
 from proglayer.training.plan import Rates
 from proglayer.training.stopping import perplexity
 
@@ -42,8 +43,6 @@ LOST_AFTER_S = 120.0
 # Raise by hand when a reader of older records would misread a newer one.
 FORMAT = 3
 
-FOLDER_SETTINGS = "hydra.run.dir or hydra.sweep.dir"
-SWEEP = "hydra.sweep.dir"
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -482,7 +481,7 @@ def _write(path: Path, record: BaseModel) -> None:
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    files.write_atomically(path, content, FOLDER_SETTINGS, files.everything)
+    files.write_atomically(path, content)
 
 
 # --- signs of life --------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from proglayer.console import tell
 from proglayer.data.corpus import open_corpus
 from proglayer.data.pretrained import Pretrained
 from proglayer.errors import StoreError, UserError
+from proglayer.files import RUN_FILE
 from proglayer.run import machine
 from proglayer.run.code import git_state
 from proglayer.run.record import (
-    FOLDER_SETTINGS,
     WEIGHTS,
     CheckpointRecord,
     GrowthRecord,
@@ -38,7 +38,6 @@ from proglayer.run.record import (
 )
 from proglayer.run.session import Prune, Session, Setup, give_up, session
 from proglayer.store.checkpoint import Tensors, load_model
-from proglayer.store.stages import RUN_FILE
 from proglayer.store.trajectory import Trajectory
 from proglayer.training.build import build, grow, restored
 from proglayer.training.cost import parameter_counts, training_flops
@@ -206,7 +205,7 @@ def _trajectory(
         keep_optimizer=any(after.train.optimizer.carry is not Carry.none for after in following),
     )
     with trajectory:
-        trajectory.stage.mark_used(current.folder)
+        trajectory.entry.mark_used(current.folder)
         try:
             yield trajectory
         except Diverged:
@@ -227,7 +226,7 @@ def keep_weights(trajectory: Trajectory, epoch: int, folder: Path) -> str:
     """
     with trajectory:
         stored = trajectory.weights_file(epoch)
-    files.link_or_copy(stored, folder / WEIGHTS, FOLDER_SETTINGS, files.everything)
+    files.link_or_copy(stored, folder / WEIGHTS)
     with open(folder / WEIGHTS, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

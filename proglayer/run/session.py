@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from proglayer import files
-from proglayer.config import Config, stages_dir
+from proglayer.config import Config, store_dir
 from proglayer.data.corpus import Corpus
 from proglayer.data.pretrained import Pretrained
 from proglayer.errors import UserError
@@ -40,8 +39,7 @@ from proglayer.run.record import (
     write_metrics,
     write_record,
 )
-from proglayer.store.marker import delete_private, open_store, private_store
-from proglayer.store.stages import Machine
+from proglayer.store.entries import Machine, open_store
 from proglayer.store.trajectory import Counts, Hooks, Interrupted
 from proglayer.training.plan import Phase
 from proglayer.training.stopping import EpochMetrics, perplexity
@@ -178,13 +176,11 @@ def session(
     with contextlib.suppress(RecordError):
         before = read_record(folder)
         record.submitted, record.mlflow_run = before.submitted, before.mlflow_run
-    store = Path(stages_dir(config)) if config.reuse else private_store(folder)
-    if config.reuse:
-        open_store(store)
-    files.delete_left_over(folder)
+    store = Path(store_dir(config))
+    open_store(store)
     write_record(folder, record)
     for name in (METRICS, WEIGHTS):
-        files.delete(folder / name, files.everything)
+        (folder / name).unlink(missing_ok=True)
     loggers = Loggers(config.logger, folder, record)
     with contextlib.ExitStack() as during:
         during.enter_context(Heartbeat(folder / RUN_FILE))
@@ -203,7 +199,5 @@ def session(
     record.seconds = time.perf_counter() - began
     write_record(folder, record)
     loggers.end(record)
-    if not config.reuse and record.state in (RunState.completed, RunState.pruned):
-        delete_private(store)
     if signals.scheduler is not None:
         signals.scheduler()

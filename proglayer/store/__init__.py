@@ -1,5 +1,5 @@
-"""Nothing is trained twice: trained phases on disk under their keys, and the records of runs.
+"""Nothing is trained twice: what phases gave in training, on disk under their keys.
 
-`stages` is the store, `trajectory` trains or reads a phase's epochs through it, `record` is what a
-run leaves in its folder. `python -m proglayer.store` lists, verifies and prunes a store.
+`trajectory` trains or reads a phase's epochs; `entries` holds their files; `checkpoint` turns
+weights and states into bytes. `python -m proglayer.store` lists a store and makes room.
 """

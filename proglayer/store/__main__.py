@@ -1,39 +1,49 @@
-"""`python -m proglayer.store list | verify | prune`: what is there, is it whole, make room."""
+"""`python -m proglayer.store list | prune`: see what is stored, make room."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from proglayer.console import Columns, console, one_line, table
-from proglayer.errors import run_command
-from proglayer.store.listing import StageInfo, contents_of, delete, prunable, verify
-from proglayer.store.marker import MARKER, NotAStoreError, read_marker
-from proglayer.store.stages import FORMAT
+from proglayer.console import Columns, console, table
+from proglayer.errors import ConfigError, run_command
+from proglayer.files import FolderKind
+from proglayer.store.entries import Entry, entries_of, is_store
 
-# So many names of what is not ours are printed.
-MOST_NAMED = 20
 SIZES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 SIZES |= {unit[0]: size for unit, size in SIZES.items()}
 AGES = {"d": 86_400.0, "h": 3_600.0, "m": 60.0}
 
 
+@dataclass(frozen=True)
+class Listed:
+    """An entry, its size in bytes, and the seconds since a run last wrote or read it."""
+
+    entry: Entry
+    size: int
+    age: float
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 1 if files were damaged, 2 for bad arguments."""
+    """The command. Returns its exit status: 2 for bad arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.store", description="Trained phases."
     )
-    parser.add_argument("action", choices=("list", "verify", "prune"))
+    parser.add_argument("action", choices=("list", "prune"))
     parser.add_argument(
         "--dir",
         type=Path,
-        default=Path(os.environ.get("PROGLAYER_STAGES") or "multirun/.stages"),
-        help="the store (default: $PROGLAYER_STAGES, else multirun/.stages)",
+        default=Path(os.environ.get("PROGLAYER_STORE") or "multirun/.store"),
+        help="the store (default: $PROGLAYER_STORE, else multirun/.store)",
     )
     size, age = _quantity(SIZES, "500MB, 20GB"), _quantity(AGES, "30d, 12h, 5m")
     parser.add_argument("--max-size", type=size, help="prune: keep at most this much, as in 20GB")
@@ -46,40 +56,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _run(options), failed=2)
 
 
-def _run(options: argparse.Namespace) -> int:
-    if not options.dir.is_dir():
-        raise NotAStoreError(f"no store at {options.dir}: name one with --dir")
-    if options.action != "list" and read_marker(options.dir) is None:
-        raise NotAStoreError(
-            f"{options.dir} does not say that it is a store (it has no {MARKER}), so nothing in it "
-            "is changed: name a store with --dir; a run marks the one that it uses, if nothing "
-            "else is in it"
+def _run(options: argparse.Namespace) -> None:
+    if not is_store(options.dir):
+        raise ConfigError(
+            f"--dir={options.dir} is no store (it has no {FolderKind.store.mark}): name one; a run "
+            "makes it"
         )
-    stages, foreign = contents_of(options.dir)
-    stages = sorted(stages, key=lambda info: info.age)
-    damaged = 0
+    listed = sorted(map(_listed, entries_of(options.dir)), key=lambda each: each.age)
     if options.action == "list":
-        _list(stages)
-    elif options.action == "verify":
-        damaged = _verify(stages)
-    else:
-        _prune(prunable(stages, options.max_size, options.max_age), options.dry_run)
-    _print_foreign(foreign)
-    return int(damaged > 0)
+        _print(listed)
+        return
+    freed = 0
+    for each in prunable(listed, options.max_size, options.max_age):
+        if options.dry_run or each.entry.delete():
+            freed += each.size
+            said = "would delete" if options.dry_run else "deleted"
+            print(f"{said} {each.entry.key}: {_title(each.entry)}")
+    print(f"{freed / 1e6:,.1f} MB {'would be freed' if options.dry_run else 'freed'}")
 
 
-def _list(stages: Sequence[StageInfo]) -> None:
+def prunable(
+    listed: Sequence[Listed], max_bytes: int | None, max_age_s: float | None
+) -> list[Listed]:
+    """Choose what to delete, oldest first, so that the rest keep to both limits.
+
+    What an unfinished run needs stays.
+    """
+    total = sum(each.size for each in listed)
+    chosen = []
+    for each in sorted(listed, key=lambda each: -each.age):
+        too_old = max_age_s is not None and each.age > max_age_s
+        too_much = max_bytes is not None and total > max_bytes
+        if (too_old or too_much) and not each.entry.is_needed():
+            chosen.append(each)
+            total -= each.size
+    return chosen
+
+
+def _listed(entry: Entry) -> Listed:
+    stats = []
+    for path in (*entry.files(), *entry.folder.glob("used/*")):
+        with contextlib.suppress(FileNotFoundError):  # a run may be at work here
+            stats.append(path.stat())
+    size = sum(stat.st_size for stat in stats)
+    return Listed(entry, size, time.time() - max((stat.st_mtime for stat in stats), default=0.0))
+
+
+def _print(listed: Sequence[Listed]) -> None:
     columns: Columns = (
-        ("stage", "text", lambda info: info.stage.key[:12]),
-        ("what", "long", lambda info: info.title),
-        ("epochs", "number", lambda info: str(info.epochs)),
-        ("MB", "number", lambda info: f"{info.size / 1e6:,.1f}"),
-        ("age", "number", lambda info: _age(info.age)),
-        ("used by", "long", lambda info: _users(info.users)),
+        ("trajectory", "text", lambda each: each.entry.key[:12]),
+        ("what", "long", lambda each: _title(each.entry)),
+        ("epochs", "number", lambda each: str(len(each.entry.names("epoch-")))),
+        ("MB", "number", lambda each: f"{each.size / 1e6:,.1f}"),
+        ("age", "number", lambda each: _age(each.age)),
+        ("used by", "long", lambda each: _users(each.entry.users())),
     )
     out = console()
-    out.print(table(stages, columns))
-    out.print(f"{len(stages)} stages, {sum(info.size for info in stages) / 1e6:,.1f} MB")
+    out.print(table(listed, columns))
+    size = sum(each.size for each in listed)
+    out.print(f"{len(listed)} trajectories, {size / 1e6:,.1f} MB")
+
+
+def _title(entry: Entry) -> str:
+    try:
+        description = entry.path("trajectory")
+        phase = json.loads(description.read_bytes())["phase"] if description else {}
+    except (OSError, ValueError):
+        phase = {}
+    if not phase:
+        return "(not described)"
+    exits = sum(weight > 0 for weight in phase["exit_weights"])
+    return (
+        f"phase {phase['index'] + 1}, {phase['layers']} layers, seed {phase['seed']}, "
+        f"dim {phase['architecture']['dim']}, {exits} exit{'s' if exits > 1 else ''}"
+    )
 
 
 def _age(seconds: float) -> str:
@@ -91,36 +141,8 @@ def _users(runs: Sequence[Path]) -> str:
     return ", ".join(sorted("/".join(run.parts[-2:]) for run in runs)) or "nothing"
 
 
-def _verify(stages: Sequence[StageInfo]) -> int:
-    """Read what this version can read. Returns how many files were damaged."""
-    ours = [info for info in stages if info.description.get("format", FORMAT) == FORMAT]
-    damaged = sum(len(verify(info.stage)) for info in ours)
-    print(f"{len(ours)} stages read, {damaged} damaged files set aside")
-    if len(ours) < len(stages):
-        print(f"{len(stages) - len(ours)} stages of another version left unread")
-    return damaged
-
-
-def _prune(stages: Sequence[StageInfo], dry_run: bool) -> None:
-    freed = 0
-    for info in stages:
-        if dry_run or delete(info.stage):
-            freed += info.size
-            print(f"{'would delete' if dry_run else 'deleted'} {info.stage.key}: {info.title}")
-    print(f"{freed / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'}")
-
-
-def _print_foreign(foreign: Sequence[Path]) -> None:
-    if foreign:
-        print(f"{len(foreign)} foreign files and folders, left as they are:")
-    for path in foreign[:MOST_NAMED]:
-        print(f"  {one_line(str(path))}")
-    if len(foreign) > MOST_NAMED:
-        print(f"  and {len(foreign) - MOST_NAMED} more")
-
-
 def _quantity(units: dict[str, float], examples: str) -> Callable[[str], float]:
-    """What reads a number with one of these units: 20 alone might mean 20 bytes, or 20 GB."""
+    """Read a number with one of these units: 20 alone might mean 20 bytes, or 20 GB."""
 
     def read(text: str) -> float:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip().lower())

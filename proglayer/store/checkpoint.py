@@ -25,16 +25,9 @@ ABOUT = "proglayer"
 Tensors = dict[str, Tensor]
 
 
-def on_cpu(tensors: Mapping[str, Tensor], copy: bool = False) -> Tensors:
-    """The tensors on the CPU; they share storage with the given ones unless `copy`."""
-    return {
-        name: value.detach().to("cpu", copy=copy).contiguous() for name, value in tensors.items()
-    }
-
-
-def trainable_parameters(training: Training) -> Tensors:
-    """The parameters that the phase trains, by name."""
-    return {n: p for n, p in training.model.named_parameters() if p.requires_grad}
+def on_cpu(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The tensors on the CPU, where they were elsewhere; else they share storage."""
+    return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
 
 
 def pack_weights(spec: TrainSpec, weights: Tensors) -> bytes:
@@ -55,21 +48,15 @@ def load_model(content: bytes) -> Model:
         raise ValueError(first_line(error)) from error
 
 
-def pack_training(training: Training, best: tuple[int, Tensors] | None) -> bytes:
-    """Everything that training changes, for going on from exactly here.
-
-    best: the selected epoch so far and its trainable weights, where they are stored nowhere else.
-    """
+def pack_training(training: Training) -> bytes:
+    """Everything that training changes, for going on from exactly here."""
     tensors = {"loss_sum": training.loss_sum}
-    tensors |= {f"model/{name}": value for name, value in trainable_parameters(training).items()}
+    tensors |= {f"model/{name}": value for name, value in _trainable(training).items()}
     for name, value in optimizer_tensors(training.optimizer).items():
         tensors[f"optimizer/{name}"] = value
     about: dict[str, Any] = {"seconds": training.seconds}
     if training.gradient_shares and training.epoch == 0:
         about["gradient_shares"] = [float(share) for share in training.gradient_shares]
-    if best is not None:
-        about["best_epoch"] = best[0]
-        tensors |= {f"best/{name}": value for name, value in best[1].items()}
     return _pack(on_cpu(tensors), about)
 
 
@@ -78,30 +65,24 @@ def pack_optimizer(training: Training) -> bytes:
     return safetensors.torch.save(on_cpu(optimizer_tensors(training.optimizer)))
 
 
-def load_training(training: Training, content: bytes) -> tuple[int, Tensors] | None:
-    """Put a stored state into `training`, but for its position. Returns `best` of `pack_training`.
-
-    Raises ValueError, and changes nothing, unless the tensors are those that `training` trains.
-    """
-    parts: dict[str, Tensors] = {"loss_sum": {}, "model": {}, "optimizer": {}, "best": {}}
+def load_training(training: Training, content: bytes) -> None:
+    """Put a stored state into `training`, but for its position."""
+    parts: dict[str, Tensors] = {"loss_sum": {}, "model": {}, "optimizer": {}}
     for name, value in safetensors.torch.load(content).items():
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     about = _about(content)
-    parameters = trainable_parameters(training)
-    shapes = {name: value.shape for name, value in parameters.items()}
-    optimized = {name.rpartition("/")[0] for name in parts["optimizer"]}
-    if {n: v.shape for n, v in parts["model"].items()} != shapes or optimized != shapes.keys():
-        raise ValueError("other tensors than the phase trains")
-    loss_sum, seconds = parts["loss_sum"][""], about["seconds"]
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in _trainable(training).items():
             parameter.copy_(parts["model"][name])
     start_from(training.optimizer, parts["optimizer"])
-    training.loss_sum = loss_sum.to(training.device)
-    training.seconds = seconds
+    training.loss_sum = parts["loss_sum"][""].to(training.device)
+    training.seconds = about["seconds"]
     training.gradient_shares = [torch.tensor(share) for share in about.get("gradient_shares", [])]
-    return (about["best_epoch"], parts["best"]) if "best_epoch" in about else None
+
+
+def _trainable(training: Training) -> Tensors:
+    return {n: p for n, p in training.model.named_parameters() if p.requires_grad}
 
 
 def _pack(tensors: Tensors, about: dict[str, Any]) -> bytes:

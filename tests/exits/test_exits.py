@@ -165,7 +165,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("standard", "deep_supervision"):
         for seed in (1, 2):
             own = (f"model={name}", f"seed={seed}", f"data.files=[{folder / 'text.txt'}]")
-            settings = config(*SMALL, *own, f"stages.dir={folder / 'stages'}")
+            settings = config(*SMALL, *own, f"store.dir={folder / 'stages'}")
             path = folder / "pile" / f"{name}{seed}"
             path.mkdir(parents=True)
             run(settings, path, own[:2], {"model": name})

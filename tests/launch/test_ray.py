@@ -55,7 +55,7 @@ ENVIRONMENT = {
 
 def sweep(folder: Path, *arguments: str, stages: str) -> subprocess.Popen[str]:
     """The command, started in `folder` with a store of its own."""
-    variables = {**ENVIRONMENT, "PROGLAYER_STAGES": str(folder / stages)}
+    variables = {**ENVIRONMENT, "PROGLAYER_STORE": str(folder / stages)}
     return start(folder, "-m", *arguments, **variables)
 
 

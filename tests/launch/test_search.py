@@ -324,7 +324,7 @@ def test_a_named_study_takes_trials_of_its_own_search_alone(train: Command, tmp_
         assert len(done.err.splitlines()) == 1
         assert "a hydra.sweeper.study_name of its own" in done.err
     # Where and how trials run is no part of them; neither is how wide is searched.
-    same = train(*named, "lr.base=1e-3,2e-3", "reuse=false", "hydra.sweeper.n_trials=2")
+    same = train(*named, "lr.base=1e-3,2e-3", "store.dir=other", "hydra.sweeper.n_trials=2")
     assert same.status == 0, same.err
     # Another study lives in the same file.
     other = train(*GRID, "initial_layers=1", "seed=1,2", "hydra.sweep.dir=b")

@@ -230,7 +230,7 @@ class Sweep:
         environment = {
             **self.cluster.environment,
             "PYTHONPATH": str(self.code),
-            "PROGLAYER_STAGES": str(self.folder.parent / "stages"),
+            "PROGLAYER_STORE": str(self.folder.parent / "stages"),
         }
         self.process = subprocess.Popen(
             [sys.executable, str(self.code / "train.py"), "-m", *ON_SLURM, *self.arguments,
@@ -290,7 +290,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
     """Record and weights of a run of LONG that nothing interrupted."""
     folder = tmp_path_factory.mktemp("undisturbed")
     subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *LONG, "stages.dir=stages", "hydra.run.dir=run"],
+        [sys.executable, str(ROOT / "train.py"), *LONG, "store.dir=stages", "hydra.run.dir=run"],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
     )  # fmt: skip
     (record,) = results(folder)
@@ -304,7 +304,7 @@ def test_ten_experiments_with_both_models_train_no_phase_twice_and_change_no_bit
     sweep = Sweep(cluster, tmp_path / "there", jobs)
     status, out = sweep.start().finish()
     assert status == 0, out
-    assert train("-m", *jobs, "hydra.sweep.dir=here", "stages.dir=others").status == 0
+    assert train("-m", *jobs, "hydra.sweep.dir=here", "store.dir=others").status == 0
 
     there, here = results(tmp_path / "there"), results(tmp_path / "here")
     assert len(there) == 2 * len(experiments()) == 20
@@ -325,7 +325,7 @@ def test_a_job_that_is_put_back_goes_on_with_the_same_bits(
     """By `scontrol requeue`, by one with precedence, and by the end of its time."""
     # Slurm looks after limits twice a minute: the signal comes 20 to 50 s after a job's start.
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
-    sweep = Sweep(cluster, tmp_path / "s", (*LONG, *limit, "stages.dir=a,b")).start()
+    sweep = Sweep(cluster, tmp_path / "s", (*LONG, *limit, "store.dir=a,b")).start()
     cluster.until(lambda: sweep.epochs("0") > 2, 180)
     first, second = sweep.numbers
     cluster.ask("scontrol", "requeue", first)

@@ -291,8 +291,9 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         (pile / name / "run.json").write_text(content)
     (pile / "link").symlink_to(pile / "good")
     (pile / "sweep.json").write_text("[1]")
-    write_run(pile / ".stages" / "x")
-    write_run(pile / "good" / "stages" / "x")
+    write_run(pile / ".store" / "x")
+    write_run(pile / "good" / "store" / "x")
+    (pile / "good" / "store" / ".proglayer-store").touch()
     edit(write_run(pile / "future", seed=2), format=FORMAT + 1)
     edit(write_run(pile / "no_end", seed=3), state="exploded")
     edit(write_run(pile / "bad_phase", seed=4), phases=["one"])
@@ -320,7 +321,7 @@ def edit(folder: Path, **changed: Any) -> None:
 
 def test_of_runs_with_the_same_settings_the_newest_completed_one_counts(tmp_path: Path) -> None:
     base = settings()
-    elsewhere = with_setting(base, "stages.dir", "elsewhere")
+    elsewhere = with_setting(base, "store.dir", "elsewhere")
     elsewhere = with_setting(with_setting(elsewhere, "threads", 4), "checkpoint_every_s", 5)
     write_run(tmp_path / "a", seed=1, plain=base, ended="2026-03-01T10:00:00+00:00")
     write_run(tmp_path / "b", seed=1, plain=elsewhere, ended="2026-03-02T10:00:00+00:00")

@@ -59,7 +59,7 @@ def checkpoint(folder: Path) -> Path:
 
 def runs_to_its_end(folder: Path, *overrides: str) -> RunRecord:
     record = run(
-        config(*TEXT, f"stages.dir={folder / 'stages'}", *overrides), folder / "run", overrides
+        config(*TEXT, f"store.dir={folder / 'stages'}", *overrides), folder / "run", overrides
     )
     assert record.state is RunState.completed, record.reason
     return record
@@ -110,7 +110,7 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
         export_run(tmp_path / "run", to)
 
     # The same command finds all of it stored.
-    again = run(config(*TEXT, f"stages.dir={tmp_path / 'stages'}", *overrides), tmp_path / "again")
+    again = run(config(*TEXT, f"store.dir={tmp_path / 'stages'}", *overrides), tmp_path / "again")
     assert [phase.work.epochs_trained for phase in again.phases] == [0, 0]
     assert again.weights_sha256 == record.weights_sha256
 

@@ -46,7 +46,7 @@ def use(index):
 slots.gpus = lambda device: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
 slots.use = use
 for job in range(8):
-    settings = config(*SHORT, f"seed={job}", f"stages.dir={folder}/stages", "phase.max_epochs=1")
+    settings = config(*SHORT, f"seed={job}", f"store.dir={folder}/stages", "phase.max_epochs=1")
     if os.fork() == 0:
         run(settings, folder / str(job))
         os._exit(0)
@@ -137,7 +137,7 @@ def test_a_run_that_is_stopped_while_it_waits_for_a_gpu_tells_so(
 
     with held(1), held(1):
         monkeypatch.setattr(slots, "gpus", stopped)
-        settings = config(*SHORT, f"stages.dir={tmp_path}/stages")
+        settings = config(*SHORT, f"store.dir={tmp_path}/stages")
         assert run(settings, tmp_path / "run").state is RunState.interrupted
     record = read_record(tmp_path / "run")
     assert record
@@ -145,15 +145,16 @@ def test_a_run_that_is_stopped_while_it_waits_for_a_gpu_tells_so(
 
 
 def test_the_same_bits_on_any_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(*overrides: str) -> list:
-        record = run(config(*SHORT, "reuse=false", *overrides), tmp_path / "run")
+    def trained(store: str, *overrides: str) -> list:
+        settings = config(*SHORT, f"store.dir={tmp_path}/{store}", *overrides)
+        record = run(settings, tmp_path / "run")
         return [(phase.stage, phase.best) for phase in record.phases]
 
-    plain = trained()
+    plain = trained("a")
     monkeypatch.setattr(slots, "gpus", lambda _: ["GPU-a", "GPU-b"])
     monkeypatch.setattr(slots, "use", lambda _: nullcontext())
     monkeypatch.setattr(slots, "folder", lambda: tmp_path / "slots")
-    assert trained("jobs_per_gpu=3") == plain
+    assert trained("b", "jobs_per_gpu=3") == plain
 
 
 @pytest.mark.usefixtures("two_gpus")

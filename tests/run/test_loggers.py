@@ -38,7 +38,7 @@ for_mlflow = pytest.mark.skipif(
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """A run on a tiny corpus in a folder of that name, given to those of BOTH that are there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+    monkeypatch.setenv("PROGLAYER_STORE", str(tmp_path / "stages"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(experiment, "open_corpus", lambda *_: tiny_corpus())
 
@@ -173,7 +173,7 @@ def test_a_failed_run_is_failed_there_too(run: Run) -> None:
 
 
 def test_loggers_change_no_bit(run: Run) -> None:
-    logged, alone = run("logged", "reuse=false"), run("alone", "reuse=false", given=())
+    logged, alone = run("logged", "store.dir=one"), run("alone", "store.dir=two", given=())
     results = [json.loads((folder / "run.json").read_text()) for folder in (logged, alone)]
     assert [p["exits"] for p in results[0]["phases"]] == [p["exits"] for p in results[1]["phases"]]
     ours, theirs = (load_run(folder).state_dict() for folder in (logged, alone))

@@ -141,14 +141,13 @@ def test_a_sweep_shares_its_first_phase_and_changes_no_bit(train: Command, tmp_p
     assert trained[0][0] == 2
     assert trained[1][0] == 0
     # Alone, in a store of its own, the second job comes to the same bits.
-    assert train(*SHORT, "added_layers=3", "hydra.run.dir=alone", "reuse=false").status == 0
+    assert train(*SHORT, "added_layers=3", "hydra.run.dir=alone", "store.dir=other").status == 0
     alone = json.loads((tmp_path / "alone/run.json").read_text())
     assert alone["phases"][0]["work"]["epochs_trained"] == 2
     assert [p["validation"] for p in alone["phases"]] == [p["validation"] for p in three["phases"]]
     job = next((tmp_path / "sweep").glob("1_*"))
     ours, theirs = weights(job), weights(tmp_path / "alone")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not (tmp_path / "alone/stages").exists()
 
 
 def test_the_same_command_again_trains_nothing(train: Command, tmp_path: Path) -> None:
@@ -269,7 +268,7 @@ def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
 ) -> None:
     from proglayer.run.run import run
 
-    monkeypatch.setenv("PROGLAYER_STAGES", str(tmp_path / "stages"))
+    monkeypatch.setenv("PROGLAYER_STORE", str(tmp_path / "stages"))
     seen: list[tuple[int, int]] = []
 
     def prune(row: dict[str, Any]) -> str | None:
@@ -312,10 +311,10 @@ def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
 def test_a_failed_try_leaves_nothing_of_the_one_before(train: Command, tmp_path: Path) -> None:
     """A reader would take the old weights and figures for those of the failed run."""
     assert train(*SHORT, "hydra.run.dir=run").status == 0
-    assert train(*SHORT, "hydra.run.dir=run", "stages.dir=/dev/null/no").status == 1
+    assert train(*SHORT, "hydra.run.dir=run", "store.dir=/dev/null/no").status == 1
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["state"] == "failed"
-    assert "stages.dir" in record["reason"]
+    assert "store.dir" in record["reason"]
     assert record["traceback"] is None
     assert not (tmp_path / "run/weights.safetensors").exists()
     assert not (tmp_path / "run/metrics.csv").exists()
@@ -339,7 +338,7 @@ def test_a_run_that_diverges_later_keeps_the_epoch_before(
     from proglayer.training.trainer import Training
 
     one = (*SHORT, "phase=from_scratch", "phase.max_epochs=1")
-    assert train(*one, "hydra.run.dir=one", "reuse=false").status == 0
+    assert train(*one, "hydra.run.dir=one", "store.dir=other").status == 0
     loss = Training.loss
 
     def in_epoch_2(training: Training, *batch: torch.Tensor) -> torch.Tensor:
@@ -369,7 +368,6 @@ def test_a_flipped_bit_in_stored_weights_reaches_no_run(train: Command, tmp_path
     assert (tmp_path / "b/weights.safetensors").read_bytes() == whole
     assert (tmp_path / "a/weights.safetensors").read_bytes() == whole
     assert stored.read_bytes() == whole
-    assert len(list((tmp_path / "stages/.damaged").rglob("weights-*"))) == 1
 
 
 def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Path) -> None:
@@ -488,9 +486,9 @@ def test_two_workers_train_nothing_twice_and_change_no_bit(
     workers = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     # Workers import the package by name, wherever they are started.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = train(*jobs, *workers, "hydra.sweep.dir=two", "stages.dir=a")
+    done = train(*jobs, *workers, "hydra.sweep.dir=two", "store.dir=a")
     assert done.status == 0, done.err
-    assert train(*jobs, "hydra.sweep.dir=one", "stages.dir=b").status == 0
+    assert train(*jobs, "hydra.sweep.dir=one", "store.dir=b").status == 0
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert len(two) == 2 * len(experiments())
     assert [r["state"] for r in one] == ["completed"] * len(two)
@@ -536,7 +534,7 @@ def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
         sys.executable, str(ROOT / "train.py"), *SHORT, "phase=from_scratch",
         "phase.max_epochs=12", "phase.patience=12", "hydra.run.dir=run",
     ]  # fmt: skip
-    environment = {**os.environ, "PROGLAYER_STAGES": str(tmp_path / "stages")}
+    environment = {**os.environ, "PROGLAYER_STORE": str(tmp_path / "stages")}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -555,7 +553,7 @@ def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     assert train(*arguments).status == 0
     (on,) = results(tmp_path / "run")
     assert sum(p["work"]["epochs_reused"] for p in on["phases"]) > 0
-    assert train(*arguments, "hydra.run.dir=whole", "stages.dir=other").status == 0
+    assert train(*arguments, "hydra.run.dir=whole", "store.dir=other").status == 0
     (whole,) = results(tmp_path / "whole")
     assert sum(p["work"]["epochs_reused"] for p in whole["phases"]) == 0
     assert_same_bits([on], [whole])

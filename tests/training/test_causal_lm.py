@@ -332,7 +332,7 @@ def test_a_checkpoint_is_read_as_the_library_reads_it(checkpoint: Path) -> None:
 def test_what_a_checkpoint_holds_is_in_the_key_and_where_it_lies_is_not(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    from proglayer.store.stages import Machine
+    from proglayer.store.entries import Machine
 
     def key(path: Path) -> str:
         machine = Machine("cpu", "a processor", 2, "2.13.0")

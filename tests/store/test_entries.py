@@ -1,0 +1,327 @@
+"""The store's entries and its command, and runs that are killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proglayer.errors import ConfigError
+from proglayer.run.record import (
+    RunRecord,
+    RunState,
+    SweepJob,
+    SweepRecord,
+    write_record,
+    write_sweep,
+)
+from proglayer.run.run import run
+from proglayer.store.__main__ import main
+from proglayer.store.entries import Entry, entries_of, key_of, open_store
+
+from ..helpers import config
+
+RUN = (
+    "data.samples=96",
+    "data.validation_samples=32",
+    "data.max_vocab=100",
+    "model.dim=8",
+    "model.num_heads=2",
+    "phase.max_epochs=2",
+    "phase.batch_size=16",
+    "experiment=gradual_unfreezing",
+    "threads=1",
+)
+
+
+def entry(store: Path, called: str, size: int, age_days: float) -> Entry:
+    """Make an entry with a state of `size` bytes that was written so long ago."""
+    open_store(store)
+    made = Entry(store, key_of({"called": called}))
+    made.write("state-0001-000000", b"x" * size)
+    grow_old(made, age_days)
+    return made
+
+
+def grow_old(made: Entry, age_days: float) -> None:
+    then = time.time() - age_days * 86_400
+    for path in made.folder.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def run_folder(folder: Path, status: str | None, *read: Entry) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if status:
+        write_record(folder, RunRecord(state=RunState(status)))
+    for each in read:
+        each.mark_used(folder)
+    return folder
+
+
+def stored(store: Path) -> set[str]:
+    return {each.key for each in entries_of(store)}
+
+
+def test_a_file_that_was_cut_short_or_altered_is_not_read_and_goes(tmp_path: Path) -> None:
+    made = Entry(tmp_path, "a" * 32)
+    whole = made.write("weights-0001", b"weights")
+    assert made.read("weights-0001") == b"weights"
+    for content in (b"", b"weight", b"wEights"):
+        whole.write_bytes(content)
+        assert made.read("weights-0001") is None
+        assert not whole.exists()
+        assert made.write("weights-0001", b"weights") == whole
+    # The same bytes of another entry, or under another name.
+    other = Entry(tmp_path, "b" * 32)
+    other.folder.mkdir()
+    shutil.copy(whole, other.folder)
+    assert other.read("weights-0001") is None
+    shutil.copy(whole, whole.with_name(whole.name.replace("0001", "0002")))
+    assert made.read("weights-0002") is None
+    assert made.read("weights-0001") == b"weights"
+
+
+def test_a_folder_that_holds_other_things_does_not_become_a_store(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("")
+    with pytest.raises(ConfigError, match=r"store\.dir="):
+        open_store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter"]
+    assert main(["prune", "--dir", str(tmp_path), "--max-size", "0"]) == 2
+    open_store(tmp_path / "new")
+    (tmp_path / "new" / "letter").write_text("")
+    open_store(tmp_path / "new")
+
+
+def test_listing_names_size_age_and_users(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = entry(tmp_path / "store", "a", 2_000_000, 3)
+    run_folder(tmp_path / "sweep" / "0_abcdef", "completed", old)
+    grow_old(old, 3)
+    assert main(["list", "--dir", str(tmp_path / "store")]) == 0
+    out = capsys.readouterr().out
+    for text in (old.key[:12], "2.0", "3 d", "sweep/0_abcdef", "1 trajectories"):
+        assert text in out
+
+
+def test_pruning_takes_the_oldest_and_leaves_what_unfinished_runs_need(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    made = {
+        name: entry(store, name, 1000, age) for name, age in zip("abcd", (8, 7, 6, 1), strict=True)
+    }
+    run_folder(tmp_path / "unfinished", None, made["a"])
+    run_folder(tmp_path / "finished", "completed", made["b"])
+    grow_old(made["a"], 8)
+    grow_old(made["b"], 7)
+    prune = ["prune", "--dir", str(store)]
+    assert main([*prune, "--max-age", "5d", "--dry-run"]) == 0
+    assert len(stored(store)) == 4
+    assert main([*prune, "--max-size", "3100b"]) == 0
+    assert stored(store) == {made[name].key for name in "acd"}
+    assert main([*prune, "--max-age", "5d"]) == 0
+    assert stored(store) == {made[name].key for name in "ad"}
+    assert main([*prune, "--max-size", "0"]) == 0
+    assert stored(store) == {made["a"].key}
+
+
+def test_pruning_touches_nothing_but_entries_and_follows_no_link(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    old = entry(store, "a", 10, 9)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "letter").write_text("")
+    (store / ("b" * 32)).symlink_to(tmp_path / "elsewhere")
+    (store / ("c" * 32)).write_text("a file")
+    (store / "letter").write_text("")
+    (store / "folder" / ("d" * 32)).mkdir(parents=True)
+    (old.folder / "link").symlink_to(tmp_path / "elsewhere")
+    before = set(store.iterdir())
+    assert main(["prune", "--dir", str(store), "--max-size", "0"]) == 0
+    assert set(store.iterdir()) == before - {old.folder}
+    assert (tmp_path / "elsewhere" / "letter").exists()
+
+
+def test_who_may_come_back_for_an_entry(tmp_path: Path) -> None:
+    def needed(name: str, status: str | None, seen: bool = True) -> bool:
+        kept = entry(tmp_path / "store", name, 10, 1)
+        folder = run_folder(tmp_path / name / "0_abcdef", status, kept)
+        if not seen:
+            shutil.rmtree(folder)
+        return kept.is_needed()
+
+    assert not needed("completed", "completed")
+    assert not needed("failed", "failed")
+    assert needed("running", None)
+    assert needed("interrupted", "interrupted")
+    assert not needed("gone", None, seen=False)
+    # A sweep whose other job has not begun.
+    jobs = [SweepJob(folder=name, overrides=[]) for name in ("0_abcdef", "1_abcdef")]
+    write_sweep(tmp_path / "sweep", SweepRecord(jobs=jobs))
+    write_record(tmp_path / "sweep/1_abcdef", RunRecord(state=RunState.waiting))
+    assert needed("sweep", "completed")
+    write_record(tmp_path / "sweep/1_abcdef", RunRecord(state=RunState.completed))
+    assert not needed("sweep", "completed")
+
+
+def test_pruning_leaves_an_entry_that_is_being_written(tmp_path: Path) -> None:
+    busy = entry(tmp_path, "a", 10, 9)
+    assert busy.lock()
+    assert main(["prune", "--dir", str(tmp_path), "--max-size", "0"]) == 0
+    assert busy.names("state")
+    busy.unlock()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune"],
+        ["prune", "--max-size", "much"],
+        ["prune", "--max-size", "20"],
+        ["prune", "--max-age", "30"],
+        ["burn"],
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--dir", str(tmp_path)])
+    assert end.value.code == 2
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--dir", str(tmp_path / "none")]) == 2
+    assert "--dir" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 0.3 MB; skips where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a file system")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_ends_a_run_that_goes_on_when_there_is_room(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    run_once(tmp_path / "whole", tmp_path / "ample", "standard")
+    expected = record(tmp_path / "whole")
+    run_once(tmp_path / "run", small_disk / "store", "standard")
+    failed = json.loads((tmp_path / "run/run.json").read_text())
+    assert failed["state"] == "failed"
+    assert "No space left on device" in failed["reason"]
+    assert "make room there or name another folder" in failed["reason"]
+    assert "traceback" not in failed
+    assert 0 < len(failed["phases"]) < len(expected)
+    assert not list(small_disk.rglob(".tmp-*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run_once(tmp_path / "run", small_disk / "store", "standard")
+    assert record(tmp_path / "run") == expected
+    one, two = (tmp_path / r / "weights.safetensors" for r in ("whole", "run"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# SIGKILL
+
+
+def run_once(folder: Path, store: Path, model: str) -> None:
+    """A run in a process of its own, as train.py would make it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config(*RUN, f"model={model}", f"store.dir={store}", "checkpoint_every_s=0.02")
+    run(settings, folder)
+
+
+def start(folder: Path, store: Path, model: str) -> Any:
+    process = multiprocessing.get_context("fork").Process(
+        target=run_once, args=(folder, store, model)
+    )
+    process.start()
+    return process
+
+
+def record(folder: Path) -> list[dict[str, Any]]:
+    """The phases of a run's record, times and the account of who did what apart."""
+    phases = json.loads((folder / "run.json").read_text())["phases"]
+    for phase in phases:
+        for name in ("work", "train_seconds", "evaluation_seconds", "tokens_per_second"):
+            del phase[name]
+    return phases
+
+
+def finished_files(store: Path) -> dict[Path, bytes]:
+    """Every file of the stages whose selected epoch has been evaluated: those that ended."""
+    return {
+        path: path.read_bytes()
+        for exits in store.glob("*/exits-*")
+        for path in exits.parent.iterdir()
+        if path.name.split("-")[0] in ("epoch", "weights", "exits")
+    }
+
+
+@pytest.mark.parametrize("model", ["standard", "deep_supervision"])
+def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path, model: str) -> None:
+    config(*RUN, f"model={model}", f"store.dir={tmp_path / 'a'}", "checkpoint_every_s=0.02")
+    began = time.monotonic()
+    whole = start(tmp_path / "whole", tmp_path / "a", model)
+    whole.join()
+    assert whole.exitcode == 0
+    length = time.monotonic() - began
+    expected = record(tmp_path / "whole")
+    assert len(expected) == 4
+
+    rng = random.Random(model)
+    kills = 0
+    store = tmp_path / "b"
+    for _ in range(int(os.environ.get("PROGLAYER_TEST_KILLS", "8"))):
+        before = finished_files(store)
+        process = start(tmp_path / "killed", store, model)
+        process.join(rng.uniform(0, length))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        after = finished_files(store)
+        assert {path: after.get(path) for path in before} == before
+        if (tmp_path / "killed/run.json").exists():
+            assert record(tmp_path / "killed") == expected
+            (tmp_path / "killed/run.json").unlink()
+            store = tmp_path / f"b{kills}"
+    last = start(tmp_path / "killed", store, model)
+    last.join()
+    assert last.exitcode == 0
+    assert kills
+    assert record(tmp_path / "killed") == expected
+    one, two = ((tmp_path / r / "weights.safetensors").read_bytes() for r in ("whole", "killed"))
+    assert one == two
+    # The optimizer's state as well, where one was left at the end of a phase: who is killed after
+    # the phase's last epoch was recorded, and before its state, leaves one from within that epoch.
+    ends = "*/state-*-000000.*"
+    states = (
+        {path.name for path in (tmp_path / "a").glob(ends)},
+        {path.name for path in store.glob(ends)},
+    )
+    assert len(states[0]) == 4
+    assert states[1] <= states[0]
