@@ -448,7 +448,7 @@ def write_metrics(folder: Path, record: RunRecord) -> None:
     writer = csv.DictWriter(text, METRICS_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.columns(record.corpus) for row in record.epochs)
-    _write_bytes(folder / METRICS, text.getvalue().encode())
+    files.write_atomically(folder / METRICS, text.getvalue().encode())
 
 
 def has_whole_weights(folder: Path, record: RunRecord) -> bool:
@@ -477,11 +477,7 @@ def _read(kind: type[T], path: Path) -> T:
 
 
 def _write(path: Path, record: BaseModel) -> None:
-    _write_bytes(path, record.model_dump_json(indent=1).encode() + b"\n")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    files.write_atomically(path, content)
+    files.write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n")
 
 
 # --- signs of life --------------------------------------------------------------------------------
