@@ -6,21 +6,15 @@ python train.py --help
 import sys
 
 import hydra
-from omegaconf import DictConfig
 
 from proglayer import __version__
-from proglayer.launch.ask import register
-from proglayer.launch.job import train
-
-register()
+from proglayer.launch.main import not_ours, train
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(settings: DictConfig) -> float | None:
-    """One job. Gives the validation loss of the last phase, for sweepers that optimise."""
-    from proglayer.launch.job import run_job
-
-    return run_job(settings)
+def main(_: object) -> None:
+    """Compose the settings: Hydra hands them to `proglayer.launch.main.start`, not to this."""
+    not_ours()
 
 
 if __name__ == "__main__":

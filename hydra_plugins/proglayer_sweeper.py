@@ -1,57 +1,49 @@
-"""Where Hydra looks for plugins: its names for the sweepers that live in `proglayer.launch`.
+"""The name under which Hydra finds what `proglayer.launch` does with its settings.
 
 Hydra imports this module at every start, so nothing heavy is imported at its top.
 """
 
-import importlib
-from dataclasses import dataclass, field
+from __future__ import annotations
+
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
-@dataclass
-class ProglayerSweeperConf:
-    """Hydra's basic sweeper with its grammar, and what a product of all values does not say.
+class ProglayerSweeper(Sweeper):
+    """Hands over what Hydra composed. `hydra.sweeper.design` says which jobs come of it."""
 
-    pairs: keys whose values go together.
-    blocks: several sweeps in one, each with settings of its own, written as `params` are.
-    filter: an expression; combinations for which it does not hold are left out.
-    """
+    def __init__(self, **_: Any) -> None:
+        """Take the settings that Hydra gives; they are read from the configuration."""
 
-    _target_: str = "hydra_plugins.proglayer_sweeper.ProglayerSweeper"
-    max_batch_size: int | None = None
-    params: Any = None
-    pairs: list[list[str]] = field(default_factory=list)
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    filter: str | None = None
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what composes jobs. Called by Hydra."""
+        self.config = config
+        self._loader: ConfigLoader = hydra_context.config_loader
 
+    def sweep(self, arguments: list[str]) -> None:
+        """End Hydra's part. Called by Hydra."""
+        from proglayer.launch.main import Composed
 
-class ProglayerSweeper(BasicSweeper):
-    """Checks every job before the first starts, launches what is distinct first, sums up.
-
-    Its settings are its attributes: see `ProglayerSweeperConf` and conf/hydra/sweeper.
-    """
-
-    # In `proglayer.launch`, with a function of the same name.
-    module = "sweep"
-
-    def __init__(self, max_batch_size: int | None = None, params: Any = None, **own: Any) -> None:
-        super().__init__(max_batch_size, params)
-        vars(self).update(own)
-
-    def sweep(self, arguments: list[str]) -> Any:
-        module = importlib.import_module(f"proglayer.launch.{self.module}")
-        return getattr(module, self.module)(self, arguments)
+        raise Composed(self.config, self._loader, arguments)
 
 
-class ProglayerSettleSweeper(ProglayerSweeper):
-    """Adds seeds until claims are settled; see conf/hydra/sweeper/settle.yaml."""
-
-    module = "settle"
-
-
+# `single` is what a command without -m runs. Hydra's own `basic` gives way, so that whatever
+# configuration a command is made of comes to the checks of ours.
+_TARGET = "hydra_plugins.proglayer_sweeper.ProglayerSweeper"
+for _name, _design in {"basic": "product", "single": "single"}.items():
+    ConfigStore.instance().store(
+        group="hydra/sweeper",
+        name=_name,
+        node={"_target_": _TARGET, "_recursive_": False, "design": _design},
+        provider="proglayer",
+    )
 ConfigStore.instance().store(
-    group="hydra/sweeper", name="proglayer", node=ProglayerSweeperConf, provider="proglayer"
+    group="hydra/launcher", name="basic", node={"engine": "basic"}, provider="proglayer"
 )

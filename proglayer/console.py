@@ -24,9 +24,16 @@ PLAIN_WIDTH = 160
 
 
 class _Console(Console):
+    outlasts_reader = False
+
     def on_broken_pipe(self) -> None:
         """Rich would end the program here: the one place for that is `errors.run_command`."""
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if not self.outlasts_reader:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        print("warning: nobody reads the output any more: going on without it", file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 def console() -> Console:
@@ -44,48 +51,16 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def going_on_unread() -> Iterator[None]:
-    """Let a block go on where standard output can no longer be written, as when its reader ended.
+def outlasting_reader() -> Iterator[None]:
+    """Let a block go on where the reader of its output ends, as in `... | head -1`.
 
-    Without it `| head -1`, or a full disk for the output, would end hours of training. Standard
-    error says so, once. Nothing changes where standard output is no file of the system.
+    Hours of training are not for the output alone. Standard error says so, once.
     """
-    before = sys.stdout
-    try:
-        number = before.fileno()
-    except (OSError, ValueError):
-        yield
-        return
-    before.flush()
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_Output(number, "wb", closefd=False)),
-        encoding=before.encoding,
-        errors="replace",
-        line_buffering=True,
-    )
+    _Console.outlasts_reader = True
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stdout = before
-
-
-class _Output(io.FileIO):
-    def write(self, data: Any) -> int:
-        """Called by the buffer above it. After the first error all goes nowhere."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                print(
-                    f"warning: the output cannot be written any more ({error.strerror}): going on "
-                    "without it",
-                    file=sys.stderr,
-                )
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
-            return len(data)
+        _Console.outlasts_reader = False
 
 
 def tell(text: str) -> None:
@@ -123,22 +98,3 @@ def table(rows: Iterable[Any], columns: Columns, title: str | None = None) -> Ta
 def plain_cell(cell: str | Text) -> Text:
     """A cell as text of one line."""
     return Text(one_line(cell)) if isinstance(cell, str) else cell
-
-
-class LogFile(logging.FileHandler):
-    """The log of a run, which a full disk does not end: one line says so, once."""
-
-    _told = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Called by logging, in the handling of what went wrong."""
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self._told:
-            self._told = True
-            print(
-                f"warning: {self.baseFilename} cannot be written ({error.strerror}): lines of the "
-                "log are lost",
-                file=sys.stderr,
-            )

@@ -217,7 +217,7 @@ class Space:
         """Return all values of each. Raises ConfigError for one whose values cannot be counted."""
         if endless := self.distributions.keys() - self.values.keys():
             raise ConfigError(
-                f"hydra/sweeper/sampler=grid: {endless.pop()} has no end of values: give it a "
+                f"hydra.sweeper.sampler=grid: {endless.pop()} has no end of values: give it a "
                 "choice or a range"
             )
         return {key: list(values) for key, values in self.values.items()}

@@ -1,300 +1,274 @@
-"""Between Hydra and a run: what train.py does with a job, and with errors on the way to one."""
+"""A job: one run to be made, as plain data that any process can be given. Here Hydra ends."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
 import sys
-import textwrap
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from hydra.conf import HydraConf
+import yaml
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from proglayer.config import Config, OnError, flat_settings, to_config
-from proglayer.errors import (
-    FAILED,
-    ConfigError,
-    StoreError,
-    UserError,
-    file_problem,
-    print_error,
-    run_command,
-    with_type,
+from proglayer import files
+from proglayer.config import Config, flat_settings, to_config
+from proglayer.console import console, tell
+from proglayer.errors import ConfigError, UserError, with_type
+from proglayer.files import FolderKind
+from proglayer.launch.ask import in_one_line
+from proglayer.run.record import (
+    GitState,
+    RecordError,
+    RunRecord,
+    RunState,
+    now,
+    read_record,
+    write_record,
 )
-from proglayer.files import LOCK, RUN_FILE, FolderInUse, sole_writer
-from proglayer.launch.ask import check_arguments, in_one_line
-from proglayer.launch.common import record_of, threads_per_job
-from proglayer.launch.snapshot import changed_files
-from proglayer.run.record import RunRecord, RunState, now, write_record
-
-if TYPE_CHECKING:
-    from proglayer.run.session import Prune
 
 log = logging.getLogger(__name__)
 
 # A worker whose parent was killed needs so long at most to store its state.
 LOCK_WAIT_S = 20.0
-# What is printed where there is no log: for a plan, and for a run that does not start.
-NO_LOG = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"console": {"format": "%(levelname)s: %(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "console"}},
-    "root": {"level": "WARNING", "handlers": ["console"]},
-}
+LOG = "train.log"
 
 
-class Beforehand(Callback):
-    """Decides whether a single run starts before Hydra makes anything for it.
+@dataclass(frozen=True)
+class Job:
+    """One run to be made. Everything here can be pickled, and means the same in any process.
 
-    Hydra would write over the settings and go on with the log that another command keeps in the
-    same folder; and a plan would need a folder that can be written.
+    folder: absolute, as `cwd` is, the folder that relative paths of the settings count from.
+    overrides, choices: the command line and the group options that it was composed from.
+    source: the package that it was submitted with, and a digest of its files then.
+    prune: called with each row of `metrics.csv` by a search; returns why the run is to end.
     """
 
-    # What was not there before, of what Hydra makes for the run.
-    made: ClassVar[set[Path]] = set()
-    refusal: ClassVar[ConfigError | None] = None
-    # Held until the run has ended.
-    lock: ClassVar[contextlib.ExitStack] = contextlib.ExitStack()
+    config: Config
+    folder: Path
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str]
+    cwd: Path
+    git: GitState | None = None
+    source: tuple[Path, str] | None = None
+    prune: Callable[[dict[str, Any]], str | None] | None = None
 
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Called by Hydra."""
-        HydraConfig.instance().set_config(config)  # the folder's name may ask for parts of it
-        folder = Path(config.hydra.run.dir).absolute()
-        names = f"{config.hydra.job.name}.log", config.hydra.output_subdir
-        paths = [folder, *(folder / name for name in names if name)]
-        self.lock.close()
-        self.made.clear()
-        Beforehand.refusal = None
-        try:
-            new = [path for path in paths if not path.exists()]
-            settings = to_config(config)
-            if not settings.plan:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.lock.enter_context(sole_writer(folder, "hydra.run.dir"))
-                _check_other_run(folder, settings)
-                self.made.update(new)
-                return
-        except ConfigError as error:
-            Beforehand.refusal = error
-        except OSError:  # Hydra comes upon the same
-            return
-        with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.run.dir = "."
-            config.hydra.output_subdir = None
-            config.hydra.job_logging = NO_LOG
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name
 
-
-def run_job(settings: DictConfig) -> float | None:
-    """Run or plan one job of Hydra's. Returns its objective, None where there is none.
-
-    A single run that fails ends the process with status 1, an interrupted one with 130. In a
-    sweep a failed job is in its record, and the sweep goes on.
-    """
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
-    # A relative path means the folder of the command, also with hydra.job.chdir=true.
-    with contextlib.chdir(hydra.runtime.cwd):
-        if hydra.mode is RunMode.MULTIRUN:
-            return _run_in_sweep(settings, hydra, folder)
-        with Beforehand.lock:
-            try:
-                return _run_alone(settings, hydra, folder)
-            except (ConfigError, StoreError) as error:
-                print_error(str(error))
-                sys.exit(FAILED)
-            finally:
-                if not (folder / RUN_FILE).exists():
-                    _leave_nothing(folder)
-
-
-def _run_alone(settings: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
-    if Beforehand.refusal is not None:
-        raise Beforehand.refusal
-    config = _config(settings)
-    if config.plan:
-        _print_plan(config)
-        return None
-    record = _run(config, hydra, folder)
-    if config.report:
-        leave_report(folder)
-    if record.state is RunState.failed:
-        sys.exit(FAILED)
-    return record.objective
-
-
-def _run_in_sweep(settings: DictConfig, hydra: HydraConf, folder: Path) -> float | None:
-    try:
-        config = _config(settings)
-        if config.on_error is OnError.stop and (name := failed_job(folder.parent)):
-            record_unstarted(folder, RunState.interrupted, f"not started: job {name} failed")
-            return None
-        threads = config.threads or threads_per_job(hydra.launcher)
-        config = config.model_copy(update={"threads": threads})
-        prune = None
-        if hydra.sweeper.get("pruner"):
-            from proglayer.launch.study import pruning
-
-            prune = pruning(hydra.sweeper, config.objective, hydra.job.num)
-        with sole_writer(folder, "hydra.sweep.dir", LOCK_WAIT_S):
-            record = _run(config, hydra, folder, prune)
-    except FolderInUse as error:
-        log.error("%s", error)  # whoever works there writes the record
-        return None
-    except (ConfigError, StoreError) as error:
-        with contextlib.suppress(StoreError):
-            record_unstarted(folder, RunState.failed, str(error))
-        return None
-    return record.objective
-
-
-def _config(settings: DictConfig) -> Config:
-    """The settings of a job, with the precision that `auto` is here. Raises ConfigError."""
-    from proglayer.console import tell
-    from proglayer.run.machine import with_precision
-
-    config, picked = with_precision(to_config(settings))
-    if picked:
-        tell(picked)
-    if changed := changed_files():
-        log.warning(
-            "changed since this job was submitted, which runs as it was submitted: %s",
-            textwrap.shorten(", ".join(changed), 400, placeholder=" ..."),
+    @property
+    def waiting(self) -> RunRecord:
+        """The record of the job before it starts."""
+        return RunRecord(
+            state=RunState.waiting,
+            submitted=now(),
+            overrides=list(self.overrides),
+            choices=dict(self.choices),
+            config=self.config.model_dump(mode="json"),
+            git=self.git,
         )
-    return config
 
 
-def _run(config: Config, hydra: HydraConf, folder: Path, prune: Prune | None = None) -> RunRecord:
-    """Run a job. Raises KeyboardInterrupt where it was stopped; ConfigError or StoreError."""
-    from proglayer.console import going_on_unread
+def run_job(job: Job) -> RunRecord:
+    """Run a job in this process, or go on with it, and return its record.
+
+    What goes wrong is in the record. One that another process is at work on is left to it.
+    """
+    try:
+        with files.sole_writer(job.folder, FolderKind.run.setting, LOCK_WAIT_S):
+            return run_locked(job)
+    except UserError as error:
+        log.error("%s", error)
+        return record_of(job.folder) or job.waiting
+
+
+def run_locked(job: Job) -> RunRecord:
+    """Run a job whose folder this process has locked, and return its record. Raises StoreError."""
+    with contextlib.chdir(job.cwd), _log_of(job.folder):
+        return _run(job)
+
+
+def _run(job: Job) -> RunRecord:
+    from proglayer.launch.snapshot import digest
+    from proglayer.run.machine import with_precision
     from proglayer.run.run import run
 
-    choices = {
-        group: str(choice)
-        for group, choice in hydra.runtime.choices.items()
-        if choice is not None and not group.startswith(("hydra", "local", "logger"))
-    }
-    with going_on_unread():
-        record = run(config, folder, list(hydra.overrides.task), choices, prune)
-    if record.state is RunState.interrupted:
-        raise KeyboardInterrupt
-    return record
-
-
-def _check_other_run(folder: Path, config: Config) -> None:
-    """Raise ConfigError where a folder holds what a run with other settings came to."""
-    record = record_of(folder)
-    if record.state is not RunState.completed or not record.config:
-        return
-    from proglayer.results import NOT_THE_EXPERIMENT
-    from proglayer.run.machine import with_precision
-
-    then = dict(flat_settings(record.config))
-    now = dict(flat_settings(with_precision(config)[0].model_dump(mode="json")))
-    compared = [name for name in now if name not in NOT_THE_EXPERIMENT]
-    if other := [name for name in compared if then.get(name) != now[name]]:
-        raise ConfigError(
-            f"hydra.run.dir={folder} holds a completed run with other settings "
-            f"({', '.join(other)}): choose another folder"
+    _write_hydra(job)
+    if job.source is not None and digest(job.source[0]) != job.source[1]:
+        log.warning(
+            "the code in %s changed since this job was submitted, which runs as it was submitted",
+            job.source[0],
         )
+    try:
+        config, picked = with_precision(job.config)
+        if picked:
+            tell(picked)
+        return run(config, job.folder, list(job.overrides), dict(job.choices), job.prune, job.git)
+    except UserError as error:
+        log.error("%s", error)
+        failed = {"state": RunState.failed, "reason": str(error), "ended": now()}
+        record = job.waiting.model_copy(update=failed)
+        write_record(job.folder, record)
+        return record
 
 
-def leave_report(folder: Path, *before: Path) -> None:
+def submit(job: Job) -> None:
+    """Write the record of a job that waits, with what fixes what it runs.
+
+    Raises ConfigError for a folder that is not ours, and StoreError.
+    """
+    files.claim_folder(job.folder, FolderKind.run)
+    before = record_of(job.folder)
+    kept = {"mlflow_run": before.mlflow_run} if before else {}
+    write_record(job.folder, job.waiting.model_copy(update=kept))
+
+
+def record_of(folder: Path) -> RunRecord | None:
+    """Return the record of a job, None if it has none that can be read."""
+    with contextlib.suppress(RecordError):
+        return read_record(folder)
+    return None
+
+
+def log_to_console(level: int = logging.INFO) -> None:
+    """Show warnings on standard error. Progress is shown otherwise; a run's log has everything."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setLevel(logging.WARNING)
+    form = "%(levelname)s: %(message)s"
+    logging.basicConfig(level=level, format=form, handlers=[shown], force=True)
+
+
+@contextlib.contextmanager
+def _log_of(folder: Path) -> Iterator[None]:
+    """Keep the log of a run in its folder."""
+    handler = logging.FileHandler(folder / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _write_hydra(job: Job) -> None:
+    """Leave what users of Hydra look for: the settings as they can be composed from again."""
+    about = {
+        "overrides": {"task": list(job.overrides)},
+        "runtime": {"choices": dict(job.choices), "cwd": str(job.cwd)},
+    }
+    for name, content in {
+        "config": job.config.model_dump(mode="json"),
+        "overrides": list(job.overrides),
+        "hydra": {"hydra": about},
+    }.items():
+        text = yaml.dump(content, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
+        files.write_atomically(job.folder / ".hydra" / f"{name}.yaml", text.encode())
+
+
+def leave_report(folder: Path) -> None:
     """Write the report of a run or a sweep into its folder, and say where it is.
 
-    `before` are folders of what belongs to it. Whatever goes wrong with the report is a
-    line of the log: it changes nothing about the runs.
+    Whatever goes wrong with the report is a line of the log: it changes nothing about the runs.
     """
     try:
-        from proglayer.console import console
         from proglayer.report.page import write_report
 
-        page = write_report([*before, folder], folder / "report")
+        page = write_report([folder], folder / "report")
         console().print(f"report: {page}", markup=False)
     except Exception as error:
         log.warning("no report could be written (%s)", with_type(error))
 
 
-def _print_plan(config: Config) -> None:
-    """Print a run's phases and what they cost."""
-    from proglayer.console import tell
-    from proglayer.data.corpus import open_corpus
-    from proglayer.launch import stored
-    from proglayer.training.plan import open_checkpoint, plan
+class Command:
+    """What Hydra made of a command line. Composes its jobs, the only place that does.
 
-    checkpoint = open_checkpoint(config)
-    corpus = open_corpus(config.data, tell)
-    phases = plan(config, corpus.vocab_size, checkpoint)
-    stored.print_plan(config, corpus, phases, stored=stored.stored_here(config, corpus, phases))
-
-
-def train(main: Callable[[], Any]) -> int:
-    """Run what Hydra made of train.py's `main` and return its exit status.
-
-    With HYDRA_FULL_ERROR=1 in the environment every error is raised as it is.
+    master: the settings without those that are swept over.
+    arguments: the overrides, those of Hydra itself left out.
     """
 
-    def checked() -> int | None:
+    def __init__(self, master: DictConfig, loader: ConfigLoader, arguments: Sequence[str]) -> None:
+        self.master = master
+        self.loader = loader
+        # A study says what is swept over; its jobs are none of it.
+        self.arguments = tuple(text for text in arguments if not text.startswith("study="))
+        self.cwd = Path.cwd()
+        # `${hydra:...}` looks there; set_config would forbid later changes of it.
+        HydraConfig.instance().cfg = master
+        self.sweeper = self._plain("sweeper")
+        self.launcher = self._plain("launcher")
+        self.git: GitState | None = None
+        self.threads: int | None = None  # of a job that does not say
+
+    def folder(self, of: str, name: str | None = None) -> Path:
+        """Return the folder of the `run` or the `sweep`, absolute.
+
+        name: what it is called where the command line does not say, so that the same command finds
+            it again.
+        """
+        folder = Path(self.master.hydra[of].dir).absolute()
+        return folder if name is None or self.given(f"hydra.{of}.dir=") else folder.with_name(name)
+
+    def given(self, beginning: str) -> bool:
+        """Whether an override of Hydra's begins so."""
+        return any(str(text).startswith(beginning) for text in self.master.hydra.overrides.hydra)
+
+    def _plain(self, part: str) -> dict[str, Any]:
+        plain: Any = OmegaConf.to_container(self.master.hydra[part], resolve=True)
+        return {name: value for name, value in plain.items() if not name.startswith("_")}
+
+    def job(
+        self, folder: Path, overrides: tuple[str, ...] | None = None, number: int | None = None
+    ) -> Job:
+        """Compose the job of these overrides; without them, that of the command itself.
+
+        Raises ConfigError.
+        """
         try:
-            os.getcwd()
-        except FileNotFoundError:
-            raise ConfigError("the folder of this command was deleted: change to another") from None
-        sys.argv[1:] = check_arguments(sys.argv[1:])
-        return main()
-
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return checked() or 0
-    # Hydra prints errors its own way unless it is asked to raise them.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        return run_command(checked, explain)
-    finally:
-        del os.environ["HYDRA_FULL_ERROR"]
-
-
-def explain(error: Exception) -> str | None:
-    """The lines for an error of composing, or of a file of the results; None for another."""
-    if isinstance(error, UserError):
-        return str(error)
-    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if not {"run_job", "sweep"} & set(names):  # Hydra has not come to us yet
-        return in_one_line(error)
-    if isinstance(error, OSError):
-        advice = "if results go there, choose hydra.run.dir, or hydra.sweep.dir in a sweep"
-        return file_problem(error, advice)
-    return None
+            composed = self.master
+            if overrides is not None:
+                launched = [*overrides, f"hydra.job.num={number}"]
+                composed = self.loader.load_sweep_config(self.master, launched)
+            with read_write(composed), open_dict(composed):
+                composed.hydra.runtime.output_dir = str(folder)
+            config = to_config(composed)
+        except Exception as error:
+            raise ConfigError(in_one_line(error)) from error
+        if config.threads is None and self.threads is not None:
+            config = config.model_copy(update={"threads": self.threads})
+        return Job(
+            config=config,
+            folder=folder,
+            overrides=self.arguments if overrides is None else overrides,
+            choices={
+                group: str(choice)
+                for group, choice in composed.hydra.runtime.choices.items()
+                if choice is not None
+                and not group.startswith(("hydra", "local", "logger", "study"))
+            },
+            cwd=self.cwd,
+            git=self.git,
+        )
 
 
-def record_unstarted(folder: Path, status: RunState, reason: str) -> None:
-    """Leave the record of a job that ended before its first phase, or that never said how."""
-    log.error("%s", reason)
-    ended = {"state": status, "reason": reason, "ended": now()}
-    write_record(folder, record_of(folder).model_copy(update=ended))
+def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that make an experiment, by dotted names: where and how is left out."""
+    from proglayer.results import NOT_THE_EXPERIMENT
+
+    return {name: v for name, v in flat_settings(settings) if name not in NOT_THE_EXPERIMENT}
 
 
-def failed_job(sweep: Path) -> str | None:
-    """Return the name of a job that failed since the sweep began, if one did."""
-    jobs = (path.parent for path in sorted(sweep.glob(f"*/{RUN_FILE}")))
-    return next((job.name for job in jobs if record_of(job).state is RunState.failed), None)
-
-
-def _leave_nothing(folder: Path) -> None:
-    """Take away what Hydra made for a run that was not started. What was there before stays."""
-    for path in Beforehand.made - {folder}:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    if folder in Beforehand.made:
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-            folder.rmdir()
+def differing(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """Name the settings of an experiment that are not the same, with both values."""
+    before, after = identity(then or {}), identity(now)
+    return [
+        f"{name}={before.get(name)}, not {after.get(name)}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]

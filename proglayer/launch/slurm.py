@@ -1,14 +1,15 @@
 """Jobs of a sweep in Slurm's queue: handed over by submitit, and found again.
 
-A job has the settings with which it was submitted, and runs from a copy of the code (`snapshot`).
-Its folder says `pending` from the moment it is submitted. The command that submitted it may end:
-given again, it waits for the jobs that Slurm still holds and submits only the others. How a job
-ended is in its record; one that left the queue without a record is lost.
+A job has the settings with which it was submitted, and runs from a copy of the code. Its record
+says `pending` from the moment it is submitted. The command that submitted it may end: given again,
+it waits for the jobs that Slurm still holds and submits only the others. How a job ended is in its
+record; one that left the queue without saying so is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -18,26 +19,26 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hydra.core.utils import JobReturn, JobStatus
+from pydantic import ConfigDict, Field
 
 from proglayer import files
 from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.common import Launcher, SweepJob, folder_of, jobs_of, record_of
-from proglayer.launch.snapshot import SUBMITTED, snapshot_code
-from proglayer.run.record import ENDS, RunState, change_state
+from proglayer.launch.engines import GOING, Engine, run_elsewhere
+from proglayer.launch.job import Job, record_of
+from proglayer.launch.snapshot import Snapshot, snapshot_code
+from proglayer.run.record import RunState, change_state
 
 log = logging.getLogger(__name__)
 
-
-# In the folder of what was submitted: each job's folder -> its number in Slurm.
-IDS = "slurm.json"
-# What a job of Slurm prints, as links in its folder.
-OUTPUTS = {"stdout": "slurm.out", "stderr": "slurm.err"}
+# In a sweep's folder: what submitit writes, and each job's folder -> its number in Slurm.
+FOLDER = ".slurm"
+IDS = "jobs.json"
 # Each job in the queue of this user: its number and its script.
 QUEUE = ("squeue", "--noheader", "--array", "--me", "--format=%i %o")
 # Slurm's MaxArraySize, unless it is set, is one more.
@@ -45,177 +46,168 @@ LONGEST_ARRAY = 1000
 # A shared file system may show a job's last files a little after Slurm tells that it ended.
 LATE_S = 10.0
 NOT_TAKEN_BACK = "it was not put back into Slurm's queue"
+STARTS_AGAIN = "Slurm starts it again"
+
+
+class Slurm(Engine):
+    """Jobs of a Slurm array. Settings that have no field here are those of submitit."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    elsewhere = True
+    needs = ("submitit", "slurm")
+
+    engine: Literal["slurm"]
+    timeout_min: int = Field(ge=1)
+    max_num_timeout: int = Field(ge=0)
+    cpus_per_task: int = Field(ge=1)
+    setup: list[str] | None = None
+
+    @property
+    def threads(self) -> int | None:
+        return self.cpus_per_task
+
+    def check(self) -> None:
+        """Raise ConfigError also where no Slurm answers."""
+        super().check()
+        _ask(*QUEUE)
+
+    def held(self, sweep: Path) -> Mapping[str, str]:
+        ids = _read_ids(sweep)
+        queue = _queue(sweep) if ids else set()
+        return {name: number for name, number in ids.items() if number in queue}
+
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+        """Hand over the jobs that Slurm does not hold already, and wait for all."""
+        held = self.held(sweep)
+        ids = {job.name: held[job.name] for job in jobs if job.name in held}
+        new = [job for job in jobs if job.name not in ids]
+        say = console().print
+        if ids:
+            say(f"in Slurm's queue already: {counted(len(ids), 'job')}", markup=False)
+        if new:
+            ids |= self._submit(new, sweep)
+            say(f"handed over to Slurm: {counted(len(new), 'job')}", markup=False)
+        command = ["python", "-m", "proglayer.results", os.path.relpath(sweep), "--watch"]
+        say(f"{shlex.join(command)} follows them from any shell", markup=False)
+        left = {ids[job.name]: job for job in jobs}
+        try:
+            for gone in _leaving(left, sweep):
+                until = time.monotonic() + LATE_S
+                for number in gone:
+                    _end(left[number], number, until)
+                    yield left.pop(number)
+        except GeneratorExit:
+            _ask("scancel", "--state=PENDING", *left)
+            raise
+        except KeyboardInterrupt:
+            say("jobs go on in Slurm; the same command waits for them again", markup=False)
+            raise
+
+    def _submit(self, jobs: Sequence[Job], sweep: Path) -> dict[str, str]:
+        """Submit jobs, as arrays. Returns each one's number in Slurm. Raises ConfigError."""
+        from submitit.core.utils import FailedJobError
+
+        code = snapshot_code(sweep)
+        executor = self._executor(sweep, code)
+        ids: dict[str, str] = {}
+        left = iter(jobs)
+        try:
+            while array := [*itertools.islice(left, LONGEST_ARRAY)]:
+                for job in array:
+                    change_state(job.folder, RunState.pending, None, (RunState.waiting,))
+                with executor.batch():
+                    submitted = [
+                        executor.submit(Task(replace(job, source=code.source))) for job in array
+                    ]
+                for job, started in zip(array, submitted, strict=True):
+                    ids[job.name] = started.job_id
+                content = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
+                files.write_atomically(sweep / FOLDER / IDS, content)
+        except (FailedJobError, RuntimeError) as error:
+            for job in jobs:
+                if job.name not in ids:
+                    change_state(job.folder, RunState.waiting, None, (RunState.pending,))
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
+        return ids
+
+    def _executor(self, sweep: Path, code: Snapshot) -> Any:
+        """Return submitit's, set to import from `code` and nothing that lies where a job starts."""
+        import submitit
+
+        asked = self.model_dump(exclude={"engine", "max_num_timeout"})
+        path = shlex.quote(str(code.folder))
+        asked["setup"] = [
+            *(self.setup or []),
+            f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export PYTHONSAFEPATH=1",
+        ]
+        executor = submitit.AutoExecutor(
+            cluster="slurm",
+            folder=str(sweep / FOLDER / "%j"),
+            slurm_max_num_timeout=self.max_num_timeout,
+        )
+        executor.update_parameters(**{f"slurm_{name}": value for name, value in asked.items()})
+        return executor
 
 
 @dataclass
-class SlurmJob:
+class Task:
     """A job as submitit pickles it, and calls it on the node."""
 
-    job: SweepJob
-
-    @property
-    def folder(self) -> Path:
-        return self.job.folder
+    job: Job
 
     def __call__(self) -> None:
         """Run the job. Ends the process with a status that is not 0 unless the run completed."""
-        import submitit
-
-        try:
-            job = self.job.run_elsewhere(submitit.JobEnvironment().job_id)
-        except KeyboardInterrupt:
+        run_elsewhere(self.job)
+        record = record_of(self.job.folder)
+        state = None if record is None else record.state
+        if state is RunState.interrupted:
             self._ask_why_stopped()
-            sys.exit(1)
-        if job.status is JobStatus.FAILED:
-            change_state(self.folder, RunState.interrupted, NOT_TAKEN_BACK, (RunState.preempted,))
-        _ = job.return_value  # raises what the run could not record
-        if record_of(self.folder).state not in (RunState.completed, RunState.pruned):
+        if state not in (RunState.completed, RunState.pruned):
             sys.exit(1)
 
     def checkpoint(self) -> Any:
-        """What submitit starts after the job was put back into the queue: the same."""
+        """Return what submitit starts after the job was put back into the queue: the same."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
     def _ask_why_stopped(self) -> None:
         """Find out what a SIGTERM meant, once the run has stored its state."""
-        number = os.environ.get("SLURM_JOB_ID", "")
+        folder, number = self.job.folder, os.environ.get("SLURM_JOB_ID", "")
         about: dict[str, str] = {}
         with contextlib.suppress(ConfigError):
             answer = _ask("scontrol", "show", "job", "--oneliner", number)
             about = dict(re.findall(r"(\w+)=(\S*)", answer))
+        stopped, preempted = RunState.interrupted, RunState.preempted
         restarts = int(about.get("Restarts", 0))
-        why = "Slurm starts it again"
         if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            change_state(self.folder, RunState.preempted, why, (RunState.interrupted,))
+            change_state(folder, preempted, STARTS_AGAIN, (stopped,))
         elif about.get("PreemptTime", "None") != "None" and about.get("Requeue") == "1":
             # In its grace time. A job that ends by itself now would not be started again.
-            change_state(self.folder, RunState.preempted, why, (RunState.interrupted,))
+            change_state(folder, preempted, STARTS_AGAIN, (stopped,))
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit listens"
             try:
                 requeue(signal.SIGUSR2, None)
             except Exception:
-                change_state(
-                    self.folder, RunState.interrupted, NOT_TAKEN_BACK, (RunState.preempted,)
-                )
+                change_state(folder, stopped, NOT_TAKEN_BACK, (preempted,))
                 raise
 
 
-def launch(launcher: Launcher) -> list[JobReturn]:
-    """Hand over the jobs that Slurm does not hold already; wait for all. Gives their objectives.
-
-    Raises ConfigError or StoreError where they cannot be handed over.
-    """
-    sweep = folder_of(launcher)
-    jobs = {job.name: job for job in jobs_of(launcher)}
-    held = in_queue(launcher)
-    ids = {name: held[name] for name in jobs if name in held}
-    new = [SlurmJob(job) for name, job in jobs.items() if name not in ids]
-    say = console().print
-    if ids:
-        say(f"in Slurm's queue already: {counted(len(ids), 'job')}", markup=False)
-    if new:
-        ids |= _submit(launcher, sweep, new)
-        say(f"handed over to Slurm: {counted(len(new), 'job')}", markup=False)
-    command = shlex.join(["python", "-m", "proglayer.results", os.path.relpath(sweep), "--watch"])
-    say(f"{command} follows them from any shell", markup=False)
-    try:
-        _wait(launcher, set(ids.values()))
-    except KeyboardInterrupt:
-        say("jobs go on in Slurm; the same command waits for them again", markup=False)
-        raise
-    until = time.monotonic() + LATE_S
-    return [_ended(sweep / name, ids[name], until) for name in jobs]
-
-
-def check() -> None:
-    """Raise ConfigError where Slurm does not answer. Comes before anything is left for it."""
-    _ask(*QUEUE)
-
-
-def in_queue(launcher: Launcher) -> dict[str, str]:
-    """Folder's name -> number in Slurm, of the jobs of this sweep that Slurm holds.
-
-    Raises ConfigError where Slurm does not answer.
-    """
-    ids = _read_ids(folder_of(launcher))
-    queue = _queue(launcher) if ids else set()
-    return {name: number for name, number in ids.items() if number in queue}
-
-
-def _submit(launcher: Launcher, sweep: Path, jobs: list[SlurmJob]) -> dict[str, str]:
-    """Submit jobs, as arrays.
-
-    Returns each one's number in Slurm. Raises ConfigError or StoreError.
-    """
-    from submitit.core.utils import FailedJobError
-
-    code = snapshot_code(sweep / SUBMITTED)
-    left = list(jobs)
-    ids: dict[str, str] = {}
-    try:
-        executor = _executor(launcher, code)
-        for task in jobs:
-            change_state(task.folder, RunState.pending, "", (RunState.waiting,))
-        while left:
-            array = left[:LONGEST_ARRAY]
-            with executor.batch():
-                submitted = [executor.submit(task) for task in array]
-            del left[:LONGEST_ARRAY]
-            for task, job in zip(array, submitted, strict=True):
-                ids[task.folder.name] = job.job_id
-                _link_outputs(task.folder, job.paths)
-            data = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
-            files.write_atomically(sweep / SUBMITTED / IDS, data)
-    except (FailedJobError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
-    finally:
-        for task in left:
-            change_state(task.folder, RunState.waiting, "", (RunState.pending,))
-    for task in jobs:
-        log.info("#%d is job %s of Slurm", task.job.number, ids[task.folder.name])
-    return ids
-
-
-def _executor(launcher: Launcher, code: Path) -> Any:
-    """submitit's, set to import from `code` and from nothing that lies where the job starts."""
-    import submitit
-
-    asked = dict(launcher.settings)
-    asked["setup"] = [
-        *(asked.get("setup") or []),
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",
-    ]
-    executor = submitit.AutoExecutor(
-        cluster="slurm",
-        folder=asked.pop("submitit_folder"),
-        slurm_max_num_timeout=asked.pop("max_num_timeout"),
-    )
-    executor.update_parameters(**{f"slurm_{name}": value for name, value in asked.items()})
-    return executor
-
-
-def _link_outputs(folder: Path, paths: Any) -> None:
-    """Let a job's folder lead to what it prints, which Slurm keeps by number."""
-    for name, link in OUTPUTS.items():
-        with contextlib.suppress(OSError):
-            (folder / link).unlink(missing_ok=True)
-            (folder / link).symlink_to(os.path.relpath(getattr(paths, name), folder))
-
-
-def _wait(launcher: Launcher, ids: set[str]) -> None:
-    """Come back when Slurm holds none of these jobs any more."""
+def _leaving(left: Mapping[str, Job], sweep: Path) -> Iterator[list[str]]:
+    """Give the numbers of jobs as Slurm lets go of them, until none is left."""
     began = time.monotonic()
     warned = False
-    while True:
+    while left:
         try:
-            if not ids & _queue(launcher):
-                return
+            queue = _queue(sweep)
             warned = False
+            if gone := [number for number in left if number not in queue]:
+                yield gone
+                continue
         except ConfigError as error:
             if not warned:
                 log.warning("%s: waiting until one does", error)
@@ -223,26 +215,35 @@ def _wait(launcher: Launcher, ids: set[str]) -> None:
         time.sleep(min(30.0, max(1.0, (time.monotonic() - began) / 20)))
 
 
-def _queue(launcher: Launcher) -> set[str]:
-    """The numbers of the jobs in the queue, also running ones, that this sweep's folder submitted.
+def _end(job: Job, number: str, until: float) -> None:
+    """See how a job ended that Slurm no longer holds. Waits for its record `until` then at most."""
+    while (record := record_of(job.folder)) and record.state in GOING and time.monotonic() < until:
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            os.listdir(job.folder)  # makes a network file system look again
+    if record is None or record.state in GOING:
+        change_state(job.folder, RunState.lost, "Slurm ended it without a record", GOING)
+        printed = job.folder.parent / FOLDER
+        log.error("job %s of Slurm ended without a record: see %s", number, printed)
+    stopped = RunState.interrupted, "Slurm no longer holds it"
+    change_state(job.folder, *stopped, (RunState.preempted,))
+
+
+def _queue(sweep: Path) -> set[str]:
+    """Return the numbers of the jobs in the queue, also running ones, that this sweep submitted.
 
     Numbers begin at 1 again when a cluster is set up again, so they alone would not do. Raises
     ConfigError where Slurm does not answer.
     """
-    from submitit.core.utils import JobPaths
-
-    answer = _ask(*QUEUE)
-    scripts = JobPaths.get_first_id_independent_folder(launcher.settings["submitit_folder"])
-    rows = [line.split(maxsplit=1) for line in answer.splitlines()]
+    scripts = f"{os.path.realpath(sweep / FOLDER)}/"
+    rows = [line.split(maxsplit=1) for line in _ask(*QUEUE).splitlines()]
     return {
-        row[0]
-        for row in rows
-        if len(row) == 2 and os.path.realpath(row[1]).startswith(f"{os.path.realpath(scripts)}/")
+        row[0] for row in rows if len(row) == 2 and os.path.realpath(row[1]).startswith(scripts)
     }
 
 
 def _ask(*command: str) -> str:
-    """What a command of Slurm's prints. Raises ConfigError where it fails."""
+    """Return what a command of Slurm's prints. Raises ConfigError where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
@@ -252,25 +253,8 @@ def _ask(*command: str) -> str:
     return done.stdout
 
 
-def _ended(folder: Path, number: str, until: float) -> JobReturn:
-    """How a job ended that Slurm no longer holds. Waits for a record `until` then at most."""
-    job = JobReturn(status=JobStatus.COMPLETED)
-    while (record := record_of(folder)).state not in ENDS and time.monotonic() < until:
-        time.sleep(0.5)
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # makes a network file system look again
-    if record.state not in ENDS:
-        change_state(folder, RunState.lost, "Slurm ended it without a record")
-        log.error("job %s of Slurm ended without a record: see %s", number, folder / "slurm.err")
-        return job
-    no_longer = "Slurm no longer holds it"
-    change_state(folder, RunState.interrupted, no_longer, (RunState.preempted,))
-    job.return_value = record.objective
-    return job
-
-
 def _read_ids(sweep: Path) -> dict[str, str]:
     try:
-        return json.loads((sweep / SUBMITTED / IDS).read_text(encoding="utf-8"))
+        return json.loads((sweep / FOLDER / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

@@ -376,7 +376,8 @@ class SweepJob(Part):
 class SweepRecord(Part):
     """`sweep.json`: which jobs there are, and what asked for them.
 
-    study: what a sweep that goes on by looks at its results is about; None of a plain one.
+    about: what a sweep that goes on by looking at its results is about, which has to stay the same;
+        empty for a plain one.
     """
 
     format: Literal[3] = FORMAT
@@ -384,7 +385,7 @@ class SweepRecord(Part):
     command: list[str] = []
     git: GitState | None = None
     submitted: datetime | None = None
-    study: str | None = None
+    about: dict[str, Any] = {}
 
 
 # --- reading and writing --------------------------------------------------------------------------
@@ -410,25 +411,8 @@ def write_sweep(folder: Path, sweep: SweepRecord) -> None:
     _write(folder / SWEEP_FILE, sweep)
 
 
-def submit(
-    folder: Path,
-    overrides: list[str],
-    config: dict[str, Any] | None,
-    git: GitState | None,
-    state: RunState = RunState.waiting,
-) -> None:
-    """Write the record of a job that is to come, in place of that of an earlier try.
-
-    Raises StoreError.
-    """
-    record = RunRecord(state=state, submitted=now(), overrides=overrides, config=config, git=git)
-    with contextlib.suppress(RecordError):
-        record.mlflow_run = read_record(folder).mlflow_run
-    write_record(folder, record)
-
-
 def change_state(
-    folder: Path, state: RunState, reason: str, of: tuple[RunState, ...] = tuple(RunState)
+    folder: Path, state: RunState, reason: str | None, of: tuple[RunState, ...] = tuple(RunState)
 ) -> None:
     """Say of a job from outside where it stands and why, if its record says one of the states `of`.
 

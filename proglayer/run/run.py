@@ -22,6 +22,7 @@ from proglayer.run.code import git_state
 from proglayer.run.record import (
     WEIGHTS,
     CheckpointRecord,
+    GitState,
     GrowthRecord,
     PeakMemory,
     PhaseRecord,
@@ -63,11 +64,13 @@ def run(
     overrides: Sequence[str] = (),
     choices: dict[str, str] | None = None,
     prune: Prune | None = None,
+    git: GitState | None = None,
 ) -> RunRecord:
     """Walk the plan of `config`, phase by phase, and leave the run's record in `folder`.
 
     overrides, choices: the command line and the group options, recorded as given.
     prune: by this a search ends the run early.
+    git: the state of the code where this is a copy of it; None: the checkout's.
 
     Returns the record. What goes wrong is in it, and not raised, but for a ConfigError or
     StoreError before the first phase: then nothing is written.
@@ -79,7 +82,7 @@ def run(
         choices=choices or {},
         config=config.model_dump(mode="json"),
         environment=machine.environment(),
-        git=git_state(),
+        git=git or git_state(),
     )
     with machine.switches(config.threads, config.precision):
         try:

@@ -1,4 +1,4 @@
-"""Engines of others that run a sweep: what is ours of them."""
+"""Engines that are not here, and what is told of them before anything is left."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..helpers import SHORT, Command
 def test_an_engine_that_is_missing_says_what_to_install(
     train: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    done = train("-m", *SHORT, "seed=1,2", "hydra/launcher=ray")
-    assert done.status == 1
-    assert done.err == (
-        "error: hydra/launcher=ray is not installed: pip install -c constraints.txt -e '.[ray]'\n"
-    )
+    for module, choice in ("ray", "hydra/launcher=ray"), ("optuna", "hydra/sweeper=optuna"):
+        monkeypatch.setitem(sys.modules, module, None)
+        done = train("-m", *SHORT, "seed=1,2", choice)
+        assert done.status == 1
+        install = f"pip install -c constraints.txt -e '.[{module}]'"
+        assert done.err == f"error: {choice} is not installed: {install}\n"
 
 
 def test_slurm_that_does_not_answer_is_told_before_anything_is_left(
@@ -33,4 +33,3 @@ def test_slurm_that_does_not_answer_is_told_before_anything_is_left(
         assert line.startswith("error: hydra/launcher=slurm: no Slurm answers here (")
         assert "squeue" in line
         assert not (tmp_path / "s").exists()
-        assert not list(tmp_path.rglob("*.db"))

@@ -7,18 +7,18 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from proglayer.errors import ConfigError
-from proglayer.launch.settle import Study
+from proglayer.launch.settle import Settle, SettleSettings
 from proglayer.report.page import write_report
-from proglayer.report.sequential import Design, Looks, read_looks, write_looks
+from proglayer.report.sequential import Looks, read_looks, write_looks
 
 from .. import synthetic
-from ..helpers import SHORT, Command, assert_same_bits, results, start, until
+from ..helpers import SHORT, Command, assert_same_bits, contents, results, start, until
 
 BOTH = "model=standard,deep_supervision"
 SETTLE = (
@@ -38,8 +38,6 @@ SETTLE = (
         "hydra.sweeper.first_seed=-1",
         "hydra.sweeper.margin=0",
         "hydra.sweeper.margin=nan",
-        "hydra.sweeper.hours=0",
-        "hydra.sweeper.operations=many",
         "seed=1,2",
         "+hydra.sweeper.params.seed=3",
         "hydra.sweep.subdir=x",
@@ -94,7 +92,7 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
 
     again = train("-m", *settle)
     assert again.status == 0, again.err
-    for name in ("looks.json", "sweep.json"):
+    for name in ("looks.json",):
         assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "whole_s" / name).read_bytes()
     records = results(tmp_path / "whole_s")
     assert len(records) == 6
@@ -113,18 +111,25 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
 
 
 @pytest.mark.timeout(900)
-def test_a_larger_budget_goes_on_and_other_looks_are_refused(train: Command, tmp_path: Path):
-    settle = ("-m", *SETTLE, "hydra.sweeper.operations=1")
+def test_another_study_in_the_same_folder_is_refused_and_named(train: Command, tmp_path: Path):
+    settle = ("-m", *SETTLE, "hydra.sweep.dir=s")
     done = train(*settle)
     assert done.status == 0, done.err
-    assert "hydra.sweeper.operations=1 is spent" in done.out.splitlines()[-1]
-    (folder,) = (tmp_path / "multirun").glob("settle_*")
-    assert len(results(folder)) == 4
-    for given in ("first=3", "step=2", "most=5", "margin=0.2"):
-        refused = train(*settle, f"hydra.sweeper.{given}")
+    assert "hydra.sweeper.most=3 is reached" in done.out.splitlines()[-1]
+    before = contents(tmp_path / "s")
+    for given, differs in (
+        ("hydra.sweeper.first=3", "first=2, not 3"),
+        ("hydra.sweeper.most=5", "most=3, not 5"),
+        ("hydra.sweeper.margin=0.2", "margin=0.1, not 0.2"),
+        ("lr.base=0.01", "arms."),
+        ("growth=random,copy", "arms."),
+    ):
+        refused = train(*settle, given)
         assert refused.status == 1
         (line,) = refused.err.splitlines()
-        assert line.startswith(f"error: hydra.sweeper.{given}: this study was looked at with"), line
+        assert "holds a study with" in line
+        assert differs in line
+        assert contents(tmp_path / "s") == before
 
     # With a margin as wide as this all is the same; it is another study, on other seeds.
     wide = ("hydra.sweeper.margin=90", "hydra.sweeper.first_seed=2", "hydra.sweep.dir=wide")
@@ -132,13 +137,8 @@ def test_a_larger_budget_goes_on_and_other_looks_are_refused(train: Command, tmp
     assert settled.status == 0, settled.err
     lines = settled.out.splitlines()
     assert lines[-1] == "every claim that can be tested is settled"
-    assert any(line.startswith("settled at 2 seeds: Deep supervision helps") for line in lines)
-    assert {record["seed"] for record in results(tmp_path / "wide")} == {2, 3}
-
-    largest = train(*settle[:-1], "hydra.sweeper.operations=1e15")
-    assert largest.status == 0, largest.err
-    assert "hydra.sweeper.most=3 is reached" in largest.out.splitlines()[-1]
-    assert len(results(folder)) == 6
+    assert any(line.startswith("settled at 2 seeds: ") for line in lines)
+    assert {record["config"]["seed"] for record in results(tmp_path / "wide")} == {2, 3}
 
 
 @pytest.mark.timeout(900)
@@ -146,7 +146,7 @@ def test_a_batch_of_which_nothing_is_left_is_not_looked_at(train: Command, tmp_p
     failing = ("-m", *SETTLE, "lr.base=1e12")
     for given, why in (
         ("go_on", "every job of this batch failed"),
-        ("stop", "3 of 4 jobs of this batch did not end"),
+        ("stop", "a job failed, and on_error=stop"),
     ):
         done = train(*failing, f"on_error={given}", f"hydra.sweep.dir={given}")
         assert done.status == 1
@@ -162,7 +162,7 @@ ARMS = [
 ]  # fmt: skip
 
 
-def study(folder: Path, seeds: int, taken: tuple[int, ...], **failing: Any) -> Study:
+def study(folder: Path, seeds: int, taken: tuple[int, ...], **failing: Any) -> Settle:
     """A study in which one comparison is noise and the two others are plain after a few seeds."""
     draw = np.random.default_rng(0)
     for seed in range(seeds):
@@ -180,42 +180,38 @@ def study(folder: Path, seeds: int, taken: tuple[int, ...], **failing: Any) -> S
             synthetic.run(
                 folder / name, experiment, model, seed, losses=[[6.9, 7.0], epochs], status=status
             )
-    looks = Looks(Design(4, 2, 8), first_seed=0, margin=0.1)
     if taken:
-        write_looks(folder, Looks(looks.design, 0, 0.1, taken))
-    sweeper: Any = SimpleNamespace(hours=None, operations=None)
-    checks: Any = None
-    return Study(sweeper, checks, folder, [() for _ in ARMS], looks)
+        looks = Looks(first=4, step=2, most=8, first_seed=0, margin=0.1, taken=taken)
+        write_looks(folder, looks)
+    settings = SettleSettings(first=4, step=2, most=8, first_seed=0, margin=0.1)
+    found = Settle(cast(Any, SimpleNamespace(folder=folder)), settings, [() for _ in ARMS])
+    found.begin()
+    return found
 
 
 def test_arms_that_no_open_claim_needs_are_dropped(tmp_path: Path):
     found = study(tmp_path, 4, (4,))
-    verdicts = {(row["claim"], row["model"]): row["verdict"] for row in found._rows}
-    assert verdicts == {
-        ("Deep supervision helps when layers are added", ""): "better",
-        ("Existing layers must be stable", "standard"): "unclear",
-        ("Existing layers must be stable", "deep_supervision"): "better",
-        ("Stepwise training works", ""): "not tested",
-    }
-    assert [ARMS[arm] for arm in found._needed] == [ARMS[0], ARMS[2]]
+    states = [(claim.settled, claim.open, bool(claim.not_made)) for claim in found.claims]
+    # Deep supervision, stability under both models; stepwise training was not tested.
+    settled, still_open, not_made = (True, False, False), (False, True, False), (False, False, True)
+    assert sorted(states) == sorted([settled, still_open, settled, not_made])
+    assert [ARMS[arm] for arm in found.needed] == [ARMS[0], ARMS[2]]
 
 
 def test_what_is_settled_keeps_the_verdict_and_interval_of_its_look(tmp_path: Path):
-    first = study(tmp_path, 6, (4,))._rows
-    second = study(tmp_path, 6, (4, 6))._rows
+    first = study(tmp_path, 6, (4,)).claims
+    second = study(tmp_path, 6, (4, 6)).claims
+    assert any(claim.settled for claim in first)
     for before, after in zip(first, second, strict=True):
-        settled = before["verdict"] in ("better", "same within the margin")
-        assert after.get("look") == (4 if settled else 6) or not after["comparisons"]
-        assert not settled or (after["n"], after["low"]) == (4, before["low"])
-        assert after["n"] == (4 if settled else 6) or not after["comparisons"]
-    # The looks share the 5 %: three comparisons (tokens are not asked for here), of 8 seeds.
-    assert [row["level"] for row in first if row["comparisons"]] == [0.05 / 3 * 4 / 8] * 3
+        if not after.not_made:
+            assert after.look == after.accuracy.n == (4 if before.settled else 6)
+        if before.settled:
+            assert after.accuracy == before.accuracy
 
 
 def test_a_seed_that_failed_is_counted_and_left_out(tmp_path: Path):
     found = study(tmp_path, 4, (4,), seed=2)
-    made = [row for row in found._rows if row["comparisons"]]
-    assert [(row["n"], row["dropped"], row["left_out"]) for row in made] == [(3, 1, "1 failed")] * 3
+    assert [claim.accuracy.n for claim in found.claims if not claim.not_made] == [3] * 3
 
 
 def test_damaged_looks_are_refused(tmp_path: Path):

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.sweeper import Sweeper
-from omegaconf import ListConfig
 
-from proglayer.config import ConfigError, DataConfig
-from proglayer.console import LogFile
+from proglayer.config import DataConfig
 from proglayer.data.corpus import Corpus, Notify, open_corpus
+from proglayer.errors import ConfigError
 from proglayer.files import sole_writer
-from proglayer.launch.job import train as train_command
-from proglayer.launch.sweep import expand
+from proglayer.launch.engines import Engine
+from proglayer.launch.job import Job
+from proglayer.launch.sweep import ProductSettings, expand
 
 from ..helpers import (
     ROOT,
@@ -43,18 +40,14 @@ QUICK = (*SHORT, "phase.max_epochs=1")
 
 
 @pytest.mark.parametrize("given", ["plan=true", "model.num_heads=3", "data.samples=1000000"])
-def test_a_start_that_trains_nothing_takes_away_only_what_it_made(
+def test_a_start_that_trains_nothing_leaves_nothing(
     train: Command, tmp_path: Path, given: str
 ) -> None:
-    (tmp_path / "other.log").write_text("a user's own")
-    train(*QUICK[1:], given, "hydra.run.dir=.")
-    assert list(contents(tmp_path)) == ["other.log"]
-    # Nor does it take a folder that was there and empty.
     (tmp_path / "empty").mkdir()
-    train(*QUICK[1:], given, "hydra.run.dir=empty")
-    train(*QUICK[1:], given, "hydra.run.dir=new")
-    assert (tmp_path / "empty").is_dir()
-    assert not (tmp_path / "new").exists()
+    for folder in ("empty", "new"):
+        train(*QUICK[1:], given, f"hydra.run.dir={folder}")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_a_plan_needs_no_folder_that_can_be_written(train: Command) -> None:
@@ -63,16 +56,85 @@ def test_a_plan_needs_no_folder_that_can_be_written(train: Command) -> None:
     assert "1 initial" in done.out
 
 
-def test_an_error_that_nobody_foresaw_leaves_no_folder_of_a_run_that_did_not_begin(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("setting", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_a_folder_that_is_not_ours_is_refused_before_anything_is_written(
+    train: Command, tmp_path: Path, setting: str
 ) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
+    jobs = ("-m", "seed=1,2") if setting == "hydra.sweep.dir" else ()
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in ("notes.txt", ".hydra", "train.log", "result.json", "linked"):
+        path = there / name
+        if name == "linked":
+            path.symlink_to(tmp_path)
+        elif name == ".hydra":
+            path.mkdir()
+        else:
+            path.write_text("a user's own")
+        before = sorted(os.listdir(there)), contents(there)
+        done = train(*jobs, *QUICK, f"{setting}=there")
+        assert done.status == 1
+        assert f"error: {setting}=" in done.err
+        assert (sorted(os.listdir(there)), contents(there)) == before
+        path.rmdir() if name == ".hydra" else path.unlink()
 
-    monkeypatch.setattr("proglayer.run.run.run", fails)
-    with pytest.raises(ZeroDivisionError):
-        train(*QUICK, "hydra.run.dir=run")
+
+def test_a_completed_run_is_not_written_over_whatever_configuration_asks_for_it(
+    train: Command, tmp_path: Path
+) -> None:
+    assert train(*QUICK, "seed=0", "hydra.run.dir=A").status == 0
+    before = contents(tmp_path / "A")
+    again = ("--config-path", str(tmp_path / "A/.hydra"), "--config-name", "config")
+    done = train(*again, "hydra.run.dir=A", "seed=1")
+    assert done.status == 1
+    assert "holds a completed run with seed=0, not 1: choose another folder" in done.err
+    assert contents(tmp_path / "A") == before
+    # With the same settings the run is shown as it is stored, and elsewhere it is repeated.
+    for folder in ("A", "B"):
+        assert train(*again, f"hydra.run.dir={folder}").status == 0
+    first, second = results(tmp_path / "A") + results(tmp_path / "B")
+    assert first["weights_sha256"] == second["weights_sha256"]
+    # A sweep of it is one of ours, too.
+    done = train("-m", *again, "seed=1,2", "hydra.sweep.dir=s")
+    assert done.status == 0, done.err
+    assert [r["config"]["seed"] for r in results(tmp_path / "s")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["hydra/launcher=joblib"], "is of sweeps: add -m"),
+        (["hydra/sweeper=settle"], "is of sweeps: add -m"),
+        (["hydra.sweep.dir=s"], "is of sweeps: add -m"),
+        (["study=founding"], "is of sweeps: add -m"),
+        (["-m", "seed=1,2", "hydra.run.dir=r"], "is of single runs"),
+        (["-m", "seed=1,2", "hydra.sweep.subdir=x"], "has no effect"),
+        (["-m", "seed=1,2", "hydra.launcher.engine=none"], "no engine none"),
+        (["-m", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "n_jobs=0"),
+        (["-m", "seed=1,2", "hydra/launcher=joblib", "+hydra.launcher.prefer=x"], "prefer"),
+        (["-m", "seed=1,2", "+hydra.sweeper.nope=1"], "hydra.sweeper.nope"),
+        (["-m", "seed=1,2", "hydra.sweeper.pairs=5"], "hydra.sweeper.pairs=5"),
+        (["-m", "seed=range(0,1000000000)"], "more than 10,000"),
+    ],
+)
+def test_a_setting_of_hydra_that_cannot_work_is_told(
+    train: Command, tmp_path: Path, given: list[str], said: str
+) -> None:
+    done = train(*QUICK, *given)
+    assert done.status == 1
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_may_name_what_hydra_knows_of_a_job(train: Command, tmp_path: Path) -> None:
+    place = "data.cache_dir=${hydra:runtime.cwd}/corpora"
+    done = train("-m", *QUICK, place, "seed=${hydra:job.num}", "threads=1,2", "hydra.sweep.dir=s")
+    assert done.status == 0, done.err
+    settings = [record["config"] for record in results(tmp_path / "s")]
+    assert [each["data"]["cache_dir"] for each in settings] == [str(tmp_path / "corpora")] * 2
+    assert [each["seed"] for each in settings] == [0, 1]
 
 
 @pytest.mark.parametrize("jobs", [(), ("-m", "seed=1,2")])
@@ -88,10 +150,9 @@ def test_a_command_whose_output_nobody_reads_goes_on_and_says_so(
         assert process.stderr is not None
         process.stdout.close()
         said = process.stderr.read()
-    broken = "warning: the output cannot be written any more (Broken pipe): going on without it\n"
+    broken = "warning: nobody reads the output any more: going on without it\n"
     assert (process.returncode, said) == (0, broken)
-    assert {r["state"] for r in results(tmp_path)} == {"completed"}
-    assert len(results(tmp_path)) == (2 if jobs else 1)
+    assert [r["state"] for r in results(tmp_path)] == ["completed"] * (2 if jobs else 1)
 
 
 def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_complete(
@@ -113,8 +174,11 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert "Traceback" not in out
-    assert [r["reason"] for r in results(tmp_path / "s")] == ["stopped by SIGINT"] * 2
-    assert "2 interrupted, 1 waiting" in out
+    records = results(tmp_path / "s")
+    assert [r["state"] for r in records] == ["interrupted", "interrupted", "waiting"]
+    assert [r["reason"] for r in records[:2]] == ["stopped by SIGINT"] * 2
+    # What a job runs is fixed from when it was submitted.
+    assert records[2]["config"]["seed"] == 3
     process = start(tmp_path, "-m", *jobs)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out
@@ -125,7 +189,7 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGKILL"])
 def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
     tmp_path: Path, name: str
 ) -> None:
@@ -143,8 +207,10 @@ def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
     assert process.returncode == (-signal.SIGKILL if name == "SIGKILL" else 130), out
     assert not list(filter(is_running, workers))
     stopped_by = "SIGTERM" if name == "SIGKILL" else name
-    assert [r["reason"] for r in results(tmp_path / "s")] == [f"stopped by {stopped_by}"] * 2
-    assert [r["state"] for r in results(tmp_path / "s")] == ["interrupted"] * 2
+    stopped = results(tmp_path / "s")[:2]
+    assert [(r["state"], r["reason"]) for r in stopped] == [
+        ("interrupted", f"stopped by {stopped_by}")
+    ] * 2
 
 
 def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
@@ -155,10 +221,7 @@ def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
             done = train(*jobs, *QUICK, f"{setting}={folder}")
         assert done.status == 1
         assert f"{setting}={folder}: another command is at work in this folder" in done.err
-        if jobs:
-            assert not list(folder.rglob("run.json"))
-        else:
-            assert not list(folder.iterdir())
+        assert not list(folder.rglob("*.json"))
 
 
 def test_settings_edited_while_jobs_of_joblib_wait_change_none(tmp_path: Path) -> None:
@@ -182,25 +245,20 @@ def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
-    from hydra.core.plugins import Plugins
 
-    Plugins.instance()  # loads the launcher's module a second time
-    from hydra_plugins.proglayer_engines import ProglayerBasicLauncher
+    submitted: list[Job] = []
 
-    submitted: list[list[str]] = []
-
-    def submit(_: object, job_overrides: list[list[str]], initial_job_idx: int) -> list[JobReturn]:
-        submitted.extend(job_overrides)
-        return [JobReturn(status=JobStatus.COMPLETED) for _ in job_overrides]
+    def submit(_: Engine, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+        submitted.extend(jobs)
+        yield from jobs
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ProglayerBasicLauncher, "launch", submit)
+    monkeypatch.setattr(Engine, "run", submit)
     jobs = ("-m", *QUICK, "seed=1,2", "device=cuda", "hydra.sweep.dir=s")
     here = train(*jobs)
-    assert here.err.startswith("error: device=cuda is not available here")
+    assert "error: device=cuda is not available here" in here.err
     assert not submitted
-    assert not (tmp_path / "s").exists()
-    monkeypatch.setattr(ProglayerBasicLauncher, "jobs_run_elsewhere", True, raising=False)
+    monkeypatch.setattr(Engine, "elsewhere", True)
     assert "what is stored for the machines that run them is not known here" in train(*jobs).out
     assert len(submitted) == 2
 
@@ -220,53 +278,16 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
     )
     assert done.status == 1
     lines = done.err.splitlines()
-    for message in (
-        "seed=soon should be a valid integer",
-        "growth has no choice clone",
-        "lr.base=-1 should be greater than 0",
-    ):
-        assert sum(message in line for line in lines) == 1, done.err
-    assert all(line.startswith("error: ") for line in lines)
+    for name in ("seed=soon", "growth", "lr.base=-1"):
+        assert sum(line.startswith(f"error: {name}") for line in lines) == 1, done.err
     assert not (tmp_path / "s").exists()
-
-
-def test_a_file_that_cannot_be_read_is_not_called_unwritable(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert train_command(lambda: Path("nowhere/at-all").read_text()) == 1
-    assert capsys.readouterr().err.startswith(
-        "error: cannot read or write nowhere/at-all (No such file or directory): if results go"
-    )
-
-
-def test_a_full_disk_costs_the_log_one_line_on_the_screen(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    handler = LogFile("/dev/full")
-    for number in range(3):
-        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
-    with contextlib.suppress(OSError):
-        handler.close()
-    assert capsys.readouterr().err == (
-        "warning: /dev/full cannot be written (No space left on device): "
-        "lines of the log are lost\n"
-    )
-
-
-def test_a_log_holds_no_colours(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert train(*QUICK, "hydra.run.dir=run").status == 0
-    assert "\x1b" not in (tmp_path / "run/train.log").read_text()
 
 
 @pytest.mark.parametrize(
     ("end", "status", "reported"),
     [(ConfigError("the launcher gave up"), 1, True), (KeyboardInterrupt(), 130, False)],
 )
-def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
+def test_a_sweep_whose_engine_fails_leaves_a_report_and_a_stopped_one_none(
     train: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -274,19 +295,21 @@ def test_a_sweep_whose_launcher_fails_leaves_a_report_and_a_stopped_one_none(
     status: int,
     reported: bool,
 ) -> None:
-    from proglayer.launch import sweep
+    run = Engine.run
 
-    launch = sweep.launch
-
-    def launch_one(sweeper: Sweeper, listed: Any, jobs: list[Any], at_once: int | None) -> None:
-        launch(sweeper, listed, jobs[:1], at_once)
+    def run_one(engine: Engine, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+        yield from run(engine, jobs[:1], sweep)
         raise end
 
-    monkeypatch.setattr(sweep, "launch", launch_one)
+    monkeypatch.setattr(Engine, "run", run_one)
     done = train("-m", *QUICK, "report=true", "seed=1,2", "hydra.sweep.dir=s")
     assert done.status == status
     assert "1 completed, 1 waiting" in done.out
     assert (tmp_path / "s/report/index.html").exists() == reported
+    (sweep,) = [json.loads((tmp_path / "s/sweep.json").read_text())]
+    assert [job["overrides"][-2:] for job in sweep["jobs"]] == [
+        ["report=True", f"seed={seed}"] for seed in (1, 2)
+    ]
 
 
 def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
@@ -296,8 +319,7 @@ def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
         notify("counting words")
         return open_corpus(data)
 
-    monkeypatch.setattr("proglayer.data.corpus.open_corpus", slowly)
-    monkeypatch.setattr("proglayer.launch.sweep.open_corpus", slowly)
+    monkeypatch.setattr("proglayer.launch.planned.open_corpus", slowly)
     for given in (["seed=1"], ["-m", "seed=1,2"]):
         progress, planned = train(*given, *QUICK, "plan=true").out.split("\n", 1)
         assert progress.endswith("counting words")
@@ -307,13 +329,24 @@ def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
 
 def expanded(*arguments: str, **settings: Any) -> list[str]:
     """The jobs of a sweep with these settings, by their overrides."""
-    asked: dict[str, Any] = {"params": None, "pairs": [], "blocks": [], "filter": None}
-    context = SimpleNamespace(config_loader=None)
-    sweeper: Any = SimpleNamespace(hydra_context=context, **asked | settings)
-    return [" ".join(job) for job in expand(sweeper, list(arguments))]
+    return [" ".join(job) for job in expand(ProductSettings(**settings), list(arguments), None)]
 
 
 SWEPT = ("data.samples=64", "initial_layers=1,2,3", "model=standard,deep_supervision")
+
+
+@pytest.mark.parametrize(
+    ("expression", "jobs"),
+    [
+        ("initial_layers < 3 and model == 'standard'", 2),
+        ('initial_layers < 3 or model != "standard"', 5),
+        # What a job's other settings are does not matter, nor in which way they were given.
+        ("data.samples in [64, 192]", 6),
+        ("not (initial_layers == 1 or model == null)", 4),
+    ],
+)
+def test_a_filter_keeps_the_combinations_for_which_it_holds(expression: str, jobs: int) -> None:
+    assert len(expanded(*SWEPT, filter=expression)) == jobs
 
 
 def test_blocks_are_several_sweeps_in_one() -> None:
@@ -322,7 +355,7 @@ def test_blocks_are_several_sweeps_in_one() -> None:
         {"initial_layers": 3, "model.dim": 8, "seed": 1},
         {"model.dim": 8, "seed": "1,3"},  # one of these is there already
     ]
-    only = {"params": {"initial_layers": 2}, "blocks": blocks}
+    only: dict[str, Any] = {"params": {"initial_layers": 2}, "blocks": blocks}
     assert expanded("added_layers=1", **only, filter="seed == 1 or model.dim == 8") == [
         "initial_layers=2 model.dim=8 seed=1 added_layers=1",
         "initial_layers=2 model.dim=8 seed=2 added_layers=1",
@@ -333,7 +366,7 @@ def test_blocks_are_several_sweeps_in_one() -> None:
     with pytest.raises(ConfigError, match="blocks gives seed, and so does the command line"):
         expanded("seed=1", **only)
     with pytest.raises(ConfigError, match="seed is a list"):
-        expanded(blocks=[{"seed": ListConfig([1, 2])}])
+        expanded(blocks=[{"seed": [1, 2]}])
 
 
 def test_paired_values_go_together_in_the_blocks_that_have_them() -> None:
@@ -348,16 +381,16 @@ def test_paired_values_go_together_in_the_blocks_that_have_them() -> None:
     blocks = [{"seed": "1,2", "initial_layers": "2,3"}, {"added_layers": "1,2,3"}]
     assert len(expanded(pairs=pairs, blocks=blocks)) == 5
     for wrong, problem in (
-        ([["seed", "lr.base"]], "names lr.base, which has no values here"),
+        ([["seed", "lr.base"]], "lr.base"),
         ([["seed", "model", "initial_layers"]], "model has 3, initial_layers has 2"),
-        ([["seed", "initial_layers"], ["initial_layers", "added_layers"]], "layers twice: put"),
+        ([["seed", "initial_layers"], ["initial_layers", "added_layers"]], "initial_layers"),
     ):
-        with pytest.raises(ConfigError, match=f"^hydra.sweeper.pairs .*{problem}"):
+        with pytest.raises(ConfigError, match=f"^hydra.sweeper.pairs.*{problem}"):
             expanded("model=a,b,c", *given[1:], pairs=wrong)
 
 
 def test_the_founding_study_is_one_sweep(train: Command) -> None:
-    founding = ("-m", "plan=true", "hydra/sweeper=founding", *SHORT)
+    founding = ("-m", "plan=true", "study=founding", *SHORT)
     named = re.compile(r"^\d+_[0-9a-f]{6}: experiment=(\S+)", re.MULTILINE)
     titles = named.findall(train(*founding).out)
     assert len(titles) == 2 * len(experiments()) + 4 + 4

@@ -1,0 +1,322 @@
+"""Where jobs run. An engine is the model of its settings, `hydra.launcher`, with what it does.
+
+To add one: a class here (or in a module of its own, as Slurm), its name in `sweep.ENGINES`, and a
+file in conf/hydra/launcher that says `engine: <name>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from proglayer.console import console
+from proglayer.errors import ConfigError, install_command
+from proglayer.launch.job import Job, log_to_console, run_job
+from proglayer.launch.snapshot import snapshot_code
+from proglayer.run.record import RunState, change_state
+from proglayer.run.signals import on_signals, stop_signals
+
+log = logging.getLogger(__name__)
+
+# What a record says until its job ends.
+GOING = RunState.waiting, RunState.pending, RunState.running
+# How often a worker looks whether its parent lives.
+LOOK_S = 1.0
+# A job that is stopped stores its state; one that needs longer was not going to end.
+STOP_S = 60.0
+# At a wrong address Ray itself looks for a cluster for more than five minutes.
+CONNECT_S = 10.0
+# Where trajectories, corpora, models of the hub and runs of MLflow are.
+VARIABLES = ("PROGLAYER_", "HF_", "MLFLOW_")
+
+
+class Engine(BaseModel):
+    """One job after another in this process; what the other engines do differently is theirs.
+
+    elsewhere: jobs run on machines that this process cannot know.
+    needs: the module, and the extra of this package that brings it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: str = "basic"
+    elsewhere: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, str] | None] = None
+
+    @property
+    def at_once(self) -> int:
+        """How many jobs run at once on this machine."""
+        return 1
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads a job has that does not say; None for all cores."""
+        return None
+
+    def check(self) -> None:
+        """Raise ConfigError where no job could be started. Comes before anything is written."""
+        if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
+            extra = self.needs[1]
+            raise ConfigError(f"hydra/launcher={extra} is not installed: {install_command(extra)}")
+
+    def held(self, sweep: Path) -> Mapping[str, str]:
+        """Return the jobs of a sweep that a scheduler holds: folder's name -> its number there."""
+        del sweep
+        return {}
+
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+        """Run jobs, and give each when it has ended. To close the iterator keeps others from
+        being begun.
+
+        Raises ConfigError where the engine gives up, and KeyboardInterrupt, once the jobs at work
+        have stored their state, where they were stopped.
+        """
+        del sweep
+        for job in jobs:
+            console().print(f"{job.name}: {' '.join(job.overrides)}", markup=False)
+            if run_job(job).state is RunState.interrupted:
+                raise KeyboardInterrupt
+            yield job
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# --- joblib ---------------------------------------------------------------------------------------
+
+
+class Joblib(Engine):
+    """joblib's workers on this machine, whose cores the jobs share."""
+
+    needs = ("joblib", "joblib")
+    engine: Literal["joblib"]
+    n_jobs: int = -1
+
+    @field_validator("n_jobs")
+    @classmethod
+    def _some(cls, jobs: int) -> int:
+        if jobs == 0:
+            raise ValueError("runs nothing: give a number from 1, or -1 for all cores")
+        return jobs
+
+    @property
+    def at_once(self) -> int:
+        return self.n_jobs if self.n_jobs > 0 else max(1, cores() + 1 + self.n_jobs)
+
+    @property
+    def threads(self) -> int | None:
+        return max(1, cores() // self.at_once) if self.at_once > 1 else None
+
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+        """Hand a job to each worker that is free.
+
+        A terminal sends a signal to all processes, `kill` to this one alone: the first one is
+        passed on, and the workers store their state. A second one ends everything at once.
+        """
+        from joblib.externals.loky import get_reusable_executor
+
+        del sweep
+        executor: Any = get_reusable_executor(self.at_once, timeout=60)
+        waiting, running = iter(jobs), dict[Future[None], Job]()
+        stops: list[int] = []
+
+        def pass_on(number: int, *_: object) -> None:
+            stops.append(number)
+            for worker in multiprocessing.active_children():
+                if worker.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker.pid, number)
+
+        try:
+            with on_signals(pass_on):
+                while True:
+                    free = 0 if stops else self.at_once - len(running)
+                    for job in itertools.islice(waiting, free):
+                        running[executor.submit(_in_worker, job, os.getpid())] = job
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        future.result()
+                        yield running.pop(future)
+        except BrokenExecutor as error:
+            if not stops:  # else it ended a worker that was not at a job yet
+                for job in running.values():
+                    change_state(job.folder, RunState.lost, "its process was killed", GOING)
+                raise ConfigError(
+                    "a worker of joblib was killed, and the others with it (by the system, for "
+                    "want of memory? then lower hydra.launcher.n_jobs); the same command goes on "
+                    "from here"
+                ) from error
+        except BaseException:
+            executor.shutdown(kill_workers=True)
+            raise
+        if stops:
+            executor.shutdown(kill_workers=True)
+            raise KeyboardInterrupt
+
+
+# The signals that this worker got.
+_stops: list[int] = []
+
+
+def _in_worker(job: Job, parent: int) -> None:
+    """Run one job, unless this worker was told to stop."""
+    _follow(parent)
+    log_to_console()
+    # In a run the first signal is the run's own. This is for another, and for one between jobs.
+    for number in stop_signals():
+        signal.signal(number, lambda number, _: _stops.append(number))
+    with contextlib.suppress(KeyboardInterrupt):
+        if not _stops and run_job(job).state is not RunState.interrupted:
+            return
+    _stops.append(signal.SIGINT)
+
+
+def _follow(parent: int) -> None:
+    """Stop this worker's job, and then the worker, once its parent is gone."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not _stops:  # until the run has stored its state
+            time.sleep(LOOK_S / 10)
+        os._exit(1)
+
+    name = "follow-parent"
+    if not any(thread.name == name for thread in threading.enumerate()):
+        threading.Thread(target=follow, name=name, daemon=True).start()
+
+
+# --- Ray ------------------------------------------------------------------------------------------
+
+
+class RayParts(BaseModel):
+    """What `ray.init` and, for each job, `ray.remote` are given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    init: dict[str, Any]
+    remote: dict[str, Any]
+
+
+class Ray(Engine):
+    """Tasks of Ray: on a cluster that is there, or on this machine's cores.
+
+    A job runs from a copy of the code. When its node dies, Ray starts it again elsewhere, and it
+    goes on from the store; when it dies every time, it is lost, and the others go on.
+    """
+
+    needs = ("ray", "ray")
+    engine: Literal["ray"]
+    ray: RayParts
+
+    @property
+    def elsewhere(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.ray.init["address"] != "local"
+
+    @property
+    def threads(self) -> int | None:
+        return max(1, int(self.ray.remote["num_cpus"]))
+
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+        if not self.elsewhere:
+            # Ray's default here; given, it is not warned of. Ray reads it when it is imported.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        import ray
+        from ray import cloudpickle
+
+        self._connect()
+        code = snapshot_code(sweep)
+        variables = {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)}
+
+        # As a function of a function Ray sends its code along: a worker can import ours only once
+        # it knows where from.
+        def enter(pickled: bytes) -> None:
+            if sys.path[0] != str(code.folder):
+                sys.path.insert(0, str(code.folder))
+            os.environ.update(variables)
+            job, run = cloudpickle.loads(pickled)
+            run(job)
+
+        task = ray.remote(**self.ray.remote)(enter)
+        running: dict[Any, Job] = {}
+        try:
+            for job in jobs:
+                what = replace(job, source=code.source), run_elsewhere
+                pickled = cloudpickle.dumps(what)  # pyright: ignore[reportPrivateImportUsage]
+                running[task.options(name=job.name).remote(pickled)] = job
+            while running:
+                (ended, *_), _ = ray.wait([*running])
+                job = running.pop(ended)
+                _end_task(ended, job)
+                yield job
+        finally:
+            for started in running:
+                ray.cancel(started)
+            if running:
+                ray.wait([*running], num_returns=len(running), timeout=STOP_S)
+
+    def _connect(self) -> None:
+        """Find the cluster, or start one on this machine. Raises ConfigError."""
+        import ray
+
+        if ray.is_initialized():
+            return
+        settings, address = self.ray.init, str(self.ray.init["address"])
+        if not self.elsewhere:
+            # Ray would set aside a third of the memory for objects that tasks share: a few kB here.
+            settings = {"object_store_memory": 80_000_000, "include_dashboard": False, **settings}
+        try:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if port.isdecimal():
+                socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+            ray.init(**settings)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"hydra.launcher.ray.init.address={address}: no cluster to work with ({reason})"
+            ) from error
+
+
+def run_elsewhere(job: Job) -> None:
+    """Run a job in a process of another machine, as that of a scheduler."""
+    log_to_console()
+    run_job(job)
+
+
+def _end_task(task: Any, job: Job) -> None:
+    """See how a task ended; a job that Ray gave up is lost."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+
+    try:
+        ray.get(task)
+    except TaskCancelledError:
+        pass  # by a signal to its worker: its record tells
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # Of an error in the worker, what was raised is at the end of a traceback.
+        reason = lines[-1] if isinstance(error, RayTaskError) else lines[0]
+        log.error("job %s was lost by Ray: %s", job.name, reason)
+        change_state(job.folder, RunState.lost, f"it was lost by Ray: {reason}", GOING)
