@@ -43,7 +43,7 @@ WITHOUT_TORCH = (
     "run.record",
     "run.progress",
     "results",
-    "results.summary",
+    "results.show",
     "report.stats",
     "report.early_exit",
     "exits.__main__",

@@ -88,7 +88,7 @@ class Slurm(Engine):
         if new:
             ids |= self._submit(new, sweep)
             say(f"handed over to Slurm: {counted(len(new), 'job')}", markup=False)
-        command = ["python", "-m", "proglayer.results", os.path.relpath(sweep), "--watch"]
+        command = ["python", "-m", "proglayer.results", os.path.relpath(sweep)]
         say(f"{shlex.join(command)} follows them from any shell", markup=False)
         left = {ids[job.name]: job for job in jobs}
         try:

@@ -250,7 +250,7 @@ def _sum_up(sweep: Sweep) -> bool:
 
     After Ctrl-C the table is enough: the same command goes on, and reports at its end.
     """
-    from proglayer.results.summary import print_summary
+    from proglayer.results.show import print_summary
 
     failed = print_summary(sweep.folder)
     if sweep.command.master.report and not isinstance(sys.exception(), KeyboardInterrupt):

@@ -19,7 +19,7 @@ import pandas as pd
 from proglayer.report import stats
 from proglayer.report.arms import EXIT_WEIGHTS, Frame
 from proglayer.results import Results
-from proglayer.results.frames import sum_so_far
+from proglayer.results.read import sum_so_far
 from proglayer.results.variants import settings_text, swept
 
 

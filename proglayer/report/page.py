@@ -44,7 +44,7 @@ from proglayer.report.pictures import Picture
 from proglayer.report.study import Condition, Study, judge_study
 from proglayer.report.words import model_name, variant_name
 from proglayer.results import Results, load, plain_values
-from proglayer.results.formatting import listed, ranges
+from proglayer.results.show import listed, ranges
 from proglayer.run.record import RunState
 from proglayer.store.reading import read_yaml
 from proglayer.table import Table, csv_of

@@ -16,7 +16,7 @@ from proglayer.report.arms import Frame, Metric
 from proglayer.report.comparisons import Comparison
 from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results import plain_values
-from proglayer.results.formatting import duration, listed, pair, ranges, text_of
+from proglayer.results.show import duration, listed, pair, ranges, text_of
 from proglayer.table import Column, Row, Table, is_missing
 
 ARM = ["variant", "model"]

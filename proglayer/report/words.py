@@ -13,7 +13,7 @@ from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reaso
 from proglayer.report.early_exit import WITHIN_POINTS, Needed
 from proglayer.report.measures import Timing
 from proglayer.report.stats import Verdict
-from proglayer.results.formatting import listed
+from proglayer.results.show import listed
 
 MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
 # A label longer than this is cut: it has to fit beside a figure.

@@ -3,12 +3,12 @@
     results = proglayer.results.load("multirun/...")
     results.runs, results.phases, results.epochs, results.exits
 
-`python -m proglayer.results FOLDER...` prints the table, follows a sweep, and writes the frames.
+`python -m proglayer.results FOLDER...` prints the table and writes the frames.
 """
 
-from proglayer.results.columns import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, plain_values
-from proglayer.results.frames import Results, load, write_csv
-from proglayer.results.reader import keys_and_values
+from proglayer.results.columns import plain_values
+from proglayer.results.read import Results, load, write_csv
+from proglayer.results.variants import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, keys_and_values
 
 __all__ = [
     "GROUPS",

@@ -1,23 +1,21 @@
-"""The command `python -m proglayer.results FOLDER...`: print, follow and export records."""
+"""The command `python -m proglayer.results FOLDER...`: print, compare and export records."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from proglayer.console import console
 from proglayer.errors import UserError, run_command
-from proglayer.results.difference import difference, difference_table
-from proglayer.results.frames import load
-from proglayer.results.summary import print_results, watch
+from proglayer.results.read import load
+from proglayer.results.show import difference, print_results
 
 NOT_DONE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command.
+    """Run the command.
 
     Returns:
         its exit status: 1 if any run failed, 2 for a folder that is not there or holds no run.
@@ -34,40 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
     parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
-    parser.add_argument("--watch", action="store_true", help="follow until all runs have ended")
-    parser.add_argument(
-        "--every", metavar="SECONDS", type=float, default=5.0, help="how often --watch looks (5)"
-    )
     options = parser.parse_args(arguments)
-    if options.diff:
-        if options.folders or options.watch or options.csv or options.parquet:
-            parser.error("--diff takes two runs and nothing else")
-        return run_command(lambda: _diff(*options.diff), failed=NOT_DONE)
-    if not options.folders:
+    if bool(options.diff) == bool(options.folders):
         parser.error("name a FOLDER, or two runs with --diff")
-    if not options.every > 0:
-        parser.error("--every must be more than 0 seconds")
-    for form in ("csv", "parquet"):
-        folder = Path(getattr(options, form) or "tables")
-        if folder.suffix == f".{form}" and not folder.is_dir():
-            parser.error(
-                f"--{form} takes a folder, for there are several tables, and {folder} looks like "
-                f"a file: write --{form} {folder.with_suffix('')}"
-            )
     return run_command(lambda: _run(options), failed=NOT_DONE)
-
-
-def _diff(a: str, b: str) -> int:
-    console().print(difference_table(difference(a, b), a, b))
-    return 0
 
 
 def _run(options: argparse.Namespace) -> int:
     out = console()
-    if options.watch:
-        results = watch(options.folders, options.every, out)
-    else:
-        results = load(*options.folders)
+    if options.diff:
+        out.print(difference(*options.diff).rich())
+        return 0
+    results = load(*options.folders)
     print_results(results, out)
     if results.runs.empty and not results.failures:
         raise UserError(f"no run in {', '.join(options.folders)}")

@@ -1,4 +1,4 @@
-"""Which runs repeat each other: what was set differently between runs, and a name for each way.
+"""What was set differently between runs: which repeat each other, and a name for each way.
 
 A **variant** is an experiment and whatever else was set differently. The table of a sweep, the
 frames and the report all name runs by this.
@@ -6,20 +6,69 @@ frames and the report all name runs by this.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
-from proglayer.results.columns import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT
-from proglayer.results.reader import keys_and_values
+from proglayer.config import flat_settings
+from proglayer.results.columns import SETTINGS, plain_values
 
+# Two runs that differ in these alone are the same experiment with the same seed: they say where
+# and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
+NOT_THE_EXPERIMENT = (
+    *("plan", "on_error", "objective", "report", "checkpoint_every_s", "store.dir"),
+    *("logger.tensorboard", "logger.mlflow", "threads", "device", "compile", "cache_frozen"),
+    *("jobs_per_gpu", "data.cache_dir"),
+)
+# Where the text lies; the corpus's fingerprint, where it is known, says what it is.
+PLACE_OF_TEXT = ("data.path", "data.files")
+# Each group of the configuration -> the column of `runs` that holds which option was chosen.
+GROUPS = {
+    **{group: group for group in ("model", "experiment", "data")},
+    **{group: f"choice.{group}" for group in ("phase", "growth", "freeze", "lr")},
+}
 # What makes no other variant: where and how a run works, its seed, and what its corpus's
 # fingerprint covers.
 _ASIDE = {f"config.{name}" for name in (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT, "seed")}
 # These have columns of their own.
 _NAMED = {"seed", "model", "experiment", "data"}
+
+
+def experiment_key(settings: dict[str, Any], fingerprint: str | None) -> str:
+    """Return what is the same for two runs of one experiment, on the same text, with one seed."""
+    aside = NOT_THE_EXPERIMENT + (PLACE_OF_TEXT if fingerprint else ())
+    flat = flat_settings(settings, whole=SETTINGS)
+    identity = [{name: value for name, value in flat if name not in aside}, fingerprint]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield overrides as key and value, without those of Hydra itself."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key and not key.startswith("hydra"):
+            yield key, value
+
+
+def what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """Return what differs between the command lines of runs: its shortest title -> the values."""
+    given = [
+        dict(keys_and_values(shlex.split(overrides or "")))
+        for overrides in plain_values(runs["overrides"])
+    ]
+    values = {
+        key: [each.get(key, "") for each in given]
+        for key in dict.fromkeys(k for each in given for k in each)
+    }
+    varied = [key for key, each in values.items() if len(set(each)) > 1]
+    short = Counter(key.rsplit(".", 1)[-1] for key in varied)
+    titles = {key: key.rsplit(".", 1)[-1] for key in varied}
+    return {titles[k] if short[titles[k]] == 1 else k: values[k] for k in varied}
 
 
 def swept(runs: Any) -> list[str]:

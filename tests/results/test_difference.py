@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 
 from proglayer.results.__main__ import main
-from proglayer.results.difference import Row, difference
+from proglayer.results.show import difference
 from proglayer.run.record import GitState
 
 from .test_results import settings, write_run
+
+
+def rows_of(folder: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """What differs between the runs a and b: part and name -> each value, and the change."""
+    rows = difference(folder / "a", folder / "b").records
+    return {(row["part"], row["name"]): (row["a"], row["b"], row["change"]) for row in rows}
 
 
 def test_settings_and_figures_that_differ_are_named(tmp_path: Path) -> None:
@@ -21,13 +27,12 @@ def test_settings_and_figures_that_differ_are_named(tmp_path: Path) -> None:
         plain=settings("model=deep_supervision", "lr.base=2e-3"),
         perplexities=(980.0, 975.0, 960.0),
     )
-    rows = difference(tmp_path / "a", tmp_path / "b")
-    assert [row for row in rows if row.part == "setting"] == [
-        Row("setting", "model", "standard", "deep_supervision"),
-        Row("setting", "lr.base", "0.001", "0.002"),
-        Row("setting", "model.exit_weights", "last", "uniform"),
-    ]
-    figures = {(row.part, row.name): row[2:] for row in rows}
+    figures = rows_of(tmp_path)
+    assert {name: each for (part, name), each in figures.items() if part == "setting"} == {
+        "model": ("standard", "deep_supervision", ""),
+        "lr.base": ("0.001", "0.002", ""),
+        "model.exit_weights": ("last", "uniform", ""),
+    }
     assert figures["phase 1", "validation_perplexity"] == ("980", "980", "+0")
     assert figures["phase 2", "validation_perplexity"] == ("970", "975", "+5")
     assert figures["phase 2", "stage"] == ("000000000000", "000000000000", "the same")
@@ -42,15 +47,13 @@ def test_the_code_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert f"git diff {'a' * 12} {'b' * 12}" in out
     assert "no setting differs" in out
-    code = [row for row in difference(tmp_path / "a", tmp_path / "b") if row.part == "code"]
-    assert [row.name for row in code] == ["git_commit"]
+    assert [name for part, name in rows_of(tmp_path) if part == "code"] == ["git_commit"]
 
 
 def test_a_run_that_has_not_ended_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", status="failed")
-    rows = difference(tmp_path / "a", tmp_path / "b")
-    assert rows[0] == Row("run", "status", "completed", "failed")
+    assert rows_of(tmp_path)["run", "status"] == ("completed", "failed", "")
 
 
 def test_what_is_no_single_run_is_refused(

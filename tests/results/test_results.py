@@ -9,9 +9,7 @@ import io
 import json
 import math
 import os
-import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -22,24 +20,27 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from proglayer.results import summary
 from proglayer.results.__main__ import main
-from proglayer.results.columns import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, SETTINGS
-from proglayer.results.frames import Results, load, what_varied
-from proglayer.results.reader import experiment_key
-from proglayer.results.summary import print_results
+from proglayer.results.columns import SETTINGS
+from proglayer.results.read import Results, load
+from proglayer.results.show import print_results
+from proglayer.results.variants import (
+    NOT_THE_EXPERIMENT,
+    PLACE_OF_TEXT,
+    experiment_key,
+    what_varied,
+)
 from proglayer.run.record import (
     FORMAT,
     PhaseRecord,
-    SweepJob,
     SweepRecord,
+    submit,
     write_sweep,
 )
-from proglayer.run.signals import interrupt
 from proglayer.training.plan import Rates
 
 from ..helpers import ROOT, config
-from ..synthetic import STARTED, Cost, aged, epoch_row, leave, phase_record, score
+from ..synthetic import STARTED, Cost, epoch_row, leave, phase_record, score
 
 
 @functools.cache
@@ -130,11 +131,10 @@ def row(results: Results, run: str) -> dict[str, Any]:
     return results.runs.set_index("run").loc[run].to_dict()
 
 
-def list_jobs(sweep: Path, *folders: str) -> None:
-    jobs = [
-        SweepJob(folder=name, overrides=[f"seed={name[0]}", "model=standard"]) for name in folders
-    ]
-    write_sweep(sweep, SweepRecord(jobs=jobs))
+def waits(folder: Path, seed: int) -> None:
+    """A job that was submitted and has not begun."""
+    given = [f"seed={seed}", "model=standard"]
+    submit(folder, given, settings("model=standard") | {"seed": seed}, None)
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def list_jobs(sweep: Path, *folders: str) -> None:
 
 def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
-    list_jobs(tmp_path / "sweep", "0_abc")
+    write_sweep(tmp_path / "sweep", SweepRecord(jobs=[]))
     run = row(load(tmp_path), "sweep/0_abc")
     assert run["sweep"] == "sweep"
     assert (run["status"], run["model"], run["experiment"]) == (
@@ -247,8 +247,9 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     write_run(sweep / "1_abc", seed=1, status="failed")
     write_run(sweep / "2_abc", seed=2, status="interrupted")
     write_run(sweep / "3_abc", seed=3, status="running", reused=0)
-    (sweep / "4_abc").mkdir()
-    list_jobs(sweep, "0_abc", "1_abc", "2_abc", "3_abc", "4_abc", "5_abc")
+    for seed in (4, 5):
+        waits(sweep / f"{seed}_abc", seed)
+    write_sweep(sweep, SweepRecord(jobs=[]))
     other = with_setting(settings(), "model.dim", 128)
     other["new_idea"] = {"strength": 3}
     write_run(tmp_path / "single", seed=9, plain=other)
@@ -269,7 +270,6 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     assert (failed["first_layers"], failed["epochs"], failed["seconds"]) == (3, 6, 66.0)
     assert pd.isna(failed["last_perplexity"])
     assert pd.isna(failed["accuracy_points"])
-    # what is still running is known from what Hydra wrote, what waits from the sweep's list
     running = row(results, "sweep/3_abc")
     assert (running["seed"], running["model"], running["config.model.dim"]) == (3, "standard", 64)
     assert (running["experiment"], running["epochs"]) == ("original", 6)
@@ -290,10 +290,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         (pile / name).mkdir()
         (pile / name / "run.json").write_text(content)
     (pile / "link").symlink_to(pile / "good")
-    (pile / "sweep.json").write_text("[1]")
     write_run(pile / ".store" / "x")
-    write_run(pile / "good" / "store" / "x")
-    (pile / "good" / "store" / ".proglayer-store").touch()
     edit(write_run(pile / "future", seed=2), format=FORMAT + 1)
     edit(write_run(pile / "no_end", seed=3), state="exploded")
     edit(write_run(pile / "bad_phase", seed=4), phases=["one"])
@@ -303,7 +300,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     results = load(pile)
     assert ends(results) == {"good": "completed"}
     records = "other_tool", "numbers", "future", "no_end", "bad_phase", "short"
-    others = "link", "caf\\udce9", "sweep.json"
+    others = "link", "caf\\udce9"
     assert left_out(results) == dict.fromkeys(others, "foreign") | dict.fromkeys(records, "damaged")
     assert "left out: link: a link: name the folder that it points to" in printed(results, 160)
 
@@ -311,9 +308,6 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
 def edit(folder: Path, **changed: Any) -> None:
     result = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(result | changed))
-
-
-# --- alive or not ---------------------------------------------------------------------------------
 
 
 # --- the same run twice ---------------------------------------------------------------------------
@@ -375,7 +369,7 @@ def test_a_formula_and_a_script_are_text_in_csv(tmp_path: Path) -> None:
     for written, text in zip(rows, texts, strict=True):
         cells = written["config.data.text_column"], written["overrides"]
         assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells)
-        # the way back that `to_csv` documents
+        # the way back that `csv_of` documents
         back = [cell.removeprefix("'") for cell in cells]
         assert back == [text, shlex.quote(text)]
         # numbers are not text: a fall stays a number that can be summed
@@ -432,7 +426,8 @@ def mixed(tmp_path: Path) -> Path:
     write_run(sweep / "1_abcdef", seed=1, model="deep_supervision", status="failed", reason=reason)
     write_run(sweep / "2_abcdef", seed=2, status="interrupted", reason="SIGTERM\n\x1b[31mred\x07")
     write_run(sweep / "3_abcdef", seed=3, status="running", perplexities=(980.0, 950.0))
-    list_jobs(sweep, "0_abcdef", "1_abcdef", "2_abcdef", "3_abcdef", "4_abcdef")
+    waits(sweep / "4_abcdef", 4)
+    write_sweep(sweep, SweepRecord(jobs=[]))
     return sweep
 
 
@@ -487,114 +482,6 @@ def test_jobs_of_several_sweeps_are_told_by_the_sweeps_tokens(tmp_path: Path) ->
     assert names == ["0b77e1/0_5d41ab", "1f3a9c/0_5d41ab", "by_hand/0_5d41ab"]
 
 
-# --- following a sweep ----------------------------------------------------------------------------
-
-
-def test_watching_ends_with_the_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = tmp_path / "sweep"
-    write_run(sweep / "0_abc", seed=0, status="running", epochs=2)
-    list_jobs(sweep, "0_abc", "1_abc")
-    # what happens between two looks
-    later = [
-        lambda: None,
-        lambda: write_run(sweep / "0_abc", seed=0, status="running"),
-        lambda: (
-            write_run(sweep / "0_abc", seed=0),
-            write_run(sweep / "1_abc", seed=1, status="running"),
-        ),
-        lambda: write_run(sweep / "1_abc", seed=1, status="failed"),
-    ]
-    monkeypatch.setattr(summary.time, "sleep", lambda _: later.pop(0)())
-    assert main([str(sweep), "--watch"]) == 1
-    assert not later
-    lines = capsys.readouterr().out.splitlines()
-    best = "best so far 970.00 (16.10 %): 0_abc seed=0"
-    unknown = "time left not known until a run that trains has completed"
-    said = [line[9:] for line in lines if line[2:3] == ":"]
-    # the other one began a moment ago, and the completed one took 90 s
-    left = re.search("; about ([0-9.]+) s left if the others take what the 1 completed", said[2])
-    assert left
-    assert 60 < float(left[1]) <= 90
-    said[2] = said[2][: left.start()]
-    assert said == [
-        f"2 runs: 1 running, 1 waiting; 0_abc: 970.00 (phase 2, epoch 2); {unknown}",
-        f"2 runs: 1 running, 1 waiting; 0_abc: 970.00 (phase 2, epoch 3); {unknown}",
-        f"2 runs: 1 completed, 1 running; {best}; 1_abc: 970.00 (phase 2, epoch 3)",
-        "failed 1_abc: the loss became NaN",
-        f"2 runs: 1 completed, 1 failed; {best}",
-    ]
-
-
-def test_watching_a_killed_sweep_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = tmp_path / "sweep"
-    write_run(sweep / "0_abc", seed=0)
-    write_run(sweep / "1_abc", seed=1, status="running")
-    list_jobs(sweep, "0_abc", "1_abc", "2_abc")
-    monkeypatch.setattr(summary.time, "sleep", lambda _: aged(sweep, 600))
-    assert main([str(sweep), "--watch"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any("3 runs: 1 completed, 1 running, 1 waiting" in line for line in lines)
-    assert lines[-1] == "3 runs: 1 completed, 1 lost, 1 not started"
-    assert any(re.search("lost 1_abc: no sign of life .*ran on h", line) for line in lines)
-
-
-def test_watching_waits_for_a_scheduler_and_tells_since_when(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = tmp_path / "sweep"
-    write_run(sweep / "0_abc", seed=0, status="pending")
-    stopped = "2026-03-01T12:01:30+00:00"
-    write_run(sweep / "1_abc", seed=1, status="preempted", reason="SIGUSR1", ended=stopped)
-    aged(sweep, 40 * 24 * 3600)
-    write_run(sweep / "2_abc", seed=2)
-    looks = iter((None, None))
-    # At the third, the user has seen enough.
-    monkeypatch.setattr(summary.time, "sleep", lambda _: next(looks, 0) is None or interrupt())
-    assert main([str(sweep), "--watch"]) == 130
-    lines = capsys.readouterr().out.splitlines()
-    found = [line for line in lines if "3 runs: 1 completed, 1 preempted, 1 pending" in line]
-    assert len(found) == 1, "nothing changes"
-    since = load(sweep).runs["last_sign"].min()
-    assert f"2 in the hands of a scheduler since {since:%Y-%m-%d %H:%M} UTC" in found[0]
-
-
-def test_watching_on_a_terminal_shows_where_it_stands(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(summary.time, "sleep", interrupt)
-    out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    with pytest.raises(KeyboardInterrupt):
-        summary.watch([mixed], 1.0, out)
-    text = out.file.getvalue()
-    assert "1 running, 1 waiting" in text
-    assert "best so far 970.00 (16.10 %): 0_abcdef" in text
-    assert "3_abcdef: 950.00 (phase 2, epoch 3)" in text
-    # the running one began just now, one is to come, and the completed one took 90 s
-    assert re.search("about (3 min 0|2 min [0-9]+) s left", text)
-    assert "failed 1_abcdef" in text
-    lines = re.sub(r"\x1b\[[?0-9]+[a-zA-Z]", "", text).splitlines()
-    assert max(map(len, lines)) <= 80
-
-
-def test_the_time_left_is_reckoned_from_runs_that_trained(tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
-    for number in range(1, 4):  # read from the store
-        write_run(sweep / f"{number}_abc", seed=number, reused=3, seconds=0.1)
-    write_run(sweep / "4_abc", seed=4, status="running")
-    list_jobs(sweep, *(f"{number}_abc" for number in range(1, 6)))
-    assert "not known" in summary._time_left(load(sweep).runs)
-    write_run(sweep / "0_abc", seconds=90.0)
-    assert "what the 1 completed took (90.0 s each)" in summary._time_left(load(sweep).runs)
-    shutil.rmtree(sweep / "4_abc")
-    assert summary._time_left(load(sweep).runs) == "nothing is running"
-    (sweep / "sweep.json").unlink()
-    assert summary._time_left(load(sweep).runs) == ""
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -615,24 +502,12 @@ def test_the_command_ends_with_what_happened(
     assert shown.out == ""
     file = tmp_path / "file"
     file.touch()
-    assert main([str(file)]) == 2
     assert main([str(mixed), "--csv", str(file)]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert capsys.readouterr().err.count("\n") == 1
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main([str(empty)]) == 2
     assert capsys.readouterr().err == f"error: no run in {empty}\n"
-
-
-@pytest.mark.parametrize("form", ["csv", "parquet"])
-def test_a_file_is_no_folder_for_the_tables(
-    mixed: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(mixed), f"--{form}", str(tmp_path / f"tables.{form}")])
-    assert ended.value.code == 2
-    assert f"write --{form} {tmp_path / 'tables'}\n" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 from proglayer.results import load
-from proglayer.results.difference import difference
-from proglayer.results.summary import summary_table
+from proglayer.results.show import difference, summary_table
 from proglayer.run.record import CorpusRecord, Score
 
 from ..helpers import SHORT, Command
@@ -122,7 +121,7 @@ def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
 ) -> None:
     def heads(folder: Path) -> str:
         out = Console(width=200, record=True, file=io.StringIO())
-        out.print(summary_table(folder))
+        out.print(summary_table(load(folder)).rich())
         return out.export_text()
 
     assert "bits/byte" in heads(both)
@@ -132,19 +131,22 @@ def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
 
 
 def test_two_runs_side_by_side_do_not_subtract_figures_per_token(both: Path) -> None:
-    rows = {(row.part, row.name): row for row in difference(both / "words1", both / "bpe1")}
+    def compared(a: str, b: str) -> dict[tuple[str, str], dict[str, str]]:
+        rows = difference(both / a, both / b).records
+        return {(row["part"], row["name"]): dict(row) for row in rows}
+
+    rows = compared("words1", "bpe1")
     for name in ("validation_loss", "validation_perplexity", "validation_accuracy_percent"):
         row = rows["phase 2", name]
-        assert row.a
-        assert row.b
-        assert row.change == ""
+        assert row["a"]
+        assert row["b"]
+        assert row["change"] == ""
     change = bits("bpe", 3.01) - bits("words", 5.01)
-    assert float(rows["phase 2", "validation_bits_per_byte"].change) == pytest.approx(
+    assert float(rows["phase 2", "validation_bits_per_byte"]["change"]) == pytest.approx(
         change, abs=1e-4
     )
-    assert (rows["code", "tokenizer"].a, rows["code", "tokenizer"].b) == ("words", "bpe")
-    same = {(row.part, row.name): row for row in difference(both / "bpe1", both / "bpe2")}
-    assert same["phase 2", "validation_loss"].change == "+0.01"
+    assert (rows["code", "tokenizer"]["a"], rows["code", "tokenizer"]["b"]) == ("words", "bpe")
+    assert compared("bpe1", "bpe2")["phase 2", "validation_loss"]["change"] == "+0.01"
 
 
 def test_a_search_over_tokenizers_does_not_go_by_a_loss(train: Command) -> None:
