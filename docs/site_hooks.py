@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 from proglayer.config import Config  # noqa: E402
 
 CONF = ROOT / "conf"
-# The files whose values a run has when nothing is chosen, and what of the schema they set.
+# The files whose values a run has when nothing is chosen, and what of the schema they set; before
+# them those of other choices, which have settings of their own.
+OTHERS = {"model/causal_lm": "model", "data/hub": "data", "data/text": "data"}
 DEFAULTS = {
     "config": "",
     "model/standard": "model",
@@ -323,10 +325,13 @@ def _values_and_comments() -> tuple[dict[str, Any], dict[str, str]]:
     """What `conf/` gives each setting, and the comment that stands beside it."""
     values: dict[str, Any] = {}
     comments: dict[str, str] = {}
-    for file, prefix in DEFAULTS.items():
+    for file, prefix in (OTHERS | DEFAULTS).items():
         text = (CONF / f"{file}.yaml").read_text(encoding="utf-8")
         values |= _flat(yaml.safe_load(text), prefix)
-        comments |= _comments(text, prefix)
+        said = _comments(text, prefix)
+        if file in OTHERS:
+            said = {name: f"{file.replace('/', '=')}: {text}" for name, text in said.items()}
+        comments |= said
     return values, comments
 
 

@@ -199,7 +199,9 @@ class Objective(StrEnum):
 
 
 class Settings(BaseModel):
-    """Settings that belong together. Every one has its value in `conf/`."""
+    """Settings that belong together. Each has its value in `conf/`; one with a default here is of
+    some choices of its group alone.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
@@ -240,7 +242,7 @@ INT32 = 2**31 - 1
 LARGE = 1e15
 
 Count = Annotated[int, Field(ge=1, le=INT32)]
-CountOrNone = Annotated[int, Field(ge=0, le=INT32)]
+CountFrom0 = Annotated[int, Field(ge=0, le=INT32)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Layers = Annotated[int, Field(ge=0, le=4_096)]
 Positive = Annotated[float, Field(gt=0, le=LARGE)]
@@ -272,13 +274,13 @@ class ModelConfig(Settings):
     checkpoint_activations: bool
     evaluated_exits: EvaluatedExits
     kind: ModelKind
-    path: str | None
-    revision: str | None
-    family: Family | None
-    num_kv_heads: Width | None
-    max_positions: Count | None
-    untie: bool
-    weights: Weights
+    path: str | None = None
+    revision: str | None = None
+    family: Family | None = None
+    num_kv_heads: Width | None = None
+    max_positions: Count | None = None
+    untie: bool = False
+    weights: Weights = Weights.float32
 
 
 class DataConfig(Settings):
@@ -294,15 +296,15 @@ class DataConfig(Settings):
     lowercase: bool
     min_count: Count
     max_vocab: Annotated[int, Field(ge=3, le=INT32)] | None
-    path: str | None
-    files: Annotated[tuple[str, ...], BeforeValidator(_listed)]
+    path: str | None = None
+    files: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     held_out: Annotated[float, Field(gt=0, lt=1)]
-    repository: str | None
-    configuration: str | None
-    revision: str | None
-    train_split: str
-    validation_split: str
-    text_column: str
+    repository: str | None = None
+    configuration: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    text_column: str = "text"
     cache_dir: str | None
     tokenizer: str
     tokenizer_revision: str | None
@@ -314,7 +316,7 @@ class BudgetOverrides(Settings):
     """
 
     batch_size: Count | None
-    max_epochs: CountOrNone | None
+    max_epochs: CountFrom0 | None
     patience: Count | None
     min_delta: Amount | None
     samples: Count | None
@@ -386,7 +388,7 @@ class ScheduleOverrides(Settings):
     """The schedule of the phases after the initial one; null keeps what holds for all."""
 
     schedule: ScheduleShape | None
-    warmup_steps: CountOrNone | None
+    warmup_steps: CountFrom0 | None
     final_factor: Share | None
 
 
@@ -398,7 +400,7 @@ class LrConfig(Settings):
     base: Positive
     factor: RoleFactors
     schedule: ScheduleShape
-    warmup_steps: CountOrNone
+    warmup_steps: CountFrom0
     final_factor: Share
     decay_share: Small
     grown: ScheduleOverrides
@@ -627,6 +629,8 @@ def unknown_setting(name: str) -> str:
     said = f"there is no setting {name}"
     if name.split(".")[0] in ("experiment", "local"):
         return f"{said}: such a file begins with the line '# @package _global_'"
+    if name in setting_names():
+        return f"{said} with this choice of {name.split('.')[0]}: another one has it"
     near = None if name.startswith("hydra.") else nearest_setting(name)
     return f"{said}; did you mean {near}?" if near else said
 
@@ -770,12 +774,6 @@ def _growth_problems(config: Config, layers: float) -> Iterator[str]:
 
 # What says how large an untrained model is; a checkpoint has sizes of its own.
 SIZES = ("dim", "num_heads", "ffn_multiple", "rotary_base", "norm_eps")
-# What only a model of `transformers` has, and its value where it says nothing.
-OF_CAUSAL_LM = {
-    **dict.fromkeys(("path", "revision", "family", "num_kv_heads", "max_positions")),
-    "untie": False,
-    "weights": Weights.float32,
-}
 
 
 def _model_problems(config: Config) -> Iterator[str]:
@@ -786,9 +784,6 @@ def _model_problems(config: Config) -> Iterator[str]:
         for name in SIZES:
             if getattr(model, name) is None:
                 yield f"model.{name} has no value: give it one"
-        for name, nothing in OF_CAUSAL_LM.items():
-            if getattr(model, name) != nothing:
-                yield f"model.{name} is of model=causal_lm, and changes nothing of this model"
         if config.initial_layers is None:
             yield "initial_layers=null takes all that model.path has: give a number, or a path"
     yield from _head_problems(model)

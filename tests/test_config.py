@@ -9,6 +9,8 @@ import os
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import ValidationError
 
 from proglayer.config import (
@@ -22,52 +24,20 @@ from proglayer.config import (
     to_config,
 )
 from proglayer.errors import first_line, with_type
+from proglayer.launch.ask import in_one_line, register
 from proglayer.training.plan import open_checkpoint, plan
 
-from .helpers import composed, config, experiments
+from .helpers import ROOT, composed, config, experiments
+
+
+def plain(settings: DictConfig) -> dict[str, Any]:
+    """What Hydra composed, as plain data."""
+    return OmegaConf.to_container(settings)  # type: ignore[return-value]
 
 
 def leaves(settings: Config) -> dict[str, Any]:
     """Every setting that holds no others, with its value."""
     return dict(flat_settings(settings.model_dump(mode="json")))
-
-
-def changed(experiment: str) -> dict[str, object]:
-    """The settings in which an experiment differs from the original."""
-
-    ours = leaves(config(f"experiment={experiment}"))
-    original = leaves(config("experiment=original"))
-    assert ours.keys() == original.keys()
-    return {name: ours[name] for name in ours if ours[name] != original[name]}
-
-
-def test_every_experiment_changes_only_what_the_study_says() -> None:
-    steps = {
-        "gradual": [
-            {"existing": 0, "embedding": False, "head": True},
-            {"existing": 1, "embedding": False, "head": True},
-            {"existing": "all", "embedding": True, "head": True},
-        ],
-        "none": [{"existing": "all", "embedding": True, "head": True}],
-    }
-    expected = {
-        "original": {},
-        "more_layers": {"added_layers": 3},
-        "wider": {"model.dim": 128, "initial_layers": 6},
-        "gradual_unfreezing": {"freeze.steps": steps["gradual"]},
-        "longer_training": {"phase.patience": 5, "phase.max_epochs": 100},
-        "split_lr": {
-            "lr.factor.new": 1.0,
-            "lr.factor.head": 1.0,
-            "lr.factor.existing": 0.01,
-            "lr.factor.embedding": 0.01,
-        },
-        "control_from_scratch": {"phase.schedule": "from_scratch"},
-        "control_keep_training": {"phase.schedule": "keep_training", "freeze.steps": steps["none"]},
-        "control_head_only": {"phase.schedule": "keep_training"},
-        "control_unfrozen": {"freeze.steps": steps["none"]},
-    }
-    assert {name: changed(name) for name in experiments()} == expected
 
 
 @pytest.mark.parametrize("experiment", experiments())
@@ -98,18 +68,16 @@ def test_settings_are_frozen_and_survive_json() -> None:
     settings = config("experiment=gradual_unfreezing", "model.exit_weights=[1,2,3,4]")
     with pytest.raises(ValidationError, match="frozen"):
         settings.seed = 1  # type: ignore[misc]
-    plain = json.loads(settings.model_dump_json())
-    assert Config.model_validate(plain) == settings
-    assert plain == settings.model_dump(mode="json")
+    written = settings.model_dump(mode="json")
+    assert written == json.loads(settings.model_dump_json())
+    assert Config.model_validate(written) == settings
     hash(settings)
 
 
 def test_every_setting_has_a_value_in_the_files() -> None:
-    plain = config().model_dump(mode="json")
-    for name in setting_names():
-        part = plain
-        for key in name.split("."):
-            part = part[key]
+    choices = (), ("data=text",), ("data=hub",), ("model=causal_lm",)
+    given = {name for each in choices for name, _ in flat_settings(plain(composed(*each)))}
+    assert given == set(setting_names())
 
 
 MISTAKES = {
@@ -213,7 +181,9 @@ def test_a_misspelt_key_gets_the_nearest_name(typed: str, meant: str | None) -> 
 def test_what_an_interpolation_gives_has_the_type_of_its_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    values = leaves(config("threads=2", "data.path=a", "store.dir=b", "phase.samples=9"))
+    overrides = ("threads=2", "store.dir=b", "phase.samples=9")
+    named = {name for name, _ in flat_settings(plain(composed()))}
+    values = {name: v for name, v in leaves(config(*overrides)).items() if name in named}
     overrides = []
     for name, value in values.items():
         if value is not None and not isinstance(value, (list, tuple)):
@@ -242,24 +212,36 @@ EDGES = ("-inf", "-1", "0", "1e308", "inf", "nan", "null", "''", "[]", "{}", "9"
 @pytest.mark.parametrize("edge", EDGES)
 def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
     """Every third setting; PROGLAYER_TEST_EDGES=all tries each of them."""
-    from proglayer.launch.ask import in_one_line
-
     names = list(leaves(config()))
     if os.environ.get("PROGLAYER_TEST_EDGES") != "all":
         names = names[EDGES.index(edge) % 3 :: 3]
     for name in names:
-        refusal = None
         try:
-            settings = to_config(composed(f"{name}={edge}"))
+            settings = config(f"{name}={edge}")
         except Exception as error:
-            refusal = in_one_line(error)
-        if refusal is None:
-            json.dumps(settings.model_dump(mode="json"), allow_nan=False)
-            with contextlib.suppress(ConfigError):
-                plan(settings, 100, open_checkpoint(settings))
-        else:
-            assert name.split(".")[0] in refusal
-            assert all(len(line) < 300 for line in refusal.splitlines())
+            line = in_one_line(error)
+            assert name.split(".")[0] in line
+            assert len(line) < 300
+            continue
+        json.dumps(settings.model_dump(mode="json"), allow_nan=False)
+        with contextlib.suppress(ConfigError):
+            plan(settings, 100, open_checkpoint(settings))
+
+
+def test_what_hydra_knows_of_a_job_may_be_read_in_a_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register()
+    asked = ["data.cache_dir=${hydra:runtime.cwd}/cache", "seed=${hydra:job.num}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        job = compose("config", [*asked, "hydra.job.num=7"], return_hydra_config=True)
+    with open_dict(job):
+        job.hydra.runtime.cwd = "/somewhere"
+    settings = to_config(job)
+    assert (settings.seed, settings.data.cache_dir) == (7, "/somewhere/cache")
+    monkeypatch.setenv("S", "${seed}")
+    with pytest.raises(ConfigError, match=r"^checkpoint_every_s=\$\{seed\} should be a v"):
+        config("checkpoint_every_s=${oc.env:S}")
 
 
 def test_an_infinite_norm_clips_nothing() -> None:

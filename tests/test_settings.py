@@ -175,6 +175,7 @@ def test_each_precision_has_a_key_of_its_own() -> None:
 def test_a_setting_that_trains_nothing_is_not_in_the_key(name: str) -> None:
     values = {"plan": "true", "on_error": "stop", "report": "false"}
     values |= {"store.dir": "elsewhere", "model.evaluated_exits": "trained"}
+    values["objective"] = "test_loss"
     values |= {"logger.tensorboard": "true", "logger.mlflow": "true"}
     assert keys(config(*BASE, f"{name}={values.get(name, '3')}")) == keys(config(*BASE))
 

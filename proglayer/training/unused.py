@@ -12,13 +12,17 @@ from proglayer.config import (
     Carry,
     Config,
     Curriculum,
+    DataConfig,
     DataSource,
     FreezeStep,
     GrowthInit,
     GrowthPosition,
+    ModelConfig,
+    ModelKind,
     PhaseSchedule,
     ScheduleOverrides,
     ScheduleShape,
+    Settings,
     shortened,
 )
 from proglayer.training.growth import OPERATORS
@@ -65,9 +69,15 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     yield decays, {"optimizer.decay_norms": True, "optimizer.decay_embedding": True}
     yield any(phase.train.cache_frozen for phase in phases), {"cache_frozen": False}
     yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
-    columns = {"train_split": "train", "validation_split": "validation", "text_column": "text"}
-    of_hub = data.source in (DataSource.hub, DataSource.wikitext2)
-    yield of_hub, {f"data.{name}": value for name, value in columns.items()}
+    # Others have no such key in `conf/`, and still `+model.path=...` adds one.
+    yield data.source is not DataSource.pydocs, _optional("data", DataConfig)
+    yield config.model.kind is ModelKind.causal_lm, _optional("model", ModelConfig)
+
+
+def _optional(part: str, schema: type[Settings]) -> dict[str, Any]:
+    """Return the settings of a part that only some choices of its group have."""
+    fields = schema.model_fields.items()
+    return {f"{part}.{name}": each.default for name, each in fields if not each.is_required()}
 
 
 def _idle_factors(config: Config, later: Sequence[Phase]) -> Iterator[str]:

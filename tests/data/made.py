@@ -33,13 +33,8 @@ def changed(data: DataConfig, **changes: Any) -> DataConfig:
 def data_config(source: str, **changes: Any) -> DataConfig:
     """The settings of conf/data/<source>.yaml, small and without windows cut off."""
     settings = {"samples": None, "max_vocab": None, "seq_len": 4, **changes}
-    files = "data.files=[unused]" if source == "text" else "data.files=[]"
-    base = config(f"data={source}", files, "data.repository=x/y").data
-    if source in ("pydocs", "text"):
-        base = changed(base, repository=None)
-    elif source == "wikitext2":
-        base = changed(base, repository="Salesforce/wikitext")
-    return changed(base, **settings)
+    named = {"text": ["data.files=[unused]"], "hub": ["data.repository=x/y"]}
+    return changed(config(f"data={source}", *named.get(source, [])).data, **settings)
 
 
 def write_release(folder: Path, train: str = TRAIN, validation: str = VALIDATION) -> Path:

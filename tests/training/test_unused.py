@@ -32,7 +32,10 @@ UNTRAINED = "(no phase after the first trains it)"
         (("loss.curriculum=rotate", "loss.rotate_every=2", "model=deep_supervision"), None),
         (("freeze=none", "phase=from_scratch"), "freeze.steps="),
         (("added_layers=3", "phase=keep_training"), "added_layers=3"),
-        (("data.text_column=body",), "data.text_column=body"),
+        (
+            ("+data.text_column=body", "+model.untie=true"),
+            "data.text_column=body, model.un",
+        ),
         (
             ("optimizer.weight_decay=0", "optimizer.decay_norms=false"),
             "optimizer.decay_norms=false",
