@@ -207,26 +207,17 @@ def test_precision_tf32_is_refused_where_no_unit_has_it(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("units", "warned"),
-    [
-        ({"amx_bf16": True, "avx512_bf16": True}, set()),
-        ({"avx512_bf16": True, "amx_bf16": False}, {Precision.tf32}),
-        ({"avx2": True, "avx512_bf16": False}, {Precision.tf32, Precision.bfloat16}),
-        ({}, {Precision.tf32, Precision.bfloat16}),
-    ],
+    ("units", "picked"),
+    [({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"), ({"avx2": True}, "float32")],
 )
-def test_a_precision_without_units_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, units: dict[str, bool], warned: set[Precision]
+def test_an_automatic_precision_is_what_the_processor_has_units_for(
+    monkeypatch: pytest.MonkeyPatch, units: dict[str, bool], picked: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
-    cpu = torch.device("cpu")
-    assert {p for p in PRECISIONS.values() if machine.precision_warning(cpu, p)} == warned
-    assert machine.precision_warning(torch.device("cuda"), Precision.bfloat16) is None
-    picked, line = machine.with_precision(config(*BASE, "precision=auto", "device=cpu"))
-    assert (picked.precision is Precision.float32) == (Precision.bfloat16 in warned)
+    settings, line = machine.with_precision(config(*BASE, "precision=auto", "device=cpu"))
+    assert settings.precision.name == picked
     assert line
-    assert line.startswith(f"precision=auto is {picked.precision.name} here: ")
-    assert all(unit in line for unit, there in units.items() if there and "bf16" in unit)
+    assert line.startswith(f"precision=auto is {picked} here: ")
 
 
 def test_on_a_gpu_sums_have_one_order_for_the_time_of_a_run(

@@ -29,6 +29,7 @@ from proglayer.console import console
 from proglayer.errors import ConfigError, install_command
 from proglayer.launch.job import Job, log_to_console, run_job
 from proglayer.launch.snapshot import snapshot_code
+from proglayer.run.environment import available_cores
 from proglayer.run.record import RunState, change_state
 from proglayer.run.signals import on_signals, stop_signals
 
@@ -95,13 +96,6 @@ class Engine(BaseModel):
             yield job
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # --- joblib ---------------------------------------------------------------------------------------
 
 
@@ -121,11 +115,11 @@ class Joblib(Engine):
 
     @property
     def at_once(self) -> int:
-        return self.n_jobs if self.n_jobs > 0 else max(1, cores() + 1 + self.n_jobs)
+        return self.n_jobs if self.n_jobs > 0 else max(1, available_cores() + 1 + self.n_jobs)
 
     @property
     def threads(self) -> int | None:
-        return max(1, cores() // self.at_once) if self.at_once > 1 else None
+        return max(1, available_cores() // self.at_once) if self.at_once > 1 else None
 
     def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
         """Hand a job to each worker that is free.
@@ -135,8 +129,12 @@ class Joblib(Engine):
         """
         from joblib.externals.loky import get_reusable_executor
 
+        from proglayer.run.machine import places_on_gpus
+
         del sweep
-        executor: Any = get_reusable_executor(self.at_once, timeout=60)
+        places = [places_on_gpus(job.config) for job in jobs]
+        at_once = min(filter(None, [self.at_once, *places]))
+        executor: Any = get_reusable_executor(at_once, timeout=60)
         waiting, running = iter(jobs), dict[Future[None], Job]()
         stops: list[int] = []
 
@@ -150,8 +148,11 @@ class Joblib(Engine):
         try:
             with on_signals(pass_on):
                 while True:
-                    free = 0 if stops else self.at_once - len(running)
+                    free = 0 if stops else at_once - len(running)
                     for job in itertools.islice(waiting, free):
+                        taken = {other.worker for other in running.values()}
+                        worker = min(set(range(at_once)) - taken)
+                        job = replace(job, worker=worker)
                         running[executor.submit(_in_worker, job, os.getpid())] = job
                     if not running:
                         break

@@ -46,6 +46,7 @@ class Job:
     overrides, choices: the command line and the group options that it was composed from.
     source: the package that it was submitted with, and a digest of its files then.
     prune: called with each row of `metrics.csv` by a search; returns why the run is to end.
+    worker: the number of the process that runs it among those at work at once on its machine.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Job:
     git: GitState | None = None
     source: tuple[Path, str] | None = None
     prune: Callable[[dict[str, Any]], str | None] | None = None
+    worker: int = 0
 
     @property
     def name(self) -> str:
@@ -109,7 +111,8 @@ def _run(job: Job) -> RunRecord:
         config, picked = with_precision(job.config)
         if picked:
             tell(picked)
-        return run(config, job.folder, list(job.overrides), dict(job.choices), job.prune, job.git)
+        given = list(job.overrides), dict(job.choices)
+        return run(config, job.folder, *given, job.prune, job.git, job.worker)
     except UserError as error:
         log.error("%s", error)
         failed = {"state": RunState.failed, "reason": str(error), "ended": now()}

@@ -29,7 +29,7 @@ from proglayer.launch.engines import Engine, Joblib, Ray
 from proglayer.launch.job import Command, Job, differing, leave_report, record_of, submit
 from proglayer.launch.planned import Planned, Planner, describe_work, in_launch_order, print_plan
 from proglayer.launch.slurm import Slurm
-from proglayer.run.code import git_state
+from proglayer.run.environment import git_state
 from proglayer.run.record import (
     Heartbeat,
     RecordError,

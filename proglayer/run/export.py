@@ -27,8 +27,8 @@ def export_run(folder: str | Path, to: str | Path) -> Path:
     Returns:
         the folder.
 
-    Raises FileNotFoundError or StoreError as `load_run` does, and ConfigError for a run of the
-    project's own model, or where something is in the place of `to`.
+    Raises what `load_run` does, and ConfigError for a run of the project's own model, or where
+    something is in the place of `to`.
     """
     folder, to = Path(folder), Path(to)
     model, record = load_run(folder), read_record(folder)

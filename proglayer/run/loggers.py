@@ -15,14 +15,15 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
 from proglayer.config import LoggerConfig, flat_settings
+from proglayer.files import SWEEP_FILE
 from proglayer.run.record import PhaseRecord, RunRecord, RunState
 
 log = logging.getLogger(__name__)
@@ -34,52 +35,48 @@ Metric = tuple[str, float, int]
 SUFFIX = ".proglayer"
 MLFLOW_STORE = "multirun/.mlruns"
 MLFLOW_EXPERIMENT = "proglayer"
+ENDS = {RunState.completed: "FINISHED", RunState.failed: "FAILED"}
+
+
+class Logger(Protocol):
+    """What a logger takes. It is made when the run starts, with its folder and its record."""
+
+    def log(self, metrics: list[Metric]) -> None: ...
+    def end(self, state: RunState) -> None: ...
 
 
 class Loggers:
     """The loggers that `config` asks for, as one that never fails."""
 
     def __init__(self, config: LoggerConfig, folder: Path, record: RunRecord) -> None:
-        settings, choices = record.config or {}, record.choices
         self._epochs = 0
-        self._loggers: dict[str, TensorBoard | MLflow] = {}
-        openers: dict[str, Callable[[], TensorBoard | MLflow]] = {
-            "tensorboard": lambda: TensorBoard(folder),
-            "mlflow": lambda: MLflow(folder, settings, choices),
-        }
-        for name, opened in openers.items():
+        self._loggers: dict[str, Logger] = {}
+        for name, start in {"tensorboard": TensorBoard, "mlflow": MLflow}.items():
             if getattr(config, name):
                 with self._may_fail(name):
-                    self._loggers[name] = opened()
+                    self._loggers[name] = start(folder, record)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is done: `row` is what `metrics.csv` gets of it."""
+        """Tell of an epoch; `row` is what `metrics.csv` gets of it."""
         self._epochs += 1
-        metrics = [
-            (name, float(value), self._epochs)
-            for name, value in row.items()
-            if name != "best" and value is not None
-        ]
-        self._each(lambda logger: logger.metrics(metrics))
+        self._log([(name, row[name], self._epochs) for name in row if name != "best"])
 
     def end(self, record: RunRecord) -> None:
-        """The run ended with this record."""
-        metrics: list[Metric] = [
-            (f"best/{name}", value, number)
-            for number, phase in enumerate(record.phases, start=1)
-            for name, value in best_figures(record, phase).items()
-        ]
-        if record.changes:
-            changes = record.changes._asdict().items()
-            metrics += [(f"changes/{name}", value, len(record.phases)) for name, value in changes]
-        known = [metric for metric in metrics if metric[1] is not None]
-        self._each(lambda logger: logger.metrics(known))
-        self._each(lambda logger: logger.end(record.state))
-
-    def _each(self, act: Callable[[TensorBoard | MLflow], None]) -> None:
+        """Tell how the run ended."""
+        for number, phase in enumerate(record.phases, start=1):
+            best = best_figures(record, phase).items()
+            self._log([(f"best/{name}", value, number) for name, value in best])
+        changes = record.changes._asdict().items() if record.changes else ()
+        self._log([(f"changes/{name}", value, len(record.phases)) for name, value in changes])
         for name, logger in list(self._loggers.items()):
             with self._may_fail(name):
-                act(logger)
+                logger.end(record.state)
+
+    def _log(self, metrics: list[tuple[str, float | None, int]]) -> None:
+        known = [(name, float(value), step) for name, value, step in metrics if value is not None]
+        for name, logger in list(self._loggers.items()):
+            with self._may_fail(name):
+                logger.log(known)
 
     @contextlib.contextmanager
     def _may_fail(self, name: str) -> Iterator[None]:
@@ -98,31 +95,34 @@ def best_figures(record: RunRecord, phase: PhaseRecord) -> dict[str, float | Non
 
 
 class TensorBoard:
-    """An event file in the run's folder; an earlier try's is taken away."""
+    """An event file in the run's folder, in place of an earlier try's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: RunRecord) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        for path in folder.glob(f"*{SUFFIX}"):
+        del record
+        for path in folder.glob(f"events.*{SUFFIX}"):
             path.unlink()
         self._writer = SummaryWriter(str(folder), filename_suffix=SUFFIX)
 
-    def metrics(self, metrics: list[Metric]) -> None:
+    def log(self, metrics: list[Metric]) -> None:
         for name, value, step in metrics:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # raises what went wrong, as on a full disk
 
-    def end(self, status: RunState | None) -> None:
+    def end(self, state: RunState) -> None:
+        del state
         self._writer.close()
 
 
 class MLflow:
     """A run of MLflow, in the store that MLFLOW_TRACKING_URI names, else a folder of files.
 
-    Its parameters are the settings, its tags the choices of the groups and the run's folder.
+    Its parameters are the settings, its tags the choices of the groups and the run's folder. A run
+    that goes on after a kill goes on there. The jobs of a sweep have one parent.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], choices: dict[str, str]) -> None:
+    def __init__(self, folder: Path, record: RunRecord) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or Path(MLFLOW_STORE).resolve().as_uri()
         # Unasked, MLflow tells its makers of its use, and waits for minutes for a server.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -136,31 +136,53 @@ class MLflow:
             store.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{store}.lock")
         from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
 
-        self._metric = Metric
         self._client = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or MLFLOW_EXPERIMENT
-        with lock, contextlib.suppress(MlflowException):  # it is there, or another job was faster
-            self._client.create_experiment(name)
-        experiment = self._client.get_experiment_by_name(name)
-        assert experiment is not None, f"no experiment {name} could be made"
-        tags = {"proglayer.folder": str(folder.resolve()), **choices}
-        run = self._client.create_run(experiment.experiment_id, run_name=folder.name, tags=tags)
-        self._run = run.info.run_id
-        params = [Param(name, str(value)) for name, value in flat_settings(settings)]
+        with lock:
+            with contextlib.suppress(MlflowException):  # it is there, or another job was faster
+                self._client.create_experiment(name)
+            experiment = self._client.get_experiment_by_name(name)
+            assert experiment is not None, f"no experiment {name} could be made"
+            self._experiment = experiment.experiment_id
+            in_sweep = (folder.parent / SWEEP_FILE).exists()
+            parent = {"mlflow.parentRunId": self._sweep(folder.parent)} if in_sweep else {}
+        if record.mlflow_run is not None:
+            self._run = record.mlflow_run
+            self._client.update_run(self._run, status="RUNNING")
+            told = self._client.get_metric_history(self._run, "epoch")
+            self._told = max((metric.step for metric in told), default=0)
+            return
+        self._told = 0
+        self._run = record.mlflow_run = self._create(folder, {**record.choices, **parent})
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)) for name, value in flat_settings(record.config or {})]
         for start in range(0, len(params), 100):  # as many as MLflow takes at once
             self._client.log_batch(self._run, params=params[start : start + 100])
 
-    def metrics(self, metrics: list[Metric]) -> None:
+    def _create(self, folder: Path, tags: dict[str, str]) -> str:
+        tags = {"proglayer.folder": str(folder.resolve()), **tags}
+        run = self._client.create_run(self._experiment, run_name=folder.name, tags=tags)
+        return run.info.run_id
+
+    def _sweep(self, folder: Path) -> str:
+        """Return the run that stands for the sweep in this folder."""
+        asked = f"tags.`proglayer.folder` = '{folder.resolve()}'"
+        for run in self._client.search_runs([self._experiment], asked, max_results=1):
+            return run.info.run_id
+        parent = self._create(folder, {})
+        self._client.set_terminated(parent)
+        return parent
+
+    def log(self, metrics: list[Metric]) -> None:
+        from mlflow.entities import Metric
+
         now = int(1000 * time.time())
-        batch = [self._metric(name, value, now, step) for name, value, step in metrics]
+        new = [m for m in metrics if "/" in m[0] or m[2] > self._told]
+        batch = [Metric(name, value, now, step) for name, value, step in new]
         self._client.log_batch(self._run, metrics=batch)
 
-    def end(self, status: RunState | None) -> None:
-        ends: dict[RunState | None, str] = {
-            RunState.completed: "FINISHED",
-            RunState.failed: "FAILED",
-        }
-        self._client.set_terminated(self._run, ends.get(status, "KILLED"))
+    def end(self, state: RunState) -> None:
+        self._client.set_terminated(self._run, ENDS.get(state, "KILLED"))

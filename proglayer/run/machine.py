@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import os
 import platform
 import re
 import resource
-import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision
-from proglayer.run.record import Environment, PeakMemory, Scheduler
-from proglayer.run.signals import on_signals
+from proglayer.errors import first_line
+from proglayer.run.environment import available_cores
+from proglayer.run.record import Gpu, PeakMemory
 from proglayer.store.entries import Machine
+
+# What computes in bfloat16 on a processor, by the names of its flags.
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
+# So long steps are watched before a run is called slow.
+WATCHED_S = 60.0
 
 
 def pick_device(wanted: Device, precision: Precision) -> torch.device:
@@ -52,16 +54,6 @@ def pick_device(wanted: Device, precision: Precision) -> torch.device:
     return torch.device(wanted.name)
 
 
-def bfloat16_units(products: bool = False) -> list[str]:
-    """What computes in bfloat16 on this processor, by the names of its flags.
-
-    products: of float32 factors; without AMX or ARM's the library keeps them in float32.
-    """
-    units = ("amx_bf16", "bf16") if products else ("amx_bf16", "avx512_bf16", "bf16")
-    capabilities = torch.cpu.get_capabilities()
-    return [unit for unit in units if capabilities.get(unit)]
-
-
 def with_precision(config: Config) -> tuple[Config, str | None]:
     """The settings with a precision instead of `auto`, and a line that says which and why.
 
@@ -72,26 +64,12 @@ def with_precision(config: Config) -> tuple[Config, str | None]:
     device = pick_device(config.device, Precision.float32)
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8:  # Ampere
         picked, why = Precision.tf32, "this GPU has units for it"
-    elif device.type == "cpu" and (units := bfloat16_units()):
-        picked, why = Precision.bfloat16, f"this processor has {', '.join(units)}"
+    elif device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, BFLOAT16_UNITS)):
+        picked, why = Precision.bfloat16, "this processor has units for it"
     else:
         picked, why = Precision.float32, f"this {device.type} has no units for less"
     line = f"precision=auto is {picked.name} here: {why}"
     return config.model_copy(update={"precision": picked}), line
-
-
-def precision_warning(device: torch.device, precision: Precision) -> str | None:
-    """What tells a user that float32 is faster here, from the processor's flags; None if not."""
-    if device.type != "cpu" or precision is Precision.float32:
-        return None
-    products = precision is Precision.tf32
-    if bfloat16_units(products):
-        return None
-    units = "amx_bf16 or bf16" if products else "amx_bf16 or avx512_bf16 or bf16"
-    return (
-        f"warning: precision={precision.name}: this processor has no units for it "
-        f"({units}), so precision=float32 is as fast or faster"
-    )
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -103,34 +81,30 @@ def describe_machine(device: torch.device) -> Machine:
     return Machine(device.type, name, torch.get_num_threads(), str(torch.__version__))
 
 
-def environment() -> Environment:
-    """Versions and place, for the record."""
-    from proglayer import __version__
-
-    return Environment(
-        proglayer=__version__,
-        python=platform.python_version(),
-        platform=platform.platform(),
-        host=socket.gethostname(),
-        process=os.getpid(),
-        cores=os.cpu_count(),
-        scheduler=_scheduler(),
-    )
+def places_on_gpus(config: Config) -> int | None:
+    """Return how many jobs with these settings the GPUs here have room for; None on no GPU."""
+    if pick_device(config.device, Precision.float32).type != "cuda":
+        return None
+    return torch.cuda.device_count() * config.jobs_per_gpu
 
 
-def _scheduler() -> Scheduler | None:
-    """The scheduler that started this job, if one did."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-        node = os.environ.get("SLURMD_NODENAME", "")
-        return Scheduler(name="slurm", job=f"{array}_{task}" if array else job, node=node)
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        context = ray.get_runtime_context()
-        # Outside a task it is the process of the command, which runs no jobs.
-        if task := context.get_task_id():
-            return Scheduler(name="ray", job=task, node=context.get_node_id())
-    return None
+@contextlib.contextmanager
+def gpu_of(worker: int, device: torch.device) -> Iterator[Gpu | None]:
+    """Have `cuda` mean the GPU of this worker until the block ends, and leave no memory on it that
+    nothing uses. None on another device.
+
+    worker: the number of the process among those that work at once on this machine. Not through
+    CUDA_VISIBLE_DEVICES, which CUDA reads only once: jobs may come one after another in a process.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    index = worker % torch.cuda.device_count()
+    with torch.cuda.device(index):
+        try:
+            yield Gpu(index=index, name=str(torch.cuda.get_device_properties(index).uuid))
+        finally:
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -151,8 +125,7 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
     filling: Any = torch.utils.deterministic
     filled_before = filling.fill_uninitialized_memory
     try:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(threads_before, available_cores()))
         if torch.cuda.is_available():
             # Attention's backward pass and the compiler would add up in any order there. cuBLAS
             # reads its variable when it starts, and without it may choose another way each time.
@@ -174,30 +147,33 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
-@dataclass
-class StopSignals:
-    """Notes the first of the signals that ask to stop instead of ending at once.
+class CoreWatch:
+    """Sees whether steps on the processor get the cores that their threads ask for."""
 
-    A second one acts as it would have without this. Outside the main thread nothing is noted.
+    def __init__(self) -> None:
+        self._said = False
+        self._begin()
 
-    received: the name of the signal that asked to stop, if one did.
-    scheduler: what a user's signal would have done without this, if somebody asked for it: the way
-        in which a scheduler's agent learns that its job is to be put back into the queue. To be
-        called once the state is stored; it may end the process.
-    """
+    def _begin(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
 
-    received: str | None = None
-    scheduler: Callable[[], object] | None = None
+    def step(self, first: bool) -> str | None:
+        """Return a line, once, if the steps of a minute went without half of their cores.
 
-    def noted(self) -> contextlib.AbstractContextManager[None]:
-        """Note signals while the block lasts."""
-        return on_signals(self._note)
-
-    def _note(self, number: int, frame: object, before: Any) -> None:
-        self.received = signal.Signals(number).name
-        ours = str(getattr(before, "__module__", "")).startswith("proglayer.")
-        if callable(before) and not ours and self.received.startswith("SIGUSR"):
-            self.scheduler = functools.partial(before, number, frame)
+        first: the step is the first after something else.
+        """
+        if first or self._said:
+            self._begin()
+            return None
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        threads = torch.get_num_threads()
+        if wall < WATCHED_S or cpu > threads * wall / 2:
+            return None
+        self._said = True
+        return (
+            f"slow for want of cores: {cpu / wall:.1f} of the {threads} that its threads ask for "
+            "worked in the last minute: set threads=1, or run fewer jobs at once"
+        )
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -223,18 +199,14 @@ def peak_memory_mb(device: torch.device) -> PeakMemory:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What to tell a user whose settings need more memory than there is; None for other errors."""
-    text = str(error)
-    on_cpu = isinstance(error, RuntimeError) and re.search(
-        "can't allocate memory|not enough memory", text
-    )
-    no_room = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if not (on_cpu or no_room or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
+    """Tell a user whose settings need more memory than there is; None for other errors."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    told = re.search("can't allocate memory|not enough memory|Cannot allocate memory", str(error))
+    if not isinstance(error, kinds) and not (isinstance(error, (RuntimeError, OSError)) and told):
         return None
-    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
     return (
-        f"not enough memory{f' for {asked[1]} more' if asked else ''}: lower phase.batch_size, "
-        "model.dim or data.max_vocab, or run fewer jobs at once"
+        "not enough memory: lower phase.batch_size, model.dim or data.max_vocab, or run fewer jobs "
+        f"at once ({first_line(error)})"
     )
 
 

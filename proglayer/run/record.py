@@ -12,6 +12,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import math
 import os
 import threading
@@ -28,11 +29,17 @@ from proglayer.config import Objective
 from proglayer.errors import ConfigError, UserError
 from proglayer.files import RUN_FILE, SWEEP_FILE
 from proglayer.store.entries import Machine
-from proglayer.training.plan import Rates
+from proglayer.training.cost import parameter_counts, training_flops
+from proglayer.training.plan import Phase, Rates
 from proglayer.training.stopping import perplexity
 
 if TYPE_CHECKING:
+    from proglayer.config import Config
     from proglayer.data.corpus import Corpus
+    from proglayer.data.pretrained import Pretrained
+    from proglayer.store.trajectory import Trajectory
+    from proglayer.training.stopping import EpochMetrics, Stopped
+    from proglayer.training.trainer import ExitMetrics
 
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
@@ -94,7 +101,6 @@ class Gpu(Part):
 
     index: int
     name: str
-    seconds_waited: float = 0.0
 
 
 class GitState(Part):
@@ -164,24 +170,6 @@ class CorpusRecord(Part):
             f"{on}_accuracy_percent": 100 * score.accuracy,
             f"{on}_bits_per_byte": bits,
         }
-
-
-def corpus_record(corpus: Corpus) -> CorpusRecord:
-    """Return what the record says of a corpus."""
-    return CorpusRecord(
-        name=corpus.name,
-        fingerprint=corpus.fingerprint,
-        vocab_size=corpus.vocab_size,
-        seq_len=corpus.train.shape[1] - 1,
-        train_windows=len(corpus.train),
-        validation_windows=len(corpus.validation),
-        test_windows=None if corpus.test is None else len(corpus.test),
-        tokenizer=corpus.tokenizer,
-        validation_bytes=corpus.validation_bytes,
-        test_bytes=corpus.test_bytes,
-        validation_unknown=corpus.validation_unknown,
-        test_fingerprint=corpus.test_fingerprint,
-    )
 
 
 class CheckpointRecord(Part):
@@ -388,6 +376,135 @@ class SweepRecord(Part):
     about: dict[str, Any] = {}
 
 
+# --- what is recorded ----------------------------------------------------------------------------
+
+
+def corpus_record(corpus: Corpus) -> CorpusRecord:
+    """Return what the record says of a corpus."""
+    return CorpusRecord(
+        name=corpus.name,
+        fingerprint=corpus.fingerprint,
+        vocab_size=corpus.vocab_size,
+        seq_len=corpus.train.shape[1] - 1,
+        train_windows=len(corpus.train),
+        validation_windows=len(corpus.validation),
+        test_windows=None if corpus.test is None else len(corpus.test),
+        tokenizer=corpus.tokenizer,
+        validation_bytes=corpus.validation_bytes,
+        test_bytes=corpus.test_bytes,
+        validation_unknown=corpus.validation_unknown,
+        test_fingerprint=corpus.test_fingerprint,
+    )
+
+
+def checkpoint_record(
+    config: Config, checkpoint: Pretrained | None, first: Phase
+) -> CheckpointRecord | None:
+    """Return what the record says of the weights that a run began with; None for no others."""
+    if checkpoint is None:
+        return None
+    return CheckpointRecord(
+        path=str(config.model.path),
+        revision=checkpoint.revision,
+        sha256=first.train.checkpoint_sha256,
+        layers=first.train.layers,
+    )
+
+
+def epoch_row(phase: Phase, metrics: EpochMetrics, best: bool, reused: bool) -> EpochRow:
+    """Return what the record says of an epoch."""
+    return EpochRow(
+        phase=phase.index + 1,
+        layers=phase.train.layers,
+        epoch=metrics.epoch,
+        train_loss=metrics.train_loss,
+        validation=Score(loss=metrics.validation_loss, accuracy=metrics.validation_accuracy),
+        train_tokens=metrics.train_tokens,
+        train_seconds=round(metrics.train_seconds, 3),
+        evaluation_seconds=round(metrics.evaluation_seconds, 3),
+        best=best,
+        reused=reused,
+    )
+
+
+def phase_record(
+    trajectory: Trajectory,
+    stopped: Stopped,
+    exits: list[ExitMetrics],
+    test: ExitMetrics | None,
+    memory: PeakMemory,
+    growth: GrowthRecord | None,
+) -> PhaseRecord:
+    """Return what the record says of a phase."""
+    phase, counts, windows = trajectory.phase, trajectory.counts, trajectory.corpus.train
+    spec, best = phase.train, stopped.best
+    parameters = parameter_counts(spec)
+    trained = [epoch for epoch in stopped.epochs if epoch.epoch]
+    reused = [epoch for epoch in trained if epoch.epoch not in counts.trained]
+    flops = [
+        training_flops(spec, windows.shape[1] - 1, len(windows), epoch.epoch) for epoch in trained
+    ]
+    seconds = sum(epoch.train_seconds for epoch in trained)
+    tokens = sum(epoch.train_tokens for epoch in trained)
+    return PhaseRecord(
+        name=phase.name,
+        layers=spec.layers,
+        new_layers=list(spec.new_layers) if phase.index else [],
+        parameters_total=parameters.total,
+        parameters_trainable=parameters.trainable,
+        frozen=list(spec.frozen),
+        rates=spec.rates,
+        exit_weights=list(spec.exit_weights),
+        trajectory=trajectory.key,
+        epochs=len(trained),
+        best_epoch=best.epoch,
+        stopped=stopped.reason,
+        train_loss=best.train_loss,
+        validation=Score(loss=best.validation_loss, accuracy=best.validation_accuracy),
+        exits={
+            each.exit + 1 if spec.layers else 0: Score(loss=each.loss, accuracy=each.accuracy)
+            for each in exits
+        },
+        train_tokens=tokens,
+        train_flops_head=sum(epoch.head for epoch in flops),
+        train_flops_body=sum(epoch.body for epoch in flops),
+        train_seconds=seconds,
+        evaluation_seconds=sum(epoch.evaluation_seconds for epoch in trained),
+        tokens_per_second=tokens / seconds if seconds else None,
+        work=PhaseWork(
+            epochs_trained=len(counts.trained),
+            epochs_replayed=counts.epochs_replayed,
+            epochs_reused=len(reused),
+            seconds_saved=sum(e.train_seconds + e.evaluation_seconds for e in reused),
+            seconds_waited=counts.waited_seconds,
+            peak_memory_mb=memory,
+        ),
+        growth=growth,
+        test=test and Score(loss=test.loss, accuracy=test.accuracy),
+    )
+
+
+def growth_record(
+    trajectory: Trajectory, before: float | None, stopped: Stopped
+) -> GrowthRecord | None:
+    """Return what the growth at the start of a phase did; None where there was none.
+
+    before: the validation loss of the old model.
+    """
+    if trajectory.phase.train.growth is None:
+        return None
+    losses = [exit.loss for exit in trajectory.start_exits()]
+    so_far = itertools.accumulate(epoch.train_tokens for epoch in stopped.epochs)
+    better = (before is not None and e.validation_loss < before for e in stopped.epochs)
+    return GrowthRecord(
+        loss_before=before,
+        loss_after=losses[-1],
+        exit_losses_after=losses,
+        tokens_to_recovery=next(itertools.compress(so_far, better), None),
+        gradient_share_new=trajectory.gradient_shares(),
+    )
+
+
 # --- reading and writing --------------------------------------------------------------------------
 
 
@@ -462,6 +579,23 @@ def _read(kind: type[T], path: Path) -> T:
 
 def _write(path: Path, record: BaseModel) -> None:
     files.write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n")
+
+
+def check_run(folder: Path) -> None:
+    """Raise ConfigError, which says where to look, unless a folder holds a run's model."""
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}")
+    if (folder / SWEEP_FILE).exists():
+        runs = [job.folder for job in read_sweep(folder).jobs]
+        others = ", ..." if runs[5:] else ""
+        raise ConfigError(
+            f"{folder} holds a sweep: name one of its runs in it ({', '.join(runs[:5])}{others})"
+        )
+    if not (folder / RUN_FILE).exists():
+        raise ConfigError(f"{folder} holds no {RUN_FILE}: it is no run's folder")
+    if not (folder / WEIGHTS).exists():
+        state = state_of(folder, read_record(folder)).state
+        raise ConfigError(f"{folder} holds no {WEIGHTS}: its run is {state}")
 
 
 # --- signs of life --------------------------------------------------------------------------------

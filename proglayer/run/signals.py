@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 def stop_signals() -> list[int]:
-    """The numbers of those that this system has; without SIGHUP where `nohup` says to ignore it."""
+    """Return the numbers of those that this system has; no SIGHUP where `nohup` ignores it."""
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [
         number
@@ -26,18 +29,21 @@ def on_signals(act: Callable[[int, object, Any], object], once: bool = True) -> 
     """Have these signals call `act` until the block ends. Outside the main thread nothing changes.
 
     act: is given a signal's number, the frame, and the handler that it would have had.
-    once: whether a second signal acts as it would have without this.
+    once: a second signal acts as it would have without this.
     """
     before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    came: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if once:
-            restore()
-        act(number, frame, before[number])
+        came.append(number)
+        if not once or not came[1:]:
+            act(number, frame, before[number])
+        elif callable(before[number]):
+            before[number](number, frame)
+        else:
+            # Python says that it ignored a signal whose handler went meanwhile: so it goes here.
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
 
     try:
         if threading.current_thread() is threading.main_thread():
@@ -46,9 +52,34 @@ def on_signals(act: Callable[[int, object, Any], object], once: bool = True) -> 
                 signal.signal(number, handle)
         yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def interrupt(*_: object) -> NoReturn:
     """Act as Ctrl-C does: raises KeyboardInterrupt."""
     raise KeyboardInterrupt
+
+
+@dataclass
+class Stop:
+    """What the training loop asks once a step: whether a signal came that ends the run.
+
+    signal: its name.
+    requeue: what a user's signal would have done without this, if somebody listened to it: the way
+        in which a scheduler's agent learns that its job is to be put back into the queue. To be
+        called once the state is stored; it may end the process.
+    """
+
+    signal: str | None = None
+    requeue: Callable[[], object] | None = None
+
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Note the first signal while the block lasts; a second one ends the process at once."""
+        return on_signals(self._note)
+
+    def _note(self, number: int, frame: object, before: Any) -> None:
+        self.signal = signal.Signals(number).name
+        ours = str(getattr(before, "__module__", "")).startswith("proglayer.")
+        if callable(before) and not ours and self.signal.startswith("SIGUSR"):
+            self.requeue = functools.partial(before, number, frame)

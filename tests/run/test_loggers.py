@@ -19,7 +19,7 @@ from proglayer.config import ConfigError, to_config
 from proglayer.run import loggers
 from proglayer.run import run as experiment
 from proglayer.run.loggers import best_figures
-from proglayer.run.record import read_record
+from proglayer.run.record import EpochRow, SweepRecord, read_record, write_sweep
 
 from ..helpers import TINY, composed, config, tiny_corpus
 
@@ -198,14 +198,14 @@ def test_a_logger_that_is_not_installed_is_told_before_anything_trains(
 def test_a_logger_that_fails_is_dropped_with_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    written = loggers.TensorBoard.metrics
+    written = loggers.TensorBoard.log
 
     def full(logger: loggers.TensorBoard, figures: list[loggers.Metric]) -> None:
         if figures[0][2] == 3:
             raise OSError(errno.ENOSPC, "No space\nleft on device")
         written(logger, figures)
 
-    monkeypatch.setattr(loggers.TensorBoard, "metrics", full)
+    monkeypatch.setattr(loggers.TensorBoard, "log", full)
     folder = run("run")
     assert json.loads((folder / "run.json").read_text())["state"] == "completed"
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
@@ -243,3 +243,36 @@ def test_mlflows_settings_are_the_users(
     run("run", given=("mlflow",))
     assert not (tmp_path / "another").exists()
     assert "logger=mlflow gets no more" in caplog.text
+
+
+@for_mlflow
+def test_a_run_that_was_killed_goes_on_in_its_run_of_mlflow(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(session: experiment.Session, epoch: EpochRow) -> None:
+        add(session, epoch)
+        if epoch.phase == 2:
+            raise Killed
+
+    add = experiment.Session.add
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Session, "add", kill)
+        with pytest.raises(Killed):
+            run("run", given=("mlflow",))
+    folder = run("run", given=("mlflow",))
+    figures, expected = in_mlflow(folder), recorded(folder)
+    assert figures.pop("reused") == [(step, 0.0) for step in range(1, 7)]
+    expected.pop("reused")
+    assert figures == expected
+    assert mlflow_runs(folder)[0].info.status == "FINISHED"
+
+
+@for_mlflow
+def test_the_jobs_of_a_sweep_have_one_parent(run: Run, tmp_path: Path) -> None:
+    write_sweep(tmp_path, SweepRecord(jobs=[]))
+    runs = [mlflow_runs(run(name, given=("mlflow",)))[0] for name in ("first", "second")]
+    parents = {each.data.tags["mlflow.parentRunId"] for each in runs}
+    assert len(parents) == 1

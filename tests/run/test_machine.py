@@ -1,0 +1,136 @@
+"""What a run may use of its machine, and signals that end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from proglayer.run import machine
+from proglayer.run.environment import available_cores
+from proglayer.run.signals import Stop, on_signals
+
+from ..helpers import ROOT, config
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "100000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 4),
+        # the quota of a group holds for those below
+        ("0::/user/job", {"user/cpu.max": "200000 100000", "user/job/cpu.max": "max 100000"}, 2),
+        (
+            "4:memory:/x\n1:cpu,cpuacct:/job",
+            {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        ("1:cpu:/job", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("0::/gone", {}, 4),
+    ],
+)
+def test_cores_are_those_of_the_mask_and_the_quota(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    membership: str,
+    files: dict[str, str],
+    cores: int,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    (tmp_path / "own").write_text(membership + "\n")
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert available_cores(tmp_path, tmp_path / "own") == cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs taskset")
+def test_cores_are_those_that_taskset_leaves() -> None:
+    code = "from proglayer.run.environment import available_cores; print(available_cores())"
+    command = ["taskset", "-c", "0", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_steps_that_lack_cores_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(time, "monotonic", lambda: clock["wall"])
+    monkeypatch.setattr(time, "process_time", lambda: clock["cpu"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def lines(share: float) -> list[str]:
+        watch, told = machine.CoreWatch(), []
+        for step in range(200):
+            clock["wall"] += 1
+            clock["cpu"] += 2 * share
+            told.append(watch.step(first=step == 0))
+        return [line for line in told if line]
+
+    assert lines(0.9) == []
+    (line,) = lines(0.3)
+    assert line.startswith("slow for want of cores: 0.6 of the 2 that its threads ask for")
+
+
+def test_the_first_signal_is_noted_and_the_second_acts_as_without() -> None:
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_in_a_row_print_nothing() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from proglayer.run.signals import Stop\n"
+        "with Stop().listening():\n"
+        "    print(flush=True)\n"
+        "    time.sleep(20)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for _ in range(3):
+            process.terminate()
+            time.sleep(0.005)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+    assert err == b""
+
+
+def test_every_signal_acts_where_each_is_asked_for() -> None:
+    came: list[int] = []
+    with on_signals(lambda number, *_: came.append(number), once=False):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert came == [signal.SIGTERM] * 3
+
+
+def test_workers_share_out_the_gpus_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    properties = SimpleNamespace(uuid="GPU-a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(used.append(index)))
+    for worker in range(6):
+        with machine.gpu_of(worker, torch.device("cuda")) as gpu:
+            assert gpu is not None
+            assert gpu.index == used[-1]
+    assert used == [0, 1, 2, 0, 1, 2]
+    assert machine.places_on_gpus(config("device=cuda", "jobs_per_gpu=2")) == 6
+    assert machine.places_on_gpus(config("device=cpu", "jobs_per_gpu=2")) is None
+    with machine.gpu_of(5, torch.device("cpu")) as gpu:
+        assert gpu is None
