@@ -16,35 +16,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives its exit status: 2 for folders that cannot be read or written."""
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.report",
-        description="Write the report of sweeps and runs, finished or not: a page, the same as "
-        "Markdown, figures and tables.",
+        description="Write the report of sweeps and runs: a page, figures and tables.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
     parser.add_argument(
         "-o", "--out", metavar="DIR", default="report", help="where the report goes (report)"
     )
+    usual = Margins()
     parser.add_argument(
         "--margin",
         metavar="POINTS",
-        type=float,
+        type=_positive,
         help="a difference in accuracy within this many points counts as none "
-        f"({Margins().points:g}, or what the study was settled with)",
+        f"({usual.points:g}, or what the study was settled with)",
     )
     parser.add_argument(
         "--margin-loss",
         metavar="NATS",
-        type=float,
-        help="the same for the loss, and so for perplexity "
-        f"({Margins().nats:g}, 1 %% of perplexity)",
+        type=_positive,
+        help=f"the same for the loss, and so for perplexity ({usual.nats:g}, 1 %% of perplexity)",
     )
     options = parser.parse_args(arguments)
-    for name, value in (("--margin", options.margin), ("--margin-loss", options.margin_loss)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            parser.error(f"{name}={value:g} must be more than 0")
     given = {"points": options.margin, "nats": options.margin_loss}
     given = {name: value for name, value in given.items() if value is not None}
     margins = Margins(**given) if given else None
     return run_command(lambda: print(write_report(options.folders, options.out, margins)), failed=2)
+
+
+def _positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError(text)
+    return float(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ several pages and commands say in `proglayer.report.words`.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import re
@@ -43,10 +44,9 @@ from proglayer.report.comparisons import Comparison
 from proglayer.report.pictures import Picture
 from proglayer.report.study import Condition, Study, judge_study
 from proglayer.report.words import model_name, variant_name
-from proglayer.results import Results, load, plain_values
+from proglayer.results import load, plain_values
 from proglayer.results.show import listed, ranges
-from proglayer.run.record import RunState
-from proglayer.store.reading import read_yaml
+from proglayer.run.record import RecordError, RunState, read_sweep
 from proglayer.table import Table, csv_of
 
 PAGE = "index.html"
@@ -88,7 +88,7 @@ def write_report(
     study = judge_study(results, margins, looks)
     looks_before = [] if looks else _looks_before(study.arms.runs, out)
     frames = _frames(study) | {"looks": pd.DataFrame({"seeds": looks_before})}
-    drawn = _pictures(study, frames)
+    drawn = _pictures(study)
     page = _render(study, _tables(study, frames), drawn, looks_before)
     for folder in (out, out / FIGURES, out / TABLES):
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,33 +148,17 @@ def _frames(study: Study) -> dict[str, Frame]:
     for condition in study.conditions:
         made = dict(condition.tables)
         made["arms"] = tables.arms(condition.asked)
-        made["phase_by_phase"] = _phases(condition, results)
+        made["phase_by_phase"] = tables.phases(condition.runs, results.phases)
+        scratch = arms.controls(condition.runs, arms.FROM_SCRATCH)
+        match = measures.mixing(condition.runs, condition.curves, scratch, study.margins.nats)
+        match = made["growth"]["run"].map(match)
+        made["growth"] = made["growth"].assign(tokens_to_match=match)
         for name, frame in made.items():
             if len(frame):
                 parts.setdefault(name, {})[condition.name] = frame
     for name, frame in parts.items():
         frames[name] = pd.concat(frame, names=["condition"]).reset_index("condition")
     return {name: frame for name, frame in frames.items() if len(frame)}
-
-
-def _phases(condition: Condition, results: Results) -> Frame:
-    """The phases of each arm, and the published ones after those of the original."""
-    runs, phases = condition.runs, results.phases
-    original = arms.plain_variant(runs, arms.ORIGINAL)
-    if original is None:
-        return tables.phases(runs, phases)
-    there, theirs = [runs], [phases]
-    for model, own in arms.published()["published"].items():
-        if model in condition.models:
-            run = f"published {model}"
-            which = {"run": run, "variant": tables.PUBLISHED, "model": model}
-            there.append(pd.DataFrame([which | {"phases": len(own["phases"])} | own["change"]]))
-            part = pd.DataFrame(own["phases"]).assign(run=run, evaluation_seconds=0.0)
-            theirs.append(part.assign(phase=range(1, len(part) + 1)))
-    frame = tables.phases(pd.concat(there), pd.concat(theirs))
-    order = condition.variants
-    order.insert(order.index(original) + 1, tables.PUBLISHED)
-    return frame.sort_values("variant", key=lambda v: v.map(order.index), kind="stable")
 
 
 def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
@@ -184,9 +168,6 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     # Failures first: an interruption cures itself.
     ended = runs[~runs["status"].isin(under_way)].sort_values("status", kind="stable")
     named = dict(zip(study.arms.runs["run"], study.arms.runs["variant"], strict=True))
-    mixing = [
-        measures.mixing(c.runs, c.curves, _scratch(c), study.margins.nats) for c in study.conditions
-    ]
     differs = {
         (c.name, b): arms.differing(c.runs, b)
         for c in study.conditions
@@ -195,7 +176,7 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     made: dict[str, Any] = {
         "arms": tables.arms_table,
         "phase_by_phase": tables.phases_table,
-        "growth": lambda frame: tables.growth_table(frame, pd.concat(mixing)),
+        "growth": tables.growth_table,
         "ledger": tables.spent_table,
         "to_target": tables.target_table,
         "speed_up": tables.speed_up_table,
@@ -214,51 +195,26 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     return shown | ({"versions": tables.versions_table(runs)} if len(runs) else {})
 
 
-def _scratch(condition: Condition) -> dict[str, str]:
-    return arms.controls(condition.runs, arms.FROM_SCRATCH)
-
-
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def _pictures(study: Study, frames: dict[str, Frame]) -> dict[str, list[Picture]]:
+def _pictures(study: Study) -> dict[str, list[Picture]]:
     """The pictures of each section of the page."""
-    drawn: dict[str, list[Picture]] = {
-        name: _forest_of(study, name, family)
+    drawn = {
+        name: _verdicts(study, name, [own for own in family if own.tested][:MOST_JUDGED])
         for name, family in (("claims", study.claims), ("others", study.others))
     }
     for condition in study.conditions:
-        for name, own in (
-            ("changes", _changes(study, condition)),
-            ("growth", _growth(study, condition)),
-            ("timing", _timing(condition)),
-            ("curves", _curves(study, condition)),
-            ("compute", _compute(study, condition)),
-            ("exits", pictures.exits(_worth(condition), _slug(condition))),
-        ):
+        for name, own in _of_condition(study, condition).items():
             drawn.setdefault(name, []).extend(own)
     return drawn
 
 
-def _slug(condition: Condition) -> str:
-    return f"-{condition.number + 1}" if condition.number else ""
-
-
-def _on(study: Study, condition: str) -> str:
-    """Which condition something is of, where there are several."""
-    return f", on {condition}" if len(study.conditions) > 1 else ""
-
-
-def _worth(condition: Condition) -> early_exit.Worth:
-    names = "exits_worth", "early_exit", "changed_layers"
-    return early_exit.Worth(*(condition.tables[name] for name in names))
-
-
-def _forest_of(study: Study, name: str, family: Sequence[Comparison]) -> list[Picture]:
+def _verdicts(study: Study, name: str, made: Sequence[Comparison]) -> list[Picture]:
+    """The differences that the verdicts of the first screen rest on."""
     rows = [
         {
-            "label": words.label(own)
-            + (f", {words.measured(own)}" if own.budgets else "")
+            "label": ", ".join(filter(None, (words.label(own), words.budget_text(own))))
             + _on(study, own.condition),
             "model": own.model,
             "mean": own.accuracy.mean,
@@ -266,96 +222,70 @@ def _forest_of(study: Study, name: str, family: Sequence[Comparison]) -> list[Pi
             "high": own.judged.interval.high,
             "seeds": own.accuracy.differences.tolist(),
         }
-        for own in [own for own in family if own.tested][:MOST_JUDGED]
+        for own in made
     ]
     title, unit = "Differences in accuracy", "points of accuracy"
     return [pictures.forest(name, title, rows, study.margins.points, unit)] if rows else []
 
 
-def _changes(study: Study, condition: Condition) -> list[Picture]:
-    runs = condition.runs.dropna(subset=Metric.accuracy.change)
-    rows = [
-        {"label": variant_name(variant), "model": model, "seeds": arm[Metric.accuracy.change]}
-        for (variant, model), arm in _by_arm(runs)
-    ]
-    title = f"Change in accuracy by arm{_on(study, condition.name)}"
-    name, margin = f"changes{_slug(condition)}", study.margins.points
-    return [pictures.forest(name, title, rows, margin, "points")] if len(rows) > 1 else []
+def _on(study: Study, condition: str) -> str:
+    return f", on {condition}" if len(study.conditions) > 1 else ""
 
 
-def _by_arm(frame: Frame, *more: str) -> list[Any]:
-    shown = list(dict.fromkeys(frame["variant"]))[:MOST_VARIANTS]
-    frame = frame[frame["variant"].isin(shown)]
-    return list(frame.groupby(["variant", "model", *more], sort=False))
-
-
-def _growth(study: Study, condition: Condition) -> list[Picture]:
-    growths = condition.tables["growth"].dropna(subset="shock_nats")
-    several = growths["phase"].nunique() > 1
-    rows = [
-        {
-            "label": variant_name(variant) + (f", phase {phase}" if several else ""),
-            "model": model,
-            "seeds": arm["shock_nats"],
-        }
-        for (variant, model, phase), arm in _by_arm(growths, "phase")
-    ]
-    title = f"The loss at the moment of growth rose by{_on(study, condition.name)}"
-    name, margin = f"growth{_slug(condition)}", study.margins.nats
-    return [pictures.forest(name, title, rows, margin, "nats", "left")] if rows else []
-
-
-def _timing(condition: Condition) -> list[Picture]:
-    """The loss against the moment of growth, where that was varied."""
-    labels = "epochs before the growth", "validation loss (nats)"
-    return [
-        pictures.lines(
-            f"timing{_slug(condition)}-{number}",
-            f"{model_name(found.model)}: the loss against the moment of growth",
-            found.losses.melt(var_name="x", value_name="y"),
-            *labels,
-        )
-        for number, found in enumerate(measures.timings(condition.runs, condition.curves), start=1)
-    ]
-
-
-def _curves(study: Study, condition: Condition) -> list[Picture]:
-    """Learning curves, a picture for each variant, on one scale."""
+def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]]:
+    """Changes, growth, curves and exits in one condition."""
+    slug = f"-{condition.number + 1}" if condition.number else ""
+    on, margins = _on(study, condition.name), study.margins
+    shown = condition.variants[:MOST_VARIANTS]
+    drawn: dict[str, list[Picture]] = {"exits": pictures.exits(_worth(condition), slug)}
+    for name, title, frame, column, margin, unit, better in (
+        ("changes", "Change in accuracy by arm", condition.runs, Metric.accuracy.change,
+         margins.points, "points", "right"),
+        ("growth", "The loss at the moment of growth rose by", condition.tables["growth"],
+         "shock_nats", margins.nats, "nats", "left"),
+    ):  # fmt: skip
+        rows = _arm_rows(frame[frame["variant"].isin(shown)].dropna(subset=column), column)
+        made = [name + slug, title + on, rows, margin, unit, better]
+        drawn[name] = [pictures.forest(*made)] if rows else []
+    timings = measures.timings(condition.runs, condition.curves)
+    drawn["timing"] = [pictures.timing(f"timing{slug}-{n}", own) for n, own in enumerate(timings)]
     names = study.results.phases[["run", "phase", "name"]].rename(columns={"name": "phase_name"})
     curves = condition.curves.merge(names.astype({"phase_name": object}), on=["run", "phase"])
     known = curves.loc[np.isfinite(curves["loss"]), "loss"]
-    if known.empty:
-        return []
-    limits = float(known.min()), float(known.max())
-    return [
+    drawn["curves"] = [
         pictures.learning_curve(
-            f"curve{_slug(condition)}-{number}",
-            variant_name(variant) + _on(study, condition.name),
+            f"curve{slug}-{number}",
+            variant_name(variant) + on,
             curves[curves["variant"] == variant],
-            limits,
+            (float(known.min()), float(known.max())),
         )
-        for number, variant in enumerate(condition.variants[:MOST_VARIANTS], start=1)
+        for number, variant in enumerate(shown if len(known) else ())
     ]
+    curves = curves[curves["variant"].isin(shown) & (curves["epoch"] > 0)]
+    drawn["compute"] = [
+        pictures.compute(f"compute{slug}-{n}", f"{model_name(str(model))}{on}", own)
+        for n, (model, own) in enumerate(curves.dropna(subset="flops").groupby("model", sort=False))
+    ]
+    return drawn
 
 
-def _compute(study: Study, condition: Condition) -> list[Picture]:
-    """The loss against operations, a picture for each model, a line for each variant."""
-    shown = condition.variants[:MOST_VARIANTS]
-    curves = condition.curves[condition.curves["variant"].isin(shown)].dropna(subset="flops")
-    at = curves["phase"].map("{:03d}".format) + curves["epoch"].map(" {:05d}".format)
-    curves = curves.assign(x=curves["flops"], y=curves["loss"], at=at)
-    curves["arm"] = curves["variant"].map(variant_name)
-    labels = "operations with the head, all phases so far", "validation loss (nats)"
+def _arm_rows(frame: Frame, column: str) -> list[dict[str, Any]]:
+    """The values of each arm, and in each of its phases where there are several."""
+    several = "phase" in frame and frame["phase"].nunique() > 1
+    by = ["variant", "model", *(["phase"] if several else [])]
     return [
-        pictures.lines(
-            f"compute{_slug(condition)}-{number}",
-            f"{model_name(str(model))}: loss against operations{_on(study, condition.name)}",
-            own[own["epoch"] > 0],
-            *labels,
-            compute=True,
-        )
-        for number, (model, own) in enumerate(curves.groupby("model", sort=False), start=1)
+        {
+            "label": variant_name(variant) + "".join(f", phase {number}" for number in phase),
+            "model": model,
+            "seeds": arm[column],
+        }
+        for (variant, model, *phase), arm in frame.groupby(by, sort=False)
     ]
+
+
+def _worth(condition: Condition) -> early_exit.Worth:
+    names = "exits_worth", "early_exit", "changed_layers"
+    return early_exit.Worth(*(condition.tables[name] for name in names))
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -384,7 +314,7 @@ def _render(
         tables=shown,
         pictures=drawn,
         groups=_groups(study),
-        conditions=[_notes(condition) for condition in study.conditions],
+        missing={own.name: _missing_controls(own) for own in study.conditions},
         statuses=Counter(study.results.runs["status"]),
         seeds=ranges(study.arms.runs["seed"]),
         names=listed([condition.name for condition in study.conditions], 3),
@@ -433,28 +363,16 @@ def _questions(made: Sequence[Comparison]) -> list[list[Comparison]]:
     return [list(group) for _, group in groupby(ordered, key=question)]
 
 
-def _notes(condition: Condition) -> dict[str, Any]:
-    """What the size of the text leaves unsure, single seeds, and controls that are missing."""
+def _missing_controls(condition: Condition) -> dict[str, str]:
+    """The growing variants for which a control that was run is not there in their own size."""
     runs = condition.runs
-    single = arms.single_seeds(runs)
     growing = runs.loc[runs["grows"].astype(bool), "variant"].unique().tolist()
     missing = {}
     for experiment in (arms.FROM_SCRATCH, arms.KEEP_TRAINING):
         having = arms.controls(runs, experiment)
-        if having and (lacking := [v for v in growing if v not in having]):
-            missing[experiment] = listed([variant_name(v) for v in lacking], 6)
-    return {
-        "name": condition.name,
-        "errors": arms.binomial_errors(runs),
-        "judged_on": runs["judged_on"].iloc[0],
-        "single": [
-            f"{variant_name(r.variant)} ({model_name(r.model)})" for r in single.itertuples()
-        ],
-        "single_errors": arms.binomial_errors(single),
-        "every": not arms.has_seeds(runs),
-        "missing": missing,
-        "timings": measures.timings(runs, condition.curves),
-    }
+        if having and (lacking := [variant_name(v) for v in growing if v not in having]):
+            missing[experiment] = listed(lacking, 6)
+    return missing
 
 
 @functools.cache
@@ -469,7 +387,7 @@ def _template() -> Any:
     )
     environment.filters |= {"breakable": _breakable, "counted": counted, "listed": listed}
     environment.filters |= {"anchor": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower())}
-    environment.globals |= {"words": words}
+    environment.globals |= {"words": words, "arms": arms, "measures": measures}
     return environment.get_template("page.html.jinja")
 
 
@@ -484,19 +402,15 @@ def _commands(runs: Frame) -> list[str]:
     """The command of each sweep, and of each run that was none of a sweep's."""
     of_sweep = functools.cache(_sweep_command)
     columns = [plain_values(runs[name]) for name in ("sweep", "folder", "overrides")]
-    return list(
-        dict.fromkeys(
-            (of_sweep(Path(folder).parent) if sweep is not None else None)
-            or f"python train.py {overrides or ''}".strip()
-            for sweep, folder, overrides in zip(*columns, strict=True)
-        )
-    )
+    commands = [
+        (sweep and of_sweep(Path(folder).parent)) or f"train.py {overrides or ''}".strip()
+        for sweep, folder, overrides in zip(*columns, strict=True)
+    ]
+    return [f"python {command}" for command in dict.fromkeys(commands)]
 
 
 def _sweep_command(folder: Path) -> str | None:
-    """What a sweep was started with, as Hydra recorded it; None where that cannot be read."""
-    try:
-        given = read_yaml(folder / "multirun.yaml")["hydra"]["overrides"]
-        return f"python train.py -m {shlex.join(map(str, given['task']))}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    """What a sweep was started with; None where that cannot be read."""
+    with contextlib.suppress(RecordError):
+        return shlex.join(read_sweep(folder).command) or None
+    return None

@@ -22,6 +22,7 @@ import pandas as pd
 from proglayer.report import stats
 from proglayer.report.arms import DEEP, STANDARD, Frame
 from proglayer.report.early_exit import Worth
+from proglayer.report.measures import Timing
 from proglayer.report.words import engineering, model_name, variant_name
 
 if TYPE_CHECKING:
@@ -29,37 +30,30 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 WIDTH_IN = 4.6
-# Name in the page's style -> colour on white.
-COLOURS = {
-    "--c-blue": "#0072b2",
-    "--c-vermillion": "#d55e00",
-    "--c-green": "#009e73",
-    "--c-purple": "#cc79a7",
-    "--c-orange": "#e69f00",
-    "--c-sky": "#56b4e9",
-    "--c-faint": "#d8dce2",
-    "--fg": "#1b1e23",
-    "--muted": "#5c636d",
+# Colours on white; in a page they are the variables of its style.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+ORANGE, SKY, FAINT, INK, MUTED = "#e69f00", "#56b4e9", "#d8dce2", "#1b1e23", "#5c636d"
+VARIABLES = {
+    BLUE: "--c-blue",
+    VERMILLION: "--c-vermillion",
+    GREEN: "--c-green",
+    PURPLE: "--c-purple",
+    ORANGE: "--c-orange",
+    SKY: "--c-sky",
+    FAINT: "--c-faint",
+    INK: "--fg",
+    MUTED: "--muted",
 }
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, FAINT, INK, MUTED = COLOURS.values()
 RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "proglayer",
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     "grid.color": FAINT,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -74,11 +68,10 @@ class Style:
     """How a series is drawn."""
 
     colour: str
-    marker: str = "o"
+    marker: str
     dashes: str = "-"
 
 
-MODEL_STYLES = {STANDARD: Style(BLUE), DEEP: Style(VERMILLION, "D")}
 # Seven colours, then again with dashes and other markers.
 STYLES = tuple(
     Style(colour, marker, dashes)
@@ -90,8 +83,8 @@ STYLES = tuple(
 
 
 def _style_of(models: Sequence[str], model: str) -> Style:
-    others = [name for name in models if name not in MODEL_STYLES]
-    return MODEL_STYLES.get(model) or STYLES[2 + others.index(model) % (len(STYLES) - 2)]
+    order = list(dict.fromkeys((STANDARD, DEEP, *models)))
+    return STYLES[order.index(model) % len(STYLES)]
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Picture:
         svg = re.sub(r'\b(id="|href="#)', rf"\1{self.name}-", svg)
         svg = svg.replace("url(#", f"url(#{self.name}-")
         svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-        for name, colour in COLOURS.items():
+        for colour, name in VARIABLES.items():
             svg = re.sub(rf"((?:fill|stroke): ?){colour}\b", rf"\1var({name})", svg)
         svg = svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
         return svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
@@ -283,17 +276,9 @@ def learning_curve(name: str, title: str, curves: Frame, limits: tuple[float, fl
             if row.phase > 1:
                 axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (3, 2)))
             text = MARKS.get(str(row.phase_name), row.phase_name).format(int(row.layers))
-            axes.annotate(
-                text,
-                (at, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(2, -1),
-                textcoords="offset points",
-                va="top",
-                fontsize=8,
-                color=INK,
-                rotation=90 if len(marks) > 3 else 0,
-            )
+            place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            place |= {"xytext": (2, -1), "va": "top", "rotation": 90 if len(marks) > 3 else 0}
+            axes.annotate(text, (at, 1), fontsize=8, **place)
         axes.set_xlim(0.5, float(lengths.sum()) + 0.5)
         _axis(axes.xaxis, "epochs, phase after phase", 6, whole=True)
         _axis(axes.yaxis, "validation loss (nats)", 5)
@@ -308,11 +293,7 @@ def learning_curve(name: str, title: str, curves: Frame, limits: tuple[float, fl
 
 
 # What happened at the start of a phase, by its name.
-MARKS = {
-    "initial": "{} layers",
-    "grown": "grown: {} layers",
-    "unfreezing": "unfrozen",
-}
+MARKS = {"initial": "{} layers", "grown": "grown: {} layers", "unfreezing": "unfrozen"}
 
 
 def lines(
@@ -377,6 +358,22 @@ def lines(
     rows = sum(1 + _wrapped(arm, 30).count("\n") for arm in means) / 2
     alt = f"{title}; {y_label} by {x_label}: {words}"
     return draw(name, title, alt, 2.9 + 0.17 * rows, paint)
+
+
+def timing(name: str, found: Timing) -> Picture:
+    """Draw the loss at an equal budget against the moment of growth."""
+    title = f"{model_name(found.model)}: the loss against the moment of growth"
+    values = found.losses.melt(var_name="x", value_name="y")
+    return lines(name, title, values, "epochs before the growth", "validation loss (nats)")
+
+
+def compute(name: str, of: str, curves: Frame) -> Picture:
+    """Draw the loss against operations, of one model, a line for each variant."""
+    at = curves["phase"].map("{:03d}".format) + curves["epoch"].map(" {:05d}".format)
+    values = curves.assign(x=curves["flops"], y=curves["loss"], at=at)
+    values["arm"] = values["variant"].map(variant_name)
+    labels = "operations with the head, all phases so far", "validation loss (nats)"
+    return lines(name, f"{of}: loss against operations", values, *labels, compute=True)
 
 
 def exits(found: Worth, slug: str = "") -> list[Picture]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from proglayer.report import stats, words
-from proglayer.report.arms import Frame, Metric
+from proglayer.report.arms import ORIGINAL, Frame, Metric, plain_variant, published
 from proglayer.report.comparisons import Comparison
 from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results import plain_values
@@ -106,7 +106,7 @@ def _unique(values: Any, most: int = 6) -> str:
     def text(value: Any) -> str:
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
-        return f"{value:,}" if isinstance(value, Integral) else str(value)
+        return f"{value:,.10g}" if isinstance(value, Real) else str(value)
 
     known = [v for v in plain_values(values.drop_duplicates()) if v is not None]
     return listed([text(v) for v in known], most)
@@ -169,32 +169,47 @@ OF_PHASE = ["validation_accuracy_percent", "validation_perplexity", "seconds"]
 
 
 def phases(runs: Frame, every: Frame) -> Frame:
-    """Each arm's phases and the change over them, in the form of the founding experiment.
+    """Each arm's phases and the change over them, in the form of the founding experiment, whose
+    published run stands after the original's as a variant of its own.
 
     Args:
-        runs: completed runs, of `arms.Arms`.
+        runs: completed runs of one condition, of `arms.Arms`.
         every: the phases of all runs.
 
     Returns:
-        ARM, `phase` (its number, or "change"), `name`, `layers`, `best_epoch`, `seeds`, and the
-        summaries of OF_PHASE: accuracy in percent (of the change, in points), perplexity (of the
-        change, in percent), seconds of training and evaluation.
+        ARM, `phase` (its number, or "change"), `seeds`, the summaries of OF_PHASE (accuracy in
+        percent, of the change in points; perplexity, of the change in percent; seconds of training
+        and evaluation), `name`, `layers`, `best_epoch`.
     """
-    table = runs[["run", *ARM]].merge(every.drop(columns=["variant", "model"], errors="ignore"))
-    table["seconds"] = table["train_seconds"] + table["evaluation_seconds"]
+    table = runs[["run", *ARM]].merge(every.drop(columns=ARM, errors="ignore"), on="run")
+    seconds = table["train_seconds"] + table["evaluation_seconds"]
+    changed = dict(zip(OF_PHASE, ("accuracy_points", "perplexity_percent", "seconds"), strict=True))
+    change = runs[runs["phases"].astype(float) > 1].assign(phase="change", name="change")
+    change = change.assign(**{name: change[column] for name, column in changed.items()})
+    both = pd.concat([table.assign(seconds=seconds), change])
+    variants = list(dict.fromkeys(runs["variant"]))
+    if original := plain_variant(runs, ORIGINAL):
+        models = [model for model in published()["published"] if model in set(runs["model"])]
+        both = pd.concat([both, *map(_published, models)])
+        variants.insert(variants.index(original) + 1, PUBLISHED)
+    order = {name: n for n, name in enumerate([*variants, *dict.fromkeys(runs["model"])])}
+    both = both.sort_values(ARM, key=lambda names: names.map(order), kind="stable")
     by = [*ARM, "phase"]
-    frame = over_seeds(table, by, OF_PHASE)
-    groups = table.groupby(by, sort=False)
+    frame = over_seeds(both, by, OF_PHASE)
+    groups = both.groupby(by, sort=False)
     for name, shown in (("name", _unique), ("layers", _unique), ("best_epoch", ranges)):
         frame[name] = groups[name].agg(shown).to_numpy(object)
-    several = runs[runs["phases"].astype(float) > 1]
-    parts = dict(zip(OF_PHASE, ("accuracy_points", "perplexity_percent", "seconds"), strict=True))
-    change = several.assign(**{name: several[column] for name, column in parts.items()})
-    change = over_seeds(change, ARM, OF_PHASE)
-    change = change.assign(phase="change", name="change", layers="", best_epoch="")
-    both = pd.concat([frame, change], ignore_index=True)
-    arm = pd.factorize(pd.MultiIndex.from_frame(both[ARM]))[0]
-    return both.iloc[np.argsort(arm, kind="stable")].reset_index(drop=True)
+    return frame
+
+
+def _published(model: str) -> Frame:
+    """The phases and the change of the founding experiment's published run of a model."""
+    own = published()["published"][model]
+    figures = dict(zip(OF_PHASE, own["change"].values(), strict=True))
+    rows = [row | {"phase": n} for n, row in enumerate(own["phases"], start=1)]
+    frame = pd.DataFrame([*rows, figures | {"phase": "change", "name": "change"}])
+    frame["seconds"] = frame["seconds"].fillna(frame["train_seconds"])
+    return frame.assign(variant=PUBLISHED, model=model)
 
 
 def phases_table(frame: Frame) -> Table:
@@ -315,20 +330,13 @@ def _p(value: float) -> str:
 OF_GROWTH = ["loss_before", "loss_after", "shock_nats", "accuracy_points", "share_new"]
 
 
-def growth_table(growths: Frame, mixing: Frame) -> Table:
-    """The immediate effect of each arm's growths, over its seeds.
-
-    Args:
-        growths: of `measures.growths`, with `condition`.
-        mixing: tokens by run, of `measures.mixing`; it counts from a run's last growth.
-    """
-    last = growths["phase"] == growths.groupby("run")["phase"].transform("max")
-    growths = growths.assign(mixing=growths["run"].map(mixing).where(last))
+def growth_table(growths: Frame) -> Table:
+    """The immediate effect of each arm's growths, over its seeds; see `measures.growths`."""
     by = ["condition", *ARM, "phase"]
     frame = over_seeds(growths, by, OF_GROWTH)
     groups = growths.groupby(by, sort=False)
     frame["layers"] = groups["layers"].agg(_unique).to_numpy(object)
-    for name in ("tokens_to_recovery", "mixing"):
+    for name in ("tokens_to_recovery", "tokens_to_match"):
         frame[name] = groups[name].agg(_tokens).to_numpy(object)
     columns = [
         VARIANT,
@@ -340,11 +348,7 @@ def growth_table(growths: Frame, mixing: Frame) -> Table:
         interval("shock_nats", "Loss rose by, nats", "+.3f"),
         interval("accuracy_points", "Accuracy, points", "+.2f", minor=2),
         Column("tokens_to_recovery", "Tokens to recover", kind="figure"),
-        *(
-            [Column("mixing", "Tokens to match from scratch", kind="figure")]
-            if frame["mixing"].any()
-            else []
-        ),
+        Column("tokens_to_match", "Tokens to match from scratch", kind="figure"),
         spread("share_new", "Gradient in new layers", ".0%", minor=1),
     ]
     return set_table(frame, columns, "The immediate effect of growth", "growth")

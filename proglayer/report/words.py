@@ -34,15 +34,6 @@ TITLES = {
     Claim.stable: "Existing layers must be stable",
     Claim.stepwise: "Stepwise training works",
 }
-MEASURED_BY = {
-    Claim.deep_helps: "the change in accuracy from the first phase to the last, deep supervision − "
-    "Standard",
-    Claim.stable: "the final accuracy with the existing layers frozen − with nothing frozen, at "
-    "its best epoch within the operations that the frozen run took",
-    Claim.stepwise: "the final accuracy of the grown model − that of the same depth trained from "
-    "scratch, at its best epoch within the tokens (or operations, head included) that growing took "
-    "in all phases",
-}
 KINDS = {Kind.models: "change in accuracy", Kind.ends: "each at its own end"}
 
 
