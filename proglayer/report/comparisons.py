@@ -167,22 +167,19 @@ def claimed(runs: Frame, curves: Frame, margins: Margins, condition: str = "") -
     by_arm = _by_arm(runs)
     original = arm.plain_variant(runs, arm.ORIGINAL)
     growing = list(runs.loc[runs["grows"].astype(bool), "variant"].unique())
-    asked: dict[Claim, list[Comparison]] = {claim: [] for claim in Claim}
     judged_in = [original] if original in growing else growing
-    asked[Claim.deep_helps] = _models(by_arm, judged_in, margins)
-    if original is not None:
-        unfrozen = arm.plain_variant(runs, arm.UNFROZEN)
-        scratch = arm.controls(runs, arm.FROM_SCRATCH).get(original)
-        for claim, control, budgets in (
-            (Claim.stable, unfrozen, (Budget.compute,)),
-            (Claim.stepwise, scratch, (Budget.tokens, Budget.compute)),
-        ):
-            if control is not None:
-                made = _within(runs, by_arm, curves, original, control, budgets, margins)
-                asked[claim] = made
+    asked = {claim: [] for claim in Claim} | {Claim.deep_helps: _models(by_arm, judged_in, margins)}
+    unfrozen = arm.plain_variant(runs, arm.UNFROZEN)
+    scratch = arm.controls(runs, arm.FROM_SCRATCH).get(original or "")
+    for claim, control, budgets in (
+        (Claim.stable, unfrozen, (Budget.compute,)),
+        (Claim.stepwise, scratch, (Budget.tokens, Budget.compute)),
+    ):
+        if original and control:
+            asked[claim] = _within(runs, by_arm, curves, original, control, budgets, margins)
     for claim, own in asked.items():
         if not own:
-            both = (STANDARD, DEEP)
+            both = STANDARD, DEEP
             lacks = _to_run(Reason.no_runs, runs, original or "", EXPERIMENTS[claim], both)
             own.append(Comparison(Kind.models, "", "", "", not_made=lacks))
     return [
@@ -412,18 +409,13 @@ def as_frames(comparisons: Iterable[Comparison]) -> tuple[Frame, Frame]:
     """
     rows, by_seed = [], []
     for own in comparisons:
-        names = {name: getattr(own, name) for name in ("condition", "a", "b", "model")}
-        which = {
-            "claim": own.claim and str(own.claim),
-            **names,
-            "measured": str(own.kind),
-            "budgets": " ".join(own.budgets),
-            "on_validation": own.on_validation,
-        }
-        judged, levels = own.judged, own.judged.levels
+        which = {name: getattr(own, name) for name in ("claim", "condition", "a", "b", "model")}
+        which |= {"measured": own.kind, "budgets": " ".join(own.budgets)}
+        which |= {"on_validation": own.on_validation}
+        judged = own.judged
         verdict = {
-            "verdict": str(own.verdict),
-            "reason": own.not_made and str(own.not_made.reason),
+            "verdict": own.verdict,
+            "reason": own.not_made and own.not_made.reason,
             "look": own.look or None,
             **judged.interval._asdict(),
             **{f"{name}_alone": value for name, value in judged.alone._asdict().items()},
@@ -431,23 +423,20 @@ def as_frames(comparisons: Iterable[Comparison]) -> tuple[Frame, Frame]:
             "p_adjusted": judged.p_adjusted,
             "equivalence_p": own.accuracy.equivalence_p,
             "equivalence_p_adjusted": judged.equivalence_p_adjusted,
-            "family": levels.family,
-            "level": levels.each,
+            "family": judged.levels.family,
+            "level": judged.levels.each,
         }
         for metric, pairs in (own.pairs or {Metric.accuracy: stats.NO_PAIRS}).items():
             low, high, _ = pairs.interval(0.95)
-            left_out = ", ".join(f"{count} {why}" for why, count in pairs.left_out.items())
-            found = {"n": pairs.n, "dropped": pairs.dropped, "left_out": left_out}
-            found |= {"mean": pairs.mean, "sd": pairs.sd, "margin": pairs.margin}
-            found |= {"low_95": low, "high_95": high, "sign_flip_p": pairs.sign_flip_p}
             rows.append(
                 which
-                | {"metric": str(metric)}
-                | (verdict if metric is Metric.accuracy else {})
-                | found
+                | {"metric": metric, **(verdict if metric is Metric.accuracy else {})}
+                | {"n": pairs.n, "dropped": pairs.dropped, "mean": pairs.mean, "sd": pairs.sd}
+                | {"left_out": ", ".join(f"{n} {why}" for why, n in pairs.left_out.items())}
+                | {"margin": pairs.margin, "low_95": low, "high_95": high}
             )
             by_seed += [
-                which | {"metric": str(metric), "seed": seed, "difference": difference}
+                which | {"metric": metric, "seed": seed, "difference": difference}
                 for seed, difference in pairs.differences.items()
             ]
     return pd.DataFrame(rows), pd.DataFrame(by_seed)

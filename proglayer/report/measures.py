@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -184,9 +183,6 @@ def _reached(curves: Frame, runs: Frame) -> Frame:
 MOMENT = "config.phase.initial.max_epochs"
 LENGTHS = (MOMENT, "config.phase.grown.max_epochs")
 FEWEST_MOMENTS = 3
-FEWEST_RANKED = 3
-# The order of the arms is looked at in so many epochs at most.
-MOST_STEPS = 24
 
 
 def growths(results: Results, runs: Frame) -> Frame:
@@ -233,26 +229,20 @@ def mixing(runs: Frame, curves: Frame, scratch: Mapping[str, str], margin: float
     Returns:
         tokens by run; inf for never. Runs without such a partner are left out.
     """
-    place = {(r.variant, r.model, r.seed): r.run for r in runs.itertuples()}
-    by_run = dict(iter(curves.groupby("run", sort=False))) if scratch else {}
+    run_of = runs.set_index(["variant", "model", "seed"])["run"].to_dict()
+    by_run = dict(iter(curves[curves["epoch"] > 0].groupby("run", sort=False)))
+    at_growth = curves[curves["epoch"] == 0].groupby(["run", "phase"])["tokens"].first()
     found = {}
-    for row in runs[runs["variant"].isin(scratch)].itertuples():
-        other = by_run.get(place.get((scratch[row.variant], row.model, row.seed), ""))
-        own = by_run.get(row.run)
+    for (variant, model, seed), run in run_of.items():
+        own, other = by_run.get(run), by_run.get(run_of.get((scratch.get(variant), model, seed)))
         if own is None or other is None:
             continue
-        own = own[own["phase"] == own["phase"].max()]
-        start = float(own["tokens"].iloc[0]) if own["epoch"].iloc[0] == 0 else math.nan
-        own, other = own[own["epoch"] > 0], other[other["epoch"] > 0]
-        target = np.interp(
-            own["flops"].to_numpy(float),
-            other["flops"].to_numpy(float),
-            np.fmin.accumulate(other["loss"].to_numpy(float)),
-            left=math.nan,
-        )
-        there = np.fmin.accumulate(own["loss"].to_numpy(float)) <= target + margin
-        tokens = own["tokens"].to_numpy(float)
-        found[row.run] = tokens[there.argmax()] - start if there.any() else math.inf
+        phase = own["phase"].max()
+        start, own = at_growth.get((run, phase), math.nan), own[own["phase"] == phase]
+        lowest, others = (np.fmin.accumulate(each["loss"].to_numpy()) for each in (own, other))
+        target = np.interp(own["flops"], other["flops"], others, left=math.nan)
+        there = own.loc[lowest <= target + margin, "tokens"]
+        found[run] = there.iloc[0] - start if len(there) else math.inf
     return pd.Series(found, dtype=float)
 
 
@@ -330,43 +320,3 @@ def _loss_within(curve: Frame, budget: float) -> float:
     last = curve[curve["layers"] == curve["layers"].iloc[-1]]
     lowest = np.fmin.accumulate(last["loss"].to_numpy(float))
     return float(np.interp(budget, last["flops"].to_numpy(float), lowest, left=math.nan))
-
-
-def ranking(curves: Frame) -> Frame:
-    """Return Kendall's tau-b of the order of the arms after so many epochs with that at the end.
-
-    Arms are ordered by the loss of the model in hand, the lowest of its phase so far; one that
-    ended keeps its last. Seeds that an arm lacks are left out.
-
-    Args:
-        curves: of one model, with `variant` and `seed`.
-
-    Returns:
-        `step` (epochs of training, all phases), `seed`, `tau` (nan where all arms are equal);
-        empty below FEWEST_RANKED arms.
-    """
-    import scipy.stats
-
-    # Its own types lack what it returns.
-    kendalltau: Any = scipy.stats.kendalltau
-    own = curves[curves["epoch"] > 0].sort_values("step", kind="stable")
-    own = own.assign(lowest=own.groupby(["run", "phase"])["loss"].cummin())
-    wide = own.pivot_table("lowest", ["variant", "seed"], "step", observed=True)
-    wide = wide.ffill(axis="columns").unstack("variant").dropna()
-    if own["variant"].nunique() < FEWEST_RANKED or wide.empty:
-        return pd.DataFrame(columns=["step", "seed", "tau"])
-    steps = wide.columns.get_level_values("step").unique().sort_values()
-    shown = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, MOST_STEPS)})
-    rows = [
-        [int(step), seed, float(kendalltau(losses[step], losses[steps[-1]]).statistic)]
-        for seed, losses in wide.iterrows()
-        for step in shown
-    ]
-    return pd.DataFrame(rows, columns=["step", "seed", "tau"])
-
-
-def settled_from(ranks: Frame) -> int:
-    """Return the epoch from which on the order of the arms is the final one in every seed."""
-    early = ranks.loc[~(ranks["tau"] >= 1 - 1e-9), "step"]
-    later = ranks.loc[ranks["step"] > (early.max() if len(early) else 0), "step"]
-    return int(later.min() if len(later) else ranks["step"].max())

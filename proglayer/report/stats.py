@@ -12,12 +12,11 @@ Three conventions hold throughout:
 - Values that are not finite (a failed or diverged run) are left out and **counted**; pairs also
   say why, for what is true of the seeds that came through need not be of all.
 
-With the small numbers of seeds that a study can afford, the paired t-test decides; the exact
-sign-flip test, which assumes only symmetry, stands beside it. Where every difference is the same, a
-t-test has no spread to judge by, and exact sign tests decide instead. Of several comparisons each
-is judged at the level 0.05 / their number (Bonferroni): then an interval belongs to every verdict
-and cannot contradict it, and all of them hold together with 95 %. Holm's procedure would find a
-little more and leaves no such intervals.
+With the small numbers of seeds that a study can afford, the paired t-test decides. Where every
+difference is the same, it has no spread to judge by, and exact sign tests decide instead. Of
+several comparisons each is judged at the level 0.05 / their number (Bonferroni): then an interval
+belongs to every verdict and cannot contradict it, and all of them hold together with 95 %. Holm's
+procedure would find a little more and leaves no such intervals.
 
 SciPy and statsmodels take a second to import, and of one seed nothing is tested: they are imported
 where they are used.
@@ -37,7 +36,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-SIGN_FLIPS = 9_999
 # Beyond this a number of seeds is no plan any more, and the answer is "infinitely many".
 MOST_SEEDS = 1_000_000
 # Differences that agree to this share of the values themselves differ by rounding only.
@@ -83,19 +81,17 @@ def summary(values: Any, confidence: float = 0.95) -> Summary:
     """
     array = np.asarray(values, dtype=float).ravel()
     finite = array[np.isfinite(array)]
-    n, mean, sd, low, high = len(finite), math.nan, math.nan, math.nan, math.nan
-    if n >= 1:
-        mean = float(np.mean(finite))
+    n, sd, half = len(finite), math.nan, math.nan
+    mean = float(np.mean(finite)) if n else math.nan
     if n >= 2 and np.ptp(finite) == 0:
         # Said exactly, for the sum of equal numbers is rounded.
-        mean, sd, low, high = float(finite[0]), 0.0, float(finite[0]), float(finite[0])
+        mean, sd, half = float(finite[0]), 0.0, 0.0
     elif n >= 2:
         from scipy.special import stdtrit
 
         sd = float(np.std(finite, ddof=1))
         half = float(stdtrit(n - 1, (1 + confidence) / 2)) * sd / math.sqrt(n)
-        low, high = mean - half, mean + half
-    return Summary(n, array.size - n, mean, sd, low, high)
+    return Summary(n, array.size - n, mean, sd, mean - half, mean + half)
 
 
 # --- two arms, paired by seed ---------------------------------------------------------------------
@@ -140,19 +136,20 @@ class Pairs:
         """The number of seeds left out."""
         return sum(self.left_out.values())
 
+    @cached_property
+    def over_seeds(self) -> Summary:
+        """The mean difference and its spread, which is exactly 0 if all are the same."""
+        return summary(self.differences)
+
     @property
     def mean(self) -> float:
         """The mean difference; nan without a pair."""
-        return self._summary.mean
+        return self.over_seeds.mean
 
     @property
     def sd(self) -> float:
-        """Sample standard deviation; nan below two pairs; exactly 0 if all are the same."""
-        return self._summary.sd
-
-    @cached_property
-    def _summary(self) -> Summary:
-        return summary(self.differences)
+        """Sample standard deviation; nan below two pairs."""
+        return self.over_seeds.sd
 
     @property
     def constant(self) -> bool:
@@ -183,25 +180,6 @@ class Pairs:
         from scipy.special import stdtr
 
         return float(stdtr(self.n - 1, away * math.sqrt(self.n) / self.sd))
-
-    @cached_property
-    def sign_flip_p(self) -> float:
-        """The sign-flip test of the mean, two-sided; nan below two pairs. It tries all patterns of
-        signs, and with more than 13 seeds a random sample of SIGN_FLIPS of them.
-        """
-        if self.n < 2 or self.constant:
-            return self.p
-        from scipy import stats as sps
-
-        flipped = sps.permutation_test(
-            (np.sort(self.differences.to_numpy()),),  # seeds in any order give the same p-value
-            np.mean,
-            permutation_type="samples",  # of a single sample: its signs
-            vectorized=True,
-            n_resamples=SIGN_FLIPS,
-            rng=np.random.default_rng(0),
-        )
-        return float(flipped.pvalue)
 
     @cached_property
     def equivalence_p(self) -> float:
@@ -237,9 +215,9 @@ def paired(
         margin: a true difference within +-margin counts as none; in the unit of the values.
         reasons: seed -> why one of its arms has no finite value, for `left_out`.
 
-    Two-sided tests of no difference: the paired t-test (Student's distribution is that of
-    `scipy.special`) and the sign-flip test (`scipy.stats.permutation_test`). Equivalence: two
-    one-sided t-tests (Schuirmann 1987), whose p-value is the larger of the two.
+    No difference is tested by the paired t-test, two-sided (Student's distribution is that of
+    `scipy.special`); equivalence by two one-sided t-tests (Schuirmann 1987), whose p-value is the
+    larger of the two.
 
     Raises:
         ValueError: for a seed that occurs twice in one arm.

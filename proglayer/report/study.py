@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from proglayer.report import arms as arm
 from proglayer.report import comparisons, early_exit, measures, sequential
-from proglayer.report.arms import (
-    FROM_SCRATCH,
-    ORIGINAL,
-    Arms,
-    Frame,
-    Margins,
-    changes,
-    controls,
-    plain_variant,
-)
-from proglayer.report.arms import arms as arms_of
+from proglayer.report.arms import FROM_SCRATCH, Arms, Frame, Margins
 from proglayer.report.comparisons import Comparison
 from proglayer.results import Results
 
@@ -63,7 +54,7 @@ def judge_study(results: Results, margins: Margins, looks: sequential.Looks | No
     Args:
         looks: how the study was looked at while seeds were added; None for one looked at once.
     """
-    arms = arms_of(results)
+    arms = arm.arms(results)
     every = measures.curves(results, arms.runs)
     conditions = [_condition(results, arms, every, n) for n in range(len(arms.conditions))]
     conditions.sort(key=lambda condition: -len(condition.runs))
@@ -84,18 +75,18 @@ def judge_study(results: Results, margins: Margins, looks: sequential.Looks | No
 def _condition(results: Results, arms: Arms, curves: Frame, number: int) -> Condition:
     runs, asked = arms.of(number), arms.asked(number)
     curves = curves.merge(runs[["run", "variant", "model", "seed", "grows"]], on="run")
-    scratch = plain_variant(runs, FROM_SCRATCH)
-    reference = scratch or plain_variant(runs, ORIGINAL) or runs["variant"].iloc[0]
+    scratch = arm.plain_variant(runs, FROM_SCRATCH)
+    reference = scratch or arm.plain_variant(runs, arm.ORIGINAL) or runs["variant"].iloc[0]
     worth = early_exit.worth(runs)
     targets = measures.default_targets(runs, reference)
     tables = {
-        "changes": changes(asked),
+        "changes": arm.changes(asked),
         "growth": measures.growths(results, runs),
         "exits_worth": worth.exits,
         "early_exit": worth.early_exit,
         "changed_layers": worth.changed_layers,
         "ledger": measures.spent(results, runs),
         "to_target": measures.to_target(runs, curves, targets),
-        "speed_up": measures.speed_up(runs, curves, controls(runs, FROM_SCRATCH)),
+        "speed_up": measures.speed_up(runs, curves, arm.controls(runs, FROM_SCRATCH)),
     }
     return Condition(arms.conditions[number], number, runs, asked, curves, reference, tables)

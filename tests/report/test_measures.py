@@ -130,9 +130,6 @@ def test_two_moments_or_another_setting_that_varies_are_no_study_of_the_moment(
         assert measures.timings(*read(load(folder))) == []
 
 
-# --- against training from scratch, and the order of arms -----------------------------------------
-
-
 def test_mixing_is_counted_at_equal_operations_from_the_growth_on(tmp_path: Path) -> None:
     own = ("added_layers=3", "freeze=none")
     never, soon = [6.9, 6.8, 6.7], [6.3, 6.2, 6.1]
@@ -149,25 +146,6 @@ def test_mixing_is_counted_at_equal_operations_from_the_growth_on(tmp_path: Path
     found = measures.mixing(runs, curves, controls(runs, FROM_SCRATCH), 0.01)
     epoch = synthetic.WINDOWS[0] * 32
     assert found.to_dict() == {"grown1": epoch, "grown2": math.inf, "grown3": 3 * epoch}
-
-
-def test_the_order_of_arms_is_compared_with_the_final_one(tmp_path: Path) -> None:
-    ends = {"random": 6.7, "copy": 6.6, "stack": 6.5}
-    for init, end in ends.items():
-        for seed in (1, 2):
-            # After the growth the order is first the other way round.
-            at_first = 6.5 + 6.6 - end + 0.3
-            synthetic.run(
-                tmp_path / f"{init}{seed}", "original", STANDARD, seed, f"growth={init}",
-                losses=[[6.9, 6.85], [at_first, end]],
-            )  # fmt: skip
-    runs, curves = read(load(tmp_path))
-    ranks = measures.ranking(curves.merge(runs[["run", "variant", "seed"]], on="run"))
-    tau = ranks.groupby("step")["tau"].agg(["min", "max"])
-    assert tau.loc[1:2].isna().all(axis=None)  # nothing tells the arms apart before they grow
-    assert tau.loc[3].tolist() == pytest.approx([-1, -1])
-    assert tau.loc[4].tolist() == pytest.approx([1, 1])
-    assert measures.settled_from(ranks) == 4
 
 
 # --- what was spent, and when a loss was reached -------------------------------------------------

@@ -64,7 +64,7 @@ def figures(own: Comparison) -> dict[str, Any]:
         "look": own.look,
     }
     for metric, each in own.pairs.items():
-        found[metric.name] = [each.mean, each.sd, each.sign_flip_p, each.margin]
+        found[metric.name] = [each.mean, each.sd, each.margin]
     return found
 
 
@@ -75,11 +75,6 @@ def figures_of(condition: study.Condition, results: Results, margins: arms.Margi
     grouped = runs.groupby(["variant", "model"], sort=False)
     growths = condition.tables["growth"].drop(columns=["seed", "run", "layers"])
     growths = growths.groupby(["variant", "model", "phase"], sort=False).mean().reset_index()
-    rankings = {}
-    for model, growing in runs[runs["grows"]].groupby("model"):
-        ranks = measures.ranking(curves[curves["model"] == model])
-        if growing["variant"].nunique() >= measures.FEWEST_RANKED and len(ranks):
-            rankings[model] = [measures.settled_from(ranks), ranks["tau"].sum(), len(ranks)]
     return {
         "name": condition.name,
         "reference": condition.reference,
@@ -96,7 +91,6 @@ def figures_of(condition: study.Condition, results: Results, margins: arms.Margi
             [t.best, t.budget, t.longest, t.losses.mean().tolist(), list(t.shares.values())]
             for t in measures.timings(runs, curves)
         ],
-        "rankings": rankings,
     }
 
 
