@@ -6,7 +6,6 @@ A column is a field of a record, a setting (`config.<setting>`), or computed.
 from __future__ import annotations
 
 import csv
-from datetime import datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -15,36 +14,28 @@ import pandas as pd
 
 from proglayer.config import setting_types
 
-KINDS: dict[str, type] = {
-    "text": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "time": datetime,
-    "list": list,
+DTYPES: dict[str, Any] = {
+    "text": pd.StringDtype("pyarrow"),
+    "int": pd.Int64Dtype(),
+    "float": "float64",
+    "bool": pd.BooleanDtype(),
+    "time": "datetime64[us, UTC]",
+    "list": object,
 }
-DTYPES: dict[type, Any] = {
-    str: pd.StringDtype("pyarrow"),
-    int: pd.Int64Dtype(),
-    float: "float64",
-    bool: pd.BooleanDtype(),
-    datetime: "datetime64[us, UTC]",
-    list: object,
-}
-# Every frame -> its columns, and of those that are fields of its record, the path of the field.
-COLUMNS: dict[str, dict[str, type]] = {}
+# Every frame -> its columns and their kinds; of those that are fields of its record, the path.
+COLUMNS: dict[str, dict[str, str]] = {}
 _FIELDS: dict[str, dict[str, list[str]]] = {}
 with open(Path(__file__).with_name("columns.csv"), encoding="utf-8", newline="") as file:
     for frame, column, kind, field in list(csv.reader(file))[1:]:
-        COLUMNS.setdefault(frame, {})[column] = KINDS[kind]
+        COLUMNS.setdefault(frame, {})[column] = kind
         if field:
             _FIELDS.setdefault(frame, {})[column] = field.split(".")
 
 
-def _kind(hint: Any) -> type:
+def _kind(hint: Any) -> str:
     """Return what the column of a setting holds; lists, enums and one of several types are text."""
     kinds = [kind for kind in get_args(hint) or [hint] if kind is not NoneType]
-    return kinds[0] if kinds[0] in (bool, int, float) and len(kinds) == 1 else str
+    return kinds[0].__name__ if kinds in ([bool], [int], [float]) else "text"
 
 
 SETTINGS = {name: _kind(hint) for name, hint in setting_types()}
@@ -65,7 +56,7 @@ def recorded(frame: str, record: Any) -> dict[str, Any]:
 
 def to_frame(frame: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return a frame of these rows. Columns that it does not have hold text and come last."""
-    kinds = dict.fromkeys((name for row in rows for name in row), str) | COLUMNS[frame]
+    kinds = dict.fromkeys((name for row in rows for name in row), "text") | COLUMNS[frame]
     order = [*COLUMNS[frame], *(name for name in kinds if name not in COLUMNS[frame])]
     columns = {
         name: pd.Series([row.get(name) for row in rows], dtype=DTYPES[kinds[name]])

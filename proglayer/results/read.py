@@ -29,9 +29,7 @@ from proglayer.results.columns import (
 )
 from proglayer.results.variants import (
     GROUPS,
-    asked_of,
     experiment_key,
-    keys_and_values,
     name_variants,
     swept,
 )
@@ -242,13 +240,12 @@ def _add(
         "reason": _text(state.reason),
         "overrides": _text(shlex.join(record.overrides)),
     }
-    given = dict(keys_and_values(record.overrides)) | record.choices
-    for group in given.keys() & (GROUPS.keys() | record.choices.keys()):
+    for group, choice in record.choices.items():
         if not group.startswith(("hydra", "local", "logger")):
-            run[GROUPS.get(group, f"choice.{_text(group)}")] = _text(given[group])
+            run[GROUPS.get(group, f"choice.{_text(group)}")] = _text(choice)
     if settings := record.config:
         for setting, value in flat_settings(settings, whole=SETTINGS):
-            is_text = SETTINGS.get(setting, str) is str
+            is_text = SETTINGS.get(setting, "text") == "text"
             run[f"config.{setting}"] = _text(value) if is_text else value
         run["seed"] = settings.get("seed")
         if record.started is not None:
@@ -316,16 +313,10 @@ def _with_duplicates(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add `variant`; it and the model are categories in the order of the first runs.
-
-    A run whose settings are not known yet is named as those of which the same was asked.
-    """
+    """Add `variant`; it and the model are categories in the order of the first runs."""
     known: Any = runs[runs["config.seed"].notna()]
     names, _ = name_variants(known, swept(known))
-    asked = runs["overrides"].map(asked_of)
-    alike = dict(zip(asked[known.index], names, strict=True))
-    otherwise = runs["experiment"].astype(object).where(runs["experiment"].notna(), "as configured")
-    labels = names.reindex(runs.index).fillna(asked.map(alike)).fillna(otherwise).tolist()
+    labels = names.reindex(runs.index, fill_value="as configured").tolist()
     columns = {}
     for name, values in (("variant", labels), ("model", plain_values(runs["model"]))):
         known = list(dict.fromkeys(value for value in values if value is not None))

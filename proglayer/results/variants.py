@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from proglayer.config import flat_settings
-from proglayer.results.columns import SETTINGS, plain_values
+from proglayer.results.columns import SETTINGS
 
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
 # and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
@@ -57,18 +57,13 @@ def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def what_varied(runs: pd.DataFrame) -> dict[str, list[str]]:
     """Return what differs between the command lines of runs: its shortest title -> the values."""
-    given = [
-        dict(keys_and_values(shlex.split(overrides or "")))
-        for overrides in plain_values(runs["overrides"])
-    ]
-    values = {
-        key: [each.get(key, "") for each in given]
-        for key in dict.fromkeys(k for each in given for k in each)
-    }
+    given = [dict(keys_and_values(shlex.split(overrides))) for overrides in runs["overrides"]]
+    keys = dict.fromkeys(key for each in given for key in each)
+    values = {key: [each.get(key, "") for each in given] for key in keys}
     varied = [key for key, each in values.items() if len(set(each)) > 1]
-    short = Counter(key.rsplit(".", 1)[-1] for key in varied)
-    titles = {key: key.rsplit(".", 1)[-1] for key in varied}
-    return {titles[k] if short[titles[k]] == 1 else k: values[k] for k in varied}
+    short = {key: key.rsplit(".", 1)[-1] for key in varied}
+    count = Counter(short.values())
+    return {short[key] if count[short[key]] == 1 else key: values[key] for key in varied}
 
 
 def swept(runs: Any) -> list[str]:
@@ -86,9 +81,9 @@ def swept(runs: Any) -> list[str]:
     ]
 
 
-def asked_of(overrides: Any) -> str:
+def asked_of(overrides: str) -> str:
     """Return what was asked of a run, whatever its seed, and where and how it was to run."""
-    given = keys_and_values([] if pd.isna(overrides) else shlex.split(overrides))
+    given = keys_and_values(shlex.split(overrides))
     aside = {"seed", *NOT_THE_EXPERIMENT}
     return shlex.join(sorted(f"{k}={v}" for k, v in given if k not in aside))
 
@@ -136,7 +131,7 @@ def name_variants(runs: Any, columns: Sequence[str], within: Sequence[str] = ())
 
 def _extras(overrides: Any) -> int:
     """Count the overrides that say something else than which seed, model, experiment and text."""
-    given = keys_and_values([] if pd.isna(overrides) else shlex.split(overrides))
+    given = keys_and_values(shlex.split(overrides))
     return sum(key.split(".")[0] not in _NAMED for key, _ in given)
 
 

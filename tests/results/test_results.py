@@ -33,8 +33,10 @@ from proglayer.results.variants import (
 from proglayer.run.record import (
     FORMAT,
     PhaseRecord,
+    RunRecord,
+    RunState,
     SweepRecord,
-    submit,
+    write_record,
     write_sweep,
 )
 from proglayer.training.plan import Rates
@@ -133,8 +135,13 @@ def row(results: Results, run: str) -> dict[str, Any]:
 
 def waits(folder: Path, seed: int) -> None:
     """A job that was submitted and has not begun."""
-    given = [f"seed={seed}", "model=standard"]
-    submit(folder, given, settings("model=standard") | {"seed": seed}, None)
+    record = RunRecord(
+        state=RunState.waiting,
+        overrides=[f"seed={seed}", "model=standard"],
+        choices={"model": "standard"},
+        config=settings("model=standard") | {"seed": seed},
+    )
+    write_record(folder, record)
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -336,9 +343,9 @@ def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) 
     plain = settings()
     value = functools.reduce(lambda part, key: part[key], name.split("."), plain)
     kind = SETTINGS[name]
-    if kind is bool:
+    if kind == "bool":
         value = not value
-    elif kind is str:
+    elif kind == "text":
         value = f"{value}1"
     else:
         value = (value or 0) + 1
