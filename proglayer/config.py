@@ -12,7 +12,6 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -496,15 +495,13 @@ def to_config(settings: DictConfig) -> Config:
     if lines:
         raise ConfigError("\n".join(lines))
     if config.data.tokenizer == MODEL and config.model.path is not None:
-        own = {"tokenizer": config.model.path, "tokenizer_revision": config.model.revision}
-        config = config.model_copy(update={"data": config.data.model_copy(update=own)})
+        same = {"tokenizer": config.model.path, "tokenizer_revision": config.model.revision}
+        config = config.model_copy(update={"data": config.data.model_copy(update=same)})
     return config
 
 
 def _resolved(settings: DictConfig) -> dict[str, Any]:
-    """What Hydra composed as plain data. Hydra's own part, which only a running job has, stays out,
-    but `${hydra:...}` reads it.
-    """
+    """Return what Hydra composed, without Hydra's own part, which `${hydra:...}` reads."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -548,14 +545,11 @@ def problem_lines(error: ValidationError, prefix: str = "") -> list[str]:
 
 
 def _parts_that_fit(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the first level that are right by themselves, so that rules are checked
-    wherever all that they weigh is there.
-    """
+    """Return what is right by itself on the first level, so that rules are checked."""
     fitting = {}
     for name, field in Config.model_fields.items():
-        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         with contextlib.suppress(ValidationError, KeyError):
-            fitting[name] = TypeAdapter(kind).validate_python(plain[name])
+            fitting[name] = TypeAdapter(field.rebuild_annotation()).validate_python(plain[name])
     return fitting
 
 
@@ -636,12 +630,10 @@ def unknown_setting(name: str) -> str:
 
 
 def shortened(value: Any) -> str:
-    """A value as an error shows it, and as it is written on the command line."""
-    words = {None: "null", True: "true", False: "false"}
-    if isinstance(value, Enum):
-        value = value.value
-    plain = value is None or isinstance(value, bool)
-    text = words[value] if plain else str(list(value) if isinstance(value, tuple) else value)
+    """Return a value as an error shows it, nearly as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        value = {None: "null", True: "true", False: "false"}[value]
+    text = str(value.value if isinstance(value, Enum) else value)
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
@@ -651,42 +643,17 @@ def store_dir(config: Config) -> str:
     return os.path.expanduser(chosen)
 
 
-def to_plain(
-    value: Any,
-    written: Callable[[Any, Any], bool] = lambda *_: True,
-    leaf: Callable[[Any], Any] = lambda value: value,
-) -> Any:
-    """A dataclass as plain data: enums by their value, tuples as lists.
-
-    written: whether a field with this value is part of it.
-    leaf: what becomes of a value that holds no others.
-    """
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        items = [(f, getattr(value, f.name)) for f in fields(value)]
-        return {f.name: to_plain(item, written, leaf) for f, item in items if written(f, item)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item, written, leaf) for item in value]
-    if isinstance(value, Mapping):
-        return {key: to_plain(item, written, leaf) for key, item in value.items()}
-    return leaf(value)
-
-
 # ---------------------------------------------------------------------------------------------
 # The rules that weigh settings against each other
 
 
 def _rule_problems(config: Config) -> list[str]:
-    """One line for each rule that is broken, of those whose settings are there."""
+    """Return a line for each rule that is broken, of those whose settings are there."""
     rules = (
         depth_problems,
         _model_problems,
         _batch_problems,
         _data_problems,
-        _rate_problems,
         _logger_problems,
     )
     lines: list[str] = []
@@ -700,8 +667,9 @@ def _rule_problems(config: Config) -> list[str]:
 
 
 def depth_problems(config: Config) -> Iterator[str]:
-    """One line for each setting that cannot work with so many layers. Where a checkpoint says how
-    many there are, they are as many as any setting asks for until it has said so.
+    """Yield a line for each setting that cannot work with so many layers.
+
+    Where a checkpoint says how many there are, they are enough for any setting until it has.
     """
     layers = math.inf if config.initial_layers is None else config.initial_layers
     yield from _layer_problems(config, layers)
@@ -737,12 +705,11 @@ def _layer_problems(config: Config, layers: float) -> Iterator[str]:
 
 
 def _batch_problems(config: Config) -> Iterator[str]:
-    phase = config.phase
-    parts = phase.accumulate
+    phase, parts = config.phase, config.phase.accumulate
     sizes = {"": phase, "initial.": phase.initial, "grown.": phase.grown}
-    for part, size in ((part, own.batch_size) for part, own in sizes.items()):
-        if size is not None and size % parts:
-            yield f"phase.accumulate={parts} does not divide phase.{part}batch_size={size}"
+    for part, of in sizes.items():
+        if of.batch_size is not None and of.batch_size % parts:
+            yield f"phase.accumulate={parts} does not divide phase.{part}batch_size={of.batch_size}"
 
 
 def _growth_problems(config: Config, layers: float) -> Iterator[str]:
@@ -851,18 +818,6 @@ def _data_problems(config: Config) -> Iterator[str]:
         yield "data.files is empty: name text files, for example 'data.files=[notes/*.txt]'"
     if data.source is DataSource.hub and not data.repository and not data.path:
         yield "data.repository is empty: name a data set, for example data.repository=owner/name"
-
-
-def _rate_problems(config: Config) -> Iterator[str]:
-    lr = config.lr
-    shape = lr.schedule if lr.grown.schedule is None else lr.grown.schedule
-    grown = "lr.grown", shape, lr.grown.final_factor
-    for part, shape, factor in (("lr", lr.schedule, lr.final_factor), grown):
-        if shape is ScheduleShape.constant and factor:
-            yield (
-                f"{part}.final_factor={factor} changes nothing with a constant schedule: take "
-                f"{part}.schedule=cosine, linear or wsd"
-            )
 
 
 def _logger_problems(config: Config) -> Iterator[str]:

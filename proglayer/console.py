@@ -37,7 +37,7 @@ class _Console(Console):
 
 
 def console() -> Console:
-    """The console that everything is printed to; wide where no terminal sets the width."""
+    """Return the console that everything is printed to; wide where no terminal sets the width."""
     file = sys.stdout
     if isinstance(file, io.TextIOWrapper):
         # A terminal that knows no box characters gets question marks, not an error.
@@ -64,18 +64,18 @@ def outlasting_reader() -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-    """One line on the console and in the log."""
+    """Print a line, and write it to the log."""
     log.info("%s", text)
     console().print(printable(text), markup=False)
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks or anything that a terminal would act on."""
+    """Return text without line breaks or anything that a terminal would act on."""
     return printable(" ".join(text.split()))
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 run`, `1,200 runs`."""
+    """Return a number with its noun: `1 run`, `1,200 runs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -85,7 +85,7 @@ Columns = Sequence[tuple[str, str, Callable[[Any], str | Text]]]
 
 
 def table(rows: Iterable[Any], columns: Columns, title: str | None = None) -> Table:
-    """A table with a line for each row. Cells are plain text: nothing in them is markup."""
+    """Return a table with a line for each row. Cells are plain text: nothing in them is markup."""
     shown = Table(title=None if title is None else Text(printable(title)), title_justify="left")
     for name, kind, _ in columns:
         justify = "right" if kind == "number" else "left"

@@ -30,18 +30,13 @@ class StoreError(UserError, OSError):
     """Something cannot be written: the message says where, why and which setting moves it."""
 
 
-def run_command(
-    command: Callable[[], int | None],
-    explain: Callable[[Exception], str | None] | None = None,
-    failed: int = FAILED,
-) -> int:
+def run_command(command: Callable[[], int | None], failed: int = FAILED) -> int:
     """Run a command and return its exit status.
 
     A UserError is printed as `error: ...` lines on stderr, and so is an OSError that names a file.
     A reader of the output that goes away (`... | head -1`) ends the command quietly. Any other
     exception is a fault of the program and is raised, with its traceback.
 
-    explain: returns the lines for other exceptions that a user can mend, None for the rest.
     failed: the status where an error was printed.
     """
     for name in ("stdout", "stderr"):
@@ -61,18 +56,16 @@ def run_command(
         return PIPE_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
-        lines = explain(error) if explain else None
-        if lines is None and isinstance(error, UserError):
-            lines = str(error)
-        if lines is None and isinstance(error, OSError):
-            lines = file_problem(error)
+    except UserError as error:
+        print_error(str(error))
+    except OSError as error:
+        lines = file_problem(error)
         if lines is None:
             raise
-        if isinstance(error, OSError) and error.filename is None:
+        if error.filename is None:
             _discard_output()
         print_error(lines)
-        return failed
+    return failed
 
 
 def print_error(lines: str) -> None:
@@ -82,12 +75,12 @@ def print_error(lines: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text without anything that a terminal would act on, such as escapes in a folder's name."""
+    """Return text without what a terminal would act on, such as escapes in a folder's name."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def file_problem(error: OSError, advice: str = "") -> str | None:
-    """What is wrong with a file, in one line; None where the error names none.
+    """Say what is wrong with a file, in one line; None where the error names none.
 
     advice: what else a user can do.
     """
@@ -101,17 +94,17 @@ def file_problem(error: OSError, advice: str = "") -> str | None:
 
 
 def install_command(extra: str) -> str:
-    """What installs this checkout, with an extra of its, in versions that work together."""
+    """Return what installs an extra of this checkout, in versions that work together."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type's name where it says nothing."""
+    """Return what an error says, in one line; its type's name where it says nothing."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def with_type(error: BaseException) -> str:
-    """An error that nobody foresaw, in one line: its type and all that it says."""
+    """Return an error that nobody foresaw in one line: its type and all that it says."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proglayer.errors import DISK_FULL, ConfigError, StoreError, UserError, run_command
+from proglayer.errors import DISK_FULL, ConfigError, StoreError, run_command
 
 from .helpers import ROOT
 
@@ -50,15 +50,6 @@ def test_what_a_user_can_mend_is_printed_in_lines(
 def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(raising(ZeroDivisionError()))
-
-
-def test_a_command_can_explain_more(capsys: pytest.CaptureFixture[str]) -> None:
-    def explain(error: Exception) -> str | None:
-        return "a key is missing" if isinstance(error, KeyError) else None
-
-    assert run_command(raising(KeyError("a")), explain) == 1
-    assert run_command(raising(UserError("itself")), explain) == 1
-    assert capsys.readouterr().err == "error: a key is missing\nerror: itself\n"
 
 
 PRINTING = (

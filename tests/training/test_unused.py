@@ -41,6 +41,12 @@ UNTRAINED = "(no phase after the first trains it)"
             "optimizer.decay_norms=false",
         ),
         (("lr.decay_share=0.5",), "lr.decay_share=0.5"),
+        (("lr.final_factor=0.5",), "lr.final_factor=0.5"),
+        (
+            ("lr.grown.final_factor=0.5", "lr.schedule=cosine", "lr.grown.schedule=constant"),
+            "lr.gr",
+        ),
+        (("lr.grown.final_factor=0.5", "lr.schedule=cosine"), None),
         (("lr.decay_share=0.5", "lr.grown.schedule=wsd"), None),
         (("lr.grown.warmup_steps=3", "phase=from_scratch"), "lr.grown.warmup_steps=3"),
         (("phase.grown.batch_size=2", "phase=from_scratch"), "phase.grown.batch_size=2"),
