@@ -26,7 +26,7 @@ test: $(ALL) ## all tests, files in parallel (ARGS="-k growth"; ARGS="-n 0 --pdb
 	$(BIN)/python -m pytest -m "cluster or not cluster" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(ALL) ## how near a training step is to what this machine can do (ARGS="--short")
-	$(BIN)/python -m proglayer.bench $(ARGS)
+	$(BIN)/python benchmarks/step.py $(ARGS)
 
 docs: $(ALL) ## the documentation site, into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)

@@ -14,9 +14,9 @@ What makes it fast on a CPU, beside the chunks themselves:
   makes the logits to the one that reads their exponentials. A block is cut into as many parts as
   there are threads and its products are batched over them, so that each core goes on with the
   entries that it has in its cache.
-- The head's gradient needs the sums over the whole vocabulary, so it waits in a queue until a
-  chunk is through. It is formed block by block just before the next chunk's logits take the place
-  of the exponentials: one journey of a block between memory and cache instead of two.
+- The head's gradient needs the sums over the whole vocabulary, so it waits until a chunk is
+  through. It is formed block by block just before the next chunk's logits take the place of the
+  exponentials: one journey of a block between memory and cache instead of two.
 - Exponentials are of base 2 (the hidden state is scaled by log2 e beforehand), which PyTorch
   computes three times as fast as `exp`.
 - Nothing is normalised in the large buffer. With E = exp(logit) and Z its sum over the vocabulary,
@@ -24,7 +24,9 @@ What makes it fast on a CPU, beside the chunks themselves:
   with hidden states that were divided by Z before.
 - No maximum is subtracted as long as sums stay far from the limits of float32. Whether they did is
   checked after each chunk. If not, as in most released models, the target's logit is subtracted,
-  which is known beforehand; and where that is too far below the others, the maximum.
+  which is known beforehand; and where that is too far below the others, the maximum, for which the
+  logits are formed once more. Elsewhere than on the CPU a chunk is one block and a look at a value
+  would wait for the device: the maximum is subtracted at once.
 
 Shapes in names: n tokens, e exits, m rows (the tokens of all exits, stacked), d model dimension,
 v vocabulary, b blocks of the vocabulary, p parts of a block, one a thread. `x_nd` is a tensor of
@@ -36,7 +38,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,28 +60,28 @@ GROUP = 32
 
 
 @dataclass(frozen=True)
-class ExitLosses:
+class ExitScores:
     """Cross-entropy at every exit, in the order in which the exits were given.
 
-    loss: scalar, differentiable; the sum over exits of weight x mean over tokens (nats), float32
-        (float64 for float64 hidden states).
     nll_e: (exits,) sum over tokens of the cross-entropy in nats; float64 (float32 on MPS, which has
         no float64), detached, on the device.
     correct_e: (exits,) int64, tokens whose most likely next token is the target; of equally likely
         ones the first counts. All zero when counting was switched off.
     """
 
-    loss: Tensor
     nll_e: Tensor
     correct_e: Tensor
 
 
 @dataclass(frozen=True)
-class ExitScores:
-    """`nll_e` and `correct_e` as in ExitLosses, without a loss to differentiate."""
+class ExitLosses(ExitScores):
+    """The same with a loss to differentiate.
 
-    nll_e: Tensor
-    correct_e: Tensor
+    loss: scalar; the sum over exits of weight x mean over tokens (nats), float32 (float64 for
+        float64 hidden states).
+    """
+
+    loss: Tensor
 
 
 def linear_cross_entropy(
@@ -102,7 +105,7 @@ def linear_cross_entropy(
     weight_e: the weight of each exit in the loss. An exit of weight 0 sends no gradient.
     count: whether to count correct predictions, which costs one more pass over the logits.
     rows, block: tokens per chunk and vocabulary entries per block, by `chunk_rows` and
-        `block_entries` if None.
+        `block_entries` if None. Elsewhere than on the CPU a block is the whole vocabulary.
     workspace: buffers to reuse from call to call.
 
     Products are formed in the dtype of autocast where it is on, otherwise in that of the hidden
@@ -116,18 +119,12 @@ def linear_cross_entropy(
     if len(weight_e) != len(hidden_end):
         raise ValueError(f"{len(weight_e)} weights for {len(hidden_end)} exits")
     _check(hidden_end, head_vd, target_n)
-    recording = torch.is_grad_enabled()
-    job = _Job(
-        target_n,
-        [float(weight) for weight in weight_e],
-        count,
-        rows,
-        block,
-        workspace or Workspace(),
-        recording and head_vd.requires_grad,
-        [recording and hidden_nd.requires_grad for hidden_nd in hidden_end],
-    )
-    return ExitLosses(*_LinearCrossEntropy.apply(job, head_vd, *hidden_end))
+    job = _Job(target_n, list(map(float, weight_e)), count, rows, block, workspace or Workspace())
+    if torch.is_grad_enabled():
+        job.head_needs = head_vd.requires_grad
+        job.hidden_needs = [hidden_nd.requires_grad for hidden_nd in hidden_end]
+    loss, nll_e, correct_e = _LinearCrossEntropy.apply(job, head_vd, *hidden_end)
+    return ExitLosses(nll_e, correct_e, loss)
 
 
 def evaluate_exits(
@@ -144,24 +141,18 @@ def evaluate_exits(
     Arguments and errors as of `linear_cross_entropy`.
     """
     _check(hidden_end, head_vd, target_n)
-    exits = len(hidden_end)
-    job = _Job(
-        target_n, [0.0] * exits, True, rows, block, workspace or Workspace(), False, [False] * exits
-    )
-    with torch.no_grad():
-        if head_vd.device.type == "cpu":
-            # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
-            dtype = torch.promote_types(head_vd.dtype, torch.float32)
-            with torch.autocast("cpu", enabled=False):
-                result = _run(job, head_vd, [hidden_nd.to(dtype) for hidden_nd in hidden_end])
-        else:
-            result = _run(job, head_vd, hidden_end)
+    job = _Job(target_n, [0.0] * len(hidden_end), True, rows, block, workspace or Workspace())
+    # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
+    exact = head_vd.device.type == "cpu"
+    dtype = torch.promote_types(head_vd.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False) if exact else nullcontext():
+        result = _run(job, head_vd, [h.to(dtype) if exact else h for h in hidden_end])
     return ExitScores(result.nll_e, result.correct_e)
 
 
 @dataclass
 class _Job:
-    """What `_run` is asked for, beside the tensors that autograd must see."""
+    """What is asked for, beside the tensors that autograd must see."""
 
     target_n: Tensor
     weight_e: list[float]
@@ -169,8 +160,8 @@ class _Job:
     rows: int | None
     block: int | None
     workspace: Workspace
-    head_needs: bool
-    hidden_needs: list[bool]
+    head_needs: bool = False
+    hidden_needs: list[bool] = field(default_factory=list)
 
 
 @dataclass
@@ -178,8 +169,7 @@ class _Result:
     loss: Tensor
     nll_e: Tensor
     correct_e: Tensor
-    head_grad: Tensor | None
-    hidden_grads: list[Tensor | None]
+    gradients: list[Tensor | None]  # of the head, and of each hidden state
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -190,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         result = _run(job, head_vd, hidden_end)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.nll_e, result.correct_e)
-        ctx.gradients = (result.head_grad, *result.hidden_grads)
+        ctx.gradients = result.gradients
         return result.loss, result.nll_e, result.correct_e
 
     @staticmethod
@@ -240,41 +230,33 @@ def _run(job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor]) -> _Result:
     device_type = head_vd.device.type
     dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
     if not torch.amp.is_autocast_available(device_type):
-        return _Rows(job, head_vd, hidden_end, dtype).run()
+        return _Loss(job, head_vd, hidden_end, dtype).run()
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     # From here on every dtype is chosen by hand.
     with torch.autocast(device_type, enabled=False):
-        return _Rows(job, head_vd, hidden_end, dtype).run()
+        return _Loss(job, head_vd, hidden_end, dtype).run()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Block:
-    """A block of the vocabulary as a chunk sees it.
+    """A block of the vocabulary as a chunk sees it, cut into parts.
 
-    exponentials_vm: (entries, rows), first the logits in base 2, then two to their power.
-    exponentials: the same memory as (parts, entries of a part, rows).
-    head: the block's weights, (parts, entries of a part, dim).
-    head_grad: their gradient, if there is one.
-    queue: hidden states (rows, dim) whose product with the exponentials is yet to be added to
-        `head_grad`, and whether they are the first, by which `head_grad` is then written.
+    exponentials_pvm: (parts, entries of a part, rows), first the logits in base 2, then two to
+        their power, with that of the targets left out.
+    head_pvd, head_grad_pvd: its weights, (parts, entries of a part, dim), and their gradient.
     """
 
-    first: int
-    last: int
-    exponentials_vm: Tensor
-    exponentials: Tensor
-    head: Tensor
-    head_grad: Tensor | None
-    queue: tuple[Tensor, bool] | None = None
+    exponentials_pvm: Tensor
+    head_pvd: Tensor
+    head_grad_pvd: Tensor | None
 
 
 @dataclass
 class _Sums:
-    """What one pass over the vocabulary gives for each row of a chunk.
+    """What a way through the vocabulary gives for each row of a chunk.
 
-    rest, target: the sum of the exponentials of all entries but the target, and that of the target,
-        with `shift` (the largest logit, or None) subtracted from the logits.
+    rest, target: the sum of the exponentials of all entries but the target, and that of the target.
     nll: cross-entropy, nats.
     weighted_dm: (dim, rows) the sum of exponential x weights, over all entries but the target.
     correct: whether the target is the most likely token, where that is counted.
@@ -285,11 +267,10 @@ class _Sums:
     nll: Tensor
     weighted_dm: Tensor | None
     correct: Tensor | None
-    shift: Tensor | None
 
 
-class _Rows:
-    """The rows of one call: the tokens of all exits, stacked, in chunks.
+class _Loss:
+    """One call: the tokens of all exits, stacked, in chunks of rows.
 
     Stacking reads the head's weights once per chunk, whatever the number of exits. Exits that need
     the same gradients form a group, and their rows are sorted by target: the targets of a chunk
@@ -300,45 +281,51 @@ class _Rows:
         self, job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype
     ) -> None:
         self.job, self.head_vd, self.hidden_end = job, head_vd, hidden_end
-        self.device = head_vd.device
-        self.tokens = len(job.target_n)
+        self.device, self.tokens = head_vd.device, len(job.target_n)
+        self.on_cpu = self.device.type == "cpu"
         # Of a block's entries, and of the products with them.
-        self.parts = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.parts = torch.get_num_threads() if self.on_cpu else 1
         # Of products; and of exponentials, sums and gradients under way.
-        self.dtype = dtype
-        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype, self.sum_dtype = dtype, torch.promote_types(dtype, torch.float32)
         self.head = head_vd.detach().to(dtype)
         # Of kept exponentials: bfloat16 with its products on a CPU, where conversions would take
         # longer than the products.
-        self.kept_dtype = dtype if self.device.type == "cpu" else self.sum_dtype
+        self.kept_dtype = dtype if self.on_cpu else self.sum_dtype
+        # What is rounded to 8 bits, be it by 0.03, is an error of the loss only at the target: its
+        # logit and its part of the head's gradient are formed apart.
         self.rounded = self.kept_dtype != self.sum_dtype
+        self.at_targets: list[tuple[Tensor, Tensor]] = []
         # Whether a chunk was seen whose sums come too near the limits with nothing subtracted.
         self.beyond = False
         self.head_grad_vd: Tensor | None = None
         self.head_grad_begun = False
-        # Targets and what they add to their entries' gradient, beside the exponentials.
-        self.at_targets: list[tuple[Tensor, Tensor]] = []
+        # The blocks under way, and the hidden states (rows, dim) whose product with the kept
+        # exponentials is still to be added to the head's gradient.
+        self.blocks: list[_Block] = []
+        self.waiting_md: Tensor | None = None
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.sum_dtype, device=self.device)
 
     def run(self) -> _Result:
-        job = self.job
-        exits = range(len(self.hidden_end))
+        job, exits = self.job, range(len(self.hidden_end))
+        hidden_needs = job.hidden_needs or [False] * len(exits)
         # Whether an exit sends a gradient to its hidden state, and to the head.
         needs = [
             (weight != 0 and hidden, weight != 0 and job.head_needs)
-            for weight, hidden in zip(job.weight_e, job.hidden_needs, strict=True)
+            for weight, hidden in zip(job.weight_e, hidden_needs, strict=True)
         ]
         if any(to_head for _, to_head in needs):
             self.head_grad_vd = self.empty(*self.head.shape)
         # MPS has no float64.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        nll_e: list[Tensor] = [torch.empty(0)] * len(exits)
-        correct_e = list(nll_e)
-        hidden_grads: list[Tensor | None] = [
-            torch.zeros_like(hidden_nd) if needed else None
-            for hidden_nd, needed in zip(self.hidden_end, job.hidden_needs, strict=True)
+        nll_e = torch.zeros(len(exits), dtype=wide, device=self.device)
+        correct_e = torch.zeros(len(exits), dtype=torch.int64, device=self.device)
+        gradients: list[Tensor | None] = [
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip(
+                (self.head_vd, *self.hidden_end), (job.head_needs, *hidden_needs), strict=True
+            )
         ]
         for need in sorted(set(needs), reverse=True):
             members = [e for e in exits if needs[e] == need]
@@ -348,25 +335,15 @@ class _Rows:
                 nll_e[e] = nll_m[rows].sum(dtype=wide)
                 correct_e[e] = correct_m[rows].sum()
                 if grad_md is not None:
-                    hidden_grads[e] = grad_md[rows].to(self.hidden_end[e].dtype)
-
+                    gradients[1 + e] = grad_md[rows].to(self.hidden_end[e].dtype)
         loss = torch.zeros((), dtype=wide, device=self.device)
         for weight, nll in zip(job.weight_e, nll_e, strict=True):
             loss += weight / self.tokens * nll
-        head_grad = None
         if self.head_grad_vd is not None:
             for target, grad_md in self.at_targets:
                 self.head_grad_vd.index_add_(0, target, grad_md)
-            head_grad = self.head_grad_vd.to(self.head_vd.dtype)
-        elif job.head_needs:
-            head_grad = torch.zeros_like(self.head_vd)
-        return _Result(
-            loss.to(self.sum_dtype),
-            torch.stack(nll_e),
-            torch.stack(correct_e),
-            head_grad,
-            hidden_grads,
-        )
+            gradients[0] = self.head_grad_vd.to(self.head_vd.dtype)
+        return _Result(loss.to(self.sum_dtype), nll_e, correct_e, gradients)
 
     def group(
         self, members: list[int], to_hidden: bool, to_head: bool
@@ -387,231 +364,210 @@ class _Rows:
         size = self.job.rows or chunk_rows(
             total, len(self.head), to_head, self.sum_dtype, self.device.type
         )
-        blocks: list[_Block] = []
         for first in range(0, total, size):
             rows = slice(first, min(first + size, total))
-            hidden, target, scale = hidden_md[rows], target_m[rows], scale_m[rows]
-            if not blocks or blocks[0].exponentials_vm.shape[1] != len(target):
-                self.flush(blocks)
-                blocks = self.blocks(len(target), to_head)
-            # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
-            # round once more, so there the logits are scaled.
-            hidden_dm = hidden * LOG2_E if hidden.dtype == self.sum_dtype else hidden
-            hidden_dm = hidden_dm.t().contiguous().to(self.dtype)
-            # What is rounded to 8 bits, be it by 0.03, is an error of the loss only at the target.
-            toward = exact = sums = None
-            if self.device.type == "cpu":
-                toward = self.head_vd.detach()[target].to(self.sum_dtype)
-                exact = (hidden * toward).sum(1) * LOG2_E
-                self.beyond |= bool((exact.exp2() > SAFE_HIGH).any())
-                if not self.beyond:
-                    sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden, exact)
-            if sums is None and self.kept_dtype != self.sum_dtype:
-                # What is subtracted needs more bits: on with float32 exponentials.
-                self.flush(blocks)
-                self.kept_dtype = self.sum_dtype
-                blocks = self.blocks(len(target), to_head)
-            if exact is not None and self.beyond:
-                sums = self.sums_unshifted(blocks, hidden_dm, target, to_hidden, exact, exact)
-            if sums is None:
-                sums = self.sums_shifted(blocks, hidden_dm, target, to_hidden)
+            hidden, target = hidden_md[rows], target_m[rows]
+            if first == 0 or rows.stop - first != size:
+                self.cut(len(target), to_head)
+            sums = self.sums(hidden, target, to_hidden, to_head)
             nll_m[rows] = sums.nll
             if sums.correct is not None:
                 correct_m[rows] = sums.correct
-            share = scale / (sums.rest + sums.target)
+            share = scale_m[rows] / (sums.rest + sums.target)
             if grad_md is not None:
                 assert sums.weighted_dm is not None
                 torch.mul(sums.weighted_dm.t(), share.unsqueeze(1), out=grad_md[rows])
-                if toward is None:
-                    toward = self.head[target].to(self.sum_dtype)
+                toward = self.toward(target)
                 grad_md[rows].addcmul_(toward, (share * sums.rest).unsqueeze(1), value=-1)
             if to_head:
                 scaled = hidden * share.unsqueeze(1)
                 if self.rounded:
                     self.at_targets.append((target, scaled * -sums.rest.unsqueeze(1)))
-                scaled = scaled.to(self.dtype)
-                self.queue_head_gradient(blocks, hidden_dm, scaled, target, sums)
-        self.flush(blocks)
+                # Softmax minus one-hot, times the sum; one element a row, so the order cannot
+                # matter.
+                one_hot = 0.0 if self.rounded else -sums.rest
+                kept = self.buffer(len(self.head), len(target))
+                kept[target, torch.arange(len(target), device=self.device)] = one_hot
+                self.waiting_md = scaled.to(self.dtype)
+        self.add_waiting()
 
         back = torch.empty_like(order)
         back[order] = torch.arange(total, device=self.device)
         return nll_m[back], correct_m[back], None if grad_md is None else grad_md[back]
 
-    def blocks(self, rows: int, keep: bool) -> list[_Block]:
-        """The blocks for chunks of `rows` rows; each has room of its own if they are to be kept."""
-        vocab = len(self.head)
-        entries = self.job.block or block_entries(rows, vocab, self.kept_dtype, self.device.type)
-        buffer = self.buffer(vocab if keep else entries, rows)
-        blocks = []
+    def toward(self, target: Tensor) -> Tensor:
+        """The head's rows of the targets, (rows, dim)."""
+        head = self.head_vd.detach() if self.on_cpu else self.head
+        return head[target].to(self.sum_dtype)
+
+    def cut(self, rows: int, keep: bool) -> None:
+        """Cut the vocabulary into blocks for chunks of so many rows; each has room of its own if
+        they are to be kept.
+        """
+        self.add_waiting()
+        vocab, entries = len(self.head), len(self.head)
+        if self.on_cpu:
+            entries = self.job.block or block_entries(rows, vocab, self.kept_dtype, "cpu")
+        buffer = self.buffer(vocab if keep else min(entries, vocab), rows)
+        self.blocks = []
         for v in range(0, vocab, entries):
             w = min(v + entries, vocab)
-            parts = self.parts if (w - v) % self.parts == 0 else 1
-            exponentials_vm = buffer[v:w] if keep else buffer[: w - v]
-            exponentials = exponentials_vm.unflatten(0, (parts, -1))
-            grad = None
-            if self.head_grad_vd is not None:
-                grad = self.head_grad_vd[v:w].unflatten(0, (parts, -1))
-            head = self.head[v:w].unflatten(0, (parts, -1))
-            blocks.append(_Block(v, w, exponentials_vm, exponentials, head, grad))
-        return blocks
+            shape = (self.parts if (w - v) % self.parts == 0 else 1, -1)
+            exponentials_vm, grad_vd = buffer[v:w] if keep else buffer[: w - v], self.head_grad_vd
+            self.blocks.append(
+                _Block(
+                    exponentials_vm.unflatten(0, shape),
+                    self.head[v:w].unflatten(0, shape),
+                    None if grad_vd is None else grad_vd[v:w].unflatten(0, shape),
+                )
+            )
 
     def buffer(self, entries: int, rows: int) -> Tensor:
         """The (entries, rows) buffer for the exponentials that are kept."""
-        return self.job.workspace.buffer(
-            entries, rows, self.head.new_empty(0, dtype=self.kept_dtype)
-        )
+        like = self.head.new_empty(0, dtype=self.kept_dtype)
+        return self.job.workspace.buffer(entries, rows, like)
 
-    def sums_unshifted(
+    def sums(self, hidden: Tensor, target: Tensor, to_hidden: bool, to_head: bool) -> _Sums:
+        """The sums of a chunk, with as little subtracted from its logits as will do."""
+        # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
+        # round once more, so there the logits are scaled.
+        hidden_dm = hidden * LOG2_E if hidden.dtype == self.sum_dtype else hidden
+        hidden_dm = hidden_dm.t().contiguous().to(self.dtype)
+        if self.on_cpu:
+            exact = (hidden * self.toward(target)).sum(1) * LOG2_E
+            self.beyond |= bool((exact.exp2() > SAFE_HIGH).any())
+            if not self.beyond:
+                sums = self.through(hidden_dm, target, to_hidden, exact, None)
+                if sums is not None:
+                    return sums
+            if self.kept_dtype != self.sum_dtype:
+                # What is subtracted needs more bits: on with float32 exponentials.
+                self.add_waiting()
+                self.kept_dtype = self.sum_dtype
+                self.cut(len(target), to_head)
+            if self.beyond:
+                sums = self.through(hidden_dm, target, to_hidden, exact, exact)
+                if sums is not None:
+                    return sums
+        largest, index = self.largest(hidden_dm)
+        sums = self.through(hidden_dm, target, to_hidden, None, largest, index)
+        assert sums is not None
+        return sums
+
+    def through(
         self,
-        blocks: list[_Block],
         hidden_dm: Tensor,
         target: Tensor,
         to_hidden: bool,
-        exact: Tensor,
-        shift: Tensor | None = None,
+        exact: Tensor | None,
+        shift: Tensor | None,
+        index: Tensor | None = None,
     ) -> _Sums | None:
-        """With no maximum subtracted. None if sums came too near the limits, or there is a tie.
+        """One way through the vocabulary, block by block, with `shift` subtracted from the logits.
 
-        `target` is sorted. `exact`: the targets' logits, for where those of the products are
-        rounded. `shift`: what is subtracted from all logits of a row.
+        target: sorted.
+        exact: the targets' logits, for where those of the products are rounded.
+        index: the most likely token, where `shift` is its logit. Otherwise the result is None if
+            sums came too near the limits, or where there is a tie.
         """
-        rows = len(target)
+        rows, blocks = len(target), len(self.blocks)
         # The last block may have fewer parts than the others.
-        sums_bpm = self.empty(len(blocks), self.parts, rows).zero_()
-        best_bpm = self.empty(len(blocks), self.parts, rows).fill_(-math.inf)
+        sums_bpm = self.empty(blocks, self.parts, rows).zero_()
+        best_bpm = self.empty(blocks, self.parts, rows).fill_(-math.inf)
         weighted_pdm = self.empty(self.parts, len(hidden_dm), rows).zero_() if to_hidden else None
-        # Of each block, where in its memory the targets lie.
-        entries = blocks[0].last
-        counts = torch.bincount(target // entries, minlength=len(blocks)).tolist()
-        places = (target % entries * rows + torch.arange(rows)).split(counts)
+        counts = self.job.count and index is None
+        formed = index is not None and blocks == 1  # by `largest`
         target_logits = []
         for block, place, sum_pm, best_pm in zip(
-            blocks, places, sums_bpm.unbind(), best_bpm.unbind(), strict=True
+            self.blocks, self.places(target), sums_bpm, best_bpm, strict=True
         ):
-            self.logits(block, hidden_dm)
+            exponentials, parts = block.exponentials_pvm, len(block.exponentials_pvm)
+            if not formed:
+                self.form_logits(block, hidden_dm)
             if shift is not None:
-                block.exponentials_vm.sub_(shift)
-            parts = len(block.exponentials)
+                exponentials.sub_(shift)
             if len(place):
                 # The target is left out of everything here, and put in below.
-                flat = block.exponentials_vm.view(-1)
+                flat = exponentials.view(-1)
                 target_logits.append(flat[place])
                 flat.index_fill_(0, place, -math.inf)
-            if self.job.count:
-                best_pm[:parts] = block.exponentials.amax(1)
-            block.exponentials.exp2_()
-            self.add_up(block.exponentials, sum_pm[:parts])
+            if counts:
+                best_pm[:parts] = exponentials.amax(1)
+            exponentials.exp2_()
+            self.add_up(exponentials, sum_pm[:parts])
             if weighted_pdm is not None:
-                self.accumulate(
-                    weighted_pdm[:parts], block.head.transpose(1, 2), block.exponentials
-                )
+                self.accumulate(weighted_pdm[:parts], block.head_pvd.mT, exponentials)
 
         target_logit = torch.cat(target_logits)
-        if self.rounded:
+        if self.rounded and exact is not None:
             target_logit = exact if shift is None else exact - shift
         rest, target_exponential = sums_bpm.sum((0, 1)), target_logit.exp2()
         total = rest + target_exponential
+        weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
+        if index is not None:
+            nll = (total.log2() - target_logit) * LN_2
+            correct = index == target if self.job.count else None
+            return _Sums(rest, target_exponential, nll, weighted_dm, correct)
         # A NaN fails this too.
         if not bool(((target_exponential >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):
             self.beyond = True
             return None
         correct = None
-        if self.job.count:
+        if counts:
             rival = best_bpm.amax((0, 1))
             if bool((target_logit == rival).any()):
                 return None
             correct = target_logit > rival
         nll = torch.log2(total / target_exponential) * LN_2
-        weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
-        return _Sums(rest, target_exponential, nll, weighted_dm, correct, None)
+        return _Sums(rest, target_exponential, nll, weighted_dm, correct)
 
-    def sums_shifted(
-        self, blocks: list[_Block], hidden_dm: Tensor, target: Tensor, to_hidden: bool
-    ) -> _Sums:
-        """With the largest logit so far subtracted, block after block (Milakov & Gimelshein 2018).
-
-        Needs no look at any value, and so no wait for the device.
-        """
-        rows = torch.arange(len(target), device=self.device)
-        target_logit = best = rest = self.empty(0)
-        index = target
-        weighted_pdm = None
-        if to_hidden:
-            weighted_pdm = self.empty(self.parts, len(hidden_dm), len(target)).zero_()
-        for block in blocks:
-            self.logits(block, hidden_dm)
-            exponentials = block.exponentials_vm
-            block_best, block_index = exponentials.max(0)
-            place = (target - block.first).clamp(0, len(exponentials) - 1), rows
-            inside = (target >= block.first) & (target < block.last)
-            logit = exponentials[place]
-            exponentials[place] = torch.where(inside, -math.inf, logit)
-            if block.first == 0:
-                target_logit, best, index = logit, block_best, block_index
-                rest = torch.zeros_like(best)
+    def largest(self, hidden_dm: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's largest logit in base 2, and the first token that has it."""
+        best, index, first = self.empty(0), torch.empty(0), 0
+        for block in self.blocks:
+            self.form_logits(block, hidden_dm)
+            logit, place = block.exponentials_pvm.flatten(0, 1).max(0)
+            if first == 0:
+                best, index = logit, place
             else:
-                target_logit = torch.where(inside, logit, target_logit)
-                index = torch.where(block_best > best, block_index + block.first, index)
-                higher = torch.maximum(best, block_best)
-                shrink = (best - higher).exp2_()
-                rest *= shrink
-                if weighted_pdm is not None:
-                    weighted_pdm *= shrink
-                best = higher
-            exponentials.sub_(best).exp2_()
-            rest += exponentials.sum(0)
-            if weighted_pdm is not None:
-                part = weighted_pdm[: len(block.exponentials)]
-                self.accumulate(part, block.head.transpose(1, 2), block.exponentials)
-        target_logit = target_logit - best
-        target_exponential = target_logit.exp2()
-        nll = ((rest + target_exponential).log2() - target_logit) * LN_2
-        correct = index == target if self.job.count else None
-        weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
-        return _Sums(rest, target_exponential, nll, weighted_dm, correct, best)
+                index = torch.where(logit > best, place + first, index)
+                best = torch.maximum(best, logit)
+            first += block.exponentials_pvm.shape[:2].numel()
+        return best, index
 
-    def queue_head_gradient(
-        self,
-        blocks: list[_Block],
-        hidden_dm: Tensor,
-        scaled_md: Tensor,
-        target: Tensor,
-        sums: _Sums,
-    ) -> None:
-        """Queue a chunk's part of the head's gradient, from what is kept in `blocks`."""
-        if sums.shift is not None and len(blocks) > 1:
-            # Earlier blocks were shifted by a lower maximum: form them again.
-            for block in blocks:
-                self.logits(block, hidden_dm)
-                block.exponentials_vm.sub_(sums.shift).exp2_()
-        # Softmax minus one-hot, times the sum; one element a row, so the order cannot matter.
-        kept = self.buffer(len(self.head), len(target))
-        one_hot = 0.0 if self.rounded else -sums.rest
-        kept[target, torch.arange(len(target), device=self.device)] = one_hot
-        for block in blocks:
-            block.queue = scaled_md, not self.head_grad_begun
-        self.head_grad_begun = True
+    def places(self, target: Tensor) -> Sequence[Tensor]:
+        """Where the targets lie in the memory of each block."""
+        rows = len(target)
+        column = torch.arange(rows, device=self.device)
+        if len(self.blocks) == 1:
+            return [target * rows + column]
+        entries = self.blocks[0].exponentials_pvm.shape[:2].numel()
+        counts = torch.bincount(target // entries, minlength=len(self.blocks)).tolist()
+        return (target % entries * rows + column).split(counts)
 
-    def flush(self, blocks: Sequence[_Block]) -> None:
-        """Form the queued products and add them to the head's gradient."""
-        for block in blocks:
-            if block.queue is None:
-                continue
-            assert block.head_grad is not None
-            (scaled_md, first), block.queue = block.queue, None
-            scaled_pmd = scaled_md.expand(len(block.exponentials), *scaled_md.shape)
-            self.accumulate(block.head_grad, block.exponentials, scaled_pmd, first)
-
-    def logits(self, block: _Block, hidden_dm: Tensor) -> None:
-        """Form the block's logits, in base 2, once what it held is used up."""
-        self.flush([block])
-        hidden_pdm = hidden_dm.expand(len(block.head), *hidden_dm.shape)
-        if block.exponentials.dtype == self.dtype:
-            torch.bmm(block.head, hidden_pdm, out=block.exponentials)
+    def form_logits(self, block: _Block, hidden_dm: Tensor) -> None:
+        """Form the block's logits, in base 2, once the exponentials there are used up."""
+        self.add_waiting(block)
+        out = block.exponentials_pvm
+        hidden_pdm = hidden_dm.expand(len(out), *hidden_dm.shape)
+        if out.dtype == self.dtype:
+            torch.bmm(block.head_pvd, hidden_pdm, out=out)
             return
-        block.exponentials.copy_(torch.bmm(block.head, hidden_pdm))
-        if self.device.type != "cpu":
-            block.exponentials.mul_(LOG2_E)
+        out.copy_(torch.bmm(block.head_pvd, hidden_pdm))
+        if not self.on_cpu:
+            out.mul_(LOG2_E)
+
+    def add_waiting(self, block: _Block | None = None) -> None:
+        """Add to the head's gradient what is kept of the chunk before in this block, or in all."""
+        if self.waiting_md is None:
+            return
+        for each in self.blocks if block is None else [block]:
+            assert each.head_grad_pvd is not None
+            waiting_pmd = self.waiting_md.expand(len(each.head_pvd), *self.waiting_md.shape)
+            first = not self.head_grad_begun
+            self.accumulate(each.head_grad_pvd, each.exponentials_pvm, waiting_pmd, first)
+        if block is None or block is self.blocks[-1]:
+            self.head_grad_begun, self.waiting_md = True, None
 
     def add_up(self, exponentials_pvm: Tensor, out_pm: Tensor) -> None:
         """The sums over a block's entries, written to `out_pm`.

@@ -177,7 +177,7 @@ def test_logits_far_from_zero_need_one_more_product_at_most(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, offset: float, chunks: dict
 ) -> None:
     """Released models have such logits. That of the target is subtracted, not the largest."""
-    monkeypatch.delattr(loss._Rows, "sums_shifted")
+    monkeypatch.delattr(loss._Loss, "largest")
     hidden_end, head_vd, target_n = problem(dtype=dtype)
     with torch.no_grad():
         head_vd[:, 0] = 10
@@ -187,9 +187,9 @@ def test_logits_far_from_zero_need_one_more_product_at_most(
         hidden_end, head_vd, target_n, [0.2, 0.5, 0.3], tolerance=10 * TOLERANCE[dtype], **chunks
     )
     products = []
-    logits = loss._Rows.logits
+    logits = loss._Loss.form_logits
     monkeypatch.setattr(
-        loss._Rows, "logits", lambda self, *rest: (products.append(1), logits(self, *rest))
+        loss._Loss, "form_logits", lambda self, *rest: (products.append(1), logits(self, *rest))
     )
     linear_cross_entropy(hidden_end, head_vd, target_n, [1, 1, 1], rows=37, block=101)
     assert len(products) == (3 if offset > 0 else 4)  # one is beyond what the target's logit tells

@@ -1,8 +1,8 @@
 """What the jobs of a sweep cost beside their training: time, memory, files.
 
-    python scripts/sweep_overhead.py 1000                    # jobs; in a temporary folder
-    python scripts/sweep_overhead.py 1000 --folder /shared   # on that disk
-    python scripts/sweep_overhead.py 300 hydra/launcher=joblib
+    python benchmarks/sweep.py 1000                    # jobs; in a temporary folder
+    python benchmarks/sweep.py 1000 --folder /shared   # on that disk
+    python benchmarks/sweep.py 300 hydra/launcher=joblib
 
 Four experiments of five distinct phases are swept over seeds, on so little text that a phase trains
 in a blink: what is left is composing, checking, launching, the store and the records. A tenth and a
