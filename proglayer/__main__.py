@@ -10,5 +10,4 @@ python -m proglayer.results DIR    the table of runs, finished or not
 python -m proglayer.report DIR     what the data of a study say, as a page
 python -m proglayer.exits RUN      what the exits of finished runs are worth
 python -m proglayer.store list     the store of trained phases: list, prune
-python -m proglayer.run DIR -o TO   a run's model for transformers, where it is one of its
-python -m proglayer.bench          how fast a training step is on this machine""")
+python -m proglayer.run DIR -o TO   a run's model for transformers, where it is one of its""")
