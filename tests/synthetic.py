@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from proglayer.run.record import (
     CorpusRecord,
@@ -293,14 +292,13 @@ def sweep(
     jobs = [(e, m, s) for e in experiments for m in models for s in seeds]
     for number, (experiment, model, seed) in enumerate(jobs):
         run(folder / f"{number}_aaaaaa", experiment, model, seed, *overrides, shock=shock)
-    task = [
+    command = [
+        *("python", "train.py", "-m"),
         f"experiment={','.join(experiments)}",
         f"model={','.join(models)}",
         f"seed={','.join(map(str, seeds))}",
         *overrides,
     ]
-    given = {"hydra": {"overrides": {"task": task}}}
-    (folder / "multirun.yaml").write_text(yaml.safe_dump(given))
     listed = [
         SweepJob(
             folder=f"{number}_aaaaaa",
@@ -308,5 +306,5 @@ def sweep(
         )
         for number, (e, m, s) in enumerate(jobs)
     ]
-    write_sweep(folder, SweepRecord(jobs=listed))
+    write_sweep(folder, SweepRecord(jobs=listed, command=command))
     return folder

@@ -11,21 +11,21 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from proglayer.console import Columns, console, table
+from proglayer.console import console
 from proglayer.errors import ConfigError, run_command
 from proglayer.files import FolderKind
 from proglayer.store.entries import Entry, entries_of, is_store
+from proglayer.table import Column, Table
 
 SIZES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 SIZES |= {unit[0]: size for unit, size in SIZES.items()}
 AGES = {"d": 86_400.0, "h": 3_600.0, "m": 60.0}
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """An entry, its size in bytes, and the seconds since a run last wrote or read it."""
 
     entry: Entry
@@ -103,42 +103,39 @@ def _listed(entry: Entry) -> Listed:
 
 
 def _print(listed: Sequence[Listed]) -> None:
-    columns: Columns = (
-        ("trajectory", "text", lambda each: each.entry.key[:12]),
-        ("what", "long", lambda each: _title(each.entry)),
-        ("epochs", "number", lambda each: str(len(each.entry.names("epoch-")))),
-        ("MB", "number", lambda each: f"{each.size / 1e6:,.1f}"),
-        ("age", "number", lambda each: _age(each.age)),
-        ("used by", "long", lambda each: _users(each.entry.users())),
+    rows = [
+        {
+            "key": each.entry.key[:12],
+            "what": _title(each.entry),
+            "epochs": len(each.entry.names("epoch-")),
+            "size": each.size / 1e6,
+            "age": each.age / 86_400,
+            "users": ", ".join("/".join(run.parts[-2:]) for run in each.entry.users()),
+        }
+        for each in listed
+    ]
+    columns = (
+        Column("key", "trajectory"),
+        Column("what", "what", kind="prose"),
+        Column("epochs", "epochs", "d"),
+        Column("size", "MB", ",.1f"),
+        Column("age", "days old", ",.1f"),
+        Column("users", "used by", kind="prose"),
     )
-    out = console()
-    out.print(table(listed, columns))
-    size = sum(each.size for each in listed)
-    out.print(f"{len(listed)} trajectories, {size / 1e6:,.1f} MB")
+    total = sum(each.size for each in listed) / 1e6
+    note = f"{len(listed)} trajectories, {total:,.1f} MB"
+    console().print(Table(rows, columns, note=note).rich())
 
 
 def _title(entry: Entry) -> str:
     try:
-        description = entry.path("trajectory")
-        phase = json.loads(description.read_bytes())["phase"] if description else {}
+        path = entry.path("trajectory")
+        phase = json.loads(path.read_bytes())["phase"] if path else {}
     except (OSError, ValueError):
         phase = {}
     if not phase:
-        return "(not described)"
-    exits = sum(weight > 0 for weight in phase["exit_weights"])
-    return (
-        f"phase {phase['index'] + 1}, {phase['layers']} layers, seed {phase['seed']}, "
-        f"dim {phase['architecture']['dim']}, {exits} exit{'s' if exits > 1 else ''}"
-    )
-
-
-def _age(seconds: float) -> str:
-    days, left = divmod(int(seconds), 86_400)
-    return f"{days} d" if days else f"{left // 3600} h {left % 3600 // 60} min"
-
-
-def _users(runs: Sequence[Path]) -> str:
-    return ", ".join(sorted("/".join(run.parts[-2:]) for run in runs)) or "nothing"
+        return "not described"
+    return f"phase {phase['index'] + 1}, {phase['layers']} layers, seed {phase['seed']}"
 
 
 def _quantity(units: dict[str, float], examples: str) -> Callable[[str], float]:

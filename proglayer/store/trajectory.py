@@ -42,6 +42,7 @@ from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training
 
 log = logging.getLogger(__name__)
 
+GRADIENTS = "gradients-0001"
 STATE_NAME = re.compile(r"state-(\d+)-(\d+)")
 # How long to wait for another process's epoch before looking again whether it is stored.
 POLL_S = 0.2
@@ -149,19 +150,19 @@ class Trajectory:
             else:
                 last = self.start_exits()[-1]
                 start = EpochMetrics(0, None, last.loss, last.accuracy, 0, 0.0, 0.0)
-                self.entry.write_json(_epoch_name(0), asdict(start))
+                self.entry.write_json(_name("epoch", 0), asdict(start))
 
         return self._stored_or_made(lambda: self._stored_epoch(number), make)
 
     def start_exits(self) -> list[ExitMetrics]:
         """Evaluate the exits of the model that the phase starts with, before its first step."""
 
-        def model() -> Model:
+        def evaluated() -> list[ExitMetrics]:
             model = self.start().to(self.device)
             set_gate(model, self.phase.train, 0)
-            return model
+            return self._evaluate(model, self.phase.evaluate)
 
-        return self._exits(0, lambda: self._evaluate(model(), self.phase.evaluate))
+        return self._exits(0, evaluated)
 
     def gradient_shares(self) -> list[float] | None:
         """Give the new layers' part of the gradient's norm at the first steps after a growth.
@@ -170,14 +171,10 @@ class Trajectory:
         """
         if not self.phase.stop.max_epochs:
             return None
-
-        def read() -> list[float] | None:
-            plain = self.entry.read_json("gradients-0001")
-            return plain and plain["new_layers"]
-
         return self._stored_or_made(
-            read, lambda: self._train_to(1, latest=self._end_of_training(1))
-        )
+            lambda: self.entry.read_json(GRADIENTS),
+            lambda: self._train_to(1, latest=self._end_of_training(1)),
+        )["new_layers"]
 
     def finish(self, selected: int) -> list[ExitMetrics]:
         """Store what a later reader needs of a phase that ended: the last state, from which a
@@ -191,13 +188,13 @@ class Trajectory:
         if self._training is not None:
             self._store_state(self._training)
 
-        def evaluate_exits() -> list[ExitMetrics]:
+        def evaluated() -> list[ExitMetrics]:
             metrics, last = self.epoch(selected), self.phase.train.exits - 1
             if self.phase.evaluate == (last,):
                 return [ExitMetrics(last, metrics.validation_loss, metrics.validation_accuracy)]
             return self._evaluate(self._model(selected), self.phase.evaluate)
 
-        exits = self._exits(selected, evaluate_exits)
+        exits = self._exits(selected, evaluated)
         if self._training is not None:
             self._warn_of_unmoved(selected)
             # Those that training left on its way back to the selected epoch.
@@ -215,18 +212,14 @@ class Trajectory:
         # Training depends on no test text, so the key knows nothing of it: the name does, unless
         # the test text follows from what the key holds.
         text = self.corpus.test_fingerprint
-        name = f"test-{selected:04d}" + (f"-{int(text[:12], 16)}" if text else "")
+        name = _name("test", selected) + (f"-{int(text[:12], 16)}" if text else "")
 
-        def read() -> ExitMetrics | None:
-            plain = self.entry.read_json(name)
-            return plain and ExitMetrics(**plain)
-
-        def make() -> None:
+        def evaluated() -> dict[str, Any]:
             last = [self.phase.train.exits - 1]
             (metrics,) = self._evaluate(self._model(selected), last, tokens=self.corpus.test)
-            self.entry.write_json(name, asdict(metrics))
+            return asdict(metrics)
 
-        return self._stored_or_made(read, make)
+        return ExitMetrics(**self._plain(name, evaluated))
 
     def weights(self, epoch: int) -> Tensors:
         """Give the model's tensors after `epoch`, on the CPU."""
@@ -235,18 +228,16 @@ class Trajectory:
     def weights_file(self, epoch: int) -> Path:
         """Find the stored file of the model after `epoch`, which is whole."""
         self._weights(epoch)
-        path = self.entry.path(_weights_name(epoch))
+        path = self.entry.path(_name("weights", epoch))
         assert path is not None, "it was just read"
         return path
 
     def optimizer_state(self, epoch: int) -> Tensors:
         """Give the optimizer's tensors after `epoch`, on the CPU."""
-        name = _optimizer_name(epoch)
-
-        def make() -> None:
-            self.entry.write(name, pack_optimizer(self._train_to(epoch)))
-
-        return safetensors.torch.load(self._stored_or_made(lambda: self.entry.read(name), make))
+        name = _name("optimizer", epoch)
+        return safetensors.torch.load(
+            self._tensors(name, lambda: pack_optimizer(self._train_to(epoch)))
+        )
 
     def best_recorded(self) -> int | None:
         """Return the epoch with the lowest validation loss of those read so far."""
@@ -267,6 +258,16 @@ class Trajectory:
             else:
                 self._try_to_lock()
         return value
+
+    def _plain(self, name: str, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return self._stored_or_made(
+            lambda: self.entry.read_json(name), lambda: self.entry.write_json(name, made())
+        )
+
+    def _tensors(self, name: str, made: Callable[[], bytes]) -> bytes:
+        return self._stored_or_made(
+            lambda: self.entry.read(name), lambda: self.entry.write(name, made())
+        )
 
     def _try_to_lock(self) -> None:
         """Become the writer, or give another process a moment to store what is wanted."""
@@ -292,28 +293,20 @@ class Trajectory:
     def _exits(self, epoch: int, made: Callable[[], list[ExitMetrics]]) -> list[ExitMetrics]:
         # An exit's loss is rounded by what it is evaluated with, so neither file stands for both.
         every = len(self.phase.evaluate) == self.phase.train.exits
-        name = f"{'exits' if every else 'trained'}-{epoch:04d}"
+        name = _name("exits" if every else "trained", epoch)
 
-        def read() -> list[ExitMetrics] | None:
-            plain = self.entry.read_json(name)
-            return plain and [ExitMetrics(**row) for row in plain["exits"]]
-
-        def make() -> None:
-            self.entry.write_json(name, {"exits": [asdict(exit) for exit in made()]})
-
-        return self._stored_or_made(read, make)
+        plain = self._plain(name, lambda: {"exits": [asdict(exit) for exit in made()]})
+        return [ExitMetrics(**row) for row in plain["exits"]]
 
     def _weights(self, epoch: int) -> bytes:
-        def make() -> None:
+        def made() -> bytes:
             # Before the first step they are the start's.
-            model = self._train_to(epoch).model if epoch else self.start()
-            self._store_weights(epoch, model)
+            return self._packed(self._train_to(epoch).model if epoch else self.start())
 
-        return self._stored_or_made(lambda: self.entry.read(_weights_name(epoch)), make)
+        return self._tensors(_name("weights", epoch), made)
 
-    def _store_weights(self, epoch: int, model: Model) -> None:
-        weights = pack_weights(self.phase.train, on_cpu(model.state_dict()))
-        self.entry.write(_weights_name(epoch), weights)
+    def _packed(self, model: Model) -> bytes:
+        return pack_weights(self.phase.train, on_cpu(model.state_dict()))
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -331,7 +324,7 @@ class Trajectory:
             number = training.epoch + 1
             if number == 1 and self.phase.train.growth is not None:
                 shares = [float(share) for share in training.gradient_shares]
-                self.entry.write_json("gradients-0001", {"new_layers": shares})
+                self.entry.write_json(GRADIENTS, {"new_layers": shares})
             if self._stored_epoch(number) is not None:
                 training.finish_epoch()
                 self.counts.epochs_replayed += 1
@@ -339,7 +332,7 @@ class Trajectory:
             else:
                 self._recorded[number] = metrics = self._finish_epoch(training)
                 self._keep(training)
-                self.entry.write_json(_epoch_name(number), asdict(metrics))
+                self.entry.write_json(_name("epoch", number), asdict(metrics))
                 self.counts.trained.add(number)
         return training
 
@@ -376,16 +369,16 @@ class Trajectory:
         epochs = [m for n in range(1, training.epoch + 1) if (m := self._stored_epoch(n))]
         rules = (replace(self.phase.stop, min_delta=0.0), self.phase.stop)
         selectable = {best.epoch for rule in rules if (best := best_of(epochs, rule))}
-        if self._newest is not None and self._newest not in selectable:
-            self.entry.remove(_weights_name(self._newest))
-            self.entry.remove(_optimizer_name(self._newest))
-        self._newest = None
+        newest, self._newest = self._newest, None
         if (epoch := training.epoch) in selectable:
-            if self.entry.path(_weights_name(epoch)) is None:
-                self._store_weights(epoch, training.model)
+            if self.entry.path(_name("weights", epoch)) is None:
+                self.entry.write(_name("weights", epoch), self._packed(training.model))
                 self._newest = epoch
-            if self.keep_optimizer and self.entry.path(_optimizer_name(epoch)) is None:
-                self.entry.write(_optimizer_name(epoch), pack_optimizer(training))
+            if self.keep_optimizer and self.entry.path(_name("optimizer", epoch)) is None:
+                self.entry.write(_name("optimizer", epoch), pack_optimizer(training))
+        if newest is not None and newest not in selectable:
+            for kind in ("weights", "optimizer"):
+                self.entry.remove(_name(kind, newest))
 
     def _after_step(self, training: Training, progress: Progress) -> None:
         self.hooks.on_step(progress)
@@ -505,7 +498,7 @@ def describe(
 
 
 def _read_epoch(entry: Entry, number: int) -> EpochMetrics | None:
-    plain = entry.read_json(_epoch_name(number))
+    plain = entry.read_json(_name("epoch", number))
     return None if plain is None else EpochMetrics(**plain)
 
 
@@ -518,16 +511,8 @@ def _position(training: Training) -> Position:
     return training.epoch, training.step
 
 
-def _epoch_name(epoch: int) -> str:
-    return f"epoch-{epoch:04d}"
-
-
-def _weights_name(epoch: int) -> str:
-    return f"weights-{epoch:04d}"
-
-
-def _optimizer_name(epoch: int) -> str:
-    return f"optimizer-{epoch:04d}"
+def _name(kind: str, epoch: int) -> str:
+    return f"{kind}-{epoch:04d}"
 
 
 def _state_name(position: Position) -> str:

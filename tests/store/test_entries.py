@@ -110,7 +110,7 @@ def test_listing_names_size_age_and_users(
     grow_old(old, 3)
     assert main(["list", "--dir", str(tmp_path / "store")]) == 0
     out = capsys.readouterr().out
-    for text in (old.key[:12], "2.0", "3 d", "sweep/0_abcdef", "1 trajectories"):
+    for text in (old.key[:12], "2.0", "3.0", "sweep/0_abcdef", "1 trajectories"):
         assert text in out
 
 
