@@ -199,7 +199,7 @@ def test_a_tensor_that_trains_and_does_not_move_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     phase = planned()
-    optimizer = replace(phase.train.optimizer, weight_decay=0.0)
+    optimizer = phase.train.optimizer.model_copy(update={"weight_decay": 0.0})
     still = replace(phase.train, rates=Rates(1e-2, 1e-2, 1e-20, 1e-2), optimizer=optimizer)
     followed(tmp_path, replace(phase, train=still))
     assert "phase 1 did not move embedding.weight, which should train" in caplog.text
