@@ -143,8 +143,7 @@ def in_one_line(error: BaseException) -> str:
                 near = "; did you mean experiment=recipe/...?"
             return f"{group} has no choice {choice}{near} (choices: {', '.join(cause.options)})"
         cause = cause.__cause__ or cause.__context__
-    several = " (several values: add -m)" if "--multirun" in str(error) else ""
-    return f"the settings cannot be composed: {first_line(error)}{several}"
+    return f"the settings cannot be composed: {first_line(error)}"
 
 
 # --- several values -------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_an_option_that_means_nothing_is_refused_without_a_traceback(train: Comm
         ("model=standart", "model has no choice standart; did you mean model=standard?"),
         ("hydra/launcher=submitit_slurm", "did you mean hydra/launcher=slurm?"),
         ("experiment=g_stack", "did you mean experiment=recipe/...?"),
-        ("lr.base=1,2", "(several values: add -m)"),
+        ("lr.base=1,2", "Ambiguous value for argument 'lr.base=1,2'"),
         ("lr.base=${nope}", "lr.base: Interpolation key 'nope' not found"),
         ("+seed=3", "already at 'seed'"),
         # of other tools
