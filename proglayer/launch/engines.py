@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
 
+from proglayer.config import Settings
 from proglayer.console import console
 from proglayer.errors import ConfigError, install_command
 from proglayer.launch.job import Job, log_to_console, run_job
@@ -47,14 +48,12 @@ CONNECT_S = 10.0
 VARIABLES = ("PROGLAYER_", "HF_", "MLFLOW_")
 
 
-class Engine(BaseModel):
+class Engine(Settings):
     """One job after another in this process; what the other engines do differently is theirs.
 
     elsewhere: jobs run on machines that this process cannot know.
     needs: the module, and the extra of this package that brings it.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine: str = "basic"
     elsewhere: ClassVar[bool] = False
@@ -212,10 +211,8 @@ def _follow(parent: int) -> None:
 # --- Ray ------------------------------------------------------------------------------------------
 
 
-class RayParts(BaseModel):
+class RayParts(Settings):
     """What `ray.init` and, for each job, `ray.remote` are given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     init: dict[str, Any]
     remote: dict[str, Any]

@@ -8,6 +8,7 @@ the trials have in common is in `sweep.json`. A trial whose settings cannot work
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import shlex
@@ -16,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from proglayer import files
-from proglayer.config import BPE, OnError
+from proglayer.config import BPE, OnError, Settings
 from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line, install_command
 from proglayer.files import FolderKind
@@ -45,10 +46,8 @@ JOURNAL = "optuna.journal"
 POINTS = 10
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(Settings):
     """The settings of conf/hydra/sweeper/optuna.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     direction: Literal["minimize", "maximize"]
     n_trials: int = Field(ge=1)
@@ -97,8 +96,10 @@ class Search:
         self.space = space
         self.settings = settings
         self.trials: dict[Path, optuna.trial.Trial] = {}
-        self.study: optuna.Study | None = None
-        self.sampler = self._sampler()
+        more: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
+        if settings.sampler == "grid":
+            more["search_space"] = space.grid()
+        self.sampler = made("sampler", settings.sampler, settings.sampler_settings | more)
         made("pruner", settings.pruner, settings.pruner_settings)
         self.most = settings.n_trials
         if settings.sampler == "grid":
@@ -113,15 +114,6 @@ class Search:
             "by": config.objective.value,
             "first": identity(config.model_dump(mode="json")),
         }
-
-    def _sampler(self) -> Any:
-        settings = self.settings
-        more = dict(settings.sampler_settings)
-        if settings.seed is not None:
-            more["seed"] = settings.seed
-        if settings.sampler == "grid":
-            more["search_space"] = self.space.grid()
-        return made("sampler", settings.sampler, more)
 
     def _first_that_works(self) -> Planned:
         """Return a job of this search. Raises ConfigError where none of several points can work."""
@@ -138,9 +130,12 @@ class Search:
         """Return the jobs of the next trials. Those that cannot work are failed ones at once."""
         jobs: list[Planned] = []
         self.trials = {}
-        study = self.study = self.study or self._opened()
         while len(jobs) < self.settings.n_jobs and self._ended + len(jobs) < self.most:
-            trial = self.stopped.pop(0) if self.stopped else self._ask(study)
+            trial = (
+                self.stopped.pop(0)
+                if self.stopped
+                else self.study.ask(dict(self.space.distributions))
+            )
             overrides = self.space.drawn(trial.params)
             folder = self.sweep.folder / job_folder(trial.number, overrides)
             self.trials[folder] = trial
@@ -156,7 +151,9 @@ class Search:
                 jobs.append(replace(planned, job=replace(planned.job, prune=self._prune(trial))))
         return jobs
 
-    def _opened(self) -> optuna.Study:
+    @functools.cached_property
+    def study(self) -> optuna.Study:
+        """The study of the sweep's folder, which no other command is at work in."""
         import optuna
 
         settings = self.settings
@@ -174,32 +171,22 @@ class Search:
             # The same seed would begin the same row of draws again.
             self.sampler.reseed_rng()
         running = optuna.trial.TrialState.RUNNING
-        # No other command is at work in this folder, so these were stopped.
         self.stopped = [
             optuna.trial.Trial(study, trial._trial_id) for trial in trials if trial.state is running
         ]
-        self.study = study
-        console().print(
-            f"{self._ended} of {self.most} trials ended before"
-            f"{f', {len(self.stopped)} to go on with' if self.stopped else ''}",
-            markup=False,
-        )
+        goes_on = f", {len(self.stopped)} to go on with" if self.stopped else ""
+        before = f"{len(trials) - len(self.stopped)} of {self.most} trials ended before{goes_on}"
+        console().print(before, markup=False)
         return study
-
-    def _ask(self, study: optuna.Study) -> optuna.trial.Trial:
-        return study.ask(dict(self.space.distributions))
 
     @property
     def _ended(self) -> int:
-        assert self.study is not None
         return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
 
     def _prune(self, trial: optuna.trial.Trial) -> Report | None:
-        if self.settings.pruner == "nop":
-            return None
         settings = self.settings
         about = settings.pruner, settings.pruner_settings, settings.direction
-        return Report(self.sweep.folder, trial.number, *about)
+        return Report(self.sweep.folder, trial.number, *about) if settings.pruner != "nop" else None
 
     def tell(self, jobs: Sequence[Planned]) -> None:
         """Tell the study how its trials ended. One that was stopped goes on with the command.
@@ -211,22 +198,19 @@ class Search:
             raise ConfigError("a trial failed, and on_error=stop: the same command goes on")
 
     def _tell(self, trial: optuna.trial.Trial, folder: Path) -> RunState | None:
-        import optuna
+        from optuna.trial import TrialState
 
-        assert self.study is not None
         record = record_of(folder)
-        state = None if record is None else record.state
-        if record is not None and state is RunState.completed and record.objective is not None:
+        state = record.state if record else None
+        if record and state is RunState.completed and record.objective is not None:
             self.study.tell(trial, record.objective)
-        elif state is RunState.pruned:
-            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        elif state in (RunState.completed, RunState.failed, RunState.lost):
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        elif state in (RunState.pruned, RunState.completed, RunState.failed, RunState.lost):
+            pruned = state is RunState.pruned
+            self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         return state
 
     def outcome(self) -> list[str]:
         """Return the best trial with the command of its run. Raises ConfigError without one."""
-        assert self.study is not None
         with contextlib.suppress(ValueError):
             best = self.study.best_trial
             return [

@@ -52,7 +52,7 @@ STARTS_AGAIN = "Slurm starts it again"
 class Slurm(Engine):
     """Jobs of a Slurm array. Settings that have no field here are those of submitit."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     elsewhere = True
     needs = ("submitit", "slurm")

@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from proglayer import files
-from proglayer.config import OnError, problem_lines
+from proglayer.config import OnError, Settings, problem_lines
 from proglayer.console import console, outlasting_reader
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
@@ -66,7 +66,7 @@ class Design(Protocol):
         ...
 
 
-class ProductSettings(BaseModel):
+class ProductSettings(Settings):
     """Hydra's grammar, and what a product of all values does not say.
 
     max_batch_size: how many jobs the engine gets at a time.
@@ -76,8 +76,6 @@ class ProductSettings(BaseModel):
     filter: an expression; combinations for which it does not hold are left out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     max_batch_size: int | None = Field(None, ge=1)
     params: dict[str, Any] | None = None
     pairs: list[list[str]] = []
@@ -85,10 +83,10 @@ class ProductSettings(BaseModel):
     filter: str | None = None
 
 
-Settings = TypeVar("Settings", bound=BaseModel)
+S = TypeVar("S", bound=Settings)
 
 
-def checked(schema: type[Settings], plain: Mapping[str, Any], part: str) -> Settings:
+def checked(schema: type[S], plain: Mapping[str, Any], part: str) -> S:
     """Return the settings of `hydra.sweeper` or `hydra.launcher`. Raises ConfigError."""
     try:
         return schema.model_validate(plain)
