@@ -55,9 +55,9 @@ class SearchSettings(Settings):
     params: dict[str, Any] | None = None
     seed: int | None = None
     sampler: str
-    sampler_settings: dict[str, Any] = {}
+    sampler_settings: dict[str, Any]
     pruner: str
-    pruner_settings: dict[str, Any] = {}
+    pruner_settings: dict[str, Any]
 
 
 def run(command: Command) -> int:

@@ -78,8 +78,8 @@ class ProductSettings(Settings):
 
     max_batch_size: int | None = Field(None, ge=1)
     params: dict[str, Any] | None = None
-    pairs: list[list[str]] = []
-    blocks: list[dict[str, Any]] = []
+    pairs: tuple[tuple[str, ...], ...] = ()
+    blocks: tuple[dict[str, Any], ...] = ()
     filter: str | None = None
 
 
