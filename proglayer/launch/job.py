@@ -18,14 +18,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from proglayer import files
 from proglayer.config import Config, flat_settings, to_config
 from proglayer.console import console, tell
-from proglayer.errors import ConfigError, UserError, with_type
-from proglayer.files import FolderKind
+from proglayer.errors import ConfigError, StoreError, UserError, with_type
+from proglayer.files import FolderInUse, FolderKind
 from proglayer.launch.ask import in_one_line
 from proglayer.run.record import (
     GitState,
     RecordError,
     RunRecord,
     RunState,
+    change_state,
     now,
     read_record,
     write_record,
@@ -87,38 +88,39 @@ def run_job(job: Job) -> RunRecord:
             return run_locked(job)
     except UserError as error:
         log.error("%s", error)
+        if not isinstance(error, FolderInUse):
+            fail(job, error)
         return record_of(job.folder) or job.waiting
 
 
+def fail(job: Job, error: UserError) -> None:
+    """Record that a job failed without having begun, if that can be written."""
+    with contextlib.suppress(StoreError):
+        change_state(job.folder, RunState.failed, str(error))
+
+
 def run_locked(job: Job) -> RunRecord:
-    """Run a job whose folder this process has locked, and return its record. Raises StoreError."""
-    with contextlib.chdir(job.cwd), _log_of(job.folder):
-        return _run(job)
+    """Run a job whose folder this process has locked, and return its record.
 
-
-def _run(job: Job) -> RunRecord:
+    Raises ConfigError where it cannot run here, and StoreError where it cannot be recorded.
+    """
     from proglayer.launch.snapshot import digest
     from proglayer.run.machine import with_precision
     from proglayer.run.run import run
 
-    _write_hydra(job)
-    if job.source is not None and digest(job.source[0]) != job.source[1]:
-        log.warning(
-            "the code in %s changed since this job was submitted, which runs as it was submitted",
-            job.source[0],
-        )
-    try:
+    with contextlib.chdir(job.cwd), _log_of(job.folder):
+        _write_hydra(job)
+        if job.source is not None and digest(job.source[0]) != job.source[1]:
+            log.warning(
+                "the code in %s changed since this job was submitted, which runs as it was "
+                "submitted",
+                job.source[0],
+            )
         config, picked = with_precision(job.config)
         if picked:
             tell(picked)
         given = list(job.overrides), dict(job.choices)
         return run(config, job.folder, *given, job.prune, job.git, job.worker)
-    except UserError as error:
-        log.error("%s", error)
-        failed = {"state": RunState.failed, "reason": str(error), "ended": now()}
-        record = job.waiting.model_copy(update=failed)
-        write_record(job.folder, record)
-        return record
 
 
 def submit(job: Job) -> None:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from hydra.core.config_loader import ConfigLoader
@@ -125,22 +126,31 @@ def single(command: Any) -> int:
 
     Raises ConfigError, and KeyboardInterrupt where the run was interrupted.
     """
-    from proglayer.console import outlasting_reader
-    from proglayer.launch.job import leave_report, run_locked, submit
+    from proglayer.console import outlasting_reader, tell
+    from proglayer.launch.job import fail, leave_report, run_locked, submit
     from proglayer.launch.planned import Planner, print_plan
+    from proglayer.run import machine
     from proglayer.run.record import RunState
 
     job = command.job(command.folder("run"))
+    config, picked = machine.with_precision(job.config)
+    if picked:
+        tell(picked)
+    job = replace(job, config=config)
     planned = Planner().plan(job)
-    if job.config.plan:
+    if config.plan:
         print_plan(planned)
         return 0
-    _check_device(job)
+    machine.pick_device(config.device, config.precision)
     _check_other_run(job)
     files.claim_folder(job.folder, FolderKind.run)
     with outlasting_reader(), files.sole_writer(job.folder, FolderKind.run.setting):
         submit(job)
-        record = run_locked(job)
+        try:
+            record = run_locked(job)
+        except UserError as error:
+            fail(job, error)
+            raise
         if record.state is RunState.interrupted:
             raise KeyboardInterrupt
         if job.config.report:
@@ -148,23 +158,15 @@ def single(command: Any) -> int:
     return 0 if record.state is RunState.completed else FAILED
 
 
-def _check_device(job: Any) -> None:
-    from proglayer.run import machine
-
-    config, _ = machine.with_precision(job.config)
-    machine.pick_device(config.device, config.precision)
-
-
 def _check_other_run(job: Any) -> None:
     """Raise ConfigError where a folder holds a completed run with other settings."""
     from proglayer.launch.job import differing, record_of
-    from proglayer.run.machine import with_precision
     from proglayer.run.record import RunState
 
     record = record_of(job.folder)
     if record is None or record.state is not RunState.completed:
         return
-    if others := differing(record.config, with_precision(job.config)[0].model_dump(mode="json")):
+    if others := differing(record.config, job.config.model_dump(mode="json")):
         raise ConfigError(
             f"hydra.run.dir={job.folder} holds a completed run with {'; '.join(others[:3])}: "
             "choose another folder"
