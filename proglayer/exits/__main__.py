@@ -16,9 +16,13 @@ from proglayer.report import early_exit, pictures, words
 from proglayer.report.arms import Frame, arms
 from proglayer.report.early_exit import Measured
 from proglayer.results import load, write_csv
-from proglayer.run.record import RecordError, RunRecord, read_record
+from proglayer.run.record import RunRecord, read_record
 
 FAILED, NOTHING = 1, 2
+
+
+class NoTextError(ConfigError):
+    """The text that runs were validated on is not to be had."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,15 +55,15 @@ def _measure_all(folders: Sequence[str], out: Path) -> int:
     for row in runs[["run", "folder"]].itertuples():
         folder = Path(str(row.folder))
         try:
-            record = _record(folder)
+            record = read_record(folder)
             found = early_exit.kept(folder, record.weights_sha256)
             if found is None:
                 corpus = corpus or _corpus(folder, record)
                 found = _measured(folder, record, corpus)
                 tell(f"measured {row.run}")
             measured[str(row.run)] = found
-        except ConfigError:
-            raise  # the text, which all need
+        except NoTextError:
+            raise  # all need it
         except (OSError, ValueError) as error:
             print_error(f"{folder}: {first_line(error)}")
             failed += 1
@@ -81,36 +85,20 @@ def _check_texts(runs: Frame) -> None:
     """Raise ConfigError where these runs are of several texts: their figures do not compare."""
     texts = runs.drop_duplicates("corpus_fingerprint")
     if len(texts) > 1:
-        named = ", ".join(
-            f"{row.corpus} {str(row.corpus_fingerprint)[:8]} ({row.run})"
-            for row in texts.itertuples()
-        )
-        raise ConfigError(
-            f"these runs are of {len(texts)} texts, whose figures do not compare: {named}; give "
-            "runs of one text"
-        )
-
-
-def _record(folder: Path) -> RunRecord:
-    record = read_record(folder)
-    if record.config is None or record.corpus is None or not record.phases:
-        raise RecordError(f"{folder}: its record names no settings, text or phases")
-    return record
+        named = ", ".join(f"{row.corpus} ({row.run})" for row in texts.itertuples())
+        raise ConfigError(f"these runs are of {len(texts)} texts ({named}): give runs of one text")
 
 
 def _corpus(folder: Path, record: RunRecord) -> Corpus:
     """The text that a run trained on. Raises ConfigError where it is not to be had."""
-    assert record.config is not None
-    assert record.corpus is not None
     try:
-        data = Config.model_validate(record.config).data
-        corpus = open_corpus(data, tell)
+        corpus = open_corpus(Config.model_validate(record.config).data, tell)
     except ValueError as error:
-        raise ConfigError(f"the text of {folder} is not to be had: {error}") from error
+        raise NoTextError(f"the text of {folder} is not to be had: {error}") from error
+    assert record.corpus is not None, "it completed"
     if corpus.fingerprint != record.corpus.fingerprint:
-        raise ConfigError(
-            f"the text of {folder} is not to be had: {corpus.name} is another one here than it was "
-            "for the run (another Python, or changed files)"
+        raise NoTextError(
+            f"the text of {folder} is not to be had: {corpus.name} is another one here"
         )
     return corpus
 

@@ -215,7 +215,7 @@ def test_a_report_shows_what_was_measured(runs: Path, done: Path, tmp_path: Path
     text = page.read_text()
     assert "<h2>What exits are worth</h2>" in text
     assert (page.parent / "figures" / "early-exit.svg").is_file()
-    assert "Deep supervision: within 0.1 points of all 4 layers'" in text
+    assert "Deep supervision: within 0.1 points of all 4 layers" in text
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -266,19 +266,27 @@ def test_a_text_that_is_not_to_be_had_is_told(
     assert "is another one here" in capsys.readouterr().err
 
 
-def test_folders_without_a_run_and_files_of_others_are_told(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_without_a_run_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'nothing'}\n"
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 2
     assert "no completed run" in capsys.readouterr().err
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "exits.csv").write_text("my,own\n")
-    assert main([str(runs), "-o", str(tmp_path / "mine")]) == 2
-    assert "was not written by proglayer" in capsys.readouterr().err
-    assert (tmp_path / "mine" / "exits.csv").read_text() == "my,own\n"
+
+
+def test_figures_of_layers_that_a_model_does_not_have_are_not_read(
+    runs: Path, done: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(runs / "standard1", tmp_path / "run") / "exits.json"
+    sound = json.loads(path.read_text())
+    sha = sound["weights_sha256"]
+    assert early_exit.kept(path.parent, sha) is not None
+    deeper = [each | {"layer": 2 * each["layer"]} for each in sound["exits"]]
+    skipped = [each | {"layers": 2 * each["layers"]} for each in sound["early_exit"]]
+    unknown = [each | {"loss": "NaN"} for each in sound["exits"]]
+    for damage in ({"exits": deeper}, {"early_exit": skipped}, {"exits": unknown}):
+        path.write_text(json.dumps(sound | damage))
+        assert early_exit.kept(path.parent, sha) is None
 
 
 def test_a_model_is_the_same_after_it_was_measured(runs: Path, windows: Windows) -> None:
