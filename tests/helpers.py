@@ -205,7 +205,7 @@ def free_port() -> int:
 
 
 def epochs_trained(records: list[dict[str, Any]]) -> dict[str, int]:
-    """How many epochs of each stage these runs trained, all together."""
+    """How many epochs of each trajectory these runs trained, all together."""
     trained: Counter[str] = Counter()
     for record in records:
         for phase in record["phases"]:

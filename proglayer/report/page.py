@@ -403,10 +403,10 @@ def _commands(runs: Frame) -> list[str]:
     of_sweep = functools.cache(_sweep_command)
     columns = [plain_values(runs[name]) for name in ("sweep", "folder", "overrides")]
     commands = [
-        (sweep and of_sweep(Path(folder).parent)) or f"train.py {overrides or ''}".strip()
+        (sweep and of_sweep(Path(folder).parent)) or f"python train.py {overrides or ''}".strip()
         for sweep, folder, overrides in zip(*columns, strict=True)
     ]
-    return [f"python {command}" for command in dict.fromkeys(commands)]
+    return list(dict.fromkeys(commands))
 
 
 def _sweep_command(folder: Path) -> str | None:

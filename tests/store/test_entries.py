@@ -272,7 +272,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished_files(store: Path) -> dict[Path, bytes]:
-    """Every file of the stages whose selected epoch has been evaluated: those that ended."""
+    """Every file of the trajectories whose selected epoch has been evaluated: those that ended."""
     return {
         path: path.read_bytes()
         for exits in store.glob("*/exits-*")

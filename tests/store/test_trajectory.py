@@ -348,8 +348,8 @@ def test_checkpoints_on_the_way_change_nothing(tmp_path: Path) -> None:
     assert_same(
         followed(tmp_path / "a", phase), followed(tmp_path / "b", phase, checkpoint_every_s=0.0)
     )
-    (stage,) = (path for path in (tmp_path / "b").iterdir() if path.is_dir())
-    assert len(list(stage.glob("state-*"))) == 1
+    (entry,) = (path for path in (tmp_path / "b").iterdir() if path.is_dir())
+    assert len(list(entry.glob("state-*"))) == 1
 
 
 def test_the_key_covers_all_that_training_depends_on() -> None:
@@ -371,7 +371,7 @@ def test_the_key_covers_all_that_training_depends_on() -> None:
 def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_for(
     tmp_path: Path,
 ) -> None:
-    """In one stage, and in either order: what was evaluated first does not tell in the second."""
+    """In one entry, and in either order: what was evaluated first does not tell in the second."""
     asked = ("trained", "all", "trained"), ("all", "trained", "all")
     losses = set()
     for order in asked:
@@ -396,7 +396,7 @@ def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_fo
 def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the store's weights, under the same key; a stage of before gets it when it is read."""
+    """By the store's weights, under the same key; one that was stored before gets it when it is read."""
     phase = planned()
     before, state, _ = followed(tmp_path, phase)
     selected = before.best.epoch
@@ -422,7 +422,7 @@ def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
 def test_a_figure_of_one_test_text_is_not_taken_for_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What trains the same has one stage, whatever it is tested on; the figures have own names."""
+    """What trains the same has one key, whatever it is tested on; the figures have own names."""
     phase = planned()
     selected = followed(tmp_path, phase)[0].best.epoch
     keys, losses = set(), []
