@@ -396,7 +396,7 @@ def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_fo
 def test_the_selected_epoch_is_evaluated_on_the_test_text_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the store's weights, under the same key; one that was stored before gets it when it is read."""
+    """By the store's weights, under the same key, also where the phase was stored before."""
     phase = planned()
     before, state, _ = followed(tmp_path, phase)
     selected = before.best.epoch
