@@ -177,7 +177,7 @@ def test_a_sweep_without_an_experiment_is_told_by_what_it_varies(tmp_path: Path)
     for added in (1, 3):
         for seed in (1, 2):
             given = {
-                "choices": {"model": STANDARD, "data": "pydocs", "experiment": None},
+                "choices": {"model": STANDARD, "data": "pydocs"},
                 "overrides": [f"added_layers={added}", f"seed={seed}"],
             }
             synthetic.run(tmp_path / f"{added}{seed}", "original", STANDARD, seed,
