@@ -52,11 +52,11 @@ class Column:
 
     @property
     def shown_as(self) -> str:
-        """The kind that is not named: a figure where numbers are formatted, else a name."""
+        """Return the kind; if none is named, a figure where numbers are formatted, else a name."""
         return self.kind or ("figure" if isinstance(self.form, str) else "name")
 
     def cell(self, row: Row) -> Cell:
-        """The cell of a row; empty where the entry is missing."""
+        """Return the cell of a row; empty where the entry is missing."""
         value = row.get(self.name)
         if self.of_row:
             text = self.of_row(row)
@@ -81,17 +81,17 @@ class Table:
 
     @cached_property
     def records(self) -> Sequence[Row]:
-        """The rows as mappings."""
+        """Return the rows as mappings."""
         frame: Any = self.rows
         return self.rows if isinstance(self.rows, Sequence) else frame.to_dict("records")
 
     @cached_property
     def cells(self) -> list[list[Cell]]:
-        """The cells, row by row."""
+        """Return the cells, row by row."""
         return [[column.cell(row) for column in self.columns] for row in self.records]
 
     def rich(self, width: int | None = None) -> rich.table.Table:
-        """The table for a terminal. With `width`, in characters, minor columns give way to fit."""
+        """Set the table for a terminal; minor columns give way to fit into `width` characters."""
         gone = self._too_wide(width)
         title = Text(printable(self.title)) if self.title else None
         shown = rich.table.Table(title=title, title_justify="left", caption_justify="left")
@@ -109,7 +109,7 @@ class Table:
         return shown
 
     def _too_wide(self, width: int | None) -> list[str]:
-        """The labels of the minor columns that must go so that the others fit into `width`."""
+        """Return the labels of the minor columns that must go to fit into `width`."""
         widths = {}
         for place, column in enumerate(self.columns):
             texts = [column.label, *(one_line(row[place].text) for row in self.cells)]
@@ -131,7 +131,7 @@ def is_missing(value: Any) -> bool:
 
 
 def csv_of(frame: pd.DataFrame) -> str:
-    """A frame as CSV, for spreadsheets and for programs.
+    """Return a frame as CSV, for spreadsheets and for programs.
 
     Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does text
     that begins with one, in names of columns, too: take one leading apostrophe off any text to have

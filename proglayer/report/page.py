@@ -129,7 +129,7 @@ def _looks_before(runs: Frame, out: Path) -> list[int]:
 
 
 def _place(folder: str) -> str:
-    """The name of a run's folder in its sweep's, from wherever the report is made."""
+    """Return the name of a run's folder in its sweep's, from wherever the report is made."""
     return "/".join(Path(folder).parts[-2:])
 
 
@@ -137,7 +137,7 @@ def _place(folder: str) -> str:
 
 
 def _frames(study: Study) -> dict[str, Frame]:
-    """Every table as it is written: by the name of its file."""
+    """Return every table as it is written: by the name of its file."""
     results = study.results
     frames: dict[str, Frame] = {
         name: getattr(results, name) for name in ("runs", "phases", "epochs", "exits", "left_out")
@@ -162,16 +162,17 @@ def _frames(study: Study) -> dict[str, Frame]:
 
 
 def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
-    """The tables that the page shows: those that have a row."""
+    """Return the tables that the page shows: those that have a row."""
     runs = study.results.runs
     under_way = [RunState.completed, RunState.running, RunState.waiting]
     # Failures first: an interruption cures itself.
-    ended = runs[~runs["status"].isin(under_way)].sort_values("status", kind="stable")
+    ended: Frame = runs[~runs["status"].isin(under_way)]
+    ended = ended.sort_values("status", kind="stable")
     named = dict(zip(study.arms.runs["run"], study.arms.runs["variant"], strict=True))
     differs = {
         (c.name, b): arms.differing(c.runs, b)
         for c in study.conditions
-        for b in {own.b for own in study.others if own.b and own.condition == c.name}
+        for b in {one.b for one in study.others if one.b and one.condition == c.name}
     }
     made: dict[str, Any] = {
         "arms": tables.arms_table,
@@ -185,7 +186,7 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     }
     shown = {name: make(frames[name]) for name, make in made.items() if name in frames}
     for name, title, family in (
-        ("claims", "The claims", [own for own in study.claims if own.pairs]),
+        ("claims", "The claims", [one for one in study.claims if one.pairs]),
         ("others", "The other comparisons", study.others),
     ):
         if family:
@@ -199,30 +200,30 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
 
 
 def _pictures(study: Study) -> dict[str, list[Picture]]:
-    """The pictures of each section of the page."""
+    """Draw the pictures of each section of the page."""
     drawn = {
-        name: _verdicts(study, name, [own for own in family if own.tested][:MOST_JUDGED])
+        name: _verdicts(study, name, [one for one in family if one.tested][:MOST_JUDGED])
         for name, family in (("claims", study.claims), ("others", study.others))
     }
     for condition in study.conditions:
-        for name, own in _of_condition(study, condition).items():
-            drawn.setdefault(name, []).extend(own)
+        for name, one in _of_condition(study, condition).items():
+            drawn.setdefault(name, []).extend(one)
     return drawn
 
 
 def _verdicts(study: Study, name: str, made: Sequence[Comparison]) -> list[Picture]:
-    """The differences that the verdicts of the first screen rest on."""
+    """Draw the differences that the verdicts of the first screen rest on."""
     rows = [
         {
-            "label": ", ".join(filter(None, (words.label(own), words.budget_text(own))))
-            + _on(study, own.condition),
-            "model": own.model,
-            "mean": own.accuracy.mean,
-            "low": own.judged.interval.low,
-            "high": own.judged.interval.high,
-            "seeds": own.accuracy.differences.tolist(),
+            "label": ", ".join(filter(None, (words.label(one), words.budget_text(one))))
+            + _on(study, one.condition),
+            "model": one.model,
+            "mean": one.accuracy.mean,
+            "low": one.judged.interval.low,
+            "high": one.judged.interval.high,
+            "seeds": one.accuracy.differences.tolist(),
         }
-        for own in made
+        for one in made
     ]
     title, unit = "Differences in accuracy", "points of accuracy"
     return [pictures.forest(name, title, rows, study.margins.points, unit)] if rows else []
@@ -233,7 +234,7 @@ def _on(study: Study, condition: str) -> str:
 
 
 def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]]:
-    """Changes, growth, curves and exits in one condition."""
+    """Draw changes, growth, curves and exits in one condition."""
     slug = f"-{condition.number + 1}" if condition.number else ""
     on, margins = _on(study, condition.name), study.margins
     shown = condition.variants[:MOST_VARIANTS]
@@ -248,8 +249,9 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
         made = [name + slug, title + on, rows, margin, unit, better]
         drawn[name] = [pictures.forest(*made)] if rows else []
     timings = measures.timings(condition.runs, condition.curves)
-    drawn["timing"] = [pictures.timing(f"timing{slug}-{n}", own) for n, own in enumerate(timings)]
-    names = study.results.phases[["run", "phase", "name"]].rename(columns={"name": "phase_name"})
+    drawn["timing"] = [pictures.timing(f"timing{slug}-{n}", one) for n, one in enumerate(timings)]
+    names: Frame = study.results.phases[["run", "phase", "name"]]
+    names = names.rename(columns={"name": "phase_name"})
     curves = condition.curves.merge(names.astype({"phase_name": object}), on=["run", "phase"])
     known = curves.loc[np.isfinite(curves["loss"]), "loss"]
     drawn["curves"] = [
@@ -263,14 +265,14 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
     ]
     curves = curves[curves["variant"].isin(shown) & (curves["epoch"] > 0)]
     drawn["compute"] = [
-        pictures.compute(f"compute{slug}-{n}", f"{model_name(str(model))}{on}", own)
-        for n, (model, own) in enumerate(curves.dropna(subset="flops").groupby("model", sort=False))
+        pictures.compute(f"compute{slug}-{n}", f"{model_name(str(model))}{on}", one)
+        for n, (model, one) in enumerate(curves.dropna(subset="flops").groupby("model", sort=False))
     ]
     return drawn
 
 
 def _arm_rows(frame: Frame, column: str) -> list[dict[str, Any]]:
-    """The values of each arm, and in each of its phases where there are several."""
+    """Return the values of each arm, and in each of its phases where there are several."""
     several = "phase" in frame and frame["phase"].nunique() > 1
     by = ["variant", "model", *(["phase"] if several else [])]
     return [
@@ -297,7 +299,7 @@ def _render(
     drawn: dict[str, list[Picture]],
     looks_before: Sequence[int],
 ) -> str:
-    """One page that needs nothing else and asks for nothing: style, script and figures inside."""
+    """Render one page that needs and asks for nothing else: style, script and figures inside."""
     style, script = (
         resources.files("proglayer.report").joinpath(name).read_text(encoding="utf-8")
         for name in ("page.css", "page.js")
@@ -314,7 +316,7 @@ def _render(
         tables=shown,
         pictures=drawn,
         groups=_groups(study),
-        missing={own.name: _missing_controls(own) for own in study.conditions},
+        missing={one.name: _missing_controls(one) for one in study.conditions},
         statuses=Counter(study.results.runs["status"]),
         seeds=ranges(study.arms.runs["seed"]),
         names=listed([condition.name for condition in study.conditions], 3),
@@ -336,12 +338,12 @@ def _render(
 
 
 def _groups(study: Study) -> list[dict[str, Any]]:
-    """What the first screen answers: questions, each with its comparisons.
+    """Return what the first screen answers: questions, each with its comparisons.
 
     A study without the original is about its own comparisons. Claims that nothing was run for come
     last, with what it takes.
     """
-    claims, others = ([own for own in f if own.tested] for f in (study.claims, study.others))
+    claims, others = ([one for one in f if one.tested] for f in (study.claims, study.others))
     original = arms.ORIGINAL in study.arms.runs["experiment"].to_numpy()
     groups = []
     if others and not (claims and original):
@@ -352,19 +354,19 @@ def _groups(study: Study) -> list[dict[str, Any]]:
 
 
 def _questions(made: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Comparisons that answer one question, together."""
+    """Put comparisons that answer one question together."""
 
-    def question(own: Comparison) -> tuple[str, ...]:
-        which = (str(own.claim),) if own.claim else (own.a, own.b, str(own.kind))
-        return (*which, own.condition)
+    def question(one: Comparison) -> tuple[str, ...]:
+        which = (str(one.claim),) if one.claim else (one.a, one.b, str(one.kind))
+        return (*which, one.condition)
 
     order = list(dict.fromkeys(map(question, made)))
-    ordered = sorted(made, key=lambda own: order.index(question(own)))
+    ordered = sorted(made, key=lambda one: order.index(question(one)))
     return [list(group) for _, group in groupby(ordered, key=question)]
 
 
 def _missing_controls(condition: Condition) -> dict[str, str]:
-    """The growing variants for which a control that was run is not there in their own size."""
+    """Return the growing variants whose size a control that was run does not have."""
     runs = condition.runs
     growing = runs.loc[runs["grows"].astype(bool), "variant"].unique().tolist()
     missing = {}
@@ -392,14 +394,14 @@ def _template() -> Any:
 
 
 def _breakable(text: str) -> Markup:
-    """Escaped text that may break in the middle of names and paths."""
+    """Escape text, which may then break in the middle of names and paths."""
     escaped = str(escape(printable(text)))
     places = r"(?<=[a-z]_)(?=\w)|(?<=[/=])(?=\w)|(?<=,)(?=[^\W\d])"
     return Markup(re.sub(places, "<wbr>", escaped))
 
 
 def _commands(runs: Frame) -> list[str]:
-    """The command of each sweep, and of each run that was none of a sweep's."""
+    """Return the command of each sweep, and of each run that was none of a sweep's."""
     of_sweep = functools.cache(_sweep_command)
     columns = [plain_values(runs[name]) for name in ("sweep", "folder", "overrides")]
     commands = [
@@ -410,7 +412,7 @@ def _commands(runs: Frame) -> list[str]:
 
 
 def _sweep_command(folder: Path) -> str | None:
-    """What a sweep was started with; None where that cannot be read."""
+    """Return what a sweep was started with; None where that cannot be read."""
     with contextlib.suppress(RecordError):
         return shlex.join(read_sweep(folder).command) or None
     return None

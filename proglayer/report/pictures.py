@@ -98,7 +98,7 @@ class Picture:
 
     @property
     def in_page(self) -> str:
-        """The `<svg>` alone, in the page's colours, font and its own space of names."""
+        """Return the `<svg>` alone, in the page's colours, font and its own space of names."""
         svg = self.svg[self.svg.index("<svg ") :].replace(GROUND, "").rstrip()
         svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
         svg = re.sub(r'\b(id="|href="#)', rf"\1{self.name}-", svg)
@@ -204,7 +204,7 @@ def forest(
 
 
 def _wrapped(label: str, width: int = 22) -> str:
-    """A label in lines that leave the figures their room."""
+    """Break a label into lines that leave the figures their room."""
     lines = [""]
     for word in re.findall(rf".{{1,{width}}}?(?:[_ ,=]|$)|.{{1,{width}}}", label):
         if len(lines[-1]) + len(word) > width:
@@ -275,7 +275,7 @@ def learning_curve(name: str, title: str, curves: Frame, limits: tuple[float, fl
             at = float(starts[row.phase]) + (0 if row.phase in jumps else 0.5)
             if row.phase > 1:
                 axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (3, 2)))
-            text = MARKS.get(str(row.phase_name), row.phase_name).format(int(row.layers))
+            text = MARKS.get(str(row.phase_name), str(row.phase_name)).format(int(row.layers))
             place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             place |= {"xytext": (2, -1), "va": "top", "rotation": 90 if len(marks) > 3 else 0}
             axes.annotate(text, (at, 1), fontsize=8, **place)
@@ -360,10 +360,10 @@ def lines(
     return draw(name, title, alt, 2.9 + 0.17 * rows, paint)
 
 
-def timing(name: str, found: Timing) -> Picture:
+def timing(name: str, of: Timing) -> Picture:
     """Draw the loss at an equal budget against the moment of growth."""
-    title = f"{model_name(found.model)}: the loss against the moment of growth"
-    values = found.losses.melt(var_name="x", value_name="y")
+    title = f"{model_name(of.model)}: the loss against the moment of growth"
+    values = of.losses.melt(var_name="x", value_name="y")
     return lines(name, title, values, "epochs before the growth", "validation loss (nats)")
 
 
@@ -376,13 +376,13 @@ def compute(name: str, of: str, curves: Frame) -> Picture:
     return lines(name, f"{of}: loss against operations", values, *labels, compute=True)
 
 
-def exits(found: Worth, slug: str = "") -> list[Picture]:
+def exits(worth: Worth, slug: str = "") -> list[Picture]:
     """Draw what exits are worth: early exit, and the loss without each layer; an arm a line."""
     used, layer = "layers used, mean over tokens", "layer"
-    changed = found.changed_layers
+    changed = worth.changed_layers
     left_out = changed[changed["change"] == "left out"] if len(changed) else changed
     shown = (
-        (found.early_exit, "layers", "accuracy_percent", "Early exit", used, "accuracy (%)"),
+        (worth.early_exit, "layers", "accuracy_percent", "Early exit", used, "accuracy (%)"),
         (left_out, "layer", "loss_rise", "A layer left out", layer, "rise of the loss (nats)"),
     )
     drawn = []

@@ -26,7 +26,7 @@ MOST_ROWS = 200
 
 
 def set_table(frame: Frame, columns: Sequence[Column], title: str, file: str) -> Table:
-    """A table of a report: as many rows as a reader can read, and where the others are.
+    """Set a table of a report: as many rows as a reader can read, and where the others are.
 
     The condition is named where there are several.
     """
@@ -48,10 +48,8 @@ def over_seeds(values: Frame, by: Sequence[str], names: Sequence[str]) -> Frame:
     for key, group in values.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True)) | {"seeds": len(group)}
         for name in names:
-            found = stats.summary(group[name].to_numpy(float, na_value=math.nan))
-            row |= {
-                f"{name}_{part}": getattr(found, part) for part in ("mean", "sd", "low", "high")
-            }
+            over = stats.summary(group[name].to_numpy(float, na_value=math.nan))
+            row |= {f"{name}_{part}": getattr(over, part) for part in ("mean", "sd", "low", "high")}
         rows.append(row)
     parts = [f"{name}_{part}" for name in names for part in ("mean", "sd", "low", "high")]
     return pd.DataFrame(rows, columns=[*by, "seeds", *parts])
@@ -65,7 +63,7 @@ SEEDS = Column("seeds", "Seeds", "d")
 
 
 def spread(name: str, label: str, form: str, unit: str = "", **how: Any) -> Column:
-    """Mean ± standard deviation of what `over_seeds` summarised."""
+    """Show mean ± standard deviation of what `over_seeds` summarised."""
 
     def text(row: Row) -> str:
         mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
@@ -76,7 +74,7 @@ def spread(name: str, label: str, form: str, unit: str = "", **how: Any) -> Colu
 
 
 def interval(name: str, label: str, form: str, **how: Any) -> Column:
-    """Mean and 95 % interval of what `over_seeds` summarised."""
+    """Show mean and 95 % interval of what `over_seeds` summarised."""
 
     def text(row: Row) -> str:
         return between(row[f"{name}_mean"], row[f"{name}_low"], row[f"{name}_high"], form)
@@ -85,23 +83,23 @@ def interval(name: str, label: str, form: str, **how: Any) -> Column:
 
 
 def between(mean: float, low: float, high: float, form: str) -> str:
-    """`+0.1 (-0.1 to +0.3)`, as far as it is known."""
+    """Return `+0.1 (-0.1 to +0.3)`, as far as it is known."""
     around = "" if is_missing(low) else f" ({low:{form}} to {high:{form}})"
     return "" if is_missing(mean) else f"{mean:{form}}{around}"
 
 
 def amount(name: str, label: str, **how: Any) -> Column:
-    """A large number."""
+    """Show a large number."""
     return Column(name, label, engineering, kind="figure", **how)
 
 
 def seconds(name: str, label: str, **how: Any) -> Column:
-    """A time."""
+    """Show a time."""
     return Column(name, label, duration, kind="figure", **how)
 
 
 def _unique(values: Any, most: int = 6) -> str:
-    """The values that there are."""
+    """List the values that there are."""
 
     def text(value: Any) -> str:
         if isinstance(value, bool | np.bool_):
@@ -118,7 +116,7 @@ CHANGES = [metric.change for metric in Metric]
 
 
 def arms(asked: Frame) -> Frame:
-    """Where each arm ended, in absolute figures, and its change from the first phase.
+    """Return where each arm ended, in absolute figures, and its change from the first phase.
 
     Args:
         asked: of `arms.Arms.asked`.
@@ -141,12 +139,12 @@ def arms(asked: Frame) -> Frame:
 
 
 def _tally(values: Any) -> str:
-    """`1 failed, 2 waiting`."""
+    """Return `1 failed, 2 waiting`."""
     return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
 
 
 def arms_table(frame: Frame) -> Table:
-    """The first table of a report."""
+    """Set the first table of a report."""
     grown = frame["accuracy_change_points_mean"].notna().any()
     columns = [
         VARIANT,
@@ -169,7 +167,7 @@ OF_PHASE = ["validation_accuracy_percent", "validation_perplexity", "seconds"]
 
 
 def phases(runs: Frame, every: Frame) -> Frame:
-    """Each arm's phases and the change over them, in the form of the founding experiment, whose
+    """Return each arm's phases and the change over them, in the founding experiment's form, whose
     published run stands after the original's as a variant of its own.
 
     Args:
@@ -203,17 +201,17 @@ def phases(runs: Frame, every: Frame) -> Frame:
 
 
 def _published(model: str) -> Frame:
-    """The phases and the change of the founding experiment's published run of a model."""
-    own = published()["published"][model]
-    figures = dict(zip(OF_PHASE, own["change"].values(), strict=True))
-    rows = [row | {"phase": n} for n, row in enumerate(own["phases"], start=1)]
+    """Return the phases and the change of the founding experiment's published run of a model."""
+    one = published()["published"][model]
+    figures = dict(zip(OF_PHASE, one["change"].values(), strict=True))
+    rows = [row | {"phase": n} for n, row in enumerate(one["phases"], start=1)]
     frame = pd.DataFrame([*rows, figures | {"phase": "change", "name": "change"}])
     frame["seconds"] = frame["seconds"].fillna(frame["train_seconds"])
     return frame.assign(variant=PUBLISHED, model=model)
 
 
 def phases_table(frame: Frame) -> Table:
-    """The phases; the published ones of the founding run are a variant of their own."""
+    """Set the phases; the published ones of the founding run are a variant of their own."""
 
     def signed(name: str, label: str, form: str, units: tuple[str, str]) -> Column:
         plain = spread(name, label, form, units[0])
@@ -244,47 +242,47 @@ def phases_table(frame: Frame) -> Table:
 def comparisons_table(
     title: str, family: Sequence[Comparison], differs: Mapping[tuple[str, str], Mapping[str, str]]
 ) -> Table:
-    """Comparisons of one family: the verdicts on accuracy, and what they rest on.
+    """Set comparisons of one family: the verdicts on accuracy, and what they rest on.
 
     Args:
         differs: (condition, b) -> variant -> the settings in which it differs from b.
     """
     rows = [
         {
-            "own": own,
-            "condition": own.condition,
-            "model": own.model,
-            "left_out": words.left_out_text(own.accuracy),
-            "seeds": own.accuracy.n,
-            "mean": own.accuracy.mean,
-            "low": own.judged.interval.low,
-            "low_alone": own.judged.alone.low,
-            "p": own.judged.p_adjusted,
-            "equivalence_p": own.judged.equivalence_p_adjusted,
-            "detectable": own.detectable,
-            "plan": own.seeds_to_plan[0],
-            "settings": differs.get((own.condition, own.b), {}).get(own.a, ""),
-            **{metric: pairs.mean for metric, pairs in own.pairs.items()},
+            "of": one,
+            "condition": one.condition,
+            "model": one.model,
+            "left_out": words.left_out_text(one.accuracy),
+            "seeds": one.accuracy.n,
+            "mean": one.accuracy.mean,
+            "low": one.judged.interval.low,
+            "low_alone": one.judged.alone.low,
+            "p": one.judged.p_adjusted,
+            "equivalence_p": one.judged.equivalence_p_adjusted,
+            "detectable": one.detectable,
+            "plan": one.seeds_to_plan[0],
+            "settings": differs.get((one.condition, one.b), {}).get(one.a, ""),
+            **{metric: pairs.mean for metric, pairs in one.pairs.items()},
         }
-        for own in family
+        for one in family
     ]
 
     def said(
         name: str, label: str, text: Callable[[Comparison], str], minor: int = 0, kind: Any = "name"
     ) -> Column:
-        return Column(name, label, of_row=lambda row: text(row["own"]), kind=kind, minor=minor)
+        return Column(name, label, of_row=lambda row: text(row["of"]), kind=kind, minor=minor)
 
     def interval_of(name: str, label: str, alone: bool, minor: int = 0) -> Column:
-        def text(own: Comparison) -> str:
-            shown = own.judged.alone if alone else own.judged.interval
-            ends = words.ends(shown, words.decimals(own))
+        def text(one: Comparison) -> str:
+            shown = one.judged.alone if alone else one.judged.interval
+            ends = words.ends(shown, words.decimals(one))
             return f"{ends} ({words.percent(shown.confidence)})" if ends else ""
 
         return said(name, label, text, minor, "figure")
 
     def described(metric: Metric, label: str, form: str, minor: int) -> Column:
-        def text(own: Comparison) -> str:
-            pairs = own.pairs.get(metric, stats.NO_PAIRS)
+        def text(one: Comparison) -> str:
+            pairs = one.pairs.get(metric, stats.NO_PAIRS)
             return between(pairs.mean, *pairs.interval(0.95)[:2], form)
 
         return said(metric, label, text, minor, "figure")
@@ -293,7 +291,7 @@ def comparisons_table(
         said("comparison", "Comparison", words.label),
         MODEL,
         said("measured", "Measured", words.measured),
-        said("verdict", "Accuracy", lambda own: words.VERDICTS[own.verdict]),
+        said("verdict", "Accuracy", lambda one: words.VERDICTS[one.verdict]),
         said("mean", "Difference, points", words.mean_text, kind="figure"),
         interval_of("low", "Interval of the verdict", alone=False),
         interval_of("low_alone", "Interval by itself", alone=True, minor=6),
@@ -310,13 +308,13 @@ def comparisons_table(
     return set_table(pd.DataFrame(rows), columns, title, "comparisons")
 
 
-def _of_all(own: Comparison) -> str:
-    n, dropped = own.accuracy.n, own.accuracy.dropped
+def _of_all(one: Comparison) -> str:
+    n, dropped = one.accuracy.n, one.accuracy.dropped
     return f"{n} of {n + dropped}" if dropped else str(n)
 
 
-def _plan(own: Comparison) -> str:
-    return "" if is_missing(own.seeds_to_plan[0]) else words.plan(*own.seeds_to_plan)
+def _plan(one: Comparison) -> str:
+    return "" if is_missing(one.seeds_to_plan[0]) else words.plan(*one.seeds_to_plan)
 
 
 def _p(value: float) -> str:
@@ -329,7 +327,7 @@ OF_GROWTH = ["loss_before", "loss_after", "shock_nats", "accuracy_points", "shar
 
 
 def growth_table(growths: Frame) -> Table:
-    """The immediate effect of each arm's growths, over its seeds; see `measures.growths`."""
+    """Set the immediate effect of each arm's growths, over its seeds; see `measures.growths`."""
     by = ["condition", *ARM, "phase"]
     frame = over_seeds(growths, by, OF_GROWTH)
     groups = growths.groupby(by, sort=False)
@@ -353,22 +351,22 @@ def growth_table(growths: Frame) -> Table:
 
 
 def _tokens(values: Any) -> str:
-    """Mean and 95 % interval of tokens; where any are infinite, in how many seeds they are."""
+    """Return mean and 95 % interval of tokens; or in how many seeds they are infinite."""
     tokens = values.dropna().to_numpy(float)
     if never := int(np.isinf(tokens).sum()):
         return f"never in {never} of {len(tokens)}"
-    found = stats.summary(tokens)
-    if not found.n:
+    over = stats.summary(tokens)
+    if not over.n:
         return ""
-    around = f" ({engineering(found.low)} to {engineering(found.high)})" if found.n > 1 else ""
-    return engineering(found.mean) + around
+    around = f" ({engineering(over.low)} to {engineering(over.high)})" if over.n > 1 else ""
+    return engineering(over.mean) + around
 
 
 # --- compute --------------------------------------------------------------------------------------
 
 
 def spent_table(spent: Frame) -> Table:
-    """What every arm spent, and the loss that it ended with."""
+    """Set what every arm spent, and the loss that it ended with."""
     columns = [
         VARIANT,
         MODEL,
@@ -386,7 +384,7 @@ def spent_table(spent: Frame) -> Table:
 
 
 def target_table(reached: Frame) -> Table:
-    """The compute at which every arm reached its target loss."""
+    """Set the compute at which every arm reached its target loss."""
     columns = [
         VARIANT,
         MODEL,
@@ -401,7 +399,7 @@ def target_table(reached: Frame) -> Table:
 
 
 def speed_up_table(gains: Frame) -> Table:
-    """The speed-up of growing: a row an arm, a column a measure of compute."""
+    """Set the speed-up of growing: a row an arm, a column a measure of compute."""
     wide = gains.pivot_table(
         ["mean", "low", "high"],
         ["condition", *ARM, "seeds", "reached"],
@@ -424,7 +422,7 @@ def speed_up_table(gains: Frame) -> Table:
 
 
 def _share() -> Column:
-    """How many of an arm's seeds got there."""
+    """Show how many of an arm's seeds got there."""
 
     def text(row: Row) -> str:
         return f"{row['reached']:.0f} of {row['seeds']:.0f}"
@@ -436,7 +434,7 @@ def _share() -> Column:
 
 
 def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
-    """A row for each run; `variants` names the arms of those that completed."""
+    """Set a row for each run; `variants` names the arms of those that completed."""
     changed = runs["phases"].astype("float64") > 1
     frame = runs.assign(
         variant=[variants.get(r, text_of(e)) for r, e in runs[["run", "experiment"]].to_numpy()],
@@ -462,7 +460,7 @@ def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
 
 
 def ended_table(ended: Frame) -> Table:
-    """Runs that ended otherwise than completed, with their reasons."""
+    """Set the runs that ended otherwise than completed, with their reasons."""
     columns = [
         Column("run", "Run"),
         Column("status", "Status"),
@@ -473,7 +471,7 @@ def ended_table(ended: Frame) -> Table:
 
 
 def left_out_table(left_out: Frame) -> Table:
-    """What could not be read."""
+    """Set what could not be read."""
     columns = [Column("folder", "Folder"), Column("reason", "Reason", kind="prose")]
     return set_table(left_out, columns, "Left out, for it cannot be read", "left_out")
 
@@ -485,7 +483,7 @@ VERSIONS = (
 
 
 def versions_table(runs: Frame) -> Table:
-    """The versions, machines, texts and seeds of these runs."""
+    """Set the versions, machines, texts and seeds of these runs."""
     rows = [{"what": name.replace("_", " "), "values": _unique(runs[name])} for name in VERSIONS]
     columns = [Column("what", "What"), Column("values", "Values in these runs", kind="prose")]
     return Table([row for row in rows if row["values"]], columns, "With what it ran")

@@ -64,42 +64,42 @@ def engineering(value: float) -> str:
     return f"{value:.3g}"
 
 
-def label(own: Comparison) -> str:
+def label(one: Comparison) -> str:
     """Return what a comparison is of."""
-    if own.kind is Kind.models:
-        return f"{variant_name(own.a)}: deep supervision − Standard"
-    return f"{variant_name(own.a)} − {variant_name(own.b)}"
+    if one.kind is Kind.models:
+        return f"{variant_name(one.a)}: deep supervision − Standard"
+    return f"{variant_name(one.a)} − {variant_name(one.b)}"
 
 
-def budget_text(own: Comparison) -> str:
+def budget_text(one: Comparison) -> str:
     """Return what the two are equal in: `at equal tokens and compute`; nothing for other kinds."""
-    if own.kind is not Kind.budget:
+    if one.kind is not Kind.budget:
         return ""
-    where = ", on the validation text" if own.on_validation else ""
-    return f"at equal {' and '.join(own.budgets)}{where}"
+    where = ", on the validation text" if one.on_validation else ""
+    return f"at equal {' and '.join(one.budgets)}{where}"
 
 
-def measured(own: Comparison) -> str:
+def measured(one: Comparison) -> str:
     """Return what of the two is compared."""
-    return budget_text(own) or KINDS[own.kind]
+    return budget_text(one) or KINDS[one.kind]
 
 
-def described_as(own: Comparison) -> str:
+def described_as(one: Comparison) -> str:
     """Return what a comparison is of, in which model, and what the two are equal in."""
-    model = model_name(own.model) if own.model else ""
-    return ", ".join(filter(None, (label(own), model, budget_text(own))))
+    model = model_name(one.model) if one.model else ""
+    return ", ".join(filter(None, (label(one), model, budget_text(one))))
 
 
 def command(lacks: NotMade) -> str:
     """Return the command that gives what a comparison lacks."""
-    seeds = lacks.seeds
+    seeds = list(lacks.seeds)
     whole = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
     text = f"range({seeds[0]},{seeds[-1] + 1})" if whole else ",".join(map(str, seeds))
     words = [f"experiment={','.join(lacks.experiments)}", f"model={','.join(lacks.models)}"]
     return f"python train.py -m {shlex.join([*words, *lacks.settings, f'seed={text}'])}"
 
 
-def why_not(own: Comparison, lacks: NotMade) -> str:
+def why_not(one: Comparison, lacks: NotMade) -> str:
     """Return why a comparison is not made, and what to run."""
     if lacks.reason is Reason.no_look:
         return f"The first interim look is at {lacks.first_look} seeds."
@@ -107,7 +107,7 @@ def why_not(own: Comparison, lacks: NotMade) -> str:
         return f"Run: {command(lacks)}"
     share = "half" if abs(lacks.share - 0.5) < 0.02 else f"{lacks.share:.0%} of"
     return (
-        f"{sentence(variant_name(own.b))} had {share} the {own.budgets[0]} (cut by max_epochs). "
+        f"{sentence(variant_name(one.b))} had {share} the {one.budgets[0]} (cut by max_epochs). "
         f"Run: {command(lacks)}"
     )
 
@@ -115,42 +115,42 @@ def why_not(own: Comparison, lacks: NotMade) -> str:
 def answer(several: Sequence[Comparison]) -> str:
     """Return a sentence on a claim in a condition: what was found in each model."""
     parts = []
-    for own in several:
-        head = ", ".join(filter(None, (budget_text(own), own.model and model_name(own.model))))
-        parts.append(f"{head}: {clause(own)}" if head else clause(own))
+    for one in several:
+        head = ", ".join(filter(None, (budget_text(one), one.model and model_name(one.model))))
+        parts.append(f"{head}: {clause(one)}" if head else clause(one))
     return sentence("; ".join(parts)) + "."
 
 
-def clause(own: Comparison) -> str:
+def clause(one: Comparison) -> str:
     """Return a verdict with the difference and the interval that it rests on."""
-    word, mean = VERDICTS[own.verdict], own.accuracy.mean
-    if not own.tested:
-        return f"{word} ({numbers(own).rstrip('.')})"
-    if own.verdict in (Verdict.better, Verdict.worse):
-        return f"{word} by {abs(mean):.{decimals(own)}f} points ({interval_text(own)})"
-    if own.verdict is Verdict.same:
-        return f"{word} within ±{own.accuracy.margin:g} points ({interval_text(own)})"
-    return f"{word} (difference {mean_text(own)} points, {interval_text(own)})"
+    word, mean = VERDICTS[one.verdict], one.accuracy.mean
+    if not one.tested:
+        return f"{word} ({numbers(one).rstrip('.')})"
+    if one.verdict in (Verdict.better, Verdict.worse):
+        return f"{word} by {abs(mean):.{decimals(one)}f} points ({interval_text(one)})"
+    if one.verdict is Verdict.same:
+        return f"{word} within ±{one.accuracy.margin:g} points ({interval_text(one)})"
+    return f"{word} (difference {mean_text(one)} points, {interval_text(one)})"
 
 
-def numbers(own: Comparison) -> str:
+def numbers(one: Comparison) -> str:
     """Return what stands beside the word of a verdict: the difference with its interval, or why
     there is none.
     """
-    if own.not_made:
-        return why_not(own, own.not_made)
-    if not own.tested:
-        return f"{seeds_text(own.accuracy)} in both arms"
-    return f"{mean_text(own)} points ({interval_text(own)})"
+    if one.not_made:
+        return why_not(one, one.not_made)
+    if not one.tested:
+        return f"{seeds_text(one.accuracy)} in both arms"
+    return f"{mean_text(one)} points ({interval_text(one)})"
 
 
-def interval_text(own: Comparison) -> str:
+def interval_text(one: Comparison) -> str:
     """Return the interval that a verdict rests on, with the number of seeds."""
-    interval = own.judged.interval
+    interval = one.judged.interval
     if not math.isfinite(interval.low):
-        return f"the same difference in all of {seeds_text(own.accuracy)}"
-    text = f"{percent(interval.confidence)} interval {ends(interval, decimals(own))}"
-    return f"{text}, {seeds_text(own.accuracy)}"
+        return f"the same difference in all of {seeds_text(one.accuracy)}"
+    text = f"{percent(interval.confidence)} interval {ends(interval, decimals(one))}"
+    return f"{text}, {seeds_text(one.accuracy)}"
 
 
 def ends(interval: stats.Interval, digits: int) -> str:
@@ -159,9 +159,9 @@ def ends(interval: stats.Interval, digits: int) -> str:
     return f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}" if known else ""
 
 
-def mean_text(own: Comparison) -> str:
+def mean_text(one: Comparison) -> str:
     """Return the mean difference, in points."""
-    return f"{own.accuracy.mean:+.{decimals(own)}f}" if own.accuracy.n else ""
+    return f"{one.accuracy.mean:+.{decimals(one)}f}" if one.accuracy.n else ""
 
 
 def left_out_text(pairs: stats.Pairs) -> str:
@@ -183,9 +183,9 @@ def percent(confidence: float) -> str:
     return f"{math.floor(1000 * confidence + 1e-9) / 10:g} %"
 
 
-def decimals(own: Comparison) -> int:
+def decimals(one: Comparison) -> int:
     """Return the decimals that a difference deserves: two digits of half its interval alone."""
-    half = (own.judged.alone.high - own.judged.alone.low) / 2
+    half = (one.judged.alone.high - one.judged.alone.low) / 2
     if not (math.isfinite(half) and half > 0):
         return 2
     return min(4, max(0, 1 - math.floor(math.log10(half))))
@@ -203,30 +203,30 @@ def plan(seeds: float, low: float, high: float) -> str:
 def limits(made: Sequence[Comparison]) -> list[str]:
     """Return what these seeds can show, what it would take to know more, and outlying seeds."""
     notes = []
-    shown = [own.detectable for own in made if math.isfinite(own.detectable)]
+    shown = [one.detectable for one in made if math.isfinite(one.detectable)]
     if shown:
-        seeds = [own.accuracy.n for own in made]
+        seeds = [one.accuracy.n for one in made]
         count = " to ".join(dict.fromkeys([f"{min(seeds)}", f"{max(seeds)}"]))
         size = " to ".join(dict.fromkeys([f"{min(shown):.2g}", f"{max(shown):.2g}"]))
         notes.append(
             f"With {count} seeds, only differences above roughly {size} points would probably be "
             "detected (power 80 %); with so few seeds this is a rough estimate."
         )
-    plans = [own.seeds_to_plan for own in made if own.verdict is Verdict.unclear]
-    plans = [own for own in plans if not math.isnan(own[0])]
+    plans = [one.seeds_to_plan for one in made if one.verdict is Verdict.unclear]
+    plans = [one for one in plans if not math.isnan(one[0])]
     if plans:
         notes.append(
             f"To settle all that is inconclusive takes about {plan(*max(plans))} seeds in all, "
             "with a power of 80 % for a difference of the margin, or for none; so few seeds show "
             "the spread, and so that number, only roughly."
-            + ("" if any(own.look for own in made) else f" {NO_SECOND_LOOK}")
+            + ("" if any(one.look for one in made) else f" {NO_SECOND_LOOK}")
         )
-    for own in made:
-        differences = own.accuracy.differences
-        if apart := own.accuracy.outlying:
+    for one in made:
+        differences = one.accuracy.differences
+        if apart := one.accuracy.outlying:
             values = ", ".join(f"seed {seed}: {differences[seed]:+.2g}" for seed in apart)
             notes.append(
-                f"Outliers in {described_as(own)}: {values} points; the others' median is "
+                f"Outliers in {described_as(one)}: {values} points; the others' median is "
                 f"{differences.drop(apart).median():+.2g}. The mean includes them."
             )
     return notes
@@ -262,12 +262,12 @@ def _epochs(moments: list[int]) -> str:
     return f"{listed([str(moment) for moment in moments], 12)} epoch{'s' * (moments != [1])}"
 
 
-def needed_text(own: Needed) -> str:
+def needed_text(one: Needed) -> str:
     """Return how many layers an arm needs to predict as well as with all of them."""
     return (
-        f"{variant_name(own.variant)}, {model_name(own.model)}: within {WITHIN_POINTS:g} "
-        f"points of all {own.of_layers} layers' {own.accuracy_percent:.2f} % with "
-        f"{own.layers:.2f} layers a token (from a confidence of {own.threshold:g} on; mean "
-        f"over {counted(own.seeds, 'seed')}); the last exit accepts "
-        f"{own.accepted_percent:.0f} % of the first one's guesses."
+        f"{variant_name(one.variant)}, {model_name(one.model)}: within {WITHIN_POINTS:g} "
+        f"points of all {one.of_layers} layers' {one.accuracy_percent:.2f} % with "
+        f"{one.layers:.2f} layers a token (from a confidence of {one.threshold:g} on; mean "
+        f"over {counted(one.seeds, 'seed')}); the last exit accepts "
+        f"{one.accepted_percent:.0f} % of the first one's guesses."
     )

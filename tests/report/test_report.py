@@ -371,7 +371,7 @@ def test_a_mixed_pile_is_told_and_never_raises(tmp_path: Path) -> None:
         synthetic.run(sweep / f"{number}_aaaaaa", "original", STANDARD, 9 + number, status=status)
     synthetic.run(pile / "other", "wider", DEEP, 3, "phase.batch_size=32")
     (pile / "photos").mkdir()
-    synthetic.run(pile / "nothing", "original", STANDARD, 4, phases=[], changes=None)
+    synthetic.run(pile / "nothing", "original", STANDARD, 4, phases=[])
     page = report_of(pile, out=tmp_path / "out")
     status = {row["Run"]: row["Status"] for row in page.table("Run", "Variant")}
     assert status["sweep/0_aaaaaa"] == "failed"
