@@ -18,10 +18,6 @@ from proglayer.results.show import listed
 MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
 # A label longer than this is cut: it has to fit beside a figure.
 LONGEST_LABEL = 60
-NO_SECOND_LOOK = (
-    "Do not add seeds to these and judge again: a plain test does not pay for a second look. Run "
-    "new seeds with hydra/sweeper=settle, which does."
-)
 VERDICTS = {
     Verdict.better: "better",
     Verdict.worse: "worse",
@@ -219,8 +215,14 @@ def limits(made: Sequence[Comparison]) -> list[str]:
             f"To settle all that is inconclusive takes about {plan(*max(plans))} seeds in all, "
             "with a power of 80 % for a difference of the margin, or for none; so few seeds show "
             "the spread, and so that number, only roughly."
-            + ("" if any(one.look for one in made) else f" {NO_SECOND_LOOK}")
         )
+        if not any(one.look for one in made):
+            last = max(max(one.accuracy.differences.index) for one in made)
+            notes.append(
+                "Do not add seeds to these and judge again: a plain test does not pay for a second "
+                "look. Run new ones with hydra/sweeper=settle "
+                f"hydra.sweeper.first_seed={last + 1}, which pays for its looks."
+            )
     for one in made:
         differences = one.accuracy.differences
         if apart := one.accuracy.outlying:

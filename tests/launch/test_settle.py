@@ -107,7 +107,7 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(train: Command, tm
     reports = [write_report([tmp_path / name], tmp_path / f"r_{name}") for name in ("s", "whole_s")]
     tables = [page.with_name("tables") / "comparisons.csv" for page in reports]
     assert tables[0].read_bytes() == tables[1].read_bytes()
-    assert "Looked at with 2, 3 seeds, of at most 3." in reports[0].read_text()
+    assert "interim looks with 2, 3 seeds, of at most 3." in reports[0].read_text()
 
 
 @pytest.mark.timeout(900)

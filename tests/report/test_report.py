@@ -265,6 +265,7 @@ def test_a_plan_has_a_range_and_warns_of_a_second_look(report: Path) -> None:
     text = page_of(report).text
     assert re.search(r"takes about [\d,]+ \([\d,]+ to [\d,]+\) seeds in all, with a power", text)
     assert "does not pay for a second look" in text
+    assert "hydra/sweeper=settle hydra.sweeper.first_seed=4" in text
     assert re.search(r"With 3 seeds, only differences above roughly [\d.]+ to [\d.]+ points", text)
 
 
