@@ -73,9 +73,10 @@ def spent(results: Results, runs: Frame) -> Frame:
         `seconds_saved` (by reuse), `loss`, `perplexity`, `bits_per_byte` (of the last phase).
     """
     own = results.phases[results.phases["run"].isin(runs["run"])]
-    seconds = own.groupby("run")[["train_seconds", "evaluation_seconds"]].sum(min_count=1)
-    names = ["phases", "epochs", "tokens", "flops", "flops_without_head", *seconds]
-    names += ["seconds", "seconds_saved", "last_loss", "last_perplexity", "last_bits_per_byte"]
+    both = ["train_seconds", "evaluation_seconds"]
+    seconds = own.groupby("run")[both].sum(min_count=1)
+    names = ["phases", "epochs", "tokens", "flops", "flops_without_head", *both, "seconds"]
+    names += ["seconds_saved", "last_loss", "last_perplexity", "last_bits_per_byte"]
     table = runs.join(seconds, on="run")
     table[names] = table[names].astype("float64")
     arms = table.groupby(["variant", "model"], sort=False)[names]
