@@ -31,13 +31,13 @@ from proglayer.launch.planned import Planned, Planner, describe_work, in_launch_
 from proglayer.launch.slurm import Slurm
 from proglayer.run.environment import git_state
 from proglayer.run.record import (
-    Heartbeat,
     RecordError,
     RunState,
     SweepJob,
     SweepRecord,
     now,
     read_sweep,
+    sign_of_life,
     write_sweep,
 )
 from proglayer.run.signals import interrupt, on_signals
@@ -163,7 +163,7 @@ class Sweep:
             self._go_on(about)
             self._about = dict(about)
             self._write()
-            with Heartbeat(self.folder / FolderKind.sweep.mark):
+            with sign_of_life(self.folder / FolderKind.sweep.mark):
                 yield
 
     def _go_on(self, about: Mapping[str, Any]) -> None:

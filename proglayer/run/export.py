@@ -8,10 +8,9 @@ from proglayer import __version__, files
 from proglayer.config import BPE, WORDS, Config
 from proglayer.data.corpus import open_corpus
 from proglayer.errors import ConfigError, first_line
-from proglayer.run.record import PhaseRecord, RunRecord, read_record
+from proglayer.run.record import RunRecord, read_record
 from proglayer.run.run import load_run
 from proglayer.training.causal_lm import CausalModel, quiet
-from proglayer.training.stopping import perplexity
 
 CARD = "README.md"
 
@@ -79,15 +78,17 @@ def _write_tokenizer(config: Config, folder: Path) -> None:
 
 
 def _card(config: Config, record: RunRecord) -> str:
-    """The model card."""
-    at, corpus, family = record.checkpoint, record.corpus, config.model.family
-    began = f"an untrained model of the family {family.name}" if family else ""
+    """Return the model card: where the model comes from."""
+    at, corpus = record.checkpoint, record.corpus
+    began = f"an untrained model of the family {config.model.family and config.model.family.name}"
     if at is not None:
         revision = f" at revision `{at.revision}`" if at.revision else ""
-        began = f"the first {at.layers} layers of `{at.path}`{revision}"
-        began += f" (SHA-256 of its settings and weights: `{at.sha256}`)"
-    windows = f"{corpus.train_windows:,} of {corpus.seq_len:,} tokens" if corpus else ""
-    phases = "\n".join(_card_row(*each) for each in enumerate(record.phases, start=1))
+        began = f"the first {at.layers} layers of `{at.path}`{revision} (SHA-256 `{at.sha256}`)"
+    phases = "\n".join(
+        f"- {phase.layers} layers, {len(phase.new_layers)} of them new: {phase.epochs} epochs, "
+        f"validation loss {phase.validation.loss:.4f} nats per token"
+        for phase in record.phases
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -96,33 +97,10 @@ tags: [proglayer, progressive-layer-training]
 
 # A language model grown in depth
 
-It began as {began}.
-proglayer {__version__} trained it in the phases below, with seed {record.seed}.
+proglayer {__version__} grew it (`growth.init={config.growth.init.name}`) from {began}, on the text
+{corpus and corpus.name} with the tokenizer `{config.data.tokenizer}` and seed {record.seed}:
 
-| phase | layers | new layers | frozen | epochs | validation loss | perplexity |
-|---|---|---|---|---|---|---|
 {phases}
 
-Layers are counted from 1 at the bottom. Losses are in nats per token, at the selected epoch.
-
-- Growth: `growth.init={config.growth.init.name}`, `growth.position={config.growth.position.name}`.
-- Learning rate: {config.lr.base:g}, schedule {config.lr.schedule.name}; AdamW.
-- Text: {corpus and corpus.name}, tokenizer `{config.data.tokenizer}`, training windows: {windows}.
-- Command: `{" ".join(record.overrides or [])}`.
-- Dropout is off, as it was in training.
+Command: `{" ".join(record.overrides)}`. Dropout is off, as it was in training.
 """
-
-
-def _card_row(number: int, phase: PhaseRecord) -> str:
-    frozen = phase.frozen
-    others = [part for part in frozen if not part.startswith("layers.")]
-    cells = (
-        f"{number} {phase.name}",
-        str(phase.layers),
-        ", ".join(str(layer + 1) for layer in phase.new_layers) or "none",
-        ", ".join((f"{len(frozen) - len(others)} layers", *others)),
-        str(phase.epochs),
-        f"{phase.validation.loss:.4f}",
-        f"{perplexity(phase.validation.loss):.2f}",
-    )
-    return f"| {' | '.join(cells)} |"

@@ -17,10 +17,11 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
-STUDY = "study.json"
 HEARTBEAT_EVERY_S = 10.0
 # A shared file system may show a change of time a minute late.
 LOST_AFTER_S = 120.0
@@ -275,11 +275,8 @@ class EpochRow(Part):
 
     def columns(self, corpus: CorpusRecord) -> dict[str, Any]:
         """Return the row as `metrics.csv` and the frames have it."""
-        plain = dict(self)
-        figures = corpus.figures(plain.pop("validation"))
-        bits = figures.pop("validation_bits_per_byte")
-        before = {name: plain.pop(name) for name in ("phase", "layers", "epoch", "train_loss")}
-        return {**before, **figures, **plain, "validation_bits_per_byte": bits}
+        figures = dict(self) | corpus.figures(self.validation)
+        return {name: figures[name] for name in METRICS_COLUMNS}
 
 
 METRICS_COLUMNS = (
@@ -601,27 +598,23 @@ def check_run(folder: Path) -> None:
 # --- signs of life --------------------------------------------------------------------------------
 
 
-class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
-    """Touches a file while the block lasts, in a thread of its own: a long step is no silence."""
+@contextlib.contextmanager
+def sign_of_life(path: Path, every_s: float = HEARTBEAT_EVERY_S) -> Iterator[None]:
+    """Touch a file while the block lasts, in a thread of its own: a long step is no silence."""
+    ended = threading.Event()
 
-    def __init__(self, path: Path, every_s: float = HEARTBEAT_EVERY_S) -> None:
-        self._path = path
-        self._every_s = every_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self._every_s):
+    def beat() -> None:
+        while not ended.wait(every_s):
             with contextlib.suppress(OSError):
-                os.utime(self._path)
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="sign-of-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class JobState(NamedTuple):

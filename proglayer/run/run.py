@@ -317,7 +317,7 @@ def session(
         if on_processor and (line := watch.step(first=progress.step <= 1)):
             tell(line)
 
-    with records.Heartbeat(folder / records.RUN_FILE), stop.listening():
+    with records.sign_of_life(folder / records.RUN_FILE), stop.listening():
         hooks = Hooks(lambda: stop.signal, on_step, tell)
         try:
             yield Session(config, folder, record, store, display, hooks, loggers, prune)

@@ -104,7 +104,12 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     with torch.no_grad():
         assert int(ours.logits(inputs["input_ids"])[0, -1].argmax()) == made[0, -5]
     card = (to / "README.md").read_text()
-    for text in (str(path), record.checkpoint.sha256, "growth.init=zero", "| 2 grown | 5 | 2, 5 |"):
+    for text in (
+        str(path),
+        record.checkpoint.sha256,
+        "growth.init=zero",
+        "5 layers, 2 of them new",
+    ):
         assert text in card
     with pytest.raises(ConfigError, match="is there already"):
         export_run(tmp_path / "run", to)

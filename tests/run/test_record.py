@@ -96,7 +96,7 @@ def test_a_state_is_told_by_the_record_and_its_age(tmp_path: Path) -> None:
 
 def test_a_run_shows_life_while_it_lasts(tmp_path: Path) -> None:
     write_record(tmp_path, RunRecord(state=RunState.running))
-    with record.Heartbeat(tmp_path / "run.json", every_s=0.01):
+    with record.sign_of_life(tmp_path / "run.json", every_s=0.01):
         aged(tmp_path, 600)
         until = time.monotonic() + 20
         while state_of(tmp_path).state is not RunState.running:
