@@ -409,7 +409,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     from proglayer.errors import StoreError
 
     def full(folder: Path, record: RunRecord) -> None:
-        if record.state is not RunState.running:
+        if record.state is RunState.completed:
             raise StoreError("cannot write to run (No space left on device)")
         write_record(folder, record)
 
