@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -511,7 +511,8 @@ def _resolved(settings: DictConfig) -> dict[str, Any]:
     before = hydra.cfg
     try:
         if "hydra" in settings:
-            hydra.cfg = settings  # set_config would forbid later changes of it
+            # set_config would forbid later changes of it
+            hydra.cfg = cast(Any, settings)
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
