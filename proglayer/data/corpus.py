@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,22 +246,14 @@ def _prepare_once(folder: Path, text: Text, tokenization: Tokenization, notify: 
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{folder}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except filelock.Timeout:
-        notify(f"{text.name}: another process is preparing the corpus, waiting for it")
-        held = lock.acquire()
-    with held:
-        entry = _read_entry(folder, _silent)
-        if entry is not None:
+    with filelock.FileLock(f"{folder}.lock"):
+        if (entry := _read_entry(folder, _silent)) is not None:
             return entry
         # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
         for left_over in folder.parent.glob(f"{folder.name}.partial-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{folder.name}.partial-", dir=folder.parent
-        ) as name:
+        left = f"{folder.name}.partial-"
+        with tempfile.TemporaryDirectory(prefix=left, dir=folder.parent) as name:
             scratch = Path(name)
             (scratch / "entry").mkdir()
             _prepare(scratch / "entry", scratch, text, tokenization, notify)
@@ -279,9 +272,7 @@ def _prepare(
     started = time.monotonic()
     notify(f"{text.name}: preparing {text.label}")
 
-    def read(split: str) -> Iterable[str]:
-        return text.read(split, scratch)
-
+    read = partial(text.read, scratch=scratch)
     encoder = tokenization.fit(read)
     streams = _write_streams(entry, ["train"], ((ids,) for ids in encoder.ids(read("train"))))
     for split in ("validation", "test"):

@@ -142,10 +142,7 @@ def pydocs() -> list[tuple[str, str]]:
     except ImportError:
         topics = {}
     if not documents or not topics:
-        raise ConfigError(
-            f"data=pydocs: this Python came without the sources of its library ({folder}) or "
-            "without pydoc_data.topics: take another corpus, for example data=text"
-        )
+        raise ConfigError("data=pydocs: this Python lacks its library's sources: take data=text")
     documents += [(f"pydoc_data.topics:{name}", text) for name, text in topics.items()]
     return sorted(documents)
 
@@ -299,9 +296,7 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
             if "\0" in piece:
                 raise UnicodeError("it holds bytes of 0")
         except UnicodeError as error:
-            raise ConfigError(
-                f"{path} is binary, or of another encoding than UTF-8 ({first_line(error)})"
-            ) from error
+            raise ConfigError(f"{path} is no text in UTF-8 ({first_line(error)})") from error
         last = piece[-1:] or last
         yield piece
         if end is not None and start >= end:
@@ -429,10 +424,8 @@ def _documents(rows: Any, data: DataConfig, label: str) -> Iterator[str]:
     """Yield the text of a column of a `datasets.Dataset`, some rows at a time."""
     column = data.text_column
     if "string" not in str(getattr(rows.features.get(column), "dtype", None)):
-        raise ConfigError(
-            f"data.text_column={column} is no column of text of {label}, which has "
-            + ", ".join(rows.column_names)
-        )
+        names = ", ".join(rows.column_names)
+        raise ConfigError(f"data.text_column={column}: no column of text, {label} has {names}")
     with _loading(label):
         for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=100):
             texts = batch.column(0).to_pylist()
@@ -451,9 +444,6 @@ def _loading(label: str) -> Iterator[Any]:
     try:
         yield datasets
     except ConnectionError as error:
-        raise ConfigError(
-            f"{label}: the Hugging Face hub can't be reached and the cache of `datasets` does not "
-            "hold this: give a folder (data.path), or take data=pydocs, which needs no network"
-        ) from error
+        raise ConfigError(f"{label}: the hub can't be reached: give data.path") from error
     except Exception as error:  # the many ways in which a data set of others can be amiss
         raise ConfigError(f"{label} can't be loaded ({first_line(error)})") from error

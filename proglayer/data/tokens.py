@@ -74,29 +74,21 @@ def open_tokenization(data: DataConfig) -> Tokenization:
     name = data.tokenizer
     on_hub = name not in (WORDS, BPE, MODEL) and not Path(name).expanduser().is_dir()
     if data.tokenizer_revision is not None and not on_hub:
-        raise ConfigError(
-            f"data.tokenizer_revision={data.tokenizer_revision} is not for data.tokenizer={name}: "
-            "it needs the name of a tokenizer on the hub"
-        )
+        raise ConfigError(f"data.tokenizer_revision is of the hub, data.tokenizer={name} is not")
     if name == WORDS:
         key = {key: getattr(data, key) for key in ("lowercase", "min_count", "max_vocab")}
         return Tokenization(key, lambda read: fit_words(read, data))
     if name == MODEL:  # the model's own stands in its place, if it has one
         raise ConfigError("data.tokenizer=model is that of model.path, which is not set")
     if data.min_count > 1:
-        raise ConfigError(
-            f"data.min_count={data.min_count} changes nothing with data.tokenizer={name}"
-        )
+        raise ConfigError(f"data.min_count={data.min_count} is not for data.tokenizer={name}")
     if importlib.util.find_spec("tokenizers") is None:
         raise ConfigError(f"data.tokenizer={name} needs the extra hf: {install_command('hf')}")
     label = f"data.tokenizer={name}"
     if name == BPE:
         size = data.max_vocab or 0
         if size <= ALL_BYTES:
-            raise ConfigError(
-                f"data.max_vocab={data.max_vocab} is no size for data.tokenizer=bpe: take "
-                f"{ALL_BYTES + 1} or more, for example 4096"
-            )
+            raise ConfigError(f"data.max_vocab={data.max_vocab}: bpe takes {ALL_BYTES + 1} or more")
         return Tokenization(
             {"bpe": size}, lambda read: Subwords(train_bpe(read("train"), size), label)
         )
@@ -120,10 +112,7 @@ def _tokenizer_file(data: DataConfig, on_hub: bool) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"data.tokenizer={data.tokenizer}: its {TOKENIZER_FILE} can't be read "
-            f"({error.strerror})"
-        ) from error
+        raise ConfigError(f"{path} can't be read ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,10 +206,8 @@ class Subwords:
         self.entries = 1 + max(ids, default=-1)  # ids without a token among them included
         model = json.loads(content)["model"]
         if model.get("dropout"):
-            raise ConfigError(
-                f"{label}: its BPE has a dropout of {model['dropout']}, which cuts a text "
-                f"differently each time: set it to null in its {TOKENIZER_FILE}"
-            )
+            cure = f"set it to null in its {TOKENIZER_FILE}"
+            raise ConfigError(f"{label} draws by lot (dropout {model['dropout']}): {cure}")
 
     def ids(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text, some at a time, on all cores."""
@@ -254,10 +241,8 @@ class Subwords:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            raise ConfigError(
-                f"{self._label}: its {TOKENIZER_FILE} is damaged, or cannot cut this text "
-                f"({first_line(error)})"
-            ) from error
+            what = f"its {TOKENIZER_FILE} is damaged, or cannot cut this text"
+            raise ConfigError(f"{self._label}: {what} ({first_line(error)})") from error
 
 
 def _load(content: bytes) -> Tokenizer:

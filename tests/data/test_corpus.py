@@ -29,7 +29,6 @@ from .made import (
     release,
     same_tokens,
     start,
-    text,
     twin_words,
     words_of,
     write_release,
@@ -42,15 +41,6 @@ def test_windows_follow_each_other_and_the_rest_is_dropped(tmp_path):
     words = words_of(corpus)
     assert [[words[i] for i in window] for window in corpus.train] == [list("abcde"), list("fghij")]
     assert [[words[i] for i in window] for window in corpus.validation] == [list("abcde")]
-
-
-def test_windows_are_read_only_views_of_a_file(tmp_path):
-    corpus = open_corpus(release(write_release(tmp_path / "text")))
-    for windows in (corpus.train, corpus.validation):
-        assert isinstance(windows, np.memmap)
-        assert windows.dtype == np.int32
-        with pytest.raises(ValueError, match="read-only"):
-            windows[0, 0] = 1
 
 
 def test_validation_gets_a_fifth_of_the_samples_unless_told(tmp_path):
@@ -117,26 +107,6 @@ def test_a_test_split_that_is_trained_or_validated_on_is_no_test_text(tmp_path):
         corpus = open_corpus(release(folder, validation_samples=5, **changes))
         assert corpus.test_fingerprint is None
         assert corpus.test is not None
-
-
-def test_a_test_file_without_a_window_leaves_what_follows_the_validation_windows(tmp_path):
-    folder = write_release(tmp_path / "text")
-    for content in ("", "\n", "a b c"):
-        (folder / "wiki.test.raw").write_text(content)
-        corpus = open_corpus(release(folder, validation_samples=5))
-        assert corpus.test_fingerprint is None
-        assert corpus.test is not None
-        assert corpus.test_bytes
-
-
-def test_another_test_file_is_another_test_text_of_the_same_training(tmp_path):
-    found = []
-    for content in (TEST, TEST + TEST.upper()):
-        folder = write_release(tmp_path / "text")
-        (folder / "wiki.test.raw").write_text(content)
-        found.append(open_corpus(release(folder)))
-    assert found[0].fingerprint == found[1].fingerprint
-    assert found[0].test_fingerprint != found[1].test_fingerprint
 
 
 def test_seq_len_and_samples_share_one_cache_entry(tmp_path):
@@ -288,20 +258,6 @@ def test_stored_corpus_is_opened_fast_and_without_heavy_imports(tmp_path, tokens
     assert not heavy & set(modules)
 
 
-def test_cache_is_where_it_is_said_to_be(tmp_path, monkeypatch):
-    folder = write_release(tmp_path / "text")
-    monkeypatch.setenv("PROGLAYER_CACHE", str(tmp_path / "of the environment"))
-    open_corpus(release(folder, cache_dir=None))
-    assert len(list((tmp_path / "of the environment").glob("corpora/*/train.bin"))) == 1
-    open_corpus(release(folder, cache_dir=str(tmp_path / "of the setting")))
-    assert len(list((tmp_path / "of the setting").glob("corpora/*/train.bin"))) == 1
-    monkeypatch.delenv("PROGLAYER_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
-    monkeypatch.setenv("HOME", str(tmp_path / "of the user"))
-    open_corpus(release(folder, cache_dir=None))
-    assert len(list((tmp_path / "of the user").rglob("corpora/*/train.bin"))) == 1
-
-
 @pytest.mark.parametrize("mode", [0o555, 0o000, None])
 def test_folder_that_is_not_ours_is_one_clear_error(mode):
     # Outside tmp_path, which only its owner may enter.
@@ -338,21 +294,6 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
     assert data.cache_dir is not None
     assert [path.suffix for path in (Path(data.cache_dir) / "corpora").iterdir()] == [".lock"]
     assert len(open_corpus(data).train) > 0
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "has no text for train"),
-        (" \n\n\t ", "has no text for train"),
-        ("one two three four five six", r"data\.seq_len=4: .* 1 tokens, 0 windows, for"),
-    ],
-)
-def test_too_little_text(tmp_path, content, message):
-    (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(ConfigError, match=message) as error:
-        open_corpus(text(tmp_path / "a.txt", cache_dir=str(tmp_path)))
-    one_line(error)
 
 
 def test_fewer_windows_than_asked_for_says_how_many(tmp_path):
