@@ -381,31 +381,29 @@ def expand(
 
 
 def _paired(
-    axes: dict[str, list[str]], pairs: Sequence[Sequence[str]]
+    axes: Mapping[str, Sequence[str]], pairs: Sequence[Sequence[str]]
 ) -> list[list[tuple[str, ...]]]:
     """Return what the product is of: the values of each setting, or of several that go together.
 
     Raises ConfigError for pairs of unequal length, of keys that have no values, or named twice.
     """
-    alone = dict(axes)
-    together: dict[str, list[tuple[str, ...]]] = {}
+    product = {key: [(value,) for value in values] for key, values in axes.items()}
     for group in pairs:
-        values = {key: alone.pop(key) for key in group if key in alone}
         if not any(key in axes for key in group):
             continue  # another block has them
-        for key in group:
-            if key not in values:
-                twice = " twice: put what moves together into one group"
-                raise ConfigError(
-                    f"hydra.sweeper.pairs names {key}"
-                    + (twice if key in axes else ", which has no values here")
-                )
-        if len({*map(len, values.values())}) > 1:
-            text = ", ".join(f"{key} has {len(each)}" for key, each in values.items())
+        if not 1 < len(group) == len({*group}):
+            raise ConfigError(f"hydra.sweeper.pairs: {list(group)} is no pair of settings")
+        if wrong := [key for key in group if len(product.get(key, [()])[0]) != 1]:
+            raise ConfigError(
+                f"hydra.sweeper.pairs: {wrong[0]} has no values here, or stands in two pairs"
+            )
+        sizes = {key: len(product[key]) for key in group}
+        if len({*sizes.values()}) > 1:
+            text = ", ".join(f"{key} has {size}" for key, size in sizes.items())
             raise ConfigError(f"hydra.sweeper.pairs need as many values each: {text}")
-        together[group[0]] = list(zip(*values.values(), strict=True))
-    return [
-        together[key] if key in together else [(value,) for value in values]
-        for key, values in axes.items()
-        if key in together or key in alone
-    ]
+        together = zip(*(product.pop(key) for key in group[1:]), strict=True)
+        first = product[group[0]]
+        product[group[0]] = [
+            (*one, *itertools.chain(*others)) for one, others in zip(first, together, strict=True)
+        ]
+    return list(product.values())

@@ -382,6 +382,7 @@ def test_paired_values_go_together_in_the_blocks_that_have_them() -> None:
     assert len(expanded(pairs=pairs, blocks=blocks)) == 5
     for wrong, problem in (
         ([["seed", "lr.base"]], "lr.base"),
+        ([["model", "model"]], "is no pair"),
         ([["seed", "model", "initial_layers"]], "model has 3, initial_layers has 2"),
         ([["seed", "initial_layers"], ["initial_layers", "added_layers"]], "initial_layers"),
     ):
