@@ -8,12 +8,9 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from proglayer.errors import printable
 
@@ -77,24 +74,3 @@ def one_line(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 run`, `1,200 runs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-# Title, kind ("text", "number" or "long": text that is cut or folds where room is scarce), and what
-# makes a cell of a row.
-Columns = Sequence[tuple[str, str, Callable[[Any], str | Text]]]
-
-
-def table(rows: Iterable[Any], columns: Columns, title: str | None = None) -> Table:
-    """Return a table with a line for each row. Cells are plain text: nothing in them is markup."""
-    shown = Table(title=None if title is None else Text(printable(title)), title_justify="left")
-    for name, kind, _ in columns:
-        justify = "right" if kind == "number" else "left"
-        shown.add_column(Text(name), justify=justify, no_wrap=kind != "long", overflow="fold")
-    for row in rows:
-        shown.add_row(*(plain_cell(cell(row)) for _, _, cell in columns))
-    return shown
-
-
-def plain_cell(cell: str | Text) -> Text:
-    """A cell as text of one line."""
-    return Text(one_line(cell)) if isinstance(cell, str) else cell

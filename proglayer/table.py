@@ -32,7 +32,7 @@ class Cell(NamedTuple):
     """The text of a cell, and what it is sorted by where that is not the text."""
 
     text: str
-    sort: float | str | None = None
+    sort: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ class Table:
     columns: Sequence[Column]
     title: str = ""
     note: str = ""
-    total: bool = False  # the last row sums up the others
 
     @cached_property
     def records(self) -> Sequence[Row]:
