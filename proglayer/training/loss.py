@@ -142,12 +142,13 @@ def evaluate_exits(
     """
     _check(hidden_end, head_vd, target_n)
     job = _Job(target_n, [0.0] * len(hidden_end), True, rows, block, workspace or Workspace())
-    # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
-    exact = head_vd.device.type == "cpu"
-    dtype = torch.promote_types(head_vd.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False) if exact else nullcontext():
-        result = _run(job, head_vd, [h.to(dtype) if exact else h for h in hidden_end])
-    return ExitScores(result.nll_e, result.correct_e)
+    dtype = None
+    if head_vd.device.type == "cpu":
+        # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
+        dtype = torch.promote_types(head_vd.dtype, torch.float32)
+    with torch.no_grad():
+        _, nll_e, correct_e, _ = _run(job, head_vd, hidden_end, dtype)
+    return ExitScores(nll_e, correct_e)
 
 
 @dataclass
@@ -164,12 +165,9 @@ class _Job:
     hidden_needs: list[bool] = field(default_factory=list)
 
 
-@dataclass
-class _Result:
-    loss: Tensor
-    nll_e: Tensor
-    correct_e: Tensor
-    gradients: list[Tensor | None]  # of the head, and of each hidden state
+# The loss; of each exit the summed cross-entropy and the correct predictions; the gradients of the
+# head and of each hidden state.
+_Result = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -177,11 +175,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, job: _Job, head_vd: Tensor, *hidden_end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        result = _run(job, head_vd, hidden_end)
+        loss, nll_e, correct_e, ctx.gradients = _run(job, head_vd, hidden_end)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(result.nll_e, result.correct_e)
-        ctx.gradients = result.gradients
-        return result.loss, result.nll_e, result.correct_e
+        ctx.mark_non_differentiable(nll_e, correct_e)
+        return loss, nll_e, correct_e
 
     @staticmethod
     @once_differentiable
@@ -204,37 +201,36 @@ def _check(hidden_end: Sequence[Tensor], head_vd: Tensor, target_n: Tensor) -> N
     if not hidden_end:
         raise ValueError("no exit to read")
     if target_n.dtype != torch.int64 or target_n.ndim != 1 or not len(target_n):
-        raise ValueError(
-            f"targets must be a one-dimensional int64 tensor of at least one token, not "
-            f"{target_n.dtype} {tuple(target_n.shape)}"
-        )
-    for hidden_nd in hidden_end:
-        if hidden_nd.shape != (len(target_n), head_vd.shape[1]):
-            raise ValueError(
-                f"a hidden state of shape {tuple(hidden_nd.shape)} for {len(target_n)} targets and "
-                f"a head of shape {tuple(head_vd.shape)}"
-            )
+        shape = f"{target_n.dtype} {tuple(target_n.shape)}"
+        raise ValueError(f"targets must be int64 (tokens,), of at least one token, not {shape}")
     for tensor in (head_vd, *hidden_end):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"no linear cross-entropy for {tensor.dtype}")
+    shapes = {hidden_nd.shape for hidden_nd in hidden_end}
+    if shapes != {(len(target_n), head_vd.shape[1])}:
+        head = tuple(head_vd.shape)
+        raise ValueError(f"hidden states of {shapes} for {len(target_n)} targets, a head of {head}")
     if target_n.device.type == "cpu":
-        low, high = torch.aminmax(target_n)
-        if int(low) < 0 or int(high) >= len(head_vd):
-            raise ValueError(
-                f"targets from {int(low)} to {int(high)} for a vocabulary of {len(head_vd)}"
-            )
+        low, high = map(int, torch.aminmax(target_n))
+        if low < 0 or high >= len(head_vd):
+            raise ValueError(f"targets from {low} to {high} for a vocabulary of {len(head_vd)}")
 
 
-def _run(job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor]) -> _Result:
-    """The loss at every exit, and the gradients that are asked for."""
-    device_type = head_vd.device.type
-    dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
-    if not torch.amp.is_autocast_available(device_type):
-        return _Loss(job, head_vd, hidden_end, dtype).run()
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+def _run(
+    job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> _Result:
+    """The loss at every exit, and the gradients that are asked for.
+
+    dtype: of the products; None for that of autocast or of the hidden states.
+    """
+    kind = head_vd.device.type
+    has_autocast = torch.amp.is_autocast_available(kind)
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
+        if has_autocast and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
     # From here on every dtype is chosen by hand.
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
         return _Loss(job, head_vd, hidden_end, dtype).run()
 
 
@@ -321,11 +317,9 @@ class _Loss:
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         nll_e = torch.zeros(len(exits), dtype=wide, device=self.device)
         correct_e = torch.zeros(len(exits), dtype=torch.int64, device=self.device)
-        gradients: list[Tensor | None] = [
-            torch.zeros_like(x) if needed else None
-            for x, needed in zip(
-                (self.head_vd, *self.hidden_end), (job.head_needs, *hidden_needs), strict=True
-            )
+        hidden_grads: list[Tensor | None] = [
+            torch.zeros_like(hidden_nd) if needed else None
+            for hidden_nd, needed in zip(self.hidden_end, hidden_needs, strict=True)
         ]
         for need in sorted(set(needs), reverse=True):
             members = [e for e in exits if needs[e] == need]
@@ -335,15 +329,18 @@ class _Loss:
                 nll_e[e] = nll_m[rows].sum(dtype=wide)
                 correct_e[e] = correct_m[rows].sum()
                 if grad_md is not None:
-                    gradients[1 + e] = grad_md[rows].to(self.hidden_end[e].dtype)
+                    hidden_grads[e] = grad_md[rows].to(self.hidden_end[e].dtype)
         loss = torch.zeros((), dtype=wide, device=self.device)
         for weight, nll in zip(job.weight_e, nll_e, strict=True):
             loss += weight / self.tokens * nll
+        head_grad = None
         if self.head_grad_vd is not None:
             for target, grad_md in self.at_targets:
                 self.head_grad_vd.index_add_(0, target, grad_md)
-            gradients[0] = self.head_grad_vd.to(self.head_vd.dtype)
-        return _Result(loss.to(self.sum_dtype), nll_e, correct_e, gradients)
+            head_grad = self.head_grad_vd.to(self.head_vd.dtype)
+        elif job.head_needs:
+            head_grad = torch.zeros_like(self.head_vd)
+        return loss.to(self.sum_dtype), nll_e, correct_e, [head_grad, *hidden_grads]
 
     def group(
         self, members: list[int], to_hidden: bool, to_head: bool
