@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def _with_windows(entry: _Entry, text: Text, data: DataConfig) -> Corpus:
         _windows(streams[split], length, _count(streams[split], split, count, text, data))
         for split, count in wanted.items()
     )
-    split = streams.get("test", ())
+    split = streams.get("test", streams["train"][:0])
     if len(split) >= length:
         test, test_bytes, test_fingerprint = split, streams["test_bytes"], entry.sha256["test"]
     else:  # what follows the validation windows, which the fingerprint holds
@@ -272,7 +271,9 @@ def _prepare(
     started = time.monotonic()
     notify(f"{text.name}: preparing {text.label}")
 
-    read = partial(text.read, scratch=scratch)
+    def read(split: str) -> Iterable[str]:
+        return text.read(split, scratch)
+
     encoder = tokenization.fit(read)
     streams = _write_streams(entry, ["train"], ((ids,) for ids in encoder.ids(read("train"))))
     for split in ("validation", "test"):

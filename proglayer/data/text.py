@@ -140,7 +140,7 @@ def pydocs() -> list[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        topics = {}
+        topics: dict[str, str] = {}  # pyright: ignore[reportGeneralTypeIssues]
     if not documents or not topics:
         raise ConfigError("data=pydocs: this Python lacks its library's sources: take data=text")
     documents += [(f"pydoc_data.topics:{name}", text) for name, text in topics.items()]

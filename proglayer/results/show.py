@@ -146,7 +146,7 @@ def _totals(results: Results) -> str:
     """Return how many runs there are of each status, in a line."""
     counts = Counter(results.runs["status"].tolist())
     parts = [f"{counts[status]} {status}" for status in STYLE if status in counts]
-    repeats = int(results.runs["duplicate_of"].notna().sum())
+    repeats = results.runs["duplicate_of"].notna().tolist().count(True)
     parts += [f"{repeats} repeat another's settings and seed"] if repeats else []
     return counted(len(results.runs), "run") + (f": {', '.join(parts)}" if parts else "")
 
