@@ -216,18 +216,6 @@ def test_a_logger_that_fails_is_dropped_with_one_line(
 
 
 @for_mlflow
-def test_a_store_that_cannot_be_written_ends_no_run(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "file" / "store").as_uri())
-    folder = run("run", given=("mlflow",))
-    assert json.loads((folder / "run.json").read_text())["state"] == "completed"
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warning.startswith("logger=mlflow gets no more of this run (")
-
-
-@for_mlflow
 def test_mlflows_settings_are_the_users(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -202,21 +202,6 @@ def test_a_fault_of_ours_is_recorded_with_its_traceback(
     assert len(record["phases"]) == 1
 
 
-def test_a_model_that_memory_cannot_hold_is_told_in_one_line(
-    train: Command, tmp_path: Path
-) -> None:
-    sizes = ("model.dim=512", "model.vocab_size=2000000000,null", "phase.max_epochs=1")
-    done = train("-m", *SHORT, *sizes, "hydra.sweep.dir=sizes")
-    assert done.status == 1
-    large, small = results(tmp_path / "sizes")
-    assert large["state"] == "failed"
-    assert large["reason"].startswith("not enough memory: ")
-    assert "lower phase.batch_size, model.dim" in large["reason"]
-    assert large["traceback"] is None
-    assert small["state"] == "completed"
-    assert "Traceback" not in done.out + done.err
-
-
 def test_memory_that_runs_out_is_told_however_it_is_reported() -> None:
     from proglayer.run.machine import out_of_memory
 
@@ -389,17 +374,6 @@ def test_a_mistake_gets_a_line_and_leaves_nothing(
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_an_output_folder_that_cannot_be_written(train: Command, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    done = train(*SHORT, "hydra.run.dir=file/run")
-    assert done.status == 1
-    assert "Traceback" not in done.err
-    assert "hydra.run.dir" in done.err
-    done = train("-m", *SHORT, "hydra.sweep.dir=file/sweep")
-    assert done.status == 1
-    assert "hydra.sweep.dir" in done.err
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
