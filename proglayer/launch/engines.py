@@ -167,6 +167,9 @@ class Joblib(Engine):
                     "want of memory? then lower hydra.launcher.n_jobs); the same command goes on "
                     "from here"
                 ) from error
+        except GeneratorExit:  # no more are to be begun; those at work go to their end
+            wait(running)
+            raise
         except BaseException:
             executor.shutdown(kill_workers=True)
             raise
