@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import logging
-import os
 import sys
-from collections.abc import Iterator
 
 from rich.console import Console
 
-from proglayer.errors import printable
+from proglayer.errors import discard_output, printable
 
 log = logging.getLogger(__name__)
 
@@ -21,43 +16,17 @@ PLAIN_WIDTH = 160
 
 
 class _Console(Console):
-    outlasts_reader = False
-
     def on_broken_pipe(self) -> None:
-        """Rich would end the program here: the one place for that is `errors.run_command`."""
-        if not self.outlasts_reader:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        print("warning: nobody reads the output any more: going on without it", file=sys.stderr)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        """Go on where nobody reads the output any more: work is not for the output alone."""
+        discard_output()
 
 
 def console() -> Console:
     """Return the console that everything is printed to; wide where no terminal sets the width."""
-    file = sys.stdout
-    if isinstance(file, io.TextIOWrapper):
-        # A terminal that knows no box characters gets question marks, not an error.
-        file.reconfigure(errors="replace")
+    terminal = sys.stdout.isatty()
     return _Console(
-        file=file,
-        width=None if file.isatty() else PLAIN_WIDTH,
-        highlight=False,
-        soft_wrap=not file.isatty(),
+        width=None if terminal else PLAIN_WIDTH, highlight=False, soft_wrap=not terminal
     )
-
-
-@contextlib.contextmanager
-def outlasting_reader() -> Iterator[None]:
-    """Let a block go on where the reader of its output ends, as in `... | head -1`.
-
-    Hours of training are not for the output alone. Standard error says so, once.
-    """
-    _Console.outlasts_reader = True
-    try:
-        yield
-    finally:
-        _Console.outlasts_reader = False
 
 
 def tell(text: str) -> None:

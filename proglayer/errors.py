@@ -39,9 +39,6 @@ def run_command(command: Callable[[], int | None], failed: int = FAILED) -> int:
 
     failed: the status where an error was printed.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before the command began
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Better a question mark for an arrow than no table where the locale knows only ASCII.
@@ -52,7 +49,7 @@ def run_command(command: Callable[[], int | None], failed: int = FAILED) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        discard_output()
         return PIPE_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -63,7 +60,7 @@ def run_command(command: Callable[[], int | None], failed: int = FAILED) -> int:
         if lines is None:
             raise
         if error.filename is None:
-            _discard_output()
+            discard_output()
         print_error(lines)
     return failed
 
@@ -108,7 +105,7 @@ def with_type(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
     """Send what is still to be printed nowhere: Python would fail at it once more when it ends."""
     with contextlib.suppress(OSError):  # a stand-in for stdout has no number
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,22 +11,16 @@ from proglayer import files
 from proglayer.config import Config
 from proglayer.console import tell
 from proglayer.data import Corpus, open_corpus
-from proglayer.errors import ConfigError, StoreError, first_line, print_error, run_command
+from proglayer.errors import ConfigError, run_command
 from proglayer.report import early_exit, pictures, words
 from proglayer.report.arms import Frame, arms
 from proglayer.report.early_exit import Measured
 from proglayer.results import load, write_csv
 from proglayer.run.record import RunRecord, read_record
 
-FAILED, NOTHING = 1, 2
-
-
-class NoTextError(ConfigError):
-    """The text that runs were validated on is not to be had."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Gives its exit status: 1 if a run could not be measured, 2 if none could."""
+    """Run the command and return its exit status. What was measured until an error is kept."""
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.exits",
         description="Measure what the exits of finished runs are worth, and train nothing: "
@@ -40,45 +34,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--out", metavar="DIR", default="exits", help="where the results go (%(default)s)"
     )
     options = parser.parse_args(arguments)
-    return run_command(lambda: _measure_all(options.folders, Path(options.out)), failed=NOTHING)
+    return run_command(lambda: _measure_all(options.folders, Path(options.out)))
 
 
-def _measure_all(folders: Sequence[str], out: Path) -> int:
+def _measure_all(folders: Sequence[str], out: Path) -> None:
     runs = arms(load(*folders)).runs
     if runs.empty:
         raise ConfigError(f"no completed run in {', '.join(folders)}")
     out.mkdir(parents=True, exist_ok=True)
+    _check_texts(runs)
     corpus: Corpus | None = None
     measured: dict[str, Measured] = {}
-    failed = 0
-    _check_texts(runs)
     for row in runs[["run", "folder"]].itertuples():
         folder = Path(str(row.folder))
-        try:
-            record = read_record(folder)
-            found = early_exit.kept(folder, record.weights_sha256)
-            if found is None:
-                corpus = corpus or _corpus(folder, record)
-                found = _measured(folder, record, corpus)
-                tell(f"measured {row.run}")
-            measured[str(row.run)] = found
-        except NoTextError:
-            raise  # all need it
-        except (OSError, ValueError) as error:
-            print_error(f"{folder}: {first_line(error)}")
-            failed += 1
-    if not measured:
-        return NOTHING
-    found = early_exit.worth(runs, measured)
-    tables = {name: table for name, table in vars(found).items() if len(table)}
+        record = read_record(folder)
+        kept = early_exit.kept(folder, record.weights_sha256)
+        if kept is None:
+            corpus = corpus or _corpus(folder, record)
+            kept = _measured(folder, record, corpus)
+            tell(f"measured {row.run}")
+        measured[str(row.run)] = kept
+    worth = early_exit.worth(runs, measured)
+    tables = {name: table for name, table in vars(worth).items() if len(table)}
     for name, table in tables.items():
         write_csv(table, out / f"{name}.csv")
-    drawn = pictures.exits(found)
+    drawn = pictures.exits(worth)
     for picture in drawn:
         files.write_atomically(out / f"{picture.name}.svg", picture.svg.encode())
-    print("\n".join(words.needed_text(own) for own in early_exit.needed(found)))
+    print("\n".join(words.needed_text(each) for each in early_exit.needed(worth)))
     print(f"{out}: {len(tables)} tables and {len(drawn)} pictures")
-    return FAILED if failed else 0
 
 
 def _check_texts(runs: Frame) -> None:
@@ -90,21 +74,15 @@ def _check_texts(runs: Frame) -> None:
 
 
 def _corpus(folder: Path, record: RunRecord) -> Corpus:
-    """The text that a run trained on. Raises ConfigError where it is not to be had."""
-    try:
-        corpus = open_corpus(Config.model_validate(record.config).data, tell)
-    except ValueError as error:
-        raise NoTextError(f"the text of {folder} is not to be had: {error}") from error
-    assert record.corpus is not None, "it completed"
-    if corpus.fingerprint != record.corpus.fingerprint:
-        raise NoTextError(
-            f"the text of {folder} is not to be had: {corpus.name} is another one here"
-        )
+    """Return the text that a run trained on. Raises ConfigError where it is another one now."""
+    corpus = open_corpus(Config.model_validate(record.config).data, tell)
+    if record.corpus is None or corpus.fingerprint != record.corpus.fingerprint:
+        raise ConfigError(f"the text of {folder} is not to be had: {corpus.name} is another here")
     return corpus
 
 
 def _measured(folder: Path, record: RunRecord, corpus: Corpus) -> Measured:
-    """Measure a run's model, and keep that in its folder where it can be written."""
+    """Measure a run's model, and keep that in its folder."""
     from proglayer.config import Device, Precision
     from proglayer.exits.measure import measure
     from proglayer.run.machine import pick_device
@@ -114,12 +92,9 @@ def _measured(folder: Path, record: RunRecord, corpus: Corpus) -> Measured:
     device = pick_device(Device.auto, Precision.float32)
     model = load_run(folder).to(device)
     trained = [weight > 0 for weight in record.phases[-1].exit_weights]
-    found = measure(model, Windows(corpus.validation, device), trained)
-    try:
-        early_exit.keep(folder, record.weights_sha256, found)
-    except StoreError as error:
-        tell(f"warning: measured, and not kept: {first_line(error)}")
-    return found
+    measured = measure(model, Windows(corpus.validation, device), trained)
+    early_exit.keep(folder, record.weights_sha256, measured)
+    return measured
 
 
 if __name__ == "__main__":

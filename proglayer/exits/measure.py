@@ -47,23 +47,21 @@ def score(model: Model, windows: Windows, exits: Sequence[int] | None = None) ->
     model.eval()
     head_vd = model.head_weight.float()
     rows = max(1, CHUNK_BYTES // (4 * len(head_vd)))
-    parts: list[list[Tensor]] = []
+    read = range(max(1, len(model.layers))) if exits is None else exits
+    parts: list[list[Tensor]] = [[] for _ in read]
     targets: list[Tensor] = []
     for batch in torch.arange(len(windows)).split(BATCH_WINDOWS):
         input_nt, target_nt = windows.batch(batch)
         hidden_entd = model(input_nt)
-        read = range(len(hidden_entd)) if exits is None else exits
         target_m = target_nt.reshape(-1)
         targets.append(target_m)
-        for place, exit in enumerate(read):
-            if place == len(parts):
-                parts.append([])
+        for part, exit in zip(parts, read, strict=True):
             hidden_md = model.read(hidden_entd[exit]).flatten(0, 1)
-            for hidden_rd, target_r in zip(
-                hidden_md.split(rows), target_m.split(rows), strict=True
-            ):
-                parts[place].append(_scores(hidden_rd.float() @ head_vd.T, target_r))
-    scores_e3m = torch.stack([torch.cat(own, dim=1) for own in parts])
+            chunks = zip(hidden_md.split(rows), target_m.split(rows), strict=True)
+            part += [
+                _scores(hidden_rd.float() @ head_vd.T, target_r) for hidden_rd, target_r in chunks
+            ]
+    scores_e3m = torch.stack([torch.cat(part, dim=1) for part in parts])
     nll_em, confidence_em, guess_em = scores_e3m.unbind(dim=1)
     return TokenScores(nll_em, confidence_em, guess_em.long(), torch.cat(targets).cpu())
 
@@ -92,7 +90,7 @@ def measure(model: Model, windows: Windows, trained: Sequence[bool]) -> Measured
     exits = [
         ExitWorth(
             layer=int(depths_e[e]),
-            trained=bool(trained[e]) if e < len(trained) else False,
+            trained=trained[e],
             loss=float(scores.nll_em[e].mean()),
             accuracy_percent=_percent(right_em[e]),
             accepted_percent=_percent(scores.guess_em[e] == scores.guess_em[-1]),

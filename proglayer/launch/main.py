@@ -126,7 +126,7 @@ def single(command: Any) -> int:
 
     Raises ConfigError, and KeyboardInterrupt where the run was interrupted.
     """
-    from proglayer.console import outlasting_reader, tell
+    from proglayer.console import tell
     from proglayer.launch.job import fail, leave_report, run_locked, submit
     from proglayer.launch.planned import Planner, print_plan
     from proglayer.run import machine
@@ -144,7 +144,7 @@ def single(command: Any) -> int:
     machine.pick_device(config.device, config.precision)
     _check_other_run(job)
     files.claim_folder(job.folder, FolderKind.run)
-    with outlasting_reader(), files.sole_writer(job.folder, FolderKind.run.setting):
+    with files.sole_writer(job.folder, FolderKind.run.setting):
         submit(job)
         try:
             record = run_locked(job)

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from proglayer import files
 from proglayer.config import OnError, Settings, problem_lines
-from proglayer.console import console, outlasting_reader
+from proglayer.console import console
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
 from proglayer.launch.ask import MOST_JOBS, is_kept, parse, plain, short_hash, values_of
@@ -231,7 +231,7 @@ def run_design(sweep: Sweep, design: Design) -> int:
 
     Raises ConfigError and KeyboardInterrupt, after the table of all jobs.
     """
-    with outlasting_reader(), sweep.opened(design.about):
+    with sweep.opened(design.about):
         try:
             while batch := design.batch():
                 sweep.launch(batch)

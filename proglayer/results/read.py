@@ -78,8 +78,7 @@ class Results:
     `exits` up to the phase's selected epoch. `train_tokens`, `train_flops_head` and
     `train_flops_body` are those of the row's own phase or epoch.
 
-    `left_out` names what could not be read: of kind damaged (a run whose record is cut short,
-    unreadable or of another version) or foreign (a folder that was not entered).
+    `left_out` names the runs whose record is cut short, unreadable or of another version.
     """
 
     runs: pd.DataFrame
@@ -98,7 +97,7 @@ class Results:
         """How many runs failed, were lost, or left a record that cannot be read."""
         statuses = self.runs["status"].tolist()
         failed = statuses.count(RunState.failed) + statuses.count(RunState.lost)
-        return failed + self.left_out["kind"].tolist().count("damaged")
+        return failed + len(self.left_out)
 
     def distinct(self) -> Results:
         """Return each experiment and seed once: without the runs that `duplicate_of` marks."""
@@ -148,12 +147,12 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
     for folder in folders:
         paths += [folder] if isinstance(folder, (str, Path)) else folder
     rows: dict[str, Rows] = {name: [] for name in ("runs", "phases", "exits", "epochs", "left_out")}
-    for name, sweep, folder in _find(paths, rows["left_out"]):
+    for name, sweep, folder in _find(paths):
         try:
             _add(rows, name, sweep, folder, read_record(folder))
         except RecordError as error:
-            rows["left_out"].append(_left_out(name, "damaged", error))
-    rows["left_out"].sort(key=lambda row: row["folder"])
+            reason = _text(one_line(str(error))[:120])
+            rows["left_out"].append({"folder": _text(name), "kind": "damaged", "reason": reason})
     frames = {name: to_frame(name, each) for name, each in rows.items()}
     runs = _with_variants(_with_duplicates(frames["runs"]))
     return Results(**_with_sums(frames | {"runs": arranged(runs, _varied(runs))}))
@@ -162,7 +161,7 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
 # --- folders --------------------------------------------------------------------------------------
 
 
-def _find(folders: Sequence[str | Path], left_out: Rows) -> list[tuple[str, str | None, Path]]:
+def _find(folders: Sequence[str | Path]) -> list[tuple[str, str | None, Path]]:
     """Return name, name of the sweep and folder of each run in and below these folders."""
     given: dict[Path, str] = {}
     for folder in folders:
@@ -179,7 +178,7 @@ def _find(folders: Sequence[str | Path], left_out: Rows) -> list[tuple[str, str 
     runs = []
     for root in roots:
         sweeps = set()
-        for path, names in _walk(root, named, left_out):
+        for path, names in _walk(root):
             if SWEEP_FILE in names:
                 sweeps.add(path)
             if RUN_FILE in names:
@@ -188,24 +187,11 @@ def _find(folders: Sequence[str | Path], left_out: Rows) -> list[tuple[str, str 
     return sorted(runs, key=lambda run: natural_order(run[0]))
 
 
-def _walk(root: str, named: Any, left_out: Rows) -> Iterator[tuple[str, list[str]]]:
+def _walk(root: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder that is neither hidden nor a link, and the files in it."""
-
-    def closed(error: OSError) -> None:
-        why = f"cannot be opened ({error.strerror})"
-        left_out.append(_left_out(named(error.filename), "foreign", why))
-
-    for path, below, names in os.walk(root, onerror=closed):
+    for path, below, names in os.walk(root):
         below[:] = [each for each in below if not each.startswith(".")]
-        for link in (os.path.join(path, each) for each in below):
-            if os.path.islink(link):
-                why = "a link: name the folder that it points to"
-                left_out.append(_left_out(named(link), "foreign", why))
         yield path, names
-
-
-def _left_out(name: str, kind: str, why: Any) -> dict[str, Any]:
-    return {"folder": _text(name), "kind": kind, "reason": _text(one_line(str(why))[:120])}
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.text import Text
 
 from proglayer.console import console, counted, one_line
 from proglayer.errors import UserError
 from proglayer.results.read import Results, load
-from proglayer.results.variants import GROUPS, what_varied
+from proglayer.results.variants import what_varied
 from proglayer.run.record import RunState
 from proglayer.table import Column, Table, is_missing
 
@@ -37,23 +35,8 @@ STYLE = {
 }
 # Of sweeps that Hydra named, the token is enough to tell them apart.
 STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
-# Of hashes, as git shortens them.
-SHORT = 12
-# What a result may depend on besides the settings: the columns of `runs`.
-CODE = (
-    *("git_commit", "git_changed", "git_difference", "proglayer", "python", "torch"),
-    *("device", "device_name", "threads", "platform", "host"),
-    *("corpus_fingerprint", "test_fingerprint", "tokenizer", "vocab_size"),
-)
-# The columns of `phases`.
-FIGURES = (
-    *("stage", "layers", "epochs", "best_epoch", "train_loss"),
-    *("validation_loss", "validation_perplexity", "validation_accuracy_percent"),
-    *("validation_bits_per_byte", "test_loss", "test_perplexity", "test_accuracy_percent"),
-    *("test_bits_per_byte", "train_tokens", "train_seconds", "tokens_per_second"),
-)
-# Of different tokenizers they do not compare.
-PER_TOKEN = re.compile("loss|perplexity|accuracy")
+# What says where a run lies and when it ran, and what follows from its settings.
+OF_THE_FOLDER = ("run", "folder", "sweep", "started", "ended", "last_sign", "overrides", "variant")
 
 
 # --- the table of a sweep -------------------------------------------------------------------------
@@ -155,83 +138,21 @@ def _totals(results: Results) -> str:
 
 
 def difference(a: str | Path, b: str | Path) -> Table:
-    """Compare two runs, by their folders: settings, code and figures.
-
-    Settings and what the code is are listed where they differ, figures of each phase where either
-    run has them. `change` is B − A where both are numbers that compare.
+    """Compare two runs, by their folders: the columns of `runs` in which they differ.
 
     Raises:
         FileNotFoundError: for a folder that is not there.
-        UserError: for one that holds no run, or several.
+        UserError: for one that does not hold one run.
     """
-    both = _one_run(a), _one_run(b)
-    one, other = (_records(each.runs)[0] for each in both)
-    settings = sorted(name for name in one | other if name.startswith("config."))
-    parts = {"run": ["status"], "setting": [*GROUPS.values(), *settings], "code": CODE}
-    rows = [
-        _row(part, name.removeprefix("config."), one.get(name), other.get(name))
-        for part, names in parts.items()
-        for name in names
-        if one.get(name) != other.get(name)
-    ]
-    same_tokens = tokenizer_of(one) == tokenizer_of(other)
-    first, second = ({row["phase"]: row for row in _records(each.phases)} for each in both)
-    for phase, name in itertools.product(sorted(first | second), FIGURES):
-        x, y = (each.get(phase, {}).get(name) for each in (first, second))
-        change = ""
-        if isinstance(x, str):
-            change = "the same" if x == y else ""
-        elif x is not None and y is not None and (same_tokens or not PER_TOKEN.search(name)):
-            change = f"{y - x:+,.6g}"
-        if x is not None or y is not None:
-            rows.append(_row(f"phase {phase}", name, x, y, change))
-    columns = (
-        Column("part", ""),
-        Column("name", " ", kind="prose"),
-        Column("a", f"A: {a}", kind="prose"),
-        Column("b", f"B: {b}", kind="prose"),
-        Column("change", "B − A", kind="figure"),
-    )
-    return Table(rows, columns, note="\n".join(_remarks(rows)))
-
-
-def _remarks(rows: list[dict[str, str]]) -> list[str]:
-    differing = {row["part"] for row in rows}
-    lines = ["no setting differs"] if "setting" not in differing else []
-    lines += ["no version of code, library or machine differs"] if "code" not in differing else []
-    for row in rows:
-        if row["name"] == "git_commit" and row["a"] and row["b"]:
-            lines.append(f"git diff {row['a']} {row['b']} shows what changed in the code")
-        if row["name"] == "tokenizer":
-            lines.append("of different tokenizers only bits per byte compare")
-    return lines
-
-
-def _row(part: str, name: str, a: Any, b: Any, change: str = "") -> dict[str, str]:
-    return {"part": part, "name": name, "a": _shown(a), "b": _shown(b), "change": change}
-
-
-def _one_run(folder: str | Path) -> Results:
-    results = load(folder)
-    if len(results.runs) > 1:
-        some = ", ".join(results.runs["run"].head(3))
-        raise UserError(f"{folder} holds {len(results.runs)} runs ({some}, ...): name one of them")
-    if results.runs.empty:
-        unread = results.left_out["reason"].tolist()
-        raise UserError(f"{folder}: {unread[0]}" if unread else f"no run in {folder}")
-    return results
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a frame as Python values, None for what is missing."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:,.8g}"
-    text = text_of(value)
-    return text[:SHORT] if re.fullmatch("[0-9a-f]{32,64}", text) else text
+    both = [load(folder).runs for folder in (a, b)]
+    for folder, runs in zip((a, b), both, strict=True):
+        if len(runs) != 1:
+            raise UserError(f"{folder} holds {counted(len(runs), 'run')}: name a folder of one")
+    one, other = (runs.astype(object).iloc[0].map(text_of) for runs in both)
+    names = [name for name in one.index.union(other.index, sort=False) if name not in OF_THE_FOLDER]
+    rows = [{"name": name, "a": one.get(name, ""), "b": other.get(name, "")} for name in names]
+    columns = [Column(name, name, kind="prose") for name in ("name", "a", "b")]
+    return Table([row for row in rows if row["a"] != row["b"]], columns)
 
 
 # --- numbers and lists as text --------------------------------------------------------------------

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proglayer import files
 from proglayer.config import Objective
@@ -93,7 +93,7 @@ class Score(Part):
     """
 
     loss: float
-    accuracy: float
+    accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
 class Gpu(Part):

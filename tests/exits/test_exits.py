@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 
-from proglayer import load_run
 from proglayer.exits import measure
 from proglayer.exits.__main__ import main
 from proglayer.report import early_exit
@@ -124,7 +123,7 @@ def test_a_layer_left_out_and_neighbours_swapped_are_models_of_these_layers(
 ) -> None:
     before = list(model.layers)
     found = measure.measure(model, windows, [True] * 4).changed_layers
-    assert list(model.layers) == before
+    assert list(model.layers) == before, "the model is as it was"
     kinds = [(each.change, each.layer) for each in found]
     assert kinds == [
         *(("left out", layer) for layer in (1, 2, 3, 4)),
@@ -196,8 +195,8 @@ def test_the_command_leaves_tables_and_pictures(runs: Path, done: Path) -> None:
     assert {path.name for path in done.glob("*.svg")} == {"early-exit.svg", "a-layer-left-out.svg"}
 
 
-def test_what_was_measured_is_not_measured_again(
-    runs: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_measured_is_not_measured_again_and_a_report_shows_it(
+    runs: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("it was measured")
@@ -206,72 +205,37 @@ def test_what_was_measured_is_not_measured_again(
     monkeypatch.setattr(measure, "score", fail)
     assert main([str(runs), "-o", str(done)]) == 0
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before
+    page = write_report([runs], tmp_path / "report")
+    assert "Deep supervision: within 0.1 points of all 4 layers" in page.read_text()
+    assert (page.parent / "figures" / "early-exit.svg").is_file()
     # Of other weights nothing was measured.
     assert early_exit.kept(runs / "standard1", None) is None
-
-
-def test_a_report_shows_what_was_measured(runs: Path, done: Path, tmp_path: Path) -> None:
-    page = write_report([runs], tmp_path / "report")
-    text = page.read_text()
-    assert "<h2>What exits are worth</h2>" in text
-    assert (page.parent / "figures" / "early-exit.svg").is_file()
-    assert "Deep supervision: within 0.1 points of all 4 layers" in text
 
 
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def test_a_run_without_weights_is_named_and_the_others_are_measured(
+def test_what_cannot_be_measured_is_told(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pile = shutil.copytree(runs, tmp_path / "pile")
-    (pile / "standard1" / "weights.safetensors").unlink()
-    (pile / "standard1" / "exits.json").unlink(missing_ok=True)
-    assert main([str(pile), "-o", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in error if line.startswith("error: ")]
-    assert "standard1 holds no weights.safetensors" in line
-    assert set(pd.read_csv(tmp_path / "out" / "exits.csv")["run"]) == {
-        "standard2", "deep_supervision1", "deep_supervision2",
-    }  # fmt: skip
+    out = ["-o", str(tmp_path / "out")]
 
+    def refused(*folders: Path) -> str:
+        assert main([*map(str, folders), *out]) == 1
+        return capsys.readouterr().err
 
-def test_runs_of_several_texts_are_refused(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pile = shutil.copytree(runs, tmp_path / "pile")
-    path = pile / "standard1" / "run.json"
-    record = json.loads(path.read_text())
-    record["corpus"]["fingerprint"] = "0" * 64
-    path.write_text(json.dumps(record))
-    assert main([str(pile), "-o", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: these runs are of 2 texts")
-    assert not list((tmp_path / "out").glob("*"))
-
-
-def test_a_text_that_is_not_to_be_had_is_told(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no completed run" in refused(tmp_path / "empty")
     one = shutil.copytree(runs / "standard1", tmp_path / "one")
     (one / "exits.json").unlink(missing_ok=True)
-    path = one / "run.json"
-    record = json.loads(path.read_text())
-    record["config"]["data"]["files"] = [str(tmp_path / "gone.txt")]
-    path.write_text(json.dumps(record))
-    assert main([str(one), "-o", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: the text of {one} is not to be had: ")
-    (tmp_path / "gone.txt").write_text(WORDS.replace("7", "8"))
-    assert main([str(one), "-o", str(tmp_path / "out")]) == 2
-    assert "is another one here" in capsys.readouterr().err
-
-
-def test_folders_without_a_run_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "nothing")]) == 2
-    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'nothing'}\n"
-    (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 2
-    assert "no completed run" in capsys.readouterr().err
+    record = json.loads((one / "run.json").read_text())
+    other = record | {"corpus": record["corpus"] | {"fingerprint": "0" * 64}}
+    (one / "run.json").write_text(json.dumps(other))
+    assert refused(one, runs / "standard2").startswith("error: these runs are of 2 texts")
+    assert "is another here" in refused(one)
+    (one / "run.json").write_text(json.dumps(record))
+    (one / "weights.safetensors").unlink()
+    assert "one holds no weights.safetensors" in refused(one)
 
 
 def test_figures_of_layers_that_a_model_does_not_have_are_not_read(
@@ -287,11 +251,3 @@ def test_figures_of_layers_that_a_model_does_not_have_are_not_read(
     for damage in ({"exits": deeper}, {"early_exit": skipped}, {"exits": unknown}):
         path.write_text(json.dumps(sound | damage))
         assert early_exit.kept(path.parent, sha) is None
-
-
-def test_a_model_is_the_same_after_it_was_measured(runs: Path, windows: Windows) -> None:
-    model = load_run(runs / "standard1")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    measure.measure(model, windows, [True])
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from proglayer.results import load
-from proglayer.results.show import difference, summary_table
+from proglayer.results.show import summary_table
 from proglayer.run.record import CorpusRecord, Score
 
 from ..helpers import SHORT, Command
@@ -51,11 +51,6 @@ def both(tmp_path: Path) -> Path:
         for seed in (1, 2, 3):
             leave(tmp_path / "runs" / f"{tokenizer}{seed}", tokenizer, seed, loss + seed / 100)
     return tmp_path / "runs"
-
-
-def bits(tokenizer: str, loss: float) -> float:
-    text = TEXTS[tokenizer]
-    return loss / math.log(2) * text["windows"] * 32 / text["bytes"]
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -109,11 +104,11 @@ def test_an_untrained_model_costs_what_its_vocabulary_says(train: Command, tmp_p
     done = train(*SHORT, "lr.base=1e-6", "phase.max_epochs=1", "hydra.run.dir=run")
     assert done.status == 0, done.err
     (record,) = records(tmp_path / "run")
-    corpus, best = record["corpus"], record["phases"][0]["best"]
+    corpus, loss = record["corpus"], record["phases"][0]["validation"]["loss"]
     assert corpus["tokenizer"] == "words"
     assert 0 < corpus["validation_unknown"] < 32 * 32
-    expected = math.log2(corpus["vocab_size"]) * 32 * 32 / corpus["validation_bytes"]
-    assert expected < best["validation_bits_per_byte"] < 1.2 * expected
+    expected = math.log(corpus["vocab_size"])
+    assert expected < loss < 1.2 * expected
 
 
 def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
@@ -128,25 +123,6 @@ def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
     leave(tmp_path / "alone" / "a", "bpe", 1, 3.0)
     leave(tmp_path / "alone" / "b", "bpe", 2, 3.0)
     assert "bits/byte" not in heads(tmp_path / "alone")
-
-
-def test_two_runs_side_by_side_do_not_subtract_figures_per_token(both: Path) -> None:
-    def compared(a: str, b: str) -> dict[tuple[str, str], dict[str, str]]:
-        rows = difference(both / a, both / b).records
-        return {(row["part"], row["name"]): dict(row) for row in rows}
-
-    rows = compared("words1", "bpe1")
-    for name in ("validation_loss", "validation_perplexity", "validation_accuracy_percent"):
-        row = rows["phase 2", name]
-        assert row["a"]
-        assert row["b"]
-        assert row["change"] == ""
-    change = bits("bpe", 3.01) - bits("words", 5.01)
-    assert float(rows["phase 2", "validation_bits_per_byte"]["change"]) == pytest.approx(
-        change, abs=1e-4
-    )
-    assert (rows["code", "tokenizer"]["a"], rows["code", "tokenizer"]["b"]) == ("words", "bpe")
-    assert compared("bpe1", "bpe2")["phase 2", "validation_loss"]["change"] == "+0.01"
 
 
 def test_a_search_over_tokenizers_does_not_go_by_a_loss(train: Command) -> None:
