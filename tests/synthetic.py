@@ -17,7 +17,6 @@ from proglayer.run.record import (
     EpochRow,
     GitState,
     GrowthRecord,
-    PeakMemory,
     PhaseRecord,
     PhaseWork,
     RunRecord,
@@ -92,7 +91,7 @@ def phase_record(
             epochs_reused=reused,
             seconds_saved=(cost.train_seconds + cost.evaluation_seconds) * reused,
             seconds_waited=0.0,
-            peak_memory_mb=PeakMemory(process=memory_mb),
+            peak_memory_mb=memory_mb,
         ),
     )
 

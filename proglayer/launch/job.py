@@ -129,9 +129,7 @@ def submit(job: Job) -> None:
     Raises ConfigError for a folder that is not ours, and StoreError.
     """
     files.claim_folder(job.folder, FolderKind.run)
-    before = record_of(job.folder)
-    kept = {"mlflow_run": before.mlflow_run} if before else {}
-    write_record(job.folder, job.waiting.model_copy(update=kept))
+    write_record(job.folder, job.waiting)
 
 
 def record_of(folder: Path) -> RunRecord | None:

@@ -18,8 +18,7 @@ from pathlib import Path
 from proglayer.run.record import Environment, GitState, Scheduler
 
 PACKAGE = Path(__file__).resolve().parent.parent
-CGROUP = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def environment() -> Environment:
@@ -52,36 +51,17 @@ def _scheduler() -> Scheduler | None:
     return None
 
 
-def available_cores(cgroup: Path = CGROUP, membership: Path = MEMBERSHIP) -> int:
-    """Return how many cores this process may use: of its affinity, and of its cgroups' quotas.
+def available_cores(quota: Path = QUOTA) -> int:
+    """Return how many cores this process may use: of its affinity, and of its container's quota.
 
-    cgroup: where cgroups are mounted. membership: which ones the process is in. A quota stands in
-        `cpu.max` of version 2, `cpu.cfs_quota_us` of version 1, and holds for all groups below.
+    quota: the file that says how many microseconds of processor time it gets in how many.
     """
     has_mask = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
-    with contextlib.suppress(OSError):
-        for line in membership.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            top = cgroup / "cpu" if controllers else cgroup
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            folder = top / path.strip("/")
-            for group in (folder, *folder.parents):
-                cores = min(cores, _quota(group) or cores)
-                if group == top:
-                    break
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        time, period = map(int, quota.read_text().split())
+        cores = min(cores, max(1, time // period))
     return cores
-
-
-def _quota(group: Path) -> int | None:
-    """Return the cores that a cgroup may use, at least one; None without a limit."""
-    files = [["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]]
-    for names in files:
-        with contextlib.suppress(OSError):
-            quota, period = " ".join((group / name).read_text() for name in names).split()
-            return max(1, int(quota) // int(period)) if quota not in ("max", "-1") else None
-    return None
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,12 @@ from typing import Any
 import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision
-from proglayer.errors import first_line
 from proglayer.run.environment import available_cores
-from proglayer.run.record import Gpu, PeakMemory
+from proglayer.run.record import Gpu
 from proglayer.store.entries import Machine
 
 # What computes in bfloat16 on a processor, by the names of its flags.
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
-# So long steps are watched before a run is called slow.
-WATCHED_S = 60.0
 
 
 def pick_device(wanted: Device, precision: Precision) -> torch.device:
@@ -147,35 +142,6 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
-class CoreWatch:
-    """Sees whether steps on the processor get the cores that their threads ask for."""
-
-    def __init__(self) -> None:
-        self._said = False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-
-    def step(self, first: bool) -> str | None:
-        """Return a line, once, if the steps of a minute went without half of their cores.
-
-        first: the step is the first after something else.
-        """
-        if first or self._said:
-            self._begin()
-            return None
-        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
-        threads = torch.get_num_threads()
-        if wall < WATCHED_S or cpu > threads * wall / 2:
-            return None
-        self._said = True
-        return (
-            f"slow for want of cores: {cpu / wall:.1f} of the {threads} that its threads ask for "
-            "worked in the last minute: set threads=1, or run fewer jobs at once"
-        )
-
-
 def reset_peak_memory(device: torch.device) -> None:
     """Start counting peak memory from zero, where the system can."""
     if device.type == "cuda":
@@ -184,30 +150,13 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory_mb(device: torch.device) -> PeakMemory:
-    """The highest use of memory since `reset_peak_memory`."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bytes_each = 1 if sys.platform == "darwin" else 1024
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                peak, bytes_each = int(line.split()[1]), 1024
-    of_device = None
-    if device.type == "cuda":
-        of_device = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    return PeakMemory(process=round(peak * bytes_each / 1e6, 1), device=of_device)
-
-
-def out_of_memory(error: Exception) -> str | None:
-    """Tell a user whose settings need more memory than there is; None for other errors."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    told = re.search("can't allocate memory|not enough memory|Cannot allocate memory", str(error))
-    if not isinstance(error, kinds) and not (isinstance(error, (RuntimeError, OSError)) and told):
-        return None
-    return (
-        "not enough memory: lower phase.batch_size, model.dim or data.max_vocab, or run fewer jobs "
-        f"at once ({first_line(error)})"
+def peak_memory_mb(device: torch.device) -> tuple[float, float | None]:
+    """Return the highest use of memory since `reset_peak_memory`: of the process, of its GPU."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
     )
+    of_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return round(peak / 1e6, 1), of_device and round(of_device / 1e6, 1)
 
 
 def _processor() -> str:

@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -35,9 +36,7 @@ from proglayer.training.plan import Phase, Rates
 from proglayer.training.stopping import perplexity
 
 if TYPE_CHECKING:
-    from proglayer.config import Config
     from proglayer.data.corpus import Corpus
-    from proglayer.data.pretrained import Pretrained
     from proglayer.store.trajectory import Trajectory
     from proglayer.training.stopping import EpochMetrics, Stopped
     from proglayer.training.trainer import ExitMetrics
@@ -48,7 +47,7 @@ HEARTBEAT_EVERY_S = 10.0
 # A shared file system may show a change of time a minute late.
 LOST_AFTER_S = 120.0
 # Raise by hand when a reader of older records would misread a newer one.
-FORMAT = 3
+FORMAT = 4
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -184,13 +183,6 @@ class CheckpointRecord(Part):
     layers: int
 
 
-class PeakMemory(Part):
-    """Peak resident memory of the process and of its GPU in MB (10^6 bytes)."""
-
-    process: float
-    device: float | None = None
-
-
 class GrowthRecord(Part):
     """What happened at the moment of a phase's growth. Losses in nats per token, validation.
 
@@ -211,14 +203,18 @@ class GrowthRecord(Part):
 
 
 class PhaseWork(Part):
-    """What a phase cost the run itself, and what it saved by reading epochs from the store."""
+    """What a phase cost the run itself, and what it saved by reading epochs from the store.
+
+    Peak resident memory of the process, and of its GPU, in MB (10^6 bytes).
+    """
 
     epochs_trained: int
     epochs_replayed: int
     epochs_reused: int
     seconds_saved: float
     seconds_waited: float
-    peak_memory_mb: PeakMemory
+    peak_memory_mb: float
+    peak_device_memory_mb: float | None = None
 
 
 class PhaseRecord(Part):
@@ -306,7 +302,7 @@ class RunRecord(Part):
 
     model_config = ConfigDict(frozen=False)
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     state: RunState
     reason: str | None = None
     submitted: datetime | None = None
@@ -326,7 +322,6 @@ class RunRecord(Part):
     epochs: list[EpochRow] = []
     objective: float | None = None
     weights_sha256: str | None = None
-    mlflow_run: str | None = None
     traceback: str | None = None
 
     @property
@@ -365,7 +360,7 @@ class SweepRecord(Part):
         empty for a plain one.
     """
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     jobs: list[SweepJob]
     command: list[str] = []
     git: GitState | None = None
@@ -378,47 +373,27 @@ class SweepRecord(Part):
 
 def corpus_record(corpus: Corpus) -> CorpusRecord:
     """Return what the record says of a corpus."""
+    same = {
+        name: getattr(corpus, name) for name in CorpusRecord.model_fields if name in vars(corpus)
+    }
     return CorpusRecord(
-        name=corpus.name,
-        fingerprint=corpus.fingerprint,
-        vocab_size=corpus.vocab_size,
+        **same,
         seq_len=corpus.train.shape[1] - 1,
         train_windows=len(corpus.train),
         validation_windows=len(corpus.validation),
         test_windows=None if corpus.test is None else len(corpus.test),
-        tokenizer=corpus.tokenizer,
-        validation_bytes=corpus.validation_bytes,
-        test_bytes=corpus.test_bytes,
-        validation_unknown=corpus.validation_unknown,
-        test_fingerprint=corpus.test_fingerprint,
-    )
-
-
-def checkpoint_record(
-    config: Config, checkpoint: Pretrained | None, first: Phase
-) -> CheckpointRecord | None:
-    """Return what the record says of the weights that a run began with; None for no others."""
-    if checkpoint is None:
-        return None
-    return CheckpointRecord(
-        path=str(config.model.path),
-        revision=checkpoint.revision,
-        sha256=first.train.checkpoint_sha256,
-        layers=first.train.layers,
     )
 
 
 def epoch_row(phase: Phase, metrics: EpochMetrics, best: bool, reused: bool) -> EpochRow:
     """Return what the record says of an epoch."""
+    figures = asdict(metrics)
+    loss, accuracy = figures.pop("validation_loss"), figures.pop("validation_accuracy")
     return EpochRow(
+        **figures,
         phase=phase.index + 1,
         layers=phase.train.layers,
-        epoch=metrics.epoch,
-        train_loss=metrics.train_loss,
-        validation=Score(loss=metrics.validation_loss, accuracy=metrics.validation_accuracy),
-        train_tokens=metrics.train_tokens,
-        train_seconds=round(metrics.train_seconds, 3),
-        evaluation_seconds=round(metrics.evaluation_seconds, 3),
+        validation=Score(loss=loss, accuracy=accuracy),
         best=best,
         reused=reused,
     )
@@ -429,7 +404,7 @@ def phase_record(
     stopped: Stopped,
     exits: list[ExitMetrics],
     test: ExitMetrics | None,
-    memory: PeakMemory,
+    memory: tuple[float, float | None],
     growth: GrowthRecord | None,
 ) -> PhaseRecord:
     """Return what the record says of a phase."""
@@ -474,7 +449,8 @@ def phase_record(
             epochs_reused=len(reused),
             seconds_saved=sum(e.train_seconds + e.evaluation_seconds for e in reused),
             seconds_waited=counts.waited_seconds,
-            peak_memory_mb=memory,
+            peak_memory_mb=memory[0],
+            peak_device_memory_mb=memory[1],
         ),
         growth=growth,
         test=test and Score(loss=test.loss, accuracy=test.accuracy),
@@ -552,10 +528,15 @@ def write_metrics(folder: Path, record: RunRecord) -> None:
 def has_whole_weights(folder: Path, record: RunRecord) -> bool:
     """Whether a run's weights are still what it left."""
     try:
-        with open(folder / WEIGHTS, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == record.weights_sha256
+        return hash_weights(folder) == record.weights_sha256
     except OSError:
         return False
+
+
+def hash_weights(folder: Path) -> str:
+    """Return the SHA-256 of a run's weights. Raises OSError."""
+    with open(folder / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def now() -> datetime:
@@ -576,23 +557,6 @@ def _read(kind: type[T], path: Path) -> T:
 
 def _write(path: Path, record: BaseModel) -> None:
     files.write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n")
-
-
-def check_run(folder: Path) -> None:
-    """Raise ConfigError, which says where to look, unless a folder holds a run's model."""
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}")
-    if (folder / SWEEP_FILE).exists():
-        runs = [job.folder for job in read_sweep(folder).jobs]
-        others = ", ..." if runs[5:] else ""
-        raise ConfigError(
-            f"{folder} holds a sweep: name one of its runs in it ({', '.join(runs[:5])}{others})"
-        )
-    if not (folder / RUN_FILE).exists():
-        raise ConfigError(f"{folder} holds no {RUN_FILE}: it is no run's folder")
-    if not (folder / WEIGHTS).exists():
-        state = state_of(folder, read_record(folder)).state
-        raise ConfigError(f"{folder} holds no {WEIGHTS}: its run is {state}")
 
 
 # --- signs of life --------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 import time
 import traceback
@@ -20,7 +19,7 @@ from proglayer.config import Carry, Config, Precision, store_dir
 from proglayer.console import tell
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.data.pretrained import Pretrained
-from proglayer.errors import StoreError, UserError
+from proglayer.errors import ConfigError, StoreError, UserError, with_type
 from proglayer.run import machine
 from proglayer.run import record as records
 from proglayer.run.environment import environment, git_state
@@ -36,7 +35,7 @@ from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, open_checkpoint, plan
 from proglayer.training.stopping import EpochMetrics, follow
-from proglayer.training.trainer import Diverged, Progress
+from proglayer.training.trainer import Diverged
 from proglayer.training.unused import unused_settings
 
 log = logging.getLogger(__name__)
@@ -133,7 +132,13 @@ def prepare(config: Config, device: torch.device, record: RunRecord) -> Setup:
     if unused := unused_settings(config, phases):
         tell(unused)
     record.corpus = records.corpus_record(corpus)
-    record.checkpoint = records.checkpoint_record(config, checkpoint, phases[0])
+    if checkpoint is not None:
+        record.checkpoint = records.CheckpointRecord(
+            path=str(config.model.path),
+            revision=checkpoint.revision,
+            sha256=phases[0].train.checkpoint_sha256,
+            layers=phases[0].train.layers,
+        )
     records.check_objective(config.objective, record.corpus)
     return Setup(device, corpus, checkpoint, phases)
 
@@ -163,9 +168,9 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
         keep_optimizer=any(after.train.optimizer.carry is not Carry.none for after in following),
     )
 
-    def on_epoch(metrics: EpochMetrics, best: EpochMetrics) -> None:
+    def on_epoch(metrics: EpochMetrics, best: EpochMetrics | None = None) -> None:
         reused = metrics.epoch not in (0, *trajectory.counts.trained)
-        is_best = best.epoch == metrics.epoch
+        is_best = best is metrics
         current.display.epoch(metrics, is_best, reused)
         current.add(records.epoch_row(phase, metrics, is_best, reused))
 
@@ -173,10 +178,7 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
         trajectory.entry.mark_used(folder)
         try:
             if phase.train.growth is not None and phase.stop.max_epochs:
-                last = trajectory.start_exits()[-1]
-                start = EpochMetrics(0, None, last.loss, last.accuracy, 0, 0.0, 0.0)
-                current.display.epoch(start, best=False, reused=False)
-                current.add(records.epoch_row(phase, start, best=False, reused=False))
+                on_epoch(trajectory.epoch(0))
             stopped = follow(phase.stop, trajectory.epochs(), on_epoch)
             assert stopped is not None, "a trajectory has no end of its own"
             best = stopped.best
@@ -225,19 +227,19 @@ def keep_weights(trajectory: Trajectory, epoch: int, folder: Path) -> str:
     with trajectory:
         stored = trajectory.weights_file(epoch)
     files.link_or_copy(stored, folder / WEIGHTS)
-    with open(folder / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return records.hash_weights(folder)
 
 
 def load_run(folder: str | Path) -> Model:
     """Load the model that a run left in its folder, on the CPU, ready to evaluate.
 
-    Raises ConfigError where there is no such run, or it left no model, RecordError for a damaged
-    record, and StoreError where the file is not what the run left, or no model.
+    Raises ConfigError where no run left a model, RecordError for a damaged record, and StoreError
+    where the file is not what the run left, or no model.
     """
     folder = Path(folder)
-    records.check_run(folder)
     path = folder / WEIGHTS
+    if not path.exists():
+        raise ConfigError(f"there is no {path}: name the folder of one run that has trained")
     if not records.has_whole_weights(folder, records.read_record(folder)):
         raise StoreError(
             f"{path} is not what the run left there, but damaged or written over: the command of "
@@ -299,26 +301,17 @@ def session(
     began = time.perf_counter()
     stop = Stop()
     with contextlib.suppress(records.RecordError):
-        before = records.read_record(folder)
-        record.submitted = before.submitted
-        record.mlflow_run = before.mlflow_run if before.config == record.config else None
+        record.submitted = records.read_record(folder).submitted
     store = Path(store_dir(config))
     open_store(store)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (records.METRICS, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
-    on_processor = record.machine is not None and record.machine.device == "cpu"
     loggers = Loggers(config.logger, folder, record)
     records.write_record(folder, record)
-    watch, display = machine.CoreWatch(), RunDisplay(phases)
-
-    def on_step(progress: Progress) -> None:
-        display.step(progress)
-        if on_processor and (line := watch.step(first=progress.step <= 1)):
-            tell(line)
-
+    display = RunDisplay(phases)
     with records.sign_of_life(folder / records.RUN_FILE), stop.listening():
-        hooks = Hooks(lambda: stop.signal, on_step, tell)
+        hooks = Hooks(lambda: stop.signal, display.step, tell)
         try:
             yield Session(config, folder, record, store, display, hooks, loggers, prune)
             record.state = RunState.completed
@@ -332,7 +325,7 @@ def session(
     record.ended = records.now()
     record.seconds = time.perf_counter() - began
     records.write_record(folder, record)
-    loggers.end(record)
+    loggers.end(record.state)
     if stop.requeue is not None:
         stop.requeue()
 
@@ -351,11 +344,10 @@ def _state_after(error: Exception, stop: Stop) -> RunState:
 
 def explain_failure(record: RunRecord, error: Exception) -> None:
     """Put into the record why the run failed, and say it: a fault of ours with its traceback."""
-    reason = str(error) if isinstance(error, UserError) else machine.out_of_memory(error)
-    if reason is None:
-        record.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, UserError):
+        record.reason = str(error)
+        log.error("%s", error)
+    else:
+        record.reason = with_type(error)
         record.traceback = traceback.format_exc()
         log.exception("the run failed")
-    else:
-        record.reason = reason
-        log.error("%s", reason)

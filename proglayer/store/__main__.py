@@ -107,7 +107,7 @@ def _print(listed: Sequence[Listed]) -> None:
         {
             "key": each.entry.key[:12],
             "what": _title(each.entry),
-            "epochs": len(each.entry.names("epoch-")),
+            "epochs": len(set(each.entry.names("epoch-")) - {"epoch-0000"}),
             "size": each.size / 1e6,
             "age": each.age / 86_400,
             "users": ", ".join("/".join(run.parts[-2:]) for run in each.entry.users()),

@@ -8,9 +8,7 @@ patience are all the same thing: reading a trajectory (the idea of stage trees, 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import logging
 import math
 import re
 import time
@@ -35,12 +33,9 @@ from proglayer.store.checkpoint import (
 from proglayer.store.entries import FORMAT, Entry, Machine, key_of
 from proglayer.training.build import restored
 from proglayer.training.model import Model
-from proglayer.training.optim import trains
 from proglayer.training.plan import Phase, TrainSpec
 from proglayer.training.stopping import EpochMetrics, best_of, follow
 from proglayer.training.trainer import Diverged, ExitMetrics, Progress, Training, evaluate, set_gate
-
-log = logging.getLogger(__name__)
 
 GRADIENTS = "gradients-0001"
 STATE_NAME = re.compile(r"state-(\d+)-(\d+)")
@@ -119,8 +114,6 @@ class Trajectory:
         self._recorded: dict[int, EpochMetrics] = {}
         self._waiting = False
         self._training: Training | None = None
-        # Of what trains, the hashes of its start: another model in memory would be as large again.
-        self._started: dict[str, str] = {}
         # The last epoch, if its weights were stored as those of the best so far.
         self._newest: int | None = None
         self._checkpointed = time.monotonic()
@@ -196,7 +189,6 @@ class Trajectory:
 
         exits = self._exits(selected, evaluated)
         if self._training is not None:
-            self._warn_of_unmoved(selected)
             # Those that training left on its way back to the selected epoch.
             for position in self._states()[:-1]:
                 self.entry.remove(_state_name(position))
@@ -241,7 +233,7 @@ class Trajectory:
 
     def best_recorded(self) -> int | None:
         """Return the epoch with the lowest validation loss of those read so far."""
-        epochs = [self._recorded[number] for number in sorted(self._recorded)]
+        epochs = [self._recorded[number] for number in sorted(self._recorded) if number]
         lowest = best_of(epochs, replace(self.phase.stop, min_delta=0.0))
         return lowest.epoch if lowest else None
 
@@ -355,8 +347,8 @@ class Trajectory:
             validation_loss=exit.loss,
             validation_accuracy=exit.accuracy,
             train_tokens=len(training.windows) * training.windows.seq_len,
-            train_seconds=train_seconds,
-            evaluation_seconds=evaluation_seconds,
+            train_seconds=round(train_seconds, 3),
+            evaluation_seconds=round(evaluation_seconds, 3),
         )
 
     def _keep(self, training: Training) -> None:
@@ -403,18 +395,6 @@ class Trajectory:
         model = restored(train.layers, asdict(train.architecture), self.weights(epoch))
         return model.to(self.device)
 
-    def _warn_of_unmoved(self, epoch: int) -> None:
-        """Say which tensors that train are, bit for bit, what they were at the start."""
-        weights = self.weights(epoch)
-        still = [name for name, start in self._started.items() if _hash(weights[name]) == start]
-        if still:
-            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
-            log.warning(
-                "phase %d did not move %s%s, which should train: its gradient is zero, or too "
-                "small for its rate (see lr, loss and growth)",
-                self.phase.index + 1, still[0], more,
-            )  # fmt: skip
-
     # -- states -----------------------------------------------------------------------------------
 
     def _store_state(self, training: Training) -> None:
@@ -433,9 +413,7 @@ class Trajectory:
         """Return training in the last stored state up to `latest`, else at the start."""
         self._checkpointed = time.monotonic()
         model = self.start()
-        train, named = self.phase.train, model.named_parameters()
-        self._started = {name: _hash(value) for name, value in named if trains(name, train)}
-        training = Training(model, train, self.corpus, self.device, self.carried())
+        training = Training(model, self.phase.train, self.corpus, self.device, self.carried())
         for position in reversed(self._states()):
             if position <= latest and (content := self.entry.read(_state_name(position))):
                 load_training(training, content)
@@ -500,11 +478,6 @@ def describe(
 def _read_epoch(entry: Entry, number: int) -> EpochMetrics | None:
     plain = entry.read_json(_name("epoch", number))
     return None if plain is None else EpochMetrics(**plain)
-
-
-def _hash(tensor: torch.Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return hashlib.sha256(content).hexdigest()
 
 
 def _position(training: Training) -> Position:

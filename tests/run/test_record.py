@@ -23,7 +23,6 @@ from proglayer.run.record import (
     SweepJob,
     SweepRecord,
     change_state,
-    check_run,
     read_record,
     state_of,
     write_record,
@@ -104,20 +103,6 @@ def test_a_run_shows_life_while_it_lasts(tmp_path: Path) -> None:
             time.sleep(0.01)
     aged(tmp_path, 600)
     assert state_of(tmp_path).state is RunState.lost
-
-
-def test_a_folder_that_holds_no_model_says_where_to_look(tmp_path: Path) -> None:
-    write_sweep(tmp_path / "s", SweepRecord(jobs=[SweepJob(folder="0_ab", overrides=[])]))
-    write_record(tmp_path / "s" / "0_ab", RunRecord(state=RunState.failed))
-    (tmp_path / "other").mkdir()
-    for folder, reason in {
-        "none": "there is no folder",
-        "s": r"holds a sweep: name one of its runs in it \(0_ab\)",
-        "s/0_ab": "holds no weights.safetensors: its run is failed",
-        "other": "holds no run.json: it is no run's folder",
-    }.items():
-        with pytest.raises(ConfigError, match=reason):
-            check_run(tmp_path / folder)
 
 
 def test_an_objective_that_the_text_cannot_give_is_refused() -> None:
