@@ -14,8 +14,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -155,21 +153,16 @@ def _held_windows(data: DataConfig) -> int | None:
     """Return how many windows validate, a fifth of those that train; None: all there are."""
     if data.validation_samples is not None or data.samples is None:
         return data.validation_samples
-    count = int(0.2 * data.samples)
-    if count == 0:
-        raise ConfigError(f"data.samples={data.samples} leaves none for validation, a fifth of it")
-    return count
+    return max(1, int(0.2 * data.samples))
 
 
 def _count(stream: np.ndarray, split: str, wanted: int | None, text: Text, data: DataConfig) -> int:
     """Return how many windows a split gets: so many as wanted, all there are where that is None."""
     available = len(stream) // (data.seq_len + 1)
     there = f"{text.label} has {len(stream)} tokens, {available} windows, for {split}"
-    if available == 0:
-        raise ConfigError(f"data.seq_len={data.seq_len}: {there}: take a smaller one or more text")
-    if wanted is not None and wanted > available:
+    if available < (wanted or 1):
         setting = "data.samples" if split == "train" else "data.validation_samples"
-        raise ConfigError(f"{setting}={wanted}: {there}: set {setting}={available} or fewer")
+        raise ConfigError(f"{setting}={wanted} with data.seq_len={data.seq_len}: {there}")
     return available if wanted is None else wanted
 
 
@@ -221,11 +214,9 @@ def _read_entry(folder: Path, notify: Notify) -> _Entry | None:
         content = (folder / vocabulary["file"]).read_bytes()
         if hashlib.sha256(content).hexdigest() != vocabulary["sha256"]:
             raise ValueError(f"{vocabulary['file']} does not match its hash")
-        sha256 = {name: about[name]["sha256"] for name in about}
-        sha256["vocabulary"] = vocabulary["sha256"]
+        parts = about | {"vocabulary": vocabulary}
+        sha256 = {name: part["sha256"] for name, part in parts.items()}
         return _Entry(folder, streams, sha256, vocabulary["entries"])
-    except PermissionError:
-        raise  # nothing wrong with it, but it belongs to someone else
     except Exception as error:  # the many ways in which files can be damaged
         notify(f"the cached corpus in {folder} is damaged ({first_line(error)}): preparing it anew")
         return None
@@ -244,6 +235,8 @@ def _prepare_once(folder: Path, text: Text, tokenization: Tokenization, notify: 
     """Prepare the entry under a lock, unless another process did so in the meantime."""
     import filelock
 
+    from proglayer.files import new_folder
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if (entry := _read_entry(folder, _silent)) is not None:
@@ -251,14 +244,11 @@ def _prepare_once(folder: Path, text: Text, tokenization: Tokenization, notify: 
         # Whoever holds the lock is alone with this name, so what lies there was left by a kill.
         for left_over in folder.parent.glob(f"{folder.name}.partial-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        left = f"{folder.name}.partial-"
-        with tempfile.TemporaryDirectory(prefix=left, dir=folder.parent) as name:
-            scratch = Path(name)
+        with new_folder(folder.parent, f"{folder.name}.partial") as scratch:
             (scratch / "entry").mkdir()
             _prepare(scratch / "entry", scratch, text, tokenization, notify)
-            if folder.exists():
-                os.rename(folder, scratch / "damaged")
-            os.rename(scratch / "entry", folder)
+            shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
+            (scratch / "entry").rename(folder)
     entry = _read_entry(folder, notify)
     assert entry is not None, "it was just written"
     return entry
@@ -268,7 +258,6 @@ def _prepare(
     entry: Path, scratch: Path, text: Text, tokenization: Tokenization, notify: Notify
 ) -> None:
     """Write an entry into an empty folder, holding the vocabulary and a piece in memory."""
-    started = time.monotonic()
     notify(f"{text.name}: preparing {text.label}")
 
     def read(split: str) -> Iterable[str]:
@@ -290,10 +279,7 @@ def _prepare(
     meta = {"streams": streams, "vocabulary": vocabulary}
     (entry / "meta.json").write_text(json.dumps({**meta, "sha256": _hash_json(meta)}, indent=1))
     counts = ", ".join(f"{streams[name]['tokens']:,} {name}" for name in ("train", "validation"))
-    notify(
-        f"{text.name}: {counts} tokens, {encoder.entries:,} vocabulary entries, prepared in "
-        f"{time.monotonic() - started:.1f} s"
-    )
+    notify(f"{text.name}: {counts} tokens, {encoder.entries:,} vocabulary entries")
 
 
 def _carried(parts: Iterable[Sized]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proglayer.data.text import sha256_of
 from proglayer.errors import ConfigError, first_line
 
 CONFIG_FILE = "config.json"
@@ -39,16 +40,10 @@ class Pretrained:
         return sorted(self.folder.glob(WEIGHTS_FILES))
 
     def sha256(self) -> str:
-        """A hash of its settings and weights, wherever they lie. Raises ConfigError."""
-        try:
-            # What says which weights lie in which file is part of them.
-            paths = [*self.weights, *sorted(self.folder.glob("*.safetensors.index.json"))]
-            stats = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-            hashes = [_hash_of_file(*each) for each in stats]
-        except OSError as error:
-            raise ConfigError(
-                f"model.path={self.folder}: its weights cannot be read ({error.strerror})"
-            ) from error
+        """Return a hash of its settings and weights, wherever they lie. Raises ConfigError."""
+        # What says which weights lie in which file is part of them.
+        paths = [*self.weights, *sorted(self.folder.glob("*.safetensors.index.json"))]
+        hashes = [_hash_once(path, path.stat().st_mtime_ns) for path in paths]
         identity = json.dumps([self.config, hashes], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -65,18 +60,16 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
         wanted = [*FETCHED, WEIGHTS_FILES] if weights else [CONFIG_FILE]
         folder = from_hub("model.path", path, revision, wanted)
         commit = folder.name
-    elif revision is not None:
-        raise ConfigError(f"model.revision={revision} is of the hub, and model.path is a folder")
+    label = f"model.path={path}"
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-        found = Pretrained(folder, commit, dict(config))
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"model.path={path}: its {CONFIG_FILE} cannot be read ({first_line(error)})"
-        ) from error
-    if weights and not found.weights:
-        raise ConfigError(f"model.path={path} holds no {WEIGHTS_FILES}: other forms can run code")
-    return found
+        config = dict(json.loads((folder / CONFIG_FILE).read_bytes()))
+    except (OSError, TypeError, ValueError) as error:
+        said = f"{label}: its {CONFIG_FILE} cannot be read ({first_line(error)})"
+        raise ConfigError(said) from error
+    pretrained = Pretrained(folder, commit, config)
+    if weights and not pretrained.weights:
+        raise ConfigError(f"{label} holds no {WEIGHTS_FILES}: other forms can run code")
+    return pretrained
 
 
 def from_hub(setting: str, name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -94,13 +87,11 @@ def from_hub(setting: str, name: str, revision: str | None, patterns: list[str])
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library raises many kinds
-        raise ConfigError(
-            f"{label} is no folder, and cannot be had from the hub ({first_line(error)})"
-        ) from error
+        said = f"{label} is no folder, and cannot be had from the hub ({first_line(error)})"
+        raise ConfigError(said) from error
 
 
 @functools.cache
-def _hash_of_file(path: Path, modified: int, size: int) -> str:
-    """The hash of a file's content. The other arguments tell when it has to be read anew."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_once(path: Path, modified: int) -> str:
+    """Return the hash of a file as it was at this time."""
+    return sha256_of(path)

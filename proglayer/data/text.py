@@ -1,20 +1,18 @@
 """Sources to documents: the documentation of Python, files of one's own, data sets of `datasets`.
 
 Every source is a `Text`. Data sets and files of rows (`.jsonl`, `.csv`, `.parquet`) are read by
-`datasets`. Plain text, packed or not, is read here: its "text" builder changes line ends, counts no
+`datasets`. Plain text is read here: its "text" builder changes line ends, counts no
 bytes, by which a file is split, and copies the whole to Arrow first.
 """
 
 from __future__ import annotations
 
 import ast
-import bz2
 import codecs
 import contextlib
 import glob
-import gzip
 import hashlib
-import lzma
+import mmap
 import os
 import platform
 import re
@@ -22,16 +20,15 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-import zlib
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from proglayer.config import DataConfig, DataSource, shortened
+from proglayer.config import DataConfig, DataSource
 from proglayer.errors import ConfigError, first_line
 
 # Part of the key of pydocs: raise it when other text is taken from the standard library.
@@ -47,8 +44,6 @@ RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 BLOCK_BYTES = 2**20
 # Files of rows, and the builders of `datasets` that read them.
 ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# UTF-8 that is markup and no text.
-MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html|\{\\rtf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -71,23 +66,15 @@ class Text:
 def open_text(data: DataConfig) -> Text:
     """Return the text that `data` names.
 
-    Raises ConfigError where it can't be found, or a setting is not for this kind of source. What
-    goes wrong while reading is a ConfigError of `read`.
+    Raises ConfigError where it can't be found. So does `read` for what goes wrong while reading.
     """
-    data_sets = (DataSource.wikitext2, DataSource.hub)
-    readers = dict.fromkeys(("path", "repository", "configuration", "revision"), data_sets)
-    for setting, sources in {**readers, "files": (DataSource.text,)}.items():
-        given = getattr(data, setting)
-        if given and data.source not in sources:
-            wanted = " or ".join(f"data={source.name}" for source in sources)
-            raise ConfigError(f"data.{setting}={shortened(given)}: it needs {wanted}")
     if data.source is DataSource.pydocs:
         return _pydocs(data)
     if data.source is DataSource.text:
         return _files(data)
-    if data.path is None:
+    folder = Path(data.path or data.repository or "").expanduser()
+    if data.path is None and not folder.is_dir():
         return _hub(data)
-    folder = Path(data.path).expanduser()
     if data.source is DataSource.wikitext2 and (folder / "wiki.train.raw").exists():
         return _release(data, folder)
     return _saved(data, folder)
@@ -128,21 +115,15 @@ def pydocs() -> list[tuple[str, str]]:
     """Return name and text of each document: a module's docstrings, or a topic of Python's help().
 
     The modules are parsed, never imported. Sorted by name; the same for the same Python.
-    Raises ConfigError if this Python came without the source of its library, or without the topics.
+    Raises ConfigError if this Python came without the topics.
     """
     folder = Path(sysconfig.get_path("stdlib"))
-    documents = []
-    if folder.is_dir():
-        for name, path in _modules(folder):
-            text = "\n\n".join(_docstrings(_parsed(path)))
-            if text:
-                documents.append((name, text))
     try:
         from pydoc_data.topics import topics
-    except ImportError:
-        topics: dict[str, str] = {}  # pyright: ignore[reportGeneralTypeIssues]
-    if not documents or not topics:
-        raise ConfigError("data=pydocs: this Python lacks its library's sources: take data=text")
+    except ImportError as error:
+        raise ConfigError(f"data=pydocs: {error}: take data=text") from error
+    texts = [(name, "\n\n".join(_docstrings(_parsed(path)))) for name, path in _modules(folder)]
+    documents = [(name, text) for name, text in texts if text]
     documents += [(f"pydoc_data.topics:{name}", text) for name, text in topics.items()]
     return sorted(documents)
 
@@ -183,12 +164,12 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 def _files(data: DataConfig) -> Text:
     paths = _matching_files(data.files)
-    kinds = [_kind(path) for path in paths]
+    builders = [ROW_FILES.get(path.suffix) for path in paths]
 
     def read(split: str, scratch: Path) -> Iterator[str]:
         if split == "test":
             return
-        for path, (builder, _) in zip(paths, kinds, strict=True):
+        for path, builder in zip(paths, builders, strict=True):
             if builder:
                 rows = _rows_of_file(path, builder, scratch)
                 yield from _documents(_held_out(rows, split, data), data, str(path))
@@ -198,9 +179,9 @@ def _files(data: DataConfig) -> Text:
 
     key = {
         "source": "text",
-        "files": [[*kind, _sha256(path)] for path, kind in zip(paths, kinds, strict=True)],
+        "files": [[each, sha256_of(path)] for path, each in zip(paths, builders, strict=True)],
         "held_out": data.held_out,
-        "column": data.text_column if any(builder for builder, _ in kinds) else None,
+        "column": data.text_column if any(builders) else None,
     }
     return Text("text", f"data.files ({len(paths)} file{'s' * (len(paths) > 1)})", key, read)
 
@@ -221,42 +202,19 @@ def _matching_files(patterns: Iterable[str]) -> list[Path]:
     return [Path(file) for file in sorted(every)]
 
 
-def _kind(path: Path) -> tuple[str | None, str | None]:
-    """Return the builder that reads a file's rows, None of plain text; and how it is packed."""
-    packed = path.suffix if path.suffix in PACKED else None
-    name = path.with_suffix("") if packed else path
-    return ROW_FILES.get(name.suffix), packed
-
-
-def _open_zstd(path: Path, mode: str) -> Any:
-    import pyarrow
-
-    return pyarrow.input_stream(str(path), compression="zstd")
-
-
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
-
-
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn what can go wrong with a file into one line."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(f"{path} can't be read ({why})") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror})") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file's content. Raises ConfigError."""
     with _reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the content of a file, unpacked."""
-    with _reading(path), PACKED.get(path.suffix, open)(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            yield block
 
 
 def _train_bytes(path: Path, held_out: float) -> int:
@@ -265,16 +223,13 @@ def _train_bytes(path: Path, held_out: float) -> int:
     It is the first after a line end or a space; after other white space, or at any character, where
     neither leaves something to hold out.
     """
-    size = sum(map(len, _blocks(path))) if path.suffix in PACKED else path.stat().st_size
-    first = int((1 - held_out) * size)
-    for boundary in (rb"[\n ]", rb"\s", rb"(?=[^\x80-\xbf])"):
-        start = 0
-        for block in _blocks(path):
-            if match := re.compile(boundary).search(block, max(0, first - start)):
-                if start + match.end() < size:
-                    return start + match.end()
-                break
-            start += len(block)
+    size = path.stat().st_size
+    if size:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            for boundary in (rb"[\n ]", rb"\s", rb"(?=[^\x80-\xbf])"):
+                match = re.compile(boundary).search(content, int((1 - held_out) * size))
+                if match and match.end() < size:
+                    return match.end()
     return size
 
 
@@ -285,40 +240,34 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
     """
     # A byte order mark is no part of the first word.
     decoder = codecs.getincrementaldecoder("utf-8" if first else "utf-8-sig")()
-    start, last = 0, " "
-    for block in chain(_blocks(path), [b""]):
-        if start == 0 and MARKUP.match(block):
-            raise ConfigError(f"{path} is HTML or RTF: take the text out of it")
-        part = block[max(0, first - start) : None if end is None else max(0, end - start)]
-        start += len(block)
-        try:
-            piece = decoder.decode(part, final=not part)
-            if "\0" in piece:
-                raise UnicodeError("it holds bytes of 0")
-        except UnicodeError as error:
-            raise ConfigError(f"{path} is no text in UTF-8 ({first_line(error)})") from error
-        last = piece[-1:] or last
-        yield piece
-        if end is not None and start >= end:
-            break
+    last, block = " ", b" "
+    with _reading(path), open(path, "rb") as file:
+        file.seek(first)
+        while block:
+            rest = BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - file.tell())
+            block = file.read(rest)
+            try:
+                piece = decoder.decode(block, final=not block)
+                if "\0" in piece:
+                    raise UnicodeError("it holds bytes of 0")
+            except UnicodeError as error:
+                raise ConfigError(f"{path} is no text in UTF-8 ({first_line(error)})") from error
+            last = piece[-1:] or last
+            yield piece
     if not last.isspace():
         yield "\n"
 
 
 def _release(data: DataConfig, folder: Path) -> Text:
     """Return what lies in the files of the WikiText releases, `wiki.train.raw` and so on."""
-    files = {
-        split: folder / f"wiki.{RELEASE_SPLITS.get(name, name)}.raw"
-        for split, name in _splits(data).items()
-    }
-    if "test" in files and not files["test"].exists():
-        del files["test"]
+    files = {split: folder / f"wiki.{name}.raw" for split, name in RELEASE_SPLITS.items()}
+    files = {split: path for split, path in files.items() if split != "test" or path.exists()}
 
     def read(split: str, scratch: Path) -> Iterable[str]:
         return _decoded(files[split], 0, None) if split in files else ()
 
-    key = {"source": "release", "files": {split: _sha256(path) for split, path in files.items()}}
-    return Text(data.source.name, f"data.path={data.path}", key, read)
+    key = {"source": "release", "files": {split: sha256_of(path) for split, path in files.items()}}
+    return Text(data.source.name, f"data.path={folder}", key, read)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,19 +289,14 @@ def _data_set(
         rows = load(split, _splits(data)[split]) if split in _splits(data) else None
         return () if rows is None else _documents(rows, data, label)
 
-    name = (data.repository or "").rsplit("/", 1)[-1]
-    if data.source is not DataSource.hub or not name:
-        name = data.source.name
+    name = Path((data.source is DataSource.hub and data.repository) or data.source.name).name
     return Text(name, label, {**key, "column": data.text_column, "splits": _splits(data)}, read)
 
 
 def _saved(data: DataConfig, folder: Path) -> Text:
     """Return what `save_to_disk` wrote of a data set, whole or of one split."""
-    label = f"data.path={data.path}"
+    label = f"data.path={folder}"
     written = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".json")]
-    if not any(path.name == "state.json" for path in written):
-        release = " or wiki.train.raw" if data.source is DataSource.wikitext2 else ""
-        raise ConfigError(f"{label} is no folder that save_to_disk wrote{release}")
 
     @cache
     def loaded() -> Any:
@@ -367,15 +311,12 @@ def _saved(data: DataConfig, folder: Path) -> Text:
             raise ConfigError(f"data.{split}_split={name}: {label} has {', '.join(rows)}")
         return rows.get(name)
 
-    files = sorted([str(path.relative_to(folder)), _sha256(path)] for path in written)
+    files = sorted([str(path.relative_to(folder)), sha256_of(path)] for path in written)
     key = {"source": "saved", "files": files, "held_out": data.held_out}
     return _data_set(data, label, key, load)
 
 
 def _hub(data: DataConfig) -> Text:
-    if os.path.isdir(data.repository or ""):
-        # It would be known by its name, whatever became of its content.
-        raise ConfigError(f"data.repository={data.repository} is a folder: give it as data.path")
     given = {name: getattr(data, name) for name in ("repository", "configuration", "revision")}
     label = " ".join(f"data.{name}={value}" for name, value in given.items() if value)
 
@@ -387,10 +328,10 @@ def _hub(data: DataConfig) -> Text:
             )
             # Without a network `datasets` takes what its cache has under that name, of whatever
             # revision; the folder of its files is named after the commit.
-            if re.fullmatch("[0-9a-f]{40}", data.revision or ""):
-                for file in rows.cache_files:
-                    if data.revision not in Path(file["filename"]).parts:
-                        raise ConnectionError("its cache holds another revision")
+            folders = [Path(file["filename"]).parts for file in rows.cache_files]
+            pinned = re.fullmatch("[0-9a-f]{40}", data.revision or "")
+            if pinned and not all(data.revision in parts for parts in folders):
+                raise ConnectionError("its cache holds another revision")
             return rows
 
     def load(split: str, name: str) -> Any:
@@ -402,12 +343,7 @@ def _hub(data: DataConfig) -> Text:
 
 
 def _rows_of_file(path: Path, builder: str, scratch: Path) -> Any:
-    """Load a file of rows. `datasets` keeps its copy, and an unpacked file lies, in `scratch`."""
-    if path.suffix in PACKED:
-        plain = scratch / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.{builder}"
-        with open(plain, "wb") as file:
-            file.writelines(_blocks(path))
-        path = plain
+    """Load a file of rows. `datasets` keeps its copy in `scratch`."""
     with _loading(str(path)) as datasets:
         return datasets.load_dataset(
             builder, data_files=[glob.escape(str(path))], split="train", cache_dir=str(scratch)
@@ -443,7 +379,5 @@ def _loading(label: str) -> Iterator[Any]:
         library.logging.set_verbosity_error()
     try:
         yield datasets
-    except ConnectionError as error:
-        raise ConfigError(f"{label}: the hub can't be reached: give data.path") from error
     except Exception as error:  # the many ways in which a data set of others can be amiss
         raise ConfigError(f"{label} can't be loaded ({first_line(error)})") from error

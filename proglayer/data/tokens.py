@@ -14,7 +14,6 @@ token that the text itself spells out, such as `<|endoftext|>`, becomes that tok
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import re
@@ -29,6 +28,7 @@ import numpy as np
 
 from proglayer.config import BPE, MODEL, WORDS, DataConfig
 from proglayer.data.pretrained import from_hub
+from proglayer.data.text import sha256_of
 from proglayer.errors import ConfigError, first_line, install_command
 
 if TYPE_CHECKING:
@@ -67,24 +67,16 @@ class Tokenization:
 
 
 def open_tokenization(data: DataConfig) -> Tokenization:
-    """Return what `data.tokenizer` names.
-
-    Raises ConfigError where it can't be had, or other settings do not go with it.
-    """
+    """Return what `data.tokenizer` names. Raises ConfigError where it can't be had."""
     name = data.tokenizer
-    on_hub = name not in (WORDS, BPE, MODEL) and not Path(name).expanduser().is_dir()
-    if data.tokenizer_revision is not None and not on_hub:
-        raise ConfigError(f"data.tokenizer_revision is of the hub, data.tokenizer={name} is not")
+    label = f"data.tokenizer={name}"
     if name == WORDS:
         key = {key: getattr(data, key) for key in ("lowercase", "min_count", "max_vocab")}
         return Tokenization(key, lambda read: fit_words(read, data))
     if name == MODEL:  # the model's own stands in its place, if it has one
-        raise ConfigError("data.tokenizer=model is that of model.path, which is not set")
-    if data.min_count > 1:
-        raise ConfigError(f"data.min_count={data.min_count} is not for data.tokenizer={name}")
+        raise ConfigError(f"{label} is that of model.path, which is not set")
     if importlib.util.find_spec("tokenizers") is None:
-        raise ConfigError(f"data.tokenizer={name} needs the extra hf: {install_command('hf')}")
-    label = f"data.tokenizer={name}"
+        raise ConfigError(f"{label} needs the extra hf: {install_command('hf')}")
     if name == BPE:
         size = data.max_vocab or 0
         if size <= ALL_BYTES:
@@ -92,36 +84,16 @@ def open_tokenization(data: DataConfig) -> Tokenization:
         return Tokenization(
             {"bpe": size}, lambda read: Subwords(train_bpe(read("train"), size), label)
         )
-    content = _tokenizer_file(data, on_hub)
-    key = {"sha256": hashlib.sha256(content).hexdigest()}
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = from_hub("data.tokenizer", name, data.tokenizer_revision, [TOKENIZER_FILE])
+    key = {"sha256": sha256_of(folder / TOKENIZER_FILE)}
+    content = (folder / TOKENIZER_FILE).read_bytes()
     return Tokenization(key, lambda read: Subwords(content, label))
-
-
-def _tokenizer_file(data: DataConfig, on_hub: bool) -> bytes:
-    """Return the `tokenizer.json` of a folder or of a repository of the hub."""
-    path: Any = Path(data.tokenizer).expanduser() / TOKENIZER_FILE
-    if on_hub:
-        from huggingface_hub import try_to_load_from_cache
-
-        # What is there already stays what it was, and needs no network.
-        name, revision = data.tokenizer, data.tokenizer_revision
-        with contextlib.suppress(ValueError):  # of a name that cannot be on the hub
-            path = try_to_load_from_cache(name, TOKENIZER_FILE, revision=revision)
-        if not isinstance(path, str):
-            path = from_hub("data.tokenizer", name, revision, [TOKENIZER_FILE]) / TOKENIZER_FILE
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------
 # Words
-
-
-class _Ids(dict[str, int]):
-    def __missing__(self, word: str) -> int:
-        return UNK
 
 
 class Words:
@@ -137,20 +109,22 @@ class Words:
         # A docstring may hold half a surrogate pair, which strict UTF-8 can't express.
         self.content = "\n".join(words).encode("utf-8", "surrogatepass")
         self.entries = len(words)
-        self._ids = _Ids((word, id) for id, word in enumerate(words))
+        self._ids = {word: id for id, word in enumerate(words)}
         self._lowercase = lowercase
 
     def ids(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of the words of each piece."""
         for _, words in _words(pieces, self._lowercase):
-            yield np.fromiter(map(self._ids.__getitem__, words), "<i4", len(words))
+            yield self._encoded(words)
 
     def sized(self, pieces: Iterable[str]) -> Iterator[Sized]:
         """Yield the same with the bytes of each word and the white space before it."""
         for text, words in _words(pieces, self._lowercase):
-            ids = np.fromiter(map(self._ids.__getitem__, words), "<i4", len(words))
             sizes = np.array([_bytes(word) for word in SPACED_WORD.findall(text)], "<i4")
-            yield ids, sizes, _bytes(text) - int(sizes.sum())
+            yield self._encoded(words), sizes, _bytes(text) - int(sizes.sum())
+
+    def _encoded(self, words: list[str]) -> np.ndarray:
+        return np.fromiter((self._ids.get(word, UNK) for word in words), "<i4", len(words))
 
 
 def fit_words(read: ReadSplit, data: DataConfig) -> Words:
@@ -201,13 +175,9 @@ class Subwords:
         self.content = content
         self._label = label
         with self._library_errors():
-            self._tokenizer = _load(content)
+            self._tokenizer = _loaded(content)
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.entries = 1 + max(ids, default=-1)  # ids without a token among them included
-        model = json.loads(content)["model"]
-        if model.get("dropout"):
-            cure = f"set it to null in its {TOKENIZER_FILE}"
-            raise ConfigError(f"{label} draws by lot (dropout {model['dropout']}): {cure}")
 
     def ids(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text, some at a time, on all cores."""
@@ -245,10 +215,12 @@ class Subwords:
             raise ConfigError(f"{self._label}: {what} ({first_line(error)})") from error
 
 
-def _load(content: bytes) -> Tokenizer:
+def _loaded(content: bytes) -> Tokenizer:
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    stored = json.loads(content)
+    stored["model"].pop("dropout", None)  # it would cut a text by lot
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stored))
     # A text is encoded whole: these may be stored with a tokenizer, and cut or fill each part.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -325,8 +297,4 @@ def _cut(text: str, start: int) -> int:
 
 def _encodable(text: str) -> str:
     """Return text without halves of surrogate pairs: a docstring may hold some, UTF-8 has none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+    return text.encode("utf-8", "replace").decode()

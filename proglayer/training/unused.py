@@ -72,7 +72,10 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     yield any(phase.train.cache_frozen for phase in phases), {"cache_frozen": False}
     yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
     # Others have no such key in `conf/`, and still `+model.path=...` adds one.
-    yield data.source is not DataSource.pydocs, _optional("data", DataConfig)
+    sets = data.source in (DataSource.hub, DataSource.wikitext2)
+    files = {"files": data.source is DataSource.text, "text_column": data.source.name != "pydocs"}
+    for name, value in _optional("data", DataConfig).items():
+        yield files.get(name.removeprefix("data."), sets), {name: value}
     yield config.model.kind is ModelKind.causal_lm, _optional("model", ModelConfig)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
-import lzma
-import re
 import shutil
 from pathlib import Path
 
@@ -54,70 +51,22 @@ def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"caf\xe9 noir\n", r"is no text in UTF-8 .*byte 0xe9 in position"),
-        (b"a \0 b\n", r"is no text in UTF-8"),
-    ],
-)
-def test_text_that_is_not_utf8_names_the_file_and_the_byte(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(text_module, "BLOCK_BYTES", 64)
-    good = "wörter und so \n".encode() * 30
-    path = tmp_path / "latin.txt"
-    path.write_bytes(good + content + good)
-    with pytest.raises(ConfigError, match=f"latin.txt {message}") as error:
-        open_corpus(text(path, cache_dir=str(tmp_path)))
-    one_line(error)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", "so many words".encode("utf-16"), "no text in UTF-8"),
-        ("a.txt", "so many words".encode("utf-16-le"), "no text in UTF-8"),
-        ("a.txt", b"PK\x03\x04\x14\0\x08", "no text in UTF-8"),
-        ("a.npy", b"\x93NUMPY\x01\0", "no text in UTF-8"),
-        ("a.txt", gzip.compress(b"words " * 99), "no text in UTF-8"),
-        ("a.tar.gz", gzip.compress(b"a.txt" + bytes(507) + b"words"), "no text in UTF-8"),
-        ("a.txt", b"words \xe6\xbc", "unexpected end of data"),
-        ("a.html", b"\n<!DOCTYPE html>\n<p>words", "HTML or RTF"),
-        ("a.html.gz", gzip.compress(b"<html><p>words"), "HTML or RTF"),
-        ("a.rtf", b"{\\rtf1 words}", "HTML or RTF"),
-        ("a.txt.gz", gzip.compress(b"words " * 99)[:-9], "can't be read"),
-        ("a.txt.xz", b"words", "can't be read"),
-        ("a.txt.zst", b"words", "can't be read"),
+        "so many words".encode("utf-16-le"),
+        b"PK\x03\x04\x14\0\x08",
+        gzip.compress(b"words " * 99),
+        b"words \xe6\xbc",
+        "wörter und so \n".encode() * 30 + b"caf\xe9 noir\n",
     ],
     ids=str,
 )
-def test_what_is_no_text_is_refused_in_one_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"{name} .*{message}") as error:
-        open_corpus(text(tmp_path / name, cache_dir=str(tmp_path / "cache")))
+def test_what_is_no_text_in_utf8_is_refused_in_one_line(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", 64)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a.txt is no text in UTF-8") as error:
+        open_corpus(text(tmp_path / "a.txt", cache_dir=str(tmp_path / "cache")))
     one_line(error)
-
-
-def zstd(content: bytes) -> bytes:
-    import pyarrow
-
-    packed = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
-        stream.write(content)
-    return packed.getvalue().to_pybytes()
-
-
-@pytest.mark.parametrize(
-    ("suffix", "pack"),
-    [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)],
-)
-def test_a_compressed_text_is_the_corpus_of_its_content(tmp_path, suffix, pack):
-    plain, packed = tmp_path / "plain.txt", tmp_path / f"packed.txt.{suffix}"
-    plain.write_text(TRAIN)
-    # Two frames, as `cat a.gz b.gz` gives.
-    half = len(TRAIN) // 2
-    packed.write_bytes(b"".join(pack(part.encode()) for part in (TRAIN[:half], TRAIN[half:])))
-    expected = open_corpus(text(plain, cache_dir=str(tmp_path / "cache")))
-    corpus = open_corpus(text(packed, cache_dir=str(tmp_path / "cache")))
-    assert corpus.fingerprint == expected.fingerprint
 
 
 def test_files_of_rows_are_read_by_their_column(tmp_path):
@@ -129,9 +78,6 @@ def test_files_of_rows_are_read_by_their_column(tmp_path):
     frame.to_json(tmp_path / "b.json", orient="records", lines=True)
     frame.to_csv(tmp_path / "c.csv", index=False)
     frame.to_parquet(tmp_path / "d.parquet")
-    for name in ("a.jsonl", "c.csv"):
-        packed = gzip.compress((tmp_path / name).read_bytes())
-        (tmp_path / f"packed-{name}.gz").write_bytes(packed)
     cache = str(tmp_path / "cache")
     for path in list(tmp_path.iterdir()):
         data = text(path, seq_len=1, text_column="body", cache_dir=cache)
@@ -159,10 +105,6 @@ def test_a_folder_is_all_files_in_it_and_a_glob_those_that_match(tmp_path):
     assert words_of(open_corpus(data))[2:] == ["c", "b"]
 
 
-def test_a_single_file_needs_no_list():
-    assert config("data=text", "data.files=notes.txt").data.files == ("notes.txt",)
-
-
 def test_text_without_white_space_has_subwords(tmp_path):
     """Chinese, for example: held out at a character, also where the last byte ends a line."""
     pytest.importorskip("tokenizers")
@@ -179,47 +121,23 @@ def test_text_without_white_space_has_subwords(tmp_path):
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("text", {"files": ("{tmp}/none.txt",)}, r"data\.files=.*none\.txt: there is no such file"),
-        ("text", {"files": ("{tmp}/*.none",)}, r"data\.files=.*there is no such file"),
-        ("text", {"files": ("{tmp}/folder",)}, r"data\.files=.*there is no such file"),
-        ("wikitext2", {"path": "{tmp}/none"}, r"data\.path=.*none is no folder"),
-        ("wikitext2", {"path": "{tmp}/file"}, r"data\.path=.*file is no folder"),
-        ("wikitext2", {"path": "{tmp}/folder"}, r"is no folder .*wrote or wiki\.train\.raw"),
-        ("wikitext2", {"path": "{tmp}/half"}, r"wiki\.valid\.raw can't be read"),
-        ("hub", {"path": "{tmp}/folder"}, r"is no folder that save_to_disk wrote"),
-        ("hub", {"repository": "{tmp}/folder"}, r"is a folder: give it as data\.path"),
-        ("hub", {"repository": "a/b/c"}, r"data\.repository=a/b/c can't be loaded"),
+        ("text", {"files": ["none.txt"]}, "data.files=none.txt: there is no such file"),
+        ("text", {"files": ["folder"]}, "data.files=folder: there is no such file"),
+        ("wikitext2", {"path": "none"}, "data.path=none can't be loaded"),
+        ("wikitext2", {"path": "half"}, "half/wiki.valid.raw can't be read"),
+        ("hub", {"path": "folder"}, "data.path=folder can't be loaded"),
+        ("hub", {"repository": "folder"}, "data.path=folder can't be loaded"),
+        ("hub", {"repository": "a/b/c"}, "data.repository=a/b/c can't be loaded"),
     ],
 )
-def test_text_that_is_not_there(tmp_path, source, changes, message):
+def test_text_that_is_not_there(tmp_path, monkeypatch, source, changes, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "wiki.train.raw").touch()
-    filled = {
-        name: tuple(v.format(tmp=tmp_path) for v in value)
-        if isinstance(value, tuple)
-        else value.format(tmp=tmp_path)
-        for name, value in changes.items()
-    }
     with pytest.raises(ConfigError, match=message) as error:
-        open_corpus(data_config(source, **filled, cache_dir=str(tmp_path / "cache")))
+        open_corpus(data_config(source, **changes, cache_dir=str(tmp_path / "cache")))
     one_line(error)
-
-
-@pytest.mark.parametrize(
-    ("source", "changes", "wanted"),
-    [
-        ("pydocs", {"path": "x"}, "data=wikitext2 or data=hub"),
-        ("pydocs", {"files": ("x",)}, "data=text"),
-        ("text", {"repository": "x/y"}, "data=wikitext2 or data=hub"),
-        ("hub", {"files": ("x",)}, "data=text"),
-        ("wikitext2", {"files": ("x",)}, "data=text"),
-    ],
-)
-def test_a_setting_of_another_source_is_refused(source, changes, wanted):
-    with pytest.raises(ConfigError, match=f"data.{next(iter(changes))}=.*it needs {wanted}"):
-        open_corpus(data_config(source, **changes))
 
 
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -292,7 +210,7 @@ def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
         assert hub[name]["fingerprint"] == expected.fingerprint, name
         assert hub[name]["test"] == expected.test_fingerprint, name
     for name in ("other revision", "not downloaded"):
-        assert re.search("can't be reached: give data.path", hub[name]["error"]), name
+        assert "can't be loaded" in hub[name]["error"], name
     assert "config 'wikitext-103-raw-v1'" in hub["other configuration"]["error"]
     assert 'Unknown split "dev"' in hub["no such split"]["error"]
     assert "data.text_column=body: no column of text" in hub["no such column"]["error"]
@@ -312,12 +230,6 @@ def test_single_saved_data_set_holds_out_its_last_rows(tmp_path):
     assert validation[::2] == [f"w{n}" for n in range(80, 100) if n % 7]
     other = changed(data, held_out=0.3)
     assert open_corpus(other).fingerprint != open_corpus(data).fingerprint
-    for column, message in (
-        ("text", "data.text_column=text: no column of text, .* body, n"),
-        ("n", "data.text_column=n: no column of text"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            open_corpus(changed(data, text_column=column))
 
 
 def test_damaged_saved_data_set_is_one_clear_error(tmp_path):
@@ -326,11 +238,10 @@ def test_damaged_saved_data_set_is_one_clear_error(tmp_path):
     datasets.Dataset.from_dict({"text": rows(TRAIN)}).save_to_disk(str(tmp_path / "one"))
     (arrow,) = (tmp_path / "one").glob("*.arrow")
     content = arrow.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"nonsense" * 100):
-        arrow.write_bytes(damaged)
-        with pytest.raises(ConfigError, match=r"data\.path=.* can't be loaded") as error:
-            open_corpus(release(tmp_path / "one"))
-        one_line(error)
+    arrow.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match=r"data\.path=.* can't be loaded") as error:
+        open_corpus(release(tmp_path / "one"))
+    one_line(error)
 
 
 @pytest.fixture(scope="module")
