@@ -209,12 +209,10 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_other_word(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what would be taken for another value: true for 1, the text none for null."""
+        """Refuse true for 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool:
             raise ValueError("should be neither true nor false")
-        if kind == (str | None) and str(value).lower() == "none" and value is not None:
-            raise ValueError("is a text like any other: write null for none")
         return value
 
 
@@ -405,11 +403,6 @@ class LrConfig(Settings):
     grown: ScheduleOverrides
 
 
-def _finite(value: Any) -> Any:
-    """Take PyTorch's "no clipping" for null: JSON has no infinity."""
-    return None if value in (math.inf, "inf") else value
-
-
 class OptimizerConfig(Settings):
     """AdamW, the norm that gradients are clipped to (null: not clipped), what weight decay leaves
     out, and what is carried from phase to phase.
@@ -419,7 +412,7 @@ class OptimizerConfig(Settings):
     beta2: Beta
     eps: Small
     weight_decay: Amount
-    clip_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_finite)]
+    clip_norm: Positive | None
     carry: Carry
     decay_norms: bool
     decay_embedding: bool
@@ -684,10 +677,7 @@ def _layer_problems(config: Config, layers: float) -> Iterator[str]:
         yield "freeze.initial freezes everything of a model of initial_layers=0"
     grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if grows and config.added_layers == 0:
-        yield (
-            f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1 "
-            "(or phase=keep_training)"
-        )
+        yield f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1"
     if schedule is PhaseSchedule.from_scratch:
         return
     if not config.freeze.steps:
@@ -729,15 +719,9 @@ def _growth_problems(config: Config, layers: float) -> Iterator[str]:
             f"{growth.init.name}, which has a place of its own: leave growth.position=top"
         )
     if growth.noise and not copies:
-        yield (
-            f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}, "
-            "which copies no layer"
-        )
+        yield f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}"
     if growth.init is GrowthInit.middle and growth.block > max(1, layers):
-        yield (
-            f"growth.block={growth.block} is more than the initial_layers={layers} "
-            "that there are to repeat"
-        )
+        yield f"growth.block={growth.block} is more than the initial_layers={layers} to repeat"
 
 
 # What says how large an untrained model is; a checkpoint has sizes of its own.

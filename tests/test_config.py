@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from typing import Any
 
@@ -23,7 +22,6 @@ from proglayer.config import (
     store_dir,
     to_config,
 )
-from proglayer.errors import first_line, with_type
 from proglayer.launch.ask import in_one_line, register
 from proglayer.training.plan import open_checkpoint, plan
 
@@ -81,43 +79,28 @@ def test_every_setting_has_a_value_in_the_files() -> None:
 
 
 MISTAKES = {
-    "seed=-1": "seed=-1",
     "added_layers=-2": "added_layers=-2 should be greater than or equal to 0",
     "added_layers=0": "added_layers=0 adds nothing",
     "phase.accumulate=3": "phase.accumulate=3 does not divide phase.batch_size=64",
-    "phase.accumulate=0": "phase.accumulate=0 should be greater than or equal to 1",
     "model.num_heads=3": "model.num_heads=3 does not divide model.dim=64",
     "model.dim=12": "rotary embedding needs an even number",
     "model.exit_weights=most": "model.exit_weights=most should be uniform, linear, last, or a list",
     "model.exit_weights=[1,-1]": "or a list of numbers from 0",
-    "model.exit_weights=[1,nan]": "or a list of numbers from 0",
-    "model.exit_weights=[inf,1]": "or a list of numbers from 0",
-    "model.exit_weights=[1,x]": "or a list of numbers",
-    "data.held_out=1": "data.held_out=1",
     "data=text": "data.files is empty",
     "data=hub": "data.repository is empty",
-    "phase.grown.max_epochs=-1": "phase.grown.max_epochs=-1",
     "phase.grown.exit_weights=most": "phase.grown.exit_weights=most should be uniform",
-    "loss.rotate_every=0": "loss.rotate_every=0 should be greater than or equal to 1",
-    "lr.decay_share=0": "lr.decay_share=0 should be greater than 0",
     "growth.noise=2": "growth.noise=2 should be less than or equal to 1",
     "growth.noise=0.5": "changes nothing with growth.init=random",
-    "freeze.steps=[]": "freeze.steps=[]",
     "freeze.steps=[{existing: 3, embedding: false, head: true}]": "leaves none of 3 existing",
     "freeze.steps=[{existing: 1, head: true}]": "freeze.steps[0].embedding has no value",
     "freeze.steps=[{existing: some, embedding: false, head: true}]": "from 0, or all",
-    "lr.base=0": "lr.base=0",
     "lr.base=nan": "lr.base=nan",
-    "lr.factor.head=0": "lr.factor.head=0 should be greater than 0",
     "seed=true": "seed=true should be neither true nor false",
     "lr.base=fast": "lr.base=fast should be a valid number",
     "growth.init=stak": "growth.init=stak should be 'random', 'copy', 'stack'",
     "phase.initial=3": "phase.initial=3 should be settings",
     "+lr.bas=1": "there is no setting lr.bas; did you mean lr.base?",
     "~loss.detach": "loss.detach has no value",
-    "optimizer.beta1=1": "optimizer.beta1=1",
-    "store.dir=None": "store.dir=None is a text like any other: write null for none",
-    "data.cache_dir=none": "write null for none",
 }
 
 
@@ -132,12 +115,6 @@ def test_a_setting_that_cannot_work_is_named(override: str, message: str) -> Non
 def test_the_store_may_be_in_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert store_dir(config("store.dir='~/stages'")) == "/home/somebody/stages"
-
-
-def test_an_error_without_text_is_told_by_its_name() -> None:
-    assert first_line(ValueError()) == "ValueError"
-    assert first_line(ValueError("\n what\nwhere")) == "what"
-    assert with_type(ValueError("what\n  where")) == "ValueError: what where"
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -194,15 +171,6 @@ def test_what_an_interpolation_gives_has_the_type_of_its_setting(
     assert all(type(given[n]) is type(v) for n, v in values.items() if v is not None)
 
 
-@pytest.mark.parametrize("name", ["threads", "seed", "plan", "device", "lr.base", "phase.schedule"])
-def test_an_interpolation_that_gives_another_type_is_refused_by_name(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GIVEN", "some text")
-    with pytest.raises(ConfigError, match=rf"{name}=some text should be "):
-        to_config(composed(f"{name}=${{oc.env:GIVEN}}"))
-
-
 EDGES = ("-inf", "-1", "0", "1e308", "inf", "nan", "null", "''", "[]", "{}", "9" * 400)
 
 
@@ -236,11 +204,6 @@ def test_what_hydra_knows_of_a_job_may_be_read_in_a_setting(
         job.hydra.runtime.cwd = "/somewhere"
     settings = to_config(job)
     assert (settings.seed, settings.data.cache_dir) == (7, "/somewhere/cache")
-    monkeypatch.setenv("S", "${seed}")
-    with pytest.raises(ConfigError, match=r"^checkpoint_every_s=\$\{seed\} should be a v"):
-        config("checkpoint_every_s=${oc.env:S}")
-
-
-def test_an_infinite_norm_clips_nothing() -> None:
-    assert config("optimizer.clip_norm=inf") == config("optimizer.clip_norm=null")
-    assert math.isfinite(config().optimizer.clip_norm or 0)
+    monkeypatch.setenv("GIVEN", "some text")
+    with pytest.raises(ConfigError, match=r"lr.base=some text should be "):
+        to_config(composed("lr.base=${oc.env:GIVEN}"))

@@ -33,15 +33,14 @@ UNTRAINED = "(no phase after the first trains it)"
         (("freeze=none", "phase=from_scratch"), "freeze.steps="),
         (("added_layers=3", "phase=keep_training"), "added_layers=3"),
         (
-            ("+data.text_column=body", "+model.untie=true"),
-            "data.text_column=body, model.un",
+            ("+data.files=[a]", "+data.text_column=body", "+model.untie=true"),
+            "data.files=('a',), data.text_column=body, model.un",
         ),
         (
             ("optimizer.weight_decay=0", "optimizer.decay_norms=false"),
             "optimizer.decay_norms=false",
         ),
         (("lr.decay_share=0.5",), "lr.decay_share=0.5"),
-        (("lr.final_factor=0.5",), "lr.final_factor=0.5"),
         (
             ("lr.grown.final_factor=0.5", "lr.schedule=cosine", "lr.grown.schedule=constant"),
             "lr.gr",
@@ -50,10 +49,7 @@ UNTRAINED = "(no phase after the first trains it)"
         (("lr.decay_share=0.5", "lr.grown.schedule=wsd"), None),
         (("lr.grown.warmup_steps=3", "phase=from_scratch"), "lr.grown.warmup_steps=3"),
         (("phase.grown.batch_size=2", "phase=from_scratch"), "phase.grown.batch_size=2"),
-        (("phase.initial.max_epochs=50", "phase.max_epochs=50"), None),
-        (("phase.grown.exit_weights=last",), None),
         (("optimizer.carry=existing", "phase=from_scratch"), "optimizer.carry=existing"),
-        (("optimizer.decay_norms=false",), None),
         (("cache_frozen=true", "phase=from_scratch"), "cache_frozen=true"),
         (("cache_frozen=true", "freeze=existing"), None),
     ],
