@@ -22,9 +22,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proglayer import files
 from proglayer.config import Objective
@@ -92,7 +92,7 @@ class Score(Part):
     """
 
     loss: float
-    accuracy: Annotated[float, Field(ge=0, le=1)]
+    accuracy: float
 
 
 class Gpu(Part):
