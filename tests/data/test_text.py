@@ -199,9 +199,7 @@ def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
         "whatever": {"revision": None},
         "other revision": {"revision": "0" * 40},
         "not downloaded": {"repository": "some/thing"},
-        "other configuration": {"configuration": "wikitext-103-raw-v1"},
         "no such split": {"validation_split": "dev"},
-        "no such column": {"text_column": "body"},
         "half": {"train_split": "train[:50%]", "validation_split": "train[50%:]"},
     }
     asked = [changed(cached, **changes) for changes in variants.values()]
@@ -212,9 +210,7 @@ def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
         assert hub[name]["test"] == expected.test_fingerprint, name
     for name in ("other revision", "not downloaded"):
         assert "can't be loaded" in hub[name]["error"], name
-    assert "config 'wikitext-103-raw-v1'" in hub["other configuration"]["error"]
     assert 'Unknown split "dev"' in hub["no such split"]["error"]
-    assert "data.text_column=body: no column of text" in hub["no such column"]["error"]
     assert hub["half"]["shape"][0] == len(twin_words("".join(rows(TRAIN)[:60]), True)) // 5
 
 
@@ -231,18 +227,6 @@ def test_single_saved_data_set_holds_out_its_last_rows(tmp_path):
     assert validation[::2] == [f"w{n}" for n in range(80, 100) if n % 7]
     other = changed(data, held_out=0.3)
     assert open_corpus(other).fingerprint != open_corpus(data).fingerprint
-
-
-def test_damaged_saved_data_set_is_one_clear_error(tmp_path):
-    import datasets
-
-    datasets.Dataset.from_dict({"text": rows(TRAIN)}).save_to_disk(str(tmp_path / "one"))
-    (arrow,) = (tmp_path / "one").glob("*.arrow")
-    content = arrow.read_bytes()
-    arrow.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ConfigError, match=r"data\.path=.* can't be loaded") as error:
-        open_corpus(release(tmp_path / "one"))
-    one_line(error)
 
 
 @pytest.fixture(scope="module")

