@@ -24,14 +24,14 @@ class ProglayerSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Keep what composes jobs. Called by Hydra."""
-        self.config = config
+        self._master = config
         self._loader: ConfigLoader = hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
         """End Hydra's part. Called by Hydra."""
         from proglayer.launch.main import Composed
 
-        raise Composed(self.config, self._loader, arguments)
+        raise Composed(self._master, self._loader, arguments)
 
 
 # `single` is what a command without -m runs. Hydra's own `basic` gives way, so that whatever

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +80,7 @@ class Engine(Settings):
         del sweep
         return {}
 
-    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
         """Run jobs, and give each when it has ended. To close the iterator keeps others from
         being begun.
 
@@ -102,7 +102,7 @@ class Joblib(Engine):
     """joblib's workers on this machine, whose cores the jobs share."""
 
     needs = ("joblib", "joblib")
-    engine: Literal["joblib"]
+    engine: Literal["joblib"] = "joblib"
     n_jobs: int = -1
 
     @field_validator("n_jobs")
@@ -120,7 +120,7 @@ class Joblib(Engine):
     def threads(self) -> int | None:
         return max(1, available_cores() // self.at_once) if self.at_once > 1 else None
 
-    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
         """Hand a job to each worker that is free.
 
         A terminal sends a signal to all processes, `kill` to this one alone: the first one is
@@ -229,7 +229,7 @@ class Ray(Engine):
     """
 
     needs = ("ray", "ray")
-    engine: Literal["ray"]
+    engine: Literal["ray"] = "ray"
     ray: RayParts
 
     @property
@@ -240,7 +240,7 @@ class Ray(Engine):
     def threads(self) -> int | None:
         return max(1, int(self.ray.remote["num_cpus"]))
 
-    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
         if not self.elsewhere:
             # Ray's default here; given, it is not warned of. Ray reads it when it is imported.
             os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from proglayer import files
-from proglayer.config import Config, flat_settings, to_config
+from proglayer.config import Config, Precision, flat_settings, to_config
 from proglayer.console import console, tell
 from proglayer.errors import ConfigError, StoreError, UserError, with_type
 from proglayer.files import FolderInUse, FolderKind
@@ -108,7 +108,7 @@ def run_locked(job: Job) -> RunRecord:
     from proglayer.run.machine import with_precision
     from proglayer.run.run import run
 
-    with contextlib.chdir(job.cwd), _log_of(job.folder):
+    with contextlib.chdir(job.cwd), log_of(job.folder):
         _write_hydra(job)
         if job.source is not None and digest(job.source[0]) != job.source[1]:
             log.warning(
@@ -139,6 +139,15 @@ def record_of(folder: Path) -> RunRecord | None:
     return None
 
 
+def same_settings(record: RunRecord, config: Config) -> bool:
+    """Whether a record is of these settings: of `precision=auto`, whatever that picked."""
+    asked = config.model_dump(mode="json")
+    then = dict(record.config or {})
+    if config.precision is Precision.auto:
+        then["precision"] = asked["precision"]
+    return then == asked
+
+
 def log_to_console(level: int = logging.INFO) -> None:
     """Show warnings on standard error. Progress is shown otherwise; a run's log has everything."""
     shown = logging.StreamHandler(sys.stderr)
@@ -148,7 +157,7 @@ def log_to_console(level: int = logging.INFO) -> None:
 
 
 @contextlib.contextmanager
-def _log_of(folder: Path) -> Iterator[None]:
+def log_of(folder: Path) -> Iterator[None]:
     """Keep the log of a run in its folder."""
     handler = logging.FileHandler(folder / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -203,7 +212,7 @@ class Command:
         self.arguments = tuple(text for text in arguments if not text.startswith("study="))
         self.cwd = Path.cwd()
         # `${hydra:...}` looks there; set_config would forbid later changes of it.
-        HydraConfig.instance().cfg = master
+        HydraConfig.instance().cfg = master  # pyright: ignore[reportAttributeAccessIssue]
         self.sweeper = self._plain("sweeper")
         self.launcher = self._plain("launcher")
         self.git: GitState | None = None

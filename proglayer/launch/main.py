@@ -127,7 +127,7 @@ def single(command: Any) -> int:
     Raises ConfigError, and KeyboardInterrupt where the run was interrupted.
     """
     from proglayer.console import tell
-    from proglayer.launch.job import fail, leave_report, run_locked, submit
+    from proglayer.launch.job import fail, leave_report, log_of, run_locked, submit
     from proglayer.launch.planned import Planner, print_plan
     from proglayer.run import machine
     from proglayer.run.record import RunState
@@ -154,7 +154,8 @@ def single(command: Any) -> int:
         if record.state is RunState.interrupted:
             raise KeyboardInterrupt
         if job.config.report:
-            leave_report(job.folder)
+            with log_of(job.folder):
+                leave_report(job.folder)
     return 0 if record.state is RunState.completed else FAILED
 
 

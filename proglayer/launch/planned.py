@@ -16,7 +16,7 @@ from proglayer.config import DataConfig, store_dir
 from proglayer.console import console, counted, tell
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.errors import ConfigError, printable
-from proglayer.launch.job import Job, record_of
+from proglayer.launch.job import Job, record_of, same_settings
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
 from proglayer.run.record import RunState, check_objective, corpus_record, has_whole_weights
@@ -60,7 +60,7 @@ class Planner:
         completed = (
             record is not None
             and record.state is RunState.completed
-            and record.config == config.model_dump(mode="json")
+            and same_settings(record, config)
             and has_whole_weights(job.folder, record)
         )
         return Planned(job, corpus, phases, completed)

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class Slurm(Engine):
     elsewhere = True
     needs = ("submitit", "slurm")
 
-    engine: Literal["slurm"]
+    engine: Literal["slurm"] = "slurm"
     timeout_min: int = Field(ge=1)
     max_num_timeout: int = Field(ge=0)
     cpus_per_task: int = Field(ge=1)
@@ -77,7 +77,7 @@ class Slurm(Engine):
         queue = _queue(sweep) if ids else set()
         return {name: number for name, number in ids.items() if number in queue}
 
-    def run(self, jobs: Sequence[Job], sweep: Path) -> Iterator[Job]:
+    def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
         """Hand over the jobs that Slurm does not hold already, and wait for all."""
         held = self.held(sweep)
         ids = {job.name: held[job.name] for job in jobs if job.name in held}

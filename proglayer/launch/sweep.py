@@ -26,7 +26,15 @@ from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
 from proglayer.launch.ask import MOST_JOBS, is_kept, parse, plain, short_hash, values_of
 from proglayer.launch.engines import Engine, Joblib, Ray
-from proglayer.launch.job import Command, Job, differing, leave_report, record_of, submit
+from proglayer.launch.job import (
+    Command,
+    Job,
+    differing,
+    leave_report,
+    record_of,
+    same_settings,
+    submit,
+)
 from proglayer.launch.planned import Planned, Planner, describe_work, in_launch_order, print_plan
 from proglayer.launch.slurm import Slurm
 from proglayer.run.environment import git_state
@@ -259,7 +267,7 @@ def _sum_up(sweep: Sweep) -> bool:
 def _check_same(job: Job, number: str) -> None:
     """Raise ConfigError where a job waits in a queue with other settings than it has now."""
     record = record_of(job.folder)
-    if record is not None and record.config != job.config.model_dump(mode="json"):
+    if record is not None and not same_settings(record, job.config):
         raise ConfigError(
             f"hydra.sweep.dir={job.folder.parent}: its job {job.name} is in the queue with other "
             f"settings: choose another folder, or end that job ({number}) first"

@@ -189,6 +189,12 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
 
 
+def test_a_job_that_picked_its_precision_is_skipped_once_complete(train: Command) -> None:
+    jobs = ("-m", *QUICK, "precision=auto", "seed=1,2", "hydra.sweep.dir=s")
+    assert "2 jobs in s, 0 finished before" in train(*jobs).out
+    assert "2 jobs in s, 2 finished before" in train(*jobs).out
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGKILL"])
 def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
     tmp_path: Path, name: str
