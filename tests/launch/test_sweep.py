@@ -177,7 +177,7 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     # What a job runs is fixed from when it was submitted.
     assert records[2]["config"]["seed"] == 3
     process = start(tmp_path, "-m", *jobs)
-    out, _ = process.communicate(timeout=100)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
     records = results(tmp_path / "s")
     assert [r["state"] for r in records] == ["completed"] * 3
@@ -239,7 +239,7 @@ def test_settings_edited_while_jobs_of_joblib_wait_change_none(tmp_path: Path) -
     until(lambda: at_work(tmp_path / "s"), process)
     # Half done: no job could be composed from this.
     rates.write_text(rates.read_text().replace("factor:", "factors:"))
-    out, _ = process.communicate(timeout=100)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
     assert [r["config"]["lr"]["base"] for r in results(tmp_path / "s")] == [1e-3] * 4
 
