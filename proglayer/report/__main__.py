@@ -30,16 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a difference in accuracy within this many points counts as none "
         f"({usual.points:g}, or what the study was settled with)",
     )
-    parser.add_argument(
-        "--margin-loss",
-        metavar="NATS",
-        type=_positive,
-        help=f"the same for the loss, and so for perplexity ({usual.nats:g}, 1 %% of perplexity)",
-    )
     options = parser.parse_args(arguments)
-    given = {"points": options.margin, "nats": options.margin_loss}
-    given = {name: value for name, value in given.items() if value is not None}
-    margins = Margins(**given) if given else None
+    margins = Margins(points=options.margin) if options.margin else None
     return run_command(lambda: print(write_report(options.folders, options.out, margins)), failed=2)
 
 

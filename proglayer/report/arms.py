@@ -11,21 +11,18 @@ a plus is an improvement.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from proglayer.report import stats
 from proglayer.results import Results
-from proglayer.results.variants import asked_of, name_variants, settings_text, swept, value_text
+from proglayer.results.variants import asked_of, name_variants, settings_text, swept
 from proglayer.run.record import RunState
 
 # A pandas frame or series. Its own types cannot follow a selection, which may be either.
@@ -74,13 +71,6 @@ class Margins:
         """The margin of a metric, in its unit."""
         percent = 100 * -math.expm1(-self.nats)
         return {"points": self.points, "%": percent, "nats": self.nats}[metric.unit]
-
-
-@functools.cache
-def published() -> dict[str, Any]:
-    """Read the figures of the founding experiment's published run."""
-    text = resources.files("proglayer.report").joinpath("founding.yaml").read_text("utf-8")
-    return yaml.safe_load(text)
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -246,32 +236,6 @@ def fall_in_perplexity(nats: Frame) -> Frame:
 # --- what arms come to, and their controls --------------------------------------------------------
 
 
-def changes(runs: Frame) -> Frame:
-    """Return each arm's change in each metric over its seeds.
-
-    Args:
-        runs: of `Arms`, of one condition; those that did not complete count as dropped.
-
-    Returns:
-        one row per arm and metric: `variant`, `model`, `metric`, `unit`, and the fields of
-        `stats.Summary`. Arms of one phase have none.
-    """
-    grown = runs[runs["phases"].fillna(0) > 1]
-    rows = [
-        [
-            variant,
-            model,
-            str(metric),
-            metric.unit,
-            *vars(stats.summary(arm[metric.change])).values(),
-        ]
-        for (variant, model), arm in grown.groupby(["variant", "model"], sort=False)
-        for metric in Metric
-    ]
-    names = [field.name for field in fields(stats.Summary)]
-    return pd.DataFrame(rows, columns=["variant", "model", "metric", "unit", *names])
-
-
 def plain_variant(runs: Frame, experiment: str) -> str | None:
     """Return the variant that is this experiment and nothing else; else its first; else None."""
     named = runs["experiment"] == experiment
@@ -301,14 +265,6 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     growing = runs[runs["grows"].astype(bool)].drop_duplicates("variant")[["variant", *size]]
     pairs = growing.merge(held.drop_duplicates(size), on=size, suffixes=("", "_held"))
     return dict(zip(pairs["variant"], pairs["variant_held"], strict=True))
-
-
-def differing(runs: Frame, reference: str) -> dict[str, str]:
-    """Map each variant to the settings in which it differs from `reference`, whatever the model."""
-    varied = [column for column in swept(runs) if column != EXIT_WEIGHTS]
-    first = runs.drop_duplicates("variant").set_index("variant")[varied].map(value_text)
-    differs = first.ne(first.loc[reference]).rename(columns=lambda c: c.removeprefix("config."))
-    return {str(variant): ", ".join(differs.columns[own]) for variant, own in differs.iterrows()}
 
 
 def has_seeds(runs: Frame) -> bool:

@@ -8,7 +8,6 @@ pairs are described by their 95 % intervals, without a verdict of their own.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -20,7 +19,6 @@ import pandas as pd
 from proglayer.report import arms as arm
 from proglayer.report import measures, stats
 from proglayer.report.arms import DEEP, STANDARD, Frame, Margins, Metric
-from proglayer.results import NOT_THE_EXPERIMENT, keys_and_values
 
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9
@@ -75,18 +73,12 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class NotMade:
-    """Why a comparison is not made, and the sweep that would let it be made.
-
-    settings are overrides (`lr.base=0.002`), as are `experiment`, `model` and `seed` for the rest.
-    """
+    """Why a comparison is not made, and the overrides of the runs that would let it be made."""
 
     reason: Reason
     share: float = math.nan  # cut_short: of the budget, that `b` was trained for
     first_look: int = 0  # no_look: the seeds that it takes
-    experiments: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
+    run: tuple[str, ...] = ()  # overrides; seeds and other settings are those of the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +171,8 @@ def claimed(runs: Frame, curves: Frame, margins: Margins, condition: str = "") -
             asked[claim] = _within(runs, by_arm, curves, original, control, budgets, margins)
     for claim, own in asked.items():
         if not own:
-            both = STANDARD, DEEP
-            lacks = _to_run(Reason.no_runs, runs, original or "", EXPERIMENTS[claim], both)
+            run = f"experiment={','.join(EXPERIMENTS[claim])}", f"model={STANDARD},{DEEP}"
+            lacks = NotMade(Reason.no_runs, run=run)
             own.append(Comparison(Kind.models, "", "", "", not_made=lacks))
     return [
         replace(comparison, claim=claim, condition=condition)
@@ -339,29 +331,9 @@ def _cut_short(runs: Frame, variant: str, model: str, cut: Frame) -> NotMade:
     """Say how much of the budget a control had, and how many epochs it needs."""
     first = runs[runs["variant"] == variant].iloc[0]
     setting = "phase.max_epochs" if first["phases"] == 1 else "phase.grown.max_epochs"
-    extra = f"{setting}={cut['needs'].max():.0f}"
-    experiments, models = (first["experiment"],), (model,)
-    lacks = _to_run(Reason.cut_short, runs, variant, experiments, models, extra)
-    return replace(lacks, share=float(cut["share"].median()))
-
-
-def _to_run(
-    reason: Reason,
-    runs: Frame,
-    like: str,
-    experiments: tuple[str, ...],
-    models: tuple[str, ...],
-    *extra: str,
-) -> NotMade:
-    """Name the sweep with runs of these experiments, otherwise as the variant `like`."""
-    named = {"experiment", "model", "seed", *NOT_THE_EXPERIMENT}
-    named |= {text.partition("=")[0] for text in extra}
-    given = runs.loc[runs["variant"] == like, "overrides"].dropna().iloc[:1]
-    kept = [f"{k}={v}" for k, v in keys_and_values(shlex.split("".join(given))) if k not in named]
-    seeds = tuple(sorted({int(seed) for seed in runs["seed"]}))
-    return NotMade(
-        reason, experiments=experiments, models=models, settings=(*kept, *extra), seeds=seeds
-    )
+    longer = f"{setting}={cut['needs'].max():.0f}"
+    run = f"experiment={first['experiment']}", f"model={model}", longer
+    return NotMade(Reason.cut_short, share=float(cut["share"].median()), run=run)
 
 
 # --- the others -----------------------------------------------------------------------------------

@@ -85,31 +85,6 @@ def spent(results: Results, runs: Frame) -> Frame:
     return means.reset_index()
 
 
-def default_targets(runs: Frame, reference: str) -> dict[str, float]:
-    """Return for each model a loss that every seed of the reference variant had at its end."""
-    own = runs[runs["variant"] == reference]
-    return own["last_loss"].astype("float64").groupby(own["model"], sort=False).max().to_dict()
-
-
-def to_target(runs: Frame, curves: Frame, targets: Mapping[str, float]) -> Frame:
-    """Return the compute at which each arm, at its final depth, first came down to its target.
-
-    Returns:
-        one row per arm: `variant`, `model`, `target`, `seeds`, `reached` (how many), and geometric
-        means in the columns of MEASURES; nan where a seed did not get there, for a mean over the
-        others would flatter.
-    """
-    found = runs.assign(target=runs["model"].map(targets).astype("float64"))
-    found = found[["run", "variant", "model", "target", "last_layers"]].dropna(subset="target")
-    found = found.join(np.log(_reached(curves, found)), on="run")
-    arms = found.groupby(["variant", "model"], sort=False)
-    means = np.exp(arms[COLUMNS].mean()).where(arms[COLUMNS].count().eq(arms.size(), axis=0))
-    means.insert(0, "target", arms["target"].mean())
-    means.insert(1, "seeds", arms.size())
-    means.insert(2, "reached", arms[TOKENS.column].count())
-    return means.reset_index()
-
-
 def speed_up(runs: Frame, curves: Frame, scratch: Mapping[str, str]) -> Frame:
     """Return the speed-up of growing against training the same size from scratch, within seeds.
 
@@ -215,36 +190,6 @@ def growths(results: Results, runs: Frame) -> Frame:
     )
     names = ["variant", "model", "seed", "run", "phase", "layers", "loss_before", "loss_after"]
     return own[[*names, "shock_nats", "accuracy_points", "tokens_to_recovery", "share_new"]]
-
-
-def mixing(runs: Frame, curves: Frame, scratch: Mapping[str, str], margin: float) -> Frame:
-    """Return the tokens after the last growth until a run is as good as one from scratch.
-
-    At equal operations, of all phases: the lowest loss so far of the grown depth against that of
-    the run from scratch with the same model and seed (its last one, where it ended before).
-
-    Args:
-        scratch: growing variant -> the variant that trains its size from scratch.
-        margin: in nats, within which a loss is as good.
-
-    Returns:
-        tokens by run; inf for never. Runs without such a partner are left out.
-    """
-    run_of = runs.set_index(["variant", "model", "seed"])["run"].to_dict()
-    by_run = dict(iter(curves[curves["epoch"] > 0].groupby("run", sort=False)))
-    at_growth = curves[curves["epoch"] == 0].groupby(["run", "phase"])["tokens"].first()
-    found = {}
-    for (variant, model, seed), run in run_of.items():
-        own, other = by_run.get(run), by_run.get(run_of.get((scratch.get(variant), model, seed)))
-        if own is None or other is None:
-            continue
-        phase = own["phase"].max()
-        start, own = at_growth.get((run, phase), math.nan), own[own["phase"] == phase]
-        lowest, others = (np.fmin.accumulate(each["loss"].to_numpy()) for each in (own, other))
-        target = np.interp(own["flops"], other["flops"], others, left=math.nan)
-        there = own.loc[lowest <= target + margin, "tokens"]
-        found[run] = there.iloc[0] - start if len(there) else math.inf
-    return pd.Series(found, dtype=float)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ from proglayer.report import (
     tables,
     words,
 )
-from proglayer.report.arms import Frame, Margins, Metric
+from proglayer.report.arms import Frame, Margins
 from proglayer.report.comparisons import Comparison
 from proglayer.report.pictures import Picture
 from proglayer.report.study import Condition, Study, judge_study
@@ -86,10 +86,9 @@ def write_report(
         )
     out, margins = Path(out), margins or (Margins(points=looks.margin) if looks else Margins())
     study = judge_study(results, margins, looks)
-    looks_before = [] if looks else _looks_before(study.arms.runs, out)
-    frames = _frames(study) | {"looks": pd.DataFrame({"seeds": looks_before})}
+    frames = _frames(study)
     drawn = _pictures(study)
-    page = _render(study, _tables(study, frames), drawn, looks_before)
+    page = _render(study, _tables(study, frames), drawn)
     for folder in (out, out / FIGURES, out / TABLES):
         folder.mkdir(parents=True, exist_ok=True)
     for name, frame in frames.items():
@@ -102,35 +101,6 @@ def write_report(
 
 def _write(path: Path, text: str) -> None:
     files.write_atomically(path, text.encode())
-
-
-def _looks_before(runs: Frame, out: Path) -> list[int]:
-    """Return how many seeds earlier reports of a part of these runs had when more were run.
-
-    They are sought in `out` and in the folders of sweeps. Each knows of those before it.
-    """
-    here = runs.assign(place=runs["folder"].map(_place))
-    seeds: set[int] = set()
-    sweeps = {Path(folder).parent / "report" for folder in runs["folder"]}
-    for earlier in (report / TABLES for report in {out, *sweeps}):
-        try:
-            seen: Frame = pd.read_csv(earlier / "runs.csv", usecols=["folder", "status"], dtype=str)
-            before = pd.read_csv(earlier / "looks.csv")["seeds"]
-        except (OSError, ValueError, KeyError):
-            continue
-        completed = seen["folder"][seen["status"] == RunState.completed].map(_place)
-        here["before"] = here["place"].isin(completed)
-        later = here["started"] > here.loc[here["before"], "ended"].max()
-        here["added"] = later & ~here["place"].isin(seen["folder"].map(_place))
-        arms = here.groupby(["condition", "variant", "model"])[["before", "added"]].sum()
-        more = arms.loc[(arms["before"] > 1) & (arms["added"] > 0), "before"]
-        seeds |= {*before, *more} if here["before"].any() else set()
-    return sorted(map(int, seeds))
-
-
-def _place(folder: str) -> str:
-    """Return the name of a run's folder in its sweep's, from wherever the report is made."""
-    return "/".join(Path(folder).parts[-2:])
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -149,10 +119,6 @@ def _frames(study: Study) -> dict[str, Frame]:
         made = dict(condition.tables)
         made["arms"] = tables.arms(condition.asked)
         made["phase_by_phase"] = tables.phases(condition.runs, results.phases)
-        scratch = arms.controls(condition.runs, arms.FROM_SCRATCH)
-        match = measures.mixing(condition.runs, condition.curves, scratch, study.margins.nats)
-        match = made["growth"]["run"].map(match)
-        made["growth"] = made["growth"].assign(tokens_to_match=match)
         for name, frame in made.items():
             if len(frame):
                 parts.setdefault(name, {})[condition.name] = frame
@@ -169,17 +135,11 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     ended: Frame = runs[~runs["status"].isin(under_way)]
     ended = ended.sort_values("status", kind="stable")
     named = dict(zip(study.arms.runs["run"], study.arms.runs["variant"], strict=True))
-    differs = {
-        (c.name, b): arms.differing(c.runs, b)
-        for c in study.conditions
-        for b in {one.b for one in study.others if one.b and one.condition == c.name}
-    }
     made: dict[str, Any] = {
         "arms": tables.arms_table,
         "phase_by_phase": tables.phases_table,
         "growth": tables.growth_table,
         "ledger": tables.spent_table,
-        "to_target": tables.target_table,
         "speed_up": tables.speed_up_table,
         "runs": lambda frame: tables.runs_table(frame, named),
         "left_out": tables.left_out_table,
@@ -190,7 +150,7 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
         ("others", "The other comparisons", study.others),
     ):
         if family:
-            shown[name] = tables.comparisons_table(title, family, differs)
+            shown[name] = tables.comparisons_table(title, family)
     if len(ended):
         shown["ended"] = tables.ended_table(ended)
     return shown | ({"versions": tables.versions_table(runs)} if len(runs) else {})
@@ -234,20 +194,11 @@ def _on(study: Study, condition: str) -> str:
 
 
 def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]]:
-    """Draw changes, growth, curves and exits in one condition."""
+    """Draw the moments of growth, curves and exits in one condition."""
     slug = f"-{condition.number + 1}" if condition.number else ""
-    on, margins = _on(study, condition.name), study.margins
+    on = _on(study, condition.name)
     shown = condition.variants[:MOST_VARIANTS]
     drawn: dict[str, list[Picture]] = {"exits": pictures.exits(_worth(condition), slug)}
-    for name, title, frame, column, margin, unit, better in (
-        ("changes", "Change in accuracy by arm", condition.runs, Metric.accuracy.change,
-         margins.points, "points", "right"),
-        ("growth", "The loss at the moment of growth rose by", condition.tables["growth"],
-         "shock_nats", margins.nats, "nats", "left"),
-    ):  # fmt: skip
-        rows = _arm_rows(frame[frame["variant"].isin(shown)].dropna(subset=column), column)
-        made = [name + slug, title + on, rows, margin, unit, better]
-        drawn[name] = [pictures.forest(*made)] if rows else []
     timings = measures.timings(condition.runs, condition.curves)
     drawn["timing"] = [pictures.timing(f"timing{slug}-{n}", one) for n, one in enumerate(timings)]
     names: Frame = study.results.phases[["run", "phase", "name"]]
@@ -271,20 +222,6 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
     return drawn
 
 
-def _arm_rows(frame: Frame, column: str) -> list[dict[str, Any]]:
-    """Return the values of each arm, and in each of its phases where there are several."""
-    several = "phase" in frame and frame["phase"].nunique() > 1
-    by = ["variant", "model", *(["phase"] if several else [])]
-    return [
-        {
-            "label": variant_name(variant) + "".join(f", phase {number}" for number in phase),
-            "model": model,
-            "seeds": arm[column],
-        }
-        for (variant, model, *phase), arm in frame.groupby(by, sort=False)
-    ]
-
-
 def _worth(condition: Condition) -> early_exit.Worth:
     names = "exits_worth", "early_exit", "changed_layers"
     return early_exit.Worth(*(condition.tables[name] for name in names))
@@ -297,7 +234,6 @@ def _render(
     study: Study,
     shown: dict[str, Table],
     drawn: dict[str, list[Picture]],
-    looks_before: Sequence[int],
 ) -> str:
     """Render one page that needs and asks for nothing else: style, script and figures inside."""
     style, script = (
@@ -316,12 +252,9 @@ def _render(
         tables=shown,
         pictures=drawn,
         groups=_groups(study),
-        missing={one.name: _missing_controls(one) for one in study.conditions},
         statuses=Counter(study.results.runs["status"]),
         seeds=ranges(study.arms.runs["seed"]),
         names=listed([condition.name for condition in study.conditions], 3),
-        published=arms.published()["source"],
-        looks_before=looks_before,
         joined=bool(sequential.sweeps_with_looks(study.results)) and study.looks is None,
         exits=[
             words.needed_text(needed)
@@ -363,18 +296,6 @@ def _questions(made: Sequence[Comparison]) -> list[list[Comparison]]:
     order = list(dict.fromkeys(map(question, made)))
     ordered = sorted(made, key=lambda one: order.index(question(one)))
     return [list(group) for _, group in groupby(ordered, key=question)]
-
-
-def _missing_controls(condition: Condition) -> dict[str, str]:
-    """Return the growing variants whose size a control that was run does not have."""
-    runs = condition.runs
-    growing = runs.loc[runs["grows"].astype(bool), "variant"].unique().tolist()
-    missing = {}
-    for experiment in (arms.FROM_SCRATCH, arms.KEEP_TRAINING):
-        having = arms.controls(runs, experiment)
-        if having and (lacking := [variant_name(v) for v in growing if v not in having]):
-            missing[experiment] = listed(lacking, 6)
-    return missing
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -205,12 +206,7 @@ def forest(
 
 def _wrapped(label: str, width: int = 22) -> str:
     """Break a label into lines that leave the figures their room."""
-    lines = [""]
-    for word in re.findall(rf".{{1,{width}}}?(?:[_ ,=]|$)|.{{1,{width}}}", label):
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += word
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    return textwrap.fill(label, width)
 
 
 def _plot(axes: Axes, x: Any, y: Any, style: Style, label: str | None, **how: Any) -> None:

@@ -21,7 +21,6 @@ class Condition:
     runs: Frame
     asked: Frame  # these, and those of their arms that did not complete
     curves: Frame
-    reference: str  # the variant whose final loss is the target of `to_target`
     tables: Mapping[str, Frame]  # by the names of their files
 
     @property
@@ -75,18 +74,13 @@ def judge_study(results: Results, margins: Margins, looks: sequential.Looks | No
 def _condition(results: Results, arms: Arms, curves: Frame, number: int) -> Condition:
     runs, asked = arms.of(number), arms.asked(number)
     curves = curves.merge(runs[["run", "variant", "model", "seed", "grows"]], on="run")
-    scratch = arm.plain_variant(runs, FROM_SCRATCH)
-    reference = scratch or arm.plain_variant(runs, arm.ORIGINAL) or runs["variant"].iloc[0]
     worth = early_exit.worth(runs)
-    targets = measures.default_targets(runs, reference)
     tables = {
-        "changes": arm.changes(asked),
         "growth": measures.growths(results, runs),
         "exits_worth": worth.exits,
         "early_exit": worth.early_exit,
         "changed_layers": worth.changed_layers,
         "ledger": measures.spent(results, runs),
-        "to_target": measures.to_target(runs, curves, targets),
         "speed_up": measures.speed_up(runs, curves, arm.controls(runs, FROM_SCRATCH)),
     }
-    return Condition(arms.conditions[number], number, runs, asked, curves, reference, tables)
+    return Condition(arms.conditions[number], number, runs, asked, curves, tables)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import stats, words
-from proglayer.report.arms import ORIGINAL, Frame, Metric, plain_variant, published
+from proglayer.report.arms import Frame, Metric
 from proglayer.report.comparisons import Comparison
 from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results import plain_values
@@ -20,7 +20,6 @@ from proglayer.results.show import duration, listed, pair, ranges, text_of
 from proglayer.table import Column, Row, Table, is_missing
 
 ARM = ["variant", "model"]
-PUBLISHED = "published"
 # What a page can hold and a reader can read; the rest is counted, and whole in the files.
 MOST_ROWS = 200
 
@@ -167,31 +166,18 @@ OF_PHASE = ["validation_accuracy_percent", "validation_perplexity", "seconds"]
 
 
 def phases(runs: Frame, every: Frame) -> Frame:
-    """Return each arm's phases and the change over them, in the founding experiment's form, whose
-    published run stands after the original's as a variant of its own.
+    """Return each arm's phases.
 
     Args:
         runs: completed runs of one condition, of `arms.Arms`.
         every: the phases of all runs.
 
     Returns:
-        ARM, `phase` (its number, or "change"), `seeds`, the summaries of OF_PHASE (accuracy in
-        percent, of the change in points; perplexity, of the change in percent; seconds of training
-        and evaluation), `name`, `layers`, `best_epoch`.
+        ARM, `phase`, `seeds`, the summaries of OF_PHASE (seconds: of training and evaluation),
+        `name`, `layers`, `best_epoch`.
     """
-    table = runs[["run", *ARM]].merge(every.drop(columns=ARM, errors="ignore"), on="run")
-    seconds = table["train_seconds"] + table["evaluation_seconds"]
-    changed = dict(zip(OF_PHASE, ("accuracy_points", "perplexity_percent", "seconds"), strict=True))
-    change = runs[runs["phases"].astype(float) > 1].assign(phase="change", name="change")
-    change = change.assign(**{name: change[column] for name, column in changed.items()})
-    both = pd.concat([table.assign(seconds=seconds), change])
-    variants = list(dict.fromkeys(runs["variant"]))
-    if original := plain_variant(runs, ORIGINAL):
-        models = [model for model in published()["published"] if model in set(runs["model"])]
-        both = pd.concat([both, *map(_published, models)])
-        variants.insert(variants.index(original) + 1, PUBLISHED)
-    order = {name: n for n, name in enumerate([*variants, *dict.fromkeys(runs["model"])])}
-    both = both.sort_values(ARM, key=lambda names: names.map(order), kind="stable")
+    both = runs[["run", *ARM]].merge(every.drop(columns=ARM, errors="ignore"), on="run")
+    both["seconds"] = both["train_seconds"] + both["evaluation_seconds"]
     by = [*ARM, "phase"]
     frame = over_seeds(both, by, OF_PHASE)
     groups = both.groupby(by, sort=False)
@@ -200,36 +186,16 @@ def phases(runs: Frame, every: Frame) -> Frame:
     return frame
 
 
-def _published(model: str) -> Frame:
-    """Return the phases and the change of the founding experiment's published run of a model."""
-    one = published()["published"][model]
-    figures = dict(zip(OF_PHASE, one["change"].values(), strict=True))
-    rows = [row | {"phase": n} for n, row in enumerate(one["phases"], start=1)]
-    frame = pd.DataFrame([*rows, figures | {"phase": "change", "name": "change"}])
-    frame["seconds"] = frame["seconds"].fillna(frame["train_seconds"])
-    return frame.assign(variant=PUBLISHED, model=model)
-
-
 def phases_table(frame: Frame) -> Table:
-    """Set the phases; the published ones of the founding run are a variant of their own."""
-
-    def signed(name: str, label: str, form: str, units: tuple[str, str]) -> Column:
-        plain = spread(name, label, form, units[0])
-        change = spread(name, label, "+.2f", units[1])
-
-        def text(row: Row) -> str:
-            return (change if row["phase"] == "change" else plain).cell(row).text
-
-        return Column(plain.name, label, of_row=text, kind="figure")
-
+    """Set the phases of each arm."""
     columns = [
         VARIANT,
         MODEL,
         Column("name", "Phase"),
         Column("layers", "Layers", kind="figure"),
         SEEDS,
-        signed("validation_accuracy_percent", "Best Acc", ".2f", (" %", " points")),
-        signed("validation_perplexity", "Best PPL", ",.2f", ("", " %")),
+        spread("validation_accuracy_percent", "Best Acc", ".2f", " %"),
+        spread("validation_perplexity", "Best PPL", ",.2f"),
         Column("seconds_mean", "Time", duration, kind="figure"),
         Column("best_epoch", "Best Epoch", kind="figure", minor=1),
     ]
@@ -239,14 +205,8 @@ def phases_table(frame: Frame) -> Table:
 # --- comparisons ----------------------------------------------------------------------------------
 
 
-def comparisons_table(
-    title: str, family: Sequence[Comparison], differs: Mapping[tuple[str, str], Mapping[str, str]]
-) -> Table:
-    """Set comparisons of one family: the verdicts on accuracy, and what they rest on.
-
-    Args:
-        differs: (condition, b) -> variant -> the settings in which it differs from b.
-    """
+def comparisons_table(title: str, family: Sequence[Comparison]) -> Table:
+    """Set comparisons of one family: the verdicts on accuracy, and what they rest on."""
     rows = [
         {
             "of": one,
@@ -256,12 +216,10 @@ def comparisons_table(
             "seeds": one.accuracy.n,
             "mean": one.accuracy.mean,
             "low": one.judged.interval.low,
-            "low_alone": one.judged.alone.low,
             "p": one.judged.p_adjusted,
             "equivalence_p": one.judged.equivalence_p_adjusted,
             "detectable": one.detectable,
             "plan": one.seeds_to_plan[0],
-            "settings": differs.get((one.condition, one.b), {}).get(one.a, ""),
             **{metric: pairs.mean for metric, pairs in one.pairs.items()},
         }
         for one in family
@@ -271,14 +229,6 @@ def comparisons_table(
         name: str, label: str, text: Callable[[Comparison], str], minor: int = 0, kind: Any = "name"
     ) -> Column:
         return Column(name, label, of_row=lambda row: text(row["of"]), kind=kind, minor=minor)
-
-    def interval_of(name: str, label: str, alone: bool, minor: int = 0) -> Column:
-        def text(one: Comparison) -> str:
-            shown = one.judged.alone if alone else one.judged.interval
-            ends = words.ends(shown, words.decimals(one))
-            return f"{ends} ({words.percent(shown.confidence)})" if ends else ""
-
-        return said(name, label, text, minor, "figure")
 
     def described(metric: Metric, label: str, form: str, minor: int) -> Column:
         def text(one: Comparison) -> str:
@@ -293,8 +243,7 @@ def comparisons_table(
         said("measured", "Measured", words.measured),
         said("verdict", "Accuracy", lambda one: words.VERDICTS[one.verdict]),
         said("mean", "Difference, points", words.mean_text, kind="figure"),
-        interval_of("low", "Interval of the verdict", alone=False),
-        interval_of("low_alone", "Interval by itself", alone=True, minor=6),
+        said("low", "Interval", words.ends_text, kind="figure"),
         said("seeds", "Seeds", _of_all, kind="figure"),
         *([Column("left_out", "Left out")] if any(row["left_out"] for row in rows) else []),
         Column("p", "p, corrected", _p, kind="figure"),
@@ -303,7 +252,6 @@ def comparisons_table(
         said("plan", "Seeds to plan, in all", _plan, 3, "figure"),
         described(Metric.perplexity, "Perplexity fell by, %", "+.1f", 2),
         described(Metric.loss, "Loss fell by, nats", "+.3f", 1),
-        Column("settings", "Settings that differ", kind="prose", minor=8),
     ]
     return set_table(pd.DataFrame(rows), columns, title, "comparisons")
 
@@ -332,8 +280,7 @@ def growth_table(growths: Frame) -> Table:
     frame = over_seeds(growths, by, OF_GROWTH)
     groups = growths.groupby(by, sort=False)
     frame["layers"] = groups["layers"].agg(_unique).to_numpy(object)
-    for name in ("tokens_to_recovery", "tokens_to_match"):
-        frame[name] = groups[name].agg(_tokens).to_numpy(object)
+    frame["recovery"] = groups["tokens_to_recovery"].agg(_tokens).to_numpy(object)
     columns = [
         VARIANT,
         MODEL,
@@ -343,8 +290,7 @@ def growth_table(growths: Frame) -> Table:
         spread("loss_after", "Loss after", ".3f"),
         interval("shock_nats", "Loss rose by, nats", "+.3f"),
         interval("accuracy_points", "Accuracy, points", "+.2f", minor=2),
-        Column("tokens_to_recovery", "Tokens to recover", kind="figure"),
-        Column("tokens_to_match", "Tokens to match from scratch", kind="figure"),
+        Column("recovery", "Tokens to recover", kind="figure"),
         spread("share_new", "Gradient in new layers", ".0%", minor=1),
     ]
     return set_table(frame, columns, "The immediate effect of growth", "growth")
@@ -381,21 +327,6 @@ def spent_table(spent: Frame) -> Table:
         Column("loss", "Validation loss", ".4f"),
     ]
     return set_table(spent, columns, "What every arm spent", "ledger")
-
-
-def target_table(reached: Frame) -> Table:
-    """Set the compute at which every arm reached its target loss."""
-    columns = [
-        VARIANT,
-        MODEL,
-        Column("target", "Target loss", ".4f"),
-        _share(),
-        amount("tokens", "Tokens"),
-        amount("flops", "FLOP with head"),
-        amount("flops_without_head", "FLOP without", minor=1),
-        seconds("seconds", "Time"),
-    ]
-    return set_table(reached, columns, "Compute to reach a target loss", "to_target")
 
 
 def speed_up_table(gains: Frame) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 
 from proglayer.console import counted
@@ -86,25 +85,17 @@ def described_as(one: Comparison) -> str:
     return ", ".join(filter(None, (label(one), model, budget_text(one))))
 
 
-def command(lacks: NotMade) -> str:
-    """Return the command that gives what a comparison lacks."""
-    seeds = list(lacks.seeds)
-    whole = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
-    text = f"range({seeds[0]},{seeds[-1] + 1})" if whole else ",".join(map(str, seeds))
-    words = [f"experiment={','.join(lacks.experiments)}", f"model={','.join(lacks.models)}"]
-    return f"python train.py -m {shlex.join([*words, *lacks.settings, f'seed={text}'])}"
-
-
 def why_not(one: Comparison, lacks: NotMade) -> str:
     """Return why a comparison is not made, and what to run."""
     if lacks.reason is Reason.no_look:
         return f"The first interim look is at {lacks.first_look} seeds."
+    run = f"Run {' '.join(lacks.run)} with the same seeds and settings."
     if lacks.reason is Reason.no_runs:
-        return f"Run: {command(lacks)}"
+        return run
     share = "half" if abs(lacks.share - 0.5) < 0.02 else f"{lacks.share:.0%} of"
     return (
         f"{sentence(variant_name(one.b))} had {share} the {one.budgets[0]} (cut by max_epochs). "
-        f"Run: {command(lacks)}"
+        f"{run}"
     )
 
 
@@ -153,6 +144,13 @@ def ends(interval: stats.Interval, digits: int) -> str:
     """Return an interval, `-0.1 to +0.3`, where it is known."""
     known = math.isfinite(interval.low)
     return f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}" if known else ""
+
+
+def ends_text(one: Comparison) -> str:
+    """Return the interval that a verdict rests on, with its confidence, where it is known."""
+    interval = one.judged.interval
+    shown = ends(interval, decimals(one))
+    return f"{shown} ({percent(interval.confidence)})" if shown else ""
 
 
 def mean_text(one: Comparison) -> str:

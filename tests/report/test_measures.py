@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from proglayer.report import measures
-from proglayer.report.arms import FROM_SCRATCH, STANDARD, Frame, arms, controls
+from proglayer.report.arms import STANDARD, Frame, arms
 from proglayer.results import Results, load
 
 from .. import synthetic
@@ -130,24 +130,6 @@ def test_two_moments_or_another_setting_that_varies_are_no_study_of_the_moment(
         assert measures.timings(*read(load(folder))) == []
 
 
-def test_mixing_is_counted_at_equal_operations_from_the_growth_on(tmp_path: Path) -> None:
-    own = ("added_layers=3", "freeze=none")
-    never, soon = [6.9, 6.8, 6.7], [6.3, 6.2, 6.1]
-    for seed, grown in ((1, soon), (2, never), (3, [6.9, 6.6, 6.1])):
-        synthetic.run(
-            tmp_path / f"grown{seed}", "original", STANDARD, seed, *own,
-            losses=[[6.9, 6.8], grown], shock=0.2,
-        )  # fmt: skip
-        synthetic.run(
-            tmp_path / f"scratch{seed}", "control_from_scratch", STANDARD, seed, "added_layers=3",
-            losses=[[6.9, 6.7, 6.5, 6.4, 6.3, 6.25, 6.2]],
-        )  # fmt: skip
-    runs, curves = read(load(tmp_path))
-    found = measures.mixing(runs, curves, controls(runs, FROM_SCRATCH), 0.01)
-    epoch = synthetic.WINDOWS[0] * 32
-    assert found.to_dict() == {"grown1": epoch, "grown2": math.inf, "grown3": 3 * epoch}
-
-
 # --- what was spent, and when a loss was reached -------------------------------------------------
 
 
@@ -184,31 +166,6 @@ def one_arm(
     curve = pd.DataFrame(points, columns=["compute", "loss"]).assign(layers=layers, epoch=1)
     spent = {m.column: curve["compute"] for m in measures.MEASURES}
     return run, curve.assign(run=variant, **spent)
-
-
-def reached(target: float, *points: tuple[float, float], layers: Any = 4) -> float | None:
-    found = measures.to_target(*one_arm("arm", *points, layers=layers), {STANDARD: target}).iloc[0]
-    return None if not found["reached"] else found["flops"]
-
-
-def test_a_target_is_reached_between_two_measurements() -> None:
-    falling = ((10, 8.0), (20, 7.0), (40, 6.0))
-    assert reached(7.0, *falling) == pytest.approx(20)
-    assert reached(6.25, *falling) == pytest.approx(35)
-    assert reached(8.5, *falling) == pytest.approx(10)  # already there when first measured
-    assert reached(5.9, *falling) is None
-
-
-def test_what_was_reached_before_growing_is_no_merit_of_growing() -> None:
-    points = ((1, 7.0), (2, 6.0), (3, 6.8), (4, 6.4))
-    assert reached(6.5, *points) == 1.5
-    assert reached(6.5, *points, layers=[3, 3, 4, 4]) == pytest.approx(3.75)
-    assert reached(6.2, *points, layers=[3, 3, 4, 4]) is None
-
-
-def test_measurements_that_are_not_finite_are_passed_over() -> None:
-    assert reached(7.0, (1, 8.0), (2, np.nan), (3, 6.0)) == 2
-    assert reached(7.0, (1, np.nan)) is None
 
 
 def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
@@ -257,14 +214,13 @@ def test_a_speed_up_is_the_geometric_mean_and_none_where_a_seed_does_not_get_the
     three = found(3)
     assert (three["seeds"], three["reached"]) == (3, 2)
     assert math.isnan(three["mean"])
-    runs = runs.assign(model=STANDARD)
-    reached = measures.to_target(runs, curves, {STANDARD: 2.0}).set_index("variant")
-    assert reached.loc["grown", ["seeds", "reached"]].tolist() == [3, 2]
-    assert math.isnan(reached.loc["grown", "flops"])
 
 
-def test_the_model_right_after_a_growth_has_reached_nothing() -> None:
-    run, curve = one_arm("arm", (1, 7.0), (2, 6.0), (3, 6.8), (4, 6.4), layers=[3, 3, 4, 4])
-    gate = curve.assign(epoch=[1, 2, 0, 1], loss=[7.0, 6.0, 6.0, 6.4])
-    found = measures.to_target(run, gate, {STANDARD: 6.4})["flops"]
-    assert found.tolist() == [4]
+def test_only_epochs_of_training_at_the_final_depth_reach_a_target() -> None:
+    scratch = one_arm("scratch", (4, 6.4))
+    run, curve = one_arm("grown", (1, 7.0), (2, 6.0), (3, 6.0), (5, 6.4), layers=[3, 3, 4, 4])
+    # the model right after the growth has reached nothing either
+    grown = run, curve.assign(epoch=[1, 2, 0, 1])
+    runs, curves = (pd.concat(both) for both in zip(scratch, grown, strict=True))
+    found = measures.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure")
+    assert found.loc["flops", "mean"] == pytest.approx(4 / 5 - 1)

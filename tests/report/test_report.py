@@ -110,9 +110,9 @@ def test_the_founding_tables_are_those_of_the_frames(sweep: Path, report: Path) 
     runs = results.runs[(results.runs["experiment"] == "original")]
     runs = runs[runs["model"] == STANDARD]
     phases = results.phases[results.phases["run"].isin(runs["run"])]
-    rows = page_of(report).table("Variant", "Model", "Phase", "Layers", "Seeds", "Best Acc")[:3]
-    assert [row["Phase"] for row in rows] == ["initial", "grown", "change"]
-    for number, row in enumerate(rows[:2], start=1):
+    rows = page_of(report).table("Variant", "Model", "Phase", "Layers", "Seeds", "Best Acc")[:2]
+    assert [row["Phase"] for row in rows] == ["initial", "grown"]
+    for number, row in enumerate(rows, start=1):
         phase = phases[phases["phase"] == number]
         perplexity = phase["validation_perplexity"]
         accuracy = phase["validation_accuracy_percent"]
@@ -121,23 +121,6 @@ def test_the_founding_tables_are_those_of_the_frames(sweep: Path, report: Path) 
         assert row["Best PPL"] == f"{perplexity.mean():,.2f} ± {perplexity.std():,.2f}"
         assert row["Best Acc"] == f"{accuracy.mean():.2f} ± {accuracy.std():.2f} %"
         assert row["Time"] == f"{seconds.mean():.1f} s"
-    points, percent = runs["accuracy_points"], runs["perplexity_percent"]
-    assert rows[2]["Best Acc"] == f"{points.mean():+.2f} ± {points.std():.2f} points"
-    assert rows[2]["Best PPL"] == f"{percent.mean():+.2f} ± {percent.std():.2f} %"
-
-
-def test_the_published_numbers_stand_beside_them(report: Path) -> None:
-    rows = page_of(report).table("Variant", "Model", "Phase")
-    assert [row["Variant"] for row in rows] == [
-        *["original"] * 6, *["published"] * 6, *["from scratch"] * 2,
-    ]  # fmt: skip
-    shown = [(row["Best Acc"], row["Best PPL"], row["Time"]) for row in rows[6:12]]
-    assert shown == [
-        ("16.35 %", "978.89", "23.7 s"), ("16.20 %", "975.51", "27.4 s"),
-        ("-0.15 points", "+0.34 %", "51.1 s"),
-        ("16.45 %", "950.45", "53.1 s"), ("16.26 %", "968.60", "92.1 s"),
-        ("-0.19 points", "-1.91 %", "2 min 25 s"),
-    ]  # fmt: skip
 
 
 def test_absolute_figures_stand_first_and_differences_are_what_the_statistics_say(
@@ -247,18 +230,14 @@ def known(folder: Path, arms: dict[str, Any], seeds: int = 8, model: str = STAND
     return folder
 
 
-def test_a_comparison_at_equal_tokens_is_not_made_where_from_scratch_was_cut(
-    tmp_path: Path,
-) -> None:
+def test_what_it_takes_to_test_a_claim_is_named(tmp_path: Path) -> None:
     """From scratch had half the tokens, still falling; nothing is said of it but what to run."""
     cut = known(tmp_path, {
         "original": [[6.0, 5.9, 5.8], [5.7, 5.6, 5.5]], "control_from_scratch": [[6.0, 5.8, 5.6]],
     })  # fmt: skip
     text = report_of(cut, out=tmp_path / "out").text
     assert "Not tested Standard, at equal tokens: From scratch had half the tokens" in text
-    assert "(cut by max_epochs). Run: python train.py -m" in text
-    assert "experiment=control_from_scratch model=standard phase.max_epochs=6" in text
-    assert "seed=range(0,8)" in text.replace("'", "")
+    assert "Run experiment=control_from_scratch model=standard phase.max_epochs=6 with" in text
 
 
 def test_a_plan_has_a_range_and_warns_of_a_second_look(report: Path) -> None:
@@ -267,26 +246,6 @@ def test_a_plan_has_a_range_and_warns_of_a_second_look(report: Path) -> None:
     assert "does not pay for a second look" in text
     assert "hydra/sweeper=settle hydra.sweeper.first_seed=4" in text
     assert re.search(r"With 3 seeds, only differences above roughly [\d.]+ to [\d.]+ points", text)
-
-
-def test_seeds_that_were_added_to_a_reported_study_are_a_second_look(tmp_path: Path) -> None:
-    def text(study: str, seeds: tuple[int, ...], *models: str) -> str:
-        for seed in seeds:
-            for model in models:
-                times = dict.fromkeys(("started", "ended"), f"2026-03-{seed:02}T12:00:00+00:00")
-                folder = tmp_path / study / f"{seed}-{model}"
-                synthetic.run(folder, "original", model, seed, **times)
-        return report_of(tmp_path / study, out=tmp_path / "s" / "report").text
-
-    assert "Second look" not in text("s", (1, 2), STANDARD)
-    # Another arm of the same seeds, and the same runs again, are no seeds that were added.
-    assert "Second look" not in text("s", (1, 2), DEEP)
-    assert "Second look: 1 report (of 2 seeds) had already shown" in text("s", (3,), STANDARD)
-    more = text("s", (3, 4), STANDARD, DEEP)
-    assert "Second look: 2 reports (of 2, 3 seeds) had already shown" in more
-    assert "up to about 10.7 %" in more
-    # Another study in its place.
-    assert "Second look" not in text("t", (1, 2, 3), STANDARD, DEEP)
 
 
 def test_a_seed_that_collapses_is_named_and_every_seed_is_drawn(tmp_path: Path) -> None:
@@ -395,7 +354,7 @@ def test_more_rows_than_are_shown_are_in_the_tables_whole(
         synthetic.sweep(tmp_path / rate, ["original", "control_from_scratch"], (STANDARD, DEEP),
                       (1, 2), f"lr.base={rate}")  # fmt: skip
     page = report_of(tmp_path / "0.001", tmp_path / "0.003", out=tmp_path / "out")
-    for name in ("comparisons", "differences", "arms", "ledger", "to_target", "speed_up"):
+    for name in ("comparisons", "differences", "arms", "ledger", "speed_up"):
         table = pd.read_csv(tmp_path / "out" / "tables" / f"{name}.csv")
         assert table["condition"].nunique() == 2, name
     assert "6 more rows are in tables/arms.csv." in page.text

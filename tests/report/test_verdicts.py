@@ -68,25 +68,21 @@ def figures(own: Comparison) -> dict[str, Any]:
     return found
 
 
-def figures_of(condition: study.Condition, results: Results, margins: arms.Margins) -> dict:
+def figures_of(condition: study.Condition) -> dict[str, Any]:
     runs, curves = condition.runs, condition.curves
-    held = arms.controls(runs, arms.FROM_SCRATCH)
     ends = [*("end_accuracy", "end_loss", "end_bits_per_byte"), *(m.change for m in arms.Metric)]
     grouped = runs.groupby(["variant", "model"], sort=False)
     growths = condition.tables["growth"].drop(columns=["seed", "run", "layers"])
     growths = growths.groupby(["variant", "model", "phase"], sort=False).mean().reset_index()
     return {
         "name": condition.name,
-        "reference": condition.reference,
         "lacking": len(condition.asked) - len(runs),
         "arms": rows(
             grouped[ends].mean().assign(n=grouped.size()).reset_index(), "variant", "model"
         ),
         "ledger": rows(condition.tables["ledger"], "variant", "model"),
-        "to_target": rows(condition.tables["to_target"], "variant", "model"),
         "speed_up": rows(condition.tables["speed_up"], "variant", "model", "measure"),
         "growths": rows(growths, "variant", "model"),
-        "mixing": measures.mixing(runs, curves, held, margins.nats).sort_index().tolist(),
         "timings": [
             [t.best, t.budget, t.longest, t.losses.mean().tolist(), list(t.shares.values())]
             for t in measures.timings(runs, curves)
@@ -99,7 +95,7 @@ def all_figures(part: str) -> dict[str, Any]:
     margins = arms.Margins(points=looks.margin) if looks else arms.Margins()
     judged = study.judge_study(results, margins, looks)
     return {
-        "conditions": [figures_of(own, results, margins) for own in judged.conditions],
+        "conditions": [figures_of(own) for own in judged.conditions],
         "claims": [figures(own) for own in judged.claims],
         "others": [figures(own) for own in judged.others],
     }
