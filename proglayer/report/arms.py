@@ -267,11 +267,6 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     return dict(zip(pairs["variant"], pairs["variant_held"], strict=True))
 
 
-def has_seeds(runs: Frame) -> bool:
-    """Whether any arm was run with more than one seed."""
-    return bool(len(runs)) and bool(runs.groupby(["variant", "model"]).size().max() > 1)
-
-
 def single_seeds(runs: Frame) -> Frame:
     """Return the completed runs whose arm has no other."""
     return runs[~runs.duplicated(["variant", "model"], keep=False)]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import arms as arm
-from proglayer.report import measures, stats
+from proglayer.report import stats
 from proglayer.report.arms import DEEP, STANDARD, Frame, Margins, Metric
 
 # From this share on, a budget counts as spent: training ends with an epoch.
@@ -60,7 +60,8 @@ class Budget(StrEnum):
     compute = "compute"
 
 
-MEASURES = {Budget.tokens: measures.TOKENS, Budget.compute: measures.FLOPS}
+# The column of `measures.curves` that counts it.
+COLUMN = {Budget.tokens: "tokens", Budget.compute: "flops"}
 
 
 class Reason(StrEnum):
@@ -260,7 +261,7 @@ def _within(
         lacking: list[Comparison] = []
         alike: dict[tuple[Budget, ...], Frame] = {}
         for budget in budgets:
-            found = within_budget(own, other, curves, MEASURES[budget])
+            found = within_budget(own, other, curves, COLUMN[budget])
             if (cut := found[found["too_short"]]).size:
                 why = _cut_short(runs, b, model, cut)
                 lacking.append(
@@ -285,14 +286,14 @@ def _within(
     return made
 
 
-def within_budget(own: Frame, other: Frame, curves: Frame, measure: measures.Measure) -> Frame:
+def within_budget(own: Frame, other: Frame, curves: Frame, column: str) -> Frame:
     """Return what each run of an arm comes to if it may spend what the run of the same seed spent.
 
     It counts at its epoch of lowest validation loss, at its final depth, among those that ended
     within that budget. Epoch 0, the model right after a growth, is no epoch of training.
 
     Args:
-        own, other: the runs of two arms, indexed by seed; `own` sets the budget.
+        own, other: the runs of two arms, indexed by seed; `own` sets the budget, in `column`.
         curves: of `measures.curves`, of these runs among others.
 
     Returns:
@@ -301,18 +302,18 @@ def within_budget(own: Frame, other: Frame, curves: Frame, measure: measures.Mea
         epoch), the `share` of the budget that it was trained for, whether it counts or not,
         whether that is `too_short` because `max_epochs` cut it, and the epochs it `needs` for all.
     """
-    budget = own[measure.column].astype("float64").reindex(other.index)
+    budget = own[column].astype("float64").reindex(other.index)
     seeds = other.reset_index()[["run", "seed", "last_layers"]]
     final = curves.drop(columns="seed", errors="ignore").merge(seeds, on="run")
     final = final[(final["layers"] == final["last_layers"]) & (final["epoch"] > 0)]
     last = final.drop_duplicates("seed", keep="last").set_index("seed").reindex(other.index)
     # The two sums were added up in different orders.
-    inside = final[final[measure.column] <= final["seed"].map(budget) * (1 + 1e-9)]
+    inside = final[final[column] <= final["seed"].map(budget) * (1 + 1e-9)]
     best = inside.sort_values("loss", kind="stable").drop_duplicates("seed")
     best = best.set_index("seed").reindex(other.index)
     none, selected = best["step"].isna(), best["best"].eq(True)
     over = none & other["lacks"].isna() & np.isfinite(budget)
-    share = last[measure.column] / budget
+    share = last[column] / budget
     return other.assign(
         epoch=best["step"],
         selected=selected | none,

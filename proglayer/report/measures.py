@@ -21,22 +21,8 @@ from proglayer.results import Results
 from proglayer.results.read import sum_so_far
 from proglayer.results.variants import settings_text, swept
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A currency: its column in `curves`, its name, its unit."""
-
-    column: str
-    name: str
-    unit: str
-
-
-TOKENS = Measure("tokens", "training tokens", "tokens")
-FLOPS = Measure("flops", "operations with the head", "FLOP")
-BODY = Measure("flops_without_head", "operations without the head", "FLOP")
-SECONDS = Measure("seconds", "time", "s")
-MEASURES = (TOKENS, FLOPS, BODY, SECONDS)
-COLUMNS = [measure.column for measure in MEASURES]
+# What is counted, each a column of `curves`.
+COLUMNS = ["tokens", "flops", "flops_without_head", "seconds"]
 
 
 def curves(results: Results, runs: Frame) -> Frame:
@@ -45,7 +31,7 @@ def curves(results: Results, runs: Frame) -> Frame:
     Returns:
         `run`, `phase`, `layers`, `epoch` (counted within its phase), `step` (counted through all
         phases), `loss` (validation, nats), `accuracy_percent`, `best`, and, summed over all epochs
-        so far, the columns of MEASURES. Operations are nan from a phase on that did not end.
+        so far, those of COLUMNS. Operations are nan from a phase on that did not end.
     """
     phases: Frame = results.phases
     cost = phases[["run", "phase"]].assign(
@@ -137,7 +123,7 @@ def _reached(curves: Frame, runs: Frame) -> Frame:
         runs: with `run`, `last_layers`, and `target`, the loss in nats.
 
     Returns:
-        the columns of MEASURES, indexed by run; only runs that reached their target.
+        those of COLUMNS, indexed by run; only runs that reached their target.
     """
     epochs = curves[["run", "layers", "epoch", "loss", *COLUMNS]]
     epochs = epochs.merge(runs[["run", "last_layers", "target"]], on="run")

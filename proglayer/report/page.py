@@ -8,13 +8,10 @@ several pages and commands say in `proglayer.report.words`.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import hashlib
 import re
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from itertools import groupby
@@ -80,10 +77,7 @@ def write_report(
         raise ConfigError(f"no run in {', '.join(map(str, folders))}")
     looks = sequential.looks_of(results)
     if looks and margins and margins.points != looks.margin:
-        raise ConfigError(
-            f"--margin={margins.points:g}: this study was looked at with a margin of "
-            f"{looks.margin:g} points: leave that out, or give --margin={looks.margin:g}"
-        )
+        raise ConfigError(f"--margin={margins.points:g}: the study's is {looks.margin:g} points")
     out, margins = Path(out), margins or (Margins(points=looks.margin) if looks else Margins())
     study = judge_study(results, margins, looks)
     frames = _frames(study)
@@ -240,21 +234,13 @@ def _render(
         resources.files("proglayer.report").joinpath(name).read_text(encoding="utf-8")
         for name in ("page.css", "page.js")
     )
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Only this very script runs, and nothing is fetched, whatever the page may hold.
-    policy = (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
-        f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    )
     commands = _commands(study.results.runs)
     return _template().render(
         study=study,
         tables=shown,
         pictures=drawn,
         groups=_groups(study),
-        statuses=Counter(study.results.runs["status"]),
         seeds=ranges(study.arms.runs["seed"]),
-        names=listed([condition.name for condition in study.conditions], 3),
         joined=bool(sequential.sweeps_with_looks(study.results)) and study.looks is None,
         exits=[
             words.needed_text(needed)
@@ -266,7 +252,6 @@ def _render(
         more_commands=len(commands) - MOST_COMMANDS,
         style=Markup(style),
         script=Markup(script),
-        policy=policy,
     )
 
 

@@ -34,17 +34,10 @@ WIDTH_IN = 4.6
 # Colours on white; in a page they are the variables of its style.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 ORANGE, SKY, FAINT, INK, MUTED = "#e69f00", "#56b4e9", "#d8dce2", "#1b1e23", "#5c636d"
-VARIABLES = {
-    BLUE: "--c-blue",
-    VERMILLION: "--c-vermillion",
-    GREEN: "--c-green",
-    PURPLE: "--c-purple",
-    ORANGE: "--c-orange",
-    SKY: "--c-sky",
-    FAINT: "--c-faint",
-    INK: "--fg",
-    MUTED: "--muted",
-}
+NAMES = ("blue", "vermillion", "green", "purple", "orange", "sky", "faint")
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, FAINT)
+VARIABLES = dict(zip(COLOURS, (f"--c-{name}" for name in NAMES), strict=True))
+VARIABLES |= {INK: "--fg", MUTED: "--muted"}
 RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "proglayer",
@@ -141,7 +134,6 @@ def forest(
     rows: Sequence[dict[str, Any]],
     margin: float,
     unit: str,
-    better: str = "right",
 ) -> Picture:
     """Draw means with intervals and seeds: a line for each label, a mark for each model in it.
 
@@ -189,7 +181,7 @@ def forest(
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
-        _axis(axes.xaxis, f"{unit} ({better}: better)", 5)
+        _axis(axes.xaxis, f"{unit} (right: better)", 5)
         if models:
             _legend(axes, len(models))
 

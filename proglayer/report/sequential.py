@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proglayer import files
 from proglayer.report import comparisons, stats
@@ -58,12 +58,6 @@ class Looks(Design):
     first_seed: int = Field(ge=0)
     margin: float = Field(gt=0, allow_inf_nan=False)  # points of accuracy
     taken: tuple[int, ...] = ()
-
-    @model_validator(mode="after")
-    def _are_of_the_design(self) -> Looks:
-        if self.taken != self.at[: len(self.taken)]:
-            raise ValueError("the looks taken are not those of the design")
-        return self
 
 
 def read_looks(sweep: Path) -> Looks | None:

@@ -28,11 +28,6 @@ class Condition:
         """The variants, in their order."""
         return list(dict.fromkeys(self.runs["variant"]))
 
-    @property
-    def models(self) -> list[str]:
-        """The models, in their order."""
-        return list(dict.fromkeys(self.runs["model"]))
-
 
 @dataclass(frozen=True, eq=False)
 class Study:

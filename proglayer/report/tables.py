@@ -16,7 +16,7 @@ from proglayer.report.arms import Frame, Metric
 from proglayer.report.comparisons import Comparison
 from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results import plain_values
-from proglayer.results.show import duration, listed, pair, ranges, text_of
+from proglayer.results.show import CODE, duration, listed, pair, ranges, text_of
 from proglayer.table import Column, Row, Table, is_missing
 
 ARM = ["variant", "model"]
@@ -101,9 +101,8 @@ def _unique(values: Any, most: int = 6) -> str:
     """List the values that there are."""
 
     def text(value: Any) -> str:
-        if isinstance(value, bool | np.bool_):
-            return "yes" if value else "no"
-        return f"{value:,.10g}" if isinstance(value, Real) else str(value)
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        return f"{value:,.10g}" if real else str(value)
 
     known = [v for v in plain_values(values.drop_duplicates()) if v is not None]
     return listed([text(v) for v in known], most)
@@ -207,52 +206,44 @@ def phases_table(frame: Frame) -> Table:
 
 def comparisons_table(title: str, family: Sequence[Comparison]) -> Table:
     """Set comparisons of one family: the verdicts on accuracy, and what they rest on."""
-    rows = [
-        {
-            "of": one,
-            "condition": one.condition,
-            "model": one.model,
-            "left_out": words.left_out_text(one.accuracy),
-            "seeds": one.accuracy.n,
-            "mean": one.accuracy.mean,
-            "low": one.judged.interval.low,
-            "p": one.judged.p_adjusted,
-            "equivalence_p": one.judged.equivalence_p_adjusted,
-            "detectable": one.detectable,
-            "plan": one.seeds_to_plan[0],
-            **{metric: pairs.mean for metric, pairs in one.pairs.items()},
-        }
-        for one in family
+    rows: list[dict[str, Any]] = [
+        {"of": one, "condition": one.condition, "model": one.model} for one in family
     ]
 
     def said(
-        name: str, label: str, text: Callable[[Comparison], str], minor: int = 0, kind: Any = "name"
+        label: str,
+        text: Callable[[Comparison], str],
+        sort: Callable[[Comparison], Any] | None = None,
+        minor: int = 0,
     ) -> Column:
-        return Column(name, label, of_row=lambda row: text(row["of"]), kind=kind, minor=minor)
+        for row in rows:
+            row[label] = (sort or text)(row["of"])
+        kind = "figure" if sort else "name"
+        return Column(label, label, of_row=lambda row: text(row["of"]), kind=kind, minor=minor)
 
     def described(metric: Metric, label: str, form: str, minor: int) -> Column:
         def text(one: Comparison) -> str:
             pairs = one.pairs.get(metric, stats.NO_PAIRS)
             return between(pairs.mean, *pairs.interval(0.95)[:2], form)
 
-        return said(metric, label, text, minor, "figure")
+        return said(label, text, lambda one: one.pairs.get(metric, stats.NO_PAIRS).mean, minor)
 
     columns = [
-        said("comparison", "Comparison", words.label),
+        said("Comparison", words.label),
         MODEL,
-        said("measured", "Measured", words.measured),
-        said("verdict", "Accuracy", lambda one: words.VERDICTS[one.verdict]),
-        said("mean", "Difference, points", words.mean_text, kind="figure"),
-        said("low", "Interval", words.ends_text, kind="figure"),
-        said("seeds", "Seeds", _of_all, kind="figure"),
-        *([Column("left_out", "Left out")] if any(row["left_out"] for row in rows) else []),
-        Column("p", "p, corrected", _p, kind="figure"),
-        Column("equivalence_p", "Equivalence p, corrected", _p, kind="figure", minor=5),
-        Column("detectable", "Detectable, points", ".2g", minor=4),
-        said("plan", "Seeds to plan, in all", _plan, 3, "figure"),
+        said("Measured", words.measured),
+        said("Accuracy", lambda one: words.VERDICTS[one.verdict]),
+        said("Difference, points", words.mean_text, lambda one: one.accuracy.mean),
+        said("Interval", words.ends_text, lambda one: one.judged.interval.low),
+        said("Seeds", _of_all, lambda one: one.accuracy.n),
+        said("Left out", lambda one: words.left_out_text(one.accuracy)),
+        said("p, corrected", _p, lambda one: one.judged.p_adjusted),
+        said("Seeds to plan, in all", _plan, lambda one: one.seeds_to_plan[0], 3),
         described(Metric.perplexity, "Perplexity fell by, %", "+.1f", 2),
         described(Metric.loss, "Loss fell by, nats", "+.3f", 1),
     ]
+    if not any(row["Left out"] for row in rows):
+        columns = [column for column in columns if column.label != "Left out"]
     return set_table(pd.DataFrame(rows), columns, title, "comparisons")
 
 
@@ -265,8 +256,9 @@ def _plan(one: Comparison) -> str:
     return "" if is_missing(one.seeds_to_plan[0]) else words.plan(*one.seeds_to_plan)
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+def _p(one: Comparison) -> str:
+    value = one.judged.p_adjusted
+    return "" if is_missing(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 # --- growth, exits --------------------------------------------------------------------------------
@@ -343,22 +335,13 @@ def speed_up_table(gains: Frame) -> Table:
     columns = [
         VARIANT,
         MODEL,
-        _share(),
+        Column("reached", "Reached by", of_row=lambda row: f"{row['reached']} of {row['seeds']}"),
         interval("tokens", "In tokens, %", "+.0f"),
         interval("flops", "In FLOP with head, %", "+.0f"),
         interval("flops_without_head", "In FLOP without, %", "+.0f", minor=1),
         interval("seconds", "In time, %", "+.0f"),
     ]
     return set_table(frame, columns, "Speed-up of growing", "speed_up")
-
-
-def _share() -> Column:
-    """Show how many of an arm's seeds got there."""
-
-    def text(row: Row) -> str:
-        return f"{row['reached']:.0f} of {row['seeds']:.0f}"
-
-    return Column("reached", "Reached by", of_row=text, kind="figure")
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -407,14 +390,10 @@ def left_out_table(left_out: Frame) -> Table:
     return set_table(left_out, columns, "Left out, for it cannot be read", "left_out")
 
 
-VERSIONS = (
-    *("proglayer", "python", "torch", "platform", "device_name", "threads", "git_commit"),
-    *("git_changed", "corpus", "corpus_fingerprint", "tokenizer", "vocab_size", "seed"),
-)
-
-
 def versions_table(runs: Frame) -> Table:
     """Set the versions, machines, texts and seeds of these runs."""
-    rows = [{"what": name.replace("_", " "), "values": _unique(runs[name])} for name in VERSIONS]
+    rows = [
+        {"what": name.replace("_", " "), "values": _unique(runs[name])} for name in (*CODE, "seed")
+    ]
     columns = [Column("what", "What"), Column("values", "Values in these runs", kind="prose")]
-    return Table([row for row in rows if row["values"]], columns, "With what it ran")
+    return Table(rows, columns, "With what it ran")

@@ -15,19 +15,12 @@ from proglayer.report.stats import Verdict
 from proglayer.results.show import listed
 
 MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
-# A label longer than this is cut: it has to fit beside a figure.
-LONGEST_LABEL = 60
 VERDICTS = {
     Verdict.better: "better",
     Verdict.worse: "worse",
     Verdict.same: "equivalent",
     Verdict.unclear: "inconclusive",
     Verdict.untested: "not tested",
-}
-TITLES = {
-    Claim.deep_helps: "Deep supervision helps when layers are added",
-    Claim.stable: "Existing layers must be stable",
-    Claim.stepwise: "Stepwise training works",
 }
 KINDS = {Kind.models: "change in accuracy", Kind.ends: "each at its own end"}
 
@@ -42,13 +35,15 @@ def variant_name(variant: str) -> str:
     experiment, space, rest = variant.partition(" ")
     if experiment in arms.ORDER:
         experiment = experiment.removeprefix("control_").replace("_", " ")
-    name = experiment + space + rest
-    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    return experiment + space + rest
 
 
 def sentence(text: str) -> str:
     """Return text that begins with a capital."""
     return text[:1].upper() + text[1:]
+
+
+TITLES = {claim: sentence(claim) for claim in Claim}
 
 
 def engineering(value: float) -> str:
@@ -236,8 +231,9 @@ def timing_text(timing: Timing) -> str:
     """Return the best moment of growth, and how sure that is."""
     best, moments = timing.best, list(timing.losses)
     seeds = len(timing.losses)
+    which = ", ".join([model_name(timing.model), *timing.settings])
     text = (
-        f"{timing_title(timing)}: with the same {engineering(timing.budget)} operations in all "
+        f"{which}: with the same {engineering(timing.budget)} operations in all "
         f"phases the mean loss is lowest, {timing.losses[best].mean():.4f} nats, where growth "
         f"comes after {_epochs([best])}, {100 * timing.shares[best]:.0f} % of the operations"
     )
@@ -251,11 +247,6 @@ def timing_text(timing: Timing) -> str:
     text += f"; it is the lowest in {timing.best_in} of {seeds} seeds. "
     text += f"Shown to be worse: {f'after {_epochs(worse)}' if worse else 'no other moment'}; "
     return text + f"not told apart from it: {f'after {_epochs(others)}' if others else 'none'}."
-
-
-def timing_title(timing: Timing) -> str:
-    """Return which arms a study of the moment of growth is of."""
-    return ", ".join([model_name(timing.model), *timing.settings])
 
 
 def _epochs(moments: list[int]) -> str:

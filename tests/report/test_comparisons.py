@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from proglayer.report import stats
@@ -23,7 +22,7 @@ from proglayer.report.arms import (
     binomial_errors,
     controls,
 )
-from proglayer.report.comparisons import Budget, Claim, Comparison, Kind, Reason, as_frames
+from proglayer.report.comparisons import Budget, Claim, Comparison, Kind, Reason
 from proglayer.report.stats import LeftOut, Verdict
 from proglayer.report.study import Study, judge_study
 from proglayer.results import load
@@ -32,13 +31,6 @@ from .. import synthetic
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 BOTH = (Budget.tokens, Budget.compute)
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The original and a control, both models, three seeds."""
-    folder = tmp_path_factory.mktemp("study") / "sweep"
-    return synthetic.sweep(folder, ("original", "control_from_scratch"), seeds=(1, 2, 3))
 
 
 def study_of(*folders: Path, **margins: float) -> Study:
@@ -206,12 +198,6 @@ def test_a_comparison_is_made_once(sweep: Path) -> None:
     assert "original" not in {own.a for own in study.others if own.kind is Kind.models}
 
 
-def test_a_variant_with_one_model_is_no_finding_about_models(tmp_path: Path) -> None:
-    for model, names in ((STANDARD, ["split_lr", "more_layers"]), (DEEP, ["split_lr"])):
-        synthetic.sweep(tmp_path / model, names, [model], (1, 2))
-    assert [own.a for own in study_of(tmp_path).claims if own.accuracy.n] == ["split_lr"]
-
-
 def test_the_claims_of_all_conditions_are_one_family(tmp_path: Path) -> None:
     for rate in ("0.001", "0.003"):
         given = ["original", "split_lr"], (STANDARD, DEEP), (1, 2, 3), f"lr.base={rate}"
@@ -219,17 +205,6 @@ def test_the_claims_of_all_conditions_are_one_family(tmp_path: Path) -> None:
     tested = [own for own in study_of(tmp_path).claims if own.tested]
     assert len({own.condition for own in tested}) == 2
     assert {own.judged.levels.family for own in tested} == {2}
-
-
-def test_a_table_of_comparisons_has_every_metric_and_every_seed(sweep: Path) -> None:
-    study = study_of(sweep)
-    table, by_seed = as_frames([*study.claims, *study.others])
-    tested = table[table["n"] > 1]
-    assert set(tested["metric"]) == {"accuracy", "perplexity", "loss"}
-    assert tested["verdict"].notna().equals(tested["metric"] == "accuracy")
-    assert len(by_seed) == 3 * len(tested)
-    means = by_seed.groupby([*by_seed.columns[:-2]], dropna=False, sort=False)["difference"].mean()
-    assert means.to_numpy() == pytest.approx(tested["mean"].to_numpy())
 
 
 # --- at an equal budget ---------------------------------------------------------------------------
@@ -361,9 +336,3 @@ def test_an_epoch_that_its_run_did_not_select_is_compared_on_the_validation_text
     [own] = made(study_of(tmp_path), Claim.stepwise)
     assert (own.budgets, own.on_validation) == (BOTH, True)
     assert own.accuracy.mean == pytest.approx(0.5, abs=0.02)
-
-
-def test_a_run_of_one_phase_has_no_change(tmp_path: Path) -> None:
-    synthetic.run(tmp_path / "a", FROM_SCRATCH, STANDARD, 1)
-    runs = arms(load(tmp_path)).runs
-    assert pd.isna(runs[[metric.change for metric in Metric]]).all(axis=None)

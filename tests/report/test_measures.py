@@ -118,18 +118,6 @@ def test_a_loss_counts_within_the_operations_that_all_runs_spent(timed: Path) ->
         assert curve["loss"].min() <= own <= inside["loss"].min()
 
 
-def test_two_moments_or_another_setting_that_varies_are_no_study_of_the_moment(
-    tmp_path: Path,
-) -> None:
-    for seed in (1, 2):
-        for moment in (1, 2):
-            timing_run(tmp_path / "two", moment, seed, 0.0)
-        for moment, dim in ((1, 32), (2, 64), (4, 128)):
-            timing_run(tmp_path / "other", moment, seed, 0.0, f"model.dim={dim}")
-    for folder in (tmp_path / "two", tmp_path / "other"):
-        assert measures.timings(*read(load(folder))) == []
-
-
 # --- what was spent, and when a loss was reached -------------------------------------------------
 
 
@@ -164,7 +152,7 @@ def one_arm(
     last = {"last_layers": 4, "last_loss": min(loss for _, loss in points)}
     run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1} | last])
     curve = pd.DataFrame(points, columns=["compute", "loss"]).assign(layers=layers, epoch=1)
-    spent = {m.column: curve["compute"] for m in measures.MEASURES}
+    spent = dict.fromkeys(measures.COLUMNS, curve["compute"])
     return run, curve.assign(run=variant, **spent)
 
 

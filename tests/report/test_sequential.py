@@ -20,12 +20,6 @@ def design(first: int, step: int, most: int) -> Design:
     return Design(first=first, step=step, most=most)
 
 
-def test_the_looks_of_a_design():
-    assert design(5, 3, 20).at == (5, 8, 11, 14, 17, 20)
-    assert design(5, 4, 12).at == (5, 9, 12)
-    assert design(8, 3, 8).at == (8,)
-
-
 @pytest.mark.parametrize(
     "design",
     [

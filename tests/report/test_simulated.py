@@ -12,22 +12,6 @@ from proglayer.report.comparisons import as_frames
 
 from . import simulated
 
-# What the code gave before it was rebuilt.
-NAMES = (
-    *("plain 95 %", "plain 95 %, controls", "all together"),
-    *("false difference", "false same", "mean error"),
-)
-RATES = [
-    (
-        {"seeds": 5, "distribution": "heavy tails", "studies": 100},
-        (0.942, 0.9475, 0.93, 0.07, 0, -0.001520758412),
-    ),
-    (
-        {"seeds": 4, "epochs": 3, "tested": True, "studies": 200},
-        (0.946, 0.94125, 0.945, 0.055, 0, -0.002642186788),
-    ),
-]
-
 
 @pytest.mark.parametrize(("epochs", "tested"), [(1, False), (3, True)])
 def test_a_study_put_into_the_frames_is_judged_as_its_records_are(
@@ -57,9 +41,3 @@ def test_choosing_among_more_epochs_flatters_on_the_text_that_chooses_and_not_on
     on_test = simulated.simulate(3, studies=30, epochs=10, tested=True)
     assert on_validation["mean error"] < -0.08
     assert abs(on_test["mean error"]) < 0.05
-
-
-@pytest.mark.parametrize(("cell", "frozen"), RATES)
-def test_error_rates_are_those_of_before(cell: dict[str, Any], frozen: tuple[float, ...]):
-    expected = dict(zip(NAMES, frozen, strict=True))
-    assert simulated.simulate(**cell) == pytest.approx(expected)
