@@ -16,7 +16,7 @@ from proglayer.report.arms import Frame, Metric
 from proglayer.report.comparisons import Comparison
 from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results import plain_values
-from proglayer.results.show import CODE, duration, listed, pair, ranges, text_of
+from proglayer.results.show import duration, listed, pair, ranges, text_of
 from proglayer.table import Column, Row, Table, is_missing
 
 ARM = ["variant", "model"]
@@ -390,10 +390,14 @@ def left_out_table(left_out: Frame) -> Table:
     return set_table(left_out, columns, "Left out, for it cannot be read", "left_out")
 
 
+VERSIONS = (
+    *("proglayer", "python", "torch", "platform", "device_name", "threads", "git_commit"),
+    *("git_changed", "corpus", "corpus_fingerprint", "tokenizer", "vocab_size", "seed"),
+)
+
+
 def versions_table(runs: Frame) -> Table:
     """Set the versions, machines, texts and seeds of these runs."""
-    rows = [
-        {"what": name.replace("_", " "), "values": _unique(runs[name])} for name in (*CODE, "seed")
-    ]
+    rows = [{"what": name.replace("_", " "), "values": _unique(runs[name])} for name in VERSIONS]
     columns = [Column("what", "What"), Column("values", "Values in these runs", kind="prose")]
     return Table(rows, columns, "With what it ran")

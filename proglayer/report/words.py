@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from proglayer.console import counted
+from proglayer.errors import printable
 from proglayer.report import arms, stats
 from proglayer.report.arms import DEEP, STANDARD
 from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reason
@@ -35,7 +36,7 @@ def variant_name(variant: str) -> str:
     experiment, space, rest = variant.partition(" ")
     if experiment in arms.ORDER:
         experiment = experiment.removeprefix("control_").replace("_", " ")
-    return experiment + space + rest
+    return printable(experiment + space + rest)
 
 
 def sentence(text: str) -> str:
@@ -144,8 +145,8 @@ def ends(interval: stats.Interval, digits: int) -> str:
 def ends_text(one: Comparison) -> str:
     """Return the interval that a verdict rests on, with its confidence, where it is known."""
     interval = one.judged.interval
-    shown = ends(interval, decimals(one))
-    return f"{shown} ({percent(interval.confidence)})" if shown else ""
+    shown = f"{ends(interval, decimals(one))} ({percent(interval.confidence)})"
+    return shown if math.isfinite(interval.low) else ""
 
 
 def mean_text(one: Comparison) -> str:
