@@ -87,7 +87,7 @@ def _measured(folder: Path, record: RunRecord, corpus: Corpus) -> Measured:
     from proglayer.exits.measure import measure
     from proglayer.run.machine import pick_device
     from proglayer.run.run import load_run
-    from proglayer.training.trainer import Windows
+    from proglayer.training.frozen import Windows
 
     device = pick_device(Device.auto, Precision.float32)
     model = load_run(folder).to(device)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from proglayer.report.early_exit import ChangedLayers, EarlyExit, ExitWorth, Measured
+from proglayer.training.frozen import Windows
 from proglayer.training.model import Model
-from proglayer.training.trainer import Windows
 
 BATCH_WINDOWS = 64
 # Logits of so many bytes are held at once.

@@ -17,11 +17,11 @@ from proglayer.errors import printable
 from proglayer.table import Column, Table
 from proglayer.training.cost import (
     evaluation_flops,
-    memory_bytes,
     parameter_counts,
     training_flops,
 )
-from proglayer.training.plan import Phase, TrainSpec, schedule_warnings
+from proglayer.training.plan import Phase, TrainSpec, schedule_warning
+from proglayer.training.stopping import perplexity
 
 if TYPE_CHECKING:
     from proglayer.training.stopping import EpochMetrics
@@ -37,14 +37,14 @@ class RunDisplay:
         self._phases = phases
         self._said = time.monotonic()
 
-    def phase(self, phase: Phase, train_windows: int) -> None:
+    def phase(self, phase: Phase) -> None:
         """Show that a phase begins."""
         counts = parameter_counts(phase.train)
         tell(
             f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.train.layers} layers, "
             f"{counts.trainable:,} of {counts.total:,} parameters train"
         )
-        for warning in schedule_warnings(phase, train_windows):
+        if warning := schedule_warning(phase):
             tell(f"  {warning}")
 
     def step(self, progress: Progress) -> None:
@@ -66,7 +66,7 @@ class RunDisplay:
         tell(
             f"  epoch {metrics.epoch:>2}  {loss}  "
             f"validation loss {metrics.validation_loss:.4f}  "
-            f"perplexity {metrics.validation_perplexity:.2f}  "
+            f"perplexity {perplexity(metrics.validation_loss):.2f}  "
             f"accuracy {100 * metrics.validation_accuracy:.2f} %  "
             f"({'stored' if reused else f'{seconds:.1f} s'}){' *' if best else ''}"
         )
@@ -115,9 +115,7 @@ def plan_table(
         *([Column("stored", "stored")] if stored else []),
     ]
     shown = Table(rows, columns, title).rich()
-    lines = [text for phase in phases for text in schedule_warnings(phase, train_windows)]
-    most = max(memory_bytes(phase.train, seq_len) for phase in phases)
-    lines.append(f"memory at the peak, by estimate: {most / 1e6:,.0f} MB beside the process itself")
+    lines = [text for phase in phases if (text := schedule_warning(phase))]
     shown.caption = "\n".join(map(printable, lines))
     return shown
 

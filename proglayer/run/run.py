@@ -151,7 +151,7 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
     """
     record, folder = current.record, current.folder
     following = setup.phases[phase.index + 1 : phase.index + 2]
-    current.display.phase(phase, len(setup.corpus.train))
+    current.display.phase(phase)
     machine.reset_peak_memory(setup.device)
     assert record.machine is not None, "the run has begun"
     trajectory = Trajectory(

@@ -39,9 +39,8 @@ class Architecture:
     norm_eps: float
     norm: str = "post"
 
-    # Its head is a matrix of its own, and its weights are float32.
+    # Its head is a matrix of its own.
     tied = False
-    weight_bytes = 4
 
     @property
     def final_norm(self) -> bool:
@@ -86,8 +85,3 @@ class CausalLM:
 
     # What the families have in common.
     final_norm = True
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of one weight."""
-        return 2 if self.dtype == "bfloat16" else 4

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +55,10 @@ FAMILIES = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gpt2": Family(
-        "wte",
-        "h",
-        "ln_f",
-        ("attn.c_proj", "mlp.c_proj"),
-        positions="wpe",
-        norm_eps="layer_norm_epsilon",
-        hidden="n_inner",
+        "wte", "h", "ln_f", ("attn.c_proj", "mlp.c_proj"), "wpe", "layer_norm_epsilon", "n_inner"
     ),
     "gpt_neox": Family(
-        "embed_in",
-        "layers",
-        "final_layer_norm",
-        ("attention.dense", "mlp.dense_4h_to_h"),
+        *("embed_in", "layers", "final_layer_norm", ("attention.dense", "mlp.dense_4h_to_h")),
         norm_eps="layer_norm_eps",
     ),
 }
@@ -99,14 +90,12 @@ class CausalModel(Model):
         super().__init__()
         family = FAMILIES[inner.config.model_type]
         base = inner.base_model
-        embeddings = {"tokens": base.get_submodule(family.tokens)}
-        if family.positions is not None:
-            embeddings["positions"] = base.get_submodule(family.positions)
+        names = {"tokens": family.tokens, "positions": family.positions}
         self.outputs = family.outputs
-        self.embedding = nn.ModuleDict(embeddings)
-        layers = base.get_submodule(family.layers)
-        assert isinstance(layers, nn.ModuleList)
-        self.layers = layers
+        self.embedding = nn.ModuleDict(
+            {part: base.get_submodule(name) for part, name in names.items() if name}
+        )
+        self.layers = cast("nn.ModuleList", base.get_submodule(family.layers))
         self.norm = base.get_submodule(family.norm)
         self.tied = tied
         if not tied:
@@ -192,28 +181,19 @@ def loaded(architecture: CausalLM, layers: int, folder: Path) -> CausalModel:
     settings = json.loads(architecture.settings)
     # The files may hold one tensor where the model is to have two.
     stored = settings | {"tie_word_embeddings": library_settings(folder)["tie_word_embeddings"]}
-    try:
-        with quiet():
-            inner, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
-                folder,
-                config=configuration(architecture.family, stored, layers),
-                dtype=DTYPES[architecture.dtype],
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # the library raises many kinds
-        raise ConfigError(
-            f"model.path={folder}: its weights cannot be read ({first_line(error)})"
-        ) from error
-    if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(
-            f"model.path={folder}: its weights lack {missing[0]}{more}: is it whole, and a causal "
-            "language model?"
+    with reading(folder, "weights"):
+        inner, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+            folder,
+            config=configuration(architecture.family, stored, layers),
+            dtype=DTYPES[architecture.dtype],
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
+    if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
+        raise ConfigError(f"model.path={folder}: its weights lack {missing[0]}: is it whole?")
     if stored["tie_word_embeddings"] and not architecture.tied:
         head = _head(inner)
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -231,15 +211,8 @@ def library_settings(folder: Path) -> dict[str, Any]:
     """All settings of the model in `folder`, by the library's names. Raises ConfigError."""
     from transformers import AutoConfig
 
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-    except Exception as error:  # the library raises many kinds
-        raise ConfigError(
-            f"model.path={folder}: its settings cannot be read ({first_line(error)})"
-        ) from error
+    with reading(folder, "settings"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return config.to_dict()
 
 
@@ -293,16 +266,12 @@ def known_family(found: Pretrained, path: str) -> str:
     """The family of a checkpoint. Raises ConfigError for one that is not known here."""
     family, known = found.config.get("model_type"), ", ".join(FAMILIES)
     if found.config.get("auto_map"):
-        raise ConfigError(
-            f"model.path={path} asks for code of its own, which is never run: take a model of one "
-            f"of the families {known}"
-        )
-    if family in FAMILIES:
+        wrong = "asks for code of its own, which is never run"
+    elif family in FAMILIES:
         return family
-    raise ConfigError(
-        f"model.path={path} is of the family {family}, which is no causal language model of one of "
-        f"the families {known}"
-    )
+    else:
+        wrong = f"is of the family {family}, which is no causal language model known here"
+    raise ConfigError(f"model.path={path} {wrong}: take a model of one of the families {known}")
 
 
 def _untrained(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -319,26 +288,21 @@ def _untrained(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, A
         family.hidden: (model.ffn_multiple or 4) * model.dim,
         family.norm_eps: 1e-6 if model.norm_eps is None else model.norm_eps,
         # The library's own would be those of a tokenizer that is not this one.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     if family is LLAMA:
         settings["num_key_value_heads"] = model.num_kv_heads or model.num_heads
         settings["head_dim"] = model.dim // model.num_heads
     if family.positions is None and model.rotary_base is not None:
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    config = configuration(model.family.name, settings, 1)
-    return config.to_dict()
+    return configuration(model.family.name, settings, 1).to_dict()
 
 
 def _check(what: str, config: PretrainedConfig, vocab_size: int, seq_len: int) -> None:
     """Raise ConfigError where a model does not fit the text, or cannot be grown."""
     if config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"{what} knows {config.vocab_size:,} tokens, and the text has {vocab_size:,}: its "
-            "tokenizer is another one, so take data.tokenizer=model"
-        )
+        counts = f"{config.vocab_size:,} tokens, and the text has {vocab_size:,}"
+        raise ConfigError(f"{what} knows {counts}: take its own, data.tokenizer=model")
     # A window that attention slides over ends what can be seen as the positions do.
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     if seq_len > (most := min(window, config.max_position_embeddings)):
@@ -371,6 +335,17 @@ def _sizes(family: str, settings: Mapping[str, Any], tied: bool) -> Sizes:
         attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         hidden=getattr(config, FAMILIES[family].hidden) or 4 * config.hidden_size,
     )
+
+
+@contextlib.contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Let the library read in quiet; its errors, of many kinds, become ConfigError."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        reason = f"its {what} cannot be read ({first_line(error)})"
+        raise ConfigError(f"model.path={folder}: {reason}") from error
 
 
 @contextlib.contextmanager

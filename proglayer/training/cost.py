@@ -1,13 +1,10 @@
-"""What a phase costs: parameters, operations and memory. Needs no torch."""
+"""What a phase costs: parameters and operations. Needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from proglayer.training.plan import TrainSpec
-
-# The loss's buffer of exponentials on a CPU (`blocks.KEPT_BYTES`).
-MOST_BYTES_OF_LOSS = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -66,29 +63,6 @@ def training_flops(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int
             body += matrices - reading * (lowest == layer)
             body += matrices * (layer in spec.trained_layers)
     return Flops(head=head, body=body)
-
-
-def memory_bytes(spec: TrainSpec, seq_len: int) -> int:
-    """An estimate of the bytes that training holds at its peak, the process itself apart.
-
-    Weights; gradients and the two moments of what trains; what each layer above the lowest that
-    trains keeps for the backward pass (for each token, its inputs, queries, keys and values, and
-    the feed-forward's widths; with `checkpoint_activations` its input, and one layer all of that);
-    hidden states and their gradients at the exits; and the buffers of the loss.
-    """
-    shape = spec.architecture
-    sizes, counts, width = shape.sizes, parameter_counts(spec), shape.weight_bytes
-    parameters = width * (counts.total + 3 * counts.trainable)
-    tokens = spec.batch_size // spec.accumulate * seq_len
-    layer = 6 * shape.dim + 4 * sizes.attention + 4 * sizes.hidden
-    first = max(0, spec.lowest_trained)
-    layers = max(0, min(spec.last_read + 1, spec.layers) - first)
-    kept = layers * (shape.dim if spec.checkpoint_activations else layer)
-    kept += layer * (spec.checkpoint_activations and layers > 0)
-    exits = sum(weight > 0 for weight in spec.exit_weights)
-    kept += 3 * exits * shape.dim
-    buffers = min(MOST_BYTES_OF_LOSS, 4 * tokens * shape.vocab_size)
-    return parameters + width * tokens * kept + buffers
 
 
 def evaluation_flops(spec: TrainSpec, seq_len: int, validation_windows: int) -> Flops:

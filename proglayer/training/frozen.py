@@ -1,8 +1,8 @@
-"""The hidden states of a phase's frozen layers, computed once and kept (`cache_frozen=true`).
+"""What a phase reads: windows of tokens, and the hidden states of its frozen layers, computed once
+and kept (`cache_frozen=true`).
 
 What lies below the lowest layer that trains gives the same hidden states in every epoch. Kept for
-all windows they cost windows x positions x dim x 4 bytes for each exit that is read: in memory up
-to a share of what is free, beyond it in a file that is gone with the process.
+all windows they cost windows x positions x dim x 4 bytes of memory for each exit that is read.
 
 They are formed in the order of the windows, in batches of the phase's size: a function of weights
 and text alone, so that a resumed phase has the same bits. Against the uncached path they differ by
@@ -13,38 +13,47 @@ Shapes in names: n windows, t positions, d model dimension.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from proglayer.config import ConfigError
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec
 
-SHARE_OF_FREE_MEMORY = 0.25
+
+class Windows:
+    """Token windows (n, t + 1) to be batched: memory-mapped on the CPU, else on the device."""
+
+    def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
+        self.seq_len = tokens.shape[1] - 1
+        self.device = device
+        self._mapped = tokens
+        self._resident: Tensor | None = None
+        if device.type != "cpu":
+            self._resident = torch.from_numpy(np.array(tokens)).to(device)
+
+    def __len__(self) -> int:
+        return len(self._mapped)
+
+    def batch(self, rows_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (n, t), int64, of the windows numbered `rows_n` (on the CPU)."""
+        if self._resident is not None:
+            tokens = self._resident[rows_n.to(self.device, non_blocking=True)].long()
+        else:
+            tokens = torch.from_numpy(self._mapped[rows_n.numpy()]).long()
+        return tokens[:, :-1], tokens[:, 1:]
 
 
 class FrozenStates:
     """Hidden states at the exits below the first layer that trains, for all windows.
 
     exits: those to be read; the one that the first trained layer starts from is kept as well.
-    windows: how many there are; inputs: the tokens (n, t) of those of these numbers.
     """
 
-    def __init__(
-        self,
-        spec: TrainSpec,
-        exits: Sequence[int],
-        windows: int,
-        inputs: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.spec, self.windows, self.inputs = spec, windows, inputs
+    def __init__(self, spec: TrainSpec, exits: Sequence[int], windows: Windows) -> None:
+        self.spec, self.windows = spec, windows
         self.first = min(spec.lowest_trained, 1 + max(exits))
         self.above = max(exits) >= self.first
         self.kept = [e for e in range(self.first) if e in exits or e == self.first - 1]
@@ -53,7 +62,7 @@ class FrozenStates:
     def hidden(self, model: Model, window_n: Tensor) -> dict[int, Tensor]:
         """Hidden states (n, t, d) by exit, of the windows of these numbers.
 
-        The first call computes them for all. Raises ConfigError where they find no room.
+        The first call computes them for all.
         """
         if self._states is None:
             self._states = self._compute(model)
@@ -66,41 +75,13 @@ class FrozenStates:
     @torch.no_grad()
     def _compute(self, model: Model) -> list[Tensor]:
         states: list[Tensor] = []
-        for window_n in torch.arange(self.windows).split(self.spec.batch_size):
-            x_ntd = model.embed(self.inputs(window_n))
+        for window_n in torch.arange(len(self.windows)).split(self.spec.batch_size):
+            x_ntd = model.embed(self.windows.batch(window_n)[0])
             below = model.layers_from(0, x_ntd, self.first)
             hidden_entd = [below[e] for e in self.kept]
             if not states:
-                shape = (self.windows, *hidden_entd[0].shape[1:])
                 with torch.inference_mode(False):
-                    states = [_room(shape, x.dtype, len(self.kept)) for x in hidden_entd]
+                    states = [x.new_empty(len(self.windows), *x.shape[1:]) for x in hidden_entd]
             for kept, hidden_ntd in zip(states, hidden_entd, strict=True):
                 kept[window_n] = hidden_ntd
         return states
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> Tensor:
-    """An uninitialised tensor, one of `count`: in memory, or where that is scarce, in a file."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    if count * size <= SHARE_OF_FREE_MEMORY * _free_bytes():
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryFile() as file:
-        # Not a sparse file: a disk that fills up later would end the process by a signal.
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise ConfigError(
-                f"cache_frozen=true: {count * size / 1e6:,.0f} MB of hidden states find no room in "
-                f"memory, nor in {tempfile.gettempdir()} ({error.strerror}): set cache_frozen=false"
-            ) from error
-        flat = np.memmap(file, np.uint8, "r+", shape=(size,))  # holds the file
-    return torch.from_numpy(flat).view(dtype).view(shape)
-
-
-def _free_bytes() -> int:
-    """Memory that can be had without swapping; 0 where the system does not report it."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0

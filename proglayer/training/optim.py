@@ -17,15 +17,11 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def role_of(name: str, spec: TrainSpec) -> Role:
-    """The role of the parameter called `name`. Raises ValueError for one that has none."""
+    """The role of the parameter called `name`: the final norm's is that of the head."""
     part, _, rest = name.partition(".")
-    if part == "embedding":
-        return Role.embedding
-    if part in ("head", "norm"):
-        return Role.head
     if part == "layers":
         return Role.new if int(rest.split(".")[0]) in spec.new_layers else Role.existing
-    raise ValueError(f"parameter {name} has no role")
+    return Role.embedding if part == "embedding" else Role.head
 
 
 def trains(name: str, spec: TrainSpec) -> bool:
@@ -65,31 +61,19 @@ def build_optimizer(model: Model, spec: TrainSpec) -> torch.optim.AdamW:
     settings = spec.optimizer
     groups = []
     for role, decays in itertools.product(Role, (True, False)):
-        names = [
-            name
+        named = {
+            name: parameter
             for name, parameter in trainable.items()
             if role_of(name, spec) is role and decayed(name, parameter, settings) is decays
-        ]
-        if names:
+        }
+        if named:
             rate = getattr(spec.rates, role)
-            group = {
-                "params": [trainable[name] for name in names],
-                "lr": rate,
-                "base_lr": rate,
-                "role": role,
-                "names": names,
-            }
-            groups.append(group if decays else {**group, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(
-        groups,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    owned = {name for group in optimizer.param_groups for name in group["names"]}
-    assert owned == set(trainable), "the optimizer's set is not the trainable set"
-    return optimizer
+            group = {"params": list(named.values()), "names": list(named), "role": role}
+            group |= {"lr": rate, "base_lr": rate}
+            group["weight_decay"] = settings.weight_decay if decays else 0.0
+            groups.append(group)
+    betas = settings.beta1, settings.beta2
+    return torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -100,12 +84,12 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as tensors named `<parameter>/<entry>`, sharing storage with it."""
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for entry, value in optimizer.state[parameter].items():
-                tensors[f"{name}/{entry}"] = value
-    return tensors
+    return {
+        f"{name}/{entry}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for entry, value in optimizer.state[parameter].items()
+    }
 
 
 def carried_tensors(tensors: dict[str, Tensor], spec: TrainSpec, layers: int) -> dict[str, Tensor]:
@@ -137,6 +121,5 @@ def start_from(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
         for name, parameter in zip(group["names"], group["params"], strict=True):
             entries = {e: tensors[f"{name}/{e}"] for e in MOMENTS if f"{name}/{e}" in tensors}
             if entries:
-                optimizer.state[parameter] = {
-                    entry: value.clone().to(parameter.device) for entry, value in entries.items()
-                }
+                copies = {e: value.clone().to(parameter.device) for e, value in entries.items()}
+                optimizer.state[parameter] = copies

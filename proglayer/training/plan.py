@@ -257,37 +257,31 @@ def plan(
 
     Raises ConfigError where the settings and the corpus, or the depths, do not fit together.
     """
-    vocab_size = _padded(config, vocab_size)
-    if config.model.kind is ModelKind.causal_lm:
-        return _causal_lm_phases(config, vocab_size, checkpoint)
-    model = config.model
-    sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
-    assert None not in sizes, "to_config refuses it"
-    architecture = Architecture(vocab_size, *sizes, model.norm.name)  # pyright: ignore[reportArgumentType]
-    return tuple(_phases(config, architecture))
+    model, padded = config.model, config.model.vocab_size
+    if padded is not None and padded < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={padded} is smaller than the corpus's vocabulary of {vocab_size}: "
+            "raise it, or lower data.max_vocab"
+        )
+    vocab_size, depth = padded or vocab_size, None
+    if model.kind is ModelKind.causal_lm:
+        from proglayer.training.causal_lm import architecture_of
 
-
-def _causal_lm_phases(
-    config: Config, vocab_size: int, checkpoint: Pretrained | None
-) -> tuple[Phase, ...]:
-    """The phases of a model of `transformers`, which is imported here."""
-    from proglayer.training.causal_lm import architecture_of
-
-    path = config.model.path
-    assert (path is None) is (checkpoint is None), "open_checkpoint comes before"
-    architecture, depth = architecture_of(config.model, checkpoint, vocab_size, config.data.seq_len)
+        architecture, depth = architecture_of(model, checkpoint, vocab_size, config.data.seq_len)
+    else:
+        sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
+        architecture = Architecture(vocab_size, *sizes, model.norm.name)  # pyright: ignore[reportArgumentType]
     if depth is not None:
         layers = depth if config.initial_layers is None else config.initial_layers
         config = config.model_copy(update={"initial_layers": layers})
         if problems := list(depth_problems(config)):
             raise ConfigError("\n".join(problems))
     # A plan is shown without its weights, which may be large.
-    has_weights = checkpoint is not None and not config.plan
-    sha256 = checkpoint.sha256() if checkpoint is not None and has_weights else None
+    sha256 = None if checkpoint is None or config.plan else checkpoint.sha256()
     phases = tuple(_phases(config, architecture, sha256))
     if depth is not None and phases[0].train.layers > depth:
         raise ConfigError(
-            f"model.path={path} has {depth} layers, and the first phase asks for "
+            f"model.path={model.path} has {depth} layers, and the first phase asks for "
             f"{phases[0].train.layers}: lower initial_layers, or take phase=grow_once"
         )
     for phase in phases:
@@ -301,20 +295,8 @@ def _causal_lm_phases(
     return phases
 
 
-def _padded(config: Config, vocab_size: int) -> int:
-    padded = config.model.vocab_size
-    if padded is None:
-        return vocab_size
-    if padded < vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={padded} is smaller than the corpus's vocabulary of {vocab_size}: "
-            "raise it, or lower data.max_vocab"
-        )
-    return padded
-
-
 def _phases(
-    config: Config, architecture: Architecture | CausalLM, checkpoint_sha256: str | None = None
+    config: Config, architecture: Architecture | CausalLM, sha256: str | None
 ) -> Iterator[Phase]:
     schedule = config.phase.schedule
     assert config.initial_layers is not None, "to_config refuses it"
@@ -323,8 +305,7 @@ def _phases(
     every = tuple(range(layers))
     base, initial = config.lr.base, config.freeze.initial
     rates = Rates(base, base, base if initial.embedding else None, base if initial.head else None)
-    first = _phase(config, architecture, 0, None, layers, every, every, rates)
-    yield replace(first, train=replace(first.train, checkpoint_sha256=checkpoint_sha256))
+    yield _phase(config, architecture, sha256, 0, None, layers, every, every, rates)
     growths: list[int] = {
         PhaseSchedule.grow_once: [config.added_layers],
         PhaseSchedule.one_at_a_time: [1] * config.added_layers,
@@ -350,12 +331,15 @@ def _phases(
                 head=base * factor.head if step.head else None,
             )
             grown = growth if number == 0 else None
-            yield _phase(config, architecture, index, grown, layers, new_layers, trained, rates)
+            yield _phase(
+                config, architecture, None, index, grown, layers, new_layers, trained, rates
+            )
 
 
 def _phase(
     config: Config,
     architecture: Architecture | CausalLM,
+    checkpoint_sha256: str | None,
     index: int,
     growth: Growth | None,
     layers: int,
@@ -381,7 +365,7 @@ def _phase(
         index=index,
         seed=config.seed,
         architecture=architecture,
-        checkpoint_sha256=None,
+        checkpoint_sha256=checkpoint_sha256,
         layers=layers,
         growth=growth,
         new_layers=new_layers,
@@ -419,26 +403,18 @@ def _phase(
             f"{train.last_read + 1} of {layers}: layer {', '.join(above)} would get no gradient "
             f"in phase {index + 1}"
         )
+    # What frozen layers give below all that trains can be kept.
+    lowest, last = train.lowest_trained, train.exits - 1
+    gated = growth is not None and growth.gate_steps and min(new_layers) < lowest
+    keeps = config.cache_frozen and lowest > 0 and not gated and not config.compile
+    every = config.model.evaluated_exits is EvaluatedExits.all
     return Phase(
-        train=replace(train, cache_frozen=_caches(config, train)),
+        train=replace(train, cache_frozen=keeps),
         stop=StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
-        evaluate=_evaluated(config, train),
+        evaluate=tuple(
+            e for e, weight in enumerate(train.exit_weights) if every or weight > 0 or e == last
+        ),
     )
-
-
-def _caches(config: Config, train: TrainSpec) -> bool:
-    """Whether the phase has frozen layers, below all that trains, whose output is kept."""
-    lowest = train.lowest_trained
-    gated = train.growth is not None and train.growth.gate_steps and min(train.new_layers) < lowest
-    return config.cache_frozen and lowest > 0 and not gated and not config.compile
-
-
-def _evaluated(config: Config, train: TrainSpec) -> tuple[int, ...]:
-    """The exits that are evaluated: all, or the last and those that the loss reads."""
-    every = range(train.exits)
-    if config.model.evaluated_exits is EvaluatedExits.all:
-        return tuple(every)
-    return tuple(e for e in every if train.exit_weights[e] > 0 or e == every[-1])
 
 
 def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[float, ...]:
@@ -447,35 +423,25 @@ def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[fl
     named, setting = own.exit_weights, "the phase's own exit_weights"
     if named is None:
         named, setting = config.model.exit_weights, "model.exit_weights"
-    if named == ExitWeights.last.name:
-        return (0.0,) * (layers - 1) + (1.0,)
-    if named == ExitWeights.uniform.name:
-        raw = [1.0] * layers
-    elif named == ExitWeights.linear.name:
-        raw = [float(i + 1) for i in range(layers)]
-    elif len(named) < layers:
+    shapes = {
+        ExitWeights.last.name: [0] * (layers - 1) + [1],
+        ExitWeights.uniform.name: [1] * layers,
+        ExitWeights.linear.name: range(1, layers + 1),
+    }
+    raw = shapes[named] if isinstance(named, str) else named[:layers]
+    if len(raw) < layers:
         raise ConfigError(f"{setting}={list(named)} has {len(named)} weights for {layers} layers")
-    else:
-        raw = [float(weight) for weight in named[:layers]]
     if sum(raw) == 0:
         raise ConfigError(f"{setting}={list(named)} gives no weight to any of {layers} layers")
     return tuple(weight / sum(raw) for weight in raw)
 
 
-def schedule_warnings(phase: Phase, train_windows: int) -> Iterator[str]:
-    """What to know of a schedule: patience may end the phase before it does, or its warm-up takes
-    longer than the phase.
-    """
+def schedule_warning(phase: Phase) -> str | None:
+    """Tell where patience may end the phase before its schedule does."""
     schedule, patience = phase.train.schedule, phase.stop.patience
-    total, warmup = schedule.total_epochs, schedule.warmup_steps
-    if total is not None and patience < total:
-        yield (
-            f"lr.schedule={schedule.shape.name} ends after {total} epochs; "
-            f"patience={patience} may stop phase {phase.index + 1} before"
-        )
-    steps = phase.stop.max_epochs * phase.train.steps_per_epoch(train_windows)
-    if 0 < steps < warmup:
-        yield (
-            f"lr.warmup_steps={warmup} is more than the {steps} steps of phase {phase.index + 1}: "
-            f"its rate gets to {steps / warmup:.2g} of what was asked for"
-        )
+    if schedule.total_epochs is None or patience >= schedule.total_epochs:
+        return None
+    return (
+        f"lr.schedule={schedule.shape.name} ends after {schedule.total_epochs} epochs; "
+        f"patience={patience} may stop phase {phase.index + 1} before"
+    )

@@ -20,10 +20,6 @@ class StoppingRule:
         """The first epoch that is read: 0, the model as it is, where none is trained."""
         return min(1, self.max_epochs)
 
-    def improves(self, loss: float, best: float) -> bool:
-        """Whether an epoch with this validation loss is an improvement on the best so far."""
-        return loss < best - self.min_delta
-
 
 @dataclass(frozen=True)
 class EpochMetrics:
@@ -40,10 +36,6 @@ class EpochMetrics:
     train_seconds: float
     evaluation_seconds: float
 
-    @property
-    def validation_perplexity(self) -> float:
-        return perplexity(self.validation_loss)
-
 
 def best_of(epochs: Iterable[EpochMetrics], rule: StoppingRule) -> EpochMetrics | None:
     """The best of `epochs`, in their order; the only place that says which it is.
@@ -53,7 +45,7 @@ def best_of(epochs: Iterable[EpochMetrics], rule: StoppingRule) -> EpochMetrics 
     """
     best = None
     for metrics in epochs:
-        if best is None or rule.improves(metrics.validation_loss, best.validation_loss):
+        if best is None or metrics.validation_loss < best.validation_loss - rule.min_delta:
             best = metrics
     return best
 

@@ -6,7 +6,6 @@ Shapes in names: n windows, t positions, d model dimension, e exits, v vocabular
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -21,7 +20,7 @@ from torch.profiler import record_function
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
 from proglayer.training.build import stream
-from proglayer.training.frozen import FrozenStates
+from proglayer.training.frozen import FrozenStates, Windows
 from proglayer.training.growth import gate_value
 from proglayer.training.loss import ExitScores, Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Model
@@ -41,10 +40,6 @@ SHARE_STEPS = 10
 
 class Diverged(UserError):
     """The training loss is no longer a finite number."""
-
-
-class NotCompiled(UserError):
-    """The model's body cannot be compiled on this machine."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,12 @@ class Training:
         self.model.checkpoint_activations = spec.checkpoint_activations
         self.optimizer = build_optimizer(self.model, spec)
         start_from(self.optimizer, carried or {})
-        self.body = compiled(self.model) if spec.compile else self.model
+        self.body = self.model
+        if spec.compile:
+            # What was compiled while other layers trained might be run in its place (PyTorch
+            # #139476).
+            torch.compiler.reset()
+            self.body = torch.compile(self.model, dynamic=False)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         # Exits that carry no weight in the loss are not read in training.
         self.read_exits = [e for e, weight in enumerate(spec.exit_weights) if weight > 0]
@@ -104,9 +104,9 @@ class Training:
         # Of training windows, and of validation windows at the last exit.
         self.frozen = self.frozen_validation = None
         if spec.cache_frozen and device.type == "cpu":
-            self.frozen = _frozen_states(spec, self.windows, self.read_exits)
+            self.frozen = FrozenStates(spec, self.read_exits, self.windows)
             held = Windows(corpus.validation, device)
-            self.frozen_validation = _frozen_states(spec, held, [spec.exits - 1])
+            self.frozen_validation = FrozenStates(spec, [spec.exits - 1], held)
         self.workspace = Workspace()
         self.recorded = None
         if self.records and device.type == "cuda" and spec.accumulate == 1 and not spec.compile:
@@ -169,15 +169,8 @@ class Training:
             if after_step is not None:
                 windows = min(self.step * spec.batch_size, len(self.windows))
                 tokens = (windows - first_step * spec.batch_size) * self.windows.seq_len
-                after_step(
-                    Progress(
-                        self.epoch + 1,
-                        self.step,
-                        self.steps_per_epoch,
-                        mean,
-                        tokens / max(now - started, 1e-9),
-                    )
-                )
+                rate = tokens / max(now - started, 1e-9)
+                after_step(Progress(self.epoch + 1, self.step, self.steps_per_epoch, mean, rate))
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
         set_gate(model, spec, self.epoch * self.steps_per_epoch + self.step)
 
@@ -214,11 +207,9 @@ class Training:
         with autocast(self.spec, self.device):
             hidden_entd = self.hidden(input_nt, window_n)
             with record_function("head and loss"):  # with the gradients of both
+                attached = [spec.last_read] if spec.detached else exits
                 states = [
-                    hidden_entd[e].detach()
-                    if spec.detached and e != spec.last_read
-                    else hidden_entd[e]
-                    for e in exits
+                    hidden_entd[e] if e in attached else hidden_entd[e].detach() for e in exits
                 ]
                 return self.cross_entropy(
                     [self.model.read(hidden_ntd).flatten(0, 1) for hidden_ntd in states],
@@ -299,82 +290,28 @@ def evaluate(
     ]
 
 
-class Windows:
-    """Token windows (n, t + 1) to be batched: memory-mapped on the CPU, else on the device."""
-
-    def __init__(self, tokens: np.ndarray, device: torch.device) -> None:
-        self.seq_len = tokens.shape[1] - 1
-        self.device = device
-        self._mapped = tokens
-        self._resident: Tensor | None = None
-        if device.type != "cpu":
-            self._resident = torch.from_numpy(np.array(tokens)).to(device)
-
-    def __len__(self) -> int:
-        return len(self._mapped)
-
-    def batch(self, rows_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (n, t), int64, of the windows numbered `rows_n` (on the CPU)."""
-        if self._resident is not None:
-            tokens = self._resident[rows_n.to(self.device, non_blocking=True)].long()
-        else:
-            tokens = torch.from_numpy(self._mapped[rows_n.numpy()]).long()
-        return tokens[:, :-1], tokens[:, 1:]
-
-
 def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of the new layers' gradient over that of all that trains: a scalar from 0 to 1."""
 
-    def squares(new: bool) -> list[Tensor]:
-        return [
-            parameter.grad.square().sum()
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None and (not new or group["role"] is Role.new)
-        ]
-
-    every, new = squares(new=False), squares(new=True)
-    total = torch.stack(every).sum()
+    squares = [
+        (group["role"] is Role.new, parameter.grad.square().sum())
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    total = torch.stack([square for _, square in squares]).sum()
+    new = [square for is_new, square in squares if is_new]
     return (torch.stack(new).sum() / total).sqrt() if new else torch.zeros_like(total)
-
-
-def _frozen_states(spec: TrainSpec, windows: Windows, exits: Sequence[int]) -> FrozenStates:
-    return FrozenStates(spec, exits, len(windows), lambda window_n: windows.batch(window_n)[0])
 
 
 def set_gate(model: Model, spec: TrainSpec, step: int) -> None:
     """Give the model its gate at optimizer step `step` of the phase: none any more once it is 1."""
     value = gate_value(spec.growth, step)
-    if value is None:
-        model.gate, model.gated_layers = None, ()
-    else:
-        device = model.head_weight.device
-        model.gate, model.gated_layers = torch.tensor(value, device=device), spec.new_layers
+    model.gate = None if value is None else torch.tensor(value, device=model.head_weight.device)
+    model.gated_layers = spec.new_layers
 
 
-def autocast(spec: TrainSpec, device: torch.device) -> contextlib.AbstractContextManager[object]:
+def autocast(spec: TrainSpec, device: torch.device) -> torch.autocast:
     """Mixed precision for body and head, where the phase asks for it."""
-    if spec.precision is Precision.bfloat16:
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def compiled(model: Model) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The model's forward pass by `torch.compile`, made again.
-
-    The first call with tokens of a new shape compiles; it raises NotCompiled where that fails.
-    """
-    # What was compiled while other layers trained might be run in its place (PyTorch #139476).
-    torch.compiler.reset()
-    forward = torch.compile(model, dynamic=False)
-
-    def body(tokens_nt: Tensor) -> tuple[Tensor, ...]:
-        from torch._dynamo.exc import TorchDynamoException
-
-        try:
-            return forward(tokens_nt)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).split("\n\n")[0].split())
-            raise NotCompiled(f"compile=true fails here ({reason}): set compile=false") from error
-
-    return body
+    mixed = spec.precision is Precision.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed)

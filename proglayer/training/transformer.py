@@ -58,15 +58,13 @@ class Layer(nn.Module):
     """One layer: attention and feed-forward, each with a residual sum and a norm.
 
     The norm follows the sum (`post`, Vaswani et al. 2017) or precedes the branch (`pre`, Xiong et
-    al. 2020). Raises ValueError for another `norm`.
+    al. 2020).
     """
 
     def __init__(
         self, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float, norm: str
     ) -> None:
         super().__init__()
-        if norm not in ("post", "pre"):
-            raise ValueError(f"norm={norm} is neither post nor pre")
         self.pre_norm = norm == "pre"
         self.attention = Attention(dim, num_heads)
         self.norm1 = nn.RMSNorm(dim, eps=norm_eps)
@@ -116,8 +114,18 @@ class Transformer(Model):
         )
         return {"cos_tk": cos_tk, "sin_tk": sin_tk}
 
+    @torch.no_grad()
     def initialize(self, part: nn.Module, generator: torch.Generator) -> None:
-        initialize(part, self.dim, generator)
+        """In the order of its parameters. Embedding: truncated normal, std 0.02. Linear layers:
+        truncated normal, std dim^-0.5, PyTorch's default bounds. Gains: one.
+        """
+        for module in part.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.dim**-0.5, generator=generator)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
 
     @torch.no_grad()
     def silence(self, layer: nn.Module) -> None:
@@ -146,19 +154,3 @@ def rotate(x_nhtk: Tensor, cos_tk: Tensor, sin_tk: Tensor) -> Tensor:
     a, b = x_nhtk.chunk(2, dim=-1)
     turned = x_nhtk * cos_tk + torch.cat([-b, a], dim=-1) * sin_tk
     return turned.to(x_nhtk.dtype)
-
-
-@torch.no_grad()
-def initialize(module: nn.Module, dim: int, generator: torch.Generator) -> None:
-    """Draw the weights of `module` from `generator` (on the CPU), in the order of its parameters.
-
-    Embedding: truncated normal, std 0.02. Linear layers: truncated normal, std dim^-0.5, PyTorch's
-    default bounds. Gains: one.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Embedding):
-            nn.init.trunc_normal_(part.weight, std=0.02, generator=generator)
-        elif isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=dim**-0.5, generator=generator)
-        elif isinstance(part, nn.RMSNorm):
-            nn.init.ones_(part.weight)

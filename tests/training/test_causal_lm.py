@@ -17,7 +17,7 @@ from proglayer.store.checkpoint import load_model as load_stored
 from proglayer.store.checkpoint import load_training, pack_training, pack_weights
 from proglayer.store.trajectory import describe
 from proglayer.training.build import build, grow, restored
-from proglayer.training.cost import memory_bytes, parameter_counts, training_flops
+from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec, open_checkpoint, plan
 from proglayer.training.trainer import Training, evaluate
@@ -253,7 +253,6 @@ def test_weights_in_bfloat16_train_and_are_half_as_large(family: str) -> None:
     (after,) = evaluate(training.model, phase, CORPUS, CPU, [2])
     assert after.loss < before.loss
     assert {p.dtype for p in training.model.parameters()} == {torch.bfloat16}
-    assert phase.architecture.weight_bytes == 2
     wide = len(pack_weights(of_family(family)[0], build(of_family(family)[0]).state_dict()))
     assert len(pack_weights(phase, training.model.state_dict())) < 0.75 * wide
 
@@ -500,22 +499,7 @@ def test_a_plan_of_a_billion_parameters_takes_no_room() -> None:
     assert parameter_counts(first).total == total > 1e9
     assert parameter_counts(second).total == total + 2 * layer
     assert training_flops(first, 128, 8).body > 6 * 8 * 128 * 16 * (layer - 2 * 2048)
-    # Weights, gradients and two moments of 4 bytes each, and what the backward pass needs.
-    assert 16 * total < memory_bytes(first, 128) < 40 * total
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
-
-
-def test_what_is_meant_to_save_memory_saves_it_by_estimate() -> None:
-    plain, *saving = (
-        memory_bytes(of_family("llama", "phase.batch_size=64", *more)[0], 512)
-        for more in (
-            (),
-            ("phase.accumulate=8",),
-            ("model.checkpoint_activations=true",),
-            ("model.weights=bfloat16",),
-        )
-    )
-    assert all(estimate < 0.75 * plain for estimate in saving)
 
 
 def test_who_does_not_ask_for_the_library_does_not_import_it() -> None:

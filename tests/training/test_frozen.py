@@ -1,16 +1,13 @@
-"""Hidden states of frozen layers, kept: the same training, wherever they are kept."""
+"""Hidden states of frozen layers, kept: the same training."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from proglayer.config import ConfigError
-from proglayer.training import frozen
 from proglayer.training.build import grow
 from proglayer.training.cost import evaluation_flops, training_flops
 from proglayer.training.model import Model
@@ -53,7 +50,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("overrides", SHAPES, ids=" ".join)
 def test_kept_states_give_the_training_that_computed_ones_give(
-    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    overrides: tuple[str, ...],
 ) -> None:
     model, phase = grown(*overrides)
     cached_model, cached = grown(*overrides, "cache_frozen=true")
@@ -65,14 +62,8 @@ def test_kept_states_give_the_training_that_computed_ones_give(
     for mine, theirs in zip(cached_weights, weights, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
-    # In a file instead of memory: the same bits.
-    monkeypatch.setattr(frozen, "SHARE_OF_FREE_MEMORY", 0.0)
-    in_file, file_weights = train(grown(*overrides, "cache_frozen=true")[0], cached)
-    assert in_file == found
-    assert all(map(torch.equal, file_weights, cached_weights))
 
-
-def test_the_frozen_layers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frozen_layers_run_once() -> None:
     model, phase = grown("cache_frozen=true")
     runs: list[int] = []
     model.layers[0].register_forward_hook(lambda *_: runs.append(1))
@@ -96,15 +87,3 @@ def test_the_plan_counts_frozen_layers_once_a_phase() -> None:
         # Three of four layers of the forward pass, each of a fourth of an evaluation.
         layer = evaluation_flops(planned()[1], 8, 40).body / 4
         assert every.body - cached.body == 3 * layer
-
-
-def test_no_room_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, phase = grown("cache_frozen=true")
-
-    def full(*_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(frozen, "SHARE_OF_FREE_MEMORY", 0.0)
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match=r"cache_frozen=true: .*\(No space left"):
-        train(model, phase)

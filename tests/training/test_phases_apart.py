@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from proglayer.config import ConfigError
 from proglayer.training.build import build, grow
 from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.optim import build_optimizer, carried_tensors, optimizer_tensors, start_from
-from proglayer.training.plan import ExitCurriculum, plan, schedule_warnings
+from proglayer.training.plan import ExitCurriculum
 from proglayer.training.trainer import Training, evaluate
 
-from ..helpers import TINY, config
 from .tiny import CORPUS, CPU, begun, planned, trained
 
 # -- the loss -------------------------------------------------------------------------------------
@@ -106,31 +104,6 @@ def test_warmup_stable_decay() -> None:
     assert factors == pytest.approx([0.5, 1, 1, 1, 1, 0.5, 0, 0])
 
 
-@pytest.mark.parametrize(
-    ("given", "warning"),
-    [
-        ((), ""),
-        (("lr.schedule=cosine", "phase.max_epochs=50", "phase.patience=50"), ""),
-        (
-            ("lr.schedule=cosine", "phase.max_epochs=50"),
-            "lr.schedule=cosine ends after 50 epochs; patience=1 may stop phase 1 before",
-        ),
-        (("lr.warmup_steps=9", "phase.max_epochs=3"), ""),
-        (
-            ("lr.warmup_steps=36", "phase.max_epochs=3"),
-            "lr.warmup_steps=36 is more than the 9 steps of phase 1: its rate gets to 0.25 of what "
-            "was asked for",
-        ),
-    ],
-)
-def test_a_schedule_that_a_phase_does_not_see_the_end_of_says_so(
-    given: tuple[str, ...], warning: str
-) -> None:
-    """Of 40 windows, 16 in a batch."""
-    phase = plan(config(*TINY, "phase.batch_size=16", *given), CORPUS.vocab_size)[0]
-    assert "".join(schedule_warnings(phase, 40)) == warning
-
-
 @pytest.mark.parametrize("carry", ["none", "existing", "copy"])
 def test_what_is_carried_goes_by_name(carry: str) -> None:
     growth = ("growth=stack", "added_layers=2", "freeze=none")
@@ -196,10 +169,3 @@ def test_a_model_without_layers_is_the_embedding_read_by_the_head(norm: str) -> 
     assert training_flops(initial, 8, 40).body == 0
     assert parameter_counts(initial).total == sum(p.numel() for p in model.parameters())
     assert len(grow(model, grown).layers) == 2
-
-
-def test_settings_of_a_model_without_layers_that_cannot_work() -> None:
-    with pytest.raises(ConfigError, match=r"growth.init=stack has no layer to copy"):
-        config("initial_layers=0", "growth=stack")
-    with pytest.raises(ConfigError, match=r"freeze.initial freezes everything"):
-        config("initial_layers=0", "freeze.initial={embedding: false, head: false}")

@@ -85,10 +85,6 @@ def test_what_comes_later_does_not_leak_into_the_first_phase(experiment: str) ->
     assert first.train == original.train
 
 
-def test_gradual_unfreezing_begins_as_the_original() -> None:
-    assert planned("experiment=gradual_unfreezing")[:2] == planned("experiment=original")
-
-
 def test_layers_are_added_one_at_a_time() -> None:
     phases = planned("phase=one_at_a_time", "added_layers=3")
     assert [(p.train.layers, p.train.new_layers) for p in phases] == [
@@ -121,17 +117,6 @@ def test_where_new_layers_go(
 ) -> None:
     growth = Growth(added, GrowthInit.random, GrowthPosition[position])
     assert placements(layers, growth) == expected
-
-
-@pytest.mark.parametrize("position", GrowthPosition)
-@pytest.mark.parametrize("layers", range(1, 6))
-@pytest.mark.parametrize("added", range(1, 7))
-def test_placements_are_distinct_and_inside(
-    position: GrowthPosition, layers: int, added: int
-) -> None:
-    places = placements(layers, Growth(added, GrowthInit.random, position))
-    assert len(set(places)) == added
-    assert set(places) <= set(range(layers + added))
 
 
 def test_exit_weights() -> None:
