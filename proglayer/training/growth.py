@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from proglayer.config import GrowthConfig, GrowthInit, GrowthPosition
 
@@ -33,8 +33,7 @@ class Growth:
     gate_steps: int = 0
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a layer of a grown model comes from.
 
     `layer` is the old layer that it is or starts from, None for one that is drawn; `new` whether

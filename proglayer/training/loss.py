@@ -117,7 +117,7 @@ def linear_cross_entropy(
     Raises ValueError for shapes that do not fit, and for targets outside the vocabulary.
     """
     _check(hidden_end, head_vd, target_n)
-    job = _Job(target_n, list(map(float, weight_e)), count, rows, block, workspace or Workspace())
+    job = _Loss(target_n, list(map(float, weight_e)), count, rows, block, workspace or Workspace())
     if torch.is_grad_enabled():
         job.head_needs = head_vd.requires_grad
         job.hidden_needs = [hidden_nd.requires_grad for hidden_nd in hidden_end]
@@ -139,28 +139,14 @@ def evaluate_exits(
     Arguments and errors as of `linear_cross_entropy`.
     """
     _check(hidden_end, head_vd, target_n)
-    job = _Job(target_n, [0.0] * len(hidden_end), True, rows, block, workspace or Workspace())
+    job = _Loss(target_n, [0.0] * len(hidden_end), True, rows, block, workspace or Workspace())
     dtype = None
     if head_vd.device.type == "cpu":
         # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
         dtype = torch.promote_types(head_vd.dtype, torch.float32)
     with torch.no_grad():
-        _, nll_e, correct_e, _ = _run(job, head_vd, hidden_end, dtype)
+        _, nll_e, correct_e, _ = job.run(head_vd, hidden_end, dtype)
     return ExitScores(nll_e, correct_e)
-
-
-@dataclass
-class _Job:
-    """What is asked for, beside the tensors that autograd must see."""
-
-    target_n: Tensor
-    weight_e: list[float]
-    count: bool
-    rows: int | None
-    block: int | None
-    workspace: Workspace
-    head_needs: bool = False
-    hidden_needs: list[bool] = field(default_factory=list)
 
 
 # The loss; of each exit the summed cross-entropy and the correct predictions; the gradients of the
@@ -171,9 +157,9 @@ _Result = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, job: _Job, head_vd: Tensor, *hidden_end: Tensor
+        ctx: Any, job: _Loss, head_vd: Tensor, *hidden_end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, nll_e, correct_e, ctx.gradients = _run(job, head_vd, hidden_end)
+        loss, nll_e, correct_e, ctx.gradients = job.run(head_vd, hidden_end)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(nll_e, correct_e)
         return loss, nll_e, correct_e
@@ -204,24 +190,6 @@ def _check(hidden_end: Sequence[Tensor], head_vd: Tensor, target_n: Tensor) -> N
         low, high = map(int, torch.aminmax(target_n))
         if low < 0 or high >= len(head_vd):
             raise ValueError(f"targets from {low} to {high} for a vocabulary of {len(head_vd)}")
-
-
-def _run(
-    job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype | None = None
-) -> _Result:
-    """The loss at every exit, and the gradients that are asked for.
-
-    dtype: of the products; None for that of autocast or of the hidden states.
-    """
-    kind = head_vd.device.type
-    has_autocast = torch.amp.is_autocast_available(kind)
-    if dtype is None:
-        dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
-        if has_autocast and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
-    # From here on every dtype is chosen by hand.
-    with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
-        return _Loss(job, head_vd, hidden_end, dtype).run()
 
 
 @dataclass(frozen=True)
@@ -255,20 +223,40 @@ class _Sums:
     correct: Tensor | None
 
 
+@dataclass
 class _Loss:
-    """One call: the tokens of all exits, stacked, in chunks of rows.
+    """One call: the tokens of all exits, stacked, in chunks of rows. Its fields are what is asked
+    for, beside the tensors that autograd must see.
 
     Stacking reads the head's weights once per chunk, whatever the number of exits. Exits that need
     the same gradients form a group, and their rows are sorted by target: the targets of a chunk
     then lie in few blocks of the vocabulary, and the others need not be searched for them.
     """
 
-    def __init__(
-        self, job: _Job, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype
-    ) -> None:
-        self.job, self.head_vd, self.hidden_end = job, head_vd, hidden_end
-        self.device, self.tokens = head_vd.device, len(job.target_n)
-        self.on_cpu = self.device.type == "cpu"
+    target_n: Tensor
+    weight_e: list[float]
+    count: bool
+    rows: int | None
+    block: int | None
+    workspace: Workspace
+    head_needs: bool = False
+    hidden_needs: list[bool] = field(default_factory=list)
+
+    def run(
+        self, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> _Result:
+        """The loss at every exit, and the gradients that are asked for.
+
+        dtype: of the products; None for that of autocast or of the hidden states.
+        """
+        kind = head_vd.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)
+        if dtype is None:
+            dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
+            if has_autocast and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(kind)
+        self.head_vd, self.hidden_end = head_vd, hidden_end
+        self.device, self.tokens, self.on_cpu = head_vd.device, len(self.target_n), kind == "cpu"
         # Of a block's entries, and of the products with them.
         self.parts = torch.get_num_threads() if self.on_cpu else 1
         # Of products; and of exponentials, sums and gradients under way.
@@ -290,16 +278,20 @@ class _Loss:
         self.blocks: list[_Block] = []
         self.waiting_md: Tensor | None = None
 
+        # From here on every dtype is chosen by hand.
+        with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
+            return self.exits()
+
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.sum_dtype, device=self.device)
 
-    def run(self) -> _Result:
-        job, exits = self.job, range(len(self.hidden_end))
-        hidden_needs = job.hidden_needs or [False] * len(exits)
+    def exits(self) -> _Result:
+        exits = range(len(self.hidden_end))
+        hidden_needs = self.hidden_needs or [False] * len(exits)
         # Whether an exit sends a gradient to its hidden state, and to the head.
         needs = [
-            (weight != 0 and hidden, weight != 0 and job.head_needs)
-            for weight, hidden in zip(job.weight_e, hidden_needs, strict=True)
+            (weight != 0 and hidden, weight != 0 and self.head_needs)
+            for weight, hidden in zip(self.weight_e, hidden_needs, strict=True)
         ]
         if any(to_head for _, to_head in needs):
             self.head_grad_vd = self.empty(*self.head.shape)
@@ -321,14 +313,14 @@ class _Loss:
                 if grad_md is not None:
                     hidden_grads[e] = grad_md[rows].to(self.hidden_end[e].dtype)
         loss = torch.zeros((), dtype=wide, device=self.device)
-        for weight, nll in zip(job.weight_e, nll_e, strict=True):
+        for weight, nll in zip(self.weight_e, nll_e, strict=True):
             loss += weight / self.tokens * nll
         head_grad = None
         if self.head_grad_vd is not None:
             for target, grad_md in self.at_targets:
                 self.head_grad_vd.index_add_(0, target, grad_md)
             head_grad = self.head_grad_vd.to(self.head_vd.dtype)
-        elif job.head_needs:
+        elif self.head_needs:
             head_grad = torch.zeros_like(self.head_vd)
         return loss.to(self.sum_dtype), nll_e, correct_e, [head_grad, *hidden_grads]
 
@@ -336,19 +328,19 @@ class _Loss:
         self, members: list[int], to_hidden: bool, to_head: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cross-entropy, whether correct, and gradient of the rows of exits with the same needs."""
-        target_m = self.job.target_n.repeat(len(members))
+        target_m = self.target_n.repeat(len(members))
         order = target_m.argsort(stable=True)
         target_m = target_m[order]
         kind = self.sum_dtype if self.rounded else self.dtype
         hidden_md = torch.cat([self.hidden_end[e].detach().to(kind) for e in members])[order]
-        weights = [self.empty(self.tokens).fill_(self.job.weight_e[e]) for e in members]
+        weights = [self.empty(self.tokens).fill_(self.weight_e[e]) for e in members]
         scale_m = torch.cat(weights).div_(self.tokens)[order]
 
         total = len(target_m)
         nll_m = self.empty(total)
         correct_m = torch.zeros(total, dtype=torch.bool, device=self.device)
         grad_md = self.empty(*hidden_md.shape) if to_hidden else None
-        size = self.job.rows or chunk_rows(
+        size = self.rows or chunk_rows(
             total, len(self.head), to_head, self.sum_dtype, self.device.type
         )
         for first in range(0, total, size):
@@ -394,7 +386,7 @@ class _Loss:
         self.add_waiting()
         vocab, entries = len(self.head), len(self.head)
         if self.on_cpu:
-            entries = self.job.block or block_entries(rows, vocab, self.kept_dtype, "cpu")
+            entries = self.block or block_entries(rows, vocab, self.kept_dtype, "cpu")
         buffer = self.buffer(vocab if keep else min(entries, vocab), rows)
         self.blocks = []
         for v in range(0, vocab, entries):
@@ -412,7 +404,7 @@ class _Loss:
     def buffer(self, entries: int, rows: int) -> Tensor:
         """The (entries, rows) buffer for the exponentials that are kept."""
         like = self.head.new_empty(0, dtype=self.kept_dtype)
-        return self.job.workspace.buffer(entries, rows, like)
+        return self.workspace.buffer(entries, rows, like)
 
     def sums(self, hidden: Tensor, target: Tensor, to_hidden: bool, to_head: bool) -> _Sums:
         """The sums of a chunk, with as little subtracted from its logits as will do."""
@@ -462,7 +454,7 @@ class _Loss:
         sums_bpm = self.empty(blocks, self.parts, rows).zero_()
         best_bpm = self.empty(blocks, self.parts, rows).fill_(-math.inf)
         weighted_pdm = self.empty(self.parts, len(hidden_dm), rows).zero_() if to_hidden else None
-        counts = self.job.count and index is None
+        counts = self.count and index is None
         formed = index is not None and blocks == 1  # by `largest`
         target_logits = []
         for block, place, sum_pm, best_pm in zip(
@@ -493,7 +485,7 @@ class _Loss:
         weighted_dm = None if weighted_pdm is None else weighted_pdm.sum(0)
         if index is not None:
             nll = (total.log2() - target_logit) * LN_2
-            correct = index == target if self.job.count else None
+            correct = index == target if self.count else None
             return _Sums(rest, target_exponential, nll, weighted_dm, correct)
         # A NaN fails this too.
         if not bool(((target_exponential >= SAFE_LOW) & (total <= SAFE_HIGH)).all()):

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
@@ -62,10 +61,6 @@ class Progress:
     tokens_per_second: float
 
 
-# Hidden states of some exits.
-ByExit = Mapping[int, Tensor]
-
-
 class Training:
     """A model in training through one phase; its whole state is in plain attributes.
 
@@ -85,8 +80,7 @@ class Training:
         device: torch.device,
         carried: dict[str, Tensor] | None = None,
     ) -> None:
-        self.spec = spec
-        self.device = device
+        self.spec, self.device = spec, device
         self.model = model.to(device)
         self.model.checkpoint_activations = spec.checkpoint_activations
         self.optimizer = build_optimizer(self.model, spec)
@@ -98,13 +92,12 @@ class Training:
             torch.compiler.reset()
             self.body = torch.compile(self.model, dynamic=False)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # Exits that carry no weight in the loss are not read in training.
-        self.read_exits = [e for e, weight in enumerate(spec.exit_weights) if weight > 0]
         self.windows = Windows(corpus.train[: spec.windows(len(corpus.train))], device)
         # Of training windows, and of validation windows at the last exit.
         self.frozen = self.frozen_validation = None
         if spec.cache_frozen and device.type == "cpu":
-            self.frozen = FrozenStates(spec, self.read_exits, self.windows)
+            read = [e for e, weight in enumerate(spec.exit_weights) if weight > 0]
+            self.frozen = FrozenStates(spec, read, self.windows)
             held = Windows(corpus.validation, device)
             self.frozen_validation = FrozenStates(spec, [spec.exits - 1], held)
         self.workspace = Workspace()
@@ -112,10 +105,8 @@ class Training:
         if self.records and device.type == "cuda" and spec.accumulate == 1 and not spec.compile:
             self.recorded = RecordedSteps(self.trainable, self.workspace, device)
         self.steps_per_epoch = spec.steps_per_epoch(len(corpus.train))
-        self.epoch = 0
-        self.step = 0
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.loss_sum = torch.zeros((), device=device)
-        self.seconds = 0.0
         # Over the first steps after a growth, the new layers' part of the gradient's norm.
         self.gradient_shares: list[Tensor] = []
 
@@ -153,10 +144,8 @@ class Training:
             if spec.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
                 self.gradient_shares.append(gradient_share(self.optimizer))
             if spec.optimizer.clip_norm is not None:
-                with record_function("clipping"):
-                    torch.nn.utils.clip_grad_norm_(self.trainable, spec.optimizer.clip_norm)
-            with record_function("optimizer"):
-                self.optimizer.step()
+                torch.nn.utils.clip_grad_norm_(self.trainable, spec.optimizer.clip_norm)
+            self.optimizer.step()
 
             self.step += 1
             now = time.perf_counter()
@@ -176,19 +165,9 @@ class Training:
 
     def backward(self, window_n: Tensor, exit_weights: Sequence[float]) -> Tensor:
         """Add the gradients of the loss of these windows; gives the loss, detached."""
-        with record_function("data"):
-            input_nt, target_nt = self.windows.batch(window_n)
-        loss = self.loss(input_nt, target_nt, exit_weights, window_n)
-        with record_function("body backward"):
-            loss.backward()
+        loss = self.loss(*self.windows.batch(window_n), exit_weights, window_n)
+        loss.backward()
         return loss.detach()
-
-    def hidden(self, input_nt: Tensor, window_n: Tensor | None) -> Sequence[Tensor] | ByExit:
-        """Hidden states by exit, at least those to be read, of the windows of these numbers."""
-        with record_function("body forward"):
-            if self.frozen is not None and window_n is not None:
-                return self.frozen.hidden(self.model, window_n)
-            return self.body(input_nt)
 
     def loss(
         self,
@@ -205,28 +184,26 @@ class Training:
         weights = exit_weights or spec.exit_weights
         exits = [e for e, weight in enumerate(weights) if weight > 0]
         with autocast(self.spec, self.device):
-            hidden_entd = self.hidden(input_nt, window_n)
-            with record_function("head and loss"):  # with the gradients of both
-                attached = [spec.last_read] if spec.detached else exits
-                states = [
-                    hidden_entd[e] if e in attached else hidden_entd[e].detach() for e in exits
-                ]
-                return self.cross_entropy(
-                    [self.model.read(hidden_ntd).flatten(0, 1) for hidden_ntd in states],
-                    self.model.head_weight,
-                    target_nt.reshape(-1),
-                    [weights[e] for e in exits],
-                    count=False,
-                    workspace=self.workspace,
-                ).loss
+            if self.frozen is not None and window_n is not None:
+                hidden_entd = self.frozen.hidden(self.model, window_n)
+            else:
+                hidden_entd = self.body(input_nt)
+            attached = [spec.last_read] if spec.detached else exits
+            states = [hidden_entd[e] if e in attached else hidden_entd[e].detach() for e in exits]
+            return self.cross_entropy(
+                [self.model.read(hidden_ntd).flatten(0, 1) for hidden_ntd in states],
+                self.model.head_weight,
+                target_nt.reshape(-1),
+                [weights[e] for e in exits],
+                count=False,
+                workspace=self.workspace,
+            ).loss
 
     def finish_epoch(self) -> tuple[float, float]:
         """Close the epoch under way; gives its mean training loss and its seconds."""
         result = self.check_finite(), self.seconds
-        self.epoch += 1
-        self.step = 0
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.seconds = 0.0
         return result
 
     def mean_loss(self) -> float:
