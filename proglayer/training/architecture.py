@@ -29,7 +29,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The project's own model; the keyword arguments of `transformer.Transformer`."""
+    """The project's own model, a `transformer.Transformer`."""
 
     vocab_size: int
     dim: int

@@ -35,14 +35,8 @@ class Workspace:
 
     def buffer(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialised (rows, columns) tensor with the dtype and device of `like`."""
-        kept = self.held
-        size = rows * columns
-        if (
-            kept is None
-            or kept.numel() < size
-            or kept.dtype != like.dtype
-            or kept.device != like.device
-        ):
+        kept, size, kind = self.held, rows * columns, (like.dtype, like.device)
+        if kept is None or kept.numel() < size or (kept.dtype, kept.device) != kind:
             self.held = None  # free the old one first
             # Made under inference mode it could not be written to outside of it.
             with torch.inference_mode(False):

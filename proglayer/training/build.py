@@ -121,4 +121,4 @@ def _on_meta(architecture: Mapping[str, Any], layers: int) -> Model:
 
         return on_meta(architecture, layers)
     with torch.device("meta"):
-        return Transformer(layers=layers, **architecture)
+        return Transformer(layers, Architecture(**architecture))

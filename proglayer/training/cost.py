@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from proglayer.training.plan import TrainSpec
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Parameters of a model."""
 
     total: int
     trainable: int
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """Floating-point operations (a multiply-add is two) of the head and of everything below it."""
 
     head: int

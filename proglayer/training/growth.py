@@ -158,11 +158,6 @@ def growth_of(settings: GrowthConfig, added: int) -> Growth | None:
     return Growth(added, settings.init, **{name: getattr(settings, name) for name in reads})
 
 
-def placements(layers: int, growth: Growth) -> tuple[int, ...]:
-    """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers."""
-    return OPERATORS[growth.init].places(layers, growth)
-
-
 def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
     """Where each layer, bottom first, of a model of `layers` layers comes from after `growth`."""
     if growth is None:

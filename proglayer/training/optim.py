@@ -26,10 +26,9 @@ def role_of(name: str, spec: TrainSpec) -> Role:
 
 def trains(name: str, spec: TrainSpec) -> bool:
     """Whether the parameter called `name` trains in the phase."""
-    role = role_of(name, spec)
-    if role in (Role.new, Role.existing):
+    if name.startswith("layers."):
         return int(name.split(".")[1]) in spec.trained_layers
-    return getattr(spec.rates, role) is not None
+    return getattr(spec.rates, role_of(name, spec)) is not None
 
 
 def set_trainable(model: Model, spec: TrainSpec) -> dict[str, Tensor]:

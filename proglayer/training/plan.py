@@ -6,6 +6,7 @@ plan, so two runs whose plans begin alike share those phases bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from proglayer.config import (
     depth_problems,
 )
 from proglayer.training.architecture import Architecture, CausalLM
-from proglayer.training.growth import Growth, growth_of, placements
+from proglayer.training.growth import OPERATORS, Growth, growth_of
 from proglayer.training.stopping import StoppingRule
 
 if TYPE_CHECKING:
@@ -313,14 +314,13 @@ def _phases(
         PhaseSchedule.from_scratch: [],
     }[schedule]
     factor = config.lr.factor
-    index = 0
+    numbers = itertools.count(1)
     for added in growths:
         growth = growth_of(config.growth, added)
-        new_layers = placements(layers, growth) if growth else ()
+        new_layers = OPERATORS[growth.init].places(layers, growth) if growth else ()
         layers += added
         existing = [layer for layer in range(layers) if layer not in new_layers]
         for number, step in enumerate(config.freeze.steps):
-            index += 1
             count = len(existing) if step.existing == "all" else int(step.existing)
             thawed = existing[len(existing) - count :]
             trained = tuple(sorted((*new_layers, *thawed)))
@@ -332,7 +332,7 @@ def _phases(
             )
             grown = growth if number == 0 else None
             yield _phase(
-                config, architecture, None, index, grown, layers, new_layers, trained, rates
+                config, architecture, None, next(numbers), grown, layers, new_layers, trained, rates
             )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +17,10 @@ from proglayer.training.blocks import Workspace
 # Steps of a kind that run as usual before one is recorded, and kinds that are recorded at most: a
 # curriculum of exits has a few, and each keeps memory.
 WARM_UP, MOST = 2, 16
+
+# A graph and the tensors that it reads and writes: numbers of windows, loss, gradients, and the
+# buffer, which must outlive the workspace's next one.
+_Recorded = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Sequence[Tensor | None], Tensor | None]
 
 # Numbers of windows (n,) and exit weights to the loss, a scalar; leaves the gradients in `.grad`.
 Step = Callable[[Tensor, Sequence[float]], Tensor]
@@ -48,34 +51,19 @@ class RecordedSteps:
             if self.calls[kind] <= WARM_UP or len(self.recorded) == MOST:
                 return step(rows_n, weights)
             self.recorded[kind] = self._record(step, rows_n, weights)
-        return self.recorded[kind].replay(rows_n, self.parameters)
+        graph, place_n, loss, gradients, _ = self.recorded[kind]
+        place_n.copy_(rows_n, non_blocking=True)
+        graph.replay()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
 
     def _record(self, step: Step, rows_n: Tensor, weights: Sequence[float]) -> _Recorded:
         place_n = rows_n.to(self.device)
         graph = torch.cuda.CUDAGraph()
         # Graphs that never run at once share their memory. Other threads may go on meanwhile.
-        pool = next((each.graph.pool() for each in self.recorded.values()), None)
+        pool = next((graph.pool() for graph, *_ in self.recorded.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             loss = step(place_n, weights)
         gradients = [parameter.grad for parameter in self.parameters]
-        return _Recorded(graph, place_n, loss, gradients, self.workspace.held)
-
-
-@dataclass(frozen=True, eq=False)
-class _Recorded:
-    """A graph and the tensors that it reads and writes: numbers of windows, loss, gradients, and
-    the buffer, which must outlive the workspace's next one.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    rows_n: Tensor
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    buffer: Tensor | None
-
-    def replay(self, rows_n: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        self.rows_n.copy_(rows_n, non_blocking=True)
-        self.graph.replay()
-        for parameter, gradient in zip(parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        return self.loss
+        return graph, place_n, loss, gradients, self.workspace.held

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -229,7 +229,7 @@ def evaluate(
     spec: TrainSpec,
     corpus: Corpus,
     device: torch.device,
-    exits: Iterable[int],
+    exits: Sequence[int],
     between_batches: Callable[[], None] | None = None,
     frozen: FrozenStates | None = None,
     tokens: np.ndarray | None = None,
@@ -239,7 +239,6 @@ def evaluate(
     `frozen` are hidden states of the validation windows that are kept, where they hold `exits`.
     With `tokens`, (n, t + 1), it is over these windows instead.
     """
-    exits = list(exits)
     windows = Windows(corpus.validation if tokens is None else tokens, device)
     workspace = Workspace()
     model.eval()

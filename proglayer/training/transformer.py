@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from proglayer.training.architecture import Architecture
 from proglayer.training.model import Model
 
 
@@ -61,15 +62,13 @@ class Layer(nn.Module):
     al. 2020).
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float, norm: str
-    ) -> None:
+    def __init__(self, shape: Architecture) -> None:
         super().__init__()
-        self.pre_norm = norm == "pre"
-        self.attention = Attention(dim, num_heads)
-        self.norm1 = nn.RMSNorm(dim, eps=norm_eps)
-        self.ffn = FeedForward(dim, ffn_multiple * dim)
-        self.norm2 = nn.RMSNorm(dim, eps=norm_eps)
+        self.pre_norm = shape.norm == "pre"
+        self.attention = Attention(shape.dim, shape.num_heads)
+        self.norm1 = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.ffn = FeedForward(shape.dim, shape.ffn_multiple * shape.dim)
+        self.norm2 = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
 
     def forward(self, x_ntd: Tensor, cos_tk: Tensor, sin_tk: Tensor) -> Tensor:
         if self.pre_norm:
@@ -85,28 +84,14 @@ class Transformer(Model):
     Made without weights that mean anything: `initialize` draws them.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: int,
-        vocab_size: int,
-        dim: int,
-        num_heads: int,
-        ffn_multiple: int,
-        rotary_base: float,
-        norm_eps: float,
-        norm: str = "post",
-    ) -> None:
+    def __init__(self, layers: int, shape: Architecture) -> None:
         super().__init__()
-        self.dim = dim
-        self.rotary_base = rotary_base
-        self.head_dim = dim // num_heads
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.layers = nn.ModuleList(
-            Layer(dim, num_heads, ffn_multiple, norm_eps, norm) for _ in range(layers)
-        )
-        self.norm = nn.RMSNorm(dim, eps=norm_eps) if norm == "pre" else nn.Identity()
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.dim, self.rotary_base = shape.dim, shape.rotary_base
+        self.head_dim = shape.dim // shape.num_heads
+        self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(layers))
+        self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps) if shape.final_norm else nn.Identity()
+        self.head = nn.Linear(shape.dim, shape.vocab_size, bias=False)
 
     def beside(self, x_ntd: Tensor) -> dict[str, Tensor]:
         cos_tk, sin_tk = rotary_tables(

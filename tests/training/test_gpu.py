@@ -14,7 +14,7 @@ from proglayer.config import Precision
 from proglayer.run.machine import switches
 from proglayer.training.build import build, grow
 from proglayer.training.plan import TrainSpec, plan
-from proglayer.training.recorded import MOST, WARM_UP
+from proglayer.training.recorded import WARM_UP
 from proglayer.training.trainer import Training, evaluate
 
 from ..helpers import TINY, config, tiny_corpus
@@ -82,17 +82,6 @@ def test_steps_as_graphs_give_the_bits_of_plain_ones(
     recorded = trained("cuda", *given, epochs=4)
     plain = trained("cuda", *given, kind=Plain, epochs=4)
     assert all(torch.equal(recorded[name], plain[name]) for name in plain)
-
-
-@pytest.mark.gpu
-def test_few_kinds_of_steps_become_graphs() -> None:
-    phase = planned("loss.curriculum=rotate")[0]
-    training = Training(build(phase), phase, CORPUS, torch.device("cuda"))
-    for _ in range(4):
-        training.train_epoch()
-        training.finish_epoch()
-    assert training.recorded is not None
-    assert 1 < len(training.recorded.recorded) <= MOST
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 
 from proglayer.config import ConfigError, GrowthInit
 from proglayer.training.build import build, grow
-from proglayer.training.growth import gate_value, layer_sources, placements
+from proglayer.training.growth import gate_value, layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec
 from proglayer.training.trainer import evaluate, set_gate
@@ -57,7 +57,7 @@ def test_where_layers_come_from(norm: str, overrides: tuple[str, ...], expected:
     assert pattern(old, new) == expected
     assert phase.growth is not None
     new_layers = tuple(i for i, s in enumerate(layer_sources(3, phase.growth)) if s.new)
-    assert new_layers == phase.new_layers == placements(3, phase.growth)
+    assert new_layers == phase.new_layers
 
 
 def test_middle_repeats_a_block() -> None:
@@ -84,13 +84,6 @@ def test_exits_below_the_growth_stay_bit_for_bit(norm: str, init: str, position:
     assert torch.equal(old.head.weight, new.head.weight)
     pointers = [p.data_ptr() for model in (old, new) for p in model.parameters()]
     assert len(pointers) == len(set(pointers))
-
-
-@BOTH_NORMS
-@pytest.mark.parametrize("init", ["random", "copy", "stack", "middle"])
-def test_operators_that_keep_nothing_change_the_function(norm: str, init: str) -> None:
-    old, new, _ = grown(norm, f"growth={init}", "added_layers=3")
-    assert not torch.allclose(logits(old)[-1], logits(new)[-1], atol=1e-3)
 
 
 @BOTH_NORMS

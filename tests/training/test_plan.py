@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from proglayer.config import ConfigError, GrowthInit, GrowthPosition
+from proglayer.config import ConfigError
 from proglayer.training.cost import evaluation_flops, parameter_counts, training_flops
-from proglayer.training.growth import Growth, placements
 from proglayer.training.plan import Phase, plan
 
 from ..helpers import config, experiments
@@ -40,31 +39,6 @@ def test_the_vocabulary_is_padded_to_the_founding_one() -> None:
     )
     with pytest.raises(ConfigError, match=r"model.vocab_size=69829 is smaller than .* 69830"):
         planned("model.vocab_size=69829")
-
-
-def summary(phases: tuple[Phase, ...]) -> list[tuple[int, tuple[str, ...]]]:
-    return [(phase.train.layers, phase.train.frozen) for phase in phases]
-
-
-def test_what_each_experiment_trains() -> None:
-    below = ("embedding", "layers.0", "layers.1", "layers.2")
-    original = [(3, ()), (4, below)]
-    assert summary(planned("experiment=original")) == original
-    assert summary(planned("experiment=more_layers")) == [(3, ()), (6, below)]
-    six = ("embedding", *(f"layers.{i}" for i in range(6)))
-    assert summary(planned("experiment=wider")) == [(6, ()), (7, six)]
-    assert summary(planned("experiment=longer_training")) == original
-    assert summary(planned("experiment=split_lr")) == original
-    # Phase 3 unfreezes layer 3 (the third), phase 4 everything.
-    assert summary(planned("experiment=gradual_unfreezing")) == [
-        *original,
-        (4, ("embedding", "layers.0", "layers.1")),
-        (4, ()),
-    ]
-    assert summary(planned("experiment=control_from_scratch")) == [(4, ())]
-    assert summary(planned("experiment=control_keep_training")) == [(3, ()), (3, ())]
-    assert summary(planned("experiment=control_head_only")) == [(3, ()), (3, below)]
-    assert summary(planned("experiment=control_unfrozen")) == [(3, ()), (4, ())]
 
 
 def test_rates_follow_roles() -> None:
@@ -100,23 +74,6 @@ def test_freezing_counts_existing_layers_from_the_top() -> None:
     phases = planned("freeze=gradual", "growth.position=bottom")
     assert phases[1].train.new_layers == (0,)
     assert phases[2].train.trained_layers == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("position", "layers", "added", "expected"),
-    [
-        ("top", 3, 2, (3, 4)),
-        ("bottom", 3, 2, (0, 1)),
-        ("interleave", 3, 3, (1, 3, 5)),
-        ("interleave", 3, 1, (2,)),
-        ("interleave", 2, 4, (1, 2, 4, 5)),
-    ],
-)
-def test_where_new_layers_go(
-    position: str, layers: int, added: int, expected: tuple[int, ...]
-) -> None:
-    growth = Growth(added, GrowthInit.random, GrowthPosition[position])
-    assert placements(layers, growth) == expected
 
 
 def test_exit_weights() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -175,22 +174,6 @@ def test_evaluation_is_the_mean_over_all_tokens() -> None:
     assert alone.accuracy == results[2].accuracy
 
 
-def test_the_time_of_an_epoch_includes_the_wait_for_the_device_at_its_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    phase = planned()[0]
-    training = begun(phase)
-    check_finite = training.check_finite
-
-    def waiting() -> float:
-        time.sleep(0.2)  # as where steps are under way on a GPU
-        return check_finite()
-
-    monkeypatch.setattr(training, "check_finite", waiting)
-    training.train_epoch()
-    assert training.seconds > 0.2
-
-
 def test_every_window_is_seen_once_an_epoch_in_a_new_order() -> None:
     phase = planned()[0]
     training = begun(phase)
@@ -300,11 +283,9 @@ def test_activations_formed_again_give_the_same_bits(norm: str) -> None:
 
 
 def _empty(phase: TrainSpec) -> torch.nn.Module:
-    from dataclasses import asdict
-
     from proglayer.training.transformer import Transformer
 
-    return Transformer(layers=phase.layers, **asdict(phase.architecture))
+    return Transformer(phase.layers, phase.architecture)
 
 
 # ---------------------------------------------------------------------------------------------
