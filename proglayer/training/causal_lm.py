@@ -73,7 +73,6 @@ ASIDE = (
 DROPOUTS = (
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
 )  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST_POSITIONS = 1_024
 
 
@@ -166,7 +165,7 @@ def on_meta(architecture: Mapping[str, Any], layers: int) -> CausalModel:
 
     config = configuration(architecture["family"], json.loads(architecture["settings"]), layers)
     with quiet(), torch.device("meta"):
-        dtype = DTYPES[architecture.get("dtype", "float32")]
+        dtype = getattr(torch, architecture.get("dtype", "float32"))
         inner = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return CausalModel(inner, architecture["tied"])
 
@@ -185,7 +184,7 @@ def loaded(architecture: CausalLM, layers: int, folder: Path) -> CausalModel:
         inner, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
             folder,
             config=configuration(architecture.family, stored, layers),
-            dtype=DTYPES[architecture.dtype],
+            dtype=getattr(torch, architecture.dtype),
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
@@ -353,12 +352,10 @@ def quiet() -> Iterator[None]:
     """Without the library's progress bars and warnings: what matters is in its results."""
     from transformers.utils import logging as library
 
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    level = library.get_verbosity()
     library.set_verbosity(logging.CRITICAL)
     library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()
