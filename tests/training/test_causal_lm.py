@@ -232,7 +232,7 @@ def test_training_resumes_bit_for_bit_and_is_stored_whole(family: str) -> None:
     with pytest.raises(Stop):
         cut.train_epoch(stop)
     resumed = fresh()
-    load_training(resumed, pack_training(cut, None))
+    load_training(resumed, pack_training(cut))
     resumed.epoch, resumed.step = cut.epoch, cut.step
     resumed.train_epoch()
     for (name, p), q in zip(
