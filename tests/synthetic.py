@@ -26,7 +26,6 @@ from proglayer.run.record import (
     SweepRecord,
     write_metrics,
     write_record,
-    write_sweep,
 )
 from proglayer.store.entries import Machine
 from proglayer.training.cost import parameter_counts, training_flops
@@ -305,5 +304,5 @@ def sweep(
         )
         for number, (e, m, s) in enumerate(jobs)
     ]
-    write_sweep(folder, SweepRecord(jobs=listed, command=command))
+    write_record(folder, SweepRecord(jobs=listed, command=command))
     return folder

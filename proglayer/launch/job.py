@@ -27,7 +27,6 @@ from proglayer.run.record import (
     RunRecord,
     RunState,
     change_state,
-    now,
     read_record,
     write_record,
 )
@@ -70,7 +69,6 @@ class Job:
         """The record of the job before it starts."""
         return RunRecord(
             state=RunState.waiting,
-            submitted=now(),
             overrides=list(self.overrides),
             choices=dict(self.choices),
             config=self.config.model_dump(mode="json"),

@@ -154,8 +154,8 @@ def describe_work(jobs: Sequence[Planned], at_once: int, elsewhere: bool) -> str
     if left is None:
         return f"{text}; no throughput is known yet to estimate the time from"
     return (
-        f"{text}; about {left.seconds / 60:.0f} min for the rest, if it goes as fast as what is "
-        f"stored and takes {left.epochs_per_phase:.1f} epochs a phase as that did"
+        f"{text}; about {left / 60:.0f} min for the rest, if it goes as fast and takes as many "
+        "epochs a phase as what is stored"
     )
 
 

@@ -43,10 +43,9 @@ from proglayer.run.record import (
     RunState,
     SweepJob,
     SweepRecord,
-    now,
     read_sweep,
     sign_of_life,
-    write_sweep,
+    write_record,
 )
 from proglayer.run.signals import interrupt, on_signals
 
@@ -191,13 +190,12 @@ class Sweep:
 
     def _write(self) -> None:
         jobs = [SweepJob(folder=name, overrides=list(o)) for name, o in self.listed.items()]
-        write_sweep(
+        write_record(
             self.folder,
             SweepRecord(
                 jobs=jobs,
                 command=["python", *sys.argv],
                 git=self.command.git,
-                submitted=now(),
                 about=self._about,
             ),
         )

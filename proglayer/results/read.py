@@ -35,6 +35,7 @@ from proglayer.results.variants import (
 )
 from proglayer.run.record import ENDS, RecordError, RunRecord, RunState, read_record, state_of
 from proglayer.table import csv_of
+from proglayer.training.stopping import perplexity
 
 # Columns of completed runs -> those of their phases that they sum up.
 SUMS = {
@@ -268,6 +269,12 @@ def _of_phases(record: RunRecord, phases: Rows, epochs: Rows) -> dict[str, Any]:
         run[f"{which}_layers"] = phase["layers"]
         for name in ("loss", "perplexity", "accuracy_percent", "bits_per_byte"):
             run[f"{which}_{name}"] = phase[f"validation_{name}"]
+    if completed and len(record.phases) > 1:
+        before, after = record.phases[0].validation, record.phases[-1].validation
+        base = perplexity(before.loss)
+        run["accuracy_points"] = 100 * (after.accuracy - before.accuracy)
+        run["perplexity_percent"] = (base - perplexity(after.loss)) / base * 100
+        run["loss_nats"] = before.loss - after.loss
     if completed:
         return run | {name: _total(phases, *columns) for name, columns in SUMS.items()}
     if epochs:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from proglayer.run.record import Environment, GitState, Scheduler
+from proglayer.run.record import Environment, GitState
 
 PACKAGE = Path(__file__).resolve().parent.parent
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -32,23 +32,23 @@ def environment() -> Environment:
         host=socket.gethostname(),
         process=os.getpid(),
         cores=os.cpu_count(),
-        scheduler=_scheduler(),
+        **_scheduler(),
     )
 
 
-def _scheduler() -> Scheduler | None:
-    """Return the scheduler that started this job, if one did."""
+def _scheduler() -> dict[str, str | None]:
+    """Return the scheduler that started this job, its number there, and its node."""
     if job := os.environ.get("SLURM_JOB_ID"):
         array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-        node = os.environ.get("SLURMD_NODENAME", "")
-        return Scheduler(name="slurm", job=f"{array}_{task}" if array else job, node=node)
+        job, node = f"{array}_{task}" if array else job, os.environ.get("SLURMD_NODENAME", "")
+        return {"scheduler": "slurm", "scheduler_job": job, "node": node}
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         context = ray.get_runtime_context()
         # Outside a task it is the process of the command, which runs no jobs.
         if task := context.get_task_id():
-            return Scheduler(name="ray", job=task, node=context.get_node_id())
-    return None
+            return {"scheduler": "ray", "scheduler_job": task, "node": context.get_node_id()}
+    return {}
 
 
 def available_cores(quota: Path = QUOTA) -> int:

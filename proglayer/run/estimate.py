@@ -25,18 +25,10 @@ class PhaseProgress:
     complete: bool = False
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The time that is left, and how many epochs complete phases took on average."""
-
-    seconds: float
-    epochs_per_phase: float
-
-
 def estimate(
     phases: Mapping[Hashable, PhaseProgress], runs: Sequence[Sequence[Hashable]], workers: int
-) -> Estimate | None:
-    """Estimate the time until all `runs`, each a row of names in `phases`, are complete.
+) -> float | None:
+    """Estimate the seconds until all `runs`, each a row of names in `phases`, are complete.
 
     A phase that several runs share is trained once. Epochs go as fast as the stored ones, by their
     floating-point operations; an unfinished phase ends after as many epochs as complete ones took,
@@ -60,4 +52,4 @@ def estimate(
 
     each = {name: left(phase) for name, phase in phases.items()}
     longest = max((sum(each[name] for name in run) for run in runs), default=0.0)
-    return Estimate(max(sum(each.values()) / workers, longest), expected)
+    return max(sum(each.values()) / workers, longest)

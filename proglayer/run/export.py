@@ -36,8 +36,6 @@ def export_run(folder: str | Path, to: str | Path) -> Path:
             f"{folder} holds the project's own model, which transformers does not know: only runs "
             "of model=causal_lm are exported"
         )
-    if record.config is None:
-        raise ConfigError(f"{folder} holds no record of a run, which the model card is made from")
     if to.exists():
         raise ConfigError(f"{to} is there already: name a folder that is not")
     config = Config.model_validate(record.config)
@@ -98,7 +96,7 @@ tags: [proglayer, progressive-layer-training]
 # A language model grown in depth
 
 proglayer {__version__} grew it (`growth.init={config.growth.init.name}`) from {began}, on the text
-{corpus and corpus.name} with the tokenizer `{config.data.tokenizer}` and seed {record.seed}:
+{corpus and corpus.name} with the tokenizer `{config.data.tokenizer}` and seed {config.seed}:
 
 {phases}
 

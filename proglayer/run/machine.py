@@ -15,7 +15,6 @@ import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision
 from proglayer.run.environment import available_cores
-from proglayer.run.record import Gpu
 from proglayer.store.entries import Machine
 
 # What computes in bfloat16 on a processor, by the names of its flags.
@@ -84,9 +83,9 @@ def places_on_gpus(config: Config) -> int | None:
 
 
 @contextlib.contextmanager
-def gpu_of(worker: int, device: torch.device) -> Iterator[Gpu | None]:
+def gpu_of(worker: int, device: torch.device) -> Iterator[str | None]:
     """Have `cuda` mean the GPU of this worker until the block ends, and leave no memory on it that
-    nothing uses. None on another device.
+    nothing uses. Gives its name; None on another device.
 
     worker: the number of the process among those that work at once on this machine. Not through
     CUDA_VISIBLE_DEVICES, which CUDA reads only once: jobs may come one after another in a process.
@@ -97,7 +96,7 @@ def gpu_of(worker: int, device: torch.device) -> Iterator[Gpu | None]:
     index = worker % torch.cuda.device_count()
     with torch.cuda.device(index):
         try:
-            yield Gpu(index=index, name=str(torch.cuda.get_device_properties(index).uuid))
+            yield str(torch.cuda.get_device_properties(index).uuid)
         finally:
             torch.cuda.empty_cache()
 

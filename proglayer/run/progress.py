@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import rich.table
+from rich.text import Text
 
 from proglayer.console import tell
 from proglayer.errors import printable
-from proglayer.table import Column, Table
 from proglayer.training.cost import (
     evaluation_flops,
     parameter_counts,
@@ -84,39 +84,32 @@ def plan_table(
 
     stored: for each phase, what the store has of it.
     """
-    rows = []
+    shown = rich.table.Table(title=Text(printable(title)), title_justify="left")
+    for label in "phase", "layers", "frozen", "rate: new, existing, embedding, head":
+        shown.add_column(label, overflow="fold")
+    for label in "trainable / total parameters", "batches":
+        shown.add_column(label, no_wrap=True, justify="right")
+    for part in "head", "body", "evaluation":
+        shown.add_column(f"{part} GFLOP", no_wrap=True, justify="right")
+    if stored:
+        shown.add_column("stored", no_wrap=True)
     for phase in phases:
         counts = parameter_counts(phase.train)
         training = training_flops(phase.train, seq_len, train_windows)
         evaluation = evaluation_flops(phase.train, seq_len, validation_windows)
-        share = counts.trainable / counts.total
-        rows.append(
-            {
-                "phase": f"{phase.index + 1} {phase.name}",
-                "layers": str(phase.train.layers),
-                "frozen": ", ".join(frozen_ranges(phase.train)) or "nothing",
-                "parameters": f"{counts.trainable:,} / {counts.total:,} ({share:.1%})",
-                "rates": _rates(phase),
-                "batches": phase.train.steps_per_epoch(train_windows),
-                "head": training.head / 1e9,
-                "body": training.body / 1e9,
-                "evaluation": (evaluation.head + evaluation.body) / 1e9,
-                "stored": stored[phase.index] if stored else "",
-            }
+        shown.add_row(
+            f"{phase.index + 1} {phase.name}",
+            str(phase.train.layers),
+            ", ".join(frozen_ranges(phase.train)) or "nothing",
+            _rates(phase),
+            f"{counts.trainable:,} / {counts.total:,} ({counts.trainable / counts.total:.1%})",
+            str(phase.train.steps_per_epoch(train_windows)),
+            *(f"{flops / 1e9:,.1f}" for flops in (training.head, training.body)),
+            f"{(evaluation.head + evaluation.body) / 1e9:,.1f}",
+            *stored[phase.index : phase.index + 1],
         )
-    columns = [
-        Column("phase", "phase", kind="prose"),
-        Column("layers", "layers", kind="prose"),
-        Column("frozen", "frozen", kind="prose"),
-        Column("parameters", "trainable / total parameters"),
-        Column("rates", "rate: new, existing, embedding, head", kind="prose"),
-        Column("batches", "batches", "d"),
-        *(Column(name, f"{name} GFLOP", ",.1f") for name in ("head", "body", "evaluation")),
-        *([Column("stored", "stored")] if stored else []),
-    ]
-    shown = Table(rows, columns, title).rich()
     lines = [text for phase in phases if (text := schedule_warning(phase))]
-    shown.caption = "\n".join(map(printable, lines))
+    shown.caption, shown.caption_justify = Text(printable("\n".join(lines))), "left"
     return shown
 
 

@@ -95,13 +95,6 @@ class Score(Part):
     accuracy: float
 
 
-class Gpu(Part):
-    """The GPU of a job: its index in this process, and its name on this machine."""
-
-    index: int
-    name: str
-
-
 class GitState(Part):
     """A checkout: its commit, whether files differ from it, and a hash of that difference."""
 
@@ -110,16 +103,8 @@ class GitState(Part):
     difference: str | None = None
 
 
-class Scheduler(Part):
-    """Who started a job and on which of its nodes: several may have the name of one host."""
-
-    name: str
-    job: str
-    node: str | None = None
-
-
 class Environment(Part):
-    """Versions and place of a run."""
+    """Versions and place of a run, and who started it. Several nodes may have one host's name."""
 
     proglayer: str
     python: str
@@ -127,7 +112,9 @@ class Environment(Part):
     host: str
     process: int
     cores: int | None = None
-    scheduler: Scheduler | None = None
+    scheduler: str | None = None
+    scheduler_job: str | None = None
+    node: str | None = None
 
 
 class CorpusRecord(Part):
@@ -282,16 +269,6 @@ METRICS_COLUMNS = (
 )
 
 
-class Changes(NamedTuple):
-    """What changed from the first phase to the last: plus is an improvement in each. Accuracy in
-    percentage points, perplexity in percent of the first, loss in nats per token.
-    """
-
-    accuracy_points: float
-    perplexity_percent: float
-    loss_nats: float
-
-
 class RunRecord(Part):
     """`run.json`. A job that waits has its settings alone.
 
@@ -305,7 +282,6 @@ class RunRecord(Part):
     format: Literal[4] = FORMAT
     state: RunState
     reason: str | None = None
-    submitted: datetime | None = None
     started: datetime | None = None
     ended: datetime | None = None
     seconds: float | None = None
@@ -314,7 +290,7 @@ class RunRecord(Part):
     config: dict[str, Any] | None = None
     environment: Environment | None = None
     machine: Machine | None = None
-    gpu: Gpu | None = None
+    gpu: str | None = None
     git: GitState | None = None
     corpus: CorpusRecord | None = None
     checkpoint: CheckpointRecord | None = None
@@ -323,27 +299,6 @@ class RunRecord(Part):
     objective: float | None = None
     weights_sha256: str | None = None
     traceback: str | None = None
-
-    @property
-    def seed(self) -> int | None:
-        return (self.config or {}).get("seed")
-
-    @property
-    def host(self) -> str | None:
-        return self.environment.host if self.environment else None
-
-    @property
-    def changes(self) -> Changes | None:
-        """What changed from the first phase to the last of a completed run of several."""
-        if self.state is not RunState.completed or len(self.phases) < 2:
-            return None
-        first, last = self.phases[0].validation, self.phases[-1].validation
-        base = perplexity(first.loss)
-        return Changes(
-            100 * (last.accuracy - first.accuracy),
-            (base - perplexity(last.loss)) / base * 100,
-            first.loss - last.loss,
-        )
 
 
 class SweepJob(Part):
@@ -364,7 +319,6 @@ class SweepRecord(Part):
     jobs: list[SweepJob]
     command: list[str] = []
     git: GitState | None = None
-    submitted: datetime | None = None
     about: dict[str, Any] = {}
 
 
@@ -404,10 +358,13 @@ def phase_record(
     stopped: Stopped,
     exits: list[ExitMetrics],
     test: ExitMetrics | None,
+    before: float | None,
     memory: tuple[float, float | None],
-    growth: GrowthRecord | None,
 ) -> PhaseRecord:
-    """Return what the record says of a phase."""
+    """Return what the record says of a phase.
+
+    before: the validation loss of the phase before.
+    """
     phase, counts, windows = trajectory.phase, trajectory.counts, trajectory.corpus.train
     spec, best = phase.train, stopped.best
     parameters = parameter_counts(spec)
@@ -433,10 +390,7 @@ def phase_record(
         stopped=stopped.reason,
         train_loss=best.train_loss,
         validation=Score(loss=best.validation_loss, accuracy=best.validation_accuracy),
-        exits={
-            each.exit + 1 if spec.layers else 0: Score(loss=each.loss, accuracy=each.accuracy)
-            for each in exits
-        },
+        exits={each.exit + 1 if spec.layers else 0: _score(each) for each in exits},
         train_tokens=tokens,
         train_flops_head=sum(epoch.head for epoch in flops),
         train_flops_body=sum(epoch.body for epoch in flops),
@@ -452,20 +406,16 @@ def phase_record(
             peak_memory_mb=memory[0],
             peak_device_memory_mb=memory[1],
         ),
-        growth=growth,
-        test=test and Score(loss=test.loss, accuracy=test.accuracy),
+        growth=_growth(trajectory, before, stopped) if spec.growth else None,
+        test=test and _score(test),
     )
 
 
-def growth_record(
-    trajectory: Trajectory, before: float | None, stopped: Stopped
-) -> GrowthRecord | None:
-    """Return what the growth at the start of a phase did; None where there was none.
+def _score(metrics: ExitMetrics) -> Score:
+    return Score(loss=metrics.loss, accuracy=metrics.accuracy)
 
-    before: the validation loss of the old model.
-    """
-    if trajectory.phase.train.growth is None:
-        return None
+
+def _growth(trajectory: Trajectory, before: float | None, stopped: Stopped) -> GrowthRecord:
     losses = [exit.loss for exit in trajectory.start_exits()]
     so_far = itertools.accumulate(epoch.train_tokens for epoch in stopped.epochs)
     better = (before is not None and e.validation_loss < before for e in stopped.epochs)
@@ -491,14 +441,10 @@ def read_sweep(folder: Path) -> SweepRecord:
     return _read(SweepRecord, folder / SWEEP_FILE)
 
 
-def write_record(folder: Path, record: RunRecord) -> None:
-    """Write `run.json`, whole or not at all. Raises StoreError."""
-    _write(folder / RUN_FILE, record)
-
-
-def write_sweep(folder: Path, sweep: SweepRecord) -> None:
-    """Write `sweep.json`, whole or not at all. Raises StoreError."""
-    _write(folder / SWEEP_FILE, sweep)
+def write_record(folder: Path, record: RunRecord | SweepRecord) -> None:
+    """Write `run.json` or `sweep.json`, whole or not at all. Raises StoreError."""
+    path = folder / (RUN_FILE if isinstance(record, RunRecord) else SWEEP_FILE)
+    files.write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n")
 
 
 def change_state(
@@ -555,10 +501,6 @@ def _read(kind: type[T], path: Path) -> T:
         raise RecordError(f"{path}: {f'{place}: ' if place else ''}{first['msg']}") from error
 
 
-def _write(path: Path, record: BaseModel) -> None:
-    files.write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n")
-
-
 # --- signs of life --------------------------------------------------------------------------------
 
 
@@ -601,7 +543,7 @@ def state_of(folder: Path, record: RunRecord | None = None) -> JobState:
         record = RunRecord(state=RunState.waiting) if last_sign is None else read_record(folder)
     state, reason = record.state, record.reason
     if state is RunState.running and _is_old(last_sign):
-        where = f" (it ran on {record.host})" if record.host else ""
+        where = f" (it ran on {record.environment.host})" if record.environment else ""
         state, reason = RunState.lost, f"no sign of life since {_words(last_sign)}{where}"
     elif state is RunState.waiting:
         signs = last_sign, _changed(folder.parent / SWEEP_FILE)

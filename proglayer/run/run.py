@@ -105,7 +105,7 @@ def run(
             raise
         except Exception as error:
             explain_failure(record, error)
-            record.state, record.ended = RunState.failed, records.now()
+            record.ended = records.now()
             records.write_record(folder, record)
             return record
         with session(config, folder, record, len(setup.phases), prune) as current:
@@ -185,7 +185,10 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
             exits = trajectory.finish(best.epoch)
             test = trajectory.test(best.epoch)
             before = previous.validation_loss if previous else None
-            growth = records.growth_record(trajectory, before, stopped)
+            memory = machine.peak_memory_mb(setup.device)
+            record.phases.append(
+                records.phase_record(trajectory, stopped, exits, test, before, memory)
+            )
         except Diverged:
             good = trajectory.best_recorded()
             if good is not None:
@@ -193,8 +196,6 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
             elif previous is not None:
                 record.weights_sha256 = keep_weights(previous.trajectory, previous.epoch, folder)
             raise
-    memory = machine.peak_memory_mb(setup.device)
-    record.phases.append(records.phase_record(trajectory, stopped, exits, test, memory, growth))
     return Ended(trajectory, best.epoch, best.validation_loss)
 
 
@@ -234,7 +235,7 @@ def load_run(folder: str | Path) -> Model:
     """Load the model that a run left in its folder, on the CPU, ready to evaluate.
 
     Raises ConfigError where no run left a model, RecordError for a damaged record, and StoreError
-    where the file is not what the run left, or no model.
+    where the file is not what the run left.
     """
     folder = Path(folder)
     path = folder / WEIGHTS
@@ -245,10 +246,7 @@ def load_run(folder: str | Path) -> Model:
             f"{path} is not what the run left there, but damaged or written over: the command of "
             "the run, given again, puts it back"
         )
-    try:
-        return load_model(path.read_bytes()).eval()
-    except ValueError as error:
-        raise StoreError(f"{path} is no model that a run left ({error})") from error
+    return load_model(path.read_bytes()).eval()
 
 
 # --- what surrounds the walk --------------------------------------------------------------------
@@ -300,8 +298,6 @@ def session(
     """
     began = time.perf_counter()
     stop = Stop()
-    with contextlib.suppress(records.RecordError):
-        record.submitted = records.read_record(folder).submitted
     store = Path(store_dir(config))
     open_store(store)
     folder.mkdir(parents=True, exist_ok=True)
@@ -315,13 +311,16 @@ def session(
         try:
             yield Session(config, folder, record, store, display, hooks, loggers, prune)
             record.state = RunState.completed
+        except Interrupted as error:
+            record.state = RunState.preempted if stop.requeue else RunState.interrupted
+            record.reason = str(error)
+            when = "when its scheduler starts it again" if stop.requeue else "by the same command"
+            tell(f"{error}; it goes on {when}")
+        except Pruned as error:
+            record.state, record.reason = RunState.pruned, str(error)
+            tell(record.reason)
         except Exception as error:
-            record.state = _state_after(error, stop)
-            if record.state is RunState.failed:
-                explain_failure(record, error)
-            else:
-                record.reason = str(error)
-                tell(f"{error}{GOES_ON.get(record.state, '')}")
+            explain_failure(record, error)
     record.ended = records.now()
     record.seconds = time.perf_counter() - began
     records.write_record(folder, record)
@@ -330,20 +329,9 @@ def session(
         stop.requeue()
 
 
-GOES_ON = {
-    RunState.interrupted: "; the same command goes on from here",
-    RunState.preempted: "; it goes on when its scheduler starts it again",
-}
-
-
-def _state_after(error: Exception, stop: Stop) -> RunState:
-    if isinstance(error, Interrupted):
-        return RunState.preempted if stop.requeue else RunState.interrupted
-    return RunState.pruned if isinstance(error, Pruned) else RunState.failed
-
-
 def explain_failure(record: RunRecord, error: Exception) -> None:
     """Put into the record why the run failed, and say it: a fault of ours with its traceback."""
+    record.state = RunState.failed
     if isinstance(error, UserError):
         record.reason = str(error)
         log.error("%s", error)

@@ -116,10 +116,7 @@ class Entry:
         for path in self.files(f"{name}."):
             try:
                 content = path.read_bytes()
-            except FileNotFoundError:  # removed meanwhile
-                continue
-            except OSError as error:
-                log.warning("%s cannot be read (%s): it is made again", path, error.strerror)
+            except OSError:  # removed meanwhile, or not to be read: it is made again
                 continue
             if path.name.split(".")[1] == self._digest(name, content):
                 return content

@@ -153,10 +153,10 @@ def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path
     records = results(tmp_path / "ray")
     assert_same_bits(records, alone)
     assert epochs_trained(records) == epochs_trained(alone)
-    places = [record["environment"]["scheduler"] for record in records]
-    assert {place["name"] for place in places} == {"ray"}
+    places = [record["environment"] for record in records]
+    assert {place["scheduler"] for place in places} == {"ray"}
     assert len({place["node"] for place in places}) == 2
-    assert len({place["job"] for place in places}) == len(places)
+    assert len({place["scheduler_job"] for place in places}) == len(places)
 
     # Once more, and a node dies in the middle of a phase.
     died = tmp_path / "died"

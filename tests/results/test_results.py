@@ -35,7 +35,6 @@ from proglayer.run.record import (
     RunState,
     SweepRecord,
     write_record,
-    write_sweep,
 )
 from proglayer.training.plan import Rates
 
@@ -143,7 +142,7 @@ def waits(folder: Path, seed: int) -> None:
 
 def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
-    write_sweep(tmp_path / "sweep", SweepRecord(jobs=[]))
+    write_record(tmp_path / "sweep", SweepRecord(jobs=[]))
     run = row(load(tmp_path), "sweep/0_abc")
     assert run["sweep"] == "sweep"
     assert (run["status"], run["model"]) == ("completed", "deep_supervision")
@@ -246,7 +245,7 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     write_run(sweep / "2_abc", seed=2, status="interrupted")
     write_run(sweep / "3_abc", seed=3, status="running", reused=0)
     waits(sweep / "4_abc", 4)
-    write_sweep(sweep, SweepRecord(jobs=[]))
+    write_record(sweep, SweepRecord(jobs=[]))
     other = with_setting(settings(), "model.dim", 128)
     other["new_idea"] = {"strength": 3}
     write_run(tmp_path / "single", seed=9, plain=other)
@@ -392,7 +391,7 @@ def mixed(tmp_path: Path) -> Path:
     write_run(sweep / "2_abcdef", seed=2, status="interrupted", reason="SIGTERM\n\x1b[31mred\x07")
     write_run(sweep / "3_abcdef", seed=3, status="running", perplexities=(980.0, 950.0))
     waits(sweep / "4_abcdef", 4)
-    write_sweep(sweep, SweepRecord(jobs=[]))
+    write_record(sweep, SweepRecord(jobs=[]))
     return sweep
 
 

@@ -26,7 +26,6 @@ from proglayer.run.record import (
     read_record,
     state_of,
     write_record,
-    write_sweep,
 )
 
 from .. import synthetic
@@ -75,7 +74,7 @@ def states(sweep: Path, *jobs: str) -> list[RunState]:
 def test_a_state_is_told_by_the_record_and_its_age(tmp_path: Path) -> None:
     names = ("0", "1", "2", "3", "4")
     jobs = [SweepJob(folder=name, overrides=[]) for name in names]
-    write_sweep(tmp_path, SweepRecord(jobs=jobs))
+    write_record(tmp_path, SweepRecord(jobs=jobs))
     for name, state in zip(names, ("completed", "running", "pending", "waiting"), strict=False):
         write_record(tmp_path / name, RunRecord(state=RunState(state)))
     assert states(tmp_path, *names) == ["completed", "running", "pending", "waiting", "waiting"]
