@@ -54,8 +54,8 @@ class Cost(NamedTuple):
 def score(loss: float, accuracy_percent: float | None = None) -> Score:
     """What an evaluation gives; accuracy falls by 5 points a nat, unless it is another."""
     if accuracy_percent is None:
-        accuracy_percent = max(0.0, 100 * (0.16 + (6.9 - loss) / 20))
-    return Score(loss=loss, accuracy=accuracy_percent / 100)
+        accuracy_percent = 100 * (0.16 + (6.9 - loss) / 20)
+    return Score(loss=loss, accuracy=max(0.0, accuracy_percent / 100))
 
 
 def phase_record(
