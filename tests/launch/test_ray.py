@@ -30,6 +30,7 @@ from ..helpers import (
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
@@ -61,7 +62,7 @@ def sweep(folder: Path, *arguments: str, stages: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
     """What a command printed, which must have ended with this status."""
-    out, _ = process.communicate(timeout=200)
+    out, _ = process.communicate(timeout=400)
     assert process.returncode == status, out
     return out
 
