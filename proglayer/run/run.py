@@ -35,7 +35,7 @@ from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase, open_checkpoint, plan
 from proglayer.training.stopping import EpochMetrics, follow
-from proglayer.training.trainer import Diverged
+from proglayer.training.trainer import Diverged, Progress
 from proglayer.training.unused import unused_settings
 
 log = logging.getLogger(__name__)
@@ -305,9 +305,16 @@ def session(
         (folder / name).unlink(missing_ok=True)
     loggers = Loggers(config.logger, folder, record)
     records.write_record(folder, record)
-    display = RunDisplay(phases)
+    watch, display = machine.CoreWatch(), RunDisplay(phases)
+    on_processor = record.machine is not None and record.machine.device == "cpu"
+
+    def on_step(progress: Progress) -> None:
+        display.step(progress)
+        if on_processor and (line := watch.step(first=progress.step <= 1)):
+            tell(line)
+
     with records.sign_of_life(folder / records.RUN_FILE), stop.listening():
-        hooks = Hooks(lambda: stop.signal, display.step, tell)
+        hooks = Hooks(lambda: stop.signal, on_step, tell)
         try:
             yield Session(config, folder, record, store, display, hooks, loggers, prune)
             record.state = RunState.completed
