@@ -170,7 +170,7 @@ def test_moments_of_growth_spend_the_same_operations(model: str, within: float) 
     ]
     initial, grown = lengths[:2] if model == "standard" else lengths[2:]
     phases = plan(config("experiment=recipe/growth_timing", f"model={model}"), 8192)
-    flops = [sum(vars(training_flops(phase.train, 32, 3000)).values()) for phase in phases]
+    flops = [sum(training_flops(phase.train, 32, 3000)) for phase in phases]
     spent = [a * flops[0] + b * flops[1] for a, b in zip(initial, grown, strict=True)]
     mean = sum(spent) / len(spent)
     assert len(spent) == 6

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from proglayer import files
 from proglayer.report.arms import Frame
@@ -64,6 +65,17 @@ class Measured(BaseModel):
     exits: list[ExitWorth] = []
     early_exit: list[EarlyExit] = []
     changed_layers: list[ChangedLayers] = []
+
+    @model_validator(mode="after")
+    def _of_one_model(self) -> Self:
+        """Refuse figures of layers that the model does not have."""
+        layers = len(self.exits)
+        used = [each.layers for each in self.early_exit]
+        used += [each.layer for each in self.changed_layers]
+        whole = [each.layer for each in self.exits] in ([0], list(range(1, layers + 1)))
+        if not whole or max(used, default=0) > layers:
+            raise ValueError("figures of layers that there are not")
+        return self
 
 
 def keep(folder: Path, weights_sha256: str | None, measured: Measured) -> None:
