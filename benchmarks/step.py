@@ -22,15 +22,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import proglayer  # noqa: E402, F401, I001  # how threads wait is set before torch is loaded
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from proglayer.config import Config, to_config  # noqa: E402
 from proglayer.data.corpus import Corpus  # noqa: E402

@@ -4,7 +4,6 @@
 and `export_run(folder, to)` writes one of `transformers` for that library.
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,13 +11,6 @@ if TYPE_CHECKING:
     from proglayer.run.run import load_run
 
 __version__ = "0.1.0"
-
-# How a thread of OpenMP waits for the others at the end of a parallel loop. libgomp (torch's wheels
-# for Linux) spins for milliseconds, libomp and libiomp5 (macOS, conda) for 200 ms: on a core that
-# the thread it waits for may need. Read when torch is loaded, so set before, and inherited by every
-# process that a sweep starts. Figures: docs/performance.md.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ.update(GOMP_SPINCOUNT="1000", KMP_BLOCKTIME="1")
 
 __all__ = ["__version__", "export_run", "load_run"]
 

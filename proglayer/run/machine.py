@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ import torch
 from proglayer.config import Config, ConfigError, Device, Precision
 from proglayer.run.environment import available_cores
 from proglayer.store.entries import Machine
-
-# Steps are watched for so long before a run is said to lack cores.
-WATCHED_S = 60.0
 
 # What computes in bfloat16 on a processor, by the names of its flags.
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
@@ -143,35 +139,6 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         # It was left unset, perhaps, and would not go with a later change of the older switch.
         cpu_matmul.fp32_precision = on_cpu_before
         torch.set_num_threads(threads_before)
-
-
-class CoreWatch:
-    """Sees whether steps on the processor get the cores that their threads ask for."""
-
-    def __init__(self) -> None:
-        self._said = False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-
-    def step(self, first: bool) -> str | None:
-        """Return a line, once, if the steps of a minute went without half of their cores.
-
-        first: the step is the first after something else.
-        """
-        if first or self._said:
-            self._begin()
-            return None
-        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
-        threads = torch.get_num_threads()
-        if wall < WATCHED_S or cpu > threads * wall / 2:
-            return None
-        self._said = True
-        return (
-            f"slow for want of cores: {cpu / wall:.1f} of the {threads} that its threads ask for "
-            "worked in the last minute: set threads=1, or run fewer jobs at once"
-        )
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -27,6 +27,7 @@ from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
 from proglayer.run.record import WEIGHTS, GitState, RunRecord, RunState
 from proglayer.run.signals import Stop
+from proglayer.run.waiting import CoreWatch
 from proglayer.store.checkpoint import Tensors, load_model
 from proglayer.store.entries import open_store
 from proglayer.store.trajectory import Hooks, Interrupted, Trajectory
@@ -305,7 +306,7 @@ def session(
         (folder / name).unlink(missing_ok=True)
     loggers = Loggers(config.logger, folder, record)
     records.write_record(folder, record)
-    watch, display = machine.CoreWatch(), RunDisplay(phases)
+    watch, display = CoreWatch(), RunDisplay(phases)
     on_processor = record.machine is not None and record.machine.device == "cpu"
 
     def on_step(progress: Progress) -> None:
@@ -313,7 +314,8 @@ def session(
         if on_processor and (line := watch.step(first=progress.step <= 1)):
             tell(line)
 
-    with records.sign_of_life(folder / records.RUN_FILE), stop.listening():
+    alive = records.sign_of_life(folder / records.RUN_FILE)
+    with alive, stop.listening(), contextlib.closing(watch):
         hooks = Hooks(lambda: stop.signal, on_step, tell)
         try:
             yield Session(config, folder, record, store, display, hooks, loggers, prune)

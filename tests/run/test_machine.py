@@ -32,25 +32,6 @@ def test_cores_are_those_of_the_mask_and_the_quota(
         assert available_cores(quota) == cores
 
 
-def test_steps_that_lack_cores_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = {"wall": 0.0, "cpu": 0.0}
-    monkeypatch.setattr(time, "monotonic", lambda: clock["wall"])
-    monkeypatch.setattr(time, "process_time", lambda: clock["cpu"])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-
-    def lines(share: float) -> list[str]:
-        watch, told = machine.CoreWatch(), []
-        for step in range(200):
-            clock["wall"] += 1
-            clock["cpu"] += 2 * share
-            told.append(watch.step(first=step == 0))
-        return [line for line in told if line]
-
-    assert lines(0.9) == []
-    (line,) = lines(0.3)
-    assert line.startswith("slow for want of cores: 0.6 of the 2 that its threads ask for")
-
-
 def test_the_first_signal_is_noted_and_the_second_acts_as_without() -> None:
     stop = Stop()
     with pytest.raises(KeyboardInterrupt), stop.listening():
