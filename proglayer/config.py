@@ -43,7 +43,7 @@ class DataSource(Enum):
 
 
 # Values of data.tokenizer that name no tokenizer of others.
-WORDS, BPE, MODEL = "words", "bpe", "model"
+WORDS, BYTES, BPE, MODEL = "words", "bytes", "bpe", "model"
 
 
 class PhaseSchedule(Enum):
@@ -283,7 +283,7 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """The corpus: its source, how it is cut into tokens and windows, and how much is used.
 
-    `tokenizer` is words, bpe, model, or a folder or a name on the hub.
+    `tokenizer` is words, bytes, bpe, model, or a folder or a name on the hub.
     """
 
     source: DataSource
@@ -754,10 +754,10 @@ def _causal_lm_problems(config: Config) -> Iterator[str]:
     if model.norm is not Norm.pre:
         yield f"model.norm={model.norm.name} does not go with model=causal_lm: leave it pre"
     if model.path is not None:
-        if config.data.tokenizer == WORDS:
+        if config.data.tokenizer in (WORDS, BYTES):
             yield (
-                f"data.tokenizer={WORDS} does not go with model.path, which knows tokens of its "
-                "own: take data.tokenizer=model"
+                f"data.tokenizer={config.data.tokenizer} does not go with model.path, which knows "
+                "tokens of its own: take data.tokenizer=model"
             )
         for name in (*SIZES, "vocab_size", "num_kv_heads", "max_positions"):
             if getattr(model, name) is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from proglayer.config import WORDS, DataConfig
+from proglayer.config import BYTES, WORDS, DataConfig
 from proglayer.data.text import Text, open_text
 from proglayer.data.tokens import (
     TOKENIZER_FILE,
@@ -84,8 +84,8 @@ class Corpus:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The `tokenizer.json` that made the tokens, None of words."""
-        return None if self.tokenizer == WORDS else self.folder / TOKENIZER_FILE
+        """The `tokenizer.json` that made the tokens, None of words and bytes."""
+        return None if self.tokenizer in (WORDS, BYTES) else self.folder / TOKENIZER_FILE
 
 
 def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
@@ -178,7 +178,7 @@ def _target_bytes(sizes: np.ndarray, length: int, count: int) -> int:
 # ---------------------------------------------------------------------------------------------
 # The cache: one folder for each text and tokenization, holding train.bin, validation.bin and
 # validation_bytes.bin (the bytes of each of its tokens), of a data set that has one also test.bin
-# and test_bytes.bin, all int32; vocabulary.txt (one word a line, a word's line is its id) or
+# and test_bytes.bin, all int32; vocabulary.txt (one entry a line, its line is its id) or
 # tokenizer.json; and meta.json, which is written last.
 
 

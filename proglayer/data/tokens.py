@@ -1,9 +1,11 @@
-"""Text to tokens: words, a byte-level BPE of the corpus's own, the tokenizers of others.
+"""Text to tokens: words, bytes, a byte-level BPE of the corpus's own, the tokenizers of others.
 
 Words: lower-case the text (a setting), split it on white space. Line ends are white space like any
 other and there is no token for them. The vocabulary is `<unk>` = 0, `<pad>` = 1, then every word of
 train and then of validation in order of first appearance; rare words can be left out (`min_count`,
 `max_vocab`).
+
+Bytes: those of the text in UTF-8, as it is. A byte's value is its id.
 
 Subwords: the library `tokenizers` does the work. It reads `tokenizer.json`, which every fast
 tokenizer of `transformers` has, and runs nobody's code. It is given the text as it is: case, white
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from proglayer.config import BPE, MODEL, WORDS, DataConfig
+from proglayer.config import BPE, BYTES, MODEL, WORDS, DataConfig
 from proglayer.data.pretrained import from_hub
 from proglayer.data.text import sha256_of
 from proglayer.errors import ConfigError, first_line, install_command
@@ -63,7 +65,7 @@ class Tokenization:
     """
 
     key: dict[str, Any]
-    fit: Callable[[ReadSplit], Words | Subwords]
+    fit: Callable[[ReadSplit], Words | Bytes | Subwords]
 
 
 def open_tokenization(data: DataConfig) -> Tokenization:
@@ -73,6 +75,8 @@ def open_tokenization(data: DataConfig) -> Tokenization:
     if name == WORDS:
         key = {key: getattr(data, key) for key in ("lowercase", "min_count", "max_vocab")}
         return Tokenization(key, lambda read: fit_words(read, data))
+    if name == BYTES:
+        return Tokenization({"bytes": ALL_BYTES}, lambda read: Bytes())
     if name == MODEL:  # the model's own stands in its place, if it has one
         raise ConfigError(f"{label} is that of model.path, which is not set")
     if importlib.util.find_spec("tokenizers") is None:
@@ -106,8 +110,7 @@ class Words:
     file = "vocabulary.txt"
 
     def __init__(self, words: Sequence[str], lowercase: bool) -> None:
-        # A docstring may hold half a surrogate pair, which strict UTF-8 can't express.
-        self.content = "\n".join(words).encode("utf-8", "surrogatepass")
+        self.content = utf8("\n".join(words))
         self.entries = len(words)
         self._ids = {word: id for id, word in enumerate(words)}
         self._lowercase = lowercase
@@ -120,8 +123,8 @@ class Words:
     def sized(self, pieces: Iterable[str]) -> Iterator[Sized]:
         """Yield the same with the bytes of each word and the white space before it."""
         for text, words in _words(pieces, self._lowercase):
-            sizes = np.array([_bytes(word) for word in SPACED_WORD.findall(text)], "<i4")
-            yield self._encoded(words), sizes, _bytes(text) - int(sizes.sum())
+            sizes = np.array([len(utf8(word)) for word in SPACED_WORD.findall(text)], "<i4")
+            yield self._encoded(words), sizes, len(utf8(text)) - int(sizes.sum())
 
     def _encoded(self, words: list[str]) -> np.ndarray:
         return np.fromiter((self._ids.get(word, UNK) for word in words), "<i4", len(words))
@@ -155,8 +158,27 @@ def _words(pieces: Iterable[str], lowercase: bool) -> Iterator[tuple[str, list[s
         yield rest, [rest.lower() if lowercase else rest]
 
 
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+def utf8(text: str) -> bytes:
+    """Return text in UTF-8, also half a surrogate pair, which a docstring may hold."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+class Bytes:
+    """The bytes of a text, with the same attributes as `Words`. The vocabulary is hexadecimal."""
+
+    file = "vocabulary.txt"
+    content = "\n".join(f"{value:02x}" for value in range(ALL_BYTES)).encode()
+    entries = ALL_BYTES
+
+    def ids(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the bytes of each piece."""
+        for piece in pieces:
+            yield np.frombuffer(utf8(piece), np.uint8).astype("<i4")
+
+    def sized(self, pieces: Iterable[str]) -> Iterator[Sized]:
+        """Yield the same, each the one byte that it is."""
+        for ids in self.ids(pieces):
+            yield ids, np.ones_like(ids), 0
 
 
 # ---------------------------------------------------------------------------------------------

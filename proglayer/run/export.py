@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from proglayer import __version__, files
-from proglayer.config import BPE, WORDS, Config
+from proglayer.config import BPE, BYTES, WORDS, Config
 from proglayer.data.corpus import open_corpus
 from proglayer.errors import ConfigError, first_line
 from proglayer.run.record import RunRecord, read_record
@@ -55,7 +55,7 @@ def _write_tokenizer(config: Config, folder: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     name = config.data.tokenizer
-    if name == WORDS:
+    if name in (WORDS, BYTES):
         return
     try:
         with quiet():

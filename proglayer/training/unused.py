@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from proglayer.config import (
+    BPE,
     WORDS,
     BudgetOverrides,
     Carry,
@@ -70,6 +71,7 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     decays = config.optimizer.weight_decay > 0
     yield decays, {"optimizer.decay_norms": True, "optimizer.decay_embedding": True}
     yield any(phase.train.cache_frozen for phase in phases), {"cache_frozen": False}
+    yield data.tokenizer in (WORDS, BPE), {"data.max_vocab": None}
     yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
     # Others have no such key in `conf/`, and still `+model.path=...` adds one.
     sets = data.source in (DataSource.hub, DataSource.wikitext2)

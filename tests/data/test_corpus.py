@@ -137,11 +137,13 @@ def test_fingerprint_knows_nothing_of_places_and_layout(tmp_path):
 BPE = {"tokenizer": "bpe", "max_vocab": 300}
 
 
-both_tokenizers = pytest.mark.parametrize("tokens", [{}, BPE], ids=["words", "bpe"])
+all_tokenizers = pytest.mark.parametrize(
+    "tokens", [{}, BPE, {"tokenizer": "bytes"}], ids=["words", "bpe", "bytes"]
+)
 
 
-def bpe_or_words(folder: Path, tokens: dict[str, Any], **changes: Any) -> DataConfig:
-    if tokens:
+def cut_by(folder: Path, tokens: dict[str, Any], **changes: Any) -> DataConfig:
+    if tokens == BPE:
         pytest.importorskip("tokenizers")
     return release(folder, **tokens, **changes)
 
@@ -181,14 +183,16 @@ def test_killed_preparation_leaves_nothing_in_the_way(tmp_path):
     )
 
 
-@both_tokenizers
+@all_tokenizers
 def test_damaged_entry_is_noted_and_prepared_again(tmp_path, monkeypatch, tokens):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    data = bpe_or_words(write_release(tmp_path / "text"), tokens)
+    data = cut_by(write_release(tmp_path / "text"), tokens)
     sound = open_corpus(data)
     folder = entry_folder(data)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {"validation_bytes.bin", "tokenizer.json" if tokens else "vocabulary.txt"} < set(before)
+    assert {"validation_bytes.bin", "tokenizer.json" if tokens == BPE else "vocabulary.txt"} < set(
+        before
+    )
     for name, content in before.items():
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
@@ -203,9 +207,9 @@ def test_damaged_entry_is_noted_and_prepared_again(tmp_path, monkeypatch, tokens
     open_corpus(data, pytest.fail)
 
 
-@both_tokenizers
+@all_tokenizers
 def test_stored_corpus_is_opened_without_heavy_imports(tmp_path, tokens):
-    data = bpe_or_words(write_release(tmp_path / "text"), tokens)
+    data = cut_by(write_release(tmp_path / "text"), tokens)
     expected = open_corpus(data).fingerprint
     script = SCRIPT + "print(json.dumps(sorted(sys.modules)))"
     result, modules = answers(start(tmp_path, [data], script))

@@ -243,6 +243,28 @@ def subwords(tokenizer: Any) -> tokens.Subwords:
     return tokens.Subwords(tokenizer.to_str().encode(), "x")
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=TEXT, piece=st.integers(1, 20))
+def test_bytes_are_those_of_the_text(tmp_path_factory, text: str, piece: int) -> None:
+    """Each has a place, and counts as one; the vocabulary says which is which."""
+    folder = write_release(tmp_path_factory.mktemp("bytes") / "text", f"{text}xy", f"xy{text} ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "BLOCK_BYTES", piece)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        corpus = open_corpus(release(folder, tokenizer="bytes", seq_len=1))
+    for name, there in (("train", f"{text}xy"), ("validation", f"xy{text} ")):
+        values = [int(words_of(corpus)[id], 16) for id in stream(corpus, name)]
+        assert bytes(values).decode().strip() == there.removeprefix("\ufeff").strip()
+    assert corpus.vocab_size == 256
+    assert corpus.validation_bytes == len(corpus.validation)  # of each window one is a target
+    assert corpus.validation_unknown is None
+
+
+def test_bytes_tell_half_a_surrogate_pair() -> None:
+    (ids,) = tokens.Bytes().ids(["a\ud800"])
+    assert bytes(ids.tolist()).decode("utf-8", "surrogatepass") == "a\ud800"
+
+
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, part=st.integers(1, 12))
 def test_bytes_add_up_to_the_text_whatever_a_tokenizer_drops(text: str, part: int) -> None:

@@ -411,6 +411,7 @@ REFUSED = {
     ("model.family=llama", *SIZES, "model.revision=main"): "model.revision is of a model.path",
     ("model.family=llama", *SIZES, "data.seq_len=128", "model.max_positions=64"): "64 positions",
     ("model.path=docs",): "data.tokenizer=words does not go with model.path",
+    ("model.path=docs", "data.tokenizer=bytes"): "data.tokenizer=bytes does not go with model.path",
 }
 
 

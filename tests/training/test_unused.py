@@ -27,6 +27,8 @@ UNTRAINED = "(no phase after the first trains it)"
             ("growth=gate", "growth.gate_steps=5", "phase=from_scratch"),
             "growth.init=gate, growth.gate_steps=5",
         ),
+        (("data=pybytes",), None),
+        (("data.tokenizer=bytes",), "data.max_vocab=8192"),
         (("loss.rotate_every=2",), "loss.rotate_every=2"),
         (("loss.curriculum=rotate",), "loss.curriculum=rotate"),
         (("loss.curriculum=rotate", "loss.rotate_every=2", "model=deep_supervision"), None),
