@@ -76,6 +76,8 @@ def train(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What waits for a scheduler begins first: others have the cores meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
