@@ -8,13 +8,17 @@ import sys
 import hydra
 
 from proglayer import __version__
-from proglayer.launch.main import not_ours, train
+from proglayer.errors import ConfigError
+from proglayer.launch.main import train
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(_: object) -> None:
     """Compose the settings: Hydra hands them to `proglayer.launch.main.start`, not to this."""
-    not_ours()
+    raise ConfigError(
+        "hydra/sweeper: this one runs jobs by itself, unchecked: take one of proglayer, settle, "
+        "optuna"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import sys
@@ -93,6 +94,16 @@ def file_problem(error: OSError, advice: str = "") -> str | None:
 def install_command(extra: str) -> str:
     """Return what installs an extra of this checkout, in versions that work together."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def check_installed(choice: str, module: str) -> None:
+    """Raise ConfigError where a choice, such as `hydra/launcher=ray`, needs a module not here.
+
+    The extra that brings it has the choice's name.
+    """
+    if importlib.util.find_spec(module) is None:
+        extra = choice.rpartition("=")[2]
+        raise ConfigError(f"{choice} is not installed: {install_command(extra)}")
 
 
 def first_line(error: BaseException) -> str:

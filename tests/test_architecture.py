@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "store.entries",
     "run.record",
     "run.progress",
+    "run.setup",
     "results",
     "results.show",
     "report.stats",
@@ -50,6 +51,8 @@ WITHOUT_TORCH = (
     "launch.engines",
     "launch.main",
     "launch.planned",
+    "launch.product",
+    "launch.single",
     "launch.slurm",
     "launch.snapshot",
     "launch.sweep",
@@ -152,6 +155,10 @@ def test_omegaconf_is_seen_at_the_entrance_only() -> None:
         (
             "import proglayer.launch.job, proglayer.launch.sweep, proglayer.report",
             {"matplotlib", "statsmodels", "scipy"},
+        ),
+        (
+            "import proglayer.launch.engines, proglayer.launch.slurm, proglayer.launch.study",
+            {"hydra", "omegaconf", "pandas"},  # in a worker
         ),
         (
             "sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__')",

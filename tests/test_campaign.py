@@ -52,7 +52,7 @@ GROUPS = ("model", "phase", "growth", "freeze", "lr", "logger", "experiment", "l
 HYDRA = (
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.name",
     "hydra.verbose", "hydra/launcher", "hydra.launcher", "hydra.launcher.n_jobs", "hydra.sweeper",
-    "hydra.sweeper.params", "hydra.sweeper.pairs", "hydra.sweeper.max_batch_size", "hydra.mode",
+    "hydra.sweeper.params", "hydra.sweeper.pairs", "hydra.sweeper.blocks", "hydra.mode",
     "hydra.output_subdir", "hydra.job.num", "hydra/sweeper", "hydra/job_logging", "hydra.help",
 )  # fmt: skip
 OPTIONS = (

@@ -71,7 +71,7 @@ def test_each_sweeper_and_launcher_is_shown_with_its_settings(hooks: ModuleType)
         assert f"### hydra/{path.parent.name}={path.stem}\n" in page
     assert "| `hydra.sweeper.n_trials` | `20` | of the study, those of" in page
     # A second command of a file is one as well.
-    pruner = "python train.py -m hydra/sweeper=optuna hydra.sweeper.pruner=median \\\n"
+    pruner = "python train.py -m hydra/sweeper=optuna hydra/sweeper/pruner=median \\\n"
     assert f"\n```\n{pruner}" in page
 
 

@@ -7,17 +7,18 @@ file in conf/hydra/launcher that says `engine: <name>`.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import itertools
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import field_validator
 
 from proglayer.config import Settings
 from proglayer.console import console
-from proglayer.errors import ConfigError, install_command
+from proglayer.errors import ConfigError, check_installed, first_line
 from proglayer.launch.job import Job, log_to_console, run_job
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.run.environment import available_cores
@@ -51,13 +52,14 @@ VARIABLES = ("PROGLAYER_", "HF_", "MLFLOW_")
 class Engine(Settings):
     """One job after another in this process; what the other engines do differently is theirs.
 
+    engine: its choice of hydra/launcher, and the name of the extra that brings what it needs.
     elsewhere: jobs run on machines that this process cannot know.
-    needs: the module, and the extra of this package that brings it.
+    needs: the module that it needs.
     """
 
     engine: str = "basic"
     elsewhere: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, str] | None] = None
+    needs: ClassVar[str | None] = None
 
     @property
     def at_once(self) -> int:
@@ -71,11 +73,10 @@ class Engine(Settings):
 
     def check(self) -> None:
         """Raise ConfigError where no job could be started. Comes before anything is written."""
-        if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
-            extra = self.needs[1]
-            raise ConfigError(f"hydra/launcher={extra} is not installed: {install_command(extra)}")
+        if self.needs is not None:
+            check_installed(f"hydra/launcher={self.engine}", self.needs)
 
-    def held(self, sweep: Path) -> Mapping[str, str]:
+    def held(self, sweep: Path) -> dict[str, str]:
         """Return the jobs of a sweep that a scheduler holds: folder's name -> its number there."""
         del sweep
         return {}
@@ -90,7 +91,7 @@ class Engine(Settings):
         del sweep
         for job in jobs:
             console().print(f"{job.name}: {' '.join(job.overrides)}", markup=False)
-            if run_job(job).state is RunState.interrupted:
+            if run_job(job) is RunState.interrupted:
                 raise KeyboardInterrupt
             yield job
 
@@ -101,7 +102,7 @@ class Engine(Settings):
 class Joblib(Engine):
     """joblib's workers on this machine, whose cores the jobs share."""
 
-    needs = ("joblib", "joblib")
+    needs = "joblib"
     engine: Literal["joblib"] = "joblib"
     n_jobs: int = -1
 
@@ -190,11 +191,12 @@ def _in_worker(job: Job, parent: int) -> None:
     for number in stop_signals():
         signal.signal(number, lambda number, _: _stops.append(number))
     with contextlib.suppress(KeyboardInterrupt):
-        if not _stops and run_job(job).state is not RunState.interrupted:
+        if not _stops and run_job(job) is not RunState.interrupted:
             return
     _stops.append(signal.SIGINT)
 
 
+@functools.cache
 def _follow(parent: int) -> None:
     """Stop this worker's job, and then the worker, once its parent is gone."""
 
@@ -206,9 +208,7 @@ def _follow(parent: int) -> None:
             time.sleep(LOOK_S / 10)
         os._exit(1)
 
-    name = "follow-parent"
-    if not any(thread.name == name for thread in threading.enumerate()):
-        threading.Thread(target=follow, name=name, daemon=True).start()
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
 
 
 # --- Ray ------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class Ray(Engine):
     goes on from the store; when it dies every time, it is lost, and the others go on.
     """
 
-    needs = ("ray", "ray")
+    needs = "ray"
     engine: Literal["ray"] = "ray"
     ray: RayParts
 
@@ -245,7 +245,6 @@ class Ray(Engine):
             # Ray's default here; given, it is not warned of. Ray reads it when it is imported.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
-        from ray import cloudpickle
 
         self._connect()
         code = snapshot_code(sweep)
@@ -254,18 +253,17 @@ class Ray(Engine):
         # As a function of a function Ray sends its code along: a worker can import ours only once
         # it knows where from.
         def enter(pickled: bytes) -> None:
-            if sys.path[0] != str(code.folder):
-                sys.path.insert(0, str(code.folder))
+            if sys.path[0] != str(code):
+                sys.path.insert(0, str(code))
             os.environ.update(variables)
-            job, run = cloudpickle.loads(pickled)
+            job, run = pickle.loads(pickled)
             run(job)
 
         task = ray.remote(**self.ray.remote)(enter)
         running: dict[Any, Job] = {}
         try:
             for job in jobs:
-                what = replace(job, source=code.source), run_elsewhere
-                pickled = cloudpickle.dumps(what)  # pyright: ignore[reportPrivateImportUsage]
+                pickled = pickle.dumps((job, run_elsewhere))
                 running[task.options(name=job.name).remote(pickled)] = job
             while running:
                 (ended, *_), _ = ray.wait([*running])
@@ -309,15 +307,14 @@ def run_elsewhere(job: Job) -> None:
 def _end_task(task: Any, job: Job) -> None:
     """See how a task ended; a job that Ray gave up is lost."""
     import ray
-    from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+    from ray.exceptions import RayError, TaskCancelledError
 
     try:
         ray.get(task)
     except TaskCancelledError:
         pass  # by a signal to its worker: its record tells
     except RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # Of an error in the worker, what was raised is at the end of a traceback.
-        reason = lines[-1] if isinstance(error, RayTaskError) else lines[0]
+        # An error in the worker is the cause of one of Ray's.
+        reason = first_line(getattr(error, "cause", None) or error)
         log.error("job %s was lost by Ray: %s", job.name, reason)
         change_state(job.folder, RunState.lost, f"it was lost by Ray: {reason}", GOING)

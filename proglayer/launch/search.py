@@ -7,109 +7,209 @@ the trials have in common is in `sweep.json`. A trial whose settings cannot work
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
 from pydantic import Field
 
 from proglayer import files
-from proglayer.config import BPE, OnError, Settings
-from proglayer.console import console, counted
-from proglayer.errors import ConfigError, first_line, install_command
+from proglayer.config import BPE, Settings
+from proglayer.console import console
+from proglayer.errors import ConfigError, check_installed, first_line
 from proglayer.files import FolderKind
-from proglayer.launch.ask import Space, read_space, short_hash
-from proglayer.launch.job import Command, Job, identity, record_of
+from proglayer.launch.ask import keyed, short_hash
+from proglayer.launch.compose import Command
+from proglayer.launch.job import identity, record_of
 from proglayer.launch.planned import Planned
-from proglayer.launch.sweep import (
-    Sweep,
-    checked,
-    job_folder,
-    params_as_overrides,
-    run_design,
-)
+from proglayer.launch.product import params_as_overrides, values_of
+from proglayer.launch.study import made, open_study, report_epoch, trial_of
+from proglayer.launch.sweep import Sweep
 from proglayer.run.record import RunRecord, RunState, now, write_record
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
 
-log = logging.getLogger(__name__)
-
-JOURNAL = "optuna.journal"
 # So many points are tried before a search counts as one that cannot work.
 POINTS = 10
+# Settings that say what a token is: a loss per token does not compare what they make.
+OF_TOKENS = {"data.tokenizer", "data.tokenizer_revision"}
 
 
 class SearchSettings(Settings):
     """The settings of conf/hydra/sweeper/optuna.yaml."""
 
+    design: str
     direction: Literal["minimize", "maximize"]
     n_trials: int = Field(ge=1)
     n_jobs: int = Field(ge=1)
     params: dict[str, Any] | None = None
-    seed: int | None = None
-    sampler: str
-    sampler_settings: dict[str, Any]
-    pruner: str
-    pruner_settings: dict[str, Any]
+    sampler: dict[str, Any]
+    pruner: dict[str, Any]
 
 
 def run(command: Command) -> int:
     """Bring a study to `n_trials` trials that ended, and print the command line of the best.
 
-    Returns the exit status: 1 where all trials failed. Raises ConfigError for settings that no
-    trial can work with.
+    Returns the exit status: 0, as failed trials are trials. Raises ConfigError for settings that no
+    trial can work with, and where all failed.
     """
     if command.master.plan:
         raise ConfigError("plan=true shows jobs before they run: a search chooses them as it goes")
-    try:
-        import optuna
-    except ImportError:
-        missing = install_command("optuna")
-        raise ConfigError(f"hydra/sweeper=optuna is not installed: {missing}") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings = checked(SearchSettings, command.sweeper, "sweeper")
+    check_installed("hydra/sweeper=optuna", "optuna")
+    settings = command.settings("sweeper", SearchSettings)
     given = [*params_as_overrides(settings.params), *command.arguments]
     space = read_space(given, command.loader)
-    if not space.distributions:
-        raise ConfigError(
-            "hydra/sweeper=optuna has nothing to search: give a setting several values, "
-            "such as 'lr.base=tag(log,interval(1e-4,1e-2))'"
-        )
-    sweep = Sweep.of(command, f"search_{short_hash(' '.join(sorted(space.given)))}")
+    written = sorted(str(override.input_line) for override in space.overrides.values())
+    sweep = Sweep(command, f"search_{short_hash(' '.join(written))}")
     search = Search(sweep, space, settings)
-    run_design(sweep, search)
-    return 0  # failed trials are trials
+    sweep.run(search.batches())
+    try:
+        best = search.study.best_trial
+    except ValueError:
+        raise ConfigError("every trial failed, for the reasons above") from None
+    overrides = [*space.drawn(best.params)]
+    # Those that its engine gave each trial, as other ones give other bits.
+    if sweep.engine.threads is not None and "threads" not in space.overrides:
+        overrides.append(f"threads={sweep.engine.threads}")
+    said = f"best of the study, {best.value:.6g} in trial {best.number}:"
+    for line in said, shlex.join(["python", "train.py", *overrides]):
+        console().print(line, markup=False)
+    return 0
+
+
+# --- what is drawn from ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search draws from.
+
+    overrides: of its command, what is said last of a setting.
+    distributions: of each that has several values, what Optuna draws its value from.
+    """
+
+    overrides: Mapping[str, Override]
+    distributions: Mapping[str, Any]
+
+    def drawn(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the overrides with `values` in the place of what they were drawn from."""
+        return tuple(
+            f"{each.get_key_element()}={values[key]}" if key in values else str(each.input_line)
+            for key, each in self.overrides.items()
+        )
+
+    def grid(self) -> dict[str, list[Any]]:
+        """Return all values of each. Raises ConfigError for one whose values cannot be counted."""
+        values = {key: _values(each) for key, each in self.distributions.items()}
+        for key, each in values.items():
+            if not each:
+                raise ConfigError(
+                    f"hydra/sweeper/sampler=grid: {key} has no end of values: give it a choice or "
+                    "a range"
+                )
+        return values
+
+    def point(self, number: int) -> tuple[str, ...]:
+        """Return the overrides of one of its points."""
+        values = {key: _values(each) or [each.low] for key, each in self.distributions.items()}
+        return self.drawn({key: each[number % len(each)] for key, each in values.items()})
+
+
+def read_space(given: Sequence[str], loader: ConfigLoader | None) -> Space:
+    """Read overrides by Hydra's grammar.
+
+    `interval` is drawn from as real numbers, `int(interval(...))` and a `range` of whole numbers as
+    whole ones, within `tag(log, ...)` on a logarithmic scale; everything else as categories.
+
+    Raises ConfigError for values that cannot be drawn from, and where there are none.
+    """
+    overrides = keyed(given, loader)
+    distributions: dict[str, BaseDistribution] = {}
+    for key, override in overrides.items():
+        if override.is_discrete_sweep():
+            values_of(override)  # refuses what cannot be drawn from
+        try:
+            if override.is_sweep_override():
+                distributions[key] = _distribution(override)
+        except ValueError as error:
+            raise ConfigError(f"{override.input_line}: {first_line(error)}") from error
+    if not distributions:
+        raise ConfigError(
+            "hydra/sweeper=optuna has nothing to search: give a setting several values, such as "
+            "'lr.base=tag(log,interval(1e-4,1e-2))'"
+        )
+    return Space(overrides, distributions)
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    """Return what Optuna is to draw from."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        kind: Any = IntDistribution if whole else FloatDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
+    elements: list[Any] = list(override.sweep_iterator(transformer=_element))
+    whole = all(isinstance(element, int) for element in elements)
+    if whole and isinstance(value, RangeSweep) and not value.shuffle:
+        step, log_scale = int(abs(value.step or 1)), "log" in value.tags
+        return IntDistribution(min(elements), max(elements), log=log_scale, step=step)
+    return CategoricalDistribution(elements)
+
+
+def _element(value: Any) -> Any:
+    """Return a number as it is, anything else as Hydra's grammar reads it back."""
+    return value if isinstance(value, (int, float)) else Transformer.str(value)
+
+
+def _values(distribution: Any) -> list[Any]:
+    """Return all values of a distribution; none of one of real numbers."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(distribution, IntDistribution):
+        return [*range(distribution.low, distribution.high + 1, distribution.step)]
+    return [*distribution.choices] if isinstance(distribution, CategoricalDistribution) else []
+
+
+# --- the study ------------------------------------------------------------------------------------
 
 
 class Search:
-    """The design: a study of Optuna's, asked for trials and told what came of them."""
+    """A study of Optuna's, asked for trials and told what came of them.
+
+    Raises ConfigError for a sampler, a pruner or values that cannot work.
+    """
 
     def __init__(self, sweep: Sweep, space: Space, settings: SearchSettings) -> None:
         self.sweep = sweep
         self.space = space
         self.settings = settings
-        self.trials: dict[Path, optuna.trial.Trial] = {}
-        more: dict[str, Any] = {} if settings.seed is None else {"seed": settings.seed}
-        if settings.sampler == "grid":
-            more["search_space"] = space.grid()
-        self.sampler = made("sampler", settings.sampler, settings.sampler_settings | more)
-        made("pruner", settings.pruner, settings.pruner_settings)
         self.most = settings.n_trials
-        if settings.sampler == "grid":
+        more: dict[str, Any] = {}
+        if settings.sampler["_target_"].endswith("GridSampler"):
+            more["search_space"] = space.grid()
             self.most = min(self.most, math.prod(map(len, space.grid().values())))
-        first = self._first_that_works()
-        _check_objective(space, first.job)
-        searched = [o.input_line for o in space.overrides if o.is_sweep_override()]
-        config = first.job.config
-        self.about: Mapping[str, Any] = {
-            "searched": " ".join(sorted(map(str, searched))),
+        self.sampler = made("sampler", settings.sampler, **more)
+        made("pruner", settings.pruner)
+        config = self._first_that_works().job.config
+        by = OF_TOKENS | ({"data.max_vocab"} if config.data.tokenizer == BPE else set())
+        if by & space.distributions.keys() and not config.objective.value.endswith("per_byte"):
+            raise ConfigError(
+                f"objective={config.objective.value} is per token, so it does not compare "
+                "tokenizers: take objective=validation_bits_per_byte"
+            )
+        searched = [str(space.overrides[key].input_line) for key in space.distributions]
+        sweep.about = {
+            "searched": " ".join(sorted(searched)),
             "direction": settings.direction,
             "by": config.objective.value,
             "first": identity(config.model_dump(mode="json")),
@@ -117,217 +217,75 @@ class Search:
 
     def _first_that_works(self) -> Planned:
         """Return a job of this search. Raises ConfigError where none of several points can work."""
-        problem: ConfigError | None = None
+        problems: list[ConfigError] = []
         for number in range(POINTS):
             try:
-                return self.sweep.job(0, self.space.drawn(_point(self.space, number)))
+                return self.sweep.job(0, self.space.point(number))
             except ConfigError as error:
-                problem = problem or error
-        assert problem is not None
-        raise problem
+                problems.append(error)
+        raise problems[0]
 
-    def batch(self) -> Sequence[Planned]:
-        """Return the jobs of the next trials. Those that cannot work are failed ones at once."""
-        jobs: list[Planned] = []
-        self.trials = {}
-        while len(jobs) < self.settings.n_jobs and self._ended + len(jobs) < self.most:
-            trial = (
-                self.stopped.pop(0)
-                if self.stopped
-                else self.study.ask(dict(self.space.distributions))
-            )
-            overrides = self.space.drawn(trial.params)
-            folder = self.sweep.folder / job_folder(trial.number, overrides)
-            self.trials[folder] = trial
-            try:
-                planned = self.sweep.job(trial.number, overrides)
-            except ConfigError as error:
-                self.sweep.listed[folder.name] = overrides
-                files.claim_folder(folder, FolderKind.run)
-                failed = {"state": RunState.failed, "reason": str(error), "ended": now()}
-                write_record(folder, RunRecord(**failed, overrides=list(overrides)))
-                self._tell(trial, folder)
-            else:
-                jobs.append(replace(planned, job=replace(planned.job, prune=self._prune(trial))))
-        return jobs
+    def batches(self) -> Iterator[Sequence[Planned]]:
+        """Give the jobs of the next trials, and tell the study how those ended.
+
+        Trials that were stopped come first. One that cannot work is a failed one at once.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        stopped = [trial_of(self.study, each) for each in trials if not each.state.is_finished()]
+        ended = len(trials) - len(stopped)
+        goes_on = f", {len(stopped)} to go on with" if stopped else ""
+        console().print(f"{ended} of {self.most} trials ended before{goes_on}", markup=False)
+        while ended < self.most:
+            trials = [
+                stopped.pop(0) if stopped else self.study.ask({**self.space.distributions})
+                for _ in range(min(self.settings.n_jobs, self.most - ended))
+            ]
+            batch = [(trial, *self._job(trial)) for trial in trials]
+            if jobs := [job for *_, job in batch if job is not None]:
+                yield jobs
+            ended += sum(self._tell(trial, folder) for trial, folder, _ in batch)
 
     @functools.cached_property
     def study(self) -> optuna.Study:
         """The study of the sweep's folder, which no other command is at work in."""
-        import optuna
-
-        settings = self.settings
-        study = optuna.create_study(
-            storage=storage_of(self.sweep.folder),
-            study_name="search",
-            sampler=self.sampler,
-            direction=settings.direction,
-            load_if_exists=True,
-        )
+        study = open_study(self.sweep.folder, self.settings.direction, self.sampler)
         # A grid that is complete stops its study, by a method that refuses outside of `optimize`.
         study.stop = lambda: None
-        trials = study.get_trials(deepcopy=False)
-        if trials:
+        if study.get_trials(deepcopy=False):
             # The same seed would begin the same row of draws again.
             self.sampler.reseed_rng()
-        running = optuna.trial.TrialState.RUNNING
-        self.stopped = [
-            optuna.trial.Trial(study, trial._trial_id) for trial in trials if trial.state is running
-        ]
-        goes_on = f", {len(self.stopped)} to go on with" if self.stopped else ""
-        before = f"{len(trials) - len(self.stopped)} of {self.most} trials ended before{goes_on}"
-        console().print(before, markup=False)
         return study
 
-    @property
-    def _ended(self) -> int:
-        return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+    def _job(self, trial: optuna.trial.Trial) -> tuple[Path, Planned | None]:
+        """Return a trial's folder and its job; None for one that cannot work, which is recorded."""
+        overrides = self.space.drawn(trial.params)
+        folder = self.sweep.folder_of(trial.number, overrides)
+        try:
+            job = self.sweep.job(trial.number, overrides)
+        except ConfigError as error:
+            self.sweep.listed[folder.name] = list(overrides)
+            files.claim_folder(folder, FolderKind.run)
+            failed = {"state": RunState.failed, "reason": str(error), "ended": now()}
+            write_record(folder, RunRecord(**failed, overrides=list(overrides)))
+            return folder, None
+        if not self.settings.pruner["_target_"].endswith("NopPruner"):
+            about = self.settings.pruner, self.settings.direction
+            prune = functools.partial(report_epoch, self.sweep.folder, trial.number, *about)
+            job = replace(job, job=replace(job.job, prune=prune))
+        return folder, job
 
-    def _prune(self, trial: optuna.trial.Trial) -> Report | None:
-        settings = self.settings
-        about = settings.pruner, settings.pruner_settings, settings.direction
-        return Report(self.sweep.folder, trial.number, *about) if settings.pruner != "nop" else None
-
-    def tell(self, jobs: Sequence[Planned]) -> None:
-        """Tell the study how its trials ended. One that was stopped goes on with the command.
-
-        Raises ConfigError where one failed and on_error=stop.
-        """
-        states = [self._tell(self.trials[each.job.folder], each.job.folder) for each in jobs]
-        if RunState.failed in states and jobs[0].job.config.on_error is OnError.stop:
-            raise ConfigError("a trial failed, and on_error=stop: the same command goes on")
-
-    def _tell(self, trial: optuna.trial.Trial, folder: Path) -> RunState | None:
+    def _tell(self, trial: optuna.trial.Trial, folder: Path) -> bool:
+        """Tell the study how a trial ended. One that was stopped goes on with the command."""
         from optuna.trial import TrialState
 
         record = record_of(folder)
         state = record.state if record else None
         if record and state is RunState.completed and record.objective is not None:
             self.study.tell(trial, record.objective)
-        elif state in (RunState.pruned, RunState.completed, RunState.failed, RunState.lost):
-            pruned = state is RunState.pruned
-            self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-        return state
-
-    def outcome(self) -> list[str]:
-        """Return the best trial with the command of its run. Raises ConfigError without one."""
-        with contextlib.suppress(ValueError):
-            best = self.study.best_trial
-            return [
-                f"best of the study, {best.value:.6g} in trial {best.number}:",
-                best_command(self.space, best.params, self.sweep.engine.threads),
-            ]
-        raise ConfigError("every trial failed, for the reasons above")
-
-
-@dataclass
-class Report:
-    """Reports each epoch of a trial to its study, from wherever it runs, and asks the pruner.
-
-    Steps are the epochs of all phases so far. The validation loss is what is compared. A study that
-    cannot be reached prunes nothing.
-    """
-
-    folder: Path
-    number: int
-    pruner: str
-    pruner_settings: Mapping[str, Any]
-    direction: str
-    step: int = 0
-    trial: Any = field(default=None, repr=False)
-
-    def __call__(self, row: Mapping[str, Any]) -> str | None:
-        """Return why the trial is to end, None for it to go on."""
-        self.step += 1
-        loss = row["validation_loss"]
-        try:
-            trial = self.trial = self.trial or self._found()
-            reported = trial.study.get_trials(deepcopy=False)[self.number].intermediate_values
-            # A trial that is gone on with begins by reporting what it reported before.
-            if self.step not in reported:
-                trial.report(-loss if self.direction == "maximize" else loss, self.step)
-            if self.step < max(reported, default=0) or not trial.should_prune():
-                return None
-        except Exception as error:
-            log.warning("an epoch is not reported to the study (%s)", first_line(error))
-            return None
-        epochs = counted(self.step, "epoch")
-        return f"pruned by {self.pruner} after {epochs}, with a validation loss of {loss:.6g}"
-
-    def _found(self) -> optuna.trial.Trial:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.load_study(
-            study_name="search",
-            storage=storage_of(self.folder),
-            sampler=optuna.samplers.RandomSampler(),  # it is asked for nothing here
-            pruner=made("pruner", self.pruner, self.pruner_settings),
-        )
-        known = study.get_trials(deepcopy=False)[self.number]
-        return optuna.trial.Trial(study, known._trial_id)
-
-
-def storage_of(sweep: Path) -> Any:
-    """Open the journal of a search. Raises ConfigError where it is none."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    path = sweep / JOURNAL
-    try:
-        return JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def made(what: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """Return Optuna's sampler or pruner of a name such as `tpe`. Raises ConfigError."""
-    import optuna
-
-    module: Any = getattr(optuna, f"{what}s")
-    plain = name.replace("_", "").lower().removesuffix(what)
-    kinds = {kind.lower().removesuffix(what): kind for kind in module.__all__}
-    if plain not in kinds or plain == "base":
-        raise ConfigError(f"hydra.sweeper.{what}={name}: Optuna has {', '.join(sorted(kinds))}")
-    try:
-        return getattr(module, kinds[plain])(**settings)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"hydra.sweeper.{what}={name}: {first_line(error)}") from error
-
-
-# Figures per token, and the settings that say what a token is (of bpe, its size does, too).
-OF_TOKENS = ("data.tokenizer", "data.tokenizer_revision")
-
-
-def _check_objective(space: Space, first: Job) -> None:
-    """Raise ConfigError where trials of different tokenizers would be told apart by a loss."""
-    config = first.config
-    by = (*OF_TOKENS, "data.max_vocab") if config.data.tokenizer == BPE else OF_TOKENS
-    searched = [name for name in by if name in space.distributions]
-    if searched and not config.objective.value.endswith("per_byte"):
-        raise ConfigError(
-            f"objective={config.objective.value} is per token, so it does not compare what "
-            f"{searched[0]} makes: take objective=validation_bits_per_byte"
-        )
-
-
-def _point(space: Space, number: int) -> dict[str, Any]:
-    """Return one value for each setting that is searched."""
-    point = {
-        key: distribution.low
-        for key, distribution in space.distributions.items()
-        if key not in space.values
-    }
-    return point | {key: values[number % len(values)] for key, values in space.values.items()}
-
-
-def best_command(space: Space, best: Mapping[str, Any], threads: int | None = None) -> str:
-    """Return the command line of one run with the values that a search found best.
-
-    What the search was given stays. So do the `threads` that its engine gave each trial, as other
-    ones give other bits.
-    """
-    overrides = list(space.drawn(best))
-    if threads is not None and not any(o.startswith("threads=") for o in overrides):
-        overrides.append(f"threads={threads}")
-    return shlex.join(["python", "train.py", *overrides])
+        elif state is RunState.pruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        elif state in (RunState.completed, RunState.failed, RunState.lost):
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            return False
+        return True

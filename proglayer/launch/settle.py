@@ -8,35 +8,32 @@ the runs, so the same command goes on from there, and its report finds the same 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from proglayer.config import OnError
 from proglayer.console import console
 from proglayer.errors import ConfigError
 from proglayer.launch.ask import short_hash
-from proglayer.launch.job import Command, identity, record_of
+from proglayer.launch.compose import Command
+from proglayer.launch.job import identity, recorded_state
 from proglayer.launch.planned import Planned
-from proglayer.launch.sweep import ProductSettings, Sweep, checked, expand, run_design
-from proglayer.report import measures, stats, words
+from proglayer.launch.product import ProductSettings, expand
+from proglayer.launch.sweep import Sweep
+from proglayer.report import measures, words
 from proglayer.report.arms import DEEP, FROM_SCRATCH, ORIGINAL, STANDARD, UNFROZEN, Margins
 from proglayer.report.arms import arms as arms_of
 from proglayer.report.comparisons import Comparison
-from proglayer.report.sequential import Looks, judge_looks, read_looks, write_looks
+from proglayer.report.sequential import Design, Looks, judge_looks, read_looks, write_looks
 from proglayer.results import keys_and_values, load
 from proglayer.run.record import RecordError, RunState
 
 
-class SettleSettings(ProductSettings):
+class SettleSettings(ProductSettings, Design):
     """The settings of conf/hydra/sweeper/settle.yaml."""
 
-    first: int = Field(ge=2)
-    step: int = Field(ge=1)
-    most: int = Field(ge=2)
     first_seed: int = Field(ge=0)
     margin: float = Field(gt=0, le=100, allow_inf_nan=False)
 
@@ -47,33 +44,41 @@ def run(command: Command) -> int:
     Returns the exit status. Raises ConfigError for settings or arms that no
     claim can be settled with, and where a batch did not end.
     """
-    settings = checked(SettleSettings, command.sweeper, "sweeper")
+    settings = command.settings("sweeper", SettleSettings)
     if settings.most < settings.first:
         raise ConfigError(
             f"hydra.sweeper.most={settings.most} is less than hydra.sweeper.first={settings.first}"
         )
     arms = expand(settings, command.arguments, command.loader)
     _check_arms(arms)
-    sweep = Sweep.of(command, f"settle_{short_hash(f'{arms} {settings.first_seed}')}")
-    design = Settle(sweep, settings, arms)
-    firsts = sweep.jobs(design.numbered(range(1), range(len(arms))))
+    sweep = Sweep(command, f"settle_{short_hash(f'{arms} {settings.first_seed}')}")
+    study = Settle(sweep, settings, arms)
+    firsts = sweep.jobs(study.numbered(range(1), range(len(arms))))
     if firsts[0].job.config.plan:
         sweep.show_plans(firsts)
-        at = ", ".join(map(str, design.looks.at))
+        at = ", ".join(map(str, study.looks.at))
         console().print(f"these {len(arms)} arms, looked at with {at} seeds", markup=False)
         return 0
-    design.identify(firsts)
-    return run_design(sweep, design)
+    # What the study is about: its arms, their settings, and how it is looked at.
+    about = {}
+    for overrides, first in zip(arms, firsts, strict=True):
+        same = identity(first.job.config.model_dump(mode="json")) | {"seed": None}
+        about[" ".join(overrides)] = short_hash(str(same))
+    sweep.about = {**study.looks.model_dump(exclude={"taken"}), "arms": about}
+    failed = sweep.run(study.batches())
+    for line in study.outcome():
+        console().print(line, markup=False)
+    return failed
 
 
 def _check_arms(arms: Sequence[tuple[str, ...]]) -> None:
     """Raise ConfigError for arms with a seed, or that test no claim."""
-    if any(text.lstrip("+~").partition("=")[0] == "seed" for arm in arms for text in arm):
+    values = [dict(keys_and_values(arm)) for arm in arms]
+    if any("seed" in each for each in values):
         raise ConfigError(
             "seed: hydra/sweeper=settle chooses the seeds itself: leave it out, or set "
             "hydra.sweeper.first_seed"
         )
-    values = [dict(keys_and_values(arm)) for arm in arms]
     models = {each.get("model", STANDARD) for each in values}
     experiments = {each.get("experiment", ORIGINAL) for each in values}
     compared = {UNFROZEN, FROM_SCRATCH} & experiments
@@ -86,28 +91,16 @@ def _check_arms(arms: Sequence[tuple[str, ...]]) -> None:
 
 
 class Settle:
-    """The design: what its looks leave open, and which arms that needs."""
+    """What the looks of a study leave open, and which arms that needs."""
 
     def __init__(
         self, sweep: Sweep, settings: SettleSettings, arms: Sequence[tuple[str, ...]]
     ) -> None:
         self.sweep = sweep
-        self.settings = settings
         self.arms = arms
-        names = "first", "step", "most", "first_seed", "margin"
-        self.looks = Looks(**{name: getattr(settings, name) for name in names})
-        self.about: Mapping[str, Any] = {}
+        self.looks = Looks(**settings.model_dump(include={*Looks.model_fields}))
         self.claims: list[Comparison] = []
         self.needed = list(range(len(arms)))
-        self.begun = False
-
-    def identify(self, firsts: Sequence[Planned]) -> None:
-        """Say what the study is about: its arms, their settings, and how it is looked at."""
-        arms = {}
-        for overrides, first in zip(self.arms, firsts, strict=True):
-            settings = identity(first.job.config.model_dump(mode="json")) | {"seed": None}
-            arms[" ".join(overrides)] = short_hash(str(settings))
-        self.about = {**self.looks.model_dump(exclude={"taken"}), "arms": arms}
 
     def numbered(
         self, seeds: Sequence[int], arms: Sequence[int]
@@ -115,23 +108,26 @@ class Settle:
         """Give the number and the overrides of the jobs of these arms with these seeds."""
         for seed in seeds:
             for arm in arms:
-                given = f"seed={self.settings.first_seed + seed}"
+                given = f"seed={self.looks.first_seed + seed}"
                 yield seed * len(self.arms) + arm, (*self.arms[arm], given)
 
-    def batch(self) -> Sequence[Planned]:
-        """Return the seeds up to the next look, of the arms that are needed."""
-        if not self.begun:
-            self.begin()
-        number = len(self.looks.taken)
-        before = self.looks.taken[-1] if number else 0
-        if not self.needed or before == self.looks.most:
-            return ()
-        seeds = range(before, self.looks.at[number])
-        return self.sweep.jobs(self.numbered(seeds, self.needed))
+    def batches(self) -> Iterator[Sequence[Planned]]:
+        """Give the seeds up to each look, of the arms that are needed, and look.
+
+        Raises ConfigError where a batch did not end.
+        """
+        self.begin()
+        before = self.looks.taken[-1] if self.looks.taken else 0
+        for seeds in self.looks.at[len(self.looks.taken) :]:
+            if not self.needed:
+                return
+            batch = self.sweep.jobs(self.numbered(range(before, seeds), self.needed))
+            yield batch
+            self._look(seeds, [recorded_state(each.job) for each in batch])
+            before = seeds
 
     def begin(self) -> None:
         """Go on from the looks that the study had. Raises ConfigError where they are damaged."""
-        self.begun = True
         try:
             self.looks = read_looks(self.sweep.folder) or self.looks
         except RecordError as error:
@@ -139,22 +135,16 @@ class Settle:
         write_looks(self.sweep.folder, self.looks)
         self._judge()
 
-    def tell(self, jobs: Sequence[Planned]) -> None:
+    def _look(self, seeds: int, states: Sequence[RunState | None]) -> None:
         """Look at the study. Raises ConfigError where a batch did not end."""
-        records = [record_of(each.job.folder) for each in jobs]
-        states = [record.state if record else None for record in records]
-        if RunState.failed in states and jobs[0].job.config.on_error is OnError.stop:
-            raise ConfigError("a job failed, and on_error=stop: the same command goes on")
         if left := sum(s not in (RunState.completed, RunState.failed) for s in states):
             raise ConfigError(
-                f"{left} of {len(jobs)} jobs of this batch did not end, so the claims are not "
+                f"{left} of {len(states)} jobs of this batch did not end, so the claims are not "
                 "judged: the same command goes on with them"
             )
         if RunState.completed not in states:
             raise ConfigError("every job of this batch failed, for the reasons in the table")
-        seeds = self.looks.at[len(self.looks.taken)]
-        taken = (*self.looks.taken, seeds)
-        self.looks = self.looks.model_copy(update={"taken": taken})
+        self.looks = self.looks.model_copy(update={"taken": (*self.looks.taken, seeds)})
         write_looks(self.sweep.folder, self.looks)
         self._judge()
         made = sum(bool(each.pairs) for each in self.claims)
@@ -190,29 +180,23 @@ class Settle:
 
     def outcome(self) -> list[str]:
         """Say what is settled, what is not, and what it would take further."""
-        looks, lines = self.looks, []
+        lines = []
         several = len({claim.condition for claim in self.claims}) > 1
         for claim in self.claims:
+            assert claim.claim is not None
             on = f" on {claim.condition}" if several else ""
-            title = f"{words.TITLES[claim.claim]}{on}" if claim.claim else ""
+            title = f"{words.TITLES[claim.claim]}{on}"
             if claim.not_made:
                 lines.append(f"{title}: {words.why_not(claim, claim.not_made)}")
-                continue
-            what = f"{title}: {words.described_as(claim)}: {words.clause(claim)}"
-            if claim.settled:
-                lines.append(f"settled at {claim.look} seeds: {what}")
-                continue
-            level = looks.levels(len(looks.at) - 1, claim.judged.levels.family).each
-            pairs = claim.accuracy
-            plan = stats.seeds_for_margin(pairs.sd, pairs.n, pairs.margin, alpha=level)
-            known = not math.isnan(plan[0])
-            takes = f"; it takes about {words.plan(*plan)} seeds in all" if known else ""
-            lines.append(f"open: {what}{takes}")
+            else:
+                state = f"settled at {claim.look} seeds" if claim.settled else "open"
+                what = f"{words.described_as(claim)}: {words.clause(claim)}"
+                lines.append(f"{state}: {title}: {what}")
         if not any(claim.open for claim in self.claims):
             return [*lines, "every claim that can be tested is settled"]
         return [
             *lines,
-            f"hydra.sweeper.most={looks.most} is reached, and all of the error spent: to know "
-            "more, plan a study of new seeds, with a larger most and "
-            f"hydra.sweeper.first_seed={looks.first_seed + looks.most}",
+            f"hydra.sweeper.most={self.looks.most} is reached, and all of the error spent: another "
+            "study takes other seeds, by hydra.sweeper.first_seed="
+            f"{self.looks.first_seed + self.looks.most}",
         ]

@@ -9,7 +9,6 @@ record; one that left the queue without saying so is lost.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -19,8 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +28,8 @@ from proglayer import files
 from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.engines import GOING, Engine, run_elsewhere
-from proglayer.launch.job import Job, record_of
-from proglayer.launch.snapshot import Snapshot, snapshot_code
+from proglayer.launch.job import Job, recorded_state
+from proglayer.launch.snapshot import snapshot_code
 from proglayer.run.record import RunState, change_state
 
 log = logging.getLogger(__name__)
@@ -45,8 +43,6 @@ QUEUE = ("squeue", "--noheader", "--array", "--me", "--format=%i %o")
 LONGEST_ARRAY = 1000
 # A shared file system may show a job's last files a little after Slurm tells that it ended.
 LATE_S = 10.0
-NOT_TAKEN_BACK = "it was not put back into Slurm's queue"
-STARTS_AGAIN = "Slurm starts it again"
 
 
 class Slurm(Engine):
@@ -55,7 +51,7 @@ class Slurm(Engine):
     model_config = ConfigDict(extra="allow")
 
     elsewhere = True
-    needs = ("submitit", "slurm")
+    needs = "submitit"
 
     engine: Literal["slurm"] = "slurm"
     timeout_min: int = Field(ge=1)
@@ -72,7 +68,7 @@ class Slurm(Engine):
         super().check()
         _ask(*QUEUE)
 
-    def held(self, sweep: Path) -> Mapping[str, str]:
+    def held(self, sweep: Path) -> dict[str, str]:
         ids = _read_ids(sweep)
         queue = _queue(sweep) if ids else set()
         return {name: number for name, number in ids.items() if number in queue}
@@ -80,23 +76,17 @@ class Slurm(Engine):
     def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
         """Hand over the jobs that Slurm does not hold already, and wait for all."""
         held = self.held(sweep)
-        ids = {job.name: held[job.name] for job in jobs if job.name in held}
-        new = [job for job in jobs if job.name not in ids]
+        new = [job for job in jobs if job.name not in held]
+        ids = held | (self._submit(new, sweep) if new else {})
         say = console().print
-        if ids:
-            say(f"in Slurm's queue already: {counted(len(ids), 'job')}", markup=False)
-        if new:
-            ids |= self._submit(new, sweep)
-            say(f"handed over to Slurm: {counted(len(new), 'job')}", markup=False)
         command = ["python", "-m", "proglayer.results", os.path.relpath(sweep)]
-        say(f"{shlex.join(command)} follows them from any shell", markup=False)
+        said = f"in Slurm's queue: {counted(len(jobs), 'job')}"
+        say(f"{said}; {shlex.join(command)} follows them from any shell", markup=False)
         left = {ids[job.name]: job for job in jobs}
         try:
-            for gone in _leaving(left, sweep):
-                until = time.monotonic() + LATE_S
-                for number in gone:
-                    _end(left[number], number, until)
-                    yield left.pop(number)
+            for number in _leaving([*left], sweep):
+                _end(left[number], number)
+                yield left.pop(number)
         except GeneratorExit:
             _ask("scancel", "--state=PENDING", *left)
             raise
@@ -106,122 +96,98 @@ class Slurm(Engine):
 
     def _submit(self, jobs: Sequence[Job], sweep: Path) -> dict[str, str]:
         """Submit jobs, as arrays. Returns each one's number in Slurm. Raises ConfigError."""
+        import submitit
         from submitit.core.utils import FailedJobError
 
-        code = snapshot_code(sweep)
-        executor = self._executor(sweep, code)
-        ids: dict[str, str] = {}
-        left = iter(jobs)
-        try:
-            while array := [*itertools.islice(left, LONGEST_ARRAY)]:
-                for job in array:
-                    change_state(job.folder, RunState.pending, None, (RunState.waiting,))
-                with executor.batch():
-                    submitted = [
-                        executor.submit(Task(replace(job, source=code.source))) for job in array
-                    ]
-                for job, started in zip(array, submitted, strict=True):
-                    ids[job.name] = started.job_id
-                content = json.dumps(_read_ids(sweep) | ids, indent=1).encode()
-                files.write_atomically(sweep / FOLDER / IDS, content)
-        except (FailedJobError, RuntimeError) as error:
-            for job in jobs:
-                if job.name not in ids:
-                    change_state(job.folder, RunState.waiting, None, (RunState.pending,))
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"hydra/launcher=slurm cannot hand over jobs: {lines[-1]}") from error
-        return ids
-
-    def _executor(self, sweep: Path, code: Snapshot) -> Any:
-        """Return submitit's, set to import from `code` and nothing that lies where a job starts."""
-        import submitit
-
         asked = self.model_dump(exclude={"engine", "max_num_timeout"})
-        path = shlex.quote(str(code.folder))
-        asked["setup"] = [
-            *(self.setup or []),
-            f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
-            "export PYTHONSAFEPATH=1",
-        ]
+        # They import from a copy of the code, and nothing that lies where a job starts.
+        path = shlex.quote(str(snapshot_code(sweep)))
+        paths = f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+        asked["setup"] = [*(self.setup or []), paths]
+        folder = sweep / FOLDER
         executor = submitit.AutoExecutor(
-            cluster="slurm",
-            folder=str(sweep / FOLDER / "%j"),
-            slurm_max_num_timeout=self.max_num_timeout,
+            cluster="slurm", folder=str(folder / "%j"), slurm_max_num_timeout=self.max_num_timeout
         )
         executor.update_parameters(**{f"slurm_{name}": value for name, value in asked.items()})
-        return executor
+        ids = _read_ids(sweep)
+        for start in range(0, len(jobs), LONGEST_ARRAY):
+            array = jobs[start : start + LONGEST_ARRAY]
+            for job in array:
+                change_state(job.folder, RunState.pending, None, (RunState.waiting,))
+            try:
+                started = executor.map_array(Task(), array)
+            except (FailedJobError, RuntimeError) as error:
+                for job in array:
+                    change_state(job.folder, RunState.waiting, None, (RunState.pending,))
+                last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+                raise ConfigError(
+                    f"hydra/launcher=slurm cannot hand over jobs: {last[0]}"
+                ) from error
+            ids |= {job.name: task.job_id for job, task in zip(array, started, strict=True)}
+            files.write_atomically(folder / IDS, json.dumps(ids, indent=1).encode())
+        return ids
 
 
-@dataclass
 class Task:
-    """A job as submitit pickles it, and calls it on the node."""
+    """What submitit calls with a job, on the node."""
 
-    job: Job
-
-    def __call__(self) -> None:
+    def __call__(self, job: Job) -> None:
         """Run the job. Ends the process with a status that is not 0 unless the run completed."""
-        run_elsewhere(self.job)
-        record = record_of(self.job.folder)
-        state = None if record is None else record.state
-        if state is RunState.interrupted:
-            self._ask_why_stopped()
-        if state not in (RunState.completed, RunState.pruned):
+        run_elsewhere(job)
+        if recorded_state(job) is RunState.interrupted:
+            _ask_why_stopped(job)
+        if recorded_state(job) not in (RunState.completed, RunState.pruned):
             sys.exit(1)
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self, job: Job) -> Any:
         """Return what submitit starts after the job was put back into the queue: the same."""
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self)
-
-    def _ask_why_stopped(self) -> None:
-        """Find out what a SIGTERM meant, once the run has stored its state."""
-        folder, number = self.job.folder, os.environ.get("SLURM_JOB_ID", "")
-        about: dict[str, str] = {}
-        with contextlib.suppress(ConfigError):
-            answer = _ask("scontrol", "show", "job", "--oneliner", number)
-            about = dict(re.findall(r"(\w+)=(\S*)", answer))
-        stopped, preempted = RunState.interrupted, RunState.preempted
-        restarts = int(about.get("Restarts", 0))
-        if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            change_state(folder, preempted, STARTS_AGAIN, (stopped,))
-        elif about.get("PreemptTime", "None") != "None" and about.get("Requeue") == "1":
-            # In its grace time. A job that ends by itself now would not be started again.
-            change_state(folder, preempted, STARTS_AGAIN, (stopped,))
-            requeue = signal.getsignal(signal.SIGUSR2)
-            assert callable(requeue), "submitit listens"
-            try:
-                requeue(signal.SIGUSR2, None)
-            except Exception:
-                change_state(folder, stopped, NOT_TAKEN_BACK, (preempted,))
-                raise
+        return submitit.helpers.DelayedSubmission(self, job)
 
 
-def _leaving(left: Mapping[str, Job], sweep: Path) -> Iterator[list[str]]:
+def _ask_why_stopped(job: Job) -> None:
+    """Find out what a SIGTERM meant, once the run has stored its state."""
+    about: dict[str, str] = {}
+    with contextlib.suppress(ConfigError):
+        number = os.environ.get("SLURM_JOB_ID", "")
+        about = dict(re.findall(r"(\w+)=(\S*)", _ask("scontrol", "show", "job", "-o", number)))
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    put_back = int(about.get("Restarts", 0)) > restarts
+    in_grace = about.get("PreemptTime", "None") != "None" and about.get("Requeue") == "1"
+    if put_back or in_grace:
+        stopped = (RunState.interrupted,)
+        change_state(job.folder, RunState.preempted, "Slurm starts it again", stopped)
+    if in_grace and not put_back:
+        # A job that ends by itself in its grace time would not be started again.
+        requeue = signal.getsignal(signal.SIGUSR2)
+        assert callable(requeue), "submitit listens"
+        requeue(signal.SIGUSR2, None)
+
+
+def _leaving(left: list[str], sweep: Path) -> Iterator[str]:
     """Give the numbers of jobs as Slurm lets go of them, until none is left."""
     began = time.monotonic()
-    warned = False
     while left:
         try:
             queue = _queue(sweep)
-            warned = False
-            if gone := [number for number in left if number not in queue]:
-                yield gone
-                continue
+            for number in [number for number in left if number not in queue]:
+                left.remove(number)
+                yield number
         except ConfigError as error:
-            if not warned:
-                log.warning("%s: waiting until one does", error)
-            warned = True
-        time.sleep(min(30.0, max(1.0, (time.monotonic() - began) / 20)))
+            log.warning("%s: waiting until one does", error)
+        if left:
+            time.sleep(min(30.0, max(1.0, (time.monotonic() - began) / 20)))
 
 
-def _end(job: Job, number: str, until: float) -> None:
-    """See how a job ended that Slurm no longer holds. Waits for its record `until` then at most."""
-    while (record := record_of(job.folder)) and record.state in GOING and time.monotonic() < until:
+def _end(job: Job, number: str) -> None:
+    """See how a job ended that Slurm no longer holds, a little later where files are late."""
+    until = time.monotonic() + LATE_S
+    while (state := recorded_state(job)) in GOING and time.monotonic() < until:
         time.sleep(0.5)
         with contextlib.suppress(OSError):
             os.listdir(job.folder)  # makes a network file system look again
-    if record is None or record.state in GOING:
+    if state in GOING:
         change_state(job.folder, RunState.lost, "Slurm ended it without a record", GOING)
         printed = job.folder.parent / FOLDER
         log.error("job %s of Slurm ended without a record: see %s", number, printed)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 from proglayer import files
 from proglayer.errors import ConfigError
@@ -20,32 +19,23 @@ PACKAGE = Path(__file__).resolve().parent.parent
 COMPILED = "__pycache__"
 
 
-class Snapshot(NamedTuple):
-    """A copy: the folder to import from, and the package that it was made of with its digest."""
+def snapshot_code(sweep: Path, package: Path = PACKAGE) -> Path:
+    """Copy this package into a sweep's folder, and return the folder to import it from.
 
-    folder: Path
-    source: tuple[Path, str]
-
-
-def snapshot_code(sweep: Path, package: Path = PACKAGE) -> Snapshot:
-    """Copy this package into a sweep's folder. Raises ConfigError where that cannot be written."""
+    Raises ConfigError where that cannot be written.
+    """
     try:
-        content = digest(package)
-        there = sweep / f".code-{content[:12]}"
+        there = sweep / f".code-{digest(package)[:12]}"
         if not there.is_dir():
             with files.new_folder(sweep, f".tmp-{there.name}") as temporary:
                 ignore = shutil.ignore_patterns(COMPILED, ".*")
                 shutil.copytree(package, temporary / package.name, ignore=ignore)
-                try:
-                    files.put_in_place(temporary, there)
-                except OSError:
-                    if not there.is_dir():  # else somebody submitted the same meanwhile
-                        raise
+                files.put_in_place(temporary, there)
     except OSError as error:
         raise ConfigError(
             f"cannot keep the code beside the sweep ({error}): make room, or set hydra.sweep.dir"
         ) from error
-    return Snapshot(there, (package, content))
+    return there
 
 
 def digest(package: Path) -> str:

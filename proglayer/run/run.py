@@ -10,14 +10,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from proglayer import files
 from proglayer.config import Carry, Config, Precision, store_dir
 from proglayer.console import tell
-from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.data.pretrained import Pretrained
 from proglayer.errors import ConfigError, StoreError, UserError, with_type
 from proglayer.run import machine
@@ -26,6 +25,7 @@ from proglayer.run.environment import environment, git_state
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
 from proglayer.run.record import WEIGHTS, GitState, RunRecord, RunState
+from proglayer.run.setup import Setup, set_up
 from proglayer.run.signals import Stop
 from proglayer.run.waiting import CoreWatch
 from proglayer.store.checkpoint import Tensors, load_model
@@ -34,26 +34,16 @@ from proglayer.store.trajectory import Hooks, Interrupted, Trajectory
 from proglayer.training.build import build, grow, restored
 from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
-from proglayer.training.plan import Phase, open_checkpoint, plan
+from proglayer.training.plan import Phase
 from proglayer.training.stopping import EpochMetrics, follow
 from proglayer.training.trainer import Diverged, Progress
 from proglayer.training.unused import unused_settings
 
 log = logging.getLogger(__name__)
 
-# Called with each row of `metrics.csv` once it is written. Returns why the run is to end early, or
-# None for it to go on.
-Prune = Callable[[dict[str, Any]], str | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """What a run trains: its phases, from this checkpoint if any, on this text and device."""
-
-    device: torch.device
-    corpus: Corpus
-    checkpoint: Pretrained | None
-    phases: tuple[Phase, ...]
+# Called with the record once an epoch is in it. Returns why the run is to end early, or None for it
+# to go on.
+Prune = Callable[[RunRecord], str | None]
 
 
 class Ended(NamedTuple):
@@ -101,7 +91,7 @@ def run(
             git=git or git_state(),
         )
         try:
-            setup = prepare(config, device, record)
+            setup = prepare(config, record)
         except UserError:
             raise
         except Exception as error:
@@ -119,29 +109,24 @@ def run(
     return record
 
 
-def prepare(config: Config, device: torch.device, record: RunRecord) -> Setup:
+def prepare(config: Config, record: RunRecord) -> Setup:
     """Open the corpus and plan; adds to `record` what that gives.
 
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
     assert config.precision is not Precision.auto, "machine.with_precision comes before"
-    checkpoint = open_checkpoint(config)
-    corpus = open_corpus(config.data, tell)
-    phases = plan(config, corpus.vocab_size, checkpoint)
-    for phase in phases:
-        phase.train.windows(len(corpus.train))
-    if unused := unused_settings(config, phases):
+    setup = set_up(config, {})
+    if unused := unused_settings(config, setup.phases):
         tell(unused)
-    record.corpus = records.corpus_record(corpus)
-    if checkpoint is not None:
+    record.corpus = records.corpus_record(setup.corpus)
+    if setup.checkpoint is not None:
         record.checkpoint = records.CheckpointRecord(
             path=str(config.model.path),
-            revision=checkpoint.revision,
-            sha256=phases[0].train.checkpoint_sha256,
-            layers=phases[0].train.layers,
+            revision=setup.checkpoint.revision,
+            sha256=setup.phases[0].train.checkpoint_sha256,
+            layers=setup.phases[0].train.layers,
         )
-    records.check_objective(config.objective, record.corpus)
-    return Setup(device, corpus, checkpoint, phases)
+    return setup
 
 
 def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Session) -> Ended:
@@ -153,15 +138,16 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
     record, folder = current.record, current.folder
     following = setup.phases[phase.index + 1 : phase.index + 2]
     current.display.phase(phase)
-    machine.reset_peak_memory(setup.device)
     assert record.machine is not None, "the run has begun"
+    device = torch.device(record.machine.device or "cpu")
+    machine.reset_peak_memory(device)
     trajectory = Trajectory(
         store=current.store,
         parent=(previous.trajectory.key, previous.epoch) if previous else None,
         start=functools.partial(starting_model, phase, previous, setup.checkpoint),
         phase=phase,
         corpus=setup.corpus,
-        device=setup.device,
+        device=device,
         machine=record.machine,
         checkpoint_every_s=current.config.checkpoint_every_s,
         hooks=current.hooks,
@@ -186,7 +172,7 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
             exits = trajectory.finish(best.epoch)
             test = trajectory.test(best.epoch)
             before = previous.validation_loss if previous else None
-            memory = machine.peak_memory_mb(setup.device)
+            memory = machine.peak_memory_mb(device)
             record.phases.append(
                 records.phase_record(trajectory, stopped, exits, test, before, memory)
             )
@@ -285,7 +271,7 @@ class Session:
             assert record.corpus is not None, "it was opened"
             row = epoch.columns(record.corpus)
             self.loggers.epoch(row)
-            if self.prune is not None and (reason := self.prune(row)) is not None:
+            if self.prune is not None and (reason := self.prune(record)) is not None:
                 raise Pruned(reason)
 
 

@@ -10,23 +10,27 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from proglayer.launch.search import Report, storage_of
+from proglayer.errors import ConfigError
+from proglayer.launch.search import read_space
+from proglayer.launch.study import open_study, report_epoch
 from proglayer.results import load
+from proglayer.run.record import EpochRow, RunRecord, RunState, Score
 
 from ..helpers import SHORT, Command, results
 
 optuna = pytest.importorskip("optuna")
 
 SEARCH = ("-m", "hydra/sweeper=optuna", *SHORT, "phase.max_epochs=1")
-GRID = (*SEARCH, "hydra.sweeper.sampler=grid")
+GRID = (*SEARCH, "hydra/sweeper/sampler=grid")
 
 
 def _trials(sweep: Path) -> list[optuna.trial.FrozenTrial]:
     """The trials of a search."""
-    return optuna.load_study(study_name="search", storage=storage_of(sweep)).trials
+    return open_study(sweep, "minimize").trials
 
 
 def test_a_search_takes_a_failed_job_for_a_failed_trial(train: Command, tmp_path: Path) -> None:
@@ -41,10 +45,11 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(train: Command, tmp_path
     assert reasons.count("lower lr.base") == 1
     (best,) = [r for r in records if r["state"] == "completed"]
     assert best["objective"] == best["phases"][-1]["validation"]["loss"]
-    replaced = ("model.num_heads=2", "phase.max_epochs=2")  # by what is said after them
-    kept = " ".join(given for given in SEARCH[2:] if given not in replaced)
-    command = f"python train.py {kept} lr.base=0.001 model.num_heads=2"
-    assert done.out.splitlines()[-1] == command
+    # What is said last of a setting holds.
+    given = {*SEARCH[2:], "lr.base=0.001"} - {"phase.max_epochs=2"}
+    command = shlex.split(done.out.splitlines()[-1])
+    assert command[:2] == ["python", "train.py"]
+    assert {*command[2:]} == given
     assert sorted(t.state.name for t in _trials(tmp_path / "a")) == ["COMPLETE"] + ["FAIL"] * 5
 
     # All points of the grid ended: nothing is left to do.
@@ -60,7 +65,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     search = (
         *SEARCH, "phase.max_epochs=8", "phase.patience=8", "model=deep_supervision",
         "lr.base=tag(log,interval(1e-4,1e-2))", "model.exit_weights=choice(uniform,linear,last)",
-        "hydra.sweeper.seed=1", "hydra.sweeper.n_trials=5",
+        "hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_trials=5",
     )  # fmt: skip
 
     def stop_the_third() -> None:
@@ -132,15 +137,11 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
         (["lr.base=choice(1,2)", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
         (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"], "hydra.sweeper.n_jobs"),
         (["lr.base=choice(1,2)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up"),
-        (["lr.base=choice(1,2)", "hydra.sweeper.sampler=best"], "hydra.sweeper.sampler=best: "),
-        (
-            ["lr.base=choice(1,2)", "+hydra.sweeper.pruner_settings.x=1"],
-            "hydra.sweeper.pruner=nop: ",
-        ),
+        (["lr.base=choice(1,2)", "hydra/sweeper/sampler=best"], "hydra/sweeper/sampler has no "),
+        (["lr.base=choice(1,2)", "+hydra.sweeper.pruner.x=1"], "hydra.sweeper.pruner: TypeError"),
         (["lr.base=1e-3,1", "seed=-1"], "seed=-1"),
-        (["lr.base=choice(1,2)", "hydra.sweeper.params={seed: [1,2]}"], "hydra.sweeper.params: se"),
         (
-            ["lr.base=interval(1e-3,1e-2)", "hydra.sweeper.sampler=grid"],
+            ["lr.base=interval(1e-3,1e-2)", "hydra/sweeper/sampler=grid"],
             "lr.base has no end of values",
         ),
         (["data.tokenizer=choice(words,bpe)"], "take objective=validation_bits_per_byte"),
@@ -234,8 +235,8 @@ def test_a_folder_takes_trials_of_its_own_search_alone(train: Command, tmp_path:
 
 PRUNED = (
     *GRID, "phase=from_scratch", "phase.max_epochs=6", "phase.patience=6",
-    "hydra.sweeper.pruner=median", "+hydra.sweeper.pruner_settings.n_startup_trials=1",
-    "lr.base=choice(1e-2,1e-4,1e-5,1e-6)", "hydra.sweeper.seed=3",
+    "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1",
+    "lr.base=choice(1e-2,1e-4,1e-5,1e-6)", "hydra.sweeper.sampler.seed=3",
 )  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def test_trials_that_promise_less_end_early_wherever_they_run(
             assert trial.intermediate_values == dict(enumerate(losses, start=1))
             assert len(losses) == 6 or trial.state.name == "PRUNED"
         reasons = [r["reason"] for r in records if r["state"] == "pruned"]
-        assert all(reason.startswith("pruned by median after ") for reason in reasons)
+        assert all(reason.startswith("pruned by MedianPruner after ") for reason in reasons)
         # All of the grid came to an end: nothing is left to do.
         assert "4 of 4 trials ended before" in train(*PRUNED, f"hydra.sweep.dir={folder}").out
 
@@ -264,21 +265,70 @@ def test_trials_that_promise_less_end_early_wherever_they_run(
 def test_a_trial_that_is_gone_on_with_reports_nothing_twice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    row = {"validation_loss": 3.0}
-    study = optuna.create_study(
-        study_name="search", storage=storage_of(tmp_path), direction="maximize"
-    )
+    epoch = EpochRow(
+        phase=1, layers=3, epoch=1, train_loss=3.0, validation=Score(loss=3.0, accuracy=0.1),
+        train_tokens=1, train_seconds=1, evaluation_seconds=1, best=True, reused=False,
+    )  # fmt: skip
+    about = {"_target_": "optuna.pruners.MedianPruner"}, "maximize"
+    study = open_study(tmp_path, "maximize")
     study.ask()
-
-    def report() -> Report:
-        return Report(tmp_path, 0, "median", {}, "maximize")
-
-    assert report()(row) is None
-    again = report()
-    again(row)
-    again(row)
+    for epochs in (1, 1, 2):
+        record = RunRecord(state=RunState.running, epochs=[epoch] * epochs)
+        assert report_epoch(tmp_path, 0, *about, record) is None
     # What is better goes the way of the objective.
-    assert _trials(tmp_path)[0].intermediate_values == {1: -3.0, 2: -3.0}
+    assert study.trials[0].intermediate_values == {1: -3.0, 2: -3.0}
     # A study that cannot be reached prunes nothing.
-    assert Report(tmp_path, 7, "median", {}, "maximize")(row) is None
+    assert report_epoch(tmp_path, 7, *about, record) is None
     assert "an epoch is not reported to the study" in caplog.text
+
+
+# --- what is drawn from ---------------------------------------------------------------------------
+
+FLOAT = optuna.distributions.FloatDistribution
+INT = optuna.distributions.IntDistribution
+CHOICE = optuna.distributions.CategoricalDistribution
+
+
+@pytest.mark.parametrize(
+    ("text", "distribution"),
+    [
+        ("interval(1e-4,1e-2)", FLOAT(1e-4, 1e-2)),
+        # Hydra makes the ends of an interval real numbers, unless they are to be whole.
+        ("interval(1,4)", FLOAT(1, 4)),
+        ("int(interval(1,4))", INT(1, 4)),
+        ("tag(log,interval(1e-4,1e-2))", FLOAT(1e-4, 1e-2, log=True)),
+        ("tag(log,int(interval(1,3)))", INT(1, 3, log=True)),
+        # As in any sweep, the end of a range is not in it.
+        ("range(1,5)", INT(1, 4)),
+        ("range(10,0,-4)", INT(2, 10, step=4)),
+        ("range(0,1,0.25)", CHOICE([0.0, 0.25, 0.5, 0.75])),
+        ("a,1.5,true,null", CHOICE(["a", 1.5, True, "null"])),
+        ("choice('a,b',[1,2])", CHOICE(["a\\,b", "[1,2]"])),
+        ("'1',1", CHOICE(["'1'", 1])),
+    ],
+)
+def test_an_override_is_what_it_says(text: str, distribution: Any) -> None:
+    assert read_space([f"model={text}"], None).distributions == {"model": distribution}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["a=interval(2.0,1.0)"], r"^a=interval\(2.0,1.0\): "),
+        (["a=tag(log,interval(0.0,1.0))"], r"^a=tag\(log,interval\(0.0,1.0\)\): "),
+        (["a=tag(log,range(1,9,2))"], r"^a=tag\(log,range\(1,9,2\)\): "),
+        (["a=1,2", "b=range(1,1)"], r"^b=range\(1,1\) gives no value"),
+    ],
+)
+def test_what_nothing_can_be_drawn_from_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_space(overrides, None)
+
+
+def test_drawn_values_stand_where_they_were_drawn_from() -> None:
+    # What is said last of a setting holds.
+    read = read_space(["a=1", "+d=3", "b={c: 1}", "d=interval(0.5,1)", "e=2", "a=range(1,3)"], None)
+    assert read.drawn({"d": 0.75, "a": 2}) == ("a=2", "d=0.75", "b={c: 1}", "e=2")
+    assert [read.point(n) for n in (0, 1)] == [
+        (f"a={n}", "d=0.5", "b={c: 1}", "e=2") for n in (1, 2)
+    ]

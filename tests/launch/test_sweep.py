@@ -18,9 +18,10 @@ from proglayer.config import DataConfig
 from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.errors import ConfigError
 from proglayer.files import sole_writer
+from proglayer.launch.ask import parse
 from proglayer.launch.engines import Engine
 from proglayer.launch.job import Job
-from proglayer.launch.sweep import ProductSettings, expand
+from proglayer.launch.product import ProductSettings, expand, is_kept, values_of
 
 from ..helpers import (
     ROOT,
@@ -322,7 +323,7 @@ def test_a_long_preparation_of_the_corpus_is_told_before_the_jobs_are_planned(
         notify("counting words")
         return open_corpus(data)
 
-    monkeypatch.setattr("proglayer.launch.planned.open_corpus", slowly)
+    monkeypatch.setattr("proglayer.run.setup.open_corpus", slowly)
     for given in (["seed=1"], ["-m", "seed=1,2"]):
         progress, planned = train(*given, *QUICK, "plan=true").out.split("\n", 1)
         assert progress.endswith("counting words")
@@ -335,21 +336,48 @@ def expanded(*arguments: str, **settings: Any) -> list[str]:
     return [" ".join(job) for job in expand(ProductSettings(**settings), list(arguments), None)]
 
 
-SWEPT = ("data.samples=64", "initial_layers=1,2,3", "model=standard,deep_supervision")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed=range(0,1000000000)", "gives more than 10,000 values"),
+        ("seed=range(5,0)", "gives no value"),
+        ("seed=0,1,0", "seed=0,1,0 gives 0 more than once"),
+        ("lr.base=interval(0,1)", "it takes hydra/sweeper=optuna to search an interval"),
+    ],
+)
+def test_values_that_cannot_be_run_are_refused_at_once(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        values_of(parse([text])[0])
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("expression", "jobs"),
+    ("expression", "kept"),
     [
-        ("initial_layers < 3 and model == 'standard'", 2),
-        ('initial_layers < 3 or model != "standard"', 5),
-        # What a job's other settings are does not matter, nor in which way they were given.
-        ("data.samples in [64, 192]", 6),
-        ("not (initial_layers == 1 or model == null)", 4),
+        ("seed < 2 and model != 'a'", [False, True, False]),
+        ("not seed in [1, 2]", [True, False, False]),
+        ("lr.base == null or -1 < seed < 1", [True, False, True]),
     ],
 )
-def test_a_filter_keeps_the_combinations_for_which_it_holds(expression: str, jobs: int) -> None:
-    assert len(expanded(*SWEPT, filter=expression)) == jobs
+def test_a_filter_holds_or_not_for_each_job(expression: str, kept: list[bool]) -> None:
+    jobs = [
+        {"seed": 0, "model": "a", "lr.base": 0.1}, {"seed": 1, "model": "b", "lr.base": 0.2},
+        {"seed": 2, "model": "a"},
+    ]  # fmt: skip
+    assert is_kept(expression, jobs) == kept
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'%z' % seed", "'a' * 9999999999 == seed", "9**9**9**9 == seed", "seed.real == 1",
+        "open('x')", "[s for s in seed]", "seed <", "sed == 1", "seed < 'a'", "seed > 5",
+        "(" * 5000,
+    ],
+)  # fmt: skip
+def test_a_filter_that_computes_or_cannot_be_read_is_refused(expression: str) -> None:
+    with pytest.raises(ConfigError, match=r"^hydra.sweeper.filter="):
+        is_kept(expression, [{"seed": 0}])
 
 
 def test_blocks_are_several_sweeps_in_one() -> None:
@@ -368,8 +396,6 @@ def test_blocks_are_several_sweeps_in_one() -> None:
     ]
     with pytest.raises(ConfigError, match="blocks gives seed, and so does the command line"):
         expanded("seed=1", **only)
-    with pytest.raises(ConfigError, match="seed is a list"):
-        expanded(blocks=[{"seed": [1, 2]}])
 
 
 def test_paired_values_go_together_in_the_blocks_that_have_them() -> None:
@@ -384,10 +410,11 @@ def test_paired_values_go_together_in_the_blocks_that_have_them() -> None:
     blocks = [{"seed": "1,2", "initial_layers": "2,3"}, {"added_layers": "1,2,3"}]
     assert len(expanded(pairs=pairs, blocks=blocks)) == 5
     for wrong, problem in (
-        ([["seed", "lr.base"]], "lr.base"),
-        ([["model", "model"]], "is no pair"),
-        ([["seed", "model", "initial_layers"]], "model has 3, initial_layers has 2"),
-        ([["seed", "initial_layers"], ["initial_layers", "added_layers"]], "initial_layers"),
+        ([["seed", "lr.base"]], "lr.base has 0"),
+        ([["lr.base", "optimizer.eps"]], "lr.base has 0"),
+        ([["model", "model"]], "model has 3"),
+        ([["seed", "model", "initial_layers"]], "model has 3 values, initial_layers has 2"),
+        ([["seed", "initial_layers"], ["initial_layers", "added_layers"]], "initial_layers has 0"),
     ):
         with pytest.raises(ConfigError, match=f"^hydra.sweeper.pairs.*{problem}"):
             expanded("model=a,b,c", *given[1:], pairs=wrong)

@@ -1,0 +1,58 @@
+"""A command without -m: one run. Nothing is written before it is checked."""
+
+from __future__ import annotations
+
+from proglayer import files
+from proglayer.errors import FAILED, ConfigError
+from proglayer.files import FolderKind
+from proglayer.launch.compose import Command
+from proglayer.launch.job import (
+    Job,
+    differing,
+    leave_report,
+    log_of,
+    record_of,
+    run_locked,
+    same_settings,
+    submit,
+)
+from proglayer.launch.planned import planned, print_plan
+from proglayer.run.record import RunState
+
+
+def run(command: Command) -> int:
+    """Run or plan one job and return the exit status.
+
+    Raises ConfigError and StoreError, and KeyboardInterrupt where the run was interrupted.
+    """
+    from proglayer.run import machine
+
+    job = command.job(command.folder("run"))
+    plan = planned(job, {})
+    if job.config.plan:
+        print_plan(plan)
+        return 0
+    machine.pick_device(job.config.device, job.config.precision)
+    check_other_run(job)
+    files.claim_folder(job.folder, FolderKind.run)
+    with files.sole_writer(job.folder, FolderKind.run.setting):
+        submit(job)
+        state = run_locked(job)
+        if state is RunState.interrupted:
+            raise KeyboardInterrupt
+        if job.config.report:
+            with log_of(job.folder):
+                leave_report(job.folder)
+    return 0 if state is RunState.completed else FAILED
+
+
+def check_other_run(job: Job) -> None:
+    """Raise ConfigError where a folder holds a completed run with other settings."""
+    record = record_of(job.folder)
+    if record is None or record.state is not RunState.completed:
+        return
+    others = differing(record.config or {}, job.config.model_dump(mode="json"))
+    if others and not same_settings(record, job.config):
+        raise ConfigError(
+            f"hydra.run.dir={job.folder} holds a completed run with {others}: choose another folder"
+        )
