@@ -11,8 +11,9 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from enum import Enum, StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import (
@@ -500,20 +501,14 @@ def _resolved(settings: DictConfig) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     ours = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
-    hydra = HydraConfig.instance()
-    before = hydra.cfg
+    if "hydra" in settings:
+        # set_config would forbid later changes of it
+        HydraConfig.instance().cfg = cast(Any, settings)
     try:
-        if "hydra" in settings:
-            # set_config would forbid later changes of it
-            hydra.cfg = cast(Any, settings)
-        plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+        return cast(Any, OmegaConf.to_container(ours, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
-    finally:
-        hydra.cfg = before
-    assert isinstance(plain, dict)
-    return {str(name): value for name, value in plain.items()}
 
 
 def problem_lines(error: ValidationError, prefix: str = "") -> list[str]:
@@ -602,14 +597,11 @@ def nearest_setting(name: str) -> str | None:
     """Return the setting that an unknown `name` most likely meant."""
     plain = name.lower().replace("-", "_")
     leaf = plain.rpartition(".")[2]
-    if leaf in SYNONYMS:
-        return SYNONYMS[leaf]
     known = [*Config.model_fields, *setting_names()]
-    by_leaf = {each.rpartition(".")[2]: each for each in reversed(known)}
-    if close := difflib.get_close_matches(plain, known, n=1, cutoff=0.7):
-        return close[0]
-    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
-    return by_leaf[close[0]] if close else None
+    by_leaf = {each.rpartition(".")[2]: each for each in reversed(known)} | SYNONYMS
+    close = difflib.get_close_matches(plain, known, 1, 0.7) if leaf not in SYNONYMS else []
+    close += [by_leaf[each] for each in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)]
+    return close[0] if close else None
 
 
 def unknown_setting(name: str) -> str:
@@ -631,10 +623,9 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
-def store_dir(config: Config) -> str:
-    """Return the folder of the store: the setting, else PROGLAYER_STORE, else multirun/.store."""
-    chosen = config.store.dir or os.environ.get("PROGLAYER_STORE") or "multirun/.store"
-    return os.path.expanduser(chosen)
+def store_dir(chosen: str | None) -> Path:
+    """Return the store: the folder that was chosen, else PROGLAYER_STORE, else multirun/.store."""
+    return Path(chosen or os.environ.get("PROGLAYER_STORE") or "multirun/.store").expanduser()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -643,15 +634,8 @@ def store_dir(config: Config) -> str:
 
 def _rule_problems(config: Config) -> list[str]:
     """Return a line for each rule that is broken, of those whose settings are there."""
-    rules = (
-        depth_problems,
-        _model_problems,
-        _batch_problems,
-        _data_problems,
-        _logger_problems,
-    )
     lines: list[str] = []
-    for rule in rules:
+    for rule in depth_problems, _model_problems, _batch_problems, _data_problems, _logger_problems:
         try:
             lines += rule(config)
         except AttributeError:
@@ -666,30 +650,37 @@ def depth_problems(config: Config) -> Iterator[str]:
     Where a checkpoint says how many there are, they are enough for any setting until it has.
     """
     layers = math.inf if config.initial_layers is None else config.initial_layers
-    yield from _layer_problems(config, layers)
-    yield from _growth_problems(config, layers)
-
-
-def _layer_problems(config: Config, layers: float) -> Iterator[str]:
-    schedule = config.phase.schedule
-    initial = config.freeze.initial
+    schedule, initial = config.phase.schedule, config.freeze.initial
+    grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if not initial.embedding and not initial.head and layers == 0:
         yield "freeze.initial freezes everything of a model of initial_layers=0"
-    grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if grows and config.added_layers == 0:
         yield f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1"
-    if schedule is PhaseSchedule.from_scratch:
-        return
-    if not config.freeze.steps:
+    if schedule is not PhaseSchedule.from_scratch:
+        yield from _freeze_problems(config.freeze.steps, layers, grows)
+    growth, init = config.growth, f"growth.init={config.growth.init.name}"
+    copies = growth.init is not GrowthInit.random
+    if grows and layers == 0 and copies:
+        yield f"{init} has no layer to copy with initial_layers=0: take growth.init=random"
+    placed = growth.init in (GrowthInit.stack, GrowthInit.middle)
+    if placed and growth.position is not GrowthPosition.top:
+        yield f"growth.position={growth.position.name} does not go with {init}: leave it top"
+    if growth.noise and not copies:
+        yield f"growth.noise={growth.noise} changes nothing with {init}"
+    if growth.init is GrowthInit.middle and growth.block > max(1, layers):
+        yield f"growth.block={growth.block} is more than the initial_layers={layers} to repeat"
+
+
+def _freeze_problems(steps: Sequence[FreezeStep], layers: float, grows: bool) -> Iterator[str]:
+    if not steps:
         yield "freeze.steps=[] leaves no phase after a growth: give at least one step"
-    for number, step in enumerate(config.freeze.steps):
-        setting = f"freeze.steps[{number}].existing={step.existing}"
+    for number, step in enumerate(steps):
         if step.existing == "all":
             continue
         if step.existing >= max(1, layers):
             yield (
-                f"{setting} leaves none of {layers} existing layer(s) frozen: "
-                f"the schedule needs initial_layers={step.existing + 1} or more, or existing: all"
+                f"freeze.steps[{number}].existing={step.existing} leaves none of {layers} existing "
+                f"layer(s) frozen: take initial_layers={step.existing + 1} or more, or all"
             )
         elif not grows and step.existing == 0 and not step.embedding and not step.head:
             yield f"freeze.steps[{number}] freezes everything: nothing would train"
@@ -701,27 +692,6 @@ def _batch_problems(config: Config) -> Iterator[str]:
     for part, of in sizes.items():
         if of.batch_size is not None and of.batch_size % parts:
             yield f"phase.accumulate={parts} does not divide phase.{part}batch_size={of.batch_size}"
-
-
-def _growth_problems(config: Config, layers: float) -> Iterator[str]:
-    growth = config.growth
-    grows = config.phase.schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
-    copies = growth.init is not GrowthInit.random
-    if grows and layers == 0 and copies:
-        yield (
-            f"growth.init={growth.init.name} has no layer to copy with initial_layers=0: "
-            "take growth.init=random"
-        )
-    placed = growth.init in (GrowthInit.stack, GrowthInit.middle)
-    if placed and growth.position is not GrowthPosition.top:
-        yield (
-            f"growth.position={growth.position.name} does not go with growth.init="
-            f"{growth.init.name}, which has a place of its own: leave growth.position=top"
-        )
-    if growth.noise and not copies:
-        yield f"growth.noise={growth.noise} changes nothing with growth.init={growth.init.name}"
-    if growth.init is GrowthInit.middle and growth.block > max(1, layers):
-        yield f"growth.block={growth.block} is more than the initial_layers={layers} to repeat"
 
 
 # What says how large an untrained model is; a checkpoint has sizes of its own.
@@ -736,65 +706,47 @@ def _model_problems(config: Config) -> Iterator[str]:
         for name in SIZES:
             if getattr(model, name) is None:
                 yield f"model.{name} has no value: give it one"
-        if config.initial_layers is None:
-            yield "initial_layers=null takes all that model.path has: give a number, or a path"
-    yield from _head_problems(model)
+    given = model.path is not None and model.kind is ModelKind.causal_lm
+    if config.initial_layers is None and not given:
+        yield "initial_layers=null takes all that model.path has, and there is none: give a number"
+    dim, heads = model.dim, model.num_heads
+    if dim is not None and heads is not None:
+        if dim % heads:
+            yield f"model.num_heads={heads} does not divide model.dim={dim}"
+        elif dim // heads % 2:
+            yield f"model.dim={dim} over model.num_heads={heads}: rotary embedding takes even heads"
 
 
 def _causal_lm_problems(config: Config) -> Iterator[str]:
-    model = config.model
+    model, family = config.model, config.model.family
     if importlib.util.find_spec("transformers") is None:
         yield f"model=causal_lm needs the extra hf: {install_command('hf')}"
-    if (model.path is None) is (model.family is None):
-        yield (
-            "model=causal_lm takes either model.path, a folder or a name of the hub, or "
-            "model.family, one of " + ", ".join(Family.__members__)
-        )
-        return
     if model.norm is not Norm.pre:
         yield f"model.norm={model.norm.name} does not go with model=causal_lm: leave it pre"
+    if (model.path is None) is (family is None):
+        families = ", ".join(Family.__members__)
+        yield f"model=causal_lm takes either model.path or model.family (one of {families})"
+        return
     if model.path is not None:
-        if config.data.tokenizer in (WORDS, BYTES):
-            yield (
-                f"data.tokenizer={config.data.tokenizer} does not go with model.path, which knows "
-                "tokens of its own: take data.tokenizer=model"
-            )
+        if (own := config.data.tokenizer) in (WORDS, BYTES):
+            yield f"data.tokenizer={own} does not go with model.path: take data.tokenizer=model"
         for name in (*SIZES, "vocab_size", "num_kv_heads", "max_positions"):
             if getattr(model, name) is not None:
-                yield (
-                    f"model.{name} does not go with model.path, which has sizes of its own: leave "
-                    "it null"
-                )
+                yield f"model.{name} does not go with model.path, which has its own: leave it null"
         return
+    assert family is not None
     if model.revision is not None:
         yield "model.revision is of a model.path on the hub, and there is none"
-    if config.initial_layers is None:
-        yield "initial_layers=null takes all that model.path has, and there is none: give a number"
-    assert model.family is not None
     for name in ("dim", "num_heads"):
         if getattr(model, name) is None:
             yield f"model.{name} has no value: model.family needs one"
-    if model.num_kv_heads is not None and model.family not in FEWER_KEYS:
-        yield f"model.num_kv_heads does not go with model.family={model.family.name}"
-    elif model.num_kv_heads and model.num_heads and model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads="
-            f"{model.num_heads}"
-        )
-    if model.rotary_base is not None and model.family in LEARNED_POSITIONS:
-        yield f"model.rotary_base does not go with model.family={model.family.name}"
-
-
-def _head_problems(model: ModelConfig) -> Iterator[str]:
-    if model.dim is None or model.num_heads is None:
-        return
-    if model.dim % model.num_heads:
-        yield f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}"
-    elif (model.dim // model.num_heads) % 2:
-        yield (
-            f"model.dim={model.dim} over model.num_heads={model.num_heads} gives heads of "
-            f"{model.dim // model.num_heads}: rotary embedding needs an even number"
-        )
+    kv_heads, heads = model.num_kv_heads, model.num_heads
+    if kv_heads is not None and family not in FEWER_KEYS:
+        yield f"model.num_kv_heads does not go with model.family={family.name}"
+    elif kv_heads and heads and heads % kv_heads:
+        yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}"
+    if model.rotary_base is not None and family in LEARNED_POSITIONS:
+        yield f"model.rotary_base does not go with model.family={family.name}"
 
 
 def _data_problems(config: Config) -> Iterator[str]:

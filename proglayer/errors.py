@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.util
 import io
 import os
@@ -14,7 +13,6 @@ FAILED = 1
 INTERRUPTED = 130
 # What a shell reports of a program whose reader went away (128 + SIGPIPE).
 PIPE_CLOSED = 141
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -57,12 +55,9 @@ def run_command(command: Callable[[], int | None], failed: int = FAILED) -> int:
     except UserError as error:
         print_error(str(error))
     except OSError as error:
-        lines = file_problem(error)
-        if lines is None:
-            raise
         if error.filename is None:
-            discard_output()
-        print_error(lines)
+            raise
+        print_error(f"cannot read or write {error.filename} ({error.strerror})")
     return failed
 
 
@@ -75,20 +70,6 @@ def print_error(lines: str) -> None:
 def printable(text: str) -> str:
     """Return text without what a terminal would act on, such as escapes in a folder's name."""
     return "".join(c if c.isprintable() else " " for c in text)
-
-
-def file_problem(error: OSError, advice: str = "") -> str | None:
-    """Say what is wrong with a file, in one line; None where the error names none.
-
-    advice: what else a user can do.
-    """
-    if error.errno in DISK_FULL:
-        where = error.filename or "the output"
-        return f"no space left to write {where}: make room" + (f", or {advice}" if advice else "")
-    if error.filename is None:
-        return None
-    where = f"cannot read or write {error.filename} ({error.strerror})"
-    return f"{where}: {advice}" if advice else where
 
 
 def install_command(extra: str) -> str:

@@ -96,7 +96,8 @@ def sole_writer(folder: Path, setting: str, wait_s: float = 0.0) -> Iterator[Non
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash of the machine.
+    """Write a file so that it is there whole or not at all, also after a crash of the machine: then
+    perhaps as it was before.
 
     It is a new file: links to an earlier one keep what they had. Raises StoreError.
     """
@@ -108,11 +109,6 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

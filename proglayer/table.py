@@ -1,7 +1,7 @@
 """A table: rows, and for each column a label and a format.
 
 One table is printed by rich, set as HTML by the page of a report, and its frame is written as CSV.
-Cells are plain text: nothing in them is markup, and no spreadsheet runs them as a formula.
+Cells are plain text: nothing in them is markup.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 # Text that folds keeps this width in a narrow table: that of the longest name of a model.
 NARROW = 16
-FORMULA_STARTS = ("'", "=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")
 
 
 class Cell(NamedTuple):
@@ -130,21 +129,11 @@ def is_missing(value: Any) -> bool:
 
 
 def csv_of(frame: pd.DataFrame) -> str:
-    """Return a frame as CSV, for spreadsheets and for programs.
-
-    Text that a spreadsheet would run as a formula gets an apostrophe in front, and so does text
-    that begins with one, in names of columns, too: take one leading apostrophe off any text to have
-    the original back. Numbers are as they are.
-    """
-    shown = frame.copy(deep=False)
-    for name in frame.columns:
-        if frame[name].dtype.kind not in "iufb":
-            values = [json.dumps(v) if isinstance(v, list) else v for v in frame[name]]
-            shown[name] = [_safe(value) if isinstance(value, str) else value for value in values]
-    shown.columns = [_safe(str(name)) for name in frame.columns]
+    """Return a frame as CSV, lists in it as JSON."""
+    texts = {
+        name: [json.dumps(value) if isinstance(value, list) else value for value in frame[name]]
+        for name in frame
+        if frame[name].dtype == object
+    }
     # With this line end, text that holds either character is put in quotes.
-    return shown.to_csv(None, index=False, lineterminator="\r\n")
-
-
-def _safe(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    return frame.assign(**texts).to_csv(None, index=False, lineterminator="\r\n")

@@ -134,8 +134,14 @@ def assert_same_bits(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
     assert [r["state"] for r in ours] == ["completed"] * len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         for p, q in zip(mine["phases"], other["phases"], strict=True):
-            for name in ("trajectory", "train_loss", "validation", "exits"):
+            for name in ("trajectory", "validation", "exits"):
                 assert p[name] == q[name]
+        assert losses(mine) == losses(other)
+
+
+def losses(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What each epoch of a run gave."""
+    return [(row["train_loss"], row["validation"]) for row in record["epochs"]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -204,10 +210,21 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def epochs(record: dict[str, Any], reused: bool | None = None) -> list[int]:
+    """How many epochs each phase of a run has; those alone that were, or were not, reused."""
+    return [
+        sum(
+            row["phase"] == number and row["epoch"] > 0 and reused in (None, row["reused"])
+            for row in record["epochs"]
+        )
+        for number in range(1, len(record["phases"]) + 1)
+    ]
+
+
 def epochs_trained(records: list[dict[str, Any]]) -> dict[str, int]:
     """How many epochs of each trajectory these runs trained, all together."""
     trained: Counter[str] = Counter()
     for record in records:
-        for phase in record["phases"]:
-            trained[phase["trajectory"]] += phase["work"]["epochs_trained"]
+        for phase, count in zip(record["phases"], epochs(record, reused=False), strict=True):
+            trained[phase["trajectory"]] += count
     return dict(trained)

@@ -18,7 +18,6 @@ from proglayer.run.record import (
     GitState,
     GrowthRecord,
     PhaseRecord,
-    PhaseWork,
     RunRecord,
     RunState,
     Score,
@@ -29,7 +28,8 @@ from proglayer.run.record import (
 )
 from proglayer.store.entries import Machine
 from proglayer.training.cost import parameter_counts, training_flops
-from proglayer.training.plan import Phase, plan
+from proglayer.training.plan import plan
+from proglayer.training.stopping import StopReason
 
 from .helpers import config
 
@@ -44,9 +44,9 @@ STEP_GAIN = 0.01
 class Cost(NamedTuple):
     """What an epoch takes."""
 
-    tokens: int
-    flops_head: float
-    flops_body: float
+    train_tokens: int
+    train_flops_head: float
+    train_flops_body: float
     train_seconds: float
     evaluation_seconds: float
 
@@ -58,59 +58,24 @@ def score(loss: float, accuracy_percent: float | None = None) -> Score:
     return Score(loss=loss, accuracy=max(0.0, accuracy_percent / 100))
 
 
-def phase_record(
-    index: int,
-    cost: Cost,
-    train_loss: float,
-    validation: Score,
-    *,
-    epochs: int,
-    best_epoch: int,
-    reused: int = 0,
-    memory_mb: float = 700.0,
-    **own: Any,
-) -> PhaseRecord:
+def phase_record(index: int, validation: Score, *, best_epoch: int, **own: Any) -> PhaseRecord:
     """A phase as a run records it; `own` is what its plan says of it, and its exits."""
     return PhaseRecord(
-        **({"stopped": "no improvement in 1 epoch"} | own),
+        **({"stopped": StopReason.patience} | own),
         trajectory=f"{index:032x}",
-        epochs=epochs,
         best_epoch=best_epoch,
-        train_loss=train_loss,
         validation=validation,
-        train_tokens=cost.tokens * epochs,
-        train_flops_head=cost.flops_head * epochs,
-        train_flops_body=cost.flops_body * epochs,
-        train_seconds=cost.train_seconds * epochs,
-        evaluation_seconds=cost.evaluation_seconds * epochs,
-        tokens_per_second=cost.tokens / cost.train_seconds,
-        work=PhaseWork(
-            epochs_trained=epochs - reused,
-            epochs_replayed=0,
-            epochs_reused=reused,
-            seconds_saved=(cost.train_seconds + cost.evaluation_seconds) * reused,
-            seconds_waited=0.0,
-            peak_memory_mb=memory_mb,
-        ),
-    )
-
-
-def growth_record(
-    phase: Phase, before: float, after: float, curve: Sequence[float], cost: Cost
-) -> GrowthRecord:
-    """What a growth from the loss `before` to `after` leaves; `curve` follows it."""
-    back = next((epoch for epoch, loss in enumerate(curve, start=1) if loss < before), None)
-    return GrowthRecord(
-        loss_before=before,
-        loss_after=after,
-        exit_losses_after=[after] * phase.train.layers,
-        tokens_to_recovery=None if back is None else back * cost.tokens,
-        gradient_share_new=[0.2, 0.4],
     )
 
 
 def epoch_row(
-    number: int, phase: PhaseRecord, epoch: int, cost: Cost, train_loss: float | None, to: Score
+    number: int,
+    phase: PhaseRecord,
+    epoch: int,
+    cost: Cost,
+    train_loss: float | None,
+    to: Score,
+    reused: bool = False,
 ) -> EpochRow:
     """An epoch of the phase with this number."""
     return EpochRow(
@@ -119,11 +84,9 @@ def epoch_row(
         epoch=epoch,
         train_loss=train_loss,
         validation=to,
-        train_tokens=cost.tokens,
-        train_seconds=cost.train_seconds,
-        evaluation_seconds=cost.evaluation_seconds,
+        **cost._asdict(),
         best=epoch == phase.best_epoch,
-        reused=False,
+        reused=reused,
     )
 
 
@@ -237,10 +200,7 @@ def run(
         loss, accuracy = curve[best - 1], accuracies[best - 1]
         recorded = phase_record(
             phase.index,
-            cost,
-            loss - 0.3,
             score(loss, accuracy),
-            epochs=count,
             best_epoch=best,
             name=phase.name,
             layers=spec.layers,
@@ -250,7 +210,7 @@ def run(
             frozen=list(spec.frozen),
             rates=spec.rates,
             exit_weights=list(spec.exit_weights),
-            stopped="no improvement in 1 epoch" if best < count else f"max_epochs={count} reached",
+            stopped=StopReason.patience if best < count else StopReason.max_epochs,
             test=None if test_losses is None else score(test_losses[phase.index]),
             exits={
                 spec.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
@@ -259,11 +219,12 @@ def run(
         )
         growth = None
         if spec.growth is not None and shock is not None:
-            before = phases[-1].validation.loss
-            growth = growth_record(phase, before, before + shock, curve, cost)
-            start = cost._replace(tokens=0, train_seconds=0.0, evaluation_seconds=0.0)
-            to = score(before + shock)
-            rows.append(epoch_row(phase.index + 1, recorded, 0, start, None, to))
+            after = phases[-1].validation.loss + shock
+            growth = GrowthRecord(
+                exit_losses_after=[after] * spec.layers, gradient_share_new=[0.2, 0.4]
+            )
+            none = Cost(0, 0.0, 0.0, 0.0, 0.0)
+            rows.append(epoch_row(phase.index + 1, recorded, 0, none, None, score(after)))
         phases.append(recorded.model_copy(update={"growth": growth}))
         rows += [
             epoch_row(phase.index + 1, recorded, epoch, cost, loss - 0.3, score(loss, accuracy))

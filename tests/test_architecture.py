@@ -29,7 +29,7 @@ LAYERS = (
 )
 # The files beside the wings. Commands and the package's own face are no ground: they only hand on.
 GROUND = {"config", "console", "errors", "files", "table"}
-FACES = {"proglayer", "proglayer.__main__"}
+FACES = {"proglayer"}
 
 WITHOUT_TORCH = (
     "config",
@@ -128,7 +128,7 @@ def test_there_are_no_circles() -> None:
 
 
 def test_few_files_stand_beside_the_wings() -> None:
-    beside = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    beside = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert len(beside) <= 6
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(
         LAYERS[1:-1]

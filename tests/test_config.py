@@ -83,7 +83,7 @@ MISTAKES = {
     "added_layers=0": "added_layers=0 adds nothing",
     "phase.accumulate=3": "phase.accumulate=3 does not divide phase.batch_size=64",
     "model.num_heads=3": "model.num_heads=3 does not divide model.dim=64",
-    "model.dim=12": "rotary embedding needs an even number",
+    "model.dim=12": "rotary embedding takes even heads",
     "model.exit_weights=most": "model.exit_weights=most should be uniform, linear, last, or a list",
     "model.exit_weights=[1,-1]": "or a list of numbers from 0",
     "data=text": "data.files is empty",
@@ -114,7 +114,7 @@ def test_a_setting_that_cannot_work_is_named(override: str, message: str) -> Non
 
 def test_the_store_may_be_in_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert store_dir(config("store.dir='~/stages'")) == "/home/somebody/stages"
+    assert str(store_dir("~/stages")) == "/home/somebody/stages"
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proglayer.errors import DISK_FULL, ConfigError, StoreError, run_command
+from proglayer.errors import ConfigError, StoreError, run_command
 
 from .helpers import ROOT
 
@@ -30,11 +30,6 @@ def raising(error: BaseException) -> Callable[[], int]:
             OSError(errno.EACCES, "Permission denied", "x.csv"),
             1,
             ["cannot read or write x.csv (Permission denied)"],
-        ),
-        (
-            OSError(DISK_FULL[0], "No space", "x.csv"),
-            1,
-            ["no space left to write x.csv: make room"],
         ),
         (KeyboardInterrupt(), 130, []),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, []),

@@ -84,21 +84,20 @@ def test_a_new_folder_is_gone_unless_it_was_put_in_place(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["file"]
 
 
-def test_a_link_that_is_there_already_stays_one_file(tmp_path: Path) -> None:
+def test_two_places_hold_one_file_or_a_copy_where_links_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, final = tmp_path / "source", tmp_path / "final"
     source.write_text("content")
-    for _ in range(2):
+    for _ in range(2):  # also where it is there already
         files.link_or_copy(source, final)
         assert final.samefile(source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "source"]
 
-
-def test_without_links_there_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refused)
-    (tmp_path / "source").write_text("content")
-    files.link_or_copy(tmp_path / "source", tmp_path / "final")
-    assert (tmp_path / "final").read_text() == "content"
-    assert not (tmp_path / "final").samefile(tmp_path / "source")
+    files.link_or_copy(source, final)
+    assert final.read_text() == "content"
+    assert not final.samefile(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "source"]

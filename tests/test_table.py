@@ -53,6 +53,6 @@ def test_minor_columns_give_way_in_their_order_and_text_is_no_markup() -> None:
         assert "Seeds" in text
 
 
-def test_no_text_of_a_csv_file_is_a_formula() -> None:
-    frame = pd.DataFrame({"=1+1": ["@x", None, "'y"], "plain": [-1.5, 2.0, 3.0], "list": [[1]] * 3})
-    assert csv_of(frame) == ("'=1+1,plain,list\r\n'@x,-1.5,[1]\r\n,2.0,[1]\r\n''y,3.0,[1]\r\n")
+def test_lists_are_json_in_a_csv_file() -> None:
+    frame = pd.DataFrame({"text": ["=x", None], "plain": [-1.5, 2.0], "list": [[1], ["a"]]})
+    assert csv_of(frame) == 'text,plain,list\r\n=x,-1.5,[1]\r\n,2.0,"[""a""]"\r\n'

@@ -31,7 +31,7 @@ from proglayer.data.tokens import (
     Tokenization,
     open_tokenization,
 )
-from proglayer.errors import ConfigError, file_problem, first_line
+from proglayer.errors import ConfigError, first_line
 
 Notify = Callable[[str], None]
 
@@ -104,9 +104,10 @@ def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
     try:
         entry = _read_entry(folder, notify) or _prepare_once(folder, text, tokenization, notify)
     except OSError as error:
-        named = OSError(error.errno, error.strerror or str(error), str(folder.parent))
-        advice = "set data.cache_dir to a folder that can be written"
-        raise ConfigError(file_problem(named, advice)) from error
+        raise ConfigError(
+            f"cannot write to {folder.parent} ({error.strerror or error}): make room, or set "
+            "data.cache_dir to another folder"
+        ) from error
     return _with_windows(entry, text, data)
 
 

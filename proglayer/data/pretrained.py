@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,8 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
 
     Raises ConfigError where there is none.
     """
-    folder, commit = Path(path).expanduser(), None
-    if not folder.is_dir():
-        wanted = [*FETCHED, WEIGHTS_FILES] if weights else [CONFIG_FILE]
-        folder = from_hub("model.path", path, revision, wanted)
-        commit = folder.name
+    wanted = [*FETCHED, WEIGHTS_FILES] if weights else [CONFIG_FILE]
+    folder, commit = folder_or_hub("model.path", path, revision, wanted)
     label = f"model.path={path}"
     try:
         config = dict(json.loads((folder / CONFIG_FILE).read_bytes()))
@@ -72,23 +70,28 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
     return pretrained
 
 
-def from_hub(setting: str, name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the folder of a snapshot of the hub, fetched or of its cache.
+def folder_or_hub(
+    setting: str, name: str, revision: str | None, patterns: Sequence[str]
+) -> tuple[Path, str | None]:
+    """Return a folder, or the snapshot of the hub of this name with its commit, fetched or cached.
 
-    setting: what names it, for messages.
+    setting: what names it, for messages. patterns: the files that are wanted of the hub.
 
     Raises ConfigError where the hub gives no such repository.
     """
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder, None
     label = f"{setting}={name}" + (f" at revision {revision}" if revision else "")
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the library raises many kinds
         said = f"{label} is no folder, and cannot be had from the hub ({first_line(error)})"
         raise ConfigError(said) from error
+    return folder, folder.name
 
 
 @functools.cache

@@ -23,13 +23,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from proglayer.config import BPE, BYTES, MODEL, WORDS, DataConfig
-from proglayer.data.pretrained import from_hub
+from proglayer.data.pretrained import folder_or_hub
 from proglayer.data.text import sha256_of
 from proglayer.errors import ConfigError, first_line, install_command
 
@@ -88,9 +87,7 @@ def open_tokenization(data: DataConfig) -> Tokenization:
         return Tokenization(
             {"bpe": size}, lambda read: Subwords(train_bpe(read("train"), size), label)
         )
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = from_hub("data.tokenizer", name, data.tokenizer_revision, [TOKENIZER_FILE])
+    folder, _ = folder_or_hub("data.tokenizer", name, data.tokenizer_revision, [TOKENIZER_FILE])
     key = {"sha256": sha256_of(folder / TOKENIZER_FILE)}
     content = (folder / TOKENIZER_FILE).read_bytes()
     return Tokenization(key, lambda read: Subwords(content, label))

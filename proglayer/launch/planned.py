@@ -66,7 +66,7 @@ def stored_of(each: Planned) -> list[StoredEpochs | None]:
     device = machine.pick_device(config.device, config.precision)
     with machine.switches(config.threads, config.precision):
         here = machine.describe_machine(device)
-    store = Path(store_dir(config))
+    store = store_dir(config.store.dir)
     parent: tuple[str, int] | None = None
     stored: list[StoredEpochs | None] = [None] * len(each.setup.phases)
     for n, phase in enumerate(each.setup.phases):

@@ -24,6 +24,7 @@ from proglayer.report import stats
 from proglayer.results import Results
 from proglayer.results.variants import asked_of, name_variants, settings_text, swept
 from proglayer.run.record import RunState
+from proglayer.training.stopping import StopReason
 
 # A pandas frame or series. Its own types cannot follow a selection, which may be either.
 Frame = Any
@@ -204,7 +205,7 @@ def _add_ends(runs: Frame, phases: Frame) -> None:
     )
     grown = set(phases.loc[phases["new_layers"].map(bool), "run"])
     runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
-    runs["cut"] = last["stopped"].astype(str).str.startswith("max_epochs").to_numpy()
+    runs["cut"] = (last["stopped"] == StopReason.max_epochs).fillna(False).to_numpy(dtype=bool)
     runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
     # Runs without a test text, or of several texts, cannot be compared on one.
     texts = runs.reindex(columns=["corpus_fingerprint", "test_fingerprint"])

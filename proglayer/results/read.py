@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -37,15 +38,11 @@ from proglayer.run.record import ENDS, RecordError, RunRecord, RunState, read_re
 from proglayer.table import csv_of
 from proglayer.training.stopping import perplexity
 
-# Columns of completed runs -> those of their phases that they sum up.
-SUMS = {
-    "epochs": ["epochs"],
-    "epochs_reused": ["epochs_reused"],
-    "seconds": ["train_seconds", "evaluation_seconds"],
-    "tokens": ["train_tokens"],
-    "flops": ["train_flops_head", "train_flops_body"],
-    "flops_without_head": ["train_flops_body"],
-}
+# What phases are the sums of their epochs of.
+SUMS = (
+    *("train_tokens", "train_flops_head", "train_flops_body"),
+    *("train_seconds", "evaluation_seconds"),
+)
 # Which of the runs of one experiment and seed stands for the others: a failed one comes last.
 UNFINISHED = (RunState.interrupted, RunState.preempted, RunState.pruned, RunState.lost)
 RANK = {RunState.completed: 3, RunState.running: 2, **dict.fromkeys(UNFINISHED, 1)}
@@ -127,7 +124,7 @@ class Results:
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write a frame as CSV in which no text is a formula, see `proglayer.table.csv_of`."""
+    """Write a frame as CSV, see `proglayer.table.csv_of`. Raises StoreError."""
     files.write_atomically(path, csv_of(frame).encode())
 
 
@@ -241,26 +238,62 @@ def _add(
     phases: Rows = []
     epochs: Rows = []
     if corpus := record.corpus:
+        epochs = [{"run": run["run"], **row.columns(corpus)} for row in record.epochs]
         for number, phase in enumerate(record.phases, start=1):
             place = {"run": run["run"], "phase": number}
             test = corpus.figures(phase.test, "test") if phase.test is not None else {}
             figures = corpus.figures(phase.validation) | test
+            own = [row for row in epochs if row["phase"] == number]
+            figures |= _sums(own) | _growth(record, number, own)
             phases.append(place | recorded("phases", phase) | figures)
             for layer, score in phase.exits.items():
                 rows["exits"].append(place | {"layer": layer} | corpus.figures(score))
-        epochs = [{"run": run["run"], **row.columns(corpus)} for row in record.epochs]
     rows["phases"] += phases
     rows["epochs"] += epochs
     rows["runs"].append(recorded("runs", record) | run | _of_phases(record, phases, epochs))
 
 
+def _sums(epochs: Rows) -> dict[str, Any]:
+    """Return what training these epochs took, reused or not, and what reusing some saved."""
+    trained = [row for row in epochs if row["epoch"]]
+    seconds = [row["train_seconds"] + row["evaluation_seconds"] for row in trained]
+    reused = [row["reused"] for row in trained]
+    return {
+        "epochs": len(trained),
+        "epochs_reused": sum(reused),
+        "seconds_saved": sum(itertools.compress(seconds, reused)),
+        **{name: sum(row[name] for row in trained) for name in SUMS},
+    }
+
+
+def _growth(record: RunRecord, number: int, epochs: Rows) -> dict[str, Any]:
+    """Return what a phase's growth did to the loss, and for how long; nothing if it has none."""
+    growth = record.phases[number - 1].growth
+    if growth is None:
+        return {}
+    trained = [row for row in epochs if row["epoch"]]
+    before = record.phases[number - 2].validation.loss
+    so_far = itertools.accumulate(row["train_tokens"] for row in trained)
+    better = (row["validation_loss"] < before for row in trained)
+    return {
+        "loss_before": before,
+        "loss_after": growth.exit_losses_after[-1],
+        "tokens_to_recovery": next(itertools.compress(so_far, better), None),
+    }
+
+
 def _of_phases(record: RunRecord, phases: Rows, epochs: Rows) -> dict[str, Any]:
-    """Return what a run's phases add up to; of one that did not complete, its epochs."""
+    """Return what a run's phases and epochs add up to."""
     completed = record.state is RunState.completed
     run: dict[str, Any] = {}
+    if epochs:
+        run = _sums(epochs)
+        run["seconds"] = run["train_seconds"] + run["evaluation_seconds"]
+        run["tokens"], run["flops_without_head"] = run["train_tokens"], run["train_flops_body"]
+        run["flops"] = run["train_flops_head"] + run["train_flops_body"]
+        run = {name: value for name, value in run.items() if name not in SUMS}
     if record.state in ENDS and record.started is not None:
-        run |= {"phases": len(phases), "seconds_saved": _total(phases, "seconds_saved")}
-        run["peak_memory_mb"] = max((phase["peak_memory_mb"] for phase in phases), default=None)
+        run["phases"] = len(phases)
     if record.corpus:
         run["validation_tokens"] = record.corpus.validation_windows * record.corpus.seq_len
     ends = [("first", phases[0])] if phases else []
@@ -275,20 +308,7 @@ def _of_phases(record: RunRecord, phases: Rows, epochs: Rows) -> dict[str, Any]:
         run["accuracy_points"] = 100 * (after.accuracy - before.accuracy)
         run["perplexity_percent"] = (base - perplexity(after.loss)) / base * 100
         run["loss_nats"] = before.loss - after.loss
-    if completed:
-        return run | {name: _total(phases, *columns) for name, columns in SUMS.items()}
-    if epochs:
-        run["epochs"] = sum(row["epoch"] > 0 for row in epochs)
-        run["epochs_reused"] = sum(row["reused"] for row in epochs)
-        run["tokens"] = _total(epochs, "train_tokens")
-        run["seconds"] = _total(epochs, "train_seconds", "evaluation_seconds")
     return run
-
-
-def _total(rows: Rows, *names: str) -> Any:
-    """Return the sum of these columns; None if a value is missing."""
-    values = [row[name] for row in rows for name in names]
-    return None if None in values else sum(values)
 
 
 # --- frames ---------------------------------------------------------------------------------------
@@ -326,15 +346,12 @@ def _varied(runs: pd.DataFrame) -> list[str]:
 def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Add what each run is, and what it had trained by each epoch and exit."""
     phases, epochs = frames["phases"], frames["epochs"]
-    cost = phases[["run", "phase"]].assign(
-        flops=(phases["train_flops_head"] + phases["train_flops_body"]) / phases["epochs"]
-    )
-    epochs = epochs.merge(cost, on=["run", "phase"], how="left")
     # Epoch 0 is the model right after a growth: it was only evaluated.
     trained = epochs["epoch"] > 0
     epochs["step"] = trained.groupby(epochs["run"], sort=False).cumsum().astype("int64")
     epochs["tokens"] = sum_so_far(epochs["train_tokens"], epochs["run"])
-    epochs["flops"] = sum_so_far(epochs["flops"] * trained, epochs["run"])
+    flops = epochs["train_flops_head"] + epochs["train_flops_body"]
+    epochs["flops"] = sum_so_far(flops, epochs["run"])
     keys = ["run", "phase", "best_epoch"]
     at = epochs.rename(columns={"epoch": "best_epoch"}).drop_duplicates(keys)
     at = phases[keys].merge(at[[*keys, "step", "tokens", "flops"]], on=keys, how="left")

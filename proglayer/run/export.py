@@ -7,6 +7,7 @@ from pathlib import Path
 from proglayer import __version__, files
 from proglayer.config import BPE, BYTES, WORDS, Config
 from proglayer.data.corpus import open_corpus
+from proglayer.data.pretrained import FETCHED, folder_or_hub
 from proglayer.errors import ConfigError, first_line
 from proglayer.run.record import RunRecord, read_record
 from proglayer.run.run import load_run
@@ -63,11 +64,9 @@ def _write_tokenizer(config: Config, folder: Path) -> None:
                 file = open_corpus(config.data).tokenizer_file
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
             else:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    Path(name).expanduser() if Path(name).expanduser().is_dir() else name,
-                    revision=config.data.tokenizer_revision or "main",
-                    trust_remote_code=False,
-                )
+                revision = config.data.tokenizer_revision
+                theirs, _ = folder_or_hub("data.tokenizer", name, revision, FETCHED)
+                tokenizer = AutoTokenizer.from_pretrained(theirs, trust_remote_code=False)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # the library raises many kinds
         raise ConfigError(
@@ -83,7 +82,7 @@ def _card(config: Config, record: RunRecord) -> str:
         revision = f" at revision `{at.revision}`" if at.revision else ""
         began = f"the first {at.layers} layers of `{at.path}`{revision} (SHA-256 `{at.sha256}`)"
     phases = "\n".join(
-        f"- {phase.layers} layers, {len(phase.new_layers)} of them new: {phase.epochs} epochs, "
+        f"- {phase.layers} layers, {len(phase.new_layers)} of them new: {phase.best_epoch} epochs, "
         f"validation loss {phase.validation.loss:.4f} nats per token"
         for phase in record.phases
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import resource
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,19 +105,23 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
 
     On a GPU sums are formed in the same order every time, as they are on a CPU without being asked.
     """
-    threads_before = torch.get_num_threads()
-    # Not `fp32_precision`: setting that alone makes every reader of this older switch fail, the
-    # compiler among them (torch 2.11-2.13).
-    matmul_before = torch.get_float32_matmul_precision()
+    # Modules with a property each, which no type checker knows. Not torch's `fp32_precision`:
+    # setting that alone makes every reader of the older switch fail, the compiler among them (torch
+    # 2.11-2.13).
     cpu_matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    on_cpu_before = cpu_matmul.fp32_precision
-    strict_before = torch.are_deterministic_algorithms_enabled()
-    lenient_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    # A module with a property, which no type checker knows.
     filling: Any = torch.utils.deterministic
-    filled_before = filling.fill_uninitialized_memory
-    try:
-        torch.set_num_threads(threads or min(threads_before, available_cores()))
+    strict = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    available = min(torch.get_num_threads(), available_cores())
+    with contextlib.ExitStack() as back:
+        back.callback(torch.set_num_threads, torch.get_num_threads())
+        # It was left unset, perhaps, and would not go with a later change of the older switch.
+        back.callback(setattr, cpu_matmul, "fp32_precision", cpu_matmul.fp32_precision)
+        back.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        back.callback(torch.use_deterministic_algorithms, strict, warn_only=lenient)
+        was_filled = filling.fill_uninitialized_memory
+        back.callback(setattr, filling, "fill_uninitialized_memory", was_filled)
+        torch.set_num_threads(threads or available)
         if torch.cuda.is_available():
             # Attention's backward pass and the compiler would add up in any order there. cuBLAS
             # reads its variable when it starts, and without it may choose another way each time.
@@ -132,30 +134,6 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         inside = "medium" if precision is Precision.tf32 or on_cpu else "highest"
         torch.set_float32_matmul_precision(inside)
         yield
-    finally:
-        filling.fill_uninitialized_memory = filled_before
-        torch.use_deterministic_algorithms(strict_before, warn_only=lenient_before)
-        torch.set_float32_matmul_precision(matmul_before)
-        # It was left unset, perhaps, and would not go with a later change of the older switch.
-        cpu_matmul.fp32_precision = on_cpu_before
-        torch.set_num_threads(threads_before)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start counting peak memory from zero, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb(device: torch.device) -> tuple[float, float | None]:
-    """Return the highest use of memory since `reset_peak_memory`: of the process, of its GPU."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    of_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return round(peak / 1e6, 1), of_device and round(of_device / 1e6, 1)
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ from proglayer.training.plan import Phase, TrainSpec, schedule_warning
 from proglayer.training.stopping import perplexity
 
 if TYPE_CHECKING:
-    from proglayer.training.stopping import EpochMetrics
+    from proglayer.run.record import EpochRow
     from proglayer.training.trainer import Progress
 
 STEP_EVERY_S = 30.0
@@ -33,15 +33,14 @@ STEP_EVERY_S = 30.0
 class RunDisplay:
     """Progress of one run in plain lines, on the console and in the log."""
 
-    def __init__(self, phases: int) -> None:
-        self._phases = phases
+    def __init__(self) -> None:
         self._said = time.monotonic()
 
-    def phase(self, phase: Phase) -> None:
-        """Show that a phase begins."""
+    def phase(self, phase: Phase, of: int) -> None:
+        """Show that a phase begins, of so many."""
         counts = parameter_counts(phase.train)
         tell(
-            f"phase {phase.index + 1}/{self._phases} {phase.name}: {phase.train.layers} layers, "
+            f"phase {phase.index + 1}/{of} {phase.name}: {phase.train.layers} layers, "
             f"{counts.trainable:,} of {counts.total:,} parameters train"
         )
         if warning := schedule_warning(phase):
@@ -56,19 +55,16 @@ class RunDisplay:
                 f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
             )
 
-    def epoch(self, metrics: EpochMetrics, best: bool, reused: bool) -> None:
+    def epoch(self, row: EpochRow) -> None:
         """Show an epoch that was trained or read from the store."""
         self._said = time.monotonic()
-        seconds = metrics.train_seconds + metrics.evaluation_seconds
-        loss = "not trained"
-        if metrics.train_loss is not None:
-            loss = f"train loss {metrics.train_loss:.4f}"
+        seconds = f"{row.train_seconds + row.evaluation_seconds:.1f} s"
+        trained = "not trained" if row.train_loss is None else f"train loss {row.train_loss:.4f}"
         tell(
-            f"  epoch {metrics.epoch:>2}  {loss}  "
-            f"validation loss {metrics.validation_loss:.4f}  "
-            f"perplexity {perplexity(metrics.validation_loss):.2f}  "
-            f"accuracy {100 * metrics.validation_accuracy:.2f} %  "
-            f"({'stored' if reused else f'{seconds:.1f} s'}){' *' if best else ''}"
+            f"  epoch {row.epoch:>2}  {trained}  validation loss {row.validation.loss:.4f}  "
+            f"perplexity {perplexity(row.validation.loss):.2f}  "
+            f"accuracy {100 * row.validation.accuracy:.2f} %  "
+            f"({'stored' if row.reused else seconds}){' *' if row.best else ''}"
         )
 
 

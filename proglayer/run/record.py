@@ -12,7 +12,6 @@ import contextlib
 import csv
 import hashlib
 import io
-import itertools
 import math
 import os
 import threading
@@ -32,8 +31,8 @@ from proglayer.errors import ConfigError, UserError
 from proglayer.files import RUN_FILE, SWEEP_FILE
 from proglayer.store.entries import Machine
 from proglayer.training.cost import parameter_counts, training_flops
-from proglayer.training.plan import Phase, Rates
-from proglayer.training.stopping import perplexity
+from proglayer.training.plan import Rates
+from proglayer.training.stopping import StopReason, perplexity
 
 if TYPE_CHECKING:
     from proglayer.data.corpus import Corpus
@@ -47,7 +46,7 @@ HEARTBEAT_EVERY_S = 10.0
 # A shared file system may show a change of time a minute late.
 LOST_AFTER_S = 120.0
 # Raise by hand when a reader of older records would misread a newer one.
-FORMAT = 4
+FORMAT = 5
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -83,7 +82,7 @@ class RecordError(UserError, ValueError):
 class Part(BaseModel):
     """A part of a record."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Score(Part):
@@ -173,43 +172,21 @@ class CheckpointRecord(Part):
 class GrowthRecord(Part):
     """What happened at the moment of a phase's growth. Losses in nats per token, validation.
 
-    loss_before, loss_after: at the last exit of the old model's selected epoch, and of the grown
-        model before its first step.
     exit_losses_after: at each evaluated exit of the grown model before its first step, bottom
         first.
-    tokens_to_recovery: trained until the end of the first epoch below `loss_before`; None if never.
     gradient_share_new: over the first steps, the norm of the new layers' gradient over that of all
         that trains.
     """
 
-    loss_before: float | None
-    loss_after: float
     exit_losses_after: list[float]
-    tokens_to_recovery: int | None
     gradient_share_new: list[float] | None
 
 
-class PhaseWork(Part):
-    """What a phase cost the run itself, and what it saved by reading epochs from the store.
-
-    Peak resident memory of the process, and of its GPU, in MB (10^6 bytes).
-    """
-
-    epochs_trained: int
-    epochs_replayed: int
-    epochs_reused: int
-    seconds_saved: float
-    seconds_waited: float
-    peak_memory_mb: float
-    peak_device_memory_mb: float | None = None
-
-
 class PhaseRecord(Part):
-    """One phase of a run.
+    """One phase of a run. What it cost is in its epochs.
 
-    Tokens, FLOPs and seconds are those of all its epochs as they were first trained, whether this
-    run trained them or read them from the store. `trajectory` is its key there. `train_loss`,
-    `validation`, `test` and `exits` are of the selected epoch; the exits by their layer, from 1.
+    `trajectory` is its key in the store. `validation`, `test` and `exits` are of the selected
+    epoch, `best_epoch`; the exits by their layer, from 1.
     """
 
     name: str
@@ -221,25 +198,19 @@ class PhaseRecord(Part):
     rates: Rates
     exit_weights: list[float]
     trajectory: str
-    epochs: int
     best_epoch: int
-    stopped: str
-    train_loss: float | None
+    stopped: StopReason
     validation: Score
     exits: dict[int, Score]
-    train_tokens: int
-    train_flops_head: float
-    train_flops_body: float
-    train_seconds: float
-    evaluation_seconds: float
-    tokens_per_second: float | None
-    work: PhaseWork
     growth: GrowthRecord | None = None
     test: Score | None = None
 
 
 class EpochRow(Part):
-    """One epoch. Phases, layers and epochs count from 1; `reused` epochs were read from the store.
+    """One epoch. Phases, layers and epochs count from 1.
+
+    Tokens, FLOPs and seconds are those of its training, also where it was read from the store
+    (`reused`).
 
     Epoch 0 is the model right after a growth, before its first step: it is never the best, unless
     the phase has no other epoch. `best` says whether it is the best epoch of its phase so far.
@@ -251,6 +222,8 @@ class EpochRow(Part):
     train_loss: float | None
     validation: Score
     train_tokens: int
+    train_flops_head: float
+    train_flops_body: float
     train_seconds: float
     evaluation_seconds: float
     best: bool
@@ -258,15 +231,7 @@ class EpochRow(Part):
 
     def columns(self, corpus: CorpusRecord) -> dict[str, Any]:
         """Return the row as `metrics.csv` and the frames have it."""
-        figures = dict(self) | corpus.figures(self.validation)
-        return {name: figures[name] for name in METRICS_COLUMNS}
-
-
-METRICS_COLUMNS = (
-    *("phase", "layers", "epoch", "train_loss", "validation_loss", "validation_perplexity"),
-    *("validation_accuracy_percent", "train_tokens", "train_seconds", "evaluation_seconds"),
-    *("best", "reused", "validation_bits_per_byte"),
-)
+        return self.model_dump(exclude={"validation"}) | corpus.figures(self.validation)
 
 
 class RunRecord(Part):
@@ -277,9 +242,7 @@ class RunRecord(Part):
     `seconds` are those of the clock, from its start to its end.
     """
 
-    model_config = ConfigDict(frozen=False)
-
-    format: Literal[4] = FORMAT
+    format: Literal[5] = FORMAT
     state: RunState
     reason: str | None = None
     started: datetime | None = None
@@ -315,7 +278,7 @@ class SweepRecord(Part):
         empty for a plain one.
     """
 
-    format: Literal[4] = FORMAT
+    format: Literal[5] = FORMAT
     jobs: list[SweepJob]
     command: list[str] = []
     git: GitState | None = None
@@ -339,42 +302,36 @@ def corpus_record(corpus: Corpus) -> CorpusRecord:
     )
 
 
-def epoch_row(phase: Phase, metrics: EpochMetrics, best: bool, reused: bool) -> EpochRow:
+def epoch_row(trajectory: Trajectory, metrics: EpochMetrics, best: bool) -> EpochRow:
     """Return what the record says of an epoch."""
+    phase, windows = trajectory.phase, trajectory.corpus.train
     figures = asdict(metrics)
     loss, accuracy = figures.pop("validation_loss"), figures.pop("validation_accuracy")
+    flops = training_flops(phase.train, windows.shape[1] - 1, len(windows), metrics.epoch)
     return EpochRow(
         **figures,
         phase=phase.index + 1,
         layers=phase.train.layers,
         validation=Score(loss=loss, accuracy=accuracy),
+        train_flops_head=flops.head if metrics.epoch else 0,
+        train_flops_body=flops.body if metrics.epoch else 0,
         best=best,
-        reused=reused,
+        reused=metrics.epoch not in (0, *trajectory.trained),
     )
 
 
 def phase_record(
-    trajectory: Trajectory,
-    stopped: Stopped,
-    exits: list[ExitMetrics],
-    test: ExitMetrics | None,
-    before: float | None,
-    memory: tuple[float, float | None],
+    trajectory: Trajectory, stopped: Stopped, exits: list[ExitMetrics], test: ExitMetrics | None
 ) -> PhaseRecord:
-    """Return what the record says of a phase.
-
-    before: the validation loss of the phase before.
-    """
-    phase, counts, windows = trajectory.phase, trajectory.counts, trajectory.corpus.train
-    spec, best = phase.train, stopped.best
+    """Return what the record says of a phase."""
+    phase, spec, best = trajectory.phase, trajectory.phase.train, stopped.best
     parameters = parameter_counts(spec)
-    trained = [epoch for epoch in stopped.epochs if epoch.epoch]
-    reused = [epoch for epoch in trained if epoch.epoch not in counts.trained]
-    flops = [
-        training_flops(spec, windows.shape[1] - 1, len(windows), epoch.epoch) for epoch in trained
-    ]
-    seconds = sum(epoch.train_seconds for epoch in trained)
-    tokens = sum(epoch.train_tokens for epoch in trained)
+    growth = None
+    if spec.growth:
+        growth = GrowthRecord(
+            exit_losses_after=[exit.loss for exit in trajectory.start_exits()],
+            gradient_share_new=trajectory.gradient_shares(),
+        )
     return PhaseRecord(
         name=phase.name,
         layers=spec.layers,
@@ -385,47 +342,17 @@ def phase_record(
         rates=spec.rates,
         exit_weights=list(spec.exit_weights),
         trajectory=trajectory.key,
-        epochs=len(trained),
         best_epoch=best.epoch,
         stopped=stopped.reason,
-        train_loss=best.train_loss,
         validation=Score(loss=best.validation_loss, accuracy=best.validation_accuracy),
         exits={each.exit + 1 if spec.layers else 0: _score(each) for each in exits},
-        train_tokens=tokens,
-        train_flops_head=sum(epoch.head for epoch in flops),
-        train_flops_body=sum(epoch.body for epoch in flops),
-        train_seconds=seconds,
-        evaluation_seconds=sum(epoch.evaluation_seconds for epoch in trained),
-        tokens_per_second=tokens / seconds if seconds else None,
-        work=PhaseWork(
-            epochs_trained=len(counts.trained),
-            epochs_replayed=counts.epochs_replayed,
-            epochs_reused=len(reused),
-            seconds_saved=sum(e.train_seconds + e.evaluation_seconds for e in reused),
-            seconds_waited=counts.waited_seconds,
-            peak_memory_mb=memory[0],
-            peak_device_memory_mb=memory[1],
-        ),
-        growth=_growth(trajectory, before, stopped) if spec.growth else None,
+        growth=growth,
         test=test and _score(test),
     )
 
 
 def _score(metrics: ExitMetrics) -> Score:
     return Score(loss=metrics.loss, accuracy=metrics.accuracy)
-
-
-def _growth(trajectory: Trajectory, before: float | None, stopped: Stopped) -> GrowthRecord:
-    losses = [exit.loss for exit in trajectory.start_exits()]
-    so_far = itertools.accumulate(epoch.train_tokens for epoch in stopped.epochs)
-    better = (before is not None and e.validation_loss < before for e in stopped.epochs)
-    return GrowthRecord(
-        loss_before=before,
-        loss_after=losses[-1],
-        exit_losses_after=losses,
-        tokens_to_recovery=next(itertools.compress(so_far, better), None),
-        gradient_share_new=trajectory.gradient_shares(),
-    )
 
 
 # --- reading and writing --------------------------------------------------------------------------
@@ -464,10 +391,11 @@ def change_state(
 def write_metrics(folder: Path, record: RunRecord) -> None:
     """Write `metrics.csv`, every epoch so far, whole or not at all. Raises StoreError."""
     assert record.corpus is not None, "epochs are of a text"
+    rows = [row.columns(record.corpus) for row in record.epochs]
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row.columns(record.corpus) for row in record.epochs)
+    writer.writerows(rows)
     files.write_atomically(folder / METRICS, text.getvalue().encode())
 
 

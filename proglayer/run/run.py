@@ -47,11 +47,10 @@ Prune = Callable[[RunRecord], str | None]
 
 
 class Ended(NamedTuple):
-    """A phase that ended: its trajectory, and its selected epoch with that one's loss."""
+    """A phase that ended: its trajectory and its selected epoch."""
 
     trajectory: Trajectory
     epoch: int
-    validation_loss: float
 
 
 def run(
@@ -71,8 +70,8 @@ def run(
     worker: the number of this process among those that work at once on this machine, which share
         out its GPUs by it.
 
-    Returns the record. What goes wrong is in it, and not raised, but for a ConfigError or
-    StoreError before the first phase: then nothing is written.
+    Returns the record. What goes wrong is in it, and not raised, but for a device that is not here
+    (ConfigError), a store of others (ConfigError) and what cannot be written (StoreError).
     """
     device = machine.pick_device(config.device, config.precision)
     with (
@@ -90,21 +89,14 @@ def run(
             gpu=gpu,
             git=git or git_state(),
         )
-        try:
+        with session(config, folder, record, prune) as current:
             setup = prepare(config, record)
-        except UserError:
-            raise
-        except Exception as error:
-            explain_failure(record, error)
-            record.ended = records.now()
-            records.write_record(folder, record)
-            return record
-        with session(config, folder, record, len(setup.phases), prune) as current:
             last = None
-            for phase in setup.phases:
-                last = train_phase(phase, last, setup, current)
+            with current.at_work():
+                for phase in setup.phases:
+                    last = train_phase(phase, last, setup, current)
             assert last is not None, "a plan has a phase"
-            record.weights_sha256 = keep_weights(last.trajectory, last.epoch, folder)
+            record.weights_sha256 = keep_weights(last, folder)
             record.objective = records.objective_of(config.objective, record)
     return record
 
@@ -137,10 +129,9 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
     """
     record, folder = current.record, current.folder
     following = setup.phases[phase.index + 1 : phase.index + 2]
-    current.display.phase(phase)
+    current.display.phase(phase, len(setup.phases))
     assert record.machine is not None, "the run has begun"
     device = torch.device(record.machine.device or "cpu")
-    machine.reset_peak_memory(device)
     trajectory = Trajectory(
         store=current.store,
         parent=(previous.trajectory.key, previous.epoch) if previous else None,
@@ -156,10 +147,7 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
     )
 
     def on_epoch(metrics: EpochMetrics, best: EpochMetrics | None = None) -> None:
-        reused = metrics.epoch not in (0, *trajectory.counts.trained)
-        is_best = best is metrics
-        current.display.epoch(metrics, is_best, reused)
-        current.add(records.epoch_row(phase, metrics, is_best, reused))
+        current.add(records.epoch_row(trajectory, metrics, best is metrics))
 
     with trajectory:
         trajectory.entry.mark_used(folder)
@@ -171,19 +159,14 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
             best = stopped.best
             exits = trajectory.finish(best.epoch)
             test = trajectory.test(best.epoch)
-            before = previous.validation_loss if previous else None
-            memory = machine.peak_memory_mb(device)
-            record.phases.append(
-                records.phase_record(trajectory, stopped, exits, test, before, memory)
-            )
+            record.phases.append(records.phase_record(trajectory, stopped, exits, test))
         except Diverged:
             good = trajectory.best_recorded()
-            if good is not None:
-                record.weights_sha256 = keep_weights(trajectory, good, folder)
-            elif previous is not None:
-                record.weights_sha256 = keep_weights(previous.trajectory, previous.epoch, folder)
+            kept = previous if good is None else Ended(trajectory, good)
+            if kept is not None:
+                record.weights_sha256 = keep_weights(kept, folder)
             raise
-    return Ended(trajectory, best.epoch, best.validation_loss)
+    return Ended(trajectory, best.epoch)
 
 
 def starting_model(phase: Phase, previous: Ended | None, checkpoint: Pretrained | None) -> Model:
@@ -207,13 +190,13 @@ def carried_moments(phase: Phase, previous: Ended | None) -> Tensors:
     return carried_tensors(state, phase.train, previous.trajectory.phase.train.layers)
 
 
-def keep_weights(trajectory: Trajectory, epoch: int, folder: Path) -> str:
-    """Put the model after `epoch` into a run's folder: a hard link where that can be had.
+def keep_weights(ended: Ended, folder: Path) -> str:
+    """Put the selected model into a run's folder: a hard link where that can be had.
 
     Returns the file's SHA-256.
     """
-    with trajectory:
-        stored = trajectory.weights_file(epoch)
+    with ended.trajectory as trajectory:
+        stored = trajectory.weights_file(ended.epoch)
     files.link_or_copy(stored, folder / WEIGHTS)
     return records.hash_weights(folder)
 
@@ -252,19 +235,38 @@ class Session:
     record: RunRecord
     store: Path
     display: RunDisplay
-    hooks: Hooks
+    stop: Stop
+    watch: CoreWatch
     loggers: Loggers
     prune: Prune | None
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Show life, and note a signal, which ends a run at once that is not at work yet."""
+        records.write_record(self.folder, self.record)
+        alive = records.sign_of_life(self.folder / records.RUN_FILE)
+        with alive, self.stop.listening(), contextlib.closing(self.watch):
+            yield
+
+    @property
+    def hooks(self) -> Hooks:
+        """What training asks and tells."""
+        return Hooks(lambda: self.stop.signal, self._step, tell)
+
+    def _step(self, progress: Progress) -> None:
+        self.display.step(progress)
+        assert self.record.machine is not None, "the run has begun"
+        on_processor = self.record.machine.device == "cpu"
+        if on_processor and (line := self.watch.step(first=progress.step <= 1)):
+            tell(line)
 
     def add(self, epoch: records.EpochRow) -> None:
         """Write an epoch down, and tell the others of it. Raises Pruned."""
         record = self.record
-        if epoch.best:
-            record.epochs = [
-                row.model_copy(update={"best": row.best and row.phase != epoch.phase})
-                for row in record.epochs
-            ]
+        for row in record.epochs if epoch.best else ():
+            row.best = row.best and row.phase != epoch.phase
         record.epochs.append(epoch)
+        self.display.epoch(epoch)
         records.write_record(self.folder, record)
         records.write_metrics(self.folder, record)
         if epoch.epoch or epoch.best:  # else it is the start of a phase that will train
@@ -277,7 +279,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(
-    config: Config, folder: Path, record: RunRecord, phases: int, prune: Prune | None
+    config: Config, folder: Path, record: RunRecord, prune: Prune | None
 ) -> Iterator[Session]:
     """Surround the walk through a run's phases: from here on every end is in its record.
 
@@ -285,52 +287,35 @@ def session(
     """
     began = time.perf_counter()
     stop = Stop()
-    store = Path(store_dir(config))
+    store = store_dir(config.store.dir)
     open_store(store)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (records.METRICS, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     loggers = Loggers(config.logger, folder, record)
-    records.write_record(folder, record)
-    watch, display = CoreWatch(), RunDisplay(phases)
-    on_processor = record.machine is not None and record.machine.device == "cpu"
-
-    def on_step(progress: Progress) -> None:
-        display.step(progress)
-        if on_processor and (line := watch.step(first=progress.step <= 1)):
-            tell(line)
-
-    alive = records.sign_of_life(folder / records.RUN_FILE)
-    with alive, stop.listening(), contextlib.closing(watch):
-        hooks = Hooks(lambda: stop.signal, on_step, tell)
-        try:
-            yield Session(config, folder, record, store, display, hooks, loggers, prune)
-            record.state = RunState.completed
-        except Interrupted as error:
-            record.state = RunState.preempted if stop.requeue else RunState.interrupted
-            record.reason = str(error)
-            when = "when its scheduler starts it again" if stop.requeue else "by the same command"
-            tell(f"{error}; it goes on {when}")
-        except Pruned as error:
-            record.state, record.reason = RunState.pruned, str(error)
-            tell(record.reason)
-        except Exception as error:
-            explain_failure(record, error)
+    try:
+        yield Session(
+            config, folder, record, store, RunDisplay(), stop, CoreWatch(), loggers, prune
+        )
+        record.state = RunState.completed
+    except Interrupted as error:
+        record.state = RunState.preempted if stop.requeue else RunState.interrupted
+        record.reason = str(error)
+        when = "when its scheduler starts it again" if stop.requeue else "by the same command"
+        tell(f"{error}; it goes on {when}")
+    except Pruned as error:
+        record.state, record.reason = RunState.pruned, str(error)
+        tell(record.reason)
+    except UserError as error:
+        record.state, record.reason = RunState.failed, str(error)
+        log.error("%s", error)
+    except Exception as error:
+        record.state, record.reason = RunState.failed, with_type(error)
+        record.traceback = traceback.format_exc()
+        log.exception("the run failed")
     record.ended = records.now()
     record.seconds = time.perf_counter() - began
     records.write_record(folder, record)
     loggers.end(record.state)
     if stop.requeue is not None:
         stop.requeue()
-
-
-def explain_failure(record: RunRecord, error: Exception) -> None:
-    """Put into the record why the run failed, and say it: a fault of ours with its traceback."""
-    record.state = RunState.failed
-    if isinstance(error, UserError):
-        record.reason = str(error)
-        log.error("%s", error)
-    else:
-        record.reason = with_type(error)
-        record.traceback = traceback.format_exc()
-        log.exception("the run failed")

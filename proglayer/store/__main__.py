@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from proglayer.config import store_dir
 from proglayer.console import console
 from proglayer.errors import ConfigError, run_command
 from proglayer.files import FolderKind
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dir",
         type=Path,
-        default=Path(os.environ.get("PROGLAYER_STORE") or "multirun/.store"),
+        default=store_dir(None),
         help="the store (default: $PROGLAYER_STORE, else multirun/.store)",
     )
     for limit, kept in ("--max-gb", "so many GB"), ("--max-days", "what runs used in so many days"):
@@ -68,45 +67,40 @@ def _prune(listed: Sequence[Listed], max_size: float, max_age: float, dry_run: b
 
 
 def _listed(entry: Entry) -> Listed:
-    stats = []
-    for path in (*entry.files(), *entry.folder.glob("used/*")):
-        with contextlib.suppress(FileNotFoundError):  # a run may be at work here
-            stats.append(path.stat())
+    # A run may be at work here, and take files away.
+    paths = (*entry.files(), *entry.folder.glob("used/*"))
+    stats = [path.stat() for path in paths if path.exists()]
     newest = max((stat.st_mtime for stat in stats), default=0.0)
     size = sum(stat.st_size for stat in stats)
     return Listed(entry, size / 1e6, (time.time() - newest) / 86_400)
 
 
 def _print(listed: Sequence[Listed]) -> None:
-    rows = [
-        {
-            "key": each.entry.key[:12],
-            "what": _title(each.entry),
-            "epochs": len(set(each.entry.names("epoch-")) - {"epoch-0000"}),
-            "size": each.size,
-            "age": each.age,
-            "users": ", ".join("/".join(run.parts[-2:]) for run in each.entry.users()),
-        }
-        for each in listed
-    ]
     columns = (
-        Column("key", "trajectory"),
-        Column("what", "what", kind="prose"),
-        Column("epochs", "epochs", "d"),
+        Column("entry", "trajectory", lambda entry: entry.key[:12]),
+        Column("entry", "what", _title, kind="prose"),
+        Column("entry", "epochs", _epochs, kind="figure"),
         Column("size", "MB", ",.1f"),
         Column("age", "days old", ",.1f"),
-        Column("users", "used by", kind="prose"),
+        Column("entry", "used by", _users, kind="prose"),
     )
     note = f"{len(listed)} trajectories, {sum(each.size for each in listed):,.1f} MB"
-    console().print(Table(rows, columns, note=note).rich())
+    console().print(Table([each._asdict() for each in listed], columns, note=note).rich())
 
 
 def _title(entry: Entry) -> str:
-    about = entry.read_json("trajectory")
-    if about is None:
+    if (about := entry.read_json("trajectory")) is None:
         return "not described"
     phase = about["phase"]
     return f"phase {phase['index'] + 1}, {phase['layers']} layers, seed {phase['seed']}"
+
+
+def _epochs(entry: Entry) -> str:
+    return str(len({*entry.names("epoch-")} - {"epoch-0000"}))
+
+
+def _users(entry: Entry) -> str:
+    return ", ".join("/".join(run.parts[-2:]) for run in entry.users())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,20 +65,6 @@ class Hooks:
     on_wait: Callable[[str], None]
 
 
-@dataclass
-class Counts:
-    """What a trajectory cost this process.
-
-    trained: the epochs that it trained for the first time.
-    epochs_replayed: how many it trained again on the way to others.
-    waited_seconds: how long it waited for another process.
-    """
-
-    trained: set[int] = field(default_factory=set)
-    epochs_replayed: int = 0
-    waited_seconds: float = 0.0
-
-
 @dataclass(eq=False)
 class Trajectory:
     """The epochs of one phase from one starting point, stored under their key.
@@ -110,7 +96,8 @@ class Trajectory:
         )
         self.key = key_of(self.description)
         self.entry = Entry(self.store, self.key)
-        self.counts = Counts()
+        # The epochs that this process trained for the first time.
+        self.trained: set[int] = set()
         self._recorded: dict[int, EpochMetrics] = {}
         self._waiting = False
         self._training: Training | None = None
@@ -268,10 +255,7 @@ class Trajectory:
                 self.hooks.on_wait(f"phase {self.phase.index + 1} is being trained by another job")
             self._waiting = True
             self._check_stop()
-            started = time.monotonic()
-            locked = self.entry.lock(POLL_S)
-            self.counts.waited_seconds += time.monotonic() - started
-            if not locked:
+            if not self.entry.lock(POLL_S):
                 return
         self._waiting = False
         if self.entry.path("trajectory") is None:
@@ -319,13 +303,12 @@ class Trajectory:
                 self.entry.write_json(GRADIENTS, {"new_layers": shares})
             if self._stored_epoch(number) is not None:
                 training.finish_epoch()
-                self.counts.epochs_replayed += 1
                 self._keep(training)
             else:
                 self._recorded[number] = metrics = self._finish_epoch(training)
                 self._keep(training)
                 self.entry.write_json(_name("epoch", number), asdict(metrics))
-                self.counts.trained.add(number)
+                self.trained.add(number)
         return training
 
     def _finish_epoch(self, training: Training) -> EpochMetrics:

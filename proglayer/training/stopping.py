@@ -5,6 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class StopReason(StrEnum):
+    """What ended a phase: no improvement within its patience, or its most epochs."""
+
+    patience = "patience"
+    max_epochs = "max_epochs"
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Stopped:
 
     best: EpochMetrics
     epochs: tuple[EpochMetrics, ...]
-    reason: str
+    reason: StopReason
 
 
 def follow(
@@ -77,12 +85,10 @@ def follow(
         assert best is not None
         if on_epoch is not None:
             on_epoch(metrics, best)
-        waited = metrics.epoch - best.epoch
-        if waited >= rule.patience:
-            unit = "epoch" if waited == 1 else "epochs"
-            return Stopped(best, tuple(read), f"{waited} {unit} without improvement")
+        if metrics.epoch - best.epoch >= rule.patience:
+            return Stopped(best, tuple(read), StopReason.patience)
         if metrics.epoch >= rule.max_epochs:
-            return Stopped(best, tuple(read), f"max_epochs={rule.max_epochs} reached")
+            return Stopped(best, tuple(read), StopReason.max_epochs)
     return None
 
 

@@ -20,7 +20,7 @@ from proglayer.launch.study import open_study, report_epoch
 from proglayer.results import load
 from proglayer.run.record import EpochRow, RunRecord, RunState, Score
 
-from ..helpers import SHORT, Command, results
+from ..helpers import SHORT, Command, epochs, results
 
 optuna = pytest.importorskip("optuna")
 
@@ -88,12 +88,12 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     # Not a draw of the first three again, as the seed alone would make them.
     assert len({t.params["lr.base"] for t in after}) == 5
     gone_on = json.loads(next(sweep.glob("2_*/run.json")).read_text())
-    assert gone_on["phases"][0]["work"]["epochs_reused"] > 0
+    assert epochs(gone_on, reused=True)[0] > 0
     command = shlex.split(done.out.splitlines()[-1])[2:]
     assert train(*command, "hydra.run.dir=best").status == 0
     record = json.loads((tmp_path / "best/run.json").read_text())
     assert record["objective"] == min(t.value for t in after)
-    assert sum(phase["work"]["epochs_trained"] for phase in record["phases"]) == 0
+    assert sum(epochs(record, reused=False)) == 0
 
 
 @pytest.fixture
@@ -117,15 +117,19 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
     records = results(tmp_path / "a")
     # For each seed the initial phase, the grown one of two ways of freezing, which gradual
     # unfreezing begins like one of, and two more of its own.
-    phases = [p for r in records for p in r["phases"] if p["work"]["epochs_trained"]]
-    trained = [phase["trajectory"] for phase in phases]
+    trained = [
+        phase["trajectory"]
+        for record in records
+        for phase, count in zip(record["phases"], epochs(record, reused=False), strict=True)
+        if count
+    ]
     assert len(trained) == len(set(trained)) == 2 * 5
     command = shlex.split(done.out.splitlines()[-1])[2:]
     assert command[-1].startswith("threads=")
     assert train(*command, "hydra.run.dir=best").status == 0
     record = json.loads((tmp_path / "best/run.json").read_text())
     assert record["objective"] == min(r["objective"] for r in records)
-    assert sum(phase["work"]["epochs_trained"] for phase in record["phases"]) == 0
+    assert sum(epochs(record, reused=False)) == 0
 
 
 @pytest.mark.parametrize(
@@ -267,13 +271,14 @@ def test_a_trial_that_is_gone_on_with_reports_nothing_twice(
 ) -> None:
     epoch = EpochRow(
         phase=1, layers=3, epoch=1, train_loss=3.0, validation=Score(loss=3.0, accuracy=0.1),
-        train_tokens=1, train_seconds=1, evaluation_seconds=1, best=True, reused=False,
+        train_tokens=1, train_flops_head=1, train_flops_body=1, train_seconds=1,
+        evaluation_seconds=1, best=True, reused=False,
     )  # fmt: skip
     about = {"_target_": "optuna.pruners.MedianPruner"}, "maximize"
     study = open_study(tmp_path, "maximize")
     study.ask()
-    for epochs in (1, 1, 2):
-        record = RunRecord(state=RunState.running, epochs=[epoch] * epochs)
+    for count in (1, 1, 2):
+        record = RunRecord(state=RunState.running, epochs=[epoch] * count)
         assert report_epoch(tmp_path, 0, *about, record) is None
     # What is better goes the way of the objective.
     assert study.trials[0].intermediate_values == {1: -3.0, 2: -3.0}

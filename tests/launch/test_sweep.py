@@ -29,6 +29,7 @@ from ..helpers import (
     Command,
     at_work,
     contents,
+    epochs,
     experiments,
     is_running,
     results,
@@ -182,7 +183,7 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert process.returncode == 0, out
     records = results(tmp_path / "s")
     assert [r["state"] for r in records] == ["completed"] * 3
-    assert all(r["phases"][0]["work"]["epochs_reused"] >= 1 for r in records[:2])
+    assert all(epochs(r, reused=True)[0] >= 1 for r in records[:2])
     # Threads that the launcher shared out are no other setting.
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
 
@@ -270,8 +271,8 @@ def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
 def test_a_sweep_counts_as_shared_what_is_trained_once(train: Command, tmp_path: Path) -> None:
     done = train("-m", *QUICK, "freeze=existing,none", "hydra.sweep.dir=s")
     assert "4 phases planned: 3 distinct phases, 0 of them stored" in done.out
-    work = [phase["work"] for record in results(tmp_path / "s") for phase in record["phases"]]
-    assert sum(bool(w["epochs_trained"]) for w in work) == 3
+    trained = [count for r in results(tmp_path / "s") for count in epochs(r, reused=False)]
+    assert sum(map(bool, trained)) == 3
 
 
 def test_problems_of_every_kind_in_every_job_are_told_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,10 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     )  # fmt: skip
     record = runs_to_its_end(tmp_path, *overrides)
     first, second = record.phases
-    assert (first.epochs, first.best_epoch, first.train_tokens) == (0, 0, 0)
+    assert first.best_epoch == 0
     assert (first.layers, second.layers) == (3, 5)
     assert second.growth is not None
-    assert second.growth.loss_before == second.growth.loss_after == first.validation.loss
+    assert second.growth.exit_losses_after[-1] == first.validation.loss
     assert second.validation.loss < first.validation.loss
     read = read_record(tmp_path / "run")
     assert read.checkpoint.layers == 3
@@ -116,7 +117,7 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
 
     # The same command finds all of it stored.
     again = run(config(*TEXT, f"store.dir={tmp_path / 'stages'}", *overrides), tmp_path / "again")
-    assert [phase.work.epochs_trained for phase in again.phases] == [0, 0]
+    assert all(row.reused for row in again.epochs if row.epoch)
     assert again.weights_sha256 == record.weights_sha256
 
 
@@ -127,8 +128,8 @@ def test_what_is_no_model_is_told_before_a_text_is_prepared_for_it(tmp_path: Pat
             "model=causal_lm", f"model.path={path}", "data.tokenizer=model", "data=text",
             "data.files=[/no/such/text]", "report=false",
         )  # fmt: skip
-        with pytest.raises(ConfigError, match=rf"^model\.path={path}.*{reason}"):
-            run(settings, tmp_path / "run")
+        reason = rf"model\.path={path}.*{reason}"
+        assert re.match(reason, run(settings, tmp_path / "run").reason or "")
 
 
 def test_an_untrained_model_of_a_family_goes_to_the_library_with_its_bpe(
@@ -158,7 +159,7 @@ def test_a_phase_without_epochs_is_one_of_our_own_model_too(tmp_path: Path) -> N
         "initial_layers=2", "growth=gate", "growth.gate_steps=2", "freeze=none",
     )  # fmt: skip
     first, second = record.phases
-    assert (first.epochs, second.epochs) == (0, 1)
-    assert second.growth.loss_before == second.growth.loss_after
+    assert [row.epoch for row in record.epochs] == [0, 0, 1]
+    assert second.growth.exit_losses_after[-1] == first.validation.loss
     with pytest.raises(ConfigError, match="the project's own model, which transformers does not"):
         export_run(tmp_path / "run", tmp_path / "grown")

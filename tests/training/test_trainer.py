@@ -14,7 +14,7 @@ from proglayer.training.build import build, grow
 from proglayer.training.cost import training_flops
 from proglayer.training.optim import build_optimizer, role_of, set_trainable
 from proglayer.training.plan import TrainSpec, plan
-from proglayer.training.stopping import EpochMetrics, StoppingRule, follow
+from proglayer.training.stopping import EpochMetrics, StoppingRule, StopReason, follow
 from proglayer.training.trainer import Diverged, evaluate
 
 from ..helpers import config, experiments
@@ -41,7 +41,7 @@ def test_patience_one_on_the_published_series(
     stopped = follow(StoppingRule(50, 1, 0.0), epochs_with([*series, 1.0, 1.0]))
     assert len(stopped.epochs) == stops_after
     assert stopped.best.epoch == best
-    assert stopped.reason == "1 epoch without improvement"
+    assert stopped.reason is StopReason.patience
 
 
 def test_patience_counts_epochs_in_a_row_since_the_best() -> None:
@@ -61,7 +61,7 @@ def test_an_improvement_must_beat_min_delta_and_equal_is_none() -> None:
 def test_max_epochs_ends_a_phase_that_still_improves() -> None:
     stopped = follow(StoppingRule(2, 1, 0.0), epochs_with([3.0, 2.0, 1.0]))
     assert (stopped.best.epoch, len(stopped.epochs)) == (2, 2)
-    assert stopped.reason == "max_epochs=2 reached"
+    assert stopped.reason is StopReason.max_epochs
 
 
 # ---------------------------------------------------------------------------------------------
