@@ -45,7 +45,7 @@ from proglayer.files import (
 log = logging.getLogger(__name__)
 
 # Raise by hand whenever the same key would stand for different numbers, or a file's form changes.
-FORMAT = 3
+FORMAT = 4
 KEY_FORM = re.compile(r"[0-9a-f]{32}")
 FILE_FORM = re.compile(r"[a-z]+(?:-[0-9]+)*\.[0-9a-f]{32}\.(?:json|safetensors)")
 # Apart from the rest: a thousand runs may read an entry, and a look for a file lists its folder.

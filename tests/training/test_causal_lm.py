@@ -245,14 +245,20 @@ def test_training_resumes_bit_for_bit_and_is_stored_whole(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_in_bfloat16_train_and_are_half_as_large(family: str) -> None:
+def test_weights_in_bfloat16_train_with_their_norms_and_are_half_as_large(family: str) -> None:
     phase = of_family(family, "model.weights=bfloat16")[0]
     training = begun(phase)
+    weights = dict(training.model.named_parameters())
+    gains = {n: w.detach().clone() for n, w in weights.items() if w.ndim == 1 and "bias" not in n}
+    assert all((gain == 1).all() for gain in gains.values())
     (before,) = evaluate(training.model, phase, CORPUS, CPU, [2])
     training.train_epoch()
     (after,) = evaluate(training.model, phase, CORPUS, CPU, [2])
     assert after.loss < before.loss
-    assert {p.dtype for p in training.model.parameters()} == {torch.bfloat16}
+    assert {w.dtype for w in weights.values() if w.ndim > 1} == {torch.bfloat16}
+    # An update of a rate of 1e-3 is lost in a bfloat16 of 1.
+    assert gains
+    assert not [name for name, gain in gains.items() if torch.equal(weights[name], gain)]
     wide = len(pack_weights(of_family(family)[0], build(of_family(family)[0]).state_dict()))
     assert len(pack_weights(phase, training.model.state_dict())) < 0.75 * wide
 
@@ -404,7 +410,7 @@ def test_what_is_no_checkpoint_is_told_in_one_line(damage: str, tmp_path: Path) 
 
 REFUSED = {
     ("model.path=/no/such/folder", "data.tokenizer=model"): "is no folder",
-    (): "takes either model.path, a folder or a name of the hub, or model.family",
+    (): "takes either model.path or model.family",
     ("model.family=llama",): "model.dim has no value",
     ("model.family=gpt2", *SIZES, "model.num_kv_heads=1"): "model.num_kv_heads does not go with",
     ("model.family=llama", *SIZES, "initial_layers=null"): "initial_layers=null takes all that",
