@@ -44,6 +44,8 @@ RELEASE_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 BLOCK_BYTES = 2**20
 # Files of rows, and the builders of `datasets` that read them.
 ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# How files begin that are text to a decoder, and markup to a reader.
+MARKUP = ("<!doctype html", "<html", "{\\rtf", "%pdf-")
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 def _files(data: DataConfig) -> Text:
     paths = _matching_files(data.files)
-    builders = [ROW_FILES.get(path.suffix) for path in paths]
+    builders = [ROW_FILES.get(path.suffix.lower()) for path in paths]
 
     def read(split: str, scratch: Path) -> Iterator[str]:
         if split == "test":
@@ -249,7 +251,9 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
             try:
                 piece = decoder.decode(block, final=not block)
                 if "\0" in piece:
-                    raise UnicodeError("it holds bytes of 0")
+                    raise UnicodeError("it is binary, or in another encoding")
+                if file.tell() == len(block) and piece.lstrip().lower().startswith(MARKUP):
+                    raise UnicodeError("it is HTML, RTF or PDF")
             except UnicodeError as error:
                 raise ConfigError(f"{path} is no text in UTF-8 ({first_line(error)})") from error
             last = piece[-1:] or last

@@ -54,6 +54,8 @@ def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
     "content",
     [
         "so many words".encode("utf-16-le"),
+        "<!DOCTYPE html>\n<html><body>so many words",
+        "{\\rtf1\\ansi so many words}",
         b"PK\x03\x04\x14\0\x08",
         gzip.compress(b"words " * 99),
         b"words \xe6\xbc",
@@ -64,7 +66,7 @@ def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
 )
 def test_what_is_no_text_in_utf8_is_refused_in_one_line(tmp_path, monkeypatch, content):
     monkeypatch.setattr(text_module, "BLOCK_BYTES", 64)
-    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "a.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=r"a.txt is no text in UTF-8") as error:
         open_corpus(text(tmp_path / "a.txt", cache_dir=str(tmp_path / "cache")))
     one_line(error)
