@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+import zipfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from proglayer.report.study import judge_study
 from proglayer.results import Results, load
 
 FINDINGS = Path(__file__).resolve().parents[1] / "docs" / "findings"
+ZIP = "frames.zip"
 FRAMES = ("runs", "phases", "epochs", "exits", "left_out")
 TABLES = ("exits", "early_exit", "changed_layers")
 # Where and when a run was made, which is nobody's business, and what it wrote of its making.
@@ -65,7 +68,19 @@ def take(part: str, folders: list[str]) -> None:
     for path in runs["config.data.path"].dropna().unique():
         for name in ("config.data.path", "overrides"):
             runs[name] = runs[name].str.replace(path, "FOLDER", regex=False)
-    replace(results, runs=runs).to_parquet(FINDINGS / part)
+    write(part, replace(results, runs=runs))
+
+
+def write(part: str, results: Results) -> None:
+    """Write the frames of a part, all in one file: a column's description is half of a small one's
+    size, and alike in all.
+    """
+    (FINDINGS / part).mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(FINDINGS / part / ZIP, "w", zipfile.ZIP_DEFLATED) as own:
+        for name, frame in results.frames().items():
+            content = frame.to_parquet(index=False, compression=None, write_statistics=False)
+            named = zipfile.ZipInfo(f"{name}.parquet")  # without the time
+            own.writestr(named, content, zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def by_experiment(results: Results) -> pd.DataFrame:
@@ -83,7 +98,8 @@ def by_experiment(results: Results) -> pd.DataFrame:
 
 def read(part: str) -> Results:
     """The data of a part."""
-    frames = {name: pd.read_parquet(FINDINGS / part / f"{name}.parquet") for name in FRAMES}
+    with zipfile.ZipFile(FINDINGS / part / ZIP) as own:
+        frames = {name: pd.read_parquet(BytesIO(own.read(f"{name}.parquet"))) for name in FRAMES}
     for frame in frames.values():
         for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
             frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]

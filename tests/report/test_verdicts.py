@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ GOLDEN = json.loads((Path(__file__).parent / "verdicts.json").read_text())
 
 def read(part: str) -> Results:
     """The data of a part, as scripts/findings.py wrote them."""
-    frames = {
-        name: pd.read_parquet(FINDINGS / part / f"{name}.parquet")
-        for name in ("runs", "phases", "epochs", "exits", "left_out")
-    }
+    with zipfile.ZipFile(FINDINGS / part / "frames.zip") as own:
+        frames = {
+            name: pd.read_parquet(BytesIO(own.read(f"{name}.parquet")))
+            for name in ("runs", "phases", "epochs", "exits", "left_out")
+        }
     for frame in frames.values():
         for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
             frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]
