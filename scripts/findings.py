@@ -16,10 +16,11 @@ from __future__ import annotations
 import shutil
 import sys
 import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -32,6 +33,7 @@ from proglayer.report.comparisons import Comparison, Kind, judge
 from proglayer.report.pictures import Picture, forest, learning_curve, lines
 from proglayer.report.study import judge_study
 from proglayer.results import Results, load
+from proglayer.run.record import RunState, read_record
 
 FINDINGS = Path(__file__).resolve().parents[1] / "docs" / "findings"
 ZIP = "frames.zip"
@@ -44,6 +46,84 @@ PLACE = (
 )
 MARGINS = Margins()
 CHANGE = Metric.accuracy.change
+# The study where depth pays: its arms, by what sets them apart on the command line.
+SCRATCH, SHALLOW = "phase=from_scratch", "phase=from_scratch added_layers=0"
+LOSSES = "phase.initial.exit_weights={} phase.grown.exit_weights={}"
+EPOCHS = "phase.initial.max_epochs={} phase.grown.max_epochs={}"
+OPERATORS = ("random", "copy", "stack", "zero", "gate")
+CONTROL = "six layers from scratch"
+DEPTH_ARMS = {
+    CONTROL: f"{SCRATCH} phase.initial.max_epochs=15",
+    "six layers, fewer epochs": f"{SCRATCH} phase.initial.max_epochs=11",
+    "two layers": f"{SHALLOW} phase.initial.max_epochs=15",
+    "two layers, more epochs": f"{SHALLOW} phase.initial.max_epochs=31",
+    **{f"`{name}`": f"growth={name}" for name in OPERATORS},
+    "frozen": "freeze=existing phase.grown.max_epochs=9",
+    "frozen, more epochs": "freeze=existing phase.grown.max_epochs=11",
+    "gradually unfrozen": "freeze=gradual phase.grown.max_epochs=3",
+    "exits after": f"freeze=existing {LOSSES.format('last', 'uniform')}",
+    "exits before": f"freeze=existing {LOSSES.format('uniform', 'last')}",
+    "exits before and after": f"freeze=existing {LOSSES.format('uniform', 'uniform')}",
+    **{
+        f"`stack` after {before}": f"growth=stack {EPOCHS.format(before, after)}"
+        for before, after in ((3, 10), (9, 8), (12, 7))
+    },
+}
+# Its comparisons: the title of a question, and of each comparison what the losses of arms are
+# weighted by. The family holds those of what layers do as well.
+Weighted = dict[str, float]
+TWO_BY_TWO = ("frozen", "exits after", "exits before", "exits before and after")
+DEPTH_QUESTIONS: dict[str, dict[str, Weighted]] = {
+    "Does depth pay? Six layers − two": {
+        "at equal tokens": {CONTROL: 1, "two layers": -1},
+        "at equal operations": {"six layers, fewer epochs": 1, "two layers, more epochs": -1},
+    },
+    "Does growing reach training from scratch?": {
+        f"`{name}`, at equal {budget}": {f"`{name}`": 1, control: -1}
+        for budget, control in (
+            ("operations", "six layers, fewer epochs"),
+            ("tokens", CONTROL),
+        )
+        for name in OPERATORS
+    },
+    "Does freezing cost anything, and does unfreezing win it back?": {
+        "frozen − nothing frozen, at equal tokens": {"frozen": 1, "`random`": -1},
+        "frozen − nothing frozen, at equal operations": {"frozen, more epochs": 1, "`random`": -1},
+        "gradually unfrozen − frozen": {"gradually unfrozen": 1, "frozen": -1},
+        "gradually unfrozen − nothing frozen": {"gradually unfrozen": 1, "`random`": -1},
+    },
+    "Does deep supervision make a model easier to deepen? A loss at every layer": {
+        name: dict(zip(TWO_BY_TWO, weights, strict=True))
+        for name, weights in {
+            "before the growth": (-0.5, -0.5, 0.5, 0.5),
+            "after the growth": (-0.5, 0.5, -0.5, 0.5),
+            "both beyond their sum": (1, -1, -1, 1),
+        }.items()
+    },
+    "When to grow? By `stack`, against after 6 epochs": {
+        f"after {before}": {f"`stack` after {before}": 1, "`stack`": -1} for before in (3, 9, 12)
+    },
+}
+# What of them is asked of a second text again.
+AGAIN = {
+    "Does depth pay? Six layers − two": ("at equal tokens",),
+    "Does growing reach training from scratch?": tuple(
+        f"`{name}`, at equal operations" for name in OPERATORS
+    ),
+    "Does freezing cost anything, and does unfreezing win it back?": (
+        "frozen − nothing frozen, at equal tokens",
+        "gradually unfrozen − frozen",
+    ),
+}
+# Grown models and their control, whose layers are left out and swapped.
+USING = ("`stack`", "`random`")
+USES = ("left out", "swapped with the next")
+USED = "changed_layers.csv"
+# The parts with its data, and how many arms a seed has there.
+DEPTH_PARTS = {"depth": len(DEPTH_ARMS), "depth-again": 10}
+SEEDS = 8
+NATS = 0.02
+PLANNED = sum(map(len, DEPTH_QUESTIONS.values())) + len(USING) * len(USES)
 # The 2 x 2: the loss of the initial phase, then that of the grown one.
 CELLS = {"last": "last layer", "uniform": "every layer"}
 
@@ -62,6 +142,8 @@ def take(part: str, folders: list[str]) -> None:
     if part == "recipes":
         by_experiment(results).to_csv(FINDINGS / "recipes.csv", index=False, float_format="%.4f")
         return
+    if part in DEPTH_PARTS:
+        results = whole_seeds(results, part)
     runs = results.runs
     empty = {name: pd.Series(pd.NA, runs.index, dtype="object") for name in PLACE if name in runs}
     runs = runs.assign(**empty)
@@ -69,6 +151,30 @@ def take(part: str, folders: list[str]) -> None:
         for name in ("config.data.path", "overrides"):
             runs[name] = runs[name].str.replace(path, "FOLDER", regex=False)
     write(part, replace(results, runs=runs))
+
+
+def whole_seeds(results: Results, part: str) -> Results:
+    """Return what completed of the seeds of which all arms have ended, and keep what their layers
+    do.
+    """
+    runs = results.runs[results.runs["status"].isin([RunState.completed, RunState.failed])]
+    runs = runs.assign(arm=runs["overrides"].map(arm_of))
+    ended = runs.groupby("seed")["arm"].nunique() == DEPTH_PARTS[part]
+    runs = runs[runs["seed"].isin(ended[ended].index) & (runs["status"] == RunState.completed)]
+    rows = []
+    for run in runs[runs["arm"].isin([*USING, CONTROL])].itertuples():
+        measured = early_exit.kept(Path(run.folder), read_record(Path(run.folder)).weights_sha256)
+        for own in measured.changed_layers if measured else ():
+            rise = own.loss - measured.exits[-1].loss
+            rows.append([run.arm, run.seed, own.change, own.layer, rise])
+    if rows:
+        (FINDINGS / part).mkdir(parents=True, exist_ok=True)
+        columns = ["arm", "seed", "change", "layer", "loss_rise"]
+        table = pd.DataFrame(rows, columns=columns)
+        table.to_csv(FINDINGS / part / USED, index=False, float_format="%.6f")
+    frames = {name: own for name, own in results.frames().items() if name != "left_out"}
+    frames = {name: own[own["run"].isin(runs["run"])] for name, own in frames.items()}
+    return replace(results, **frames)
 
 
 def write(part: str, results: Results) -> None:
@@ -364,6 +470,126 @@ class Operators:
         return [forest("growth-shock", title, rows, 0.0, "fall of the loss, nats")]
 
 
+class Depths:
+    """What depth is worth by bytes, from scratch: the calibration of the study where depth pays."""
+
+    def __init__(self, results: Results) -> None:
+        runs = results.runs
+        self.windows = int(runs["train_windows"].iloc[0])
+        self.seq_len = int(runs["seq_len"].iloc[0])
+        self.test_windows = int(runs["test_windows"].iloc[0])
+        norms = runs.set_index("run")["config.model.norm"]
+        self.epochs = results.epochs.assign(norm=results.epochs["run"].map(norms))
+
+    def losses(self, norm: str, layers: int) -> list[float]:
+        """The validation loss after each epoch, in nats a byte."""
+        own = self.epochs[(self.epochs["norm"] == norm) & (self.epochs["layers"] == layers)]
+        return own.sort_values("epoch")["validation_loss"].tolist()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each model."""
+        which = self.epochs[["norm", "layers"]].drop_duplicates()
+        return [
+            {"norm": norm, "layers": layers, "losses": self.losses(norm, layers)}
+            for norm, layers in sorted(which.itertuples(index=False))
+        ]
+
+    def gain(self, norm: str) -> float:
+        """What six layers are better than two after the last epoch, in nats a byte."""
+        return self.losses(norm, 2)[-1] - self.losses(norm, 6)[-1]
+
+
+class Found(NamedTuple):
+    """A comparison of the study where depth pays; its judgement is None before all seeds ended."""
+
+    label: str
+    pairs: stats.Pairs
+    judged: stats.Judgement | None
+
+    @property
+    def text(self) -> str:
+        """What is said of it."""
+        if self.judged is None:
+            return f"{interval(self.pairs.over_seeds, 3, True)}, not judged"
+        verdict, low, high = self.judged.verdict, *self.judged.interval[:2]
+        size = f"{self.pairs.mean:+.3f} nats"
+        if verdict is stats.Verdict.same:
+            size = f"within ±{self.pairs.margin:g} nats"
+        confidence = words.percent(self.judged.interval.confidence)
+        known = f"{confidence} interval {low:+.3f} to {high:+.3f}, {words.seeds_text(self.pairs)}"
+        return f"**{words.VERDICTS[verdict]}**, {size} ({known})"
+
+
+class Depth:
+    """The study where depth pays: all arms of whole seeds, judged once when all seeds have ended.
+
+    asked: of each question the comparisons that are made of this text.
+    family: how many comparisons share the error.
+    """
+
+    def __init__(self, part: str, asked: Mapping[str, Collection[str]], family: int) -> None:
+        results = read(part)
+        runs = results.runs.assign(arm=results.runs["overrides"].map(arm_of))
+        self.seeds = sorted(runs["seed"].unique())
+        self.whole = len(self.seeds) == SEEDS
+        last = results.phases.sort_values("phase").drop_duplicates("run", keep="last")
+        names = ["run", "test_loss", "test_bits_per_byte", "test_accuracy_percent"]
+        self.runs = runs.merge(last[names], on="run")
+        self.loss = self.runs.pivot_table(index="seed", columns="arm", values="test_loss")
+        phases = results.phases.drop_duplicates("stage")
+        seconds = phases["train_seconds"] + phases["evaluation_seconds"]
+        self.hours = float(seconds.sum()) / 3600
+        made: list[tuple[str, str, pd.Series]] = []
+        for question, labels in asked.items():
+            for label in labels:
+                weights = DEPTH_QUESTIONS[question][label]
+                better = sum(-weight * self.loss[arm] for arm, weight in weights.items())
+                made.append((question, label, better))
+        made += self._uses(part)
+        pairs = [stats.paired(own, 0 * own, margin=NATS) for *_, own in made]
+        judged: list[stats.Judgement | None] = [None] * len(pairs)
+        if self.whole:
+            judged[:] = stats.judge(pairs, stats.Levels(family, stats.ALPHA / family))
+            if judged[0] is None or judged[0].verdict is not stats.Verdict.better:
+                judged[1:] = [None] * (len(pairs) - 1)  # there is nothing to reach
+        self.questions: dict[str, list[Found]] = {}
+        for (question, label, _), pair, own in zip(made, pairs, judged, strict=True):
+            self.questions.setdefault(question, []).append(Found(label, pair, own))
+
+    def _uses(self, part: str) -> Iterator[tuple[str, str, pd.Series]]:
+        """Yield what the loss rises by without new layers, and with two swapped, more than in the
+        model from scratch.
+        """
+        path = FINDINGS / part / USED
+        if not path.exists():
+            return
+        changed = pd.read_csv(path)
+        changed = changed[(changed["change"] != "left out") | (changed["layer"] > 2)]
+        rises = changed.pivot_table("loss_rise", "seed", ["change", "arm"])
+        for change in USES:
+            for name in USING:
+                more = rises[change, name] - rises[change, CONTROL]
+                question = "Do grown models use their depth differently? The loss rises more by"
+                yield question, f"{name}: layers {change}", more
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each arm, the lowest loss first."""
+        rows = []
+        for arm, own in self.runs.groupby("arm"):
+            row = {"arm": arm, "epochs": own["epochs"].iloc[0], "flops": own["flops"].mean()}
+            for name in ("loss", "bits_per_byte", "accuracy_percent"):
+                row[name] = stats.summary(own[f"test_{name}"])
+            rows.append(row)
+        return sorted(rows, key=lambda row: row["loss"].mean)
+
+
+def arm_of(overrides: str) -> str:
+    """Return the arm of the study where depth pays that these overrides are of."""
+    kept = ("phase", "growth", "freeze", "added_layers")
+    own = " ".join(text for text in overrides.split() if text.startswith(kept))
+    return {text: name for name, text in DEPTH_ARMS.items()}[own]
+
+
 class Exits:
     """What the exits of the original's grown models are worth, as `proglayer.exits` measured it."""
 
@@ -396,6 +622,7 @@ class Exits:
 
 
 PARTS = {
+    "depths": Depths,
     "claims": Claims,
     "wikitext": Wikitext,
     "losses": Losses,
@@ -420,6 +647,11 @@ def render(pictures: Path = FINDINGS) -> str:
     parts: dict[str, Any] = {part: made(read(part)) for part, made in PARTS.items()}
     parts |= {part: Settled(read(part), part) for part in ("asked", "settled")}
     parts["exits"] = Exits()
+    families = {"depth": DEPTH_QUESTIONS, "depth-again": AGAIN}
+    sizes = {"depth": PLANNED, "depth-again": sum(map(len, AGAIN.values()))}
+    for part, asked in families.items():
+        known = (FINDINGS / part / ZIP).exists()
+        parts[part.replace("-", "_")] = Depth(part, asked, sizes[part]) if known else None
     for part in ("claims", "operators", "timing", "exits"):
         for picture in parts[part].pictures():
             (pictures / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
@@ -441,6 +673,7 @@ def render(pictures: Path = FINDINGS) -> str:
         cells=CELLS,
         clause=words.clause,
         margin=MARGINS.points,
+        planned=PLANNED,
     )
 
 

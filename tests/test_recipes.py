@@ -43,6 +43,7 @@ SHORTENED = {
     "exits_only": [(3, "012", "", 1e-3), (3, "", "embedding 0 1 2", 1e-4)],
     "loss_by_phase": [(3, "012", "", 1e-3), (4, "3", "embedding 0 1 2", 1e-4)],
     "growth_timing": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
+    "depth_pays": [(2, "01", "", 1e-3), (6, "2345", "", 1e-3)],
     "control_bigram": [(0, "", "", 1e-3)],
 }
 SMALL = (
