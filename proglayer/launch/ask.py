@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
@@ -106,6 +106,11 @@ def parse(given: Iterable[str], loader: ConfigLoader | None = None) -> list[Over
 def keyed(given: Iterable[str], loader: ConfigLoader | None = None) -> dict[str, Override]:
     """Return what is said last of each setting, by its name. Raises ConfigError."""
     return {each.get_key_element().lstrip("+~"): each for each in parse(given, loader)}
+
+
+def setting(name: str, value: object) -> str:
+    """Return an override that sets a text, whatever it holds, such as a path."""
+    return f"{name}={QuotedString(str(value), Quote.single).with_quotes()}"
 
 
 def _unreadable(override: str) -> str:

@@ -1,7 +1,10 @@
 """Where jobs run. An engine is the model of its settings, `hydra.launcher`, with what it does.
 
 To add one: a class here (or in a module of its own, as Slurm), its name in `sweep.ENGINES`, and a
-file in conf/hydra/launcher that says `engine: <name>`.
+file in conf/hydra/launcher that says `engine: <name>`. A job is plain data: pickled, it goes to any
+process, which calls `run_elsewhere` with it. How it ended is in its record, which the job writes;
+`lost` writes there of one that ended without a word. A first Ctrl-C raises KeyboardInterrupt in
+`run`, which waits for the jobs at work to store their state before it lets it go on.
 """
 
 from __future__ import annotations
@@ -49,6 +52,17 @@ CONNECT_S = 10.0
 VARIABLES = ("PROGLAYER_", "HF_", "MLFLOW_")
 
 
+def run_elsewhere(job: Job) -> None:
+    """Run a job in a process of its own, on this or another machine."""
+    log_to_console()
+    run_job(job)
+
+
+def lost(job: Job, reason: str) -> None:
+    """Record that a job is lost, unless its record says how it ended."""
+    change_state(job.folder, RunState.lost, reason, GOING)
+
+
 class Engine(Settings):
     """One job after another in this process; what the other engines do differently is theirs.
 
@@ -78,7 +92,6 @@ class Engine(Settings):
 
     def held(self, sweep: Path) -> dict[str, str]:
         """Return the jobs of a sweep that a scheduler holds: folder's name -> its number there."""
-        del sweep
         return {}
 
     def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
@@ -88,7 +101,6 @@ class Engine(Settings):
         Raises ConfigError where the engine gives up, and KeyboardInterrupt, once the jobs at work
         have stored their state, where they were stopped.
         """
-        del sweep
         for job in jobs:
             console().print(f"{job.name}: {' '.join(job.overrides)}", markup=False)
             if run_job(job) is RunState.interrupted:
@@ -131,7 +143,6 @@ class Joblib(Engine):
 
         from proglayer.run.machine import places_on_gpus
 
-        del sweep
         places = [places_on_gpus(job.config) for job in jobs]
         at_once = min(filter(None, [self.at_once, *places]))
         executor: Any = get_reusable_executor(at_once, timeout=60)
@@ -162,7 +173,7 @@ class Joblib(Engine):
         except BrokenExecutor as error:
             if not stops:  # else it ended a worker that was not at a job yet
                 for job in running.values():
-                    change_state(job.folder, RunState.lost, "its process was killed", GOING)
+                    lost(job, "its process was killed")
                 raise ConfigError(
                     "a worker of joblib was killed, and the others with it (by the system, for "
                     "want of memory? then lower hydra.launcher.n_jobs); the same command goes on "
@@ -298,12 +309,6 @@ class Ray(Engine):
             ) from error
 
 
-def run_elsewhere(job: Job) -> None:
-    """Run a job in a process of another machine, as that of a scheduler."""
-    log_to_console()
-    run_job(job)
-
-
 def _end_task(task: Any, job: Job) -> None:
     """See how a task ended; a job that Ray gave up is lost."""
     import ray
@@ -317,4 +322,4 @@ def _end_task(task: Any, job: Job) -> None:
         # An error in the worker is the cause of one of Ray's.
         reason = first_line(getattr(error, "cause", None) or error)
         log.error("job %s was lost by Ray: %s", job.name, reason)
-        change_state(job.folder, RunState.lost, f"it was lost by Ray: {reason}", GOING)
+        lost(job, f"it was lost by Ray: {reason}")

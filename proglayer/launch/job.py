@@ -120,10 +120,8 @@ def recorded_state(job: Job) -> RunState | None:
 def same_settings(record: RunRecord, config: Config) -> bool:
     """Whether a record is of these settings: of `precision=auto`, whatever that picked."""
     asked = config.model_dump(mode="json")
-    then = dict(record.config or {})
-    if config.precision is Precision.auto:
-        then["precision"] = asked["precision"]
-    return then == asked
+    auto = {"precision": "auto"} if config.precision is Precision.auto else {}
+    return (record.config or {}) | auto == asked
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,6 @@ from omegaconf import DictConfig
 from proglayer.errors import ConfigError, UserError, run_command
 from proglayer.launch.ask import check_arguments, in_one_line, register
 
-# The values of `hydra.sweeper.design`: modules beside this one, each with a `run`.
-DESIGNS = ("single", "product", "settle", "search")
-
 
 class Composed(BaseException):
     """Raised through Hydra once it has composed a command: it is done, and jobs are ours."""
@@ -54,8 +51,6 @@ def start(master: DictConfig, loader: ConfigLoader, arguments: Sequence[str]) ->
     from proglayer.launch.job import log_to_console
 
     log_to_console()
-    design = master.hydra.sweeper.design
-    if design not in DESIGNS:
-        raise ConfigError(f"hydra.sweeper.design={design}: there are {', '.join(DESIGNS)}")
-    module: Any = importlib.import_module(f"proglayer.launch.{design}")
+    # A module beside this one: single, product, settle or search.
+    module: Any = importlib.import_module(f"proglayer.launch.{master.hydra.sweeper.design}")
     return module.run(Command(master, loader, arguments))

@@ -20,7 +20,7 @@ from proglayer.launch.job import Job, record_of, same_settings
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_table
 from proglayer.run.record import RunState, has_whole_weights
-from proglayer.run.setup import Corpora, Setup, set_up
+from proglayer.run.setup import Opened, Setup, set_up
 from proglayer.training.cost import training_flops
 from proglayer.training.plan import Phase
 from proglayer.training.unused import unused_settings
@@ -38,12 +38,12 @@ class Planned:
     completed: bool
 
 
-def planned(job: Job, corpora: Corpora) -> Planned:
+def planned(job: Job, opened: Opened) -> Planned:
     """Plan a job and check what needs its corpus. Raises ConfigError.
 
-    corpora: those that are open; this one is added.
+    opened: corpora and checkpoints of other jobs; those of this one are added.
     """
-    setup = set_up(job.config, corpora)
+    setup = set_up(job.config, opened)
     record = record_of(job.folder)
     completed = (
         record is not None

@@ -26,6 +26,7 @@ from proglayer.errors import ConfigError, check_installed, first_line
 from proglayer.files import FolderKind
 from proglayer.launch.ask import keyed, short_hash
 from proglayer.launch.compose import Command
+from proglayer.launch.engines import Engine
 from proglayer.launch.job import identity, record_of
 from proglayer.launch.planned import Planned
 from proglayer.launch.product import params_as_overrides, values_of
@@ -79,9 +80,9 @@ def run(command: Command) -> int:
     # Those that its engine gave each trial, as other ones give other bits.
     if sweep.engine.threads is not None and "threads" not in space.overrides:
         overrides.append(f"threads={sweep.engine.threads}")
-    said = f"best of the study, {best.value:.6g} in trial {best.number}:"
-    for line in said, shlex.join(["python", "train.py", *overrides]):
-        console().print(line, markup=False)
+    command_line = shlex.join(["python", "train.py", *overrides])
+    said = f"best of the study, {best.value:.6g} in trial {best.number}:\n{command_line}"
+    console().print(said, markup=False)
     return 0
 
 
@@ -190,6 +191,8 @@ class Search:
     """
 
     def __init__(self, sweep: Sweep, space: Space, settings: SearchSettings) -> None:
+        if settings.n_jobs > 1 and type(sweep.engine) is Engine:
+            raise ConfigError("hydra.sweeper.n_jobs takes a launcher, as hydra/launcher=joblib")
         self.sweep = sweep
         self.space = space
         self.settings = settings

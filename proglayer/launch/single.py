@@ -28,12 +28,12 @@ def run(command: Command) -> int:
     from proglayer.run import machine
 
     job = command.job(command.folder("run"))
-    plan = planned(job, {})
     if job.config.plan:
-        print_plan(plan)
+        print_plan(planned(job, {}))
         return 0
     machine.pick_device(job.config.device, job.config.precision)
     check_other_run(job)
+    planned(job, {})
     files.claim_folder(job.folder, FolderKind.run)
     with files.sole_writer(job.folder, FolderKind.run.setting):
         submit(job)

@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field
 from proglayer import files
 from proglayer.console import console, counted
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.engines import GOING, Engine, run_elsewhere
+from proglayer.launch.engines import GOING, Engine, lost, run_elsewhere
 from proglayer.launch.job import Job, recorded_state
 from proglayer.launch.snapshot import snapshot_code
 from proglayer.run.record import RunState, change_state
@@ -188,7 +188,7 @@ def _end(job: Job, number: str) -> None:
         with contextlib.suppress(OSError):
             os.listdir(job.folder)  # makes a network file system look again
     if state in GOING:
-        change_state(job.folder, RunState.lost, "Slurm ended it without a record", GOING)
+        lost(job, "Slurm ended it without a record")
         printed = job.folder.parent / FOLDER
         log.error("job %s of Slurm ended without a record: see %s", number, printed)
     stopped = RunState.interrupted, "Slurm no longer holds it"

@@ -34,7 +34,7 @@ from proglayer.launch.slurm import Slurm
 from proglayer.run import record as records
 from proglayer.run.environment import git_state
 from proglayer.run.record import RunState
-from proglayer.run.setup import Corpora
+from proglayer.run.setup import Opened
 from proglayer.run.signals import interrupt, on_signals
 
 ENGINES = {"basic": Engine, "joblib": Joblib, "ray": Ray, "slurm": Slurm}
@@ -63,7 +63,7 @@ class Sweep:
         self.command = command
         self.engine = engine_of(command)
         self.folder = command.folder("sweep", name)
-        self.corpora: Corpora = {}
+        self.opened: Opened = {}
         self.about: dict[str, Any] = {}
         self.listed: dict[str, list[str]] = {}
 
@@ -75,7 +75,7 @@ class Sweep:
         """Compose and plan a job. Raises ConfigError."""
         folder = self.folder_of(number, overrides)
         job = self.command.job(folder, overrides, number, self.engine.threads)
-        return planned(job, self.corpora)
+        return planned(job, self.opened)
 
     def jobs(self, numbered: Iterable[tuple[int, tuple[str, ...]]]) -> list[Planned]:
         """Compose and plan jobs. Raises ConfigError with the problems of all."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from proglayer.config import Config, DataConfig
+from proglayer.config import Config
 from proglayer.console import tell
 from proglayer.data.corpus import Corpus, open_corpus
 from proglayer.data.pretrained import Pretrained
+from proglayer.errors import ConfigError
 from proglayer.run.record import check_objective, corpus_record
 from proglayer.training.plan import Phase, open_checkpoint, plan
 
-Corpora = dict[DataConfig, Corpus]
+# What was opened for earlier jobs: settings -> a corpus, a checkpoint, or why there is none.
+Opened = dict[Any, Any]
 
 
 # Compared by identity: the corpus holds arrays.
@@ -24,19 +28,28 @@ class Setup:
     phases: tuple[Phase, ...]
 
 
-def set_up(config: Config, corpora: Corpora) -> Setup:
-    """Open the corpus and plan.
-
-    corpora: those that are open; this one is added.
+def set_up(config: Config, opened: Opened) -> Setup:
+    """Open the corpus and plan. What was opened is added to `opened`, and never asked for again.
 
     Raises ConfigError where settings and corpus do not fit together.
     """
-    checkpoint = open_checkpoint(config)
-    if config.data not in corpora:
-        corpora[config.data] = open_corpus(config.data, tell)
-    corpus = corpora[config.data]
+    checkpoint = _once(opened, config.model, lambda: open_checkpoint(config))
+    if config.data not in opened:
+        plan(config, 1, checkpoint)  # finds what does not depend on the text before it is prepared
+    corpus = _once(opened, config.data, lambda: open_corpus(config.data, tell))
     phases = plan(config, corpus.vocab_size, checkpoint)
     for phase in phases:
         phase.train.windows(len(corpus.train))
     check_objective(config.objective, corpus_record(corpus))
     return Setup(corpus, checkpoint, phases)
+
+
+def _once(opened: Opened, settings: Any, make: Callable[[], Any]) -> Any:
+    if settings not in opened:
+        try:
+            opened[settings] = make()
+        except ConfigError as error:
+            opened[settings] = error
+    if isinstance(opened[settings], ConfigError):
+        raise opened[settings]
+    return opened[settings]

@@ -140,6 +140,7 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
         (["lr.base=choice(1,2)", "plan=true"], "plan=true shows jobs before they run"),
         (["lr.base=choice(1,2)", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
         (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=true"], "hydra.sweeper.n_jobs"),
+        (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=2"], "n_jobs takes a launcher"),
         (["lr.base=choice(1,2)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up"),
         (["lr.base=choice(1,2)", "hydra/sweeper/sampler=best"], "hydra/sweeper/sampler has no "),
         (["lr.base=choice(1,2)", "+hydra.sweeper.pruner.x=1"], "hydra.sweeper.pruner: TypeError"),

@@ -146,7 +146,7 @@ def test_a_batch_of_which_nothing_is_left_is_not_looked_at(train: Command, tmp_p
     failing = ("-m", *SETTLE, "lr.base=1e12")
     for given, why in (
         ("go_on", "every job of this batch failed"),
-        ("stop", "a job failed, and on_error=stop"),
+        ("stop", "job 0_"),
     ):
         done = train(*failing, f"on_error={given}", f"hydra.sweep.dir={given}")
         assert done.status == 1

@@ -18,7 +18,7 @@ from proglayer.config import DataConfig
 from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.errors import ConfigError
 from proglayer.files import sole_writer
-from proglayer.launch.ask import parse
+from proglayer.launch.ask import parse, setting
 from proglayer.launch.engines import Engine
 from proglayer.launch.job import Job
 from proglayer.launch.product import ProductSettings, expand, is_kept, values_of
@@ -100,6 +100,14 @@ def test_a_completed_run_is_not_written_over_whatever_configuration_asks_for_it(
     done = train("-m", *again, "seed=1,2", "hydra.sweep.dir=s")
     assert done.status == 0, done.err
     assert [r["config"]["seed"] for r in results(tmp_path / "s")] == [1, 2]
+
+
+def test_a_path_is_quoted_for_hydra_whatever_its_name(train: Command, tmp_path: Path) -> None:
+    name = tmp_path / "a (1), b=c & 'müller' \\" / '"d"'
+    done = train(*QUICK, setting("hydra.run.dir", name), setting("store.dir", name / "s"))
+    assert done.status == 0, done.err
+    (record,) = results(name)
+    assert record["config"]["store"]["dir"] == str(name / "s")
 
 
 @pytest.mark.parametrize(
@@ -219,13 +227,13 @@ def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
 
 
 def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
-    for setting, jobs in ("hydra.run.dir", ()), ("hydra.sweep.dir", ("-m", "seed=1,2")):
-        (folder := tmp_path / setting).mkdir()
-        with sole_writer(folder, setting), pytest.MonkeyPatch.context() as patch:
+    for named, jobs in ("hydra.run.dir", ()), ("hydra.sweep.dir", ("-m", "seed=1,2")):
+        (folder := tmp_path / named).mkdir()
+        with sole_writer(folder, named), pytest.MonkeyPatch.context() as patch:
             patch.setattr("proglayer.launch.job.LOCK_WAIT_S", 0)
-            done = train(*jobs, *QUICK, f"{setting}={folder}")
+            done = train(*jobs, *QUICK, f"{named}={folder}")
         assert done.status == 1
-        assert f"{setting}={folder}: another command is at work in this folder" in done.err
+        assert f"{named}={folder}: another command is at work in this folder" in done.err
         assert not list(folder.rglob("*.json"))
 
 
@@ -266,6 +274,24 @@ def test_a_device_that_is_not_here_ends_no_sweep_whose_jobs_run_elsewhere(
     monkeypatch.setattr(Engine, "elsewhere", True)
     assert "what is stored for the machines that run them is not known here" in train(*jobs).out
     assert len(submitted) == 2
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[DataConfig] = []
+
+    def fails(data: DataConfig, notify: Notify) -> Corpus:
+        asked.append(data)
+        raise ConfigError("data.repository=a/b: no answer")
+
+    monkeypatch.setattr("proglayer.run.setup.open_corpus", fails)
+    hub = (*QUICK, "data=hub", "data.repository=a/b")
+    assert train("-m", *hub, "seed=range(0,5)").err.count("no answer") == len(asked) == 1
+    # What is wrong without a text is told before it is asked for.
+    sizes = ("model=causal_lm", "model.family=gpt2", "data.tokenizer=words", "data.seq_len=32")
+    assert train(*hub, *sizes, "model.max_positions=8").status == 1
+    assert len(asked) == 1
 
 
 def test_a_sweep_counts_as_shared_what_is_trained_once(train: Command, tmp_path: Path) -> None:
