@@ -83,8 +83,7 @@ def test_a_recipe_opens_with_command_cost_and_expectation(name: str) -> None:
 
 def settings(name: str, store: Path) -> Config:
     """A recipe at a size that trains in a moment: 2 epochs of 3 steps a phase."""
-    own = ["growth.gate_steps=3"] if name == "gated" else []
-    return config(f"experiment=recipe/{name}", *SMALL, *own, f"store.dir={store}")
+    return config(f"experiment=recipe/{name}", *SMALL, f"store.dir={store}")
 
 
 @pytest.mark.parametrize("name", SHORTENED)

@@ -139,7 +139,7 @@ class Trajectory:
 
         def evaluated() -> list[ExitMetrics]:
             model = self.start().to(self.device)
-            set_gate(model, self.phase.train, 0)
+            set_gate(model, self.phase.train, step=0, steps_per_epoch=1)
             return self._evaluate(model, self.phase.evaluate)
 
         return self._exits(0, evaluated)

@@ -27,10 +27,13 @@ class Workspace:
     it saves those page faults. It holds nothing between calls that a caller may read. Not to be
     shared between threads.
 
+    rows, block: tokens per chunk and vocabulary entries per block, by `chunk_rows` and
+        `block_entries` if None. Elsewhere than on the CPU a block is the whole vocabulary.
     held: the buffer of the last call, if there was one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int | None = None, block: int | None = None) -> None:
+        self.rows, self.block = rows, block
         self.held: Tensor | None = None
 
     def buffer(self, rows: int, columns: int, like: Tensor) -> Tensor:

@@ -70,9 +70,7 @@ ASIDE = (
     "output_attentions", "output_hidden_states", "return_dict", "problem_type",
 )  # fmt: skip
 # A run can only be repeated and resumed bit for bit if no layer draws random numbers.
-DROPOUTS = (
-    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
-)  # fmt: skip
+DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 LEAST_POSITIONS = 1_024
 
 
@@ -115,19 +113,16 @@ class CausalModel(Model):
     def embed(self, tokens_nt: Tensor) -> Tensor:
         x_ntd = self.embedding["tokens"](tokens_nt)
         if "positions" in self.embedding:
-            x_ntd = x_ntd + self.embedding["positions"](self._positions(x_ntd))
+            x_ntd = x_ntd + self.embedding["positions"](_positions(x_ntd))
         return x_ntd
 
     def beside(self, x_ntd: Tensor) -> dict[str, Any]:
         # Without a mask, attention is causal over the whole window.
-        if isinstance(self.rotary, nn.Identity):
-            return {"attention_mask": None}
-        positions = self._positions(x_ntd)
-        return {
-            "attention_mask": None,
-            "position_ids": positions,
-            "position_embeddings": self.rotary(x_ntd, position_ids=positions),
-        }
+        beside: dict[str, Any] = {"attention_mask": None}
+        if "positions" not in self.embedding:
+            beside["position_ids"] = positions = _positions(x_ntd)
+            beside["position_embeddings"] = self.rotary(x_ntd, position_ids=positions)
+        return beside
 
     def initialize(self, part: nn.Module, generator: torch.Generator) -> None:
         """By the library's own rule, which draws from PyTorch's global generator: it is put back
@@ -153,10 +148,6 @@ class CausalModel(Model):
     def settle(self) -> Self:
         self.rotary.to_empty(device="cpu").apply(self._inner[0]._init_weights)
         return self
-
-    @staticmethod
-    def _positions(x_ntd: Tensor) -> Tensor:
-        return torch.arange(x_ntd.shape[1], device=x_ntd.device)[None]
 
 
 def on_meta(architecture: Mapping[str, Any], layers: int) -> CausalModel:
@@ -213,6 +204,10 @@ def _with_exact_norms(inner: PreTrainedModel) -> PreTrainedModel:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
             module.register_forward_hook(lambda _, inputs, output: output.to(dtype))
     return inner
+
+
+def _positions(x_ntd: Tensor) -> Tensor:
+    return torch.arange(x_ntd.shape[1], device=x_ntd.device)[None]
 
 
 def _head(inner: PreTrainedModel) -> nn.Linear:
@@ -335,14 +330,12 @@ def _sizes(family: str, settings: Mapping[str, Any], tied: bool) -> Sizes:
     config = model.pretrained().config
     heads = config.num_attention_heads
     weights = list(model.layers[0].parameters())
-
-    def count(part: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in part.parameters())
-
+    embedding, layer, norm = (
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (model.embedding, model.layers[0], model.norm)
+    )
     return Sizes(
-        embedding=count(model.embedding),
-        layer=count(model.layers[0]),
-        norm=count(model.norm),
+        *(embedding, layer, norm),
         head=0 if tied else model.head_weight.numel(),
         matrices=sum(weight.numel() for weight in weights if weight.ndim > 1),
         reading=0,

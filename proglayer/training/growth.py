@@ -52,24 +52,29 @@ class Operator:
 
     reads: tuple[str, ...] = ("position", "noise")
 
-    def places(self, layers: int, growth: Growth) -> tuple[int, ...]:
-        """Where the new layers stand (0 = bottom) after `growth` on a model of `layers` layers.
+    def sources(self, layers: int, growth: Growth) -> list[int | None]:
+        """The old layer that each layer, bottom first, of a model of `layers` layers is or starts
+        from after `growth`; None for one that is drawn. `layer_sources` says which are new.
 
-        `interleave` spreads them evenly: 3 on 3 layers gives every old layer a new one above it,
-        and 1 on 3 goes above the second.
+        `interleave` spreads the new ones evenly: 3 on 3 layers gives every old layer a new one
+        above it, and 1 on 3 goes above the second.
         """
         added = growth.layers
-        if growth.position is GrowthPosition.top:
-            return tuple(range(layers, layers + added))
+        below = [layers] * added  # how many old layers are below each new one
         if growth.position is GrowthPosition.bottom:
-            return tuple(range(added))
-        return tuple(math.ceil((i + 0.5) * layers / added) + i for i in range(added))
+            below = [0] * added
+        elif growth.position is GrowthPosition.interleave:
+            below = [math.ceil((i + 0.5) * layers / added) for i in range(added)]
+        sources: list[int | None] = []
+        for old in range(layers + 1):
+            sources += [self.origin(old)] * below.count(old) + [old]
+        return sources[:-1]
 
-    def origin(self, layers: int, growth: Growth, place: int, number: int) -> int | None:
-        """The old layer that new layer `number`, which stands at `place`, starts from; None for one
-        that is drawn. Of a copy it is the one below, and at the bottom the one above.
+    def origin(self, below: int) -> int | None:
+        """The old layer that a new one above so many old ones starts from: the one below it, at the
+        bottom the one above.
         """
-        return max(0, place - number - 1)
+        return max(0, below - 1)
 
     def start(self, model: Model, layer: nn.Module) -> None:
         """Change a new layer of `model` once it has its values."""
@@ -80,7 +85,7 @@ class Random(Operator):
 
     reads = ("position",)
 
-    def origin(self, layers: int, growth: Growth, place: int, number: int) -> None:
+    def origin(self, below: int) -> None:
         return None
 
 
@@ -96,8 +101,8 @@ class Stack(Operator):
 
     reads = ("noise",)
 
-    def origin(self, layers: int, growth: Growth, place: int, number: int) -> int:
-        return place % layers
+    def sources(self, layers: int, growth: Growth) -> list[int | None]:
+        return [*range(layers), *(number % layers for number in range(growth.layers))]
 
 
 class Middle(Operator):
@@ -107,16 +112,11 @@ class Middle(Operator):
 
     reads = ("noise", "block")
 
-    def places(self, layers: int, growth: Growth) -> tuple[int, ...]:
-        above = self._lowest(layers, growth) + growth.block
-        return tuple(range(above, above + growth.layers))
-
-    def origin(self, layers: int, growth: Growth, place: int, number: int) -> int:
-        return self._lowest(layers, growth) + number % growth.block
-
-    @staticmethod
-    def _lowest(layers: int, growth: Growth) -> int:
-        return (layers - growth.block) // 2
+    def sources(self, layers: int, growth: Growth) -> list[int | None]:
+        lowest = (layers - growth.block) // 2
+        above = lowest + growth.block
+        again = (lowest + number % growth.block for number in range(growth.layers))
+        return [*range(above), *again, *range(above, layers)]
 
 
 class Zero(Operator):
@@ -159,26 +159,27 @@ def growth_of(settings: GrowthConfig, added: int) -> Growth | None:
 
 
 def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
-    """Where each layer, bottom first, of a model of `layers` layers comes from after `growth`."""
+    """Where each layer, bottom first, of a model of `layers` layers comes from after `growth`.
+
+    Of the layers that come from the same old one, the lowest is that one and the others are new;
+    with `position=bottom` the highest is.
+    """
     if growth is None:
         return tuple(Source(layer, False) for layer in range(layers))
-    operator = OPERATORS[growth.init]
-    places = operator.places(layers, growth)
-    old = iter(range(layers))
+    sources = OPERATORS[growth.init].sources(layers, growth)
+    at_bottom = growth.position is GrowthPosition.bottom
     return tuple(
-        Source(operator.origin(layers, growth, place, places.index(place)), True)
-        if place in places
-        else Source(next(old), False)
-        for place in range(layers + growth.layers)
+        Source(old, old is None or old in (sources[i + 1 :] if at_bottom else sources[:i]))
+        for i, old in enumerate(sources)
     )
 
 
-def gate_value(growth: Growth | None, step: int) -> float | None:
+def gate_value(growth: Growth | None, step: int, steps_per_epoch: int) -> float | None:
     """The gate of a phase's new layers at optimizer step `step`, counted from 0.
 
-    It rises from 0 by equal parts to 1, which it has reached after `gate_steps` steps; from then
-    on, and where there is no gate, the result is None.
+    It rises from 0 by equal parts to 1, which it has reached after `gate_steps` steps, at the
+    latest at the end of the first epoch; from then on, and where there is no gate, the result is
+    None.
     """
-    if growth is None or step >= growth.gate_steps:
-        return None
-    return step / growth.gate_steps
+    steps = min(growth.gate_steps, steps_per_epoch) if growth else 0
+    return step / steps if step < steps else None

@@ -39,7 +39,7 @@ import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,8 +91,6 @@ def linear_cross_entropy(
     weight_e: Sequence[float],
     *,
     count: bool = True,
-    rows: int | None = None,
-    block: int | None = None,
     workspace: Workspace | None = None,
 ) -> ExitLosses:
     """Cross-entropy of `hidden @ head.T` against the targets at each exit, and its weighted sum.
@@ -101,26 +99,18 @@ def linear_cross_entropy(
         Gradients go to those that require them; the others may come from `torch.no_grad` or
         `torch.inference_mode`.
     head_vd: (vocab, dim), the head's weight; gets a gradient if it requires one.
-    target_n: (tokens,) int64. Checked on the CPU only: elsewhere a check would wait for the device.
+    target_n: (tokens,) int64.
     weight_e: the weight of each exit in the loss. An exit of weight 0 sends no gradient.
     count: whether to count correct predictions, which costs one more pass over the logits.
-    rows, block: tokens per chunk and vocabulary entries per block, by `chunk_rows` and
-        `block_entries` if None. Elsewhere than on the CPU a block is the whole vocabulary.
-    workspace: buffers to reuse from call to call.
+    workspace: the buffer to reuse from call to call, and how the work is cut.
 
     Products are formed in the dtype of autocast where it is on, otherwise in that of the hidden
     states; exponentials and sums at least in float32. Each gradient has the dtype of its tensor.
 
-    The gradients are made in the forward pass and handed over by the backward pass, so that a
-    second backward pass through the same loss raises RuntimeError, also with `retain_graph`.
-
-    Raises ValueError for shapes that do not fit, and for targets outside the vocabulary.
+    The gradients are made in the forward pass and handed over by the backward pass: there is no
+    second one through the same loss, also with `retain_graph`.
     """
-    _check(hidden_end, head_vd, target_n)
-    job = _Loss(target_n, list(map(float, weight_e)), count, rows, block, workspace or Workspace())
-    if torch.is_grad_enabled():
-        job.head_needs = head_vd.requires_grad
-        job.hidden_needs = [hidden_nd.requires_grad for hidden_nd in hidden_end]
+    job = _Loss(hidden_end, head_vd, target_n, weight_e, count, workspace or Workspace())
     loss, nll_e, correct_e = _LinearCrossEntropy.apply(job, head_vd, *hidden_end)
     return ExitLosses(nll_e, correct_e, loss)
 
@@ -129,23 +119,20 @@ def evaluate_exits(
     hidden_end: Sequence[Tensor],
     head_vd: Tensor,
     target_n: Tensor,
-    *,
-    rows: int | None = None,
-    block: int | None = None,
     workspace: Workspace | None = None,
 ) -> ExitScores:
     """Summed cross-entropy and correct predictions at each exit: one product, no gradients.
 
-    Arguments and errors as of `linear_cross_entropy`.
+    Arguments as of `linear_cross_entropy`.
     """
-    _check(hidden_end, head_vd, target_n)
-    job = _Loss(target_n, [0.0] * len(hidden_end), True, rows, block, workspace or Workspace())
     dtype = None
     if head_vd.device.type == "cpu":
         # In bfloat16 the most likely tokens tie, and the loss that selects an epoch is rounded.
         dtype = torch.promote_types(head_vd.dtype, torch.float32)
+    weights = [0.0] * len(hidden_end)
     with torch.no_grad():
-        _, nll_e, correct_e, _ = job.run(head_vd, hidden_end, dtype)
+        job = _Loss(hidden_end, head_vd, target_n, weights, True, workspace or Workspace(), dtype)
+        _, nll_e, correct_e, _ = job.run()
     return ExitScores(nll_e, correct_e)
 
 
@@ -156,40 +143,22 @@ _Result = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, job: _Loss, head_vd: Tensor, *hidden_end: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, nll_e, correct_e, ctx.gradients = job.run(head_vd, hidden_end)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, job: _Loss, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, nll_e, correct_e, ctx.gradients = job.run()
         ctx.mark_non_differentiable(nll_e, correct_e)
         return loss, nll_e, correct_e
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Handed over, not kept: a kept reference would make autograd copy the head's gradient.
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("the gradients of this loss were already handed over; form it again")
-        if loss_grad is None:
-            return (None, *(None for _ in gradients))
         # Elsewhere than on the CPU, looking at the value would wait for the device.
         if loss_grad.device.type != "cpu" or loss_grad.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(loss_grad)
         return (None, *gradients)
-
-
-def _check(hidden_end: Sequence[Tensor], head_vd: Tensor, target_n: Tensor) -> None:
-    shapes = {hidden_nd.shape for hidden_nd in hidden_end}
-    if shapes != {(len(target_n), head_vd.shape[1])}:
-        head = tuple(head_vd.shape)
-        raise ValueError(f"hidden states of {shapes} for {len(target_n)} targets, a head of {head}")
-    if target_n.device.type == "cpu":
-        low, high = map(int, torch.aminmax(target_n))
-        if low < 0 or high >= len(head_vd):
-            raise ValueError(f"targets from {low} to {high} for a vocabulary of {len(head_vd)}")
 
 
 @dataclass(frozen=True)
@@ -223,40 +192,38 @@ class _Sums:
     correct: Tensor | None
 
 
-@dataclass
 class _Loss:
-    """One call: the tokens of all exits, stacked, in chunks of rows. Its fields are what is asked
-    for, beside the tensors that autograd must see.
+    """One call: the tokens of all exits, stacked, in chunks of rows.
 
     Stacking reads the head's weights once per chunk, whatever the number of exits. Exits that need
     the same gradients form a group, and their rows are sorted by target: the targets of a chunk
     then lie in few blocks of the vocabulary, and the others need not be searched for them.
+
+    dtype: of the products; None for that of autocast or of the hidden states.
     """
 
-    target_n: Tensor
-    weight_e: list[float]
-    count: bool
-    rows: int | None
-    block: int | None
-    workspace: Workspace
-    head_needs: bool = False
-    hidden_needs: list[bool] = field(default_factory=list)
-
-    def run(
-        self, head_vd: Tensor, hidden_end: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> _Result:
-        """The loss at every exit, and the gradients that are asked for.
-
-        dtype: of the products; None for that of autocast or of the hidden states.
-        """
+    def __init__(
+        self,
+        hidden_end: Sequence[Tensor],
+        head_vd: Tensor,
+        target_n: Tensor,
+        weight_e: Sequence[float],
+        count: bool,
+        workspace: Workspace,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.hidden_end, self.head_vd, self.target_n = hidden_end, head_vd, target_n
+        self.weight_e, self.count, self.workspace = weight_e, count, workspace
+        recording = torch.is_grad_enabled()
+        self.head_needs = recording and head_vd.requires_grad
+        self.hidden_needs = [recording and hidden_nd.requires_grad for hidden_nd in hidden_end]
         kind = head_vd.device.type
         has_autocast = torch.amp.is_autocast_available(kind)
         if dtype is None:
             dtype = functools.reduce(torch.promote_types, [h.dtype for h in hidden_end])
             if has_autocast and torch.is_autocast_enabled(kind) and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(kind)
-        self.head_vd, self.hidden_end = head_vd, hidden_end
-        self.device, self.tokens, self.on_cpu = head_vd.device, len(self.target_n), kind == "cpu"
+        self.device, self.tokens, self.on_cpu = head_vd.device, len(target_n), kind == "cpu"
         # Of a block's entries, and of the products with them.
         self.parts = torch.get_num_threads() if self.on_cpu else 1
         # Of products; and of exponentials, sums and gradients under way.
@@ -271,62 +238,47 @@ class _Loss:
         self.at_targets: list[tuple[Tensor, Tensor]] = []
         # Whether a chunk was seen whose sums come too near the limits with nothing subtracted.
         self.beyond = False
-        self.head_grad_vd: Tensor | None = None
+        self.head_grad_vd = self.empty(*head_vd.shape) if self.head_needs else None
         self.head_grad_begun = False
         # The blocks under way, and the hidden states (rows, dim) whose product with the kept
         # exponentials is still to be added to the head's gradient.
         self.blocks: list[_Block] = []
         self.waiting_md: Tensor | None = None
-
-        # From here on every dtype is chosen by hand.
-        with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
-            return self.exits()
+        # In `run` every dtype is chosen by hand.
+        self.by_hand = torch.autocast(kind, enabled=False) if has_autocast else nullcontext()
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.sum_dtype, device=self.device)
 
-    def exits(self) -> _Result:
+    def run(self) -> _Result:
+        """The loss at every exit, and the gradients that are asked for."""
         exits = range(len(self.hidden_end))
-        hidden_needs = self.hidden_needs or [False] * len(exits)
-        # Whether an exit sends a gradient to its hidden state, and to the head.
-        needs = [
-            (weight != 0 and hidden, weight != 0 and self.head_needs)
-            for weight, hidden in zip(self.weight_e, hidden_needs, strict=True)
-        ]
-        if any(to_head for _, to_head in needs):
-            self.head_grad_vd = self.empty(*self.head.shape)
         # MPS has no float64.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         nll_e = torch.zeros(len(exits), dtype=wide, device=self.device)
         correct_e = torch.zeros(len(exits), dtype=torch.int64, device=self.device)
-        hidden_grads: list[Tensor | None] = [
-            torch.zeros_like(hidden_nd) if needed else None
-            for hidden_nd, needed in zip(self.hidden_end, hidden_needs, strict=True)
-        ]
-        for need in sorted(set(needs), reverse=True):
-            members = [e for e in exits if needs[e] == need]
-            nll_m, correct_m, grad_md = self.group(members, *need)
-            for i, e in enumerate(members):
-                rows = slice(i * self.tokens, (i + 1) * self.tokens)
-                nll_e[e] = nll_m[rows].sum(dtype=wide)
-                correct_e[e] = correct_m[rows].sum()
-                if grad_md is not None:
-                    hidden_grads[e] = grad_md[rows].to(self.hidden_end[e].dtype)
+        gradients: list[Tensor | None] = [None] * len(exits)
+        with self.by_hand:
+            for to_hidden in sorted(set(self.hidden_needs), reverse=True):
+                members = [e for e in exits if self.hidden_needs[e] == to_hidden]
+                nll_m, correct_m, grad_md = self.group(members, to_hidden)
+                for i, e in enumerate(members):
+                    rows = slice(i * self.tokens, (i + 1) * self.tokens)
+                    nll_e[e] = nll_m[rows].sum(dtype=wide)
+                    correct_e[e] = correct_m[rows].sum()
+                    if grad_md is not None:
+                        gradients[e] = grad_md[rows].to(self.hidden_end[e].dtype)
         loss = torch.zeros((), dtype=wide, device=self.device)
         for weight, nll in zip(self.weight_e, nll_e, strict=True):
             loss += weight / self.tokens * nll
-        head_grad = None
-        if self.head_grad_vd is not None:
+        head_grad = self.head_grad_vd
+        if head_grad is not None:
             for target, grad_md in self.at_targets:
-                self.head_grad_vd.index_add_(0, target, grad_md)
-            head_grad = self.head_grad_vd.to(self.head_vd.dtype)
-        elif self.head_needs:
-            head_grad = torch.zeros_like(self.head_vd)
-        return loss.to(self.sum_dtype), nll_e, correct_e, [head_grad, *hidden_grads]
+                head_grad.index_add_(0, target, grad_md)
+            head_grad = head_grad.to(self.head_vd.dtype)
+        return loss.to(self.sum_dtype), nll_e, correct_e, [head_grad, *gradients]
 
-    def group(
-        self, members: list[int], to_hidden: bool, to_head: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def group(self, members: list[int], to_hidden: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cross-entropy, whether correct, and gradient of the rows of exits with the same needs."""
         target_m = self.target_n.repeat(len(members))
         order = target_m.argsort(stable=True)
@@ -340,15 +292,14 @@ class _Loss:
         nll_m = self.empty(total)
         correct_m = torch.zeros(total, dtype=torch.bool, device=self.device)
         grad_md = self.empty(*hidden_md.shape) if to_hidden else None
-        size = self.rows or chunk_rows(
-            total, len(self.head), to_head, self.sum_dtype, self.device.type
-        )
+        entries, keep, device = len(self.head), self.head_needs, self.device.type
+        size = self.workspace.rows or chunk_rows(total, entries, keep, self.sum_dtype, device)
         for first in range(0, total, size):
             rows = slice(first, min(first + size, total))
             hidden, target = hidden_md[rows], target_m[rows]
             if first == 0 or rows.stop - first != size:
-                self.cut(len(target), to_head)
-            sums = self.sums(hidden, target, to_hidden, to_head)
+                self.cut(len(target))
+            sums = self.sums(hidden, target, to_hidden)
             nll_m[rows] = sums.nll
             if sums.correct is not None:
                 correct_m[rows] = sums.correct
@@ -358,14 +309,14 @@ class _Loss:
                 torch.mul(sums.weighted_dm.t(), share.unsqueeze(1), out=grad_md[rows])
                 toward = self.toward(target)
                 grad_md[rows].addcmul_(toward, (share * sums.rest).unsqueeze(1), value=-1)
-            if to_head:
+            if keep:
                 scaled = hidden * share.unsqueeze(1)
                 if self.rounded:
                     self.at_targets.append((target, scaled * -sums.rest.unsqueeze(1)))
                 # Softmax minus one-hot, times the sum; one element a row, so the order cannot
                 # matter.
                 one_hot = 0.0 if self.rounded else -sums.rest
-                kept = self.buffer(len(self.head), len(target))
+                kept = self.buffer(entries, len(target))
                 kept[target, torch.arange(len(target), device=self.device)] = one_hot
                 self.waiting_md = scaled.to(self.dtype)
         self.add_waiting()
@@ -379,14 +330,14 @@ class _Loss:
         head = self.head_vd.detach() if self.on_cpu else self.head
         return head[target].to(self.sum_dtype)
 
-    def cut(self, rows: int, keep: bool) -> None:
+    def cut(self, rows: int) -> None:
         """Cut the vocabulary into blocks for chunks of so many rows; each has room of its own if
-        they are to be kept.
+        they are to be kept for the head's gradient.
         """
         self.add_waiting()
-        vocab, entries = len(self.head), len(self.head)
+        vocab, entries, keep = len(self.head), len(self.head), self.head_needs
         if self.on_cpu:
-            entries = self.block or block_entries(rows, vocab, self.kept_dtype, "cpu")
+            entries = self.workspace.block or block_entries(rows, vocab, self.kept_dtype, "cpu")
         buffer = self.buffer(vocab if keep else min(entries, vocab), rows)
         self.blocks = []
         for v in range(0, vocab, entries):
@@ -406,7 +357,7 @@ class _Loss:
         like = self.head.new_empty(0, dtype=self.kept_dtype)
         return self.workspace.buffer(entries, rows, like)
 
-    def sums(self, hidden: Tensor, target: Tensor, to_hidden: bool, to_head: bool) -> _Sums:
+    def sums(self, hidden: Tensor, target: Tensor, to_hidden: bool) -> _Sums:
         """The sums of a chunk, with as little subtracted from its logits as will do."""
         # Logits in base 2 are those of a hidden state scaled by log2 e. In bfloat16 that would
         # round once more, so there the logits are scaled.
@@ -423,7 +374,7 @@ class _Loss:
                 # What is subtracted needs more bits: on with float32 exponentials.
                 self.add_waiting()
                 self.kept_dtype = self.sum_dtype
-                self.cut(len(target), to_head)
+                self.cut(len(target))
             if self.beyond:
                 sums = self.through(hidden_dm, target, to_hidden, exact, exact)
                 if sums is not None:

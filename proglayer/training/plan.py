@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from proglayer.config import (
     BudgetOverrides,
@@ -26,14 +26,17 @@ from proglayer.config import (
     PhaseSchedule,
     Precision,
     ScheduleShape,
+    Settings,
     depth_problems,
 )
 from proglayer.training.architecture import Architecture, CausalLM
-from proglayer.training.growth import OPERATORS, Growth, growth_of
+from proglayer.training.growth import Growth, growth_of, layer_sources
 from proglayer.training.stopping import StoppingRule
 
 if TYPE_CHECKING:
     from proglayer.data.pretrained import Pretrained
+
+T = TypeVar("T", bound=Settings)
 
 
 class Role(StrEnum):
@@ -72,12 +75,10 @@ class Schedule:
         if self.total_epochs is None:
             return 1.0
         total = self.total_epochs * steps_per_epoch
+        begin = self.warmup_steps
         if self.decay_share is not None:  # warm-up, stable, decay: only its last part falls
-            stable = max(self.warmup_steps, round(total * (1 - self.decay_share)))
-            done = min(1.0, max(0.0, (step - stable) / max(1, total - stable)))
-        else:
-            decay_steps = max(1, total - self.warmup_steps)
-            done = min(1.0, (step - self.warmup_steps) / decay_steps)
+            begin = max(begin, round(total * (1 - self.decay_share)))
+        done = min(1.0, max(0.0, (step - begin) / max(1, total - begin)))
         if self.shape is ScheduleShape.cosine:
             done = (1 - math.cos(math.pi * done)) / 2
         return 1 - (1 - self.final_factor) * done
@@ -186,19 +187,13 @@ class TrainSpec:
     def windows(self, train_windows: int) -> int:
         """Training windows of an epoch.
 
-        Raises ConfigError where the corpus has fewer, or where they do not suffice for a gate.
+        Raises ConfigError where the corpus has fewer.
         """
         windows = train_windows if self.samples is None else self.samples
         if windows > train_windows:
             raise ConfigError(
                 f"phase.samples={self.samples} asks for more windows than the corpus gives "
                 f"({train_windows}): lower it or raise data.samples"
-            )
-        steps = math.ceil(windows / self.batch_size)
-        if self.growth is not None and self.growth.gate_steps > steps:
-            raise ConfigError(
-                f"growth.gate_steps={self.growth.gate_steps} is more than the {steps} optimizer "
-                f"steps of an epoch of phase {self.index + 1}: the gate must be open at its end"
             )
         return windows
 
@@ -306,7 +301,9 @@ def _phases(
     every = tuple(range(layers))
     base, initial = config.lr.base, config.freeze.initial
     rates = Rates(base, base, base if initial.embedding else None, base if initial.head else None)
-    yield _phase(config, architecture, sha256, 0, None, layers, every, every, rates)
+    where: dict[str, Any] = {"architecture": architecture, "layers": layers, "growth": None}
+    where |= {"new_layers": every, "trained_layers": every, "checkpoint_sha256": sha256}
+    yield _phase(config, 0, rates, where)
     growths: list[int] = {
         PhaseSchedule.grow_once: [config.added_layers],
         PhaseSchedule.one_at_a_time: [1] * config.added_layers,
@@ -317,60 +314,45 @@ def _phases(
     numbers = itertools.count(1)
     for added in growths:
         growth = growth_of(config.growth, added)
-        new_layers = OPERATORS[growth.init].places(layers, growth) if growth else ()
-        layers += added
+        sources = layer_sources(layers, growth)
+        layers = len(sources)
+        new_layers = tuple(i for i, source in enumerate(sources) if source.new)
         existing = [layer for layer in range(layers) if layer not in new_layers]
+        where |= {"layers": layers, "new_layers": new_layers, "checkpoint_sha256": None}
         for number, step in enumerate(config.freeze.steps):
             count = len(existing) if step.existing == "all" else int(step.existing)
             thawed = existing[len(existing) - count :]
-            trained = tuple(sorted((*new_layers, *thawed)))
+            where["trained_layers"] = tuple(sorted((*new_layers, *thawed)))
+            where["growth"] = None if number else growth
             rates = Rates(
                 new=base * factor.new if new_layers else None,
                 existing=base * factor.existing if thawed else None,
                 embedding=base * factor.embedding if step.embedding else None,
                 head=base * factor.head if step.head else None,
             )
-            grown = growth if number == 0 else None
-            yield _phase(
-                config, architecture, None, next(numbers), grown, layers, new_layers, trained, rates
-            )
+            yield _phase(config, next(numbers), rates, where)
 
 
-def _phase(
-    config: Config,
-    architecture: Architecture | CausalLM,
-    checkpoint_sha256: str | None,
-    index: int,
-    growth: Growth | None,
-    layers: int,
-    new_layers: tuple[int, ...],
-    trained_layers: tuple[int, ...],
-    rates: Rates,
-) -> Phase:
-    """A phase with its own budget, schedule and loss, or what holds for all phases."""
+def _own(general: T, part: Settings) -> T:
+    """What holds for all phases, but for what is a phase's own."""
+    return general.model_copy(update={name: value for name, value in part if value is not None})
+
+
+def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> Phase:
+    """A phase with its own budget, schedule and loss, or what holds for all phases.
+
+    where: the fields of its `TrainSpec` that say what it trains.
+    """
     part = config.phase.grown if index else config.phase.initial
-
-    def budget(name: str) -> Any:
-        value = getattr(part, name)
-        return getattr(config.phase, name) if value is None else value
-
-    def rate(name: str) -> Any:
-        value = getattr(config.lr.grown, name) if index else None
-        return getattr(config.lr, name) if value is None else value
-
+    budget, lr = _own(config.phase, part), config.lr
+    if index:
+        lr = _own(lr, lr.grown)
     loss = config.loss
-    shape = rate("schedule")
-    decays = shape is not ScheduleShape.constant
+    decays = lr.schedule is not ScheduleShape.constant
     train = TrainSpec(
         index=index,
         seed=config.seed,
-        architecture=architecture,
-        checkpoint_sha256=checkpoint_sha256,
-        layers=layers,
-        growth=growth,
-        new_layers=new_layers,
-        trained_layers=trained_layers,
-        exit_weights=_exit_weights(config, part, layers),
+        exit_weights=_exit_weights(config, part, where["layers"]),
         curriculum=ExitCurriculum(
             loss.curriculum.name,
             (loss.rotate_every or 0) if loss.curriculum is Curriculum.rotate else 0,
@@ -379,38 +361,39 @@ def _phase(
         detached=loss.detach,
         rates=rates,
         schedule=Schedule(
-            shape=shape,
-            warmup_steps=rate("warmup_steps"),
-            final_factor=rate("final_factor") if decays else 1.0,
-            total_epochs=budget("max_epochs") if decays else None,
-            decay_share=config.lr.decay_share if shape is ScheduleShape.wsd else None,
+            shape=lr.schedule,
+            warmup_steps=lr.warmup_steps,
+            final_factor=lr.final_factor if decays else 1.0,
+            total_epochs=budget.max_epochs if decays else None,
+            decay_share=lr.decay_share if lr.schedule is ScheduleShape.wsd else None,
         ),
         optimizer=config.optimizer
         if index
         else config.optimizer.model_copy(update={"carry": Carry.none}),
-        batch_size=budget("batch_size"),
-        samples=budget("samples"),
-        accumulate=config.phase.accumulate,
+        batch_size=budget.batch_size,
+        samples=budget.samples,
+        accumulate=budget.accumulate,
         precision=config.precision,
         compile=config.compile,
         checkpoint_activations=config.model.checkpoint_activations,
         cache_frozen=False,
+        **where,
     )
-    above = [str(layer + 1) for layer in trained_layers if layer > train.last_read]
+    above = [str(layer + 1) for layer in train.trained_layers if layer > train.last_read]
     if above:
         raise ConfigError(
             f"model.exit_weights={list(config.model.exit_weights)} gives no weight above layer "
-            f"{train.last_read + 1} of {layers}: layer {', '.join(above)} would get no gradient "
-            f"in phase {index + 1}"
+            f"{train.last_read + 1} of {train.layers}: layer {', '.join(above)} would get no "
+            f"gradient in phase {index + 1}"
         )
     # What frozen layers give below all that trains can be kept.
     lowest, last = train.lowest_trained, train.exits - 1
-    gated = growth is not None and growth.gate_steps and min(new_layers) < lowest
+    gated = train.growth and train.growth.gate_steps and min(train.new_layers) < lowest
     keeps = config.cache_frozen and lowest > 0 and not gated and not config.compile
     every = config.model.evaluated_exits is EvaluatedExits.all
     return Phase(
         train=replace(train, cache_frozen=keeps),
-        stop=StoppingRule(budget("max_epochs"), budget("patience"), budget("min_delta")),
+        stop=StoppingRule(budget.max_epochs, budget.patience, budget.min_delta),
         evaluate=tuple(
             e for e, weight in enumerate(train.exit_weights) if every or weight > 0 or e == last
         ),

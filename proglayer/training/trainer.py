@@ -129,7 +129,7 @@ class Training:
             batch = order[self.step * spec.batch_size : (self.step + 1) * spec.batch_size]
             done = self.epoch * self.steps_per_epoch + self.step
             set_rates(self.optimizer, spec.schedule.factor(done, self.steps_per_epoch))
-            set_gate(self.model, spec, done)
+            set_gate(self.model, spec, done, self.steps_per_epoch)
 
             for parameter in self.trainable:
                 parameter.grad = None
@@ -161,7 +161,7 @@ class Training:
                 rate = tokens / max(now - started, 1e-9)
                 after_step(Progress(self.epoch + 1, self.step, self.steps_per_epoch, mean, rate))
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
-        set_gate(model, spec, self.epoch * self.steps_per_epoch + self.step)
+        set_gate(model, spec, (self.epoch + 1) * self.steps_per_epoch, self.steps_per_epoch)
 
     def backward(self, window_n: Tensor, exit_weights: Sequence[float]) -> Tensor:
         """Add the gradients of the loss of these windows; gives the loss, detached."""
@@ -280,9 +280,9 @@ def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:
     return (torch.stack(new).sum() / total).sqrt() if new else torch.zeros_like(total)
 
 
-def set_gate(model: Model, spec: TrainSpec, step: int) -> None:
+def set_gate(model: Model, spec: TrainSpec, step: int, steps_per_epoch: int) -> None:
     """Give the model its gate at optimizer step `step` of the phase: none any more once it is 1."""
-    value = gate_value(spec.growth, step)
+    value = gate_value(spec.growth, step, steps_per_epoch)
     model.gate = None if value is None else torch.tensor(value, device=model.head_weight.device)
     model.gated_layers = spec.new_layers
 

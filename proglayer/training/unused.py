@@ -89,12 +89,9 @@ def _optional(part: str, schema: type[Settings]) -> dict[str, Any]:
 
 def _idle_factors(config: Config, later: Sequence[Phase]) -> Iterator[str]:
     """Name the factor of a role that no later phase trains, where it is not that of one it does."""
-    factors = {role.name: getattr(config.lr.factor, role.name) for role in Role}
-    trained = {
-        role: factor
-        for role, factor in factors.items()
-        if any(getattr(phase.train.rates, role) is not None for phase in later)
-    }
-    for role, factor in factors.items() if later else ():
-        if role not in trained and factor not in trained.values():
+    rates = [phase.train.rates for phase in later]
+    idle = [role for role in Role if all(getattr(each, role) is None for each in rates)]
+    trained = [getattr(config.lr.factor, role) for role in Role if role not in idle]
+    for role in idle if later else ():
+        if (factor := getattr(config.lr.factor, role)) not in trained:
             yield f"lr.factor.{role}={factor:g} (no phase after the first trains it)"
