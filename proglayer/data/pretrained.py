@@ -18,9 +18,10 @@ from proglayer.data.text import sha256_of
 from proglayer.errors import ConfigError, first_line
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILES = "*.safetensors"
 # What is fetched from the hub: the weights, and what says how to read them and the text.
-FETCHED = ("*.json", "*.txt", "*.model", "*.jinja")
+FETCHED = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
 
     Raises ConfigError where there is none.
     """
-    wanted = [*FETCHED, WEIGHTS_FILES] if weights else [CONFIG_FILE]
+    few = [CONFIG_FILE, GENERATION_FILE, "README.md"]
+    wanted = [*FETCHED, WEIGHTS_FILES] if weights else few
     folder, commit = folder_or_hub("model.path", path, revision, wanted)
     label = f"model.path={path}"
     try:

@@ -29,7 +29,7 @@ TEXT = (
 )  # fmt: skip
 
 
-def checkpoint(folder: Path) -> Path:
+def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A tiny Llama with a tokenizer of its own, as transformers saves them."""
     from tokenizers import Tokenizer
 
@@ -54,7 +54,9 @@ def checkpoint(folder: Path) -> Path:
             eos_token_id=None,
         )
     )
-    made.save_pretrained(folder)
+    made.generation_config.eos_token_id = [2, 7]
+    made.to(dtype).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n")
     return folder
 
 
@@ -106,12 +108,13 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
         assert int(ours.logits(inputs["input_ids"])[0, -1].argmax()) == made[0, -5]
     card = (to / "README.md").read_text()
     for text in (
-        str(path),
-        record.checkpoint.sha256,
-        "growth.init=zero",
-        "5 layers, 2 of them new",
-    ):
+        "`checkpoint`", record.checkpoint.sha256, "growth.init=zero", "license: apache-2.0\n",
+        "5 layers, 2 of them new: 1 epochs, new at 0.01; validation loss",
+    ):  # fmt: skip
         assert text in card
+    assert str(tmp_path) not in card
+    assert str(ROOT) not in card
+    assert theirs.generation_config.eos_token_id == [2, 7]
     with pytest.raises(ConfigError, match="is there already"):
         export_run(tmp_path / "run", to)
 
@@ -119,6 +122,19 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     again = run(config(*TEXT, f"store.dir={tmp_path / 'stages'}", *overrides), tmp_path / "again")
     assert all(row.reused for row in again.epochs if row.epoch)
     assert again.weights_sha256 == record.weights_sha256
+
+
+def test_a_bfloat16_checkpoint_stays_one(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "checkpoint", torch.bfloat16)
+    runs_to_its_end(
+        tmp_path, "model=causal_lm", f"model.path={path}", "data.tokenizer=model",
+        "initial_layers=null", "phase.initial.max_epochs=0", "growth=zero", "freeze=new_layers",
+    )  # fmt: skip
+    to = export_run(tmp_path / "run", tmp_path / "grown")
+    grown, old = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (to, path))
+    assert {p.dtype for p in grown.parameters()} == {torch.bfloat16}
+    for name, tensor in old.state_dict().items():
+        assert torch.equal(grown.state_dict()[name], tensor), name
 
 
 def test_what_is_no_model_is_told_before_a_text_is_prepared_for_it(tmp_path: Path) -> None:
