@@ -57,14 +57,21 @@ class PhaseSchedule(Enum):
 
 
 class GrowthInit(Enum):
-    """What the weights of a new layer start from."""
+    """Where new layers come from: see the operators of `training/growth.py`."""
 
     random = "random"
     copy = "copy"
     stack = "stack"
+    solar = "solar"
+    last = "last"
     middle = "middle"
+    lidas = "lidas"
     zero = "zero"
     gate = "gate"
+
+
+# Those that are a list of their own, whatever the position.
+PLACED = tuple(map(GrowthInit, ("stack", "solar", "last", "middle", "lidas")))
 
 
 class Norm(Enum):
@@ -72,6 +79,17 @@ class Norm(Enum):
 
     post = "post"
     pre = "pre"
+
+
+class ResidualScale(Enum):
+    """What a layer's branches are scaled by: nothing; 1 / sqrt(2 L) of L layers; the norm before
+    the l-th layer's by 1 / sqrt(l); a gain of each branch that trains.
+    """
+
+    none = "none"
+    depth = "depth"
+    layernorm = "layernorm"
+    layerscale = "layerscale"
 
 
 class ModelKind(Enum):
@@ -88,13 +106,16 @@ class Family(Enum):
     mistral = "mistral"
     qwen2 = "qwen2"
     qwen3 = "qwen3"
+    smollm3 = "smollm3"
+    olmo2 = "olmo2"
+    phi3 = "phi3"
     gpt2 = "gpt2"
     gpt_neox = "gpt_neox"
 
 
 # Those that learn a vector for each position, and those whose keys may have fewer heads.
 LEARNED_POSITIONS = (Family.gpt2,)
-FEWER_KEYS = (Family.llama, Family.mistral, Family.qwen2, Family.qwen3)
+FEWER_KEYS = tuple(each for each in Family if each.name not in ("gpt2", "gpt_neox"))
 
 
 class Weights(Enum):
@@ -105,11 +126,12 @@ class Weights(Enum):
 
 
 class GrowthPosition(Enum):
-    """Where new layers go. `stack` and `middle` have places of their own."""
+    """Where new layers go. Operators that repeat a part of the model have places of their own."""
 
     top = "top"
     bottom = "bottom"
     interleave = "interleave"
+    groups = "groups"
 
 
 class ScheduleShape(Enum):
@@ -119,6 +141,13 @@ class ScheduleShape(Enum):
     cosine = "cosine"
     linear = "linear"
     wsd = "wsd"
+
+
+class Span(Enum):
+    """What a rate schedule goes over: each phase, or all phases of a run."""
+
+    phase = "phase"
+    run = "run"
 
 
 class Curriculum(Enum):
@@ -142,6 +171,7 @@ class ExitWeights(StrEnum):
 
     uniform = "uniform"
     linear = "linear"
+    cumulative = "cumulative"
     last = "last"
 
 
@@ -250,7 +280,7 @@ Small = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 WeightsOfExits = Annotated[
     ExitWeights | tuple[Annotated[int | float, Field(ge=0, le=LARGE)], ...],
-    _one_of("uniform, linear, last, or a list of numbers from 0, one for each layer"),
+    _one_of("uniform, linear, cumulative, last, or a list of numbers from 0, one for each layer"),
 ]
 
 
@@ -279,6 +309,7 @@ class ModelConfig(Settings):
     max_positions: Count | None = None
     untie: bool = False
     weights: Weights = Weights.float32
+    residual_scale: ResidualScale = ResidualScale.none
 
 
 class DataConfig(Settings):
@@ -323,7 +354,8 @@ class BudgetOverrides(Settings):
 
 class PhaseConfig(Settings):
     """Which phases there are, and what each may spend. A batch's gradient comes from `accumulate`
-    parts of it, one after another.
+    parts of it, one after another. With `epoch_steps` an epoch is so many optimizer steps, and the
+    windows go on from epoch to epoch and from phase to phase.
     """
 
     schedule: PhaseSchedule
@@ -335,11 +367,14 @@ class PhaseConfig(Settings):
     initial: BudgetOverrides
     grown: BudgetOverrides
     accumulate: Width
+    epoch_steps: Count | None = None
 
 
 class GrowthConfig(Settings):
     """How layers are added: `noise` is the share of a copied tensor that is drawn afresh, `block`
-    the layers that `middle` repeats, `gate_steps` the optimizer steps over which `gate` opens.
+    the layers that `last`, `middle` and `lidas` repeat, `gate_steps` the optimizer steps over which
+    `gate` opens. `layers` gives the old layer of each layer of the grown model, null for a fresh
+    one.
     """
 
     init: GrowthInit
@@ -347,6 +382,7 @@ class GrowthConfig(Settings):
     noise: Share
     block: Annotated[int, Field(ge=1, le=4_096)]
     gate_steps: Count
+    layers: tuple[Layers | None, ...] | None = None
 
 
 class FreezeStep(Settings):
@@ -392,7 +428,8 @@ class ScheduleOverrides(Settings):
 
 class LrConfig(Settings):
     """Learning rates. Warm-up in optimizer steps; `final_factor` is where a decay ends, and
-    `decay_share` how much of a phase `wsd` decays for, at its end.
+    `decay_share` how much of a phase `wsd` decays for, at its end. `span=run`: one schedule over
+    all phases.
     """
 
     base: Positive
@@ -402,6 +439,7 @@ class LrConfig(Settings):
     final_factor: Share
     decay_share: Small
     grown: ScheduleOverrides
+    span: Span = Span.phase
 
 
 class OptimizerConfig(Settings):
@@ -421,13 +459,14 @@ class OptimizerConfig(Settings):
 
 class LossConfig(Settings):
     """The exits that the loss reads, step by step. Where exits are detached, all but the last train
-    the head alone.
+    the head alone. `normalize`: the weights that `rotate` reads add up to 1 in each step.
     """
 
     curriculum: Curriculum
     rotate_every: Annotated[int, Field(ge=1, le=4_096)] | None
-    gradual_steps: Count
+    gradual_steps: Count | None
     detach: bool
+    normalize: bool = False
 
 
 class LoggerConfig(Settings):
@@ -448,7 +487,9 @@ class Config(Settings):
 
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
     initial_layers: Layers | None
-    added_layers: Layers
+    added_layers: Annotated[
+        Layers | tuple[Layers, ...], _one_of("a number of layers, or a list of one for each growth")
+    ]
     model: ModelConfig
     data: DataConfig
     phase: PhaseConfig
@@ -470,6 +511,7 @@ class Config(Settings):
     store: StoreConfig
     loss: LossConfig
     cache_frozen: bool
+    growths: tuple[dict[str, Any], ...] = ()
 
 
 def to_config(settings: DictConfig) -> Config:
@@ -488,7 +530,7 @@ def to_config(settings: DictConfig) -> Config:
     lines += _rule_problems(parts)
     if lines:
         raise ConfigError("\n".join(lines))
-    if config.data.tokenizer == MODEL and config.model.path is not None:
+    if config.data.tokenizer in (MODEL, WORDS) and config.model.path is not None:
         same = {"tokenizer": config.model.path, "tokenizer_revision": config.model.revision}
         config = config.model_copy(update={"data": config.data.model_copy(update=same)})
     return config
@@ -637,11 +679,50 @@ def _rule_problems(config: Config) -> list[str]:
     lines: list[str] = []
     for rule in depth_problems, _model_problems, _batch_problems, _data_problems, _logger_problems:
         try:
-            lines += rule(config)
+            lines += (line for line in rule(config) if line not in lines)
+        except ConfigError as error:
+            lines += str(error).splitlines()
         except AttributeError:
             if set(Config.model_fields) <= config.model_fields_set:
                 raise
     return lines
+
+
+# What each growth of a run may have of its own.
+OF_A_GROWTH = ("added_layers", "growth", "freeze", "lr", "loss", "optimizer", "phase")
+
+
+def growths_of(config: Config) -> list[Config]:
+    """Return the settings of each growth of a run: the run's, with its own over them.
+
+    Raises ConfigError for settings of a growth that do not fit.
+    """
+    sizes = config.added_layers
+    sizes = sizes if isinstance(sizes, tuple) else (sizes,)
+    if config.phase.schedule is PhaseSchedule.one_at_a_time:
+        sizes = (1,) * sum(sizes)
+    if not config.growths:
+        return [config.model_copy(update={"added_layers": size}) for size in sizes]
+    plain = config.model_dump(mode="json")
+    parts: list[Config] = []
+    for number, own in enumerate(config.growths):
+        if wrong := sorted(own.keys() - {*OF_A_GROWTH}):
+            raise ConfigError(
+                f"growths[{number}].{wrong[0]} is one for all growths: {', '.join(OF_A_GROWTH)}"
+            )
+        try:
+            parts.append(Config.model_validate(_over(plain, {"growths": (), **own})))
+        except ValidationError as error:
+            raise ConfigError("\n".join(problem_lines(error, f"growths[{number}]."))) from error
+    return parts
+
+
+def _over(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with others laid over them, part by part."""
+    return {**settings} | {
+        name: _over(settings[name], value) if isinstance(value, dict) else value
+        for name, value in own.items()
+    }
 
 
 def depth_problems(config: Config) -> Iterator[str]:
@@ -654,24 +735,32 @@ def depth_problems(config: Config) -> Iterator[str]:
     grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
     if not initial.embedding and not initial.head and layers == 0:
         yield "freeze.initial freezes everything of a model of initial_layers=0"
-    if grows and config.added_layers == 0:
+    for part in growths_of(config):
+        yield from _growth_problems(part, layers, grows)
+
+
+def _growth_problems(config: Config, layers: float, grows: bool) -> Iterator[str]:
+    schedule = config.phase.schedule
+    if grows and config.added_layers == 0 and config.growth.layers is None:
         yield f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1"
     if schedule is not PhaseSchedule.from_scratch:
-        yield from _freeze_problems(config.freeze.steps, layers, grows)
+        yield from _freeze_problems(config.freeze.steps, layers)
     growth, init = config.growth, f"growth.init={config.growth.init.name}"
     copies = growth.init is not GrowthInit.random
-    if grows and layers == 0 and copies:
+    if growth.layers is not None:
+        if schedule is PhaseSchedule.one_at_a_time:
+            yield "growth.layers is one growth: it does not go with phase=one_at_a_time"
+        if growth.init in PLACED:
+            yield f"growth.layers does not go with {init}, which is a list of its own"
+    elif grows and layers == 0 and copies:
         yield f"{init} has no layer to copy with initial_layers=0: take growth.init=random"
-    placed = growth.init in (GrowthInit.stack, GrowthInit.middle)
-    if placed and growth.position is not GrowthPosition.top:
+    if growth.init in PLACED and growth.position is not GrowthPosition.top:
         yield f"growth.position={growth.position.name} does not go with {init}: leave it top"
     if growth.noise and not copies:
         yield f"growth.noise={growth.noise} changes nothing with {init}"
-    if growth.init is GrowthInit.middle and growth.block > max(1, layers):
-        yield f"growth.block={growth.block} is more than the initial_layers={layers} to repeat"
 
 
-def _freeze_problems(steps: Sequence[FreezeStep], layers: float, grows: bool) -> Iterator[str]:
+def _freeze_problems(steps: Sequence[FreezeStep], layers: float) -> Iterator[str]:
     if not steps:
         yield "freeze.steps=[] leaves no phase after a growth: give at least one step"
     for number, step in enumerate(steps):
@@ -682,8 +771,6 @@ def _freeze_problems(steps: Sequence[FreezeStep], layers: float, grows: bool) ->
                 f"freeze.steps[{number}].existing={step.existing} leaves none of {layers} existing "
                 f"layer(s) frozen: take initial_layers={step.existing + 1} or more, or all"
             )
-        elif not grows and step.existing == 0 and not step.embedding and not step.head:
-            yield f"freeze.steps[{number}] freezes everything: nothing would train"
 
 
 def _batch_problems(config: Config) -> Iterator[str]:
@@ -709,6 +796,8 @@ def _model_problems(config: Config) -> Iterator[str]:
     given = model.path is not None and model.kind is ModelKind.causal_lm
     if config.initial_layers is None and not given:
         yield "initial_layers=null takes all that model.path has, and there is none: give a number"
+    if (scale := model.residual_scale) is not ResidualScale.none and model.norm is not Norm.pre:
+        yield f"model.residual_scale={scale.name} needs norms that come first: take model.norm=pre"
     dim, heads = model.dim, model.num_heads
     if dim is not None and heads is not None:
         if dim % heads:
@@ -723,13 +812,15 @@ def _causal_lm_problems(config: Config) -> Iterator[str]:
         yield f"model=causal_lm needs the extra hf: {install_command('hf')}"
     if model.norm is not Norm.pre:
         yield f"model.norm={model.norm.name} does not go with model=causal_lm: leave it pre"
+    if model.residual_scale is not ResidualScale.none:
+        yield "model.residual_scale does not go with model=causal_lm: leave it none"
     if (model.path is None) is (family is None):
         families = ", ".join(Family.__members__)
         yield f"model=causal_lm takes either model.path or model.family (one of {families})"
         return
     if model.path is not None:
-        if (own := config.data.tokenizer) in (WORDS, BYTES):
-            yield f"data.tokenizer={own} does not go with model.path: take data.tokenizer=model"
+        if config.data.tokenizer == BYTES:
+            yield f"data.tokenizer={BYTES} does not go with model.path: take data.tokenizer=model"
         for name in (*SIZES, "vocab_size", "num_kv_heads", "max_positions"):
             if getattr(model, name) is not None:
                 yield f"model.{name} does not go with model.path, which has its own: leave it null"

@@ -36,7 +36,7 @@ def test_each_recipe_is_shown_with_its_question_and_command(hooks: ModuleType) -
         section = page.split(f"\n### {name}\n")[1].split("\n### ")[0].split("\n## ")[0]
         question, command, rest = hooks.opening(path)
         assert question in section
-        assert command.startswith("python train.py -m ")
+        assert command.startswith("python train.py ")
         assert name in command, "its own command"
         assert f"```\n{command}\n```" in section
         assert any(line.startswith("**Expect**") for line in rest)

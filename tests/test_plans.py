@@ -52,7 +52,7 @@ def facts(phase: Phase) -> dict[str, Any]:
 
 def names() -> list[str]:
     """Return every experiment as it is chosen on the command line."""
-    files = EXPERIMENTS.rglob("*.yaml")
+    files = (path for path in EXPERIMENTS.rglob("*.yaml") if path.stem != "llama_pro_checkpoint")
     return sorted(path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in files)
 
 

@@ -8,14 +8,17 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from proglayer import load_run
-from proglayer.config import Config
+from proglayer.config import Config, flat_settings
+from proglayer.launch.sweep import ProductSettings, expand
 from proglayer.run.run import run
 from proglayer.store.entries import Machine, key_of
 from proglayer.store.trajectory import Trajectory, describe
@@ -45,6 +48,12 @@ SHORTENED = {
     "growth_timing": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
     "depth_pays": [(2, "01", "", 1e-3), (6, "2345", "", 1e-3)],
     "control_bigram": [(0, "", "", 1e-3)],
+    "solar": [(4, "0123", "", 1e-3), (6, "34", "", 1e-3)],
+    "gradual_stacking": [(2, "01", "", 1e-3), (4, "23", "", 1e-3), (6, "45", "", 1e-3)],
+    "lidas": [(4, "0123", "", 1e-3), (6, "34", "", 1e-3), (8, "45", "", 1e-3)],
+    "curse_of_depth": [(4, "0123", "", 1e-3), (8, "4567", "", 1e-3)],
+    "wsd_growth": [(1, "0", "", 1e-3), (6, "12345", "", 1e-3)],
+    "drop_layers": [(6, "012345", "", 1e-3), (3, "", "", 1e-3)],
 }
 SMALL = (
     "data=text", f"data.files=[{ROOT / 'docs' / 'report.md'}]", "data.samples=40",
@@ -62,7 +71,9 @@ def shortened(phase: Phase) -> tuple[int, str, str, float | None]:
 
 def test_every_recipe_is_here() -> None:
     folder = ROOT / "conf" / "experiment" / "recipe"
-    assert {path.stem for path in folder.glob("*.yaml")} == SHORTENED.keys()
+    # The one that needs a checkpoint is run in tests/run/test_export.py.
+    others = {"llama_pro_checkpoint"}
+    assert {path.stem for path in folder.glob("*.yaml")} == SHORTENED.keys() | others
 
 
 @pytest.mark.parametrize("name", SHORTENED)
@@ -81,9 +92,75 @@ def test_a_recipe_opens_with_command_cost_and_expectation(name: str) -> None:
     assert "Expect:" in text
 
 
+# What the arms of a recipe's command differ in, beside the seed: what the recipe is about.
+GROWTH = {"growth.init"}
+DIFFERS = {
+    "g_stack": {"phase.schedule", "phase.initial.max_epochs"},
+    "midas": GROWTH,
+    "llama_pro": GROWTH,
+    "gated": {"growth.gate_steps"},
+    "one_hop": {"initial_layers", "added_layers"},
+    "frozen_embedding": {"freeze.initial.embedding"},
+    "layerskip": {"loss.curriculum"},
+    "exits_only": {"phase.grown.exit_weights"},
+    "loss_by_phase": {"phase.initial.exit_weights", "phase.grown.exit_weights"},
+    "growth_timing": {"phase.initial.max_epochs", "phase.grown.max_epochs"},
+    "depth_pays": GROWTH,
+    "control_bigram": {"initial_layers"},
+    "solar": GROWTH,
+    "gradual_stacking": GROWTH,
+    "lidas": GROWTH,
+    "curse_of_depth": {"phase.schedule", "phase.initial.max_epochs", "model.residual_scale"},
+    "wsd_growth": {"phase.schedule", "phase.initial.max_epochs"},
+    "drop_layers": {"growth.layers"},
+}
+
+
+def arms(name: str) -> list[Config]:
+    """The jobs of a recipe's command that differ in more than the seed."""
+    text = (ROOT / "conf" / "experiment" / "recipe" / f"{name}.yaml").read_text()
+    found = re.search(r"^#   python train\.py -m (.*(?:\n#     .*)*)", text, re.MULTILINE)
+    assert found is not None
+    given = shlex.split(found[1].replace("\n#     ", " "))
+    design = [each for each in given if each.startswith("hydra.sweeper.pairs=")]
+    pairs = yaml.safe_load(design[0].split("=", 1)[1]) if design else []
+    given = [each for each in given if each not in design and not each.startswith("seed=")]
+    return [config(*job) for job in expand(ProductSettings(pairs=pairs), given, None)]
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_the_arms_of_a_command_differ_in_what_the_recipe_is_about_alone(name: str) -> None:
+    jobs = [dict(flat_settings(job.model_dump(mode="json"))) for job in arms(name)]
+    assert len(jobs) > 1
+    different = {each for each in jobs[0] if any(job[each] != jobs[0][each] for job in jobs)}
+    assert different == DIFFERS[name]
+
+
+def test_the_control_of_g_stack_ends_its_schedule_at_the_same_operations() -> None:
+    spent = []
+    for job in arms("g_stack"):
+        phases = plan(job, 8192)
+        last = phases[-1]
+        assert last.train.schedule.total_epochs == last.stop.max_epochs <= last.stop.patience
+        epochs = [
+            (phase.stop.max_epochs, training_flops(phase.train, 32, 3000)) for phase in phases
+        ]
+        spent.append(sum(number * sum(flops) for number, flops in epochs))
+    assert spent[0] / spent[1] == pytest.approx(1, abs=0.03)
+
+
+def test_a_gradual_curriculum_reads_every_exit_within_its_run() -> None:
+    (phase,) = plan(config("experiment=recipe/layerskip", "loss.curriculum=gradual"), 8192)
+    steps = [phase.train.exit_weights_at(47 * epoch, 47) for epoch in (0, 3, 6)]
+    assert [sum(weight > 0 for weight in weights) for weights in steps] == [1, 3, 6]
+    assert phase.stop.patience == phase.stop.max_epochs == 12
+    assert steps[2] == pytest.approx([n * (n + 1) / 2 / 56 for n in range(1, 7)])
+
+
 def settings(name: str, store: Path) -> Config:
     """A recipe at a size that trains in a moment: 2 epochs of 3 steps a phase."""
-    return config(f"experiment=recipe/{name}", *SMALL, f"store.dir={store}")
+    own = ["phase.epoch_steps=3"] if name == "wsd_growth" else []
+    return config(f"experiment=recipe/{name}", *SMALL, *own, f"store.dir={store}")
 
 
 @pytest.mark.parametrize("name", SHORTENED)

@@ -18,7 +18,7 @@ from proglayer.console import console, counted
 from proglayer.errors import ConfigError, printable
 from proglayer.launch.job import Job, record_of, same_settings
 from proglayer.run.estimate import PhaseProgress, estimate
-from proglayer.run.progress import plan_table
+from proglayer.run.progress import plan_lines, plan_table
 from proglayer.run.record import RunState, has_whole_weights
 from proglayer.run.setup import Opened, Setup, set_up
 from proglayer.training.cost import training_flops
@@ -91,6 +91,8 @@ def print_plan(each: Planned, title: str = "plan", elsewhere: bool = False) -> N
         said += [counted(len(found.epochs) if found else 0, "epoch") for found in stored]
     windows = len(corpus.train), len(corpus.validation)
     console().print(plan_table(each.setup.phases, config.data.seq_len, *windows, title, said))
+    for line in plan_lines(each.setup.phases):
+        console().print(printable(line), markup=False, highlight=False)
     if unused := unused_settings(config, each.setup.phases):
         console().print(printable(unused), markup=False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import rich.table
@@ -20,6 +20,7 @@ from proglayer.training.cost import (
     parameter_counts,
     training_flops,
 )
+from proglayer.training.growth import layer_sources
 from proglayer.training.plan import Phase, TrainSpec, schedule_warning
 from proglayer.training.stopping import perplexity
 
@@ -107,6 +108,31 @@ def plan_table(
     lines = [text for phase in phases if (text := schedule_warning(phase))]
     shown.caption, shown.caption_justify = Text(printable("\n".join(lines))), "left"
     return shown
+
+
+def plan_lines(phases: Sequence[Phase]) -> Iterator[str]:
+    """Yield a line for each phase: where its layers come from, its schedule, when it stops, its
+    loss, and what its optimizer takes over. Layers count from 1; a star marks a new one.
+    """
+    before = 0
+    for phase in phases:
+        train, stop, schedule = phase.train, phase.stop, phase.train.schedule
+        said = [f"{'post' if not train.architecture.final_norm else 'pre'}-norm"]
+        if train.growth is not None:
+            sources = layer_sources(before, train.growth)
+            names = ["fresh" if old.layer is None else str(old.layer + 1) for old in sources]
+            stars = ["*" if source.new else "" for source in sources]
+            said = ["layers from " + " ".join(map("".join, zip(names, stars, strict=True)))]
+        before = train.layers
+        over = f" over {schedule.total_epochs} epochs" if schedule.total_epochs else ""
+        warm = f", warm-up {schedule.warmup_steps} steps" if schedule.warmup_steps else ""
+        said.append(f"rate {schedule.shape.name}{over}{warm}")
+        patience = "all of them" if stop.whole else f"patience {stop.patience}"
+        said.append(f"at most {stop.max_epochs} epochs, {patience}")
+        weights = " ".join(f"{weight:.2g}" for weight in train.exit_weights)
+        said.append(f"exit weights {weights}, {train.curriculum.kind} read")
+        said.append(f"carry {train.optimizer.carry.name}")
+        yield f"{phase.index + 1} {phase.name}: {'; '.join(said)}"
 
 
 def _rates(phase: Phase) -> str:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic_core import to_jsonable_python
 
 from proglayer.data.corpus import Corpus
 from proglayer.store.checkpoint import (
@@ -31,6 +30,7 @@ from proglayer.store.checkpoint import (
     pack_weights,
 )
 from proglayer.store.entries import FORMAT, Entry, Machine, key_of
+from proglayer.training.architecture import keyed
 from proglayer.training.build import restored
 from proglayer.training.model import Model
 from proglayer.training.plan import Phase, TrainSpec
@@ -329,7 +329,7 @@ class Trajectory:
             train_loss=train_loss,
             validation_loss=exit.loss,
             validation_accuracy=exit.accuracy,
-            train_tokens=len(training.windows) * training.windows.seq_len,
+            train_tokens=training.epoch_windows * training.windows.seq_len,
             train_seconds=round(train_seconds, 3),
             evaluation_seconds=round(evaluation_seconds, 3),
         )
@@ -452,7 +452,7 @@ def describe(
     return {
         "format": FORMAT,
         "parent": {"key": parent[0], "epoch": parent[1]} if parent else "fresh",
-        "phase": to_jsonable_python(train),
+        "phase": keyed(train),
         "corpus": fingerprint,
         "machine": asdict(machine),
     }

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+
+def later(default: Any) -> Any:
+    """A field that `keyed` leaves out at its default: it came when there were keys without it."""
+    return field(default=default, metadata={"later": True})
+
+
+def keyed(value: Any) -> Any:
+    """What a key is the hash of, as plain data."""
+    if not is_dataclass(value):
+        return to_jsonable_python(value)
+    return {
+        each.name: keyed(found)
+        for each in fields(value)
+        if (found := getattr(value, each.name)) != each.default or not each.metadata
+    }
 
 
 @dataclass(frozen=True)
@@ -38,9 +59,14 @@ class Architecture:
     rotary_base: float
     norm_eps: float
     norm: str = "post"
+    residual_scale: str = later("none")
 
     # Its head is a matrix of its own.
     tied = False
+
+    def grown(self, sources: Sequence[int | None]) -> Architecture:
+        """The same with layers from these old ones."""
+        return self
 
     @property
     def final_norm(self) -> bool:
@@ -54,7 +80,7 @@ class Architecture:
         matrices = 4 * dim**2 + 3 * self.ffn_multiple * dim**2
         return Sizes(
             embedding=table,
-            layer=matrices + 2 * dim,
+            layer=matrices + (4 if self.residual_scale == "layerscale" else 2) * dim,
             norm=dim * self.final_norm,
             head=table,
             matrices=matrices,
@@ -73,6 +99,7 @@ class CausalLM:
     settings: its configuration without its depth, as JSON with sorted keys.
     tied: whether embedding and head are one tensor.
     dtype: that of its weights.
+    kinds: settings that are a list with a value for each layer, as JSON with sorted keys.
     """
 
     family: str
@@ -82,6 +109,19 @@ class CausalLM:
     tied: bool
     sizes: Sizes
     dtype: str = "float32"
+    kinds: str = later("{}")
 
     # What the families have in common.
     final_norm = True
+
+    def grown(self, sources: Sequence[int | None]) -> CausalLM:
+        """The same with layers from these old ones: each of the kind of its source, one that is
+        drawn of that of the layer below.
+        """
+        kinds: dict[str, list[Any]] = {}
+        for name, old in json.loads(self.kinds).items():
+            kinds[name] = []
+            for source in sources:
+                below = kinds[name][-1] if kinds[name] else old[0]
+                kinds[name].append(below if source is None else old[source])
+        return replace(self, kinds=json.dumps(kinds, sort_keys=True))

@@ -49,11 +49,8 @@ class Family:
 
 
 LLAMA = Family("embed_tokens", "layers", "norm", ("self_attn.o_proj", "mlp.down_proj"))
-FAMILIES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3")
+FAMILIES = dict.fromkeys(LIKE_LLAMA, LLAMA) | {
     "gpt2": Family(
         "wte", "h", "ln_f", ("attn.c_proj", "mlp.c_proj"), "wpe", "layer_norm_epsilon", "n_inner"
     ),
@@ -64,11 +61,15 @@ FAMILIES = {
 }
 # Settings that say nothing of what is computed at a given depth, or that a growth changes.
 ASIDE = (
-    "architectures", "auto_map", "dtype", "torch_dtype", "layer_types", "max_window_layers",
+    "architectures", "auto_map", "dtype", "torch_dtype", "max_window_layers",
     "model_type", "n_layer", "num_hidden_layers", "num_labels", "id2label", "label2id",
     "transformers_version", "use_cache", "_name_or_path", "chunk_size_feed_forward",
     "output_attentions", "output_hidden_states", "return_dict", "problem_type",
 )  # fmt: skip
+# Settings with a value for each layer. A family's own rule for them goes by a layer's number.
+KINDS = ("layer_types", "no_rope_layers")
+# A depth at which such a rule shows.
+DEEP = 64
 # A run can only be repeated and resumed bit for bit if no layer draws random numbers.
 DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 LEAST_POSITIONS = 1_024
@@ -154,7 +155,8 @@ def on_meta(architecture: Mapping[str, Any], layers: int) -> CausalModel:
     """A model of `CausalLM` as plain data, without room for its tensors."""
     from transformers import AutoModelForCausalLM
 
-    config = configuration(architecture["family"], json.loads(architecture["settings"]), layers)
+    settings = json.loads(architecture["settings"]) | json.loads(architecture.get("kinds", "{}"))
+    config = configuration(architecture["family"], settings, layers)
     with quiet(), torch.device("meta"):
         dtype = getattr(torch, architecture.get("dtype", "float32"))
         inner = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -168,9 +170,9 @@ def loaded(architecture: CausalLM, layers: int, folder: Path) -> CausalModel:
     """
     from transformers import AutoModelForCausalLM
 
-    settings = json.loads(architecture.settings)
+    settings = json.loads(architecture.settings) | json.loads(architecture.kinds)
     # The files may hold one tensor where the model is to have two.
-    stored = settings | {"tie_word_embeddings": library_settings(folder)["tie_word_embeddings"]}
+    stored = settings | {"tie_word_embeddings": library_settings(folder).tie_word_embeddings}
     with reading(folder, "weights"):
         inner, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
             folder,
@@ -216,13 +218,12 @@ def _head(inner: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def library_settings(folder: Path) -> dict[str, Any]:
-    """All settings of the model in `folder`, by the library's names. Raises ConfigError."""
+def library_settings(folder: Path) -> PretrainedConfig:
+    """The library's configuration of the model in `folder`. Raises ConfigError."""
     from transformers import AutoConfig
 
     with reading(folder, "settings"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return config.to_dict()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def configuration(family: str, settings: Mapping[str, Any], layers: int) -> PretrainedConfig:
@@ -233,29 +234,33 @@ def configuration(family: str, settings: Mapping[str, Any], layers: int) -> Pret
 
 
 def architecture_of(
-    model: ModelConfig, found: Pretrained | None, vocab_size: int, seq_len: int
+    model: ModelConfig, found: Pretrained | None, vocab_size: int, seq_len: int, layers: int
 ) -> tuple[CausalLM, int | None]:
     """What the settings describe, and how many layers the checkpoint has.
 
-    found: the checkpoint; None for an untrained model.
+    found: the checkpoint; None for an untrained model, of `layers` layers.
     vocab_size: entries that the text needs.
 
     Raises ConfigError where settings, checkpoint and text do not fit together.
     """
     if found is None:
         assert model.family is not None
-        family, layers = model.family.name, None
-        settings = _untrained(model, vocab_size, seq_len)
+        family, depth = model.family.name, None
+        config = _untrained(model, vocab_size, seq_len, layers)
     else:
         family = known_family(found, str(model.path))
-        settings = library_settings(found.folder)
-        layers = int(configuration(family, {}, 1).__class__(**settings).num_hidden_layers)
+        config = library_settings(found.folder)
+        depth = int(config.num_hidden_layers)
+    settings = config.to_dict()
+    kinds = {name: settings.pop(name) for name in KINDS if settings.get(name)}
     settings |= {name: 0.0 for name in DROPOUTS if name in settings}
     if model.untie:
         settings["tie_word_embeddings"] = False
     settings = {name: value for name, value in settings.items() if name not in ASIDE}
     what = f"model.path={model.path}" if found else f"model.family={family}"
-    config = configuration(family, settings, 1)
+    deep, config = (configuration(family, settings, depth) for depth in (DEEP, 1))
+    # A list that says what the family's own rule would at any depth is left out.
+    kinds = {name: of for name, of in kinds.items() if {*of, *getattr(deep, name)} != {of[0]}}
     _check(what, config, vocab_size, seq_len)
     tied = bool(config.tie_word_embeddings)
     settings["tie_word_embeddings"] = tied
@@ -267,8 +272,9 @@ def architecture_of(
         tied=tied,
         sizes=_sizes(family, settings, tied),
         dtype=model.weights.name,
+        kinds=json.dumps(kinds, sort_keys=True),
     )
-    return architecture, layers
+    return architecture, depth
 
 
 def known_family(found: Pretrained, path: str) -> str:
@@ -283,8 +289,8 @@ def known_family(found: Pretrained, path: str) -> str:
     raise ConfigError(f"model.path={path} {wrong}: take a model of one of the families {known}")
 
 
-def _untrained(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
-    """The settings of an untrained model, by the library's names."""
+def _untrained(model: ModelConfig, vocab_size: int, seq_len: int, layers: int) -> PretrainedConfig:
+    """The library's configuration of an untrained model."""
     assert model.family is not None
     assert model.dim is not None
     assert model.num_heads is not None
@@ -304,7 +310,7 @@ def _untrained(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, A
         settings["head_dim"] = model.dim // model.num_heads
     if family.positions is None and model.rotary_base is not None:
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    return configuration(model.family.name, settings, 1).to_dict()
+    return configuration(model.family.name, settings, layers)
 
 
 def _check(what: str, config: PretrainedConfig, vocab_size: int, seq_len: int) -> None:
@@ -318,8 +324,6 @@ def _check(what: str, config: PretrainedConfig, vocab_size: int, seq_len: int) -
         raise ConfigError(
             f"data.seq_len={seq_len} is more than the {most:,} positions that {what} attends to"
         )
-    if len(set(getattr(config, "layer_types", None) or [])) > 1:
-        raise ConfigError(f"{what} has layers of several kinds, and only equal ones can be grown")
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise ConfigError(f"{what} scales attention by a layer's number, which a growth changes")
 

@@ -84,6 +84,6 @@ def _tokens_read(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int) 
     read = [0] * spec.exits
     for step in range(steps):
         batch = min(spec.batch_size, windows - step * spec.batch_size)
-        for exit, weight in enumerate(spec.exit_weights_at((epoch - 1) * steps + step)):
+        for exit, weight in enumerate(spec.exit_weights_at((epoch - 1) * steps + step, steps)):
             read[exit] += batch * seq_len * (weight > 0)
     return read

@@ -1,7 +1,12 @@
 """The growth operators: where the layers of a deeper model come from, and what each one preserves.
 
-To add one: a name in `config.GrowthInit`, a class here and its row in `OPERATORS`, and a test of
-what it preserves. Needs no torch: `plan` reads it, and `build.grow` does it to a model.
+One list says it: for each layer of the grown model, bottom first, the old layer that it is or
+starts from, None for one that is drawn. `growth.layers` gives the list itself, an operator is a
+name for one at every depth; `layer_sources` says which of its layers are new.
+
+To add an operator: a name in `config.GrowthInit`, a class here and its row in `OPERATORS`, a file
+in `conf/growth/`, and what it gives and preserves in `tests/training/test_growth.py`. Needs no
+torch: `plan` reads it, and `build.grow` does it to a model.
 
 Whatever the operator, embedding, head, final norm and old layers keep their values bit for bit, and
 the old layers their order; every exit below the lowest new layer computes what it did.
@@ -10,10 +15,11 @@ the old layers their order; every exit below the lowest new layer computes what 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from proglayer.config import GrowthConfig, GrowthInit, GrowthPosition
+from proglayer.config import Config, ConfigError, GrowthInit, GrowthPosition
+from proglayer.training.architecture import later
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Growth:
-    """Layers added at the start of a phase. What the operator does not read is as it is here."""
+    """Layers added at the start of a phase. What the operator does not read is as it is here.
+
+    given: the list of layers, where it is given and not the operator's.
+    depth: the layers that `stack` repeats, where that is not all of them.
+    """
 
     layers: int
     init: GrowthInit
@@ -31,6 +41,8 @@ class Growth:
     noise: float = 0.0
     block: int = 1
     gate_steps: int = 0
+    given: tuple[int | None, ...] | None = later(None)
+    depth: int | None = later(None)
 
 
 class Source(NamedTuple):
@@ -54,10 +66,13 @@ class Operator:
 
     def sources(self, layers: int, growth: Growth) -> list[int | None]:
         """The old layer that each layer, bottom first, of a model of `layers` layers is or starts
-        from after `growth`; None for one that is drawn. `layer_sources` says which are new.
+        from after `growth`; None for one that is drawn.
 
         `interleave` spreads the new ones evenly: 3 on 3 layers gives every old layer a new one
-        above it, and 1 on 3 goes above the second.
+        above it, and 1 on 3 goes above the second. `groups` puts one above each of as many equal
+        groups of old layers.
+
+        Raises ConfigError for a depth at which the operator is not defined.
         """
         added = growth.layers
         below = [layers] * added  # how many old layers are below each new one
@@ -65,6 +80,9 @@ class Operator:
             below = [0] * added
         elif growth.position is GrowthPosition.interleave:
             below = [math.ceil((i + 0.5) * layers / added) for i in range(added)]
+        elif growth.position is GrowthPosition.groups:
+            _check(layers % added == 0, f"growth.position=groups makes no {added} of {layers}")
+            below = [(i + 1) * layers // added for i in range(added)]
         sources: list[int | None] = []
         for old in range(layers + 1):
             sources += [self.origin(old)] * below.count(old) + [old]
@@ -94,29 +112,73 @@ class Copy(Operator):
 
 
 class Stack(Operator):
-    """The old layers once more on top: new layer i starts from old layer i mod L of L. Preserves
-    the old last exit's function: exit 2L is the old layers applied to it (Gong et al. 2019; Du et
-    al. 2024, "G_stack").
+    """The old layers once more on top: the layer at place i starts from old layer i mod L of L.
+    Preserves the old last exit's function: exit 2L is the old layers applied to it (Gong et al.
+    2019; Du et al. 2024, "G_stack"). Where growths come one after another, L stays until the model
+    has twice as many.
     """
 
     reads = ("noise",)
 
     def sources(self, layers: int, growth: Growth) -> list[int | None]:
-        return [*range(layers), *(number % layers for number in range(growth.layers))]
+        depth = growth.depth or layers
+        return [*range(layers), *(i % depth for i in range(layers, layers + growth.layers))]
 
 
-class Middle(Operator):
-    """A block in the middle repeated, above itself (Saunshi et al. 2024, "MIDAS"). Preserves
+class Solar(Operator):
+    """Two copies of the old layers that overlap: the upper m layers are left out of the lower copy,
+    the lower m of the upper one (Kim et al. 2023, "SOLAR": 32 layers and m = 8 make 48). Preserves
     nothing.
+    """
+
+    reads = ("noise",)
+
+    def sources(self, layers: int, growth: Growth) -> list[int | None]:
+        overlap, odd = divmod(layers - growth.layers, 2)
+        possible = overlap >= 0 and not odd
+        _check(possible, f"growth=solar makes no {layers + growth.layers} layers of {layers}")
+        return [*range(layers - overlap), *range(overlap, layers)]
+
+
+class Block(Operator):
+    """A block of `growth.block` layers again, above itself, as often as there are new ones.
+    Preserves nothing.
     """
 
     reads = ("noise", "block")
 
+    def lowest(self, layers: int, block: int) -> int:
+        """The lowest layer of the block in a model of `layers` layers."""
+        raise NotImplementedError
+
     def sources(self, layers: int, growth: Growth) -> list[int | None]:
-        lowest = (layers - growth.block) // 2
-        above = lowest + growth.block
-        again = (lowest + number % growth.block for number in range(growth.layers))
+        block, lowest = growth.block, self.lowest(layers, growth.block)
+        _check(block <= layers, f"growth.block={block} is more than {layers}")
+        above = lowest + block
+        again = (lowest + number % block for number in range(growth.layers))
         return [*range(above), *again, *range(above, layers)]
+
+
+class Last(Block):
+    """The last block (Gong et al. 2019; Reddi et al. 2023, gradual stacking)."""
+
+    def lowest(self, layers: int, block: int) -> int:
+        return layers - block
+
+
+class Middle(Block):
+    """The middle one of n blocks, the ceil(n / 2)th (Saunshi et al. 2024, "MIDAS")."""
+
+    def lowest(self, layers: int, block: int) -> int:
+        _check(layers % block == 0, f"growth.block={block} does not divide {layers}")
+        return (layers // block - 1) // 2 * block
+
+
+class Lidas(Block):
+    """The layers in the exact middle, whatever blocks they are of (Kapl et al. 2025, "LIDAS")."""
+
+    def lowest(self, layers: int, block: int) -> int:
+        return (layers - block) // 2
 
 
 class Zero(Operator):
@@ -144,18 +206,35 @@ OPERATORS: dict[GrowthInit, Operator] = {
     GrowthInit.random: Random(),
     GrowthInit.copy: Copy(),
     GrowthInit.stack: Stack(),
+    GrowthInit.solar: Solar(),
+    GrowthInit.last: Last(),
     GrowthInit.middle: Middle(),
+    GrowthInit.lidas: Lidas(),
     GrowthInit.zero: Zero(),
     GrowthInit.gate: Gate(),
 }
 
 
-def growth_of(settings: GrowthConfig, added: int) -> Growth | None:
-    """The growth by so many layers, with what its operator reads; None where none is added."""
-    if not added:
+def growth_of(config: Config, layers: int, initial: int) -> Growth | None:
+    """The growth of a model of `layers` layers by `added_layers`, or to `growth.layers`, with what
+    its operator reads; None where nothing changes.
+
+    initial: how many layers the first growth of the run began with.
+    """
+    settings, added = config.growth, config.added_layers
+    assert isinstance(added, int), "the settings are those of one growth"
+    if settings.layers is not None:
+        added = len(settings.layers) - layers
+    elif not added:
         return None
     reads = OPERATORS[settings.init].reads
-    return Growth(added, settings.init, **{name: getattr(settings, name) for name in reads})
+    growth = Growth(added, settings.init, **{name: getattr(settings, name) for name in reads})
+    if settings.layers is not None:
+        return replace(growth, given=settings.layers)
+    while initial and initial * 2 <= layers:
+        initial *= 2
+    stacks = settings.init is GrowthInit.stack and initial != layers
+    return replace(growth, depth=initial if stacks else None)
 
 
 def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
@@ -163,15 +242,26 @@ def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
 
     Of the layers that come from the same old one, the lowest is that one and the others are new;
     with `position=bottom` the highest is.
+
+    Raises ConfigError for a list of other layers, or of none.
     """
     if growth is None:
         return tuple(Source(layer, False) for layer in range(layers))
-    sources = OPERATORS[growth.init].sources(layers, growth)
+    sources = growth.given
+    if sources is None:
+        sources = OPERATORS[growth.init].sources(layers, growth)
+    known = bool(sources) and all(old is None or old < layers for old in sources)
+    _check(known, f"growth.layers={list(sources)} names others than {layers}")
     at_bottom = growth.position is GrowthPosition.bottom
     return tuple(
         Source(old, old is None or old in (sources[i + 1 :] if at_bottom else sources[:i]))
         for i, old in enumerate(sources)
     )
+
+
+def _check(holds: bool, wrong: str) -> None:
+    if not holds:
+        raise ConfigError(f"{wrong} layers: take other growth settings, or another depth")
 
 
 def gate_value(growth: Growth | None, step: int, steps_per_epoch: int) -> float | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,9 +26,11 @@ from proglayer.config import (
     Precision,
     ScheduleShape,
     Settings,
+    Span,
     depth_problems,
+    growths_of,
 )
-from proglayer.training.architecture import Architecture, CausalLM
+from proglayer.training.architecture import Architecture, CausalLM, later
 from proglayer.training.growth import Growth, growth_of, layer_sources
 from proglayer.training.stopping import StoppingRule
 
@@ -60,16 +61,26 @@ class Rates:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the rate moves within a phase. `total_epochs` is None where the shape needs no end."""
+    """How the rate moves within a phase. `total_epochs` is None where the shape needs no end.
+
+    begun: epochs of earlier phases that the same schedule went over.
+    warm_again: steps at the start of a later phase over which the rate rises to the schedule's.
+    """
 
     shape: ScheduleShape
     warmup_steps: int
     final_factor: float
     total_epochs: int | None
     decay_share: float | None = None
+    begun: int = later(0)
+    warm_again: int = later(0)
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
-        """What the rate is multiplied by at optimizer step `step`, counted from 0."""
+        """What the rate is multiplied by at optimizer step `step` of the phase, counted from 0."""
+        again = min(1.0, (step + 1) / self.warm_again) if self.warm_again else 1.0
+        return again * self._factor(step + self.begun * steps_per_epoch, steps_per_epoch)
+
+    def _factor(self, step: int, steps_per_epoch: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.total_epochs is None:
@@ -89,16 +100,22 @@ class ExitCurriculum:
     """Which of the exits with a weight the loss reads at a step; its position is the step alone.
 
     rotate: the last exit, and every `every`-th of the others in turn (0: one of them at a time),
-    their weights times `every`, so that the mean over a round is the full loss.
-    gradual: from the last exit down, all of them after `steps` steps, weights adding up to 1.
+    their weights times `every`, so that the mean over a round is the full loss; or, `normalized`,
+    such that they add up to 1 in each step.
+    gradual: from the last exit down, all of them after `steps` steps, or `epochs` epochs where that
+    is 0; weights add up to 1.
     After Elhoushi et al. 2024, "LayerSkip".
     """
 
     kind: str = "all"
     every: int = 0
     steps: int = 0
+    epochs: float = later(0.0)
+    normalized: bool = later(False)
 
-    def weights(self, full: tuple[float, ...], step: int) -> tuple[float, ...]:
+    def weights(
+        self, full: tuple[float, ...], step: int, steps_per_epoch: int
+    ) -> tuple[float, ...]:
         """The weight of each exit at optimizer step `step` of a phase, counted from 0."""
         *others, _ = [exit for exit, weight in enumerate(full) if weight > 0]
         if self.kind == "all" or not others:
@@ -107,13 +124,17 @@ class ExitCurriculum:
         if self.kind == "rotate":
             every = min(self.every or len(others), len(others))
             for place, exit in enumerate(others):
-                weights[exit] *= every if place % every == step % every else 0
-            return tuple(weights)
-        shown = min(len(others), step * len(others) // self.steps)
-        if shown == len(others):
-            return full
-        for exit in others[: len(others) - shown]:
-            weights[exit] = 0.0
+                scale = 1 if self.normalized else every
+                weights[exit] *= scale if place % every == step % every else 0
+            if not self.normalized:
+                return tuple(weights)
+        else:
+            steps = self.steps or math.ceil(self.epochs * steps_per_epoch)
+            shown = min(len(others), step * len(others) // steps)
+            if shown == len(others):
+                return full
+            for exit in others[: len(others) - shown]:
+                weights[exit] = 0.0
         return tuple(weight / sum(weights) for weight in weights)
 
 
@@ -124,6 +145,8 @@ class TrainSpec:
 
     Layers are numbered from 0 at the bottom, as they stand after this phase's growth.
     `new_layers` came with the latest growth, which may be an earlier phase's.
+    epoch_steps, begun: optimizer steps of an epoch in which not all windows are read, and the
+        epochs of earlier phases, after which the windows go on.
     checkpoint_sha256: the hash of a checkpoint that the first phase starts with.
     """
 
@@ -148,6 +171,8 @@ class TrainSpec:
     compile: bool
     checkpoint_activations: bool
     cache_frozen: bool
+    epoch_steps: int | None = later(None)
+    begun: int = later(0)
 
     @property
     def exits(self) -> int:
@@ -176,19 +201,21 @@ class TrainSpec:
             parts.append("head")
         return tuple(parts)
 
-    def exit_weights_at(self, step: int) -> tuple[float, ...]:
+    def exit_weights_at(self, step: int, steps_per_epoch: int) -> tuple[float, ...]:
         """The loss's weight at each exit at optimizer step `step` of the phase."""
-        return self.curriculum.weights(self.exit_weights, step)
+        return self.curriculum.weights(self.exit_weights, step, steps_per_epoch)
 
     def steps_per_epoch(self, train_windows: int) -> int:
         """Batches in an epoch, the last short one counted."""
         return math.ceil(self.windows(train_windows) / self.batch_size)
 
     def windows(self, train_windows: int) -> int:
-        """Training windows of an epoch.
+        """Training windows of an epoch. Raises ConfigError where the corpus has fewer."""
+        pool = self.pool(train_windows)
+        return self.epoch_steps * self.batch_size if self.epoch_steps else pool
 
-        Raises ConfigError where the corpus has fewer.
-        """
+    def pool(self, train_windows: int) -> int:
+        """Training windows that there are. Raises ConfigError where the corpus has fewer."""
         windows = train_windows if self.samples is None else self.samples
         if windows > train_windows:
             raise ConfigError(
@@ -263,23 +290,25 @@ def plan(
     if model.kind is ModelKind.causal_lm:
         from proglayer.training.causal_lm import architecture_of
 
-        architecture, depth = architecture_of(model, checkpoint, vocab_size, config.data.seq_len)
+        seq_len, first = config.data.seq_len, _first_depth(config, 0)
+        architecture, depth = architecture_of(model, checkpoint, vocab_size, seq_len, first)
     else:
         sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
-        architecture = Architecture(vocab_size, *sizes, model.norm.name)  # pyright: ignore[reportArgumentType]
+        how = model.norm.name, model.residual_scale.name
+        architecture = Architecture(vocab_size, *sizes, *how)  # pyright: ignore[reportArgumentType]
     if depth is not None:
         layers = depth if config.initial_layers is None else config.initial_layers
         config = config.model_copy(update={"initial_layers": layers})
         if problems := list(depth_problems(config)):
             raise ConfigError("\n".join(problems))
+        if (first := _first_depth(config, layers)) > depth:
+            raise ConfigError(
+                f"model.path={model.path} has {depth} layers, and the first phase asks for "
+                f"{first}: lower initial_layers, or take phase=grow_once"
+            )
     # A plan is shown without its weights, which may be large.
     sha256 = None if checkpoint is None or config.plan else checkpoint.sha256()
     phases = tuple(_phases(config, architecture, sha256))
-    if depth is not None and phases[0].train.layers > depth:
-        raise ConfigError(
-            f"model.path={model.path} has {depth} layers, and the first phase asks for "
-            f"{phases[0].train.layers}: lower initial_layers, or take phase=grow_once"
-        )
     for phase in phases:
         rates = phase.train.rates
         if architecture.tied and rates.embedding != rates.head:
@@ -291,46 +320,84 @@ def plan(
     return phases
 
 
+def _first_depth(config: Config, most: int) -> int:
+    """How many layers the first phase has; `most` where it takes all of a checkpoint."""
+    layers = most if config.initial_layers is None else config.initial_layers
+    if config.phase.schedule is not PhaseSchedule.from_scratch:
+        return layers
+    for part in growths_of(config):
+        given = part.growth.layers
+        layers = layers + part.added_layers if given is None else len(given)  # pyright: ignore
+    return layers
+
+
 def _phases(
     config: Config, architecture: Architecture | CausalLM, sha256: str | None
-) -> Iterator[Phase]:
-    schedule = config.phase.schedule
-    assert config.initial_layers is not None, "to_config refuses it"
-    layers = config.initial_layers
-    layers += config.added_layers if schedule is PhaseSchedule.from_scratch else 0
+) -> list[Phase]:
+    layers = initial_layers = _first_depth(config, 0)
     every = tuple(range(layers))
     base, initial = config.lr.base, config.freeze.initial
     rates = Rates(base, base, base if initial.embedding else None, base if initial.head else None)
-    where: dict[str, Any] = {"architecture": architecture, "layers": layers, "growth": None}
+    where: dict[str, Any] = {"architecture": architecture.grown(every), "layers": layers}
     where |= {"new_layers": every, "trained_layers": every, "checkpoint_sha256": sha256}
-    yield _phase(config, 0, rates, where)
-    growths: list[int] = {
-        PhaseSchedule.grow_once: [config.added_layers],
-        PhaseSchedule.one_at_a_time: [1] * config.added_layers,
-        PhaseSchedule.keep_training: [0],
-        PhaseSchedule.from_scratch: [],
-    }[schedule]
-    factor = config.lr.factor
-    numbers = itertools.count(1)
-    for added in growths:
-        growth = growth_of(config.growth, added)
+    where["growth"] = None
+    phases = [_phase(config, 0, rates, where)]
+    growths = growths_of(config)
+    if config.phase.schedule is PhaseSchedule.from_scratch:
+        growths = []
+    grows = config.phase.schedule is not PhaseSchedule.keep_training
+    for part in growths if grows else growths[:1]:
+        factor, base = part.lr.factor, part.lr.base
+        growth = growth_of(part, layers, initial_layers) if grows else None
         sources = layer_sources(layers, growth)
         layers = len(sources)
+        where["architecture"] = where["architecture"].grown([source.layer for source in sources])
         new_layers = tuple(i for i, source in enumerate(sources) if source.new)
         existing = [layer for layer in range(layers) if layer not in new_layers]
         where |= {"layers": layers, "new_layers": new_layers, "checkpoint_sha256": None}
-        for number, step in enumerate(config.freeze.steps):
+        for number, step in enumerate(part.freeze.steps):
             count = len(existing) if step.existing == "all" else int(step.existing)
             thawed = existing[len(existing) - count :]
             where["trained_layers"] = tuple(sorted((*new_layers, *thawed)))
             where["growth"] = None if number else growth
+            if not thawed and not new_layers and not step.embedding and not step.head:
+                setting = f"freeze.steps[{number}]"
+                raise ConfigError(f"{setting} freezes everything: nothing would train")
             rates = Rates(
                 new=base * factor.new if new_layers else None,
                 existing=base * factor.existing if thawed else None,
                 embedding=base * factor.embedding if step.embedding else None,
                 head=base * factor.head if step.head else None,
             )
-            yield _phase(config, next(numbers), rates, where)
+            phases.append(_phase(part, len(phases), rates, where))
+    return _one_run(config, phases)
+
+
+def _one_run(config: Config, phases: list[Phase]) -> list[Phase]:
+    """Phases that go on with the windows, or the rate schedule, of those before them."""
+    of_data, of_rates = config.phase.epoch_steps is not None, config.lr.span is Span.run
+    if not of_data and not of_rates:
+        return phases
+    total, begun = sum(phase.stop.max_epochs for phase in phases), 0
+    for number, phase in enumerate(phases):
+        train, stop = phase.train, replace(phase.stop, whole=True)
+        if of_rates:
+            again = config.lr.grown.warmup_steps if train.growth else None
+            schedule = phases[0].train.schedule
+            ends = schedule.total_epochs and total
+            schedule = replace(schedule, total_epochs=ends, begun=begun, warm_again=again or 0)
+            train = replace(train, schedule=schedule)
+        if of_data:
+            train = replace(train, begun=begun)
+        phases[number] = replace(phase, train=train, stop=stop)
+        begun += stop.max_epochs
+    sizes = {(phase.train.batch_size, phase.train.samples) for phase in phases}
+    if len(sizes) > 1:
+        raise ConfigError(
+            "phase.epoch_steps and lr.span=run go over all phases: give them the same batch_size "
+            "and samples"
+        )
+    return phases
 
 
 def _own(general: T, part: Settings) -> T:
@@ -348,6 +415,7 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
     if index:
         lr = _own(lr, lr.grown)
     loss = config.loss
+    gradual, rotates = (loss.curriculum is kind for kind in (Curriculum.gradual, Curriculum.rotate))
     decays = lr.schedule is not ScheduleShape.constant
     train = TrainSpec(
         index=index,
@@ -355,8 +423,10 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
         exit_weights=_exit_weights(config, part, where["layers"]),
         curriculum=ExitCurriculum(
             loss.curriculum.name,
-            (loss.rotate_every or 0) if loss.curriculum is Curriculum.rotate else 0,
-            loss.gradual_steps if loss.curriculum is Curriculum.gradual else 0,
+            every=(loss.rotate_every or 0) if rotates else 0,
+            steps=(loss.gradual_steps or 0) if gradual else 0,
+            epochs=budget.max_epochs / 2 if gradual and not loss.gradual_steps else 0.0,
+            normalized=rotates and loss.normalize,
         ),
         detached=loss.detach,
         rates=rates,
@@ -373,6 +443,7 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
         batch_size=budget.batch_size,
         samples=budget.samples,
         accumulate=budget.accumulate,
+        epoch_steps=budget.epoch_steps,
         precision=config.precision,
         compile=config.compile,
         checkpoint_activations=config.model.checkpoint_activations,
@@ -388,7 +459,7 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
         )
     # What frozen layers give below all that trains can be kept.
     lowest, last = train.lowest_trained, train.exits - 1
-    gated = train.growth and train.growth.gate_steps and min(train.new_layers) < lowest
+    gated = train.growth and train.growth.gate_steps and min(train.new_layers, default=0) < lowest
     keeps = config.cache_frozen and lowest > 0 and not gated and not config.compile
     every = config.model.evaluated_exits is EvaluatedExits.all
     return Phase(
@@ -410,6 +481,7 @@ def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[fl
         ExitWeights.last.name: [0] * (layers - 1) + [1],
         ExitWeights.uniform.name: [1] * layers,
         ExitWeights.linear.name: range(1, layers + 1),
+        ExitWeights.cumulative.name: list(itertools.accumulate(range(1, layers + 1))),
     }
     raw = shapes[named] if isinstance(named, str) else named[:layers]
     if len(raw) < layers:
@@ -422,7 +494,7 @@ def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[fl
 def schedule_warning(phase: Phase) -> str | None:
     """Tell where patience may end the phase before its schedule does."""
     schedule, patience = phase.train.schedule, phase.stop.patience
-    if schedule.total_epochs is None or patience >= schedule.total_epochs:
+    if phase.stop.whole or schedule.total_epochs is None or patience >= schedule.total_epochs:
         return None
     return (
         f"lr.schedule={schedule.shape.name} ends after {schedule.total_epochs} epochs; "

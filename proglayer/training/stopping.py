@@ -17,11 +17,15 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """When a phase ends. It only reads the trajectory, so it is no part of the trajectory's key."""
+    """When a phase ends. It only reads the trajectory, so it is no part of the trajectory's key.
+
+    whole: it takes all of `max_epochs`, and selects the last.
+    """
 
     max_epochs: int
     patience: int
     min_delta: float
+    whole: bool = False
 
     @property
     def first_epoch(self) -> int:
@@ -49,11 +53,16 @@ def best_of(epochs: Iterable[EpochMetrics], rule: StoppingRule) -> EpochMetrics 
     """The best of `epochs`, in their order; the only place that says which it is.
 
     An epoch is an improvement when its validation loss is lower than that of the best so far minus
-    `min_delta`. The first epoch is always one. Returns None where there is no epoch.
+    `min_delta`. The first epoch is always one, and with `whole` each is. Returns None where there
+    is no epoch.
     """
     best = None
     for metrics in epochs:
-        if best is None or metrics.validation_loss < best.validation_loss - rule.min_delta:
+        if (
+            best is None
+            or rule.whole
+            or metrics.validation_loss < best.validation_loss - rule.min_delta
+        ):
             best = metrics
     return best
 
@@ -85,7 +94,7 @@ def follow(
         assert best is not None
         if on_epoch is not None:
             on_epoch(metrics, best)
-        if metrics.epoch - best.epoch >= rule.patience:
+        if metrics.epoch - best.epoch >= rule.patience and not rule.whole:
             return Stopped(best, tuple(read), StopReason.patience)
         if metrics.epoch >= rule.max_epochs:
             return Stopped(best, tuple(read), StopReason.max_epochs)

@@ -92,7 +92,8 @@ class Training:
             torch.compiler.reset()
             self.body = torch.compile(self.model, dynamic=False)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.windows = Windows(corpus.train[: spec.windows(len(corpus.train))], device)
+        self.windows = Windows(corpus.train[: spec.pool(len(corpus.train))], device)
+        self.epoch_windows = spec.windows(len(corpus.train))
         # Of training windows, and of validation windows at the last exit.
         self.frozen = self.frozen_validation = None
         if spec.cache_frozen and device.type == "cpu":
@@ -119,9 +120,7 @@ class Training:
         """
         spec, model = self.spec, self.model
         model.train()
-        order = torch.randperm(
-            len(self.windows), generator=stream(spec.seed, "order", spec.index, self.epoch + 1)
-        )
+        order = self.order()
         looked = time.perf_counter()
         look_every_s = LOOK_EVERY_S if self.device.type == "cpu" else LOOK_EVERY_ON_DEVICE_S
         started, seconds_before, first_step = looked, self.seconds, self.step
@@ -135,7 +134,8 @@ class Training:
                 parameter.grad = None
             for part in batch.tensor_split(min(spec.accumulate, len(batch))):
                 share = len(part) / len(batch)
-                weights = [share * weight for weight in spec.exit_weights_at(done)]
+                every = spec.exit_weights_at(done, self.steps_per_epoch)
+                weights = [share * weight for weight in every]
                 if self.recorded is not None and model.gate is None:
                     loss = self.recorded(self.backward, part, weights)
                 else:
@@ -156,12 +156,28 @@ class Training:
                 looked = now = time.perf_counter()
             self.seconds = seconds_before + now - started
             if after_step is not None:
-                windows = min(self.step * spec.batch_size, len(self.windows))
+                windows = min(self.step * spec.batch_size, self.epoch_windows)
                 tokens = (windows - first_step * spec.batch_size) * self.windows.seq_len
                 rate = tokens / max(now - started, 1e-9)
                 after_step(Progress(self.epoch + 1, self.step, self.steps_per_epoch, mean, rate))
         # A gate opens within the first epoch, so that what is evaluated and stored has none.
         set_gate(model, spec, (self.epoch + 1) * self.steps_per_epoch, self.steps_per_epoch)
+
+    def order(self) -> Tensor:
+        """The numbers of the windows of the epoch under way, in their order.
+
+        Where an epoch does not read all of them, it goes on in the shuffled passes over all that
+        earlier epochs and phases began.
+        """
+        spec, every = self.spec, len(self.windows)
+        if spec.epoch_steps is None:
+            draw = stream(spec.seed, "order", spec.index, self.epoch + 1)
+            return torch.randperm(every, generator=draw)
+        first = (spec.begun + self.epoch) * self.epoch_windows
+        last = first + self.epoch_windows
+        passes = range(first // every, -(-last // every))
+        drawn = (torch.randperm(every, generator=stream(spec.seed, "pass", p)) for p in passes)
+        return torch.cat([*drawn])[first - passes[0] * every :][: self.epoch_windows]
 
     def backward(self, window_n: Tensor, exit_weights: Sequence[float]) -> Tensor:
         """Add the gradients of the loss of these windows; gives the loss, detached."""
@@ -210,7 +226,7 @@ class Training:
         """The mean loss of the epoch under way, 0 before its first step."""
         if self.step == 0:
             return 0.0
-        tokens = min(self.step * self.spec.batch_size, len(self.windows)) * self.windows.seq_len
+        tokens = min(self.step * self.spec.batch_size, self.epoch_windows) * self.windows.seq_len
         return float(self.loss_sum) / tokens
 
     def check_finite(self) -> float:

@@ -59,12 +59,21 @@ class Layer(nn.Module):
     """One layer: attention and feed-forward, each with a residual sum and a norm.
 
     The norm follows the sum (`post`, Vaswani et al. 2017) or precedes the branch (`pre`, Xiong et
-    al. 2020).
+    al. 2020). `residual_scale` multiplies the branches of a pre-norm layer by 1 / sqrt(2 L), or by
+    gains of their own (Touvron et al. 2021, "LayerScale"), or the norms before them by 1 / sqrt(l)
+    (Sun et al. 2025, "The curse of depth").
+
+    number: which of `layers` layers it is, from 0.
     """
 
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Architecture, number: int = 0, layers: int = 1) -> None:
         super().__init__()
         self.pre_norm = shape.norm == "pre"
+        scales = {"depth": (1, (2 * layers) ** -0.5), "layernorm": ((number + 1) ** -0.5, 1)}
+        self.inner, self.outer = scales.get(shape.residual_scale, (1, 1))
+        self.gains = None
+        if shape.residual_scale == "layerscale":
+            self.gains = nn.ParameterList(torch.empty(shape.dim) for _ in range(2))
         self.attention = Attention(shape.dim, shape.num_heads)
         self.norm1 = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn = FeedForward(shape.dim, shape.ffn_multiple * shape.dim)
@@ -72,6 +81,11 @@ class Layer(nn.Module):
 
     def forward(self, x_ntd: Tensor, cos_tk: Tensor, sin_tk: Tensor) -> Tensor:
         if self.pre_norm:
+            if self.gains is not None or (self.inner, self.outer) != (1, 1):
+                attention, ffn = (self.outer, self.outer) if self.gains is None else self.gains
+                branch = self.attention(self.inner * self.norm1(x_ntd), cos_tk, sin_tk)
+                x_ntd = x_ntd + attention * branch
+                return x_ntd + ffn * self.ffn(self.inner * self.norm2(x_ntd))
             x_ntd = x_ntd + self.attention(self.norm1(x_ntd), cos_tk, sin_tk)
             return x_ntd + self.ffn(self.norm2(x_ntd))
         x_ntd = self.norm1(x_ntd + self.attention(x_ntd, cos_tk, sin_tk))
@@ -89,7 +103,7 @@ class Transformer(Model):
         self.dim, self.rotary_base = shape.dim, shape.rotary_base
         self.head_dim = shape.dim // shape.num_heads
         self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(shape, number, layers) for number in range(layers))
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps) if shape.final_norm else nn.Identity()
         self.head = nn.Linear(shape.dim, shape.vocab_size, bias=False)
 
@@ -102,7 +116,7 @@ class Transformer(Model):
     @torch.no_grad()
     def initialize(self, part: nn.Module, generator: torch.Generator) -> None:
         """In the order of its parameters. Embedding: truncated normal, std 0.02. Linear layers:
-        truncated normal, std dim^-0.5, PyTorch's default bounds. Gains: one.
+        truncated normal, std dim^-0.5, PyTorch's default bounds. Gains: one; of a branch 0.1.
         """
         for module in part.modules():
             if isinstance(module, nn.Embedding):
@@ -111,6 +125,9 @@ class Transformer(Model):
                 nn.init.trunc_normal_(module.weight, std=self.dim**-0.5, generator=generator)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, Layer) and module.gains is not None:
+                for gain in module.gains:
+                    nn.init.constant_(gain, 0.1)
 
     @torch.no_grad()
     def silence(self, layer: nn.Module) -> None:

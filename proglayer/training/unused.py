@@ -23,6 +23,7 @@ from proglayer.config import (
     PhaseSchedule,
     ScheduleShape,
     Settings,
+    Span,
     shortened,
 )
 from proglayer.training.growth import OPERATORS
@@ -57,15 +58,17 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     steps = (FreezeStep(existing=0, embedding=False, head=True),)
     yield later, {"freeze.steps": steps, "optimizer.carry": Carry.none}
     yield later, {f"phase.grown.{name}": None for name in BudgetOverrides.model_fields}
-    yield later, {"lr.grown.schedule": None, "lr.grown.warmup_steps": None}
+    apart = config.lr.span is Span.phase
+    yield later, {"lr.grown.warmup_steps": None}
+    yield later and apart, {"lr.grown.schedule": None}
     yield later, {f"lr.factor.{role.name}": 0.1 for role in Role}
     shapes = {phase.train.schedule.shape for phase in phases}
     yield ScheduleShape.wsd in shapes, {"lr.decay_share": 0.2}
     decaying = [phase.train.schedule.shape is not ScheduleShape.constant for phase in phases]
     yield any(decaying), {"lr.final_factor": 0.0}
-    yield any(decaying[1:]), {"lr.grown.final_factor": None}
-    yield loss.curriculum is Curriculum.rotate, {"loss.rotate_every": None}
-    yield loss.curriculum is Curriculum.gradual, {"loss.gradual_steps": 1_000}
+    yield any(decaying[1:]) and apart, {"lr.grown.final_factor": None}
+    yield loss.curriculum is Curriculum.rotate, {"loss.rotate_every": None, "loss.normalize": False}
+    yield loss.curriculum is Curriculum.gradual, {"loss.gradual_steps": None}
     several = any(sum(weight > 0 for weight in phase.train.exit_weights) > 1 for phase in phases)
     yield several, {"loss.curriculum": Curriculum.all, "loss.detach": False}
     decays = config.optimizer.weight_decay > 0

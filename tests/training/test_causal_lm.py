@@ -18,6 +18,7 @@ from proglayer.store.checkpoint import load_training, pack_training, pack_weight
 from proglayer.store.trajectory import describe
 from proglayer.training.build import build, grow, restored
 from proglayer.training.cost import parameter_counts, training_flops
+from proglayer.training.growth import layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec, open_checkpoint, plan
 from proglayer.training.trainer import Training, evaluate
@@ -30,7 +31,8 @@ transformers = pytest.importorskip("transformers")
 # The three shapes that a family has: rotary with gains, learned positions with biases and a tied
 # head, and both branches side by side.
 FAMILIES = ("llama", "gpt2", "gpt_neox")
-LIKE_LLAMA = ("mistral", "qwen2", "qwen3")
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3")
+TIED = ("gpt2", "smollm3")
 SIZES = ("model.dim=16", "model.num_heads=2", "model.ffn_multiple=2", "initial_layers=3")
 SHORT = ("phase.batch_size=16", "phase.max_epochs=2", "lr.base=0.01")
 # What projects from a layer's two branches onto the hidden state.
@@ -53,7 +55,7 @@ def planned(*overrides: str, vocab_size: int = CORPUS.vocab_size) -> tuple[Train
 
 
 def of_family(family: str, *overrides: str) -> tuple[TrainSpec, ...]:
-    untie = () if "model.untie=true" in overrides or family != "gpt2" else ("freeze=none",)
+    untie = () if "model.untie=true" in overrides or family not in TIED else ("freeze=none",)
     return planned(f"model.family={family}", *SIZES, *untie, *overrides)
 
 
@@ -83,14 +85,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return saved(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def saved(family: str, folder: Path) -> Path:
+def saved(family: str, folder: Path, **settings: object) -> Path:
     torch.manual_seed(0)
     names = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     names |= {"n_inner": 32} if family == "gpt2" else {"intermediate_size": 32}
     names |= {"vocab_size": 32, "max_position_embeddings": 64, "bos_token_id": 0}
-    names |= {"eos_token_id": 0, "initializer_range": 0.3}
+    names |= {"eos_token_id": 0, "pad_token_id": None, "initializer_range": 0.3}
     made = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(family, **names)
+        transformers.AutoConfig.for_model(family, **names | settings)
     )
     made.save_pretrained(folder)
     return folder
@@ -334,6 +336,52 @@ def test_a_checkpoint_is_read_as_the_library_reads_it(checkpoint: Path) -> None:
             assert torch.equal(p, q)
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "name", "kinds"),
+    [
+        ("qwen2", WINDOWED | {"max_window_layers": 2}, "layer_types", "ffss"),
+        ("qwen2", WINDOWED | {"max_window_layers": 0}, "layer_types", "ssss"),
+        ("qwen3", WINDOWED | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+         "layer_types", "sfsf"),
+        ("smollm3", {"no_rope_layer_interval": 2, "num_key_value_heads": 2},
+         "no_rope_layers", "1010"),
+    ],
+)  # fmt: skip
+def test_a_copy_is_of_the_kind_of_its_source(
+    family: str, settings: dict[str, object], name: str, kinds: str, tmp_path: Path
+) -> None:
+    path = saved(family, tmp_path / family, **settings)
+    first, second = from_path(
+        path, "growth=zero", "growth.position=interleave", "added_layers=2", "initial_layers=3",
+        "freeze=none", "data.seq_len=8",
+    )  # fmt: skip
+    old = build(first, path)
+    new = grow(old, second)
+    tokens = torch.randint(0, 32, (2, 24), generator=torch.Generator().manual_seed(1))
+    inner = new.pretrained()
+    found = "".join(str(kind)[0] for kind in getattr(inner.config, name))
+    sources = [source.layer for source in layer_sources(3, second.growth)]
+    assert found == "".join(kinds[source] for source in sources)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    whole.base_model.layers = whole.base_model.layers[:3]
+    whole.config.num_hidden_layers = 3
+    with torch.no_grad():
+        # Longer than the window, so that the kinds show.
+        assert torch.equal(old.pretrained()(tokens).logits, whole(tokens).logits)
+        assert torch.equal(inner(tokens).logits, whole(tokens).logits)
+        again = load_stored(pack_weights(second, new.state_dict())).pretrained()
+        assert torch.equal(again(tokens).logits, whole(tokens).logits)
+        full = transformers.AutoConfig.for_model(family, **json.loads(first.architecture.settings))
+        full.num_hidden_layers = 3
+        full.layer_types, full.no_rope_layers = ["full_attention"] * 3, [1] * 3
+        other = transformers.AutoModelForCausalLM.from_config(full)
+        other.load_state_dict(old.pretrained().state_dict())
+        assert not torch.equal(other.eval()(tokens).logits, whole(tokens).logits)
+
+
 def test_what_a_checkpoint_holds_is_in_the_key_and_where_it_lies_is_not(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -416,7 +464,6 @@ REFUSED = {
     ("model.family=llama", *SIZES, "initial_layers=null"): "initial_layers=null takes all that",
     ("model.family=llama", *SIZES, "model.revision=main"): "model.revision is of a model.path",
     ("model.family=llama", *SIZES, "data.seq_len=128", "model.max_positions=64"): "64 positions",
-    ("model.path=docs",): "data.tokenizer=words does not go with model.path",
     ("model.path=docs", "data.tokenizer=bytes"): "data.tokenizer=bytes does not go with model.path",
 }
 

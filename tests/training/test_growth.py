@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+import re
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from proglayer.config import GrowthInit
-from proglayer.training.build import build, grow
+from proglayer.config import ConfigError, GrowthInit
+from proglayer.training.build import build, grow, restored
+from proglayer.training.cost import parameter_counts
 from proglayer.training.growth import gate_value, layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec
@@ -48,6 +51,10 @@ def logits(model: Model) -> list[torch.Tensor]:
         (("growth=random", "growth.position=bottom"), "rrr012"),
         (("growth=stack",), "012012"),
         (("growth=middle",), "011112"),
+        (("growth=last",), "012222"),
+        (("growth=lidas", "growth.block=2"), "010102"),
+        (("growth.layers=[0,1,2,1,null,2]",), "0121r2"),
+        (("growth.layers=[2,0]",), "20"),
         (("growth=gate",), "012222"),
         (("growth=zero",), "012rrr"),
     ],
@@ -63,7 +70,80 @@ def test_where_layers_come_from(norm: str, overrides: tuple[str, ...], expected:
 def test_middle_repeats_a_block() -> None:
     phase = planned("initial_layers=4", "growth=middle", "growth.block=2", "added_layers=4")[1]
     assert phase.growth is not None
-    assert [s.layer for s in layer_sources(4, phase.growth)] == [0, 1, 2, 1, 2, 1, 2, 3]
+    assert [s.layer for s in layer_sources(4, phase.growth)] == [0, 1, 0, 1, 0, 1, 2, 3]
+
+
+def sources(layers: int, *overrides: str) -> list[int | None]:
+    """The list that settings give for a model of so many layers."""
+    phase = planned(f"initial_layers={layers}", *overrides)[1]
+    return [source.layer for source in layer_sources(layers, phase.growth)]
+
+
+@pytest.mark.parametrize("layers", [3, 4, 6, 8, 12, 32])
+def test_lists_are_those_of_the_papers(layers: int) -> None:
+    every = list(range(layers))
+    assert sources(layers, "growth=stack", f"added_layers={layers}") == every + every
+    for groups in (g for g in range(1, layers + 1) if layers % g == 0):
+        # The loop of LLaMA Pro's script: a copy behind the last layer of each group.
+        size, expected = layers // groups, list[int]()
+        for layer in every:
+            expected += [layer, layer] if (layer + 1) % size == 0 else [layer]
+        pro = ("growth=zero", "growth.position=groups", f"added_layers={groups}")
+        assert sources(layers, *pro) == expected
+    for overlap in range(layers // 2):
+        added = f"added_layers={layers - 2 * overlap}"
+        expected = every[: layers - overlap] + every[overlap:]
+        assert sources(layers, "growth=solar", added) == expected
+    for block in (b for b in (1, 2, 3, 4) if layers % b == 0):
+        blocks = [every[first : first + block] for first in range(0, layers, block)]
+        again = (f"growth.block={block}", f"added_layers={block}")
+        middle = -(-len(blocks) // 2)
+        expected = [*blocks[:middle], blocks[middle - 1], *blocks[middle:]]
+        assert sources(layers, "growth=middle", *again) == list(itertools.chain(*expected))
+        assert sources(layers, "growth=last", *again) == every + blocks[-1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("growth=solar", "added_layers=2"),
+        ("growth=middle", "growth.block=2"),
+        ("growth=last", "growth.block=4"),
+        ("growth=copy", "growth.position=groups", "added_layers=2"),
+        ("growth.layers=[0,3]",),
+        ("growth.layers=[]",),
+        ("growth=stack", "growth.layers=[0]"),
+        ("growth.layers=[0,0]", "phase=one_at_a_time"),
+        ("growth.layers=[0,1]", "freeze=new_layers"),
+    ],
+)
+def test_a_list_that_cannot_be_is_refused(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"growth|nothing would train"):
+        planned(*overrides)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        ("growth=copy", "growth.position=interleave"),
+        ("growth=stack", "growth.noise=0.3"),
+        ("growth=middle",),
+        ("growth=zero", "growth.position=groups"),
+        ("growth=gate", "growth.position=bottom"),
+        ("growth=random", "growth.position=interleave"),
+    ],
+    ids=" ".join,
+)
+def test_an_operator_is_a_name_for_its_list(operator: tuple[str, ...]) -> None:
+    old, named, phase = grown("pre", "added_layers=3", *operator)
+    listed = [source.layer for source in layer_sources(3, phase.growth)]
+    text = ",".join("null" if layer is None else str(layer) for layer in listed)
+    change = "growth=copy" if phase.growth.init.name in ("stack", "middle") else operator[0]
+    how = [each for each in operator[1:] if "interleave" not in each and "groups" not in each]
+    given = planned("model.norm=pre", change, *how, f"growth.layers=[{text}]")[1]
+    assert given.new_layers == phase.new_layers
+    new = grow(old, given)
+    assert all(map(torch.equal, named.state_dict().values(), new.state_dict().values()))
 
 
 @BOTH_NORMS
@@ -71,6 +151,7 @@ def test_middle_repeats_a_block() -> None:
     ("init", "position"),
     [
         *((each.name, "top") for each in GrowthInit),
+        ("copy", "groups"),
         *((init, place) for init in ("random", "copy") for place in ("interleave", "bottom")),
     ],
 )
@@ -221,7 +302,37 @@ def test_operators_in_a_row_grow_what_the_last_growth_left() -> None:
     model = first = trained(phases[0]).model
     for phase in phases[1:]:
         model = grow(model, phase)
-    assert pattern(first, model) == "01200"
+    assert pattern(first, model) == "01201"
+
+
+def test_several_growths_of_chosen_sizes() -> None:
+    """3 to 6 to 12 (Gong et al. 2019)."""
+    phases = planned("growth=stack", "added_layers=[3,6]")
+    model = first = trained(phases[0]).model
+    for phase, expected in zip(phases[1:], ("012012", "012012012012"), strict=True):
+        model = grow(model, phase)
+        assert pattern(first, model) == expected
+    assert len(planned("growth=stack", "added_layers=[3,6]", "phase=from_scratch")) == 1
+    assert planned("added_layers=[3,6]", "phase=from_scratch")[0].layers == 12
+
+
+def test_each_growth_has_settings_of_its_own() -> None:
+    own = (
+        "growths=[{added_layers: 2, growth: {init: copy}, lr: {base: 0.5}},"
+        "{growth: {init: zero, position: bottom}, phase: {grown: {batch_size: 3}}}]"
+    )
+    first, second, third = planned(own, "freeze=none")
+    assert [phase.layers for phase in (first, second, third)] == [3, 5, 6]
+    assert (second.growth.init.name, third.growth.init.name) == ("copy", "zero")
+    assert (first.rates.new, second.rates.new) == (third.rates.new * 10, 0.05)
+    assert (second.batch_size, third.batch_size) == (first.batch_size, 3)
+    for bad, line in {
+        "[{seed: 3}]": "growths[0].seed is one for all growths",
+        "[{}, {growth: {init: foo}}]": "growths[1].growth.init=foo",
+        "[{growth: {init: stack, position: bottom}}]": "growth.position=bottom does not go with",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(line)):
+            planned(f"growths={bad}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,6 +358,28 @@ def test_a_layer_is_pre_norm_where_that_is_asked_for() -> None:
     cos, sin = rotary_tables(5, 4, 10_000.0, CPU)
     y = x + layer.attention(layer.norm1(x), cos, sin)
     assert torch.equal(layer(x, cos, sin), y + layer.ffn(layer.norm2(y)))
+
+
+@pytest.mark.parametrize("scale", ["depth", "layernorm", "layerscale"])
+def test_branches_are_scaled_by_depth(scale: str) -> None:
+    from proglayer.training.transformer import rotary_tables
+
+    first, second = planned("model.norm=pre", f"model.residual_scale={scale}", "freeze=none")
+    model = build(first)
+    assert parameter_counts(first).total == sum(p.numel() for p in model.parameters())
+    layer, x = model.layers[2], torch.randn(2, 5, 8)
+    cos, sin = rotary_tables(5, 4, 10_000.0, CPU)
+    inner = 3**-0.5 if scale == "layernorm" else 1
+    outer = {"depth": 6**-0.5, "layernorm": 1.0, "layerscale": 0.1}[scale]
+    y = x + outer * layer.attention(inner * layer.norm1(x), cos, sin)
+    torch.testing.assert_close(layer(x, cos, sin), y + outer * layer.ffn(inner * layer.norm2(y)))
+    training = trained(second, grow(model, second))
+    assert all(p.grad is not None for p in training.model.parameters())
+    state = training.model.state_dict()
+    again = restored(4, asdict(second.architecture), state)
+    assert torch.equal(again.logits(tokens()), training.model.logits(tokens()))
+    with pytest.raises(ConfigError, match="take model.norm=pre"):
+        planned(f"model.residual_scale={scale}")
 
 
 def test_the_final_norm_trains_and_is_frozen_with_the_head() -> None:

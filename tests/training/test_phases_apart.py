@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from proglayer.config import ConfigError
 from proglayer.training.build import build, grow
 from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.optim import build_optimizer, carried_tensors, optimizer_tensors, start_from
-from proglayer.training.plan import ExitCurriculum
+from proglayer.training.plan import ExitCurriculum, plan
+from proglayer.training.stopping import EpochMetrics, follow
 from proglayer.training.trainer import Training, evaluate
 
+from ..helpers import config
 from .tiny import CORPUS, CPU, begun, planned, trained
 
 # -- the loss -------------------------------------------------------------------------------------
@@ -30,19 +35,28 @@ def test_the_mean_over_a_round_of_a_rotation_is_the_full_loss() -> None:
             curriculum = ExitCurriculum("rotate", every)
             others = sum(weight > 0 for weight in full) - 1
             length = min(every or others, others)
-            steps = [curriculum.weights(full, step) for step in range(length)]
+            steps = [curriculum.weights(full, step, 9) for step in range(length)]
             assert [sum(each) / length for each in zip(*steps, strict=True)] == pytest.approx(full)
             assert all(weights[-1] == full[-1] for weights in steps)
-            assert curriculum.weights(full, length) == steps[0]
+            assert curriculum.weights(full, length, 9) == steps[0]
+            normalized = ExitCurriculum("rotate", every, normalized=True)
+            for step, weights in enumerate(steps):
+                read = [weight * (found > 0) for weight, found in zip(full, weights, strict=True)]
+                expected = [weight / sum(read) for weight in read]
+                assert normalized.weights(full, step, 9) == pytest.approx(expected)
 
 
 def test_a_gradual_curriculum_goes_from_the_last_exit_down() -> None:
     curriculum = ExitCurriculum("gradual", steps=8)
     full = (0.2,) * 5
-    read = [[e for e, w in enumerate(curriculum.weights(full, s)) if w] for s in range(0, 10, 2)]
+    read = [[e for e, w in enumerate(curriculum.weights(full, s, 9)) if w] for s in range(0, 10, 2)]
     assert read == [[4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
-    assert all(sum(curriculum.weights(full, s)) == pytest.approx(1) for s in range(10))
-    assert curriculum.weights(full, 8) == full
+    assert all(sum(curriculum.weights(full, s, 9)) == pytest.approx(1) for s in range(10))
+    assert curriculum.weights(full, 8, 9) == full
+    # By itself it is through after half of the phase's epochs.
+    own = planned("model=deep_supervision", "loss.curriculum=gradual", "phase.max_epochs=6")[0]
+    read = [sum(weight > 0 for weight in own.exit_weights_at(s, 10)) for s in range(40)]
+    assert (read[0], read[14], read[15], read[29], read[30]) == (1, 1, 2, 2, 3)
 
 
 def test_a_rotating_loss_reads_only_the_exits_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,3 +183,71 @@ def test_a_model_without_layers_is_the_embedding_read_by_the_head(norm: str) -> 
     assert training_flops(initial, 8, 40).body == 0
     assert parameter_counts(initial).total == sum(p.numel() for p in model.parameters())
     assert len(grow(model, grown).layers) == 2
+
+
+# -- one run of the data and one schedule ----------------------------------------------------------
+
+ONE_RUN = (
+    "phase.epoch_steps=4", "lr.span=run", "lr.schedule=linear", "lr.warmup_steps=3", "lr=constant",
+    "optimizer.carry=existing", "freeze=none", "phase.batch_size=6",
+)  # fmt: skip
+
+
+def test_phases_of_one_run_are_one_phase_cut_in_two() -> None:
+    own = ("phase.initial.max_epochs=2", "phase.grown.max_epochs=3")
+    first, second = planned(*ONE_RUN, "phase=keep_training", *own)
+    (whole,) = planned(*ONE_RUN, "phase=from_scratch", "added_layers=0", "phase.max_epochs=5")
+    at_once, part = trained(whole, epochs=5), trained(first, epochs=2)
+    moments = carried_tensors(optimizer_tensors(part.optimizer), second, 3)
+    rest = Training(part.model, second, CORPUS, CPU, moments)
+    for _ in range(3):
+        rest.train_epoch()
+        rest.finish_epoch()
+    for name, tensor in at_once.model.state_dict().items():
+        assert torch.equal(tensor, rest.model.state_dict()[name]), name
+
+
+def test_the_windows_go_on_over_epochs_and_phases() -> None:
+    first, second = planned(*ONE_RUN, "phase.initial.max_epochs=2", "phase.grown.max_epochs=3")
+    orders = []
+    for spec, epochs in ((first, 2), (second, 3)):
+        training = begun(spec, None if spec is first else build(replace(spec, growth=None)))
+        for training.epoch in range(epochs):
+            orders += training.order().tolist()
+    windows = len(CORPUS.train)
+    assert len(orders) == 5 * 4 * 6 > 2 * windows
+    for begin in range(0, len(orders) - windows, windows):
+        assert sorted(orders[begin : begin + windows]) == list(range(windows))
+    assert orders[:windows] != orders[windows : 2 * windows]
+
+
+def test_one_schedule_goes_over_all_phases_and_may_warm_up_again() -> None:
+    own = ("phase.initial.max_epochs=2", "phase.grown.max_epochs=3")
+    for again in (0, 4):
+        more = (f"lr.grown.warmup_steps={again}",) if again else ()
+        first, second = planned(*ONE_RUN, *own, *more)
+        (whole,) = planned(*ONE_RUN, "phase=from_scratch", "phase.max_epochs=5")
+        factors = [first.schedule.factor(step, 4) for step in range(8)]
+        factors += [second.schedule.factor(step, 4) for step in range(12)]
+        expected = [whole.schedule.factor(step, 4) for step in range(20)]
+        for step in range(again):
+            expected[8 + step] *= (step + 1) / again
+        assert factors == expected
+
+
+def test_a_phase_of_one_run_takes_its_whole_length() -> None:
+    phases = plan(config(*ONE_RUN, "phase.initial.max_epochs=2", "phase.grown.max_epochs=3"), 30)
+    losses = [1.0, 2.0, 3.0, 4.0]
+    for phase, length in zip(phases, (2, 3), strict=True):
+        epochs = [EpochMetrics(n + 1, 1.0, loss, 0.0, 1, 0.0, 0.0) for n, loss in enumerate(losses)]
+        stopped = follow(phase.stop, epochs)
+        assert stopped is not None
+        assert (len(stopped.epochs), stopped.best.epoch) == (length, length)
+    with pytest.raises(ConfigError, match="give them the same batch_size"):
+        planned(*ONE_RUN, "phase.grown.batch_size=2")
+
+
+def test_new_layers_of_zero_take_no_moments_over() -> None:
+    phase = planned("growth=zero", "optimizer.carry=copy", "freeze=none")[1]
+    tensors = {f"layers.{layer}.w/step": torch.ones(()) for layer in range(3)}
+    assert sorted(carried_tensors(tensors, phase, 3)) == sorted(tensors)

@@ -7,6 +7,8 @@ import math
 import pytest
 
 from proglayer.config import ConfigError
+from proglayer.store.entries import Machine, key_of
+from proglayer.store.trajectory import describe
 from proglayer.training.cost import evaluation_flops, parameter_counts, training_flops
 from proglayer.training.plan import Phase, plan
 
@@ -158,3 +160,16 @@ def test_stopping_is_no_part_of_what_a_phase_trains() -> None:
     short, long = planned("phase.patience=1"), planned("phase.patience=5", "phase.max_epochs=100")
     assert [phase.train for phase in short] == [phase.train for phase in long]
     assert math.isfinite(short[0].train.schedule.factor(10**6, 10))
+
+
+def test_keys_hold_for_who_does_not_use_what_came_later() -> None:
+    machine = Machine("cpu", "a cpu", 1, "2.13.0")
+    stack = ("growth=stack", "added_layers=3", "lr.schedule=cosine")
+    for overrides, expected in {
+        (): "bd8f50b0dc06d6c08ee5441dbdd02059",
+        ("growth=gate", "model=deep_supervision"): "8e2c7ea3c87e95ad872938485099532b",
+        stack: "aafc591da8e2a7612f33292c4709150c",
+    }.items():
+        grown = plan(config(*overrides), 8192)[1]
+        described = describe(None, grown.train, "text", machine) | {"format": 3}
+        assert key_of(described) == expected

@@ -21,7 +21,7 @@ UNTRAINED = "(no phase after the first trains it)"
         ),
         (("lr.factor.existing=0.5", "freeze=none"), None),
         (("growth.block=2",), "growth.block=2"),
-        (("growth=middle", "growth.block=2"), None),
+        (("growth=last", "growth.block=2"), None),
         (("growth=stack", "phase=keep_training"), "growth.init=stack"),
         (
             ("growth=gate", "growth.gate_steps=5", "phase=from_scratch"),
