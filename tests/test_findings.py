@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from .helpers import ROOT
@@ -41,3 +44,30 @@ def test_the_data_do_not_say_where_they_come_from(findings: ModuleType) -> None:
         text = runs.to_json()
         assert not re.search(r'["=]\\?/', text), "an absolute path"
         assert "hydra.sweep.dir" not in text
+
+
+@pytest.mark.parametrize(("seeds", "gain", "judged"), [(7, 0.2, 0), (8, 0.2, 22), (8, 0.0, 1)])
+def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_reach(
+    findings: ModuleType, monkeypatch: pytest.MonkeyPatch, seeds: int, gain: float, judged: int
+) -> None:
+    rows = []
+    for seed, arm in itertools.product(range(1000, 1000 + seeds), findings.DEPTH_ARMS):
+        noise = 0.005 * np.sin(seed**2 * len(arm))
+        loss = 1.5 + gain * arm.startswith("two") + noise
+        overrides = f"experiment=recipe/depth_pays {findings.DEPTH_ARMS[arm]} seed={seed}"
+        rows.append({"run": f"{seed} {arm}", "seed": seed, "overrides": overrides, "loss": loss})
+    runs = pd.DataFrame(rows)
+    figures = {f"test_{name}": runs["loss"] for name in ("loss", "bits_per_byte")}
+    phases = runs[["run"]].assign(phase=1, stage=runs["run"], **figures, test_accuracy_percent=50.0)
+    phases = phases.assign(train_seconds=3600.0, evaluation_seconds=0.0)
+    results = SimpleNamespace(runs=runs.assign(epochs=15, flops=1e12), phases=phases)
+    monkeypatch.setattr(findings, "read", lambda part: results)
+    study = findings.Depth("nowhere", findings.DEPTH_QUESTIONS, findings.PLANNED)
+    found = list(itertools.chain.from_iterable(study.questions.values()))
+    assert sum(own.judged is not None for own in found) == judged
+    assert all(own.judged is not None or own.text.endswith("not judged") for own in found)
+    assert study.hours == seeds * len(findings.DEPTH_ARMS)
+    depth = found[0]
+    assert depth.pairs.mean == pytest.approx(gain, abs=0.01)
+    assert depth.text.startswith("**better**") == (judged == 22)
+    assert {own.judged.levels for own in found if own.judged} <= {(26, 0.05 / 26, 0.05)}
