@@ -35,8 +35,14 @@ def test_text_and_pictures_are_those_of_the_data(findings: ModuleType, tmp_path:
         assert (ROOT / "docs" / "findings" / name).is_file()
 
 
+def test_the_data_are_small(findings: ModuleType) -> None:
+    files = [path for path in findings.FINDINGS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 1.5e6
+
+
 def test_the_data_do_not_say_where_they_come_from(findings: ModuleType) -> None:
-    for part in (*findings.PARTS, "asked", "settled"):
+    taken = [part for part in findings.DEPTH_PARTS if (findings.FINDINGS / part).exists()]
+    for part in (*findings.PARTS, "asked", "settled", *taken):
         runs = findings.read(part).runs
         assert len(runs)
         for column in set(findings.PLACE) & set(runs):
