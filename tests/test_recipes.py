@@ -18,7 +18,7 @@ import yaml
 
 from proglayer import load_run
 from proglayer.config import Config, flat_settings
-from proglayer.launch.sweep import ProductSettings, expand
+from proglayer.launch.product import ProductSettings, expand
 from proglayer.run.run import run
 from proglayer.store.entries import Machine, key_of
 from proglayer.store.trajectory import Trajectory, describe
