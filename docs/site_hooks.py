@@ -125,9 +125,10 @@ def _came_to() -> dict[str, str]:
                 return f"{mean:{form}}{interval}"
 
             seeds = f"{row['seeds']} seed{'s' * (row['seeds'] != '1')}"
-            text = f"{row['model'].replace('_', ' ')} {over_seeds('end_accuracy', '.2f')} %"
-            if row["accuracy_change_points"]:
-                text += f", a change of {over_seeds('accuracy_change_points', '+.2f')} points"
+            accuracy = over_seeds("last_test_accuracy_percent", ".2f")
+            text = f"{row['model'].replace('_', ' ')} {accuracy} % of test accuracy"
+            if row["test_accuracy_change_points"]:
+                text += f", a change of {over_seeds('test_accuracy_change_points', '+.2f')} points"
             found.setdefault(row["experiment"], []).append(f"{text}, {seeds}")
     return {name: "**Came to** " + "; ".join(texts) + "." for name, texts in found.items()}
 

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import early_exit, measures, sequential, stats, words
-from proglayer.report.arms import DEEP, ORIGINAL, STANDARD, Margins, Metric
+from proglayer.report.arms import DEEP, MARGIN, ORIGINAL, STANDARD, Metric
 from proglayer.report.arms import arms as arms_of
 from proglayer.report.comparisons import Comparison, Kind, judge
 from proglayer.report.pictures import Picture, forest, learning_curve, lines
@@ -44,8 +44,11 @@ PLACE = (
     *("folder", "host", "node", "scheduler", "scheduler_job", "sweep", "platform", "started"),
     *("ended", "last_sign", "reason", "traceback", "git_commit", "git_changed", "git_difference"),
 )
-MARGINS = Margins()
-CHANGE = Metric.accuracy.change
+ENDS = [metric.last("test") for metric in Metric]
+ACCURACY, LOSS = ENDS
+CHANGE = Metric.accuracy.change("test")
+# The loss at a growth.
+BOTH = ["validation_loss_before", "validation_loss_after"]
 # The study where depth pays: its arms, by what sets them apart on the command line.
 SCRATCH, SHALLOW = "phase=from_scratch", "phase=from_scratch added_layers=0"
 LOSSES = "phase.initial.exit_weights={} phase.grown.exit_weights={}"
@@ -195,7 +198,7 @@ def by_experiment(results: Results) -> pd.DataFrame:
     rows = []
     for (experiment, model), arm in runs.groupby(["experiment", "model"], sort=True):
         own: dict[str, Any] = {"experiment": experiment, "model": model, "seeds": len(arm)}
-        for name in ("end_accuracy", CHANGE, "end_loss"):
+        for name in (ACCURACY, CHANGE, LOSS):
             found = stats.summary(arm[name])
             own |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(own)
@@ -205,17 +208,25 @@ def by_experiment(results: Results) -> pd.DataFrame:
 def read(part: str) -> Results:
     """The data of a part."""
     with zipfile.ZipFile(FINDINGS / part / ZIP) as own:
-        frames = {name: pd.read_parquet(BytesIO(own.read(f"{name}.parquet"))) for name in FRAMES}
-    for frame in frames.values():
-        for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
-            frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]
-    return Results(**frames)
+        return Results(
+            **{name: pd.read_parquet(BytesIO(own.read(f"{name}.parquet"))) for name in FRAMES}
+        )
+
+
+def answer(several: list[Comparison]) -> str:
+    """Return a sentence on a claim: what was found in each model."""
+    parts = []
+    for one in several:
+        model = one.model and words.model_name(one.model)
+        head = ", ".join(filter(None, (words.budget_text(one), model)))
+        parts.append(f"{head}: {words.clause(one)}" if head else words.clause(one))
+    return words.sentence("; ".join(parts)) + "."
 
 
 def compared(a: Any, b: Any, name: str = "") -> Comparison:
     """Compare two columns of accuracies by seed."""
-    pairs = stats.paired(a, b, margin=MARGINS.points)
-    return Comparison(Kind.ends, name, "", "", {Metric.accuracy: pairs})
+    pairs = stats.paired(a, b, margin=MARGIN)
+    return Comparison(Kind.ends, name, "", "", {Metric.accuracy: pairs}, text="test")
 
 
 class Claims:
@@ -223,7 +234,7 @@ class Claims:
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        self.study = judge_study(results, MARGINS, None)
+        self.study = judge_study(results, MARGIN, None)
         (condition,) = self.study.conditions
         self.runs, self.curves = condition.runs, condition.curves
         self.first = self.runs.iloc[0]
@@ -232,7 +243,7 @@ class Claims:
     def answers(self) -> list[tuple[str, str]]:
         """Each claim with its sentence."""
         return [
-            (title, words.answer([own for own in self.study.claims if own.claim is claim]))
+            (title, answer([own for own in self.study.claims if own.claim is claim]))
             for claim, title in words.TITLES.items()
         ]
 
@@ -260,8 +271,8 @@ class Claims:
                 arm = own[own["model"] == model]
                 if len(arm):
                     models[model] = {
-                        "end": stats.summary(arm["end_accuracy"]),
-                        "loss": stats.summary(arm["end_loss"]),
+                        "end": stats.summary(arm[ACCURACY]),
+                        "loss": stats.summary(arm[LOSS]),
                         "change": stats.summary(arm[CHANGE]),
                     }
             first = own.iloc[0]
@@ -297,8 +308,9 @@ class Claims:
         own = self.runs.loc[self.runs["experiment"] == ORIGINAL, "run"]
         curves = self.curves[self.curves["run"].isin(own)].merge(names, on=["run", "phase"])
         curves = curves.rename(columns={"name": "phase_name"}).astype({"phase_name": object})
-        limits = float(curves["loss"].min()), float(curves["loss"].max())
-        unit, margin = "points of accuracy", MARGINS.points
+        losses = curves["validation_loss"]
+        limits = float(losses.min()), float(losses.max())
+        unit, margin = "points of accuracy", MARGIN
         return [
             forest("change-by-arm", "Change by arm", changes, margin, unit),
             forest("claims", "Differences in accuracy", differences, margin, unit),
@@ -312,7 +324,7 @@ class Settled:
     def __init__(self, results: Results, part: str) -> None:
         looks = sequential.read_looks(FINDINGS / part)
         assert looks is not None
-        study = judge_study(results, Margins(points=looks.margin), looks)
+        study = judge_study(results, looks.margin, looks)
         self.looks = looks
         self.rows = [own for own in study.claims if own.accuracy.n]
         self.runs = study.arms.runs
@@ -359,7 +371,7 @@ class Rotating:
         self.head_share = float(share["rotate"] / share["all"])
         self.epochs = heads.groupby(["patience", "curriculum"])["epochs"].mean()
         self.fewest_epochs = int(heads.loc[heads["curriculum"] == "rotate", "epochs"].min())
-        values = ["end_accuracy", "end_loss"]
+        values = ENDS
         self.ends, self.loss_rise, self.clause = {}, {}, {}
         for patience, own in runs.groupby("patience"):
             both = own.pivot_table(index="seed", columns="curriculum", values=values).dropna()
@@ -391,11 +403,11 @@ class Losses:
             metric: runs.assign(initial=known[names[0]], grown=known[names[1]]).pivot_table(
                 index="seed", columns=["initial", "grown"], values=metric
             )
-            for metric in ("end_accuracy", "end_loss")
+            for metric in ENDS
         }
         # Seeds that have all four cells.
         self.values = {name: cells.dropna() for name, cells in self.values.items()}
-        accuracy = self.values["end_accuracy"]
+        accuracy = self.values[ACCURACY]
         self.seeds = len(accuracy)
         first, last = CELLS
         effects = {
@@ -410,7 +422,7 @@ class Losses:
             compared(own, pd.Series(0.0, own.index), name) for name, own in effects.items()
         )
 
-    def cell(self, initial: str, grown: str, metric: str = "end_accuracy") -> stats.Summary:
+    def cell(self, initial: str, grown: str, metric: str = ACCURACY) -> stats.Summary:
         """A figure of a cell over its seeds."""
         return stats.summary(self.values[metric][initial, grown])
 
@@ -421,12 +433,12 @@ class Operators:
     def __init__(self, results: Results) -> None:
         runs = arms_of(results).runs
         self.runs = runs.assign(init=runs["config.growth.init"].astype(str))
-        phases = results.phases[results.phases["loss_after"].notna()]
+        phases = results.phases[results.phases["validation_loss_after"].notna()]
         self.runs = self.runs.merge(
-            phases[["run", "loss_before", "loss_after", "tokens_to_recovery"]],
+            phases[["run", *BOTH, "tokens_to_recovery"]],
             on="run",
         )
-        by_seed = self.runs.pivot_table(index="seed", columns="init", values="end_accuracy")
+        by_seed = self.runs.pivot_table(index="seed", columns="init", values=ACCURACY)
         others = [name for name in by_seed if name != "random"]
         self.seeds = len(by_seed)
         made = judge(compared(by_seed[name], by_seed["random"], name) for name in others)
@@ -436,7 +448,8 @@ class Operators:
         """One for each operator."""
         rows = []
         for init, arm in self.runs.groupby("init"):
-            shock = arm["loss_after"] - arm["loss_before"]
+            before, after = (arm[name] for name in BOTH)
+            shock = after - before
             back = arm["tokens_to_recovery"].astype("float64")
             rows.append(
                 {
@@ -446,8 +459,8 @@ class Operators:
                     "values": shock.tolist(),
                     "recovered": int(back.notna().sum()),
                     "tokens": float(back.median()) if back.notna().all() else None,
-                    "end": stats.summary(arm["end_accuracy"]),
-                    "loss": stats.summary(arm["end_loss"]),
+                    "end": stats.summary(arm[ACCURACY]),
+                    "loss": stats.summary(arm[LOSS]),
                     "against_random": self.against_random.get(str(init)),
                 }
             )
@@ -510,7 +523,7 @@ class Found(NamedTuple):
     def text(self) -> str:
         """What is said of it."""
         if self.judged is None:
-            return f"{interval(self.pairs.over_seeds, 3, True)}, not judged"
+            return f"{interval(stats.summary(self.pairs.differences), 3, True)}, not judged"
         verdict, low, high = self.judged.verdict, *self.judged.interval[:2]
         size = f"{self.pairs.mean:+.3f} nats"
         if verdict is stats.Verdict.same:
@@ -610,7 +623,7 @@ class Exits:
 
     def sentences(self) -> list[str]:
         """How many layers each model needs."""
-        return [words.needed_text(own) for own in early_exit.needed(self.found)]
+        return words.needed_texts(self.found)
 
     def pictures(self) -> list[Picture]:
         """Accuracy against layers used."""
@@ -672,7 +685,7 @@ def render(pictures: Path = FINDINGS) -> str:
         **parts,
         cells=CELLS,
         clause=words.clause,
-        margin=MARGINS.points,
+        margin=MARGIN,
         planned=PLANNED,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -61,8 +62,7 @@ def score(loss: float, accuracy_percent: float | None = None) -> Score:
 def phase_record(index: int, validation: Score, *, best_epoch: int, **own: Any) -> PhaseRecord:
     """A phase as a run records it; `own` is what its plan says of it, and its exits."""
     return PhaseRecord(
-        **({"stopped": StopReason.patience} | own),
-        trajectory=f"{index:032x}",
+        **({"stopped": StopReason.patience, "trajectory": f"{index:032x}"} | own),
         best_epoch=best_epoch,
         validation=validation,
     )
@@ -76,6 +76,7 @@ def epoch_row(
     train_loss: float | None,
     to: Score,
     reused: bool = False,
+    test: Score | None = None,
 ) -> EpochRow:
     """An epoch of the phase with this number."""
     return EpochRow(
@@ -87,6 +88,7 @@ def epoch_row(
         **cost._asdict(),
         best=epoch == phase.best_epoch,
         reused=reused,
+        test=test,
     )
 
 
@@ -159,16 +161,20 @@ def run(
     *overrides: str,
     status: str = "completed",
     losses: Sequence[Sequence[float]] | None = None,
-    test_losses: Sequence[float] | None = None,
+    test_losses: Sequence[float | Sequence[float]] | None = None,
+    same_as: str = "",
     shock: float | None = None,
+    tested: float | None = None,
     **extra: Any,
 ) -> Path:
     """One run of `experiment` as it might have gone; its phases are those that it plans.
 
     With `losses`, each phase's validation losses are these; it stopped for want of improvement if
     the last is not the lowest, else at `max_epochs`. Accuracy falls by 5 points a nat.
-    With `test_losses`, each phase's selected epoch has that one on a test text. With `shock`, each
-    growth raises the loss by so much, and what is measured at its moment is recorded.
+    With `test_losses`, each phase's selected epoch has that one on a test text, or each epoch its
+    own; with `tested` each has a loss so much higher than on the validation text. Runs of one
+    `same_as` and seed trained the same models. With `shock`, each growth raises the loss by so
+    much, and what is measured at its moment is recorded.
     """
     own = [f"experiment={experiment}", f"model={model}", f"seed={seed}", *overrides]
     settings = config(*own[:2], *overrides)
@@ -196,6 +202,11 @@ def run(
         cost = Cost(
             WINDOWS[0] * 32, flops.head, flops.body, round(seconds, 3), round(seconds / 20, 3)
         )
+        test = None if test_losses is None else test_losses[phase.index]
+        test = test if tested is None else [loss + tested for loss in curve]
+        of_epochs = test if isinstance(test, Sequence) else [None] * count
+        selected = of_epochs[best - 1] if isinstance(test, Sequence) else test
+        trained = repr((same_as or (experiment, model, overrides, curve), seed, phase.index))
         reach = 0.3 if model == "deep_supervision" else 3.0
         loss, accuracy = curve[best - 1], accuracies[best - 1]
         recorded = phase_record(
@@ -211,7 +222,8 @@ def run(
             rates=spec.rates,
             exit_weights=list(spec.exit_weights),
             stopped=StopReason.patience if best < count else StopReason.max_epochs,
-            test=None if test_losses is None else score(test_losses[phase.index]),
+            trajectory=hashlib.sha256(trained.encode()).hexdigest()[:32],
+            test=None if selected is None else score(selected),
             exits={
                 spec.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
                 for gap in reversed(range(spec.layers))
@@ -227,8 +239,13 @@ def run(
             rows.append(epoch_row(phase.index + 1, recorded, 0, none, None, score(after)))
         phases.append(recorded.model_copy(update={"growth": growth}))
         rows += [
-            epoch_row(phase.index + 1, recorded, epoch, cost, loss - 0.3, score(loss, accuracy))
-            for epoch, (loss, accuracy) in enumerate(zip(curve, accuracies, strict=True), start=1)
+            epoch_row(
+                *(phase.index + 1, recorded, epoch, cost, loss - 0.3, score(loss, accuracy)),
+                test=None if test is None else score(test),
+            )
+            for epoch, (loss, accuracy, test) in enumerate(
+                zip(curve, accuracies, of_epochs, strict=True), start=1
+            )
         ]
     given: dict[str, Any] = {
         "overrides": own,
@@ -244,13 +261,13 @@ def sweep(
     models: Iterable[str] = ("standard", "deep_supervision"),
     seeds: Iterable[int] = (1, 2, 3, 4, 5),
     *overrides: str,
-    shock: float | None = None,
+    **how: float | None,
 ) -> Path:
-    """A completed sweep over all of them; `shock` as of `run`."""
+    """A completed sweep over all of them; `how` are `shock` and `tested` of `run`."""
     experiments, models, seeds = list(experiments), list(models), list(seeds)
     jobs = [(e, m, s) for e in experiments for m in models for s in seeds]
     for number, (experiment, model, seed) in enumerate(jobs):
-        run(folder / f"{number}_aaaaaa", experiment, model, seed, *overrides, shock=shock)
+        run(folder / f"{number}_aaaaaa", experiment, model, seed, *overrides, **how)
     command = [
         *("python", "train.py", "-m"),
         f"experiment={','.join(experiments)}",

@@ -15,7 +15,7 @@ from proglayer.errors import ConfigError, run_command
 from proglayer.report import early_exit, pictures, words
 from proglayer.report.arms import Frame, arms
 from proglayer.report.early_exit import Measured
-from proglayer.results import load, write_csv
+from proglayer.results.read import load, write_csv
 from proglayer.run.record import RunRecord, read_record
 
 
@@ -23,11 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status. What was measured until an error is kept."""
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.exits",
-        description="Measure what the exits of finished runs are worth, and train nothing: "
-        "accuracy and loss against layers used, guesses that the last exit accepts, the loss "
-        "without a layer and with neighbours swapped. Tables as CSV, and pictures with intervals "
-        "over seeds. What was measured is kept in each run's folder, for the next time and for its "
-        "report.",
+        description="Measure what the exits of finished runs are worth, and train nothing. Writes "
+        "tables and pictures; keeps what was measured in each run's folder, for its report.",
     )
     parser.add_argument("folders", nargs="+", metavar="RUN", help="a run, a sweep, or a pile")
     parser.add_argument(
@@ -61,7 +58,7 @@ def _measure_all(folders: Sequence[str], out: Path) -> None:
     drawn = pictures.exits(worth)
     for picture in drawn:
         files.write_atomically(out / f"{picture.name}.svg", picture.svg.encode())
-    print("\n".join(words.needed_text(each) for each in early_exit.needed(worth)))
+    print("\n".join(words.needed_texts(worth)))
     print(f"{out}: {len(tables)} tables and {len(drawn)} pictures")
 
 

@@ -126,7 +126,7 @@ def same_settings(record: RunRecord, config: Config) -> bool:
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that make an experiment, by dotted names: where and how is left out."""
-    from proglayer.results import NOT_THE_EXPERIMENT
+    from proglayer.results.variants import NOT_THE_EXPERIMENT
 
     return {name: v for name, v in flat_settings(settings) if name not in NOT_THE_EXPERIMENT}
 

@@ -14,21 +14,25 @@ from typing import Any
 
 from pydantic import Field
 
+from proglayer.config import store_dir
 from proglayer.console import console
 from proglayer.errors import ConfigError
 from proglayer.launch.ask import short_hash
 from proglayer.launch.compose import Command
-from proglayer.launch.job import identity, recorded_state
+from proglayer.launch.job import identity, record_of, recorded_state
 from proglayer.launch.planned import Planned
 from proglayer.launch.product import ProductSettings, expand
 from proglayer.launch.sweep import Sweep
 from proglayer.report import measures, words
-from proglayer.report.arms import DEEP, FROM_SCRATCH, ORIGINAL, STANDARD, UNFROZEN, Margins
+from proglayer.report.arms import DEEP, FROM_SCRATCH, ORIGINAL, STANDARD, UNFROZEN
 from proglayer.report.arms import arms as arms_of
 from proglayer.report.comparisons import Comparison
 from proglayer.report.sequential import Design, Looks, judge_looks, read_looks, write_looks
-from proglayer.results import keys_and_values, load
+from proglayer.results import load
+from proglayer.results.show import ranges
+from proglayer.results.variants import keys_and_values
 from proglayer.run.record import RecordError, RunState
+from proglayer.store.entries import Entry
 
 
 class SettleSettings(ProductSettings, Design):
@@ -123,6 +127,7 @@ class Settle:
                 return
             batch = self.sweep.jobs(self.numbered(range(before, seeds), self.needed))
             yield batch
+            self._name_seen(batch)
             self._look(seeds, [recorded_state(each.job) for each in batch])
             before = seeds
 
@@ -153,6 +158,25 @@ class Settle:
         said = f"looked at {seeds} seeds: {made - still} of {made} comparisons settled{arms}"
         console().print(said, markup=False)
 
+    def _name_seen(self, batch: Sequence[Planned]) -> None:
+        """Name the seeds that others have trained, too: judged there, they are seen once more."""
+        seen: dict[Path, set[int]] = {}
+        for each in batch:
+            if (record := record_of(each.job.folder)) and record.phases:
+                entry = Entry(
+                    Path(store_dir(each.job.config.store.dir)), record.phases[-1].trajectory
+                )
+                for run in entry.users():
+                    seen.setdefault(run.parent, set()).add(each.job.config.seed)
+        seen.pop(self.sweep.folder.resolve(), None)
+        for folder, seeds in sorted(seen.items()):
+            console().print(
+                f"seeds {ranges(seeds)} were trained in {folder}, too: if they were judged there, "
+                "this is another look at them, which nothing pays for. Begin with unseen ones: "
+                f"hydra.sweeper.first_seed={max(seeds) + 1}",
+                markup=False,
+            )
+
     def _judge(self) -> None:
         """Read the runs, judge the claims at the looks so far, and see which arms are needed."""
         if not self.looks.taken:
@@ -161,8 +185,7 @@ class Settle:
         arms = arms_of(results)
         conditions = [(name, arms.asked(n)) for n, name in enumerate(arms.conditions)]
         curves = measures.curves(results, arms.runs)
-        margins = Margins(points=self.looks.margin)
-        self.claims = judge_looks(conditions, curves, margins, self.looks)
+        self.claims = judge_looks(conditions, curves, self.looks)
         wanted = {
             (claim.condition, variant, model)
             for claim in self.claims

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from proglayer.errors import run_command
-from proglayer.report.arms import Margins
+from proglayer.report.arms import MARGIN
 from proglayer.report.page import write_report
 
 
@@ -22,17 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-o", "--out", metavar="DIR", default="report", help="where the report goes (report)"
     )
-    usual = Margins()
     parser.add_argument(
         "--margin",
         metavar="POINTS",
         type=_positive,
         help="a difference in accuracy within this many points counts as none "
-        f"({usual.points:g}, or what the study was settled with)",
+        f"({MARGIN:g}, or what the study was settled with)",
     )
     options = parser.parse_args(arguments)
-    margins = Margins(points=options.margin) if options.margin else None
-    return run_command(lambda: print(write_report(options.folders, options.out, margins)), failed=2)
+    folders, out, margin = options.folders, options.out, options.margin
+    return run_command(lambda: print(write_report(folders, out, margin)), failed=2)
 
 
 def _positive(text: str) -> float:

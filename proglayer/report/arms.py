@@ -5,8 +5,8 @@ trained as a *model* (a loss at the last layer, or at every layer) under a *cond
 and any setting that was swept across the experiments alike). Only completed runs give figures, each
 experiment and seed once; those that did not complete are known to their arms, so that a comparison
 can tell how many seeds it lacks and why. Accuracies are in percent of tokens and their differences
-in points, perplexities compare in percent, losses in nats per token; in every change and difference
-a plus is an improvement.
+in points, losses in nats per token; a change is the last phase's figure - the first one's, so that
+a plus is better of accuracy and a minus of the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from proglayer.report import stats
@@ -47,31 +46,19 @@ class Metric(StrEnum):
     """What arms are judged by (accuracy), and what is described beside it."""
 
     accuracy = "accuracy"
-    perplexity = "perplexity"
     loss = "loss"
 
-    @property
-    def change(self) -> str:
-        """The column of `Arms.runs` with a run's change from its first phase to its last."""
-        return f"{self}_change_{self.unit.replace('%', 'percent')}"
+    def last(self, text: str) -> str:
+        """The column of `Arms.runs` with a run's figure on a text, test or validation."""
+        return f"last_{text}_{'accuracy_percent' if self is Metric.accuracy else 'loss'}"
 
-    @property
-    def unit(self) -> str:
-        """The unit of a change or a difference."""
-        return {Metric.accuracy: "points", Metric.perplexity: "%", Metric.loss: "nats"}[self]
+    def change(self, text: str) -> str:
+        """The column with its change from the first phase to the last."""
+        return f"{text}_{self}_change_{'points' if self is Metric.accuracy else 'nats'}"
 
 
-@dataclass(frozen=True)
-class Margins:
-    """Differences within these count as none. Perplexity's follows from the loss's."""
-
-    points: float = 0.1
-    nats: float = 0.01
-
-    def of(self, metric: Metric) -> float:
-        """The margin of a metric, in its unit."""
-        percent = 100 * -math.expm1(-self.nats)
-        return {"points": self.points, "%": percent, "nats": self.nats}[metric.unit]
+# Differences in accuracy within so many points count as none.
+MARGIN = 0.1
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -86,8 +73,8 @@ class Arms:
     `runs` has one row a run, in the order of conditions, variants, models and seeds: the columns of
     `Results.runs`, and `condition` (a number), `variant` (within the condition), `base` (the
     experiment as it is, nothing else set), `grows`, `cut` (`max_epochs` ended its last phase),
-    `judged_on` (test or validation), what it came to on that text (`end_accuracy`, `end_loss`,
-    `end_bits_per_byte`) and the changes of each Metric (nan for a run of one phase).
+    `judged_on` (test or validation, the same for all), `same_as` (the earlier variant whose models
+    its arm trained again, bit for bit; else missing).
     `conditions` names each condition. `lacking` has the same columns for the runs of these arms
     that did not complete, of seeds without a completed run: their figures are nan, and `lacks` is
     their status (it is missing in `runs`).
@@ -139,7 +126,25 @@ def arms(results: Results) -> Arms:
         index=runs.index,
     )
     runs = runs.loc[order.sort_values(list(order), kind="stable").index].reset_index(drop=True)
+    runs["same_as"] = _same_as(runs)
     return Arms(runs, names, _lacking(runs, every[every["status"] != RunState.completed]))
+
+
+def _same_as(runs: Frame) -> list[str | None]:
+    """Return of each run the earlier variant that trained the models of all its arm's seeds, too:
+    settings such as a longest phase need not have had an effect.
+    """
+    arms = {which: set(own["trained"]) for which, own in runs.groupby(_ARM, sort=False)}
+    same: dict[Any, str | None] = {}
+    for (condition, variant, model), own in arms.items():
+        earlier = (
+            other
+            for (its, other, of), whole in arms.items()
+            if (its, of) == (condition, model) and other != variant and own <= whole
+            if (its, other, of) in same and same[its, other, of] is None
+        )
+        same[condition, variant, model] = next(earlier, None)
+    return [same[which] for which in runs[_ARM].itertuples(index=False, name=None)]
 
 
 def _rank(names: Frame, order: Sequence[str]) -> Frame:
@@ -197,41 +202,20 @@ OF_NO_TEXT = {f"config.data.{name}" for name in ("source", "path", "files", "cac
 
 
 def _add_ends(runs: Frame, phases: Frame) -> None:
-    """Add how each run ended, and its changes from the first phase."""
+    """Add how each run ended, and the text that all are judged on."""
     phases = phases.sort_values("phase", kind="stable")
-    first, last = (
-        phases.drop_duplicates("run", keep=which).set_index("run").reindex(runs["run"].to_numpy())
-        for which in ("first", "last")
-    )
-    grown = set(phases.loc[phases["new_layers"].map(bool), "run"])
+    last = phases.drop_duplicates("run", keep="last").set_index("run").reindex(runs["run"])
+    grown = set(phases.loc[phases["new_layers"].fillna("").ne(""), "run"])
     runs["grows"] = runs["run"].isin(grown) & (runs["phases"].fillna(0) > 1)
+    models = last["stage"].astype(str) + last["best_epoch"].astype(str)
+    runs["trained"] = models.to_numpy()
     runs["cut"] = (last["stopped"] == StopReason.max_epochs).fillna(False).to_numpy(dtype=bool)
     runs["last_epochs"] = last["epochs"].to_numpy(dtype=float, na_value=math.nan)
     # Runs without a test text, or of several texts, cannot be compared on one.
     texts = runs.reindex(columns=["corpus_fingerprint", "test_fingerprint"])
     texts = texts.groupby("corpus_fingerprint", dropna=False)["test_fingerprint"]
-    tested = len(runs) and last["test_loss"].notna().all()
-    tested = bool(tested and (texts.nunique(dropna=False) == 1).all())
-    runs["judged_on"] = "test" if tested else "validation"
-
-    def judged(ends: Frame, place: str, name: str) -> np.ndarray:
-        column = ends[f"test_{name}"] if tested else runs[f"{place}_{name}"]
-        return column.to_numpy(dtype=float, na_value=math.nan)
-
-    runs["end_accuracy"] = judged(last, "last", "accuracy_percent")
-    runs["end_loss"] = judged(last, "last", "loss")
-    runs["end_bits_per_byte"] = judged(last, "last", "bits_per_byte")
-    steps = (runs["phases"].fillna(0) > 1).to_numpy(dtype=bool)
-    points = runs["end_accuracy"] - judged(first, "first", "accuracy_percent")
-    nats = judged(first, "first", "loss") - runs["end_loss"]
-    changes = {Metric.accuracy: points, Metric.loss: nats}
-    for metric, change in (changes | {Metric.perplexity: fall_in_perplexity(nats)}).items():
-        runs[metric.change] = change.where(steps)
-
-
-def fall_in_perplexity(nats: Frame) -> Frame:
-    """Return the fall in perplexity, in percent, that a fall of the loss by so many nats is."""
-    return -100 * np.expm1(-nats)
+    tested = runs["last_test_loss"].notna().all() and (texts.nunique(dropna=False) == 1).all()
+    runs["judged_on"] = "test" if len(runs) and tested else "validation"
 
 
 # --- what arms come to, and their controls --------------------------------------------------------
@@ -268,11 +252,6 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     return dict(zip(pairs["variant"], pairs["variant_held"], strict=True))
 
 
-def single_seeds(runs: Frame) -> Frame:
-    """Return the completed runs whose arm has no other."""
-    return runs[~runs.duplicated(["variant", "model"], keep=False)]
-
-
 def binomial_errors(runs: Frame) -> Frame:
     """Return what the size of the text that is judged on leaves unsure of each model's accuracy.
 
@@ -285,8 +264,9 @@ def binomial_errors(runs: Frame) -> Frame:
     """
     rows = []
     for model, group in runs.groupby("model", sort=False):
-        accuracy = group["end_accuracy"].mean()
-        tokens = (group[f"{group['judged_on'].iloc[0]}_windows"] * group["seq_len"]).min()
+        text = group["judged_on"].iloc[0]
+        accuracy = group[Metric.accuracy.last(text)].mean()
+        tokens = (group[f"{text}_windows"] * group["seq_len"]).min()
         if pd.notna(tokens) and math.isfinite(accuracy):
             error = stats.binomial_error(accuracy / 100, int(tokens))
             rows.append([model, accuracy, int(tokens), error, math.sqrt(2) * error])

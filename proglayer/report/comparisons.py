@@ -1,8 +1,8 @@
 """The comparisons of a study, each made once: the founding experiment's claims, and the others.
 
 The claims, of all conditions together, are one family, and the other comparisons another; what
-belongs to the claims is not among the others. Accuracy is judged. Loss and perplexity of the same
-pairs are described by their 95 % intervals, without a verdict of their own.
+belongs to the claims is not among the others. Accuracy is judged. The loss of the same pairs is
+described by its 95 % interval, without a verdict of its own. Differences are a - b.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from proglayer.console import counted
 from proglayer.report import arms as arm
 from proglayer.report import stats
-from proglayer.report.arms import DEEP, STANDARD, Frame, Margins, Metric
+from proglayer.report.arms import DEEP, STANDARD, Frame, Metric
+from proglayer.results.read import TEXTS
+from proglayer.run.record import RunState
 
 # From this share on, a budget counts as spent: training ends with an epoch.
 NEARLY_EQUAL = 0.9
+# Where more of an arm's runs failed, or were cut, the others cannot speak for them.
+MOST_LOST = 0.1
 
 
 class Claim(StrEnum):
@@ -69,6 +74,7 @@ class Reason(StrEnum):
 
     no_runs = "no runs"  # of what it compares
     cut_short = "cut short"  # `max_epochs` ended `b` before it had spent its budget
+    failed = "failed"  # too many runs of `a` or `b`
     no_look = "no look"  # a study with looks, before its first one
 
 
@@ -79,6 +85,8 @@ class NotMade:
     reason: Reason
     share: float = math.nan  # cut_short: of the budget, that `b` was trained for
     first_look: int = 0  # no_look: the seeds that it takes
+    lost: tuple[int, int] = (0, 0)  # failed: so many runs, of so many that ended
+    arm: tuple[str, str] = ("", "")  # failed: the variant and model that they are of
     run: tuple[str, ...] = ()  # overrides; seeds and other settings are those of the others
 
 
@@ -92,7 +100,7 @@ class Comparison:
     model: str  # empty where the models are what is compared
     pairs: Mapping[Metric, stats.Pairs] = field(default_factory=dict)  # empty if it is not made
     budgets: tuple[Budget, ...] = ()  # those in which the same epochs of `b` count
-    on_validation: bool = False  # though others are judged on the test text
+    text: str = "validation"  # or test: what it is measured on
     not_made: NotMade | None = None
     claim: Claim | None = None
     condition: str = ""
@@ -103,6 +111,16 @@ class Comparison:
     def accuracy(self) -> stats.Pairs:
         """The pairs that are judged."""
         return self.pairs.get(Metric.accuracy, stats.NO_PAIRS)
+
+    @property
+    def loss(self) -> stats.Pairs:
+        """The same pairs in loss, which are described."""
+        return self.pairs.get(Metric.loss, stats.NO_PAIRS)
+
+    def repeats(self, other: Comparison) -> bool:
+        """Whether it is of the same arms as another one, and gives the same differences."""
+        same = (self.a, self.b, self.model) == (other.a, other.b, other.model)
+        return same and self.accuracy.differences.equals(other.accuracy.differences)
 
     @property
     def verdict(self) -> stats.Verdict:
@@ -125,8 +143,10 @@ class Comparison:
         return bool(self.pairs) and not self.settled
 
     @property
-    def detectable(self) -> float:
-        """The smallest true difference that these seeds would probably find, in points."""
+    def detectable(self) -> tuple[float, float, float]:
+        """The smallest true difference that these seeds would probably find, in points; see
+        `stats.smallest_difference`.
+        """
         own = self.accuracy
         return stats.smallest_difference(own.sd, own.n, alpha=self.judged.levels.each)
 
@@ -149,7 +169,7 @@ def judge(
 # --- the claims -----------------------------------------------------------------------------------
 
 
-def claimed(runs: Frame, curves: Frame, margins: Margins, condition: str = "") -> list[Comparison]:
+def claimed(runs: Frame, curves: Frame, margin: float, condition: str = "") -> list[Comparison]:
     """Make what the claims ask of one condition; a claim that cannot be asked says why.
 
     Args:
@@ -161,7 +181,7 @@ def claimed(runs: Frame, curves: Frame, margins: Margins, condition: str = "") -
     original = arm.plain_variant(runs, arm.ORIGINAL)
     growing = list(runs.loc[runs["grows"].astype(bool), "variant"].unique())
     judged_in = [original] if original in growing else growing
-    asked = {claim: [] for claim in Claim} | {Claim.deep_helps: _models(by_arm, judged_in, margins)}
+    asked = {claim: [] for claim in Claim} | {Claim.deep_helps: _models(by_arm, judged_in, margin)}
     unfrozen = arm.plain_variant(runs, arm.UNFROZEN)
     scratch = arm.controls(runs, arm.FROM_SCRATCH).get(original or "")
     for claim, control, budgets in (
@@ -169,7 +189,7 @@ def claimed(runs: Frame, curves: Frame, margins: Margins, condition: str = "") -
         (Claim.stepwise, scratch, (Budget.tokens, Budget.compute)),
     ):
         if original and control:
-            asked[claim] = _within(runs, by_arm, curves, original, control, budgets, margins)
+            asked[claim] = _within(runs, by_arm, curves, original, control, budgets, margin)
     for claim, own in asked.items():
         if not own:
             run = f"experiment={','.join(EXPERIMENTS[claim])}", f"model={STANDARD},{DEEP}"
@@ -195,48 +215,46 @@ def _by_arm(runs: Frame) -> ByArm:
     }
 
 
-def _models(by_arm: ByArm, variants: Iterable[Any], margins: Margins) -> list[Comparison]:
+def _models(by_arm: ByArm, variants: Iterable[Any], margin: float) -> list[Comparison]:
     """Compare the change under deep supervision with that under Standard, in each variant."""
     made = []
     for variant in variants:
         deep, standard = by_arm.get((variant, DEEP)), by_arm.get((variant, STANDARD))
         if deep is None or standard is None or not (deep["phases"] > 1).any():
             continue
-        values = {m: (deep[m.change], standard[m.change]) for m in Metric}
-        pairs = _pairs(deep, standard, values, margins)
-        made.append(Comparison(Kind.models, variant, "", "", pairs))
+        text = deep["judged_on"].iloc[0]
+        values = {m: (deep[m.change(text)], standard[m.change(text)]) for m in Metric}
+        asked = Comparison(Kind.models, variant, "", "", text=text)
+        made.append(_compared(asked, deep, standard, values, margin))
     return made
 
 
-def _pairs(
-    a: Frame, b: Frame, values: Mapping[Metric, tuple[Frame, Frame]], margins: Margins
-) -> dict[Metric, stats.Pairs]:
-    """Pair two arms by seed in these values of theirs."""
+def _compared(
+    asked: Comparison,
+    a: Frame,
+    b: Frame,
+    values: Mapping[Metric, tuple[Frame, Frame]],
+    margin: float,
+) -> Comparison:
+    """Pair two arms by seed in these values of theirs, unless too many runs of one failed."""
+    for own in (a, b):
+        failed = int((own["status"] == RunState.failed).sum())
+        ended = failed + int((own["status"] == RunState.completed).sum())
+        if failed > MOST_LOST * ended:
+            of = str(own["variant"].iloc[0]), str(own["model"].iloc[0])
+            return replace(asked, not_made=NotMade(Reason.failed, lost=(failed, ended), arm=of))
     reasons = pd.concat([b["lacks"], a["lacks"]]).dropna().to_dict()
-    return {
-        metric: stats.paired(*both, margin=margins.of(metric), reasons=reasons)
+    pairs = {
+        metric: stats.paired(*both, margin=margin, reasons=reasons)
         for metric, both in values.items()
     }
+    return replace(asked, pairs=pairs)
 
 
-# The columns of accuracy and loss: of the text that is judged on, and of the validation text.
-JUDGED = ("end_accuracy", "end_loss")
-VALIDATION = ("last_accuracy_percent", "last_loss")
-
-
-def _ends(
-    a: Frame, b: Frame, margins: Margins, columns: tuple[str, str] = JUDGED
-) -> dict[Metric, stats.Pairs]:
-    """Pair accuracy and loss of two arms by seed. Perplexity is in percent of b's."""
-    accuracy, loss = ([own[name].astype("float64") for own in (a, b)] for name in columns)
-    own, other = loss
-    fall = arm.fall_in_perplexity(other.reindex(own.index) - own)
-    values = {
-        Metric.accuracy: (accuracy[0], accuracy[1]),
-        Metric.perplexity: (fall, 0 * other),
-        Metric.loss: (-own, -other),
-    }
-    return _pairs(a, b, values, margins)
+def _at_ends(asked: Comparison, a: Frame, b: Frame, margin: float) -> Comparison:
+    """Pair accuracy and loss of two arms by seed, at their ends."""
+    values = {m: (a[m.last(asked.text)], b[m.last(asked.text)]) for m in Metric}
+    return _compared(asked, a, b, values, margin)
 
 
 def _within(
@@ -246,12 +264,12 @@ def _within(
     a: str,
     b: str,
     budgets: Sequence[Budget],
-    margins: Margins,
+    margin: float,
 ) -> list[Comparison]:
     """Compare variant a at its end with b within what a spent, in each model that has both.
 
-    Budgets in which the same epochs of b count are one comparison. One whose condition does not
-    hold is not made: b had less, because `max_epochs` cut it.
+    Budgets in which the same epochs of b count are one comparison. Seeds of which b had less,
+    because `max_epochs` cut it, are left out; where they are many the comparison is not made.
     """
     made: list[Comparison] = []
     for model in dict.fromkeys(runs["model"]):
@@ -262,27 +280,24 @@ def _within(
         alike: dict[tuple[Budget, ...], Frame] = {}
         for budget in budgets:
             found = within_budget(own, other, curves, COLUMN[budget])
-            if (cut := found[found["too_short"]]).size:
+            cut = found[found["too_short"]]
+            if len(cut) > MOST_LOST * found["share"].notna().sum():
                 why = _cut_short(runs, b, model, cut)
                 lacking.append(
                     Comparison(Kind.budget, a, b, model, budgets=(budget,), not_made=why)
                 )
                 continue
-            same = [
-                key for key, earlier in alike.items() if earlier["epoch"].equals(found["epoch"])
-            ]
+            ends = Metric.loss.last("validation")
+            same = [key for key, earlier in alike.items() if earlier[ends].equals(found[ends])]
             alike |= {(*same[0], budget): alike.pop(same[0])} if same else {(budget,): found}
         made += lacking[:1]
         for key, found in alike.items():
-            # An epoch that its run did not select has no figures on the test text.
-            selected = found["selected"].all()
-            pairs = _ends(own, found, margins, JUDGED if selected else VALIDATION)
-            on_validation = not selected and (own["judged_on"] == "test").any()
-            made.append(
-                Comparison(
-                    Kind.budget, a, b, model, pairs, budgets=key, on_validation=bool(on_validation)
-                )
-            )
+            # Records of earlier versions have no test figures of an epoch that was not selected.
+            there = found["epoch"].notna() & ~found["too_short"]
+            tested = found.loc[there, Metric.loss.last("test")].notna().all()
+            text = own["judged_on"].iloc[0] if tested else "validation"
+            asked = Comparison(Kind.budget, a, b, model, budgets=key, text=text)
+            made.append(_at_ends(asked, own, found, margin))
     return made
 
 
@@ -297,10 +312,10 @@ def within_budget(own: Frame, other: Frame, curves: Frame, column: str) -> Frame
         curves: of `measures.curves`, of these runs among others.
 
     Returns:
-        `other`, with the `epoch` that counts, whether the run itself `selected` it, its figures in
-        JUDGED and VALIDATION (nan for a run without a partner, or over the budget in its first
-        epoch), the `share` of the budget that it was trained for, whether it counts or not,
-        whether that is `too_short` because `max_epochs` cut it, and the epochs it `needs` for all.
+        `other`, with the `epoch` that counts, its figures as those of the run's end (nan for a run
+        without a partner, over the budget in its first epoch, or cut), the `share` of the budget
+        that it was trained for, whether that is `too_short` because `max_epochs` cut it, and the
+        epochs it `needs` for all.
     """
     budget = own[column].astype("float64").reindex(other.index)
     seeds = other.reset_index()[["run", "seed", "last_layers"]]
@@ -309,22 +324,23 @@ def within_budget(own: Frame, other: Frame, curves: Frame, column: str) -> Frame
     last = final.drop_duplicates("seed", keep="last").set_index("seed").reindex(other.index)
     # The two sums were added up in different orders.
     inside = final[final[column] <= final["seed"].map(budget) * (1 + 1e-9)]
-    best = inside.sort_values("loss", kind="stable").drop_duplicates("seed")
+    best = inside.sort_values("validation_loss", kind="stable").drop_duplicates("seed")
     best = best.set_index("seed").reindex(other.index)
-    none, selected = best["step"].isna(), best["best"].eq(True)
-    over = none & other["lacks"].isna() & np.isfinite(budget)
+    over = best["cumulative_epochs"].isna() & other["lacks"].isna() & np.isfinite(budget)
     share = last[column] / budget
+    too_short = other["cut"].eq(True) & (share < NEARLY_EQUAL)
+    ends = {}
+    for name in (metric.last(text) for metric in Metric for text in TEXTS):
+        figures = other[name].where(best["best"].eq(True), best[name.removeprefix("last_")])
+        ends[name] = figures.mask(too_short)
+    lacks = other["lacks"].mask(over, stats.LeftOut.over_budget)
     return other.assign(
-        epoch=best["step"],
-        selected=selected | none,
-        end_accuracy=other["end_accuracy"].where(selected, best["accuracy_percent"]),
-        end_loss=other["end_loss"].where(selected, best["loss"]),
-        last_accuracy_percent=best["accuracy_percent"],
-        last_loss=best["loss"],
+        epoch=best["cumulative_epochs"],
+        **ends,
         share=share,
-        too_short=other["cut"].eq(True) & (share < NEARLY_EQUAL),
-        needs=other["last_epochs"] + np.ceil((1 / share - 1) * last["step"]),
-        lacks=other["lacks"].mask(over, stats.LeftOut.over_budget),
+        too_short=too_short,
+        needs=other["last_epochs"] + np.ceil((1 / share - 1) * last["cumulative_epochs"]),
+        lacks=lacks.mask(too_short, stats.LeftOut.cut_short),
     )
 
 
@@ -341,21 +357,23 @@ def _cut_short(runs: Frame, variant: str, model: str, cut: Frame) -> NotMade:
 
 
 def others(
-    runs: Frame, claims: Sequence[Comparison], margins: Margins, condition: str = ""
+    runs: Frame, claims: Sequence[Comparison], margin: float, condition: str = ""
 ) -> list[Comparison]:
     """Make every other comparison of one condition that tells something.
 
     The models in each variant with phases; each variant with the original, or, where it is a
     control, the original with it; and each growing variant with the controls of its own size.
     Where the original was not run, the first variant that is its experiment as it is, else the
-    first of all, stands for it.
+    first of all, stands for it. Arms that trained the same models as an earlier one, and what gives
+    the differences of a claim again, are left out: no error is paid for them.
     """
+    runs = runs[runs["same_as"].isna()]
     by_arm = _by_arm(runs)
     variants = list(dict.fromkeys(runs["variant"]))
     claimed = {own.a for own in claims if own.kind is Kind.models}
     plain = runs["variant"][runs["base"].astype(bool)].tolist()
     reference = arm.plain_variant(runs, arm.ORIGINAL) or (plain or variants)[0]
-    made = _models(by_arm, [v for v in variants if v not in claimed], margins)
+    made = _models(by_arm, [v for v in variants if v not in claimed], margin)
     pairs: dict[tuple[str, str], None] = {}
     for experiment in (arm.FROM_SCRATCH, arm.KEEP_TRAINING):
         pairs |= dict.fromkeys(arm.controls(runs, experiment).items())
@@ -366,8 +384,10 @@ def others(
     for a, b in pairs:
         for model in dict.fromkeys(runs["model"]):
             if (a, model) in by_arm and (b, model) in by_arm:
-                both = _ends(by_arm[a, model], by_arm[b, model], margins)
-                made.append(Comparison(Kind.ends, a, b, model, both))
+                asked = Comparison(Kind.ends, a, b, model, text=runs["judged_on"].iloc[0])
+                one = _at_ends(asked, by_arm[a, model], by_arm[b, model], margin)
+                if not any(one.repeats(own) for own in claims):
+                    made.append(one)
     return [replace(own, condition=condition) for own in made]
 
 
@@ -375,41 +395,47 @@ def others(
 
 
 def as_frames(comparisons: Iterable[Comparison]) -> tuple[Frame, Frame]:
-    """Return every comparison with every metric, and the differences by seed, as plain tables.
+    """Return every comparison with its verdict, and the differences by seed, as plain tables.
 
-    A row per comparison and metric; the columns of the verdict are missing for metrics that are not
-    judged. `low_95` and `high_95` are of a metric by itself, whatever the looks.
+    `low` and `high` hold with `confidence`, for all that `pays_for` names; `low_alone` and
+    `high_alone` with `confidence_alone`, for one comparison (at all looks); those of the loss, in
+    nats, with 95 %, for that alone. `mean_corrected` is `sequential.median_unbiased`.
     """
     rows, by_seed = [], []
     for own in comparisons:
         which = {name: getattr(own, name) for name in ("claim", "condition", "a", "b", "model")}
         which |= {"measured": own.kind, "budgets": " ".join(own.budgets)}
-        which |= {"on_validation": own.on_validation}
-        judged = own.judged
-        verdict = {
-            "verdict": own.verdict,
-            "reason": own.not_made and own.not_made.reason,
-            "look": own.look or None,
-            **judged.interval._asdict(),
-            **{f"{name}_alone": value for name, value in judged.alone._asdict().items()},
-            "p": own.accuracy.p,
-            "p_adjusted": judged.p_adjusted,
-            "equivalence_p": own.accuracy.equivalence_p,
-            "equivalence_p_adjusted": judged.equivalence_p_adjusted,
-            "family": judged.levels.family,
-            "level": judged.levels.each,
-        }
-        for metric, pairs in (own.pairs or {Metric.accuracy: stats.NO_PAIRS}).items():
-            low, high, _ = pairs.interval(0.95)
-            rows.append(
-                which
-                | {"metric": metric, **(verdict if metric is Metric.accuracy else {})}
-                | {"n": pairs.n, "dropped": pairs.dropped, "mean": pairs.mean, "sd": pairs.sd}
-                | {"left_out": ", ".join(f"{n} {why}" for why, n in pairs.left_out.items())}
-                | {"margin": pairs.margin, "low_95": low, "high_95": high}
-            )
-            by_seed += [
-                which | {"metric": metric, "seed": seed, "difference": difference}
-                for seed, difference in pairs.differences.items()
-            ]
+        which |= {"text": own.text}
+        judged, pairs = own.judged, own.accuracy
+        loss = own.loss.interval(0.95)
+        rows.append(
+            which
+            | {"verdict": own.verdict, "reason": own.not_made and own.not_made.reason}
+            | {"n": pairs.n, "dropped": pairs.dropped, "left_out": tally(pairs.left_out)}
+            | {"mean": pairs.mean, "sd": pairs.sd, "margin": pairs.margin}
+            | {"look": own.look or None, **judged.interval._asdict()}
+            | {f"{name}_alone": value for name, value in judged.alone._asdict().items()}
+            | {"p": pairs.p, "p_adjusted": judged.p_adjusted}
+            | {"equivalence_p": pairs.equivalence_p}
+            | {"equivalence_p_adjusted": judged.equivalence_p_adjusted}
+            | {"family": judged.levels.family, "level": judged.levels.each}
+            | {"pays_for": pays_for(own), "mean_corrected": judged.corrected}
+            | {"loss_mean": own.loss.mean, "loss_low_95": loss.low, "loss_high_95": loss.high}
+        )
+        by_seed += [
+            which | {"metric": metric, "seed": seed, "difference": difference}
+            for metric, each in own.pairs.items()
+            for seed, difference in each.differences.items()
+        ]
     return pd.DataFrame(rows), pd.DataFrame(by_seed)
+
+
+def pays_for(own: Comparison) -> str:
+    """Return what the interval of a verdict pays for: `7 comparisons and all looks`."""
+    looks = " and all looks" if own.look else ""
+    return f"{counted(own.judged.levels.family, 'comparison')}{looks}"
+
+
+def tally(counts: Mapping[str, int]) -> str:
+    """Return `2 failed, 1 waiting`."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items())

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from proglayer import files
 from proglayer.report.arms import Frame
@@ -66,17 +65,6 @@ class Measured(BaseModel):
     early_exit: list[EarlyExit] = []
     changed_layers: list[ChangedLayers] = []
 
-    @model_validator(mode="after")
-    def _of_one_model(self) -> Self:
-        """Refuse figures of layers that the model does not have."""
-        layers = len(self.exits)
-        used = [each.layers for each in self.early_exit]
-        used += [each.layer for each in self.changed_layers]
-        whole = [each.layer for each in self.exits] in ([0], list(range(1, layers + 1)))
-        if not whole or max(used, default=0) > layers:
-            raise ValueError("figures of layers that there are not")
-        return self
-
 
 def keep(folder: Path, weights_sha256: str | None, measured: Measured) -> None:
     """Write `exits.json` into a run's folder."""
@@ -128,30 +116,23 @@ def worth(runs: Frame, measured: Mapping[str, Measured] | None = None) -> Worth:
     return Worth(**frames)
 
 
-@dataclass(frozen=True)
-class Needed:
-    """How few layers an arm needs to predict within WITHIN_POINTS as well as with all of them."""
+def needed(found: Worth) -> Frame:
+    """Return how few layers each arm needs to predict within WITHIN_POINTS as well as with all.
 
-    variant: str
-    model: str
-    seeds: int
-    layers: float  # used, the mean over tokens and seeds
-    threshold: float  # the confidence from which on a guess is taken
-    of_layers: int
-    accuracy_percent: float  # with all of them
-    accepted_percent: float  # of the first exit's guesses, by the last
-
-
-def needed(found: Worth) -> list[Needed]:
-    """Return for each arm how few layers it needs."""
-    arms = []
+    Returns:
+        `variant`, `model`, `seeds`, `layers` (used, the mean over tokens and seeds), `threshold`
+        (the confidence from which on a guess is taken), `of_layers`, `accuracy_percent` (with all
+        of them), `accepted_percent` (of the first exit's guesses, by the last).
+    """
+    rows = []
     for (variant, model), arm in found.early_exit.groupby(["variant", "model"], sort=False):
         exits = found.exits[found.exits["run"].isin(arm["run"])]
         whole = float(exits.groupby("run")["accuracy_percent"].last().mean())
         means = arm.groupby("threshold")[["layers", "accuracy_percent"]].mean()
         fewest = means.loc[means["accuracy_percent"] >= whole - WITHIN_POINTS, "layers"]
         first = exits.loc[exits["layer"] == exits["layer"].min(), "accepted_percent"].mean()
-        threshold: Frame = fewest.idxmin()
-        sizes = arm["seed"].nunique(), float(fewest.min()), float(threshold), exits["layer"].max()
-        arms.append(Needed(str(variant), str(model), *sizes, whole, float(first)))
-    return arms
+        uses = {"layers": fewest.min(), "threshold": fewest.idxmin()}
+        of = {"of_layers": exits["layer"].max(), "accuracy_percent": whole}
+        arms = {"variant": variant, "model": model, "seeds": arm["seed"].nunique()}
+        rows.append(arms | uses | of | {"accepted_percent": first})
+    return pd.DataFrame(rows)

@@ -18,7 +18,7 @@ import pandas as pd
 from proglayer.report import stats
 from proglayer.report.arms import EXIT_WEIGHTS, Frame
 from proglayer.results import Results
-from proglayer.results.read import sum_so_far
+from proglayer.results.read import TEXTS, sum_so_far
 from proglayer.results.variants import settings_text, swept
 
 # What is counted, each a column of `curves`.
@@ -29,9 +29,10 @@ def curves(results: Results, runs: Frame) -> Frame:
     """Return loss against compute, epoch by epoch, of the runs named in `runs["run"]`.
 
     Returns:
-        `run`, `phase`, `layers`, `epoch` (counted within its phase), `step` (counted through all
-        phases), `loss` (validation, nats), `accuracy_percent`, `best`, and, summed over all epochs
-        so far, those of COLUMNS. Operations are nan from a phase on that did not end.
+        `run`, `phase`, `layers`, `epoch` (counted within its phase), `cumulative_epochs` (counted
+        through all phases), loss in nats and accuracy in percent on both texts, `best`, and, summed
+        over all epochs so far, those of COLUMNS. Operations are nan from a phase on that did not
+        end.
     """
     phases: Frame = results.phases
     cost = phases[["run", "phase"]].assign(
@@ -43,11 +44,10 @@ def curves(results: Results, runs: Frame) -> Frame:
     seconds = table["train_seconds"] + table["evaluation_seconds"]
     table["seconds"] = sum_so_far(seconds, table["run"])
     table["tokens"] = table["tokens"].astype("float64")
-    table["loss"] = table["validation_loss"].astype("float64")
-    table["accuracy_percent"] = table["validation_accuracy_percent"].astype("float64")
     table["best"] = table["best"].fillna(False).astype(bool)
-    names = ["run", "phase", "layers", "epoch", "step", "loss", "accuracy_percent", "best"]
-    return table[[*names, *COLUMNS]]
+    names = ["run", "phase", "layers", "epoch", "cumulative_epochs", "best"]
+    figures = [f"{text}_{name}" for text in TEXTS for name in ("loss", "accuracy_percent")]
+    return table[[*names, *figures, *COLUMNS]]
 
 
 def spent(results: Results, runs: Frame) -> Frame:
@@ -56,17 +56,17 @@ def spent(results: Results, runs: Frame) -> Frame:
     Returns:
         one row per arm: `variant`, `model`, `seeds`, `phases`, `epochs`, `tokens`, `flops`,
         `flops_without_head`, `train_seconds`, `evaluation_seconds`, `seconds`,
-        `seconds_saved` (by reuse), `loss`, `perplexity`, `bits_per_byte` (of the last phase).
+        `seconds_saved` (by reuse), `last_validation_loss`.
     """
     own = results.phases[results.phases["run"].isin(runs["run"])]
     both = ["train_seconds", "evaluation_seconds"]
     seconds = own.groupby("run")[both].sum(min_count=1)
     names = ["phases", "epochs", "tokens", "flops", "flops_without_head", *both, "seconds"]
-    names += ["seconds_saved", "last_loss", "last_perplexity", "last_bits_per_byte"]
+    names += ["seconds_saved", "last_validation_loss"]
     table = runs.join(seconds, on="run")
     table[names] = table[names].astype("float64")
     arms = table.groupby(["variant", "model"], sort=False)[names]
-    means = arms.mean().rename(columns=lambda name: name.removeprefix("last_"))
+    means = arms.mean()
     means.insert(0, "seeds", arms.size())
     return means.reset_index()
 
@@ -85,12 +85,12 @@ def speed_up(runs: Frame, curves: Frame, scratch: Mapping[str, str]) -> Frame:
         scratch: growing variant -> the variant that trains its size from scratch.
 
     Returns:
-        one row per growing arm and measure: `variant`, `model`, `measure`, `seeds` (with a run from
-        scratch), `reached` (how many got there), and, where all did, `mean`, `low`, `high`: the
-        geometric mean of the ratios, less 1, and its 95 % interval, of the logarithms.
+        one row per growing arm: `variant`, `model`, `seeds` (with a run from scratch), `reached`
+        (how many got there), and, where all did, of each of COLUMNS `<measure>_mean`, `_low` and
+        `_high`: the geometric mean of the ratios, less 1, and its 95 % interval, of the logarithms.
     """
     every = runs[["run", "variant", "model", "seed", "last_layers"]]
-    target = runs["last_loss"].astype("float64")
+    target = runs["last_validation_loss"].astype("float64")
     base = every.assign(target=target, scratch=runs["variant"])
     base = base[base["scratch"].isin(scratch.values())]
     base = base.join(_reached(curves, base), on="run")
@@ -103,12 +103,16 @@ def speed_up(runs: Frame, curves: Frame, scratch: Mapping[str, str]) -> Frame:
         ratios = np.log(grown[COLUMNS].astype("float64") / own.to_numpy(dtype=float))
     rows = []
     for (variant, model), arm in grown.groupby(["variant", "model"], sort=False):
-        for column in COLUMNS:
-            found = stats.summary(ratios.loc[arm.index, column])
-            ends = [found.mean, found.low, found.high] if not found.dropped else [math.nan] * 3
-            rows.append([variant, model, column, len(arm), found.n, *np.expm1(ends)])
-    names = ["variant", "model", "measure", "seeds", "reached", "mean", "low", "high"]
-    return pd.DataFrame(rows, columns=names)
+        found = {column: stats.summary(ratios.loc[arm.index, column]) for column in COLUMNS}
+        row = {"variant": variant, "model": model, "seeds": len(arm), "reached": found["tokens"].n}
+        for column, over in found.items():
+            ends = {"mean": over.mean, "low": over.low, "high": over.high}
+            row |= {
+                f"{column}_{k}": math.nan if over.dropped else math.expm1(v)
+                for k, v in ends.items()
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _reached(curves: Frame, runs: Frame) -> Frame:
@@ -125,7 +129,8 @@ def _reached(curves: Frame, runs: Frame) -> Frame:
     Returns:
         those of COLUMNS, indexed by run; only runs that reached their target.
     """
-    epochs = curves[["run", "layers", "epoch", "loss", *COLUMNS]]
+    epochs = curves[["run", "layers", "epoch", "validation_loss", *COLUMNS]]
+    epochs = epochs.rename(columns={"validation_loss": "loss"})
     epochs = epochs.merge(runs[["run", "last_layers", "target"]], on="run")
     epochs = epochs[(epochs["layers"] == epochs["last_layers"]) & (epochs["epoch"] > 0)]
     epochs = epochs[np.isfinite(epochs[["loss", "target"]].to_numpy(dtype=float)).all(axis=1)]
@@ -152,30 +157,29 @@ def growths(results: Results, runs: Frame) -> Frame:
 
     Returns:
         one row per growth of a run: `variant`, `model`, `seed`, `run`, `phase` (which it begins),
-        `layers` (after it), `loss_before` (nats, the selected epoch of the phase before),
-        `loss_after` (nats, epoch 0: before its first step), `shock_nats` (after - before, plus is
-        worse), `accuracy_points` (the same of the accuracy, minus is worse), `tokens_to_recovery`
-        (until an epoch ended below the loss before; inf for never), `share_new` (of the gradient's
-        norm, from 0 to 1, the new layers' over the first steps; their mean).
+        `layers` (after it), `validation_loss_before` (nats, the selected epoch of the phase
+        before), `validation_loss_after` (nats, epoch 0: before its first step),
+        `validation_loss_rise_nats` (after - before), `validation_accuracy_change_points` (the same
+        of the accuracy), `tokens_to_recovery` (until an epoch ended below the loss before; inf for
+        never), `gradient_share_new` (of the gradient's norm, from 0 to 1, the new layers' over the
+        first steps; their mean).
     """
     phases = results.phases.drop(columns=["variant", "model", "seed"])
     phases = runs[["run", "variant", "model", "seed"]].merge(phases, on="run")
-    accuracy = "validation_accuracy_percent"
+    accuracy, rise = "validation_accuracy_percent", "validation_loss_rise_nats"
     before = phases[["run", "phase", accuracy]].assign(phase=phases["phase"] + 1)
     at_once = results.epochs.loc[results.epochs["epoch"] == 0, ["run", "phase", accuracy]]
-    own = phases[phases["loss_after"].notna()].drop(columns=accuracy)
+    own = phases[phases["validation_loss_after"].notna()].drop(columns=accuracy)
     own = own.merge(before, on=["run", "phase"], how="left")
     own = own.merge(at_once, on=["run", "phase"], how="left", suffixes=("_before", "_after"))
-    tokens = own["tokens_to_recovery"].astype("float64")
-    shares = own["gradient_share_new"]
-    own = own.assign(
-        shock_nats=own["loss_after"] - own["loss_before"],
-        accuracy_points=own[f"{accuracy}_after"] - own[f"{accuracy}_before"],
-        tokens_to_recovery=tokens.fillna(math.inf).where(own["loss_before"].notna()),
-        share_new=[np.mean(own) if isinstance(own, list) else math.nan for own in shares],
-    )
-    names = ["variant", "model", "seed", "run", "phase", "layers", "loss_before", "loss_after"]
-    return own[[*names, "shock_nats", "accuracy_points", "tokens_to_recovery", "share_new"]]
+    own[rise] = own["validation_loss_after"] - own["validation_loss_before"]
+    change = own[f"{accuracy}_after"] - own[f"{accuracy}_before"]
+    tokens = own["tokens_to_recovery"].astype("float64").fillna(math.inf)
+    own["tokens_to_recovery"] = tokens.where(own["validation_loss_before"].notna())
+    own["validation_accuracy_change_points"] = change
+    names = ["variant", "model", "seed", "run", "phase", "layers", "validation_loss_before"]
+    names += ["validation_loss_after", rise, "validation_accuracy_change_points"]
+    return own[[*names, "tokens_to_recovery", "gradient_share_new"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +192,7 @@ class Timing:
     budget: float  # operations of each run, up to which it counts
     longest: float  # operations of the longest run over the budget
     shares: Mapping[int, float]  # moment -> share of the budget that was spent before the growth
+    alike: Mapping[int, list[int]]  # moment -> later ones that trained the same models: left out
 
     @property
     def best(self) -> int:
@@ -205,7 +210,7 @@ class Timing:
 
         The best was chosen by these losses: the intervals of all pairs hold together with 95 %.
         """
-        confidence = 1 - stats.ALPHA / math.comb(self.losses.shape[1], 2)
+        confidence = 1 - stats.ALPHA / max(1, math.comb(self.losses.shape[1], 2))
         best, worse = self.losses[self.best], []
         for moment in self.losses:
             pairs = stats.paired(self.losses[moment], best)
@@ -220,7 +225,8 @@ def timings(runs: Frame, curves: Frame) -> list[Timing]:
     differ in the lengths of their phases alone, in at least FEWEST_MOMENTS moments.
 
     Losses are the lowest of the final depth within the operations that every run of the set spent,
-    interpolated between the two epochs around that. Seeds that lack a moment are left out.
+    interpolated between the two epochs around that. Seeds that lack a moment are left out, and
+    moments that gave the same models as an earlier one: no error is paid for them.
     """
     if MOMENT not in runs:
         return []
@@ -243,12 +249,18 @@ def timings(runs: Frame, curves: Frame) -> list[Timing]:
         shares = (own["run"].map(first) / budget).groupby(moments).mean().to_dict()
         settings = settings_text(own.iloc[0], [c for c in others if c != EXIT_WEIGHTS])
         longest = float(spent.max()) / budget
-        found.append(Timing(own["model"].iloc[0], settings, losses, budget, longest, shares))
+        alike: dict[int, list[int]] = {}
+        for moment in losses:
+            same = [first for first in alike if losses[first].equals(losses[moment])]
+            alike.setdefault(same[0] if same else moment, []).append(moment)
+        kept = {first: moments[1:] for first, moments in alike.items()}
+        model = str(own["model"].iloc[0])
+        found.append(Timing(model, settings, losses[[*kept]], budget, longest, shares, kept))
     return found
 
 
 def _loss_within(curve: Frame, budget: float) -> float:
     """Return the lowest loss of the final depth of a run up to `budget` operations."""
     last = curve[curve["layers"] == curve["layers"].iloc[-1]]
-    lowest = np.fmin.accumulate(last["loss"].to_numpy(float))
+    lowest = np.fmin.accumulate(last["validation_loss"].to_numpy(float))
     return float(np.interp(budget, last["flops"].to_numpy(float), lowest, left=math.nan))

@@ -14,14 +14,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from importlib import resources
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from proglayer import files
 from proglayer.console import counted
@@ -29,22 +28,22 @@ from proglayer.errors import ConfigError, printable
 from proglayer.report import (
     arms,
     comparisons,
-    early_exit,
     measures,
     pictures,
     sequential,
     tables,
     words,
 )
-from proglayer.report.arms import Frame, Margins
+from proglayer.report.arms import MARGIN, Frame
 from proglayer.report.comparisons import Comparison
 from proglayer.report.pictures import Picture
 from proglayer.report.study import Condition, Study, judge_study
 from proglayer.report.words import model_name, variant_name
-from proglayer.results import load, plain_values
+from proglayer.results.columns import plain_values
+from proglayer.results.read import load, write_csv
 from proglayer.results.show import listed, ranges
-from proglayer.run.record import RecordError, RunState, read_sweep
-from proglayer.table import Table, csv_of
+from proglayer.run.record import RecordError, read_sweep
+from proglayer.table import Table
 
 PAGE = "index.html"
 FIGURES, TABLES = "figures", "tables"
@@ -55,13 +54,13 @@ MOST_COMMANDS = 20
 
 
 def write_report(
-    folders: Sequence[str | Path], out: str | Path, margins: Margins | None = None
+    folders: Sequence[str | Path], out: str | Path, margin: float | None = None
 ) -> Path:
     """Read the runs in `folders` and write their report into the folder `out`.
 
     Args:
         folders: sweeps, runs, or piles of both; see `proglayer.results.load`.
-        margins: differences within them count as none; None for the usual ones, or those of a
+        margin: differences within so many points count as none; None for MARGIN, or that of a
             sequential study.
 
     Returns:
@@ -76,25 +75,21 @@ def write_report(
     if results.runs.empty and not results.failures:
         raise ConfigError(f"no run in {', '.join(map(str, folders))}")
     looks = sequential.looks_of(results)
-    if looks and margins and margins.points != looks.margin:
-        raise ConfigError(f"--margin={margins.points:g}: the study's is {looks.margin:g} points")
-    out, margins = Path(out), margins or (Margins(points=looks.margin) if looks else Margins())
-    study = judge_study(results, margins, looks)
+    if looks and margin and margin != looks.margin:
+        raise ConfigError(f"--margin={margin:g}: the study's is {looks.margin:g} points")
+    out, margin = Path(out), looks.margin if looks else margin or MARGIN
+    study = judge_study(results, margin, looks)
     frames = _frames(study)
     drawn = _pictures(study)
     page = _render(study, _tables(study, frames), drawn)
     for folder in (out, out / FIGURES, out / TABLES):
         folder.mkdir(parents=True, exist_ok=True)
     for name, frame in frames.items():
-        _write(out / TABLES / f"{name}.csv", csv_of(frame))
+        write_csv(frame, out / TABLES / f"{name}.csv")
     for picture in (picture for several in drawn.values() for picture in several):
-        _write(out / FIGURES / f"{picture.name}.svg", picture.svg)
-    _write(out / PAGE, page)
+        files.write_atomically(out / FIGURES / f"{picture.name}.svg", picture.svg.encode())
+    files.write_atomically(out / PAGE, page.encode())
     return out / PAGE
-
-
-def _write(path: Path, text: str) -> None:
-    files.write_atomically(path, text.encode())
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -108,26 +103,22 @@ def _frames(study: Study) -> dict[str, Frame]:
     }
     described, by_seed = comparisons.as_frames([*study.claims, *study.others])
     frames |= {"comparisons": described, "differences": by_seed}
-    parts: dict[str, dict[str, Frame]] = {}
-    for condition in study.conditions:
-        made = dict(condition.tables)
-        made["arms"] = tables.arms(condition.asked)
-        made["phase_by_phase"] = tables.phases(condition.runs, results.phases)
-        for name, frame in made.items():
-            if len(frame):
-                parts.setdefault(name, {})[condition.name] = frame
-    for name, frame in parts.items():
-        frames[name] = pd.concat(frame, names=["condition"]).reset_index("condition")
+    parts = {
+        own.name: {
+            **own.tables,
+            "arms": tables.arms(own.asked),
+            "phase_by_phase": tables.phases(own.runs, results.phases),
+        }
+        for own in study.conditions
+    }
+    for name in next(iter(parts.values()), ()):
+        both = pd.concat({own: made[name] for own, made in parts.items()}, names=["condition"])
+        frames[name] = both.reset_index("condition")
     return {name: frame for name, frame in frames.items() if len(frame)}
 
 
 def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     """Return the tables that the page shows: those that have a row."""
-    runs = study.results.runs
-    under_way = [RunState.completed, RunState.running, RunState.waiting]
-    # Failures first: an interruption cures itself.
-    ended: Frame = runs[~runs["status"].isin(under_way)]
-    ended = ended.sort_values("status", kind="stable")
     named = dict(zip(study.arms.runs["run"], study.arms.runs["variant"], strict=True))
     made: dict[str, Any] = {
         "arms": tables.arms_table,
@@ -136,7 +127,6 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
         "ledger": tables.spent_table,
         "speed_up": tables.speed_up_table,
         "runs": lambda frame: tables.runs_table(frame, named),
-        "left_out": tables.left_out_table,
     }
     shown = {name: make(frames[name]) for name, make in made.items() if name in frames}
     for name, title, family in (
@@ -145,9 +135,8 @@ def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     ):
         if family:
             shown[name] = tables.comparisons_table(title, family)
-    if len(ended):
-        shown["ended"] = tables.ended_table(ended)
-    return shown | ({"versions": tables.versions_table(runs)} if len(runs) else {})
+    ended = tables.ended_table(study.results.runs, study.results.left_out)
+    return shown | ({"ended": ended} if ended.records else {})
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -179,8 +168,9 @@ def _verdicts(study: Study, name: str, made: Sequence[Comparison]) -> list[Pictu
         }
         for one in made
     ]
-    title, unit = "Differences in accuracy", "points of accuracy"
-    return [pictures.forest(name, title, rows, study.margins.points, unit)] if rows else []
+    texts = " or ".join(dict.fromkeys(one.text for one in made))
+    title, unit = "Differences in accuracy", f"points of {texts} accuracy"
+    return [pictures.forest(name, title, rows, study.margin, unit)] if rows else []
 
 
 def _on(study: Study, condition: str) -> str:
@@ -191,14 +181,15 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
     """Draw the moments of growth, curves and exits in one condition."""
     slug = f"-{condition.number + 1}" if condition.number else ""
     on = _on(study, condition.name)
-    shown = condition.variants[:MOST_VARIANTS]
-    drawn: dict[str, list[Picture]] = {"exits": pictures.exits(_worth(condition), slug)}
+    shown = list(dict.fromkeys(condition.runs["variant"]))[:MOST_VARIANTS]
+    drawn: dict[str, list[Picture]] = {"exits": pictures.exits(condition.worth, slug)}
     timings = measures.timings(condition.runs, condition.curves)
     drawn["timing"] = [pictures.timing(f"timing{slug}-{n}", one) for n, one in enumerate(timings)]
     names: Frame = study.results.phases[["run", "phase", "name"]]
     names = names.rename(columns={"name": "phase_name"})
     curves = condition.curves.merge(names.astype({"phase_name": object}), on=["run", "phase"])
-    known = curves.loc[np.isfinite(curves["loss"]), "loss"]
+    losses = curves["validation_loss"].astype("float64")
+    known = losses[np.isfinite(losses)]
     drawn["curves"] = [
         pictures.learning_curve(
             f"curve{slug}-{number}",
@@ -214,11 +205,6 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
         for n, (model, one) in enumerate(curves.dropna(subset="flops").groupby("model", sort=False))
     ]
     return drawn
-
-
-def _worth(condition: Condition) -> early_exit.Worth:
-    names = "exits_worth", "early_exit", "changed_layers"
-    return early_exit.Worth(*(condition.tables[name] for name in names))
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -241,13 +227,8 @@ def _render(
         pictures=drawn,
         groups=_groups(study),
         seeds=ranges(study.arms.runs["seed"]),
-        joined=bool(sequential.sweeps_with_looks(study.results)) and study.looks is None,
-        exits=[
-            words.needed_text(needed)
-            for condition in study.conditions
-            if len((worth := _worth(condition)).exits)
-            for needed in early_exit.needed(worth)
-        ],
+        joined=study.looks is None and sequential.has_looks(study.results),
+        exits=[text for own in study.conditions for text in words.needed_texts(own.worth)],
         commands=commands[:MOST_COMMANDS],
         more_commands=len(commands) - MOST_COMMANDS,
         style=Markup(style),
@@ -278,9 +259,10 @@ def _questions(made: Sequence[Comparison]) -> list[list[Comparison]]:
         which = (str(one.claim),) if one.claim else (one.a, one.b, str(one.kind))
         return (*which, one.condition)
 
-    order = list(dict.fromkeys(map(question, made)))
-    ordered = sorted(made, key=lambda one: order.index(question(one)))
-    return [list(group) for _, group in groupby(ordered, key=question)]
+    groups: dict[tuple[str, ...], list[Comparison]] = {}
+    for one in made:
+        groups.setdefault(question(one), []).append(one)
+    return list(groups.values())
 
 
 @functools.cache
@@ -293,17 +275,11 @@ def _template() -> Any:
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )
-    environment.filters |= {"breakable": _breakable, "counted": counted, "listed": listed}
+    environment.filters |= {"counted": counted, "listed": listed}
     environment.filters |= {"anchor": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower())}
     environment.globals |= {"words": words, "arms": arms, "measures": measures}
+    environment.globals["is_single"] = lambda arm: len(arm) == 1
     return environment.get_template("page.html.jinja")
-
-
-def _breakable(text: str) -> Markup:
-    """Escape text, which may then break in the middle of names and paths."""
-    escaped = str(escape(printable(text)))
-    places = r"(?<=[a-z]_)(?=\w)|(?<=[/=])(?=\w)|(?<=,)(?=[^\W\d])"
-    return Markup(re.sub(places, "<wbr>", escaped))
 
 
 def _commands(runs: Frame) -> list[str]:

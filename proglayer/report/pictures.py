@@ -67,12 +67,11 @@ class Style:
 
 
 # Seven colours, then again with dashes and other markers.
+_SEVEN = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
 STYLES = tuple(
-    Style(colour, marker, dashes)
-    for markers, dashes in (("oDs^vPX", "-"), ("s^vPXoD", "--"), ("vPXoDs^", ":"))
-    for colour, marker in zip(
-        (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK), markers, strict=True
-    )
+    Style(colour, "oDs^vPX"[(number + 2 * again) % 7], dashes)
+    for again, dashes in enumerate(("-", "--", ":"))
+    for number, colour in enumerate(_SEVEN)
 )
 
 
@@ -137,7 +136,7 @@ def forest(
 ) -> Picture:
     """Draw means with intervals and seeds: a line for each label, a mark for each model in it.
 
-    An interval that reaches far beyond all seeds is cut, with an arrow, so that the others can be
+    An interval that reaches far beyond all seeds runs out of the panel, so that the others can be
     read beside it.
 
     Args:
@@ -153,7 +152,6 @@ def forest(
     spread = 0.0 if len(models) < 2 else 0.36
     values = [-margin, margin, *(value for row in rows for value in row["seeds"])]
     reach = 1.5 * (max(values) - min(values))
-    least, most = min(values) - reach, max(values) + reach
 
     def paint(axes: Axes) -> None:
         axes.axvspan(-margin, margin, color=FAINT, alpha=0.6, linewidth=0)
@@ -169,14 +167,12 @@ def forest(
             seen = {"color": style.colour, "alpha": 0.55, "markersize": 3, "markeredgewidth": 0}
             axes.plot(row["seeds"], [at + 0.13] * len(row["seeds"]), "o", **seen)
             if np.isfinite(row["low"]):
-                low, high = max(row["low"], least), min(row["high"], most)
-                axes.hlines(at, low, high, color=style.colour, linewidth=2)
-                for end, cut, arrow in ((low, row["low"], "<"), (high, row["high"], ">")):
-                    if end != cut:
-                        axes.plot(end, at, arrow, color=style.colour, markersize=5)
+                axes.hlines(at, row["low"], row["high"], color=style.colour, linewidth=2)
             label = model_name(model) if model and model not in named else None
             named.add(model)
             _plot(axes, [row["mean"]], [at], style, label, linestyle="none", markersize=5.5)
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, min(values) - reach), min(right, max(values) + reach))
         axes.set_yticks(range(len(labels)), [_wrapped(label) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(False, axis="y")
@@ -185,15 +181,10 @@ def forest(
         if models:
             _legend(axes, len(models))
 
-    words = "; ".join(
-        f"{row['label']}{', ' + model_name(row['model']) if row['model'] else ''}: "
-        f"{row['mean']:+.3g}"
-        + (f" ({row['low']:+.3g} to {row['high']:+.3g})" if np.isfinite(row["low"]) else "")
-        for row in rows
-    )
+    alt = f"{title} in {unit}, with intervals and a dot for each seed: {', '.join(labels)}"
     lines = sum(_wrapped(label).count("\n") for label in labels)
     height = 0.75 + len(labels) * (0.32 + 0.1 * max(1, len(models))) + 0.1 * lines
-    return draw(name, title, f"{title}, in {unit}: {words}", height + 0.25 * bool(models), paint)
+    return draw(name, title, alt, height + 0.25 * bool(models), paint)
 
 
 def _wrapped(label: str, width: int = 22) -> str:
@@ -250,7 +241,7 @@ def learning_curve(name: str, title: str, curves: Frame, limits: tuple[float, fl
             style = _style_of(models, model)
             of_model = curves[curves["model"] == model]
             for phase, part in of_model.groupby("phase"):
-                at = part.groupby("at")["loss"].agg(["mean", "std", "size"])
+                at = part.groupby("at")["validation_loss"].agg(["mean", "std", "size"])
                 whole = at[at["size"] == part["seed"].nunique()]
                 x, mean = whole.index.to_numpy(float), whole["mean"].to_numpy(float)
                 sd = whole["std"].fillna(0).to_numpy(float)
@@ -272,12 +263,8 @@ def learning_curve(name: str, title: str, curves: Frame, limits: tuple[float, fl
         _axis(axes.yaxis, "validation loss (nats)", 5)
         _legend(axes, len(models))
 
-    lowest = curves.groupby(["model", "phase"])["loss"].min()
-    words = "; ".join(
-        f"{model_name(str(model))}, phase {phase}: lowest {value:.3f}"
-        for (model, phase), value in lowest.items()  # type: ignore[misc]
-    )
-    return draw(name, title, f"Validation loss of {title}: {words}", 3.1, paint)
+    alt = f"Validation loss of {title} through its phases: {', '.join(map(model_name, models))}"
+    return draw(name, title, alt, 3.1, paint)
 
 
 # What happened at the start of a phase, by its name.
@@ -337,14 +324,8 @@ def lines(
         _axis(axes.yaxis, y_label, 5)
         _legend(axes, 2 if len(means) > 1 else 1)
 
-    words = "; ".join(
-        f"{arm}: " + ", ".join(f"{x:.3g}: {y:.4g}" for x, y in mean[["x", "mean"]].to_numpy(float))
-        if not compute
-        else f"{arm}: {mean['mean'].min():.4g}"
-        for arm, mean in means.items()
-    )
     rows = sum(1 + _wrapped(arm, 30).count("\n") for arm in means) / 2
-    alt = f"{title}; {y_label} by {x_label}: {words}"
+    alt = f"{title}: {y_label} against {x_label}, of {', '.join(means)}"
     return draw(name, title, alt, 2.9 + 0.17 * rows, paint)
 
 
@@ -358,7 +339,7 @@ def timing(name: str, of: Timing) -> Picture:
 def compute(name: str, of: str, curves: Frame) -> Picture:
     """Draw the loss against operations, of one model, a line for each variant."""
     at = curves["phase"].map("{:03d}".format) + curves["epoch"].map(" {:05d}".format)
-    values = curves.assign(x=curves["flops"], y=curves["loss"], at=at)
+    values = curves.assign(x=curves["flops"], y=curves["validation_loss"], at=at)
     values["arm"] = values["variant"].map(variant_name)
     labels = "operations with the head, all phases so far", "validation loss (nats)"
     return lines(name, f"{of}: loss against operations", values, *labels, compute=True)

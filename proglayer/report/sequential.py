@@ -14,21 +14,26 @@ docs/report.md has what was simulated with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proglayer import files
 from proglayer.report import comparisons, stats
-from proglayer.report.arms import Frame, Margins
+from proglayer.report.arms import STANDARD, Frame
 from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reason
 from proglayer.results import Results
 from proglayer.run.record import RecordError
 
 # In the folder of a sweep: how it is looked at, and when it was.
 LOOKS = "looks.json"
+# Studies drawn for an estimate: its error by that is a hundredth of a standard error.
+DRAWS = 10_000
 
 
 class Design(BaseModel):
@@ -82,18 +87,55 @@ def looks_of(results: Results) -> Looks | None:
     """Return the looks of the study that all these runs are of; None where they are of no such
     study, or of several.
     """
-    folders = {Path(folder).parent for folder in results.runs["folder"].dropna()}
+    folders = _folders(results)
     return read_looks(folders.pop()) if len(folders) == 1 else None
 
 
-def sweeps_with_looks(results: Results) -> list[Path]:
-    """Return the folders, of the sweeps that these runs are of, that hold a study with looks."""
-    folders = {Path(folder).parent for folder in results.runs["folder"].dropna()}
-    return sorted(folder for folder in folders if (folder / LOOKS).exists())
+def has_looks(results: Results) -> bool:
+    """Return whether any of these runs is of a study with looks."""
+    return any((folder / LOOKS).exists() for folder in _folders(results))
+
+
+def _folders(results: Results) -> set[Path]:
+    return {Path(folder).parent for folder in results.runs["folder"].dropna()}
+
+
+def median_unbiased(pairs: stats.Pairs, design: Design, look: int, family: int) -> float:
+    """Estimate a difference that stopped a study at look number `look`, in the unit of the pairs.
+
+    A study that stops when a difference is large enough finds it too large on average. This is the
+    difference (in standard deviations, times that observed) with which half of all studies would
+    come out as this one or further up: settled upwards at an earlier look, or not settled before
+    and as far up at this one (the ordering by stages of Tsiatis, Rosner & Mehta 1984; Jennison &
+    Turnbull 2000, 8.4). The share is that of studies drawn with a fixed seed.
+    """
+    if pairs.constant:
+        return pairs.mean
+    from scipy.optimize import brentq
+    from scipy.special import stdtrit
+
+    sizes = np.array([*(min(n, pairs.n) for n in design.at[:look]), pairs.n])
+    least = [-stdtrit(n - 1, design.levels(j, family).each / 2) for j, n in enumerate(sizes)]
+    drawn = np.random.default_rng(0).standard_normal((DRAWS, pairs.n))
+    means = np.stack([drawn[:, :n].mean(axis=1) for n in sizes], axis=1)
+    errors = [drawn[:, :n].std(axis=1, ddof=1) / np.sqrt(n) for n in sizes]
+    found = abs(pairs.mean) * np.sqrt(pairs.n) / pairs.sd
+
+    def excess(true: float) -> float:
+        tests = (means + true) / np.stack(errors, axis=1)
+        ended = np.abs(tests) >= least
+        ended[:, -1] = True
+        first = ended.argmax(axis=1)
+        end = tests[np.arange(DRAWS), first]
+        return float(np.mean((end > 0) & ((first < look) | (end >= found)))) - 0.5
+
+    most = 2 * found / np.sqrt(pairs.n) + 1
+    true: Any = brentq(excess, 0.0, most, xtol=1e-3)
+    return math.copysign(true * pairs.sd, pairs.mean)
 
 
 def judge_looks(
-    conditions: Iterable[tuple[str, Frame]], curves: Frame, margins: Margins, looks: Looks
+    conditions: Iterable[tuple[str, Frame]], curves: Frame, looks: Looks
 ) -> list[Comparison]:
     """Judge the claims, each as the look that settled it found it, else as the last look did.
 
@@ -102,7 +144,6 @@ def judge_looks(
     Args:
         conditions: the name of each and its runs, as of `Arms.asked`.
         curves: of `measures.curves`, of these runs.
-        margins: that of accuracy is the looks'.
     """
     conditions = list(conditions)
     if not looks.taken:
@@ -113,25 +154,33 @@ def judge_looks(
             for name, _ in conditions
         ]
     settled: dict[tuple[str | None, ...], Comparison] = {}
-    shown: list[Comparison] = []
+    still_open: list[Comparison] = []
     family = 0
     for number, seeds in enumerate(looks.taken):
         last_seed = looks.first_seed + seeds - 1
         asked: list[Comparison] = []
         for name, runs in conditions:
             seen = runs[runs["seed"].between(looks.first_seed, last_seed)]
-            asked += comparisons.claimed(seen, curves, margins, name)
+            asked += comparisons.claimed(seen, curves, looks.margin, name)
         # Budgets in which a comparison is the same so far may part with more seeds.
         family = max(family, sum(max(1, len(own.budgets)) for own in asked if own.pairs))
-        shown = []
+        still_open = []
         for own in comparisons.judge(asked, looks.levels(number, family)):
             own = replace(own, look=seeds)
             which = own.condition, own.claim, own.a, own.b, own.model
             keys = [(*which, budget) for budget in own.budgets or ("",)]
-            if all(key in settled for key in keys):
-                own = settled[keys[0]]
-            elif own.settled:
-                settled |= dict.fromkeys(keys, own)
-            if not any(own is other for other in shown):
-                shown.append(own)
-    return shown
+            if own.settled:
+                if own.verdict is not stats.Verdict.same:
+                    estimate = median_unbiased(own.accuracy, looks, number, family)
+                    own = replace(own, judged=replace(own.judged, corrected=estimate))
+                settled = dict.fromkeys(keys, own) | settled
+            if not all(key in settled for key in keys):
+                still_open.append(own)
+    # What was settled stays, whatever has become of its arms since.
+    shown = [*{id(own): own for own in settled.values()}.values(), *still_open]
+    names, claims = [name for name, _ in conditions], list[str | None](Claim)
+
+    def place(own: Comparison) -> tuple[int, int, bool]:
+        return names.index(own.condition), claims.index(own.claim), own.model != STANDARD
+
+    return sorted(shown, key=place)

@@ -103,6 +103,7 @@ class LeftOut(StrEnum):
     no_value = "no finite value"
     no_partner = "not in both arms"
     over_budget = "over the budget in its first epoch"
+    cut_short = "cut by max_epochs"
 
 
 class Interval(NamedTuple):
@@ -137,19 +138,14 @@ class Pairs:
         return sum(self.left_out.values())
 
     @cached_property
-    def over_seeds(self) -> Summary:
-        """The mean difference and its spread, which is exactly 0 if all are the same."""
-        return summary(self.differences)
-
-    @property
     def mean(self) -> float:
         """The mean difference; nan without a pair."""
-        return self.over_seeds.mean
+        return summary(self.differences).mean
 
-    @property
+    @cached_property
     def sd(self) -> float:
-        """Sample standard deviation; nan below two pairs."""
-        return self.over_seeds.sd
+        """Sample standard deviation, exactly 0 if all are the same; nan below two pairs."""
+        return summary(self.differences).sd
 
     @property
     def constant(self) -> bool:
@@ -245,26 +241,39 @@ def paired(
 # --- how many seeds, how small a difference -------------------------------------------------------
 
 
+def _spreads(sd: float, seeds: int) -> np.ndarray:
+    """Return a standard deviation estimated from so many seeds, and the ends of its 80 % interval;
+    nan where it is nan or 0, or below two seeds.
+    """
+    if seeds < 2 or not sd > 0:
+        return np.full(3, math.nan)
+    from scipy import stats as sps
+
+    return sd * np.sqrt([1, *((seeds - 1) / sps.chi2.ppf([0.9, 0.1], seeds - 1))])
+
+
 def smallest_difference(
     sd: float, seeds: int, *, alpha: float = ALPHA, power: float = POWER
-) -> float:
+) -> tuple[float, float, float]:
     """The true difference that a paired t-test with this many seeds finds with the given power.
 
     Args:
-        sd: standard deviation of the differences within seeds. An estimate from a few seeds is
-            itself rough: from five, the true one may well be twice as large.
+        sd: standard deviation of the differences within seeds, estimated from them.
 
     Returns:
-        the difference in the unit of `sd`; nan if `sd` is nan or 0, or below two seeds.
+        the difference in the unit of `sd`, for that and for the ends of its 80 % interval; nan if
+        `sd` is nan or 0, or below two seeds.
     """
-    if seeds < 2 or not sd > 0:
-        return math.nan
+    spreads = _spreads(sd, seeds)
+    if math.isnan(spreads[0]):
+        return math.nan, math.nan, math.nan
     from statsmodels.stats.power import TTestPower
 
     solved = TTestPower().solve_power(
         nobs=seeds, alpha=alpha / 2, power=power, alternative="larger"
     )
-    return float(np.ravel(solved)[0]) * sd
+    value, low, high = float(np.ravel(solved)[0]) * spreads
+    return value, low, high
 
 
 def _power(effect_size: float, seeds: int, alpha: float) -> float:
@@ -299,13 +308,11 @@ def seeds_for_margin(
         the number for `sd`, and for the ends of its 80 % interval; nan where sd is nan or 0, and
         inf for more than MOST_SEEDS.
     """
-    if seeds < 2 or not sd > 0:
-        return math.nan, math.nan, math.nan
-    from scipy import stats as sps
-
-    low, high = sd * np.sqrt((seeds - 1) / sps.chi2.ppf([0.9, 0.1], seeds - 1))
-    needed = [_fewest_seeds(margin / spread, alpha, power) for spread in (sd, low, high)]
-    return needed[0], needed[1], needed[2]
+    value, low, high = (
+        _fewest_seeds(margin / spread, alpha, power) if spread > 0 else math.nan
+        for spread in _spreads(sd, seeds)
+    )
+    return value, low, high
 
 
 def _fewest_seeds(effect_size: float, alpha: float, power: float) -> float:
@@ -365,17 +372,13 @@ class Judgement:
     equivalence_p_adjusted: float
     interval: Interval
     alone: Interval
+    corrected: float = math.nan  # see `sequential.median_unbiased`; of *better* and *worse*
 
 
 # Of a comparison that is not made.
 NO_PAIRS = Pairs(pd.Series(dtype=float), {}, math.nan, 0.0)
-UNTESTED = Judgement(
-    Verdict.untested,
-    Levels(0, ALPHA),
-    math.nan,
-    math.nan,
-    *(Interval(math.nan, math.nan, 1 - ALPHA),) * 2,
-)
+_UNKNOWN = Interval(math.nan, math.nan, 1 - ALPHA)
+UNTESTED = Judgement(Verdict.untested, Levels(0, ALPHA), math.nan, math.nan, _UNKNOWN, _UNKNOWN)
 
 
 def judge(family: Sequence[Pairs], levels: Levels | None = None) -> list[Judgement]:

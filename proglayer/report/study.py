@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proglayer.report import arms as arm
 from proglayer.report import comparisons, early_exit, measures, sequential
-from proglayer.report.arms import FROM_SCRATCH, Arms, Frame, Margins
+from proglayer.report.arms import FROM_SCRATCH, MARGIN, Arms, Frame
 from proglayer.report.comparisons import Comparison
 from proglayer.results import Results
 
@@ -21,12 +21,8 @@ class Condition:
     runs: Frame
     asked: Frame  # these, and those of their arms that did not complete
     curves: Frame
+    worth: early_exit.Worth
     tables: Mapping[str, Frame]  # by the names of their files
-
-    @property
-    def variants(self) -> list[str]:
-        """The variants, in their order."""
-        return list(dict.fromkeys(self.runs["variant"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +34,15 @@ class Study:
     conditions: list[Condition]  # the largest first: it is what the study is about
     claims: list[Comparison]
     others: list[Comparison]
-    margins: Margins
+    margin: float  # differences within it count as none, in points of accuracy
     looks: sequential.Looks | None
 
 
-def judge_study(results: Results, margins: Margins, looks: sequential.Looks | None) -> Study:
+def judge_study(results: Results, margin: float, looks: sequential.Looks | None) -> Study:
     """Sort runs into conditions, and make and judge every comparison of theirs.
 
     Args:
+        margin: differences within it count as none, in points of accuracy.
         looks: how the study was looked at while seeds were added; None for one looked at once.
     """
     arms = arm.arms(results)
@@ -55,15 +52,24 @@ def judge_study(results: Results, margins: Margins, looks: sequential.Looks | No
     claims: list[Comparison] = []
     others: list[Comparison] = []
     for own in conditions:
-        asked = comparisons.claimed(own.asked, own.curves, margins, own.name)
-        others += comparisons.others(own.asked, asked, margins, own.name)
+        asked = comparisons.claimed(own.asked, own.curves, margin, own.name)
+        others += comparisons.others(own.asked, asked, margin, own.name)
         claims += asked
     if looks is None:
         claims = comparisons.judge(claims)
     else:
         named = [(own.name, own.asked) for own in conditions]
-        claims = sequential.judge_looks(named, every, margins, looks)
-    return Study(results, arms, conditions, claims, comparisons.judge(others), margins, looks)
+        claims = sequential.judge_looks(named, every, looks)
+    return Study(results, arms, conditions, claims, comparisons.judge(others), margin, looks)
+
+
+def verdicts(results: Results, margin: float = MARGIN) -> Frame:
+    """Return every comparison of a study with its verdict, a row each: `comparisons.csv`.
+
+    Raises RecordError for interim looks that cannot be read.
+    """
+    study = judge_study(results, margin, sequential.looks_of(results))
+    return comparisons.as_frames([*study.claims, *study.others])[0]
 
 
 def _condition(results: Results, arms: Arms, curves: Frame, number: int) -> Condition:
@@ -78,4 +84,4 @@ def _condition(results: Results, arms: Arms, curves: Frame, number: int) -> Cond
         "ledger": measures.spent(results, runs),
         "speed_up": measures.speed_up(runs, curves, arm.controls(runs, FROM_SCRATCH)),
     }
-    return Condition(arms.conditions[number], number, runs, asked, curves, tables)
+    return Condition(arms.conditions[number], number, runs, asked, curves, worth, tables)

@@ -13,13 +13,17 @@ import pandas as pd
 
 from proglayer.report import stats, words
 from proglayer.report.arms import Frame, Metric
-from proglayer.report.comparisons import Comparison
+from proglayer.report.comparisons import Comparison, tally
 from proglayer.report.words import engineering, model_name, variant_name
-from proglayer.results import plain_values
+from proglayer.results.columns import plain_values
+from proglayer.results.read import TEXTS
 from proglayer.results.show import duration, listed, pair, ranges, text_of
+from proglayer.run.record import RunState
 from proglayer.table import Column, Row, Table, is_missing
 
 ARM = ["variant", "model"]
+ENDS = ("mean", "low", "high")
+LOSS = [f"loss_{part}" for part in ENDS]
 # What a page can hold and a reader can read; the rest is counted, and whole in the files.
 MOST_ROWS = 200
 
@@ -76,25 +80,10 @@ def interval(name: str, label: str, form: str, **how: Any) -> Column:
     """Show mean and 95 % interval of what `over_seeds` summarised."""
 
     def text(row: Row) -> str:
-        return between(row[f"{name}_mean"], row[f"{name}_low"], row[f"{name}_high"], form)
+        mean, low, high = (row[f"{name}_{part}"] for part in ENDS)
+        return words.with_interval(mean, low, high, form)
 
     return Column(f"{name}_mean", label, of_row=text, kind="figure", **how)
-
-
-def between(mean: float, low: float, high: float, form: str) -> str:
-    """Return `+0.1 (-0.1 to +0.3)`, as far as it is known."""
-    around = "" if is_missing(low) else f" ({low:{form}} to {high:{form}})"
-    return "" if is_missing(mean) else f"{mean:{form}}{around}"
-
-
-def amount(name: str, label: str, **how: Any) -> Column:
-    """Show a large number."""
-    return Column(name, label, engineering, kind="figure", **how)
-
-
-def seconds(name: str, label: str, **how: Any) -> Column:
-    """Show a time."""
-    return Column(name, label, duration, kind="figure", **how)
 
 
 def _unique(values: Any, most: int = 6) -> str:
@@ -110,8 +99,6 @@ def _unique(values: Any, most: int = 6) -> str:
 
 # --- where the arms ended -------------------------------------------------------------------------
 
-CHANGES = [metric.change for metric in Metric]
-
 
 def arms(asked: Frame) -> Frame:
     """Return where each arm ended, in absolute figures, and its change from the first phase.
@@ -120,43 +107,49 @@ def arms(asked: Frame) -> Frame:
         asked: of `arms.Arms.asked`.
 
     Returns:
-        ARM, `seeds`, the summaries of `over_seeds` for `end_accuracy`, `end_loss`,
-        `end_bits_per_byte` and the changes, `judged_on`, `layers`, `left_out` (the seeds that did
-        not complete, each status with their number).
+        ARM, `seeds`, `judged_on`, `layers`, `left_out` (the seeds that did not complete, each
+        status with their number), and the summaries of `over_seeds` for the figures at the end and
+        the changes, on both texts.
     """
     completed = asked[asked["lacks"].isna()]
-    names = ["end_accuracy", "end_loss", "end_bits_per_byte", *CHANGES]
+    names = []
+    for text in TEXTS:
+        names += [f"last_{text}_{name}" for name in ("accuracy_percent", "loss", "bits_per_byte")]
+        names += [metric.change(text) for metric in Metric]
     frame = over_seeds(completed, ARM, names)
-    for name, column in (("judged_on", "judged_on"), ("layers", "last_layers")):
-        frame[name] = [_unique(arm[column], 3) for _, arm in completed.groupby(ARM, sort=False)]
-    lacks = asked.dropna(subset="lacks").groupby(ARM)["lacks"].agg(_tally)
-    frame["left_out"] = [
-        lacks.get(arm, "") for arm in frame[ARM].itertuples(index=False, name=None)
-    ]
+    for place, column in enumerate(("judged_on", "last_layers"), start=3):
+        shown = [_unique(arm[column], 3) for _, arm in completed.groupby(ARM, sort=False)]
+        frame.insert(place, column.removeprefix("last_"), shown)
+    lacks = (
+        asked.dropna(subset="lacks")
+        .groupby(ARM)["lacks"]
+        .agg(lambda states: tally(Counter(sorted(states))))
+    )
+    left_out = [lacks.get(arm, "") for arm in frame[ARM].itertuples(index=False, name=None)]
+    frame.insert(5, "left_out", left_out)
     return frame
-
-
-def _tally(values: Any) -> str:
-    """Return `1 failed, 2 waiting`."""
-    return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
 
 
 def arms_table(frame: Frame) -> Table:
     """Set the first table of a report."""
-    grown = frame["accuracy_change_points_mean"].notna().any()
+    text = frame["judged_on"].iloc[0]
+    accuracy, loss = (metric.change(text) for metric in Metric)
+    grown = frame[f"{accuracy}_mean"].notna().any()
+    shown = {part: 100 * np.expm1(frame[f"{loss}_{part}"]) for part in ENDS}
+    frame = frame.assign(**{f"perplexity_{part}": values for part, values in shown.items()})
     columns = [
         VARIANT,
         MODEL,
-        spread("end_accuracy", "Accuracy", ".2f", " %"),
-        spread("end_loss", "Loss, nats", ".4f"),
-        *([interval(CHANGES[0], "Change in accuracy, points", "+.2f")] if grown else []),
+        spread(Metric.accuracy.last(text), f"{text.capitalize()} accuracy", ".2f", " %"),
+        spread(Metric.loss.last(text), f"{text.capitalize()} loss, nats", ".4f"),
+        *([interval(accuracy, "Change in accuracy, points", "+.2f")] if grown else []),
         SEEDS,
         *([Column("left_out", "Left out")] if frame["left_out"].any() else []),
         Column("layers", "Layers", kind="figure"),
-        *([interval(CHANGES[1], "Perplexity fell by, %", "+.1f", minor=2)] if grown else []),
-        spread("end_bits_per_byte", "Bits per byte", ".4f", minor=1),
+        *([interval("perplexity", "Perplexity change, %", "+.1f", minor=2)] if grown else []),
+        spread(f"last_{text}_bits_per_byte", "Bits per byte", ".4f", minor=1),
     ]
-    return set_table(frame, columns, "Where each arm ended", "arms")
+    return set_table(frame, columns, f"Where each arm ended, on the {text} text", "arms")
 
 
 # --- phases ---------------------------------------------------------------------------------------
@@ -193,10 +186,10 @@ def phases_table(frame: Frame) -> Table:
         Column("name", "Phase"),
         Column("layers", "Layers", kind="figure"),
         SEEDS,
-        spread("validation_accuracy_percent", "Best Acc", ".2f", " %"),
-        spread("validation_perplexity", "Best PPL", ",.2f"),
+        spread("validation_accuracy_percent", "Validation accuracy", ".2f", " %"),
+        spread("validation_perplexity", "Validation perplexity", ",.2f"),
         Column("seconds_mean", "Time", duration, kind="figure"),
-        Column("best_epoch", "Best Epoch", kind="figure", minor=1),
+        Column("best_epoch", "Best epoch", kind="figure", minor=1),
     ]
     return set_table(frame, columns, "The phases of each arm", "phase_by_phase")
 
@@ -206,50 +199,40 @@ def phases_table(frame: Frame) -> Table:
 
 def comparisons_table(title: str, family: Sequence[Comparison]) -> Table:
     """Set comparisons of one family: the verdicts on accuracy, and what they rest on."""
-    rows: list[dict[str, Any]] = [
-        {"of": one, "condition": one.condition, "model": one.model} for one in family
+    rows = [
+        {
+            "of": one,
+            "condition": one.condition,
+            "model": one.model,
+            "mean": one.accuracy.mean,
+            "low": one.judged.interval.low,
+            "n": one.accuracy.n,
+            "p": one.judged.p_adjusted,
+            "plan": one.seeds_to_plan[0],
+            **dict(zip(LOSS, [one.loss.mean, *one.loss.interval(0.95)[:2]], strict=True)),
+        }
+        for one in family
     ]
 
-    def said(
-        label: str,
-        text: Callable[[Comparison], str],
-        sort: Callable[[Comparison], Any] | None = None,
-        minor: int = 0,
-    ) -> Column:
-        for row in rows:
-            row[label] = (sort or text)(row["of"])
-        kind = "figure" if sort else "name"
-        return Column(label, label, of_row=lambda row: text(row["of"]), kind=kind, minor=minor)
-
-    def described(metric: Metric, label: str, form: str, minor: int) -> Column:
-        def text(one: Comparison) -> str:
-            pairs = one.pairs.get(metric, stats.NO_PAIRS)
-            return between(pairs.mean, *pairs.interval(0.95)[:2], form)
-
-        return said(label, text, lambda one: one.pairs.get(metric, stats.NO_PAIRS).mean, minor)
+    def said(name: str, label: str, text: Callable[[Comparison], str], **how: Any) -> Column:
+        return Column(name, label, of_row=lambda row: text(row["of"]), **how)
 
     columns = [
-        said("Comparison", words.label),
+        said("of", "Comparison", words.label),
         MODEL,
-        said("Measured", words.measured),
-        said("Accuracy", lambda one: words.VERDICTS[one.verdict]),
-        said("Difference, points", words.mean_text, lambda one: one.accuracy.mean),
-        said("Interval", words.ends_text, lambda one: one.judged.interval.low),
-        said("Seeds", _of_all, lambda one: one.accuracy.n),
-        said("Left out", lambda one: words.left_out_text(one.accuracy)),
-        said("p, corrected", _p, lambda one: one.judged.p_adjusted),
-        said("Seeds to plan, in all", _plan, lambda one: one.seeds_to_plan[0], 3),
-        described(Metric.perplexity, "Perplexity fell by, %", "+.1f", 2),
-        described(Metric.loss, "Loss fell by, nats", "+.3f", 1),
+        said("of", "Measured", words.measured),
+        said("of", "Verdict", lambda one: words.VERDICTS[one.verdict]),
+        said("mean", "Difference, points", words.mean_text, kind="figure"),
+        said("low", "Interval", words.ends_text, kind="figure"),
+        Column("n", "Seeds", "d"),
+        said("of", "Left out", lambda one: tally(one.accuracy.left_out)),
+        said("p", "p, corrected", _p, kind="figure"),
+        said("plan", "Seeds to plan, in all", _plan, kind="figure", minor=3),
+        interval("loss", "Loss, nats (plain 95 %)", "+.3f", minor=1),
     ]
-    if not any(row["Left out"] for row in rows):
+    if not any(one.accuracy.left_out for one in family):
         columns = [column for column in columns if column.label != "Left out"]
     return set_table(pd.DataFrame(rows), columns, title, "comparisons")
-
-
-def _of_all(one: Comparison) -> str:
-    n, dropped = one.accuracy.n, one.accuracy.dropped
-    return f"{n} of {n + dropped}" if dropped else str(n)
 
 
 def _plan(one: Comparison) -> str:
@@ -263,7 +246,10 @@ def _p(one: Comparison) -> str:
 
 # --- growth, exits --------------------------------------------------------------------------------
 
-OF_GROWTH = ["loss_before", "loss_after", "shock_nats", "accuracy_points", "share_new"]
+OF_GROWTH = [
+    *("validation_loss_before", "validation_loss_after", "validation_loss_rise_nats"),
+    *("validation_accuracy_change_points", "gradient_share_new"),
+]
 
 
 def growth_table(growths: Frame) -> Table:
@@ -278,12 +264,14 @@ def growth_table(growths: Frame) -> Table:
         MODEL,
         Column("layers", "Grown to, layers", kind="figure"),
         SEEDS,
-        spread("loss_before", "Loss before", ".3f"),
-        spread("loss_after", "Loss after", ".3f"),
-        interval("shock_nats", "Loss rose by, nats", "+.3f"),
-        interval("accuracy_points", "Accuracy, points", "+.2f", minor=2),
+        spread("validation_loss_before", "Loss before", ".3f"),
+        spread("validation_loss_after", "Loss after", ".3f"),
+        interval("validation_loss_rise_nats", "Rise of the loss, nats", "+.3f"),
+        interval(
+            "validation_accuracy_change_points", "Change in accuracy, points", "+.2f", minor=2
+        ),
         Column("recovery", "Tokens to recover", kind="figure"),
-        spread("share_new", "Gradient in new layers", ".0%", minor=1),
+        spread("gradient_share_new", "Gradient in new layers", ".0%", minor=1),
     ]
     return set_table(frame, columns, "The immediate effect of growth", "growth")
 
@@ -310,28 +298,21 @@ def spent_table(spent: Frame) -> Table:
         MODEL,
         SEEDS,
         Column("epochs", "Epochs", ".3g"),
-        amount("tokens", "Tokens"),
-        amount("flops", "FLOP with head"),
-        amount("flops_without_head", "FLOP without", minor=3),
-        seconds("train_seconds", "Training"),
-        seconds("evaluation_seconds", "Evaluation", minor=1),
-        seconds("seconds_saved", "Saved by reuse", minor=2),
-        Column("loss", "Validation loss", ".4f"),
+        Column("tokens", "Tokens", engineering, kind="figure"),
+        Column("flops", "FLOP with head", engineering, kind="figure"),
+        Column("flops_without_head", "FLOP without", engineering, kind="figure", minor=3),
+        Column("train_seconds", "Training", duration, kind="figure"),
+        Column("evaluation_seconds", "Evaluation", duration, kind="figure", minor=1),
+        Column("seconds_saved", "Saved by reuse", duration, kind="figure", minor=2),
+        Column("last_validation_loss", "Validation loss", ".4f"),
     ]
     return set_table(spent, columns, "What every arm spent", "ledger")
 
 
 def speed_up_table(gains: Frame) -> Table:
     """Set the speed-up of growing: a row an arm, a column a measure of compute."""
-    wide = gains.pivot_table(
-        ["mean", "low", "high"],
-        ["condition", *ARM, "seeds", "reached"],
-        "measure",
-        sort=False,
-        dropna=False,
-    )
-    wide.columns = [f"{measure}_{part}" for part, measure in wide.columns]
-    frame = wide.mul(100).reset_index()
+    parts = [name for name in gains if name.endswith(("_mean", "_low", "_high"))]
+    frame = gains.assign(**{name: 100 * gains[name] for name in parts})
     columns = [
         VARIANT,
         MODEL,
@@ -349,10 +330,8 @@ def speed_up_table(gains: Frame) -> Table:
 
 def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
     """Set a row for each run; `variants` names the arms of those that completed."""
-    changed = runs["phases"].astype("float64") > 1
     frame = runs.assign(
         variant=[variants.get(r, text_of(e)) for r, e in runs[["run", "experiment"]].to_numpy()],
-        accuracy_points=runs["accuracy_points"].where(changed),
         model=runs["model"].map(text_of),
     )
     frame["status"] += np.where(runs["duplicate_of"].notna(), " (repeated)", "")
@@ -363,41 +342,29 @@ def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
         Column("seed", "Seed", "d"),
         Column("status", "Status"),
         Column("last_layers", "Layers", of_row=lambda r: pair(r, "layers", "d"), kind="figure"),
-        Column("last_accuracy_percent", "Accuracy %", ".2f"),
-        Column("accuracy_points", "Change, points", "+.2f"),
-        Column("last_perplexity", "Perplexity", ",.2f"),
-        Column("last_bits_per_byte", "Bits per byte", ".4f", minor=2),
+        Column("last_test_accuracy_percent", "Test accuracy, %", ".2f"),
+        Column("last_validation_accuracy_percent", "Validation accuracy, %", ".2f"),
+        Column("validation_accuracy_change_points", "Change, points", "+.2f"),
+        Column("last_validation_perplexity", "Perplexity", ",.2f"),
+        Column("last_validation_bits_per_byte", "Bits per byte", ".4f", minor=2),
         Column("epochs", "Epochs", "d", minor=1),
-        seconds("seconds", "Time"),
+        Column("seconds", "Time", duration, kind="figure"),
     ]
     return set_table(frame, columns, "Every run", "runs")
 
 
-def ended_table(ended: Frame) -> Table:
-    """Set the runs that ended otherwise than completed, with their reasons."""
+def ended_table(runs: Frame, left_out: Frame) -> Table:
+    """Set the runs that ended otherwise than completed, with their reasons, and what could not be
+    read. Failures come first: an interruption cures itself.
+    """
+    under_way = [RunState.completed, RunState.running, RunState.waiting]
+    ended: Frame = runs[~runs["status"].isin(under_way)].sort_values("status", kind="stable")
+    damaged = left_out.rename(columns={"folder": "run", "kind": "status"})
     columns = [
         Column("run", "Run"),
         Column("status", "Status"),
         Column("overrides", "Overrides", kind="prose"),
         Column("reason", "Reason", kind="prose"),
     ]
-    return set_table(ended, columns, "Runs that ended otherwise", "runs")
-
-
-def left_out_table(left_out: Frame) -> Table:
-    """Set what could not be read."""
-    columns = [Column("folder", "Folder"), Column("reason", "Reason", kind="prose")]
-    return set_table(left_out, columns, "Left out, for it cannot be read", "left_out")
-
-
-VERSIONS = (
-    *("proglayer", "python", "torch", "platform", "device_name", "threads", "git_commit"),
-    *("git_changed", "corpus", "corpus_fingerprint", "tokenizer", "vocab_size", "seed"),
-)
-
-
-def versions_table(runs: Frame) -> Table:
-    """Set the versions, machines, texts and seeds of these runs."""
-    rows = [{"what": name.replace("_", " "), "values": _unique(runs[name])} for name in VERSIONS]
-    columns = [Column("what", "What"), Column("values", "Values in these runs", kind="prose")]
-    return Table(rows, columns, "With what it ran")
+    both = pd.concat([ended[["run", "status", "overrides", "reason"]], damaged])
+    return set_table(both, columns, "Runs that ended otherwise", "runs")

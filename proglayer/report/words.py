@@ -9,8 +9,8 @@ from proglayer.console import counted
 from proglayer.errors import printable
 from proglayer.report import arms, stats
 from proglayer.report.arms import DEEP, STANDARD
-from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reason
-from proglayer.report.early_exit import WITHIN_POINTS, Needed
+from proglayer.report.comparisons import Claim, Comparison, Kind, NotMade, Reason, tally
+from proglayer.report.early_exit import WITHIN_POINTS, Worth, needed
 from proglayer.report.measures import Timing
 from proglayer.report.stats import Verdict
 from proglayer.results.show import listed
@@ -23,7 +23,6 @@ VERDICTS = {
     Verdict.unclear: "inconclusive",
     Verdict.untested: "not tested",
 }
-KINDS = {Kind.models: "change in accuracy", Kind.ends: "each at its own end"}
 
 
 def model_name(model: str) -> str:
@@ -66,13 +65,14 @@ def budget_text(one: Comparison) -> str:
     """Return what the two are equal in: `at equal tokens and compute`; nothing for other kinds."""
     if one.kind is not Kind.budget:
         return ""
-    where = ", on the validation text" if one.on_validation else ""
-    return f"at equal {' and '.join(one.budgets)}{where}"
+    return f"at equal {' and '.join(one.budgets)}"
 
 
 def measured(one: Comparison) -> str:
     """Return what of the two is compared."""
-    return budget_text(one) or KINDS[one.kind]
+    if one.kind is Kind.models:
+        return f"change in {one.text} accuracy"
+    return f"{one.text} accuracy {budget_text(one) or 'of each at its own end'}"
 
 
 def described_as(one: Comparison) -> str:
@@ -83,6 +83,10 @@ def described_as(one: Comparison) -> str:
 
 def why_not(one: Comparison, lacks: NotMade) -> str:
     """Return why a comparison is not made, and what to run."""
+    if lacks.reason is Reason.failed:
+        failed, ended = lacks.lost
+        which = f"{variant_name(lacks.arm[0])}, {model_name(lacks.arm[1])}"
+        return f"{failed} of {ended} runs of {which} failed: the others cannot speak for them."
     if lacks.reason is Reason.no_look:
         return f"The first interim look is at {lacks.first_look} seeds."
     run = f"Run {' '.join(lacks.run)} with the same seeds and settings."
@@ -95,25 +99,16 @@ def why_not(one: Comparison, lacks: NotMade) -> str:
     )
 
 
-def answer(several: Sequence[Comparison]) -> str:
-    """Return a sentence on a claim in a condition: what was found in each model."""
-    parts = []
-    for one in several:
-        head = ", ".join(filter(None, (budget_text(one), one.model and model_name(one.model))))
-        parts.append(f"{head}: {clause(one)}" if head else clause(one))
-    return sentence("; ".join(parts)) + "."
-
-
 def clause(one: Comparison) -> str:
     """Return a verdict with the difference and the interval that it rests on."""
-    word, mean = VERDICTS[one.verdict], one.accuracy.mean
+    word, mean, on = VERDICTS[one.verdict], one.accuracy.mean, f"of {one.text} accuracy"
     if not one.tested:
         return f"{word} ({numbers(one).rstrip('.')})"
     if one.verdict in (Verdict.better, Verdict.worse):
-        return f"{word} by {abs(mean):.{decimals(one)}f} points ({interval_text(one)})"
+        return f"{word} by {abs(mean):.{decimals(one)}f} points {on} ({interval_text(one)})"
     if one.verdict is Verdict.same:
-        return f"{word} within ±{one.accuracy.margin:g} points ({interval_text(one)})"
-    return f"{word} (difference {mean_text(one)} points, {interval_text(one)})"
+        return f"{word} within ±{one.accuracy.margin:g} points {on} ({interval_text(one)})"
+    return f"{word} (difference {mean_text(one)} points {on}, {interval_text(one)})"
 
 
 def numbers(one: Comparison) -> str:
@@ -124,7 +119,7 @@ def numbers(one: Comparison) -> str:
         return why_not(one, one.not_made)
     if not one.tested:
         return f"{seeds_text(one.accuracy)} in both arms"
-    return f"{mean_text(one)} points ({interval_text(one)})"
+    return f"{mean_text(one)} points of {one.text} accuracy ({interval_text(one)})"
 
 
 def interval_text(one: Comparison) -> str:
@@ -132,20 +127,26 @@ def interval_text(one: Comparison) -> str:
     interval = one.judged.interval
     if not math.isfinite(interval.low):
         return f"the same difference in all of {seeds_text(one.accuracy)}"
-    text = f"{percent(interval.confidence)} interval {ends(interval, decimals(one))}"
-    return f"{text}, {seeds_text(one.accuracy)}"
+    form = f"+.{decimals(one)}f"
+    ends = f"{interval.low:{form}} to {interval.high:{form}}"
+    repeated = " repeated" if one.look else ""
+    text = f"{percent(interval.confidence)}{repeated} interval {ends}, {seeds_text(one.accuracy)}"
+    estimate = one.judged.corrected
+    if not (one.look and math.isfinite(estimate)):
+        return text
+    return f"{text}; corrected for stopping there: {estimate:{form}}"
 
 
-def ends(interval: stats.Interval, digits: int) -> str:
-    """Return an interval, `-0.1 to +0.3`, where it is known."""
-    known = math.isfinite(interval.low)
-    return f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}" if known else ""
+def with_interval(mean: float, low: float, high: float, form: str) -> str:
+    """Return `+0.1 (-0.1 to +0.3)`, as far as it is known."""
+    around = f" ({low:{form}} to {high:{form}})" if math.isfinite(low) else ""
+    return f"{mean:{form}}{around}" if math.isfinite(mean) else ""
 
 
 def ends_text(one: Comparison) -> str:
     """Return the interval that a verdict rests on, with its confidence, where it is known."""
-    interval = one.judged.interval
-    shown = f"{ends(interval, decimals(one))} ({percent(interval.confidence)})"
+    interval, form = one.judged.interval, f"+.{decimals(one)}f"
+    shown = f"{interval.low:{form}} to {interval.high:{form}} ({percent(interval.confidence)})"
     return shown if math.isfinite(interval.low) else ""
 
 
@@ -154,18 +155,12 @@ def mean_text(one: Comparison) -> str:
     return f"{one.accuracy.mean:+.{decimals(one)}f}" if one.accuracy.n else ""
 
 
-def left_out_text(pairs: stats.Pairs) -> str:
-    """Return why seeds were left out: `2 failed, 1 waiting`."""
-    return ", ".join(f"{count} {why}" for why, count in pairs.left_out.items())
-
-
 def seeds_text(pairs: stats.Pairs) -> str:
     """Return `8 seeds`, or `6 of 8 seeds, left out: 2 failed`."""
     if not pairs.dropped:
         return counted(pairs.n, "seed")
-    return (
-        f"{pairs.n} of {counted(pairs.n + pairs.dropped, 'seed')}, left out: {left_out_text(pairs)}"
-    )
+    of = counted(pairs.n + pairs.dropped, "seed")
+    return f"{pairs.n} of {of}, left out: {tally(pairs.left_out)}"
 
 
 def percent(confidence: float) -> str:
@@ -193,14 +188,14 @@ def plan(seeds: float, low: float, high: float) -> str:
 def limits(made: Sequence[Comparison]) -> list[str]:
     """Return what these seeds can show, what it would take to know more, and outlying seeds."""
     notes = []
-    shown = [one.detectable for one in made if math.isfinite(one.detectable)]
+    shown = [one.detectable for one in made if math.isfinite(one.detectable[0])]
     if shown:
         seeds = [one.accuracy.n for one in made]
         count = " to ".join(dict.fromkeys([f"{min(seeds)}", f"{max(seeds)}"]))
-        size = " to ".join(dict.fromkeys([f"{min(shown):.2g}", f"{max(shown):.2g}"]))
+        size, low, high = max(shown)
         notes.append(
-            f"With {count} seeds, only differences above roughly {size} points would probably be "
-            "detected (power 80 %); with so few seeds this is a rough estimate."
+            f"With {count} seeds, a true difference of {size:.2g} points ({low:.2g} to {high:.2g}, "
+            "as the spread is uncertain) would be detected in each comparison with a power of 80 %."
         )
     plans = [one.seeds_to_plan for one in made if one.verdict is Verdict.unclear]
     plans = [one for one in plans if not math.isnan(one[0])]
@@ -231,6 +226,11 @@ def limits(made: Sequence[Comparison]) -> list[str]:
 def timing_text(timing: Timing) -> str:
     """Return the best moment of growth, and how sure that is."""
     best, moments = timing.best, list(timing.losses)
+    same = [
+        f"after {_epochs([first])} and after {_epochs(others)}"
+        for first, others in timing.alike.items()
+        if others
+    ]
     seeds = len(timing.losses)
     which = ", ".join([model_name(timing.model), *timing.settings])
     text = (
@@ -247,19 +247,25 @@ def timing_text(timing: Timing) -> str:
     others = [m for m in moments if m != best and m not in worse]
     text += f"; it is the lowest in {timing.best_in} of {seeds} seeds. "
     text += f"Shown to be worse: {f'after {_epochs(worse)}' if worse else 'no other moment'}; "
-    return text + f"not told apart from it: {f'after {_epochs(others)}' if others else 'none'}."
+    text += f"not told apart from it: {f'after {_epochs(others)}' if others else 'none'}."
+    return text + "".join(
+        f" The models grown {each} are the same, and count once." for each in same
+    )
 
 
 def _epochs(moments: list[int]) -> str:
     return f"{listed([str(moment) for moment in moments], 12)} epoch{'s' * (moments != [1])}"
 
 
-def needed_text(one: Needed) -> str:
-    """Return how many layers an arm needs to predict as well as with all of them."""
-    return (
+def needed_texts(found: Worth) -> list[str]:
+    """Return of each arm how many layers it needs to predict as well as with all of them."""
+    if found.early_exit.empty:
+        return []
+    return [
         f"{variant_name(one.variant)}, {model_name(one.model)}: within {WITHIN_POINTS:g} "
-        f"points of all {one.of_layers} layers' {one.accuracy_percent:.2f} % with "
-        f"{one.layers:.2f} layers a token (from a confidence of {one.threshold:g} on; mean "
+        f"points of all {one.of_layers} layers' {one.accuracy_percent:.2f} % (validation) "
+        f"with {one.layers:.2f} layers a token (from a confidence of {one.threshold:g} on; mean "
         f"over {counted(one.seeds, 'seed')}); the last exit accepts "
         f"{one.accepted_percent:.0f} % of the first one's guesses."
-    )
+        for one in needed(found).itertuples()
+    ]

@@ -6,17 +6,6 @@
 `python -m proglayer.results FOLDER...` prints the table and writes the frames.
 """
 
-from proglayer.results.columns import plain_values
-from proglayer.results.read import Results, load, write_csv
-from proglayer.results.variants import GROUPS, NOT_THE_EXPERIMENT, PLACE_OF_TEXT, keys_and_values
+from proglayer.results.read import Results, load
 
-__all__ = [
-    "GROUPS",
-    "NOT_THE_EXPERIMENT",
-    "PLACE_OF_TEXT",
-    "Results",
-    "keys_and_values",
-    "load",
-    "plain_values",
-    "write_csv",
-]
+__all__ = ["Results", "load"]

@@ -1,4 +1,4 @@
-"""The command `python -m proglayer.results FOLDER...`: print, compare and export records."""
+"""The command `python -m proglayer.results FOLDER...`: print and export records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from proglayer.console import console
 from proglayer.errors import UserError, run_command
 from proglayer.results.read import load
-from proglayer.results.show import difference, print_results
+from proglayer.results.show import print_results
 
 NOT_DONE = 2
 
@@ -23,28 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m proglayer.results",
         description="Print the table of every run in sweeps or single runs, finished or not.",
-        epilog="Exit status: 0; 1 if a run failed, was lost or left a record that cannot be read; "
-        "2 if a folder is not there, holds no run or cannot be written.",
     )
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="a sweep, a run, or a pile")
-    parser.add_argument(
-        "--diff", nargs=2, metavar=("A", "B"), help="compare two runs: settings, code, figures"
-    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep, a run, or a pile")
     parser.add_argument("--csv", metavar="DIR", help="also write the tables as CSV into DIR")
     parser.add_argument("--parquet", metavar="DIR", help="also write them as Parquet into DIR")
     options = parser.parse_args(arguments)
-    if bool(options.diff) == bool(options.folders):
-        parser.error("name a FOLDER, or two runs with --diff")
     return run_command(lambda: _run(options), failed=NOT_DONE)
 
 
 def _run(options: argparse.Namespace) -> int:
-    out = console()
-    if options.diff:
-        out.print(difference(*options.diff).rich())
-        return 0
     results = load(*options.folders)
-    print_results(results, out)
+    print_results(results, console())
     if results.runs.empty and not results.failures:
         raise UserError(f"no run in {', '.join(options.folders)}")
     if options.csv:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import fmean
 from types import NoneType
 from typing import Any, get_args
 
@@ -20,7 +21,6 @@ DTYPES: dict[str, Any] = {
     "float": "float64",
     "bool": pd.BooleanDtype(),
     "time": "datetime64[us, UTC]",
-    "list": object,
 }
 # Every frame -> its columns and their kinds; of those that are fields of its record, the path.
 COLUMNS: dict[str, dict[str, str]] = {}
@@ -44,12 +44,18 @@ WHICH_RUN = ("run", "variant", "model", "seed")
 
 
 def recorded(frame: str, record: Any) -> dict[str, Any]:
-    """Return the columns that are fields of this record; None where it lacks what holds one."""
+    """Return the columns that are fields of this record; None where it lacks what holds one.
+
+    A list is text, `1, 2`, or in a column of numbers their mean.
+    """
     row = {}
     for column, path in _FIELDS[frame].items():
         value = record
         for part in path:
             value = getattr(value, part, None)
+        if isinstance(value, list):
+            whole = COLUMNS[frame][column] == "text"
+            value = ", ".join(map(str, value)) if whole else fmean(value)
         row[column] = value
     return row
 
@@ -68,7 +74,7 @@ def to_frame(frame: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
 def arranged(runs: pd.DataFrame, varied: list[str]) -> pd.DataFrame:
     """Return who and how, what varies, the metrics, where; then what is the same everywhere."""
     columns = [name for name in COLUMNS["runs"] if name != "experiment_key"]
-    metrics, settings = columns.index("accuracy_points"), len(columns) - len(SETTINGS)
+    metrics, settings = columns.index("test_accuracy_change_points"), len(columns) - len(SETTINGS)
     choices = sorted(name for name in runs if name.startswith("choice.") and name not in columns)
     constant = [name for name in runs if name.startswith("config.") and name not in varied]
     front = [*columns[:metrics], *choices, *varied, *columns[metrics:settings]]

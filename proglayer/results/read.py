@@ -36,13 +36,14 @@ from proglayer.results.variants import (
 )
 from proglayer.run.record import ENDS, RecordError, RunRecord, RunState, read_record, state_of
 from proglayer.table import csv_of
-from proglayer.training.stopping import perplexity
 
 # What phases are the sums of their epochs of.
 SUMS = (
     *("train_tokens", "train_flops_head", "train_flops_body"),
     *("train_seconds", "evaluation_seconds"),
 )
+# The texts that a model is evaluated on.
+TEXTS = ("test", "validation")
 # Which of the runs of one experiment and seed stands for the others: a failed one comes last.
 UNFINISHED = (RunState.interrupted, RunState.preempted, RunState.pruned, RunState.lost)
 RANK = {RunState.completed: 3, RunState.running: 2, **dict.fromkeys(UNFINISHED, 1)}
@@ -63,18 +64,20 @@ class Results:
     its machine died), pending (a scheduler holds it), waiting (submitted by its sweep, not begun)
     or not started (the same of a sweep that shows no life either). What shows life again runs
     again. Seconds are what training and evaluation took originally, reused or not; what reuse saved
-    is in `seconds_saved`, what the run itself took in `wall_seconds`. Changes and metrics of the
-    last phase are given for completed runs only, changes for those of several phases. Settings are
+    is in `seconds_saved`, what the run itself took in `wall_seconds`. Changes (the
+    last phase's figure - the first one's) and metrics of the last phase are given for completed
+    runs only, changes for those of several phases. Settings are
     columns `config.<setting>`: those that vary stand in front, the constant ones at the end. What
     is missing is NaN or NA.
 
     `phases` and `exits` hold finished phases; `epochs` also those of a phase under way. Phases,
     epochs and layers count from 1; epoch 0 is the model right after a growth. Every frame has
     `run`, `variant` (the experiment, and what else was set differently between the runs, but for
-    the seed and the model), `model` and `seed`. `epochs` and `exits` have `step` (epochs trained so
-    far, in all phases of the run), `tokens` and `flops` (trained on so far, and spent on that); in
-    `exits` up to the phase's selected epoch. `train_tokens`, `train_flops_head` and
-    `train_flops_body` are those of the row's own phase or epoch.
+    the seed and the model), `model` and `seed`. `epochs` and `exits` have
+    `cumulative_epochs` (trained so far, in all phases of the run), `tokens` and `flops` (trained on
+    so far, and spent on that); in `exits` up to the phase's selected epoch.
+    `train_tokens`, `train_flops_head` and `train_flops_body` are those of the row's own phase or
+    epoch.
 
     `left_out` names the runs whose record is cut short, unreadable or of another version.
     """
@@ -106,6 +109,26 @@ class Results:
             if name != "left_out"
         }
         return replace(self, **frames)
+
+    def long(self) -> pd.DataFrame:
+        """Return the figures of every epoch and exit, a row each: `run`, `variant`, `model`,
+        `seed`, `phase`, `epoch`, `exit` (its layer), `split` (train, validation or test), `metric`,
+        `value`.
+        """
+        best = self.phases[["run", "phase", "best_epoch"]]
+        exits = self.exits.merge(best, on=["run", "phase"])
+        keys = [*WHICH_RUN, "phase", "epoch", "exit"]
+        parts = []
+        for frame in (self.epochs, exits):
+            names = {"layers": "exit", "layer": "exit", "best_epoch": "epoch"}
+            splits = ("train_loss", *(f"{text}_" for text in TEXTS))
+            figures = [name for name in frame if name.startswith(splits)]
+            own = frame.rename(columns=names)[[*keys, *figures]]
+            parts.append(own.melt(keys, var_name="metric").dropna(subset="value"))
+        long: Any = pd.concat(parts).drop_duplicates([*keys, "metric"])
+        split = long["metric"].str.split("_", n=1, expand=True)
+        long[["split", "metric"]] = split.to_numpy()
+        return long[[*keys, "split", "metric", "value"]].reset_index(drop=True)
 
     def to_csv(self, folder: str | Path) -> None:
         """Write each frame as `<name>.csv` into `folder`. Raises StoreError."""
@@ -152,7 +175,7 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
             reason = _text(one_line(str(error))[:120])
             rows["left_out"].append({"folder": _text(name), "kind": "damaged", "reason": reason})
     frames = {name: to_frame(name, each) for name, each in rows.items()}
-    runs = _with_variants(_with_duplicates(frames["runs"]))
+    runs = with_changes(_with_variants(_with_duplicates(frames["runs"])))
     return Results(**_with_sums(frames | {"runs": arranged(runs, _varied(runs))}))
 
 
@@ -246,8 +269,10 @@ def _add(
             own = [row for row in epochs if row["phase"] == number]
             figures |= _sums(own) | _growth(record, number, own)
             phases.append(place | recorded("phases", phase) | figures)
-            for layer, score in phase.exits.items():
-                rows["exits"].append(place | {"layer": layer} | corpus.figures(score))
+            after = phase.growth.exit_losses_after if phase.growth else [None] * len(phase.exits)
+            for (layer, score), loss in zip(phase.exits.items(), after, strict=False):
+                exit = place | {"layer": layer, "validation_loss_after_growth": loss}
+                rows["exits"].append(exit | corpus.figures(score))
     rows["phases"] += phases
     rows["epochs"] += epochs
     rows["runs"].append(recorded("runs", record) | run | _of_phases(record, phases, epochs))
@@ -276,8 +301,8 @@ def _growth(record: RunRecord, number: int, epochs: Rows) -> dict[str, Any]:
     so_far = itertools.accumulate(row["train_tokens"] for row in trained)
     better = (row["validation_loss"] < before for row in trained)
     return {
-        "loss_before": before,
-        "loss_after": growth.exit_losses_after[-1],
+        "validation_loss_before": before,
+        "validation_loss_after": growth.exit_losses_after[-1],
         "tokens_to_recovery": next(itertools.compress(so_far, better), None),
     }
 
@@ -300,14 +325,7 @@ def _of_phases(record: RunRecord, phases: Rows, epochs: Rows) -> dict[str, Any]:
     ends += [("last", phases[-1])] if phases and completed else []
     for which, phase in ends:
         run[f"{which}_layers"] = phase["layers"]
-        for name in ("loss", "perplexity", "accuracy_percent", "bits_per_byte"):
-            run[f"{which}_{name}"] = phase[f"validation_{name}"]
-    if completed and len(record.phases) > 1:
-        before, after = record.phases[0].validation, record.phases[-1].validation
-        base = perplexity(before.loss)
-        run["accuracy_points"] = 100 * (after.accuracy - before.accuracy)
-        run["perplexity_percent"] = (base - perplexity(after.loss)) / base * 100
-        run["loss_nats"] = before.loss - after.loss
+        run |= {f"{which}_{name}": phase[name] for name in phase if name.startswith(TEXTS)}
     return run
 
 
@@ -337,6 +355,19 @@ def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**columns)
 
 
+def with_changes(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs with the change of each figure from their first phase to their last."""
+    several = (runs["phases"] > 1).fillna(False).astype(bool)
+    for change, metric in (
+        ("accuracy_change_points", "accuracy_percent"),
+        ("loss_change_nats", "loss"),
+    ):
+        for text in TEXTS:
+            ends = runs[f"last_{text}_{metric}"] - runs[f"first_{text}_{metric}"]
+            runs[f"{text}_{change}"] = ends.where(several)
+    return runs
+
+
 def _varied(runs: pd.DataFrame) -> list[str]:
     known: Any = runs[runs["config.seed"].notna()]
     settings = [column for column in runs.columns if column.startswith("config.")]
@@ -348,13 +379,17 @@ def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     phases, epochs = frames["phases"], frames["epochs"]
     # Epoch 0 is the model right after a growth: it was only evaluated.
     trained = epochs["epoch"] > 0
-    epochs["step"] = trained.groupby(epochs["run"], sort=False).cumsum().astype("int64")
+    epochs["cumulative_epochs"] = (
+        trained.groupby(epochs["run"], sort=False).cumsum().astype("int64")
+    )
     epochs["tokens"] = sum_so_far(epochs["train_tokens"], epochs["run"])
     flops = epochs["train_flops_head"] + epochs["train_flops_body"]
     epochs["flops"] = sum_so_far(flops, epochs["run"])
     keys = ["run", "phase", "best_epoch"]
     at = epochs.rename(columns={"epoch": "best_epoch"}).drop_duplicates(keys)
-    at = phases[keys].merge(at[[*keys, "step", "tokens", "flops"]], on=keys, how="left")
+    at = phases[keys].merge(
+        at[[*keys, "cumulative_epochs", "tokens", "flops"]], on=keys, how="left"
+    )
     exits = frames["exits"].merge(at.drop(columns="best_epoch"), on=["run", "phase"], how="left")
     which = frames["runs"][list(WHICH_RUN)]
     return frames | {

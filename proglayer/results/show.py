@@ -1,4 +1,4 @@
-"""Results for people: the table of a sweep, and two runs side by side."""
+"""Results for people: the table of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from proglayer.console import console, counted, one_line
-from proglayer.errors import UserError
 from proglayer.results.read import Results, load
 from proglayer.results.variants import what_varied
 from proglayer.run.record import RunState
@@ -23,23 +22,19 @@ if TYPE_CHECKING:
 
 STYLE = {
     RunState.completed: "green",
-    RunState.failed: "bold red",
-    RunState.lost: "bold red",
-    RunState.interrupted: "yellow",
+    **dict.fromkeys((RunState.failed, RunState.lost), "bold red"),
+    **dict.fromkeys((RunState.interrupted, RunState.preempted), "yellow"),
     RunState.running: "cyan",
-    RunState.preempted: "yellow",
-    RunState.pruned: "dim",
-    RunState.pending: "dim",
-    RunState.waiting: "dim",
-    RunState.not_started: "dim",
 }
 # Of sweeps that Hydra named, the token is enough to tell them apart.
 STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
-# What says where a run lies and when it ran, and what follows from its settings.
-OF_THE_FOLDER = ("run", "folder", "sweep", "started", "ended", "last_sign", "overrides", "variant")
 
 
 # --- the table of a sweep -------------------------------------------------------------------------
+
+
+def _style(status: str) -> str:
+    return STYLE.get(RunState(status), "dim")
 
 
 def print_summary(*folders: str | Path) -> bool:
@@ -54,7 +49,7 @@ def print_results(results: Results, out: Console) -> None:
     if len(results.runs):
         out.print(summary_table(results).rich(out.width))
     lines = [
-        Text.assemble((status, STYLE[status]), f" {one_line(run)}: {one_line(reason)}")
+        Text.assemble((status, _style(status)), f" {one_line(run)}: {one_line(reason)}")
         for status, run, reason in results.runs[["status", "run", "reason"]].dropna().to_numpy()
     ]
     for folder, _, reason in results.left_out.itertuples(index=False):
@@ -79,23 +74,24 @@ def summary_table(results: Results) -> Table:
 
     tokenizers = {tokenizer_of(row) for row in rows if text_of(row["corpus"])}
     # Losses and perplexities of different tokenizers do not compare.
-    bits = [figure("bits_per_byte", "bits/byte", 2, ".3f")] if len(tokenizers) > 1 else []
+    bits = (
+        [figure("validation_bits_per_byte", "bits/byte", 2, ".3f")] if len(tokenizers) > 1 else []
+    )
     columns = (
         Column("run", "job", lambda run: STAMP.sub("", run), kind="prose"),
         *(Column(f"varied {title}", title, kind="prose", minor=1) for title in varied),
-        Column("status", "status", style=lambda row: STYLE[row["status"]]),
+        Column("status", "status", style=lambda row: _style(row["status"])),
         figure("layers", "layers", 6, "d"),
         Column(
-            "last_perplexity",
+            "last_validation_perplexity",
             "perplexity",
-            of_row=lambda row: row["progress"] or pair(row, "perplexity", ",.2f"),
+            of_row=lambda row: row["progress"] or pair(row, "validation_perplexity", ",.2f"),
             kind="figure",
             minor=3,
         ),
-        figure("accuracy_percent", "accuracy %", 4, ".2f"),
+        figure("validation_accuracy_percent", "accuracy %", 4, ".2f"),
         *bits,
-        Column("accuracy_points", "change, points", "+.2f", minor=7),
-        Column("perplexity_percent", "perplexity fell by, %", ".2f", minor=8),
+        Column("validation_accuracy_change_points", "change, points", "+.2f", minor=7),
         Column("epochs", "epochs", "d", minor=9),
         Column("epochs_reused", "reused", lambda n: f"{n:d}" if n else "", kind="figure", minor=11),
         Column("seconds", "time", duration, kind="figure", minor=5),
@@ -108,7 +104,7 @@ def summary_table(results: Results) -> Table:
         for column in columns
         if column.shown_as != "figure" or any(column.cell(row).text for row in rows)
     ]
-    return Table(rows, shown)
+    return Table(rows, shown, note="figures are of the validation text")
 
 
 def _progress(results: Results) -> dict[str, str]:
@@ -128,31 +124,10 @@ def _progress(results: Results) -> dict[str, str]:
 def _totals(results: Results) -> str:
     """Return how many runs there are of each status, in a line."""
     counts = Counter(results.runs["status"].tolist())
-    parts = [f"{counts[status]} {status}" for status in STYLE if status in counts]
+    parts = [f"{counts[status]} {status}" for status in RunState if status in counts]
     repeats = results.runs["duplicate_of"].notna().tolist().count(True)
     parts += [f"{repeats} repeat another's settings and seed"] if repeats else []
     return counted(len(results.runs), "run") + (f": {', '.join(parts)}" if parts else "")
-
-
-# --- two runs side by side ------------------------------------------------------------------------
-
-
-def difference(a: str | Path, b: str | Path) -> Table:
-    """Compare two runs, by their folders: the columns of `runs` in which they differ.
-
-    Raises:
-        FileNotFoundError: for a folder that is not there.
-        UserError: for one that does not hold one run.
-    """
-    both = [load(folder).runs for folder in (a, b)]
-    for folder, runs in zip((a, b), both, strict=True):
-        if len(runs) != 1:
-            raise UserError(f"{folder} holds {counted(len(runs), 'run')}: name a folder of one")
-    one, other = (runs.astype(object).iloc[0].map(text_of) for runs in both)
-    names = [name for name in one.index.union(other.index, sort=False) if name not in OF_THE_FOLDER]
-    rows = [{"name": name, "a": one.get(name, ""), "b": other.get(name, "")} for name in names]
-    columns = [Column(name, name, kind="prose") for name in ("name", "a", "b")]
-    return Table([row for row in rows if row["a"] != row["b"]], columns)
 
 
 # --- numbers and lists as text --------------------------------------------------------------------

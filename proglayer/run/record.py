@@ -213,7 +213,9 @@ class EpochRow(Part):
     (`reused`).
 
     Epoch 0 is the model right after a growth, before its first step: it is never the best, unless
-    the phase has no other epoch. `best` says whether it is the best epoch of its phase so far.
+    the phase has no other epoch. `best` says whether it is the best epoch of its phase so far. An
+    epoch of a lower loss than all before it has been evaluated on the test text, too: a budget may
+    end there.
     """
 
     phase: int
@@ -228,10 +230,14 @@ class EpochRow(Part):
     evaluation_seconds: float
     best: bool
     reused: bool
+    test: Score | None = None
 
     def columns(self, corpus: CorpusRecord) -> dict[str, Any]:
         """Return the row as `metrics.csv` and the frames have it."""
-        return self.model_dump(exclude={"validation"}) | corpus.figures(self.validation)
+        on_test = corpus.figures(self.test or self.validation, "test")
+        test = on_test if self.test else dict.fromkeys(on_test)
+        figures = corpus.figures(self.validation) | test
+        return self.model_dump(exclude={"validation", "test"}) | figures
 
 
 class RunRecord(Part):
@@ -302,7 +308,9 @@ def corpus_record(corpus: Corpus) -> CorpusRecord:
     )
 
 
-def epoch_row(trajectory: Trajectory, metrics: EpochMetrics, best: bool) -> EpochRow:
+def epoch_row(
+    trajectory: Trajectory, metrics: EpochMetrics, best: bool, test: ExitMetrics | None
+) -> EpochRow:
     """Return what the record says of an epoch."""
     phase, windows = trajectory.phase, trajectory.corpus.train
     figures = asdict(metrics)
@@ -317,6 +325,7 @@ def epoch_row(trajectory: Trajectory, metrics: EpochMetrics, best: bool) -> Epoc
         train_flops_body=flops.body if metrics.epoch else 0,
         best=best,
         reused=metrics.epoch not in (0, *trajectory.trained),
+        test=test and _score(test),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -146,8 +147,15 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
         keep_optimizer=any(after.train.optimizer.carry is not Carry.none for after in following),
     )
 
+    lowest = math.inf
+
     def on_epoch(metrics: EpochMetrics, best: EpochMetrics | None = None) -> None:
-        current.add(records.epoch_row(trajectory, metrics, best is metrics))
+        nonlocal lowest
+        test = None
+        if best is not None and metrics.validation_loss < lowest:
+            # A comparison within a budget counts this epoch if the budget ends before a better one.
+            lowest, test = metrics.validation_loss, trajectory.test(metrics.epoch)
+        current.add(records.epoch_row(trajectory, metrics, best is metrics, test))
 
     with trajectory:
         trajectory.entry.mark_used(folder)

@@ -236,18 +236,3 @@ def test_what_cannot_be_measured_is_told(
     (one / "run.json").write_text(json.dumps(record))
     (one / "weights.safetensors").unlink()
     assert "there is no" in refused(one)
-
-
-def test_figures_of_layers_that_a_model_does_not_have_are_not_read(
-    runs: Path, done: Path, tmp_path: Path
-) -> None:
-    path = shutil.copytree(runs / "standard1", tmp_path / "run") / "exits.json"
-    sound = json.loads(path.read_text())
-    sha = sound["weights_sha256"]
-    assert early_exit.kept(path.parent, sha) is not None
-    deeper = [each | {"layer": 2 * each["layer"]} for each in sound["exits"]]
-    skipped = [each | {"layers": 2 * each["layers"]} for each in sound["early_exit"]]
-    unknown = [each | {"loss": "NaN"} for each in sound["exits"]]
-    for damage in ({"exits": deeper}, {"early_exit": skipped}, {"exits": unknown}):
-        path.write_text(json.dumps(sound | damage))
-        assert early_exit.kept(path.parent, sha) is None

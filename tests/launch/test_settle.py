@@ -116,6 +116,7 @@ def test_another_study_in_the_same_folder_is_refused_and_named(train: Command, t
     done = train(*settle)
     assert done.status == 0, done.err
     assert "hydra.sweeper.most=3 is reached" in done.out.splitlines()[-1]
+    assert "were trained in" not in done.out
     before = contents(tmp_path / "s")
     for given, differs in (
         ("hydra.sweeper.first=3", "first=2, not 3"),
@@ -135,6 +136,7 @@ def test_another_study_in_the_same_folder_is_refused_and_named(train: Command, t
     wide = ("hydra.sweeper.margin=90", "hydra.sweeper.first_seed=2", "hydra.sweep.dir=wide")
     settled = train("-m", *SETTLE, *wide)
     assert settled.status == 0, settled.err
+    assert f"seeds 2 were trained in {tmp_path / 's'}, too" in settled.out
     lines = settled.out.splitlines()
     assert lines[-1] == "every claim that can be tested is settled"
     assert any(line.startswith("settled at 2 seeds: ") for line in lines)

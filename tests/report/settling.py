@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats as sps
 
 from proglayer.report import stats
-from proglayer.report.arms import Margins
+from proglayer.report.arms import MARGIN
 from proglayer.report.sequential import Design
 
 from .simulated import DISTRIBUTIONS, print_cells
@@ -25,7 +25,6 @@ ARMS = 6
 PAIRS = ((1, 0), (0, 2), (1, 3), (0, 4), (1, 5), (0, 4), (1, 5))
 # What sets the epochs of the two budgets apart, as a share of what sets runs apart.
 EPOCHS_APART = 0.3
-MARGIN = Margins().points
 METHODS = ("looks that pay", "plain looks", "fixed")
 SAME, BETTER = str(stats.Verdict.same), str(stats.Verdict.better)
 WORSE, UNCLEAR = str(stats.Verdict.worse), str(stats.Verdict.unclear)

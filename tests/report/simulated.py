@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 
 from proglayer.report import comparisons, measures, stats
-from proglayer.report.arms import DEEP, STANDARD, Margins
+from proglayer.report.arms import DEEP, MARGIN, STANDARD
 from proglayer.report.arms import arms as arms_of
 from proglayer.report.comparisons import Comparison
 from proglayer.results import Results, load
+from proglayer.results.read import with_changes
 
 from .. import synthetic
 
@@ -176,25 +177,24 @@ def studies_of(template: Results, numbers: Numbers) -> Results:
     _set(epochs, "validation_", accuracy.ravel())
 
     ends = np.stack([values.max(axis=1) for values in numbers.choices], axis=1).ravel()
-    _set(runs, "last_", ends)
+    _set(runs, "last_validation_", ends)
     at_end = phases["phase"].eq(np.tile(template.phases["run"].map(last).to_numpy(), studies))
     phases.loc[at_end, "best_epoch"] = np.stack(best, axis=1).ravel() + 1
     _set(phases, "validation_", ends, at_end)
     if numbers.test is not None:
-        _set(phases, "test_", numbers.test.ravel(), at_end)
+        _set(runs, "last_test_", numbers.test.ravel())
+    runs = with_changes(runs)
     return Results(runs, phases, epochs, template.exits.head(0), template.left_out)
 
 
 def _set(frame: Any, prefix: str, accuracy: np.ndarray, rows: Any = slice(None)) -> None:
-    """Put accuracies, and losses and perplexities that go with them, into a frame."""
+    """Put accuracies, and the losses that go with them, into a frame."""
     frame.loc[rows, f"{prefix}accuracy_percent"] = accuracy
     frame.loc[rows, f"{prefix}loss"] = loss_of(accuracy)
-    frame.loc[rows, f"{prefix}perplexity"] = np.exp(loss_of(accuracy))
 
 
 def judged(results: Results) -> Iterator[list[Comparison]]:
     """The claims of the studies in these frames, each judged as by a report of its own."""
-    margins = Margins()
     arms = arms_of(results)
     # Of two hundred settings one is read; plain strings are faster to read.
     aside = [c for c in arms.runs if c.startswith("config.") and c != "config.model.dim"]
@@ -204,7 +204,7 @@ def judged(results: Results) -> Iterator[list[Comparison]]:
     texts = arms.runs.set_index("run")["condition"]
     runs_of = arms.runs.groupby("condition")
     for (_, runs), (_, own) in zip(runs_of, curves.groupby(curves["run"].map(texts)), strict=True):
-        yield comparisons.judge(comparisons.claimed(runs, own, margins))
+        yield comparisons.judge(comparisons.claimed(runs, own, MARGIN))
 
 
 def simulate(
@@ -257,7 +257,7 @@ def simulate(
         "plain 95 %, controls": alone[:, 1:].mean(),
         "all together": holds(lambda own: own.judged.interval).all(axis=1).mean(),
         "false difference": wrong.any(axis=1).mean(),
-        "false same": (same & (truths >= Margins().points)).any(axis=1).mean(),
+        "false same": (same & (truths >= MARGIN)).any(axis=1).mean(),
         "mean error": (of(lambda own: own.accuracy.mean) - truths)[:, 1:].mean(),
     }
 

@@ -55,12 +55,14 @@ def test_what_a_growth_did_is_read_from_the_record(sweep: Path) -> None:
     assert set(found["phase"]) == {2}
     assert set(found["layers"]) == {6}
     stacked = found[found["variant"].str.contains("stack")].sort_values("seed")
-    assert stacked["shock_nats"].tolist() == pytest.approx(SHOCKS["stack"])
+    assert stacked["validation_loss_rise_nats"].tolist() == pytest.approx(SHOCKS["stack"])
     # Accuracy falls by 5 points a nat there.
-    assert stacked["accuracy_points"].tolist() == pytest.approx([-2.0, -2.5, -3.0])
+    assert stacked["validation_accuracy_change_points"].tolist() == pytest.approx(
+        [-2.0, -2.5, -3.0]
+    )
     tokens = 2 * synthetic.WINDOWS[0] * 32
     assert stacked["tokens_to_recovery"].tolist() == [tokens, tokens, math.inf]
-    assert stacked["share_new"].tolist() == pytest.approx([0.3] * 3)
+    assert stacked["gradient_share_new"].tolist() == pytest.approx([0.3] * 3)
 
 
 # --- when to grow ---------------------------------------------------------------------------------
@@ -70,13 +72,17 @@ MOMENTS = {1: 11, 2: 10, 4: 9, 6: 7, 8: 6, 10: 4}
 VALLEY = {1: 0.3, 2: 0.1, 4: 0.0, 6: 0.02, 8: 0.12, 10: 0.3}
 
 
-def timing_run(folder: Path, moment: int, seed: int, noise: float, *own: str) -> Path:
-    """A run whose loss, after its growth, ends at 6.5 and what VALLEY adds."""
-    initial = [7.2 - 0.02 * epoch for epoch in range(moment)]
-    end = 6.5 + VALLEY[moment] + noise
-    count = MOMENTS[moment]
-    grown = [end + 0.3 * 0.5**epoch for epoch in range(count)]
-    lengths = (f"phase.initial.max_epochs={moment}", f"phase.grown.max_epochs={count}")
+def timing_run(
+    folder: Path, moment: int, seed: int, noise: float, *own: str, trained: int = 0
+) -> Path:
+    """A run whose loss, after its growth, ends at 6.5 and what VALLEY adds; it may have stopped
+    as one of an earlier moment did.
+    """
+    trained = trained or moment
+    initial = [7.2 - 0.02 * epoch for epoch in range(trained)]
+    end = 6.5 + VALLEY[trained] + noise
+    grown = [end + 0.3 * 0.5**epoch for epoch in range(MOMENTS[trained])]
+    lengths = (f"phase.initial.max_epochs={moment}", f"phase.grown.max_epochs={MOMENTS[moment]}")
     return synthetic.run(
         folder / f"{moment}_{seed}", "recipe/growth_timing", STANDARD, seed, *lengths, *own,
         losses=[initial, grown], shock=0.2,
@@ -115,7 +121,7 @@ def test_a_loss_counts_within_the_operations_that_all_runs_spent(timed: Path) ->
         curve = curves[(curves["run"] == run.run) & (curves["phase"] == 2) & (curves["epoch"] > 0)]
         inside = curve[curve["flops"] <= found.budget]
         own = found.losses.loc[run.seed, int(run.run.split("_")[0])]
-        assert curve["loss"].min() <= own <= inside["loss"].min()
+        assert curve["validation_loss"].min() <= own <= inside["validation_loss"].min()
 
 
 # --- what was spent, and when a loss was reached -------------------------------------------------
@@ -149,9 +155,11 @@ def one_arm(
     variant: str, *points: tuple[float, float], layers: Any = 4
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A run of one arm, and its curve of (compute, loss)."""
-    last = {"last_layers": 4, "last_loss": min(loss for _, loss in points)}
+    last = {"last_layers": 4, "last_validation_loss": min(loss for _, loss in points)}
     run = pd.DataFrame([{"run": variant, "variant": variant, "model": STANDARD, "seed": 1} | last])
-    curve = pd.DataFrame(points, columns=["compute", "loss"]).assign(layers=layers, epoch=1)
+    curve = pd.DataFrame(points, columns=["compute", "validation_loss"]).assign(
+        layers=layers, epoch=1
+    )
     spent = dict.fromkeys(measures.COLUMNS, curve["compute"])
     return run, curve.assign(run=variant, **spent)
 
@@ -159,8 +167,8 @@ def one_arm(
 def gain(scratch: tuple[Any, ...], grown: tuple[Any, ...]) -> float | None:
     arms = [one_arm("scratch", *scratch), one_arm("grown", *grown)]
     runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
-    found = measures.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure").loc["flops"]
-    return found["mean"] if found["reached"] else None
+    found = measures.speed_up(runs, curves, {"grown": "scratch"}).iloc[0]
+    return found["flops_mean"] if found["reached"] else None
 
 
 def test_the_speed_up_is_that_of_the_stacking_literature() -> None:
@@ -187,21 +195,22 @@ def test_a_speed_up_is_the_geometric_mean_and_none_where_a_seed_does_not_get_the
     runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
     runs["seed"] = runs["variant"].str[-1].astype(int)
     runs["variant"] = runs["variant"].str[:-1]
-    runs["last_loss"] = runs["last_loss"].where(runs["variant"] == "grown", 2.0)
-    curves.loc[curves["run"] == "grown0", "loss"] = [2.0, 1.9]
+    runs["last_validation_loss"] = runs["last_validation_loss"].where(
+        runs["variant"] == "grown", 2.0
+    )
+    curves.loc[curves["run"] == "grown0", "validation_loss"] = [2.0, 1.9]
 
     def found(seeds: int) -> Any:
         own = runs[runs["seed"] < seeds]
-        gains = measures.speed_up(own, curves, {"grown": "scratch"}).set_index("measure")
-        return gains.loc["flops"]
+        return measures.speed_up(own, curves, {"grown": "scratch"}).iloc[0]
 
     two = found(2)
     assert (two["seeds"], two["reached"]) == (2, 2)
-    assert two["mean"] == pytest.approx(math.sqrt((2 / 1) * (2 / 4)) - 1)
-    assert two["low"] < two["mean"] < two["high"]
+    assert two["flops_mean"] == pytest.approx(math.sqrt((2 / 1) * (2 / 4)) - 1)
+    assert two["flops_low"] < two["flops_mean"] < two["flops_high"]
     three = found(3)
     assert (three["seeds"], three["reached"]) == (3, 2)
-    assert math.isnan(three["mean"])
+    assert math.isnan(three["flops_mean"])
 
 
 def test_only_epochs_of_training_at_the_final_depth_reach_a_target() -> None:
@@ -210,5 +219,5 @@ def test_only_epochs_of_training_at_the_final_depth_reach_a_target() -> None:
     # the model right after the growth has reached nothing either
     grown = run, curve.assign(epoch=[1, 2, 0, 1])
     runs, curves = (pd.concat(both) for both in zip(scratch, grown, strict=True))
-    found = measures.speed_up(runs, curves, {"grown": "scratch"}).set_index("measure")
-    assert found.loc["flops", "mean"] == pytest.approx(4 / 5 - 1)
+    found = measures.speed_up(runs, curves, {"grown": "scratch"}).iloc[0]
+    assert found["flops_mean"] == pytest.approx(4 / 5 - 1)

@@ -1,8 +1,8 @@
 """What the committed studies of docs/findings say does not move.
 
-`verdicts.json` holds their figures as the code gave them before it was rebuilt. One thing has
-changed: epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of
-training where a loss is reached.
+`verdicts.json` holds their figures as the code gave them before it was rebuilt. What has changed
+since: epoch 0 of a grown phase, the model before its first step, no longer counts as an epoch of
+training where a loss is reached; and differences in loss are a - b, so that a minus is better.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ def read(part: str) -> Results:
             name: pd.read_parquet(BytesIO(own.read(f"{name}.parquet")))
             for name in ("runs", "phases", "epochs", "exits", "left_out")
         }
-    for frame in frames.values():
-        for column in frame.select_dtypes("object"):  # Parquet gives lists back as arrays
-            frame[column] = [v.tolist() if isinstance(v, np.ndarray) else v for v in frame[column]]
     return Results(**frames)
 
 
@@ -53,7 +50,7 @@ def rows(frame: pd.DataFrame, *names: str) -> list[list[Any]]:
 def figures(own: Comparison) -> dict[str, Any]:
     pairs, judged = own.accuracy, own.judged
     found = {
-        **{name: getattr(own, name) for name in ("condition", "a", "b", "model", "on_validation")},
+        **{name: getattr(own, name) for name in ("condition", "a", "b", "model")},
         "claim": own.claim and own.claim.name,
         "kind": "none" if own.not_made and not own.b else own.kind.name,
         "budgets": [budget.name for budget in own.budgets],
@@ -66,14 +63,18 @@ def figures(own: Comparison) -> dict[str, Any]:
         "levels": [judged.levels.family, judged.levels.each] if pairs.n > 1 else None,
         "look": own.look,
     }
-    for metric, each in own.pairs.items():
-        found[metric.name] = [each.mean, each.sd, each.margin]
+    if own.pairs:
+        found["accuracy"] = [pairs.mean, pairs.sd, pairs.margin]
+        found["loss"] = [own.loss.mean, own.loss.sd]
+        found["text"] = own.text
     return found
 
 
 def figures_of(condition: study.Condition) -> dict[str, Any]:
     runs, curves = condition.runs, condition.curves
-    ends = [*("end_accuracy", "end_loss", "end_bits_per_byte"), *(m.change for m in arms.Metric)]
+    text = runs["judged_on"].iloc[0]
+    ends = [f"last_{text}_{name}" for name in ("accuracy_percent", "loss", "bits_per_byte")]
+    ends += [metric.change(text) for metric in arms.Metric]
     grouped = runs.groupby(["variant", "model"], sort=False)
     growths = condition.tables["growth"].drop(columns=["seed", "run", "layers"])
     growths = growths.groupby(["variant", "model", "phase"], sort=False).mean().reset_index()
@@ -84,7 +85,7 @@ def figures_of(condition: study.Condition) -> dict[str, Any]:
             grouped[ends].mean().assign(n=grouped.size()).reset_index(), "variant", "model"
         ),
         "ledger": rows(condition.tables["ledger"], "variant", "model"),
-        "speed_up": rows(condition.tables["speed_up"], "variant", "model", "measure"),
+        "speed_up": rows(condition.tables["speed_up"], "variant", "model"),
         "growths": rows(growths, "variant", "model"),
         "timings": [
             [t.best, t.budget, t.longest, t.losses.mean().tolist(), list(t.shares.values())]
@@ -95,8 +96,7 @@ def figures_of(condition: study.Condition) -> dict[str, Any]:
 
 def all_figures(part: str) -> dict[str, Any]:
     results, looks = read(part), sequential.read_looks(FINDINGS / part)
-    margins = arms.Margins(points=looks.margin) if looks else arms.Margins()
-    judged = study.judge_study(results, margins, looks)
+    judged = study.judge_study(results, looks.margin if looks else arms.MARGIN, looks)
     return {
         "conditions": [figures_of(own) for own in judged.conditions],
         "claims": [figures(own) for own in judged.claims],

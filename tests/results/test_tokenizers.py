@@ -94,7 +94,7 @@ def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Pat
         assert frame["validation_bits_per_byte"].tolist() == pytest.approx(
             (losses * per_nat).tolist()
         )
-    assert frames.runs["last_bits_per_byte"].tolist() == [record["objective"]]
+    assert frames.runs["last_validation_bits_per_byte"].tolist() == [record["objective"]]
     on_test = last["test"]["loss"] * 4 * tokens / corpus["test_bytes"] / math.log(2)
     assert frames.phases["test_bits_per_byte"].iloc[-1] == pytest.approx(on_test)
 
