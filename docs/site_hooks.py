@@ -162,13 +162,19 @@ def opening(path: Path) -> tuple[str, str, list[str]]:
         elif after[-1]:
             after.append([])
     rest = [paragraph for lines in after if lines for paragraph in _paragraphs(lines)]
-    return " ".join(filter(None, before)), " \\\n    ".join(command), rest
+    return " ".join(filter(None, before)), _commands(command), rest
+
+
+def _commands(lines: list[str]) -> str:
+    """Commands as they are copied: each begins a line, and what follows of it is set in."""
+    said = " \\\n    ".join(lines)
+    return said.replace(" \\\n    python ", "\npython ")
 
 
 def _paragraphs(lines: list[str]) -> list[str]:
     """Lines of a comment as paragraphs, one for each label; a command where all are set in."""
     if all(line.startswith("   ") for line in lines):
-        return ["```\n" + " \\\n    ".join(line.strip() for line in lines) + "\n```"]
+        return ["```\n" + _commands([line.strip() for line in lines]) + "\n```"]
     text = " ".join(
         f"`{line.strip()}`" if line.startswith("   ") else line.strip() for line in lines
     )
@@ -214,6 +220,8 @@ def settings() -> str:
 
 
 _MISSING = object()
+# Of the files of sweepers and launchers: what Hydra and `launch` read, and lists of settings.
+NO_SETTINGS = (".defaults", "._target_", "._recursive_", ".design", ".engine", ".blocks")
 
 
 def _engine(part: str, path: Path) -> str:
@@ -225,7 +233,7 @@ def _engine(part: str, path: Path) -> str:
     rows = [
         f"| `{name}` | `{_yaml(value)}` | {comments.get(name, '')} |"
         for name, value in _flat(content, f"hydra.{part}").items()
-        if not isinstance(value, dict) and not name.endswith((".defaults", "._target_", ".blocks"))
+        if not isinstance(value, dict) and not name.endswith(NO_SETTINGS)
     ]
     lines = [
         f"### hydra/{part}={path.stem}",
@@ -250,8 +258,9 @@ def _groups() -> str:
             for line in file.read_text(encoding="utf-8").splitlines():
                 if not line.startswith("# ") or line.startswith("#   "):
                     break
-                comment.append(line.removeprefix("# "))
-            text = re.split(r"(?<=\.) ", " ".join(comment).replace("|", "\\|"))[0]
+                if not line.startswith("# @package"):
+                    comment.append(line.removeprefix("# "))
+            text = re.split(r"(?<=\.) (?=[A-Z])", " ".join(comment).replace("|", "\\|"))[0]
             lines.append(f"| `{folder.name}` | `{file.stem}` | {text} |")
     return "\n\n".join(rows) + "\n" + "\n".join(lines)
 
@@ -337,10 +346,13 @@ def _values_and_comments() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _comments(text: str, prefix: str) -> dict[str, str]:
-    """The comment beside each setting of a file of settings."""
+    """The comment beside each setting of a file of settings, with its further lines."""
     comments: dict[str, str] = {}
     path = [(-1, prefix)] if prefix else []
     for line in text.splitlines():
+        if path and (more := re.match(r" {20,}# ?(\S.*)", line)):
+            name = ".".join(part for _, part in path)
+            comments[name] = f"{comments.get(name, '')} {more[1]}".strip()
         found = re.match(r"( *)([a-z_0-9]+):(?: ([^#]*))?(?:# (.*))?$", line)
         if not found or line.startswith("defaults"):
             continue

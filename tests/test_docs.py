@@ -36,6 +36,7 @@ def test_each_recipe_is_shown_with_its_question_and_command(hooks: ModuleType) -
         section = page.split(f"\n### {name}\n")[1].split("\n### ")[0].split("\n## ")[0]
         question, command, rest = hooks.opening(path)
         assert question in section
+        assert "\\\n    python" not in section, "two commands, and no command of both"
         assert command.startswith("python train.py ")
         assert name in command, "its own command"
         assert f"```\n{command}\n```" in section
@@ -59,6 +60,9 @@ def test_each_setting_is_shown_with_its_value_and_bounds(hooks: ModuleType) -> N
     assert rows["model.dim"].startswith("a whole number from 1 to 65,536, or null | `64` |")
     assert rows["phase.patience"].endswith("before a phase stops")
     assert rows["device"].startswith("auto, cpu, cuda, mps | `auto` |")
+    assert rows["loss.normalize"].endswith("so that a round's mean is the full loss")
+    assert rows["growth"].endswith("are zero (Wu et al. 2024).")
+    assert "@package" not in page
 
 
 def test_each_sweeper_and_launcher_is_shown_with_its_settings(hooks: ModuleType) -> None:
