@@ -23,7 +23,7 @@ run: $(RUN) ## the original experiment for both models on the embedded corpus (A
 	$(BIN)/python train.py -m experiment=original model=standard,deep_supervision $(ARGS)
 
 test: $(ALL) ## all tests, files in parallel (ARGS="-k growth"; ARGS="-n 0 --pdb")
-	$(BIN)/python -m pytest -m "cluster or not cluster" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "cluster or not cluster" -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(ALL) ## how near a training step is to what this machine can do (ARGS="--short")
 	$(BIN)/python benchmarks/step.py $(ARGS)

@@ -75,6 +75,11 @@ def train(
     return command
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    # One more than there are cores, as what a scheduler is tested with mostly waits.
+    return min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2, 3) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What waits for a scheduler begins first: others have the cores meanwhile.
     items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
