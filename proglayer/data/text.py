@@ -255,7 +255,9 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
                 if file.tell() == len(block) and piece.lstrip().lower().startswith(MARKUP):
                     raise UnicodeError("it is HTML, RTF or PDF")
             except UnicodeError as error:
-                raise ConfigError(f"{path} is no text in UTF-8 ({first_line(error)})") from error
+                raise ConfigError(
+                    f"{path} is no plain text in UTF-8 ({first_line(error)})"
+                ) from error
             last = piece[-1:] or last
             yield piece
     if not last.isspace():

@@ -14,6 +14,9 @@ from omegaconf import DictConfig
 from proglayer.errors import ConfigError, UserError, run_command
 from proglayer.launch.ask import check_arguments, in_one_line, register
 
+# What `hydra.sweeper.design` says: modules beside this one.
+DESIGNS = "single", "product", "settle", "search"
+
 
 class Composed(BaseException):
     """Raised through Hydra once it has composed a command: it is done, and jobs are ours."""
@@ -51,6 +54,8 @@ def start(master: DictConfig, loader: ConfigLoader, arguments: Sequence[str]) ->
     from proglayer.launch.job import log_to_console
 
     log_to_console()
-    # A module beside this one: single, product, settle or search.
-    module: Any = importlib.import_module(f"proglayer.launch.{master.hydra.sweeper.design}")
+    design = master.hydra.sweeper.get("design")
+    if design not in DESIGNS:
+        raise ConfigError(f"hydra.sweeper.design={design}: it is one of {', '.join(DESIGNS)}")
+    module: Any = importlib.import_module(f"proglayer.launch.{design}")
     return module.run(Command(master, loader, arguments))

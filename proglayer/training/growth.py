@@ -243,7 +243,7 @@ def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
     Of the layers that come from the same old one, the lowest is that one and the others are new;
     with `position=bottom` the highest is.
 
-    Raises ConfigError for a list of other layers, or of none.
+    Raises ConfigError for a list of other layers, of none, or of the model as it is.
     """
     if growth is None:
         return tuple(Source(layer, False) for layer in range(layers))
@@ -252,6 +252,8 @@ def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
         sources = OPERATORS[growth.init].sources(layers, growth)
     known = bool(sources) and all(old is None or old < layers for old in sources)
     _check(known, f"growth.layers={list(sources)} names others than {layers}")
+    if sources == tuple(range(layers)):
+        raise ConfigError(f"growth.layers={list(sources)} is the model as it is: give a change")
     at_bottom = growth.position is GrowthPosition.bottom
     return tuple(
         Source(old, old is None or old in (sources[i + 1 :] if at_bottom else sources[:i]))

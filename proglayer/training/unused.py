@@ -48,13 +48,17 @@ def unused_settings(config: Config, phases: Sequence[Phase]) -> str | None:
 def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Yield whether settings are read in this run, and their values where nothing is asked for."""
     loss, data = config.loss, config.data
-    grows = any(phase.train.growth is not None for phase in phases)
+    growths = [phase.train.growth for phase in phases if phase.train.growth is not None]
+    grows, reads = bool(growths), {name for each in growths for name in OPERATORS[each.init].reads}
     later = len(phases) > 1
     yield grows, {"growth.init": GrowthInit.random}
     unasked = {"position": GrowthPosition.top, "noise": 0.0, "block": 1, "gate_steps": 40}
     for name, value in unasked.items():
-        yield grows and name in OPERATORS[config.growth.init].reads, {f"growth.{name}": value}
-    yield config.phase.schedule is not PhaseSchedule.keep_training, {"added_layers": 1}
+        yield name in reads, {f"growth.{name}": value}
+    sizes = [own.get("added_layers", own.get("growth", {}).get("layers")) for own in config.growths]
+    sized = config.growth.layers is not None or (None not in sizes and len(sizes) > 0)
+    keeps = config.phase.schedule is PhaseSchedule.keep_training
+    yield not sized and not keeps, {"added_layers": 1}
     steps = (FreezeStep(existing=0, embedding=False, head=True),)
     yield later, {"freeze.steps": steps, "optimizer.carry": Carry.none}
     yield later, {f"phase.grown.{name}": None for name in BudgetOverrides.model_fields}

@@ -67,7 +67,7 @@ def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
 def test_what_is_no_text_in_utf8_is_refused_in_one_line(tmp_path, monkeypatch, content):
     monkeypatch.setattr(text_module, "BLOCK_BYTES", 64)
     (tmp_path / "a.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError, match=r"a.txt is no text in UTF-8") as error:
+    with pytest.raises(ConfigError, match=r"a.txt is no plain text in UTF-8") as error:
         open_corpus(text(tmp_path / "a.txt", cache_dir=str(tmp_path / "cache")))
     one_line(error)
 

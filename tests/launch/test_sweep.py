@@ -122,6 +122,7 @@ def test_a_path_is_quoted_for_hydra_whatever_its_name(train: Command, tmp_path: 
         (["-m", "seed=1,2", "hydra.launcher.engine=none"], "no engine none"),
         (["-m", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "n_jobs=0"),
         (["-m", "seed=1,2", "hydra/launcher=joblib", "+hydra.launcher.prefer=x"], "prefer"),
+        (["-m", "seed=1,2", "hydra.sweeper.design=none"], "it is one of single, product"),
         (["-m", "seed=1,2", "+hydra.sweeper.nope=1"], "hydra.sweeper.nope"),
         (["-m", "seed=1,2", "hydra.sweeper.pairs=5"], "hydra.sweeper.pairs=5"),
         (["-m", "seed=range(0,1000000000)"], "more than 10,000"),

@@ -115,6 +115,7 @@ def test_lists_are_those_of_the_papers(layers: int) -> None:
         ("growth=stack", "growth.layers=[0]"),
         ("growth.layers=[0,0]", "phase=one_at_a_time"),
         ("growth.layers=[0,1]", "freeze=new_layers"),
+        ("growth.layers=[0,1,2]",),
     ],
 )
 def test_a_list_that_cannot_be_is_refused(overrides: tuple[str, ...]) -> None:

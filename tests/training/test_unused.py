@@ -34,6 +34,10 @@ UNTRAINED = "(no phase after the first trains it)"
         (("loss.curriculum=rotate", "loss.rotate_every=2", "model=deep_supervision"), None),
         (("freeze=none", "phase=from_scratch"), "freeze.steps="),
         (("added_layers=3", "phase=keep_training"), "added_layers=3"),
+        (("added_layers=3", "growth.layers=[0,1,2,2]"), "added_layers=3"),
+        (("added_layers=3", "growths=[{growth:{layers:[0,1,2,2]}}]"), "added_layers=3"),
+        (("growth.gate_steps=7", "growths=[{growth:{init:gate}}]"), None),
+        (("added_layers=3", "growths=[{added_layers:2},{}]"), None),
         (
             ("+data.files=[a]", "+data.text_column=body", "+model.untie=true"),
             "data.files=('a',), data.text_column=body, model.un",
