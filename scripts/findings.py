@@ -238,7 +238,11 @@ class Claims:
         (condition,) = self.study.conditions
         self.runs, self.curves = condition.runs, condition.curves
         self.first = self.runs.iloc[0]
+        self.others = len(self.study.others)
+        assert not any(own.settled for own in self.study.others), "the page says so"
         self.seconds = float(results.phases.drop_duplicates("stage")["train_seconds"].sum())
+        self.others = len(self.study.others)
+        assert not any(own.settled for own in self.study.others), "the page says so"
 
     def answers(self) -> list[tuple[str, str]]:
         """Each claim with its sentence."""
@@ -330,6 +334,19 @@ class Settled:
         self.runs = study.arms.runs
         self.first = self.runs.iloc[0]
         self.hours = float(results.phases.drop_duplicates("stage")["train_seconds"].sum()) / 3600
+        self.exits = results.exits
+        at_end = results.phases["best_epoch"] == results.phases["epochs"]
+        self.last_is_best = int(at_end.groupby(results.phases["run"]).all().sum())
+
+    def level_of(self, family: int) -> float:
+        """The level that the first comparison would have been judged at in such a family."""
+        look = self.looks.at.index(self.rows[0].look)
+        return self.looks.levels(look, family).each
+
+    def before_growth(self, model: str) -> list[float]:
+        """The validation accuracy of each exit at the end of the first phase, in percent."""
+        own = self.exits[(self.exits["model"] == model) & (self.exits["phase"] == 1)]
+        return own.groupby("layer")["validation_accuracy_percent"].mean().tolist()
 
     def title(self, own: Comparison) -> str:
         """The claim of a comparison, and what it compares."""
@@ -372,7 +389,7 @@ class Rotating:
         self.epochs = heads.groupby(["patience", "curriculum"])["epochs"].mean()
         self.fewest_epochs = int(heads.loc[heads["curriculum"] == "rotate", "epochs"].min())
         values = ENDS
-        self.ends, self.loss_rise, self.clause = {}, {}, {}
+        self.ends, self.loss_rise, self.clause, self.found = {}, {}, {}, {}
         for patience, own in runs.groupby("patience"):
             both = own.pivot_table(index="seed", columns="curriculum", values=values).dropna()
             self.seeds = len(both)
@@ -380,6 +397,7 @@ class Rotating:
             accuracy, loss = (both[name] for name in values)
             (found,) = judge([compared(accuracy["rotate"], accuracy["all"])])
             self.clause[patience] = words.clause(found)
+            self.found[patience] = found
             self.loss_rise[patience] = stats.summary(loss["rotate"] - loss["all"])
 
 
@@ -390,6 +408,11 @@ class Wikitext:
         runs = arms_of(results).runs
         self.runs = runs[runs["model"] == STANDARD]
         self.change = stats.summary(self.runs[CHANGE])
+        self.on_validation = stats.summary(self.runs[Metric.accuracy.change("validation")])
+        self.listed, self.completed = len(results.runs), len(runs)
+        deep = runs[runs["model"] == DEEP].iloc[0]
+        self.deep_seed, self.deep_change = deep["seed"], deep[CHANGE]
+        self.same_seed = float(self.runs.loc[self.runs["seed"] == deep["seed"], CHANGE].iloc[0])
 
 
 class Losses:
@@ -421,6 +444,15 @@ class Losses:
         self.effects = judge(
             compared(own, pd.Series(0.0, own.index), name) for name, own in effects.items()
         )
+
+        loss = self.values[LOSS]
+        by_initial = {name: loss[name, last] - loss[name, first] for name in CELLS}
+        self.by_initial = {name: stats.summary(own) for name, own in by_initial.items()}
+        self.loss_interaction = stats.summary(by_initial[last] - by_initial[first])
+
+    def loss_effect(self, initial: str) -> stats.Summary:
+        """What exits in the grown phase change in loss, after such an initial phase."""
+        return self.by_initial[initial]
 
     def cell(self, initial: str, grown: str, metric: str = ACCURACY) -> stats.Summary:
         """A figure of a cell over its seeds."""
@@ -621,6 +653,12 @@ class Exits:
         own = changed[(changed["model"] == model) & (changed["change"] == "left out")]
         return [stats.summary(layer["loss_rise"]) for _, layer in own.groupby("layer")]
 
+    def difference(self, model: str, exit: int, other: int) -> stats.Summary:
+        """The difference in validation accuracy of two exits of the grown model, in points."""
+        own = self.found.exits[self.found.exits["model"] == model]
+        by = own.pivot_table("accuracy_percent", "seed", "layer")
+        return stats.summary(by[exit] - by[other])
+
     def sentences(self) -> list[str]:
         """How many layers each model needs."""
         return words.needed_texts(self.found)
@@ -643,6 +681,18 @@ PARTS = {
     "timing": Timing,
     "rotating": Rotating,
 }
+
+
+def surviving(family: list[Comparison], families: int) -> list[str]:
+    """Name what is settled in a family at a level that pays for all families of the page."""
+    named = []
+    for own in family:
+        judged, name = own.judged, own.a if own.kind is Kind.ends else words.described_as(own)
+        same = own.verdict is stats.Verdict.same
+        p = judged.equivalence_p_adjusted if same else judged.p_adjusted
+        if own.settled and p <= stats.ALPHA / families:
+            named.append(f"{name}: {words.VERDICTS[own.verdict]}")
+    return named
 
 
 def interval(found: stats.Summary, digits: int = 2, sign: bool = False) -> str:
@@ -668,6 +718,14 @@ def render(pictures: Path = FINDINGS) -> str:
     for part in ("claims", "operators", "timing", "exits"):
         for picture in parts[part].pictures():
             (pictures / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+    families: list[list[Comparison]] = [
+        parts["claims"].study.claims,
+        parts["claims"].study.others,
+        parts["losses"].effects,
+        list(parts["operators"].against_random.values()),
+        *([own] for own in parts["rotating"].found.values()),
+        *(parts[part].rows for part in ("asked", "settled")),
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FINDINGS),
         trim_blocks=True,
@@ -687,6 +745,8 @@ def render(pictures: Path = FINDINGS) -> str:
         clause=words.clause,
         margin=MARGIN,
         planned=PLANNED,
+        families=len(families),
+        surviving=[own for family in families for own in surviving(family, len(families))],
     )
 
 

@@ -38,7 +38,7 @@ from proglayer.report.arms import MARGIN, Frame
 from proglayer.report.comparisons import Comparison
 from proglayer.report.pictures import Picture
 from proglayer.report.study import Condition, Study, judge_study
-from proglayer.report.words import model_name, variant_name
+from proglayer.report.words import variant_name
 from proglayer.results.columns import plain_values
 from proglayer.results.read import load, write_csv
 from proglayer.results.show import listed, ranges
@@ -119,14 +119,12 @@ def _frames(study: Study) -> dict[str, Frame]:
 
 def _tables(study: Study, frames: dict[str, Frame]) -> dict[str, Table]:
     """Return the tables that the page shows: those that have a row."""
-    named = dict(zip(study.arms.runs["run"], study.arms.runs["variant"], strict=True))
     made: dict[str, Any] = {
         "arms": tables.arms_table,
         "phase_by_phase": tables.phases_table,
         "growth": tables.growth_table,
         "ledger": tables.spent_table,
         "speed_up": tables.speed_up_table,
-        "runs": lambda frame: tables.runs_table(frame, named),
     }
     shown = {name: make(frames[name]) for name, make in made.items() if name in frames}
     for name, title, family in (
@@ -198,11 +196,6 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
             (float(known.min()), float(known.max())),
         )
         for number, variant in enumerate(shown if len(known) else ())
-    ]
-    curves = curves[curves["variant"].isin(shown) & (curves["epoch"] > 0)]
-    drawn["compute"] = [
-        pictures.compute(f"compute{slug}-{n}", f"{model_name(str(model))}{on}", one)
-        for n, (model, one) in enumerate(curves.dropna(subset="flops").groupby("model", sort=False))
     ]
     return drawn
 

@@ -24,7 +24,7 @@ from proglayer.report import stats
 from proglayer.report.arms import DEEP, STANDARD, Frame
 from proglayer.report.early_exit import Worth
 from proglayer.report.measures import Timing
-from proglayer.report.words import engineering, model_name, variant_name
+from proglayer.report.words import model_name, variant_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -271,9 +271,7 @@ def learning_curve(name: str, title: str, curves: Frame, limits: tuple[float, fl
 MARKS = {"initial": "{} layers", "grown": "grown: {} layers", "unfreezing": "unfrozen"}
 
 
-def lines(
-    name: str, title: str, values: Frame, x_label: str, y_label: str, *, compute: bool = False
-) -> Picture:
+def lines(name: str, title: str, values: Frame, x_label: str, y_label: str) -> Picture:
     """Draw lines of means over seeds; with one line a dot for each seed, and 95 % intervals.
 
     A point is drawn as far as every seed of its line has it.
@@ -281,8 +279,6 @@ def lines(
     Args:
         values: `x`, `y`, a row a seed; with `arm`, a line each; with `at`, what a point of a line
             stands for where seeds differ in `x`, too.
-        compute: x is an amount of compute: a logarithmic axis, no intervals, and where the lines
-            part is shown rather than where they all come from.
     """
     values = values.assign(arm=values.get("arm", "mean, 95 % interval, seeds"))
     at = "at" if "at" in values else "x"
@@ -294,33 +290,18 @@ def lines(
         means[str(arm)] = summaries.assign(x=points["x"].mean())
     step = 0.015 * (values["x"].max() - values["x"].min())
     # Points of several lines at one place stand beside each other.
-    apart = 0.0 if compute or values.groupby(at)["x"].nunique().max() > 1 else step
+    apart = 0.0 if values.groupby(at)["x"].nunique().max() > 1 else step
 
     def paint(axes: Axes) -> None:
         for number, (arm, mean) in enumerate(means.items()):
             style = STYLES[number % len(STYLES)]
             x = mean["x"].to_numpy(float) + apart * (number - (len(means) - 1) / 2)
-            if len(means) == 1 and not compute:
+            if len(means) == 1:
                 seen = {"color": style.colour, "alpha": 0.55, "markersize": 3}
                 axes.plot(values["x"] + step, values["y"], "o", markeredgewidth=0, **seen)
-            if not compute:
-                axes.vlines(x, mean["low"], mean["high"], color=style.colour, alpha=0.7, lw=2)
-            size = 0 if compute else 4.5
-            _plot(axes, x, mean["mean"], style, _wrapped(arm, 30), markersize=size, linewidth=1.2)
-        if compute:
-            from matplotlib.ticker import LogLocator
-
-            axes.set_xscale("log")
-            axes.set_xlabel(x_label)
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-            axes.xaxis.set_major_formatter(lambda value, _: engineering(value))
-            axes.xaxis.set_minor_formatter(lambda value, _: "")
-            ends = [float(mean["mean"].min()) for mean in means.values()]
-            top = max(float(mean["mean"].max()) for mean in means.values())
-            top = min(ends) + max(2 * (max(ends) - min(ends)), 0.3 * (top - min(ends)), 1e-6)
-            axes.set_ylim(min(ends) - 0.05 * (top - min(ends)), top)
-        else:
-            _axis(axes.xaxis, x_label, 8, whole=True)
+            axes.vlines(x, mean["low"], mean["high"], color=style.colour, alpha=0.7, lw=2)
+            _plot(axes, x, mean["mean"], style, _wrapped(arm, 30), markersize=4.5, linewidth=1.2)
+        _axis(axes.xaxis, x_label, 8, whole=True)
         _axis(axes.yaxis, y_label, 5)
         _legend(axes, 2 if len(means) > 1 else 1)
 
@@ -334,15 +315,6 @@ def timing(name: str, of: Timing) -> Picture:
     title = f"{model_name(of.model)}: the loss against the moment of growth"
     values = of.losses.melt(var_name="x", value_name="y")
     return lines(name, title, values, "epochs before the growth", "validation loss (nats)")
-
-
-def compute(name: str, of: str, curves: Frame) -> Picture:
-    """Draw the loss against operations, of one model, a line for each variant."""
-    at = curves["phase"].map("{:03d}".format) + curves["epoch"].map(" {:05d}".format)
-    values = curves.assign(x=curves["flops"], y=curves["validation_loss"], at=at)
-    values["arm"] = values["variant"].map(variant_name)
-    labels = "operations with the head, all phases so far", "validation loss (nats)"
-    return lines(name, f"{of}: loss against operations", values, *labels, compute=True)
 
 
 def exits(worth: Worth, slug: str = "") -> list[Picture]:

@@ -17,7 +17,7 @@ from proglayer.report.comparisons import Comparison, tally
 from proglayer.report.words import engineering, model_name, variant_name
 from proglayer.results.columns import plain_values
 from proglayer.results.read import TEXTS
-from proglayer.results.show import duration, listed, pair, ranges, text_of
+from proglayer.results.show import duration, listed, ranges
 from proglayer.run.record import RunState
 from proglayer.table import Column, Row, Table, is_missing
 
@@ -326,31 +326,6 @@ def speed_up_table(gains: Frame) -> Table:
 
 
 # --- runs -----------------------------------------------------------------------------------------
-
-
-def runs_table(runs: Frame, variants: dict[str, str]) -> Table:
-    """Set a row for each run; `variants` names the arms of those that completed."""
-    frame = runs.assign(
-        variant=[variants.get(r, text_of(e)) for r, e in runs[["run", "experiment"]].to_numpy()],
-        model=runs["model"].map(text_of),
-    )
-    frame["status"] += np.where(runs["duplicate_of"].notna(), " (repeated)", "")
-    columns = [
-        Column("run", "Run"),
-        VARIANT,
-        MODEL,
-        Column("seed", "Seed", "d"),
-        Column("status", "Status"),
-        Column("last_layers", "Layers", of_row=lambda r: pair(r, "layers", "d"), kind="figure"),
-        Column("last_test_accuracy_percent", "Test accuracy, %", ".2f"),
-        Column("last_validation_accuracy_percent", "Validation accuracy, %", ".2f"),
-        Column("validation_accuracy_change_points", "Change, points", "+.2f"),
-        Column("last_validation_perplexity", "Perplexity", ",.2f"),
-        Column("last_validation_bits_per_byte", "Bits per byte", ".4f", minor=2),
-        Column("epochs", "Epochs", "d", minor=1),
-        Column("seconds", "Time", duration, kind="figure"),
-    ]
-    return set_table(frame, columns, "Every run", "runs")
 
 
 def ended_table(runs: Frame, left_out: Frame) -> Table:

@@ -22,7 +22,6 @@ from proglayer.results.variants import (
     NOT_THE_EXPERIMENT,
     PLACE_OF_TEXT,
     experiment_key,
-    what_varied,
 )
 from proglayer.run.record import (
     FORMAT,
@@ -389,24 +388,6 @@ def test_the_table_tells_what_varied_and_how_it_went(mixed: Path) -> None:
     assert "5 runs: 1 completed, 1 failed, 1 interrupted, 1 running, 1 waiting" in text
     for title in ("model", "seed", "layers", "change, points", "reused", "saved"):
         assert title in text
-
-
-def test_what_is_the_same_for_every_job_takes_no_column(tmp_path: Path) -> None:
-    base = ["data.samples=300", "optimizer.beta1=0.8", "lr.factor.new=2"]
-    write_run(tmp_path / "0", overrides=[*base, "lr.factor.head=1", "freeze=none"])
-    write_run(tmp_path / "1", overrides=[*base, "lr.factor.head=2"])
-    write_run(tmp_path / "2", overrides=[*base, "lr.factor.head=2", "hydra.job.num=3"])
-    assert what_varied(load(tmp_path).runs) == {"head": ["1", "2", "2"], "freeze": ["none", "", ""]}
-
-
-def test_markup_in_a_setting_is_shown_as_it_is(tmp_path: Path) -> None:
-    write_run(tmp_path / "0", overrides=["data.path=[red]a path[/red]"])
-    write_run(tmp_path / "1[/b]\x1b[31m", overrides=[f"data.path={SCRIPT}"])
-    text = printed(load(tmp_path), 160)
-    assert "[red]a path[/red]" in text
-    assert "1[/b]" in text
-    assert "\x1b" not in text
-    assert SCRIPT in text
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -99,18 +99,6 @@ def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Pat
     assert frames.phases["test_bits_per_byte"].iloc[-1] == pytest.approx(on_test)
 
 
-def test_an_untrained_model_costs_what_its_vocabulary_says(train: Command, tmp_path: Path) -> None:
-    """One that knows nothing has a loss of little over ln V a token, whatever the tokens are."""
-    done = train(*SHORT, "lr.base=1e-6", "phase.max_epochs=1", "hydra.run.dir=run")
-    assert done.status == 0, done.err
-    (record,) = records(tmp_path / "run")
-    corpus, loss = record["corpus"], record["phases"][0]["validation"]["loss"]
-    assert corpus["tokenizer"] == "words"
-    assert 0 < corpus["validation_unknown"] < 32 * 32
-    expected = math.log(corpus["vocab_size"])
-    assert expected < loss < 1.2 * expected
-
-
 def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
     both: Path, tmp_path: Path
 ) -> None:
