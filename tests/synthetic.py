@@ -142,7 +142,8 @@ def leave(
         record.phases, record.ended, record.seconds = [], None, None
     record = RunRecord.model_validate(record.model_dump() | extra)
     write_record(folder, record)
-    write_metrics(folder, record)
+    if record.epochs:
+        write_metrics(folder, record)
     return folder
 
 

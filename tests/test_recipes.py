@@ -227,10 +227,11 @@ def test_recipes_that_begin_alike_share_their_first_phase() -> None:
         first.setdefault(key_of(describe(None, phase.train, "text", machine)), set()).add(name)
     shared = [names for names in first.values() if len(names) > 1]
     assert sorted(map(sorted, shared)) == [
+        ["curse_of_depth", "lidas", "solar"],
         ["exits_only", "gated", "growth_timing", "loss_by_phase"],
         ["llama_pro", "midas"],
     ]
-    assert len(first) == len(SHORTENED) - 4
+    assert len(first) == len(SHORTENED) - 6
 
 
 # -- growth_timing ---------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import sys
 import tomllib
 from importlib import metadata
 
-import pytest
 from packaging.requirements import Requirement
 
 import proglayer
@@ -47,7 +46,8 @@ def test_every_library_that_is_imported_is_declared() -> None:
         assert names & declared, f"{module} comes with {names}"
 
 
-@pytest.mark.parametrize("command", [["train.py", "--version"], ["-m", "proglayer"]])
-def test_a_command_gives_our_version(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+def test_the_command_gives_our_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.startswith(f"proglayer {proglayer.__version__}\n")

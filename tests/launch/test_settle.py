@@ -211,9 +211,9 @@ def test_what_is_settled_keeps_the_verdict_and_interval_of_its_look(tmp_path: Pa
             assert str(after.accuracy) == str(before.accuracy)
 
 
-def test_a_seed_that_failed_is_counted_and_left_out(tmp_path: Path):
+def test_arms_of_which_more_than_one_run_in_ten_failed_are_not_judged(tmp_path: Path):
     found = study(tmp_path, 4, (4,), seed=2)
-    assert [claim.accuracy.n for claim in found.claims if not claim.not_made] == [3] * 3
+    assert all(claim.not_made for claim in found.claims)
 
 
 def test_damaged_looks_are_refused(tmp_path: Path):

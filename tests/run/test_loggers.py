@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from proglayer.config import ConfigError, to_config
-from proglayer.run import loggers
+from proglayer.run import loggers, setup
 from proglayer.run import run as experiment
 from proglayer.run.record import read_record
 
@@ -31,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROGLAYER_STORE", str(tmp_path / "stages"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(experiment, "open_corpus", lambda *_: tiny_corpus())
+    monkeypatch.setattr(setup, "open_corpus", lambda *_: tiny_corpus())
 
     def go(name: str, *overrides: str, given: tuple[str, ...] = BOTH) -> Path:
         for module in given:
@@ -55,9 +55,10 @@ def recorded(folder: Path) -> Figures:
         name: [
             (step, flags[row[name]] if name == "reused" else float(row[name]))
             for step, row in enumerate(rows, start=1)
+            if row[name]
         ]
         for name in rows[0]
-        if name != "best"
+        if name != "best" and any(row[name] for row in rows)
     }
 
 

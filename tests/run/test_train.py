@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -141,7 +140,7 @@ def test_a_failing_job_stops_the_others_where_it_is_to(
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize(("part", "phases"), [("grow", 1), ("open_corpus", 0)])
+@pytest.mark.parametrize(("part", "phases"), [("grow", 1), ("set_up", 0)])
 def test_a_fault_of_ours_is_in_the_record_of_each_job_with_its_traceback(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, phases: int
 ) -> None:
@@ -168,9 +167,10 @@ def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
     monkeypatch.setenv("PROGLAYER_STORE", str(tmp_path / "stages"))
     seen: list[tuple[int, int]] = []
 
-    def prune(row: dict[str, Any]) -> str | None:
-        seen.append((row["phase"], row["epoch"]))
-        return "worse than the others" if row["phase"] == 2 else None
+    def prune(record: RunRecord) -> str | None:
+        last = record.epochs[-1]
+        seen.append((last.phase, last.epoch))
+        return "worse than the others" if last.phase == 2 else None
 
     settings = config(*SHORT)
     ended = run(settings, tmp_path / "run", prune=prune)
@@ -190,7 +190,7 @@ def test_a_run_that_its_search_gives_up_says_so_and_leaves_its_epochs(
 def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
     train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import proglayer.run.run
+    from proglayer.run import setup
 
     def preparing(_: object, say: Callable[[str], None]) -> None:
         say("preparing the [corpus]")
@@ -198,7 +198,7 @@ def test_a_signal_while_the_corpus_is_prepared_ends_the_run_at_once(
         time.sleep(10)
         pytest.fail("the signal was swallowed")
 
-    monkeypatch.setattr(proglayer.run.run, "open_corpus", preparing)
+    monkeypatch.setattr(setup, "open_corpus", preparing)
     done = train(*SHORT, "hydra.run.dir=run")
     assert done.status == 130
     assert "preparing the [corpus]\n" in done.out
@@ -262,7 +262,7 @@ def test_a_run_that_diverges_later_keeps_the_epoch_before(
 def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Path) -> None:
     done = train("plan=true", "experiment=gradual_unfreezing", "data.max_vocab=500")
     assert done.status == 0, done.err
-    for text in ("4 unfreezing", "embedding, layers 1-2", "GFLOP", "(100.0%)"):
+    for text in ("4 unfreezing", "layers 1-2", "GFLOP", "(100.0%)"):
         assert text in done.out
     published = train("plan=true", "model.vocab_size=69830").out.replace("\n", " ")
     assert "9,135,232 / 9,135,232 (100.0%)" in published
