@@ -97,6 +97,11 @@ def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Pat
     assert frames.runs["last_validation_bits_per_byte"].tolist() == [record["objective"]]
     on_test = last["test"]["loss"] * 4 * tokens / corpus["test_bytes"] / math.log(2)
     assert frames.phases["test_bits_per_byte"].iloc[-1] == pytest.approx(on_test)
+    # Epochs that are better than all before them are read on the test text, for a budget's end.
+    epochs = frames.epochs[frames.epochs["epoch"] > 0]
+    lowest = epochs["validation_loss"] == epochs.groupby("phase")["validation_loss"].cummin()
+    assert (epochs["test_loss"].notna() == lowest).all()
+    assert epochs.loc[epochs["best"], "test_loss"].tolist() == frames.phases["test_loss"].tolist()
 
 
 def test_the_table_of_a_sweep_shows_them_where_tokenizers_differ(
