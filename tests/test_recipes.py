@@ -71,7 +71,7 @@ def shortened(phase: Phase) -> tuple[int, str, str, float | None]:
 
 def test_every_recipe_is_here() -> None:
     folder = ROOT / "conf" / "experiment" / "recipe"
-    # The one that needs a checkpoint is run in tests/run/test_export.py.
+    # It needs a checkpoint, which is not here.
     others = {"llama_pro_checkpoint"}
     assert {path.stem for path in folder.glob("*.yaml")} == SHORTENED.keys() | others
 
