@@ -194,7 +194,7 @@ def measure(
     # On a GPU steps are launched ahead of their end, which a single one would not show.
     steps = 1 if device.type == "cpu" else 20
     vocab, threads = spec.architecture.vocab_size, torch.get_num_threads()
-    dtype = torch.bfloat16 if spec.precision.name == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     head_vd = torch.randn(vocab, spec.architecture.dim, dtype=dtype, device=device)
     cuts = [(8_192, vocab, 1), (8_192, min(16_384, vocab), 1)]
     if device.type == "cpu":

@@ -12,9 +12,8 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -34,198 +33,71 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-class DataSource(Enum):
-    """Where the text comes from."""
+# --- the choices of settings that have a few ------------------------------------------------------
 
-    pydocs = "pydocs"
-    wikitext2 = "wikitext2"
-    text = "text"
-    hub = "hub"
-
-
+# Where the text comes from.
+DataSource = Literal["pydocs", "wikitext2", "text", "hub"]
 # Values of data.tokenizer that name no tokenizer of others.
 WORDS, BYTES, BPE, MODEL = "words", "bytes", "bpe", "model"
-
-
-class PhaseSchedule(Enum):
-    """Which phases a run has."""
-
-    grow_once = "grow_once"
-    one_at_a_time = "one_at_a_time"
-    from_scratch = "from_scratch"
-    keep_training = "keep_training"
-
-
-class GrowthInit(Enum):
-    """Where new layers come from: see the operators of `training/growth.py`."""
-
-    random = "random"
-    copy = "copy"
-    stack = "stack"
-    solar = "solar"
-    last = "last"
-    middle = "middle"
-    lidas = "lidas"
-    zero = "zero"
-    gate = "gate"
-
-
+# Which phases a run has.
+PhaseSchedule = Literal["grow_once", "one_at_a_time", "from_scratch", "keep_training"]
+# Where new layers come from: see the operators of `training/growth.py`.
+GrowthInit = Literal["random", "copy", "stack", "solar", "last", "middle", "lidas", "zero", "gate"]
 # Those that are a list of their own, whatever the position.
-PLACED = tuple(map(GrowthInit, ("stack", "solar", "last", "middle", "lidas")))
+PLACED: tuple[GrowthInit, ...] = ("stack", "solar", "last", "middle", "lidas")
+# Where new layers go. Operators that repeat a part of the model have places of their own.
+GrowthPosition = Literal["top", "bottom", "interleave", "groups"]
+# Where a layer's norms stand: after each residual sum, or before each branch.
+Norm = Literal["post", "pre"]
+# What a layer's branches are scaled by: nothing; 1 / sqrt(2 L) of L layers; the norm before the
+# l-th layer's by 1 / sqrt(l); a gain of each branch that trains.
+ResidualScale = Literal["none", "depth", "layernorm", "layerscale"]
+# The project's own transformer, or a causal language model of `transformers`.
+ModelKind = Literal["transformer", "causal_lm"]
+# Families of `transformers` that keep their layers in a list of equal blocks.
+Family = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gpt2", "gpt_neox"
+]
+# Those that learn a vector for each position, and those whose keys have as many heads as queries.
+LEARNED_POSITIONS: tuple[Family, ...] = ("gpt2",)
+EQUAL_HEADS: tuple[Family, ...] = ("gpt2", "gpt_neox")
+# What the weights of a model of `transformers`, and their optimizer's state, are kept in.
+Weights = Literal["float32", "bfloat16"]
+# How the learning rate moves within a phase, after the warm-up.
+ScheduleShape = Literal["constant", "cosine", "linear", "wsd"]
+# What a rate schedule goes over: each phase, or all phases of a run.
+Span = Literal["phase", "run"]
+# Which of the exits with a weight the loss reads at an optimizer step.
+Curriculum = Literal["all", "rotate", "gradual"]
+# What the optimizer of a later phase takes over from the one before.
+Carry = Literal["none", "existing", "copy"]
+# Named weights of the loss over the exits (a list of numbers is the other possibility).
+ExitWeights = Literal["uniform", "linear", "cumulative", "last"]
+# The exits that are evaluated where a phase starts and at its end. trained: those that its loss
+# reads, and the last.
+EvaluatedExits = Literal["all", "trained"]
+# What the matrix products are computed in. Weights and optimizer state stay float32. `auto` takes
+# what the processor has units for: bfloat16 on a CPU, tf32 on an NVIDIA GPU, else float32. `tf32`
+# rounds the factors of a float32 product and sums in float32: to 10 bits on an NVIDIA GPU, to 8 or
+# 16 (bfloat16, once or twice) on a CPU with matrix units.
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+# Where a run trains; `auto` takes cuda, then mps, then cpu.
+Device = Literal["auto", "cpu", "cuda", "mps"]
+# What a sweep does when one of its jobs fails.
+OnError = Literal["go_on", "stop"]
+# What a search goes by: a figure of the last phase's selected epoch.
+Objective = Literal[
+    "validation_loss",
+    "validation_perplexity",
+    "validation_accuracy_percent",
+    "validation_bits_per_byte",
+    "test_loss",
+    "test_perplexity",
+    "test_accuracy_percent",
+    "test_bits_per_byte",
+]
 
-
-class Norm(Enum):
-    """Where a layer's norms stand: after each residual sum, or before each branch."""
-
-    post = "post"
-    pre = "pre"
-
-
-class ResidualScale(Enum):
-    """What a layer's branches are scaled by: nothing; 1 / sqrt(2 L) of L layers; the norm before
-    the l-th layer's by 1 / sqrt(l); a gain of each branch that trains.
-    """
-
-    none = "none"
-    depth = "depth"
-    layernorm = "layernorm"
-    layerscale = "layerscale"
-
-
-class ModelKind(Enum):
-    """The project's own transformer, or a causal language model of `transformers`."""
-
-    transformer = "transformer"
-    causal_lm = "causal_lm"
-
-
-class Family(Enum):
-    """Families of `transformers` that keep their layers in a list of equal blocks."""
-
-    llama = "llama"
-    mistral = "mistral"
-    qwen2 = "qwen2"
-    qwen3 = "qwen3"
-    smollm3 = "smollm3"
-    olmo2 = "olmo2"
-    phi3 = "phi3"
-    gpt2 = "gpt2"
-    gpt_neox = "gpt_neox"
-
-
-# Those that learn a vector for each position, and those whose keys may have fewer heads.
-LEARNED_POSITIONS = (Family.gpt2,)
-FEWER_KEYS = tuple(each for each in Family if each.name not in ("gpt2", "gpt_neox"))
-
-
-class Weights(Enum):
-    """What the weights of a model of `transformers`, and their optimizer's state, are kept in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class GrowthPosition(Enum):
-    """Where new layers go. Operators that repeat a part of the model have places of their own."""
-
-    top = "top"
-    bottom = "bottom"
-    interleave = "interleave"
-    groups = "groups"
-
-
-class ScheduleShape(Enum):
-    """How the learning rate moves within a phase, after the warm-up."""
-
-    constant = "constant"
-    cosine = "cosine"
-    linear = "linear"
-    wsd = "wsd"
-
-
-class Span(Enum):
-    """What a rate schedule goes over: each phase, or all phases of a run."""
-
-    phase = "phase"
-    run = "run"
-
-
-class Curriculum(Enum):
-    """Which of the exits with a weight the loss reads at an optimizer step."""
-
-    all = "all"
-    rotate = "rotate"
-    gradual = "gradual"
-
-
-class Carry(Enum):
-    """What the optimizer of a later phase takes over from the one before."""
-
-    none = "none"
-    existing = "existing"
-    copy = "copy"
-
-
-class ExitWeights(StrEnum):
-    """Named weights of the loss over the exits (a list of numbers is the other possibility)."""
-
-    uniform = "uniform"
-    linear = "linear"
-    cumulative = "cumulative"
-    last = "last"
-
-
-class EvaluatedExits(Enum):
-    """The exits that are evaluated where a phase starts and at its end.
-
-    trained: those that its loss reads, and the last.
-    """
-
-    all = "all"
-    trained = "trained"
-
-
-class Precision(Enum):
-    """What the matrix products are computed in. Weights and optimizer state stay float32.
-
-    `auto` takes what the processor has units for: bfloat16 on a CPU, tf32 on an NVIDIA GPU, else
-    float32. `tf32` rounds the factors of a float32 product and sums in float32: to 10 bits on an
-    NVIDIA GPU, to 8 or 16 (bfloat16, once or twice) on a CPU with matrix units.
-    """
-
-    auto = "auto"
-    float32 = "float32"
-    tf32 = "tf32"
-    bfloat16 = "bfloat16"
-
-
-class Device(Enum):
-    """Where a run trains; `auto` takes cuda, then mps, then cpu."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class OnError(Enum):
-    """What a sweep does when one of its jobs fails."""
-
-    go_on = "go_on"
-    stop = "stop"
-
-
-class Objective(StrEnum):
-    """What a search goes by: a figure of the last phase's selected epoch."""
-
-    validation_loss = "validation_loss"
-    validation_perplexity = "validation_perplexity"
-    validation_accuracy_percent = "validation_accuracy_percent"
-    validation_bits_per_byte = "validation_bits_per_byte"
-    test_loss = "test_loss"
-    test_perplexity = "test_perplexity"
-    test_accuracy_percent = "test_accuracy_percent"
-    test_bits_per_byte = "test_bits_per_byte"
+# --- the settings ---------------------------------------------------------------------------------
 
 
 class Settings(BaseModel):
@@ -308,8 +180,8 @@ class ModelConfig(Settings):
     num_kv_heads: Width | None = None
     max_positions: Count | None = None
     untie: bool = False
-    weights: Weights = Weights.float32
-    residual_scale: ResidualScale = ResidualScale.none
+    weights: Weights = "float32"
+    residual_scale: ResidualScale = "none"
 
 
 class DataConfig(Settings):
@@ -439,7 +311,7 @@ class LrConfig(Settings):
     final_factor: Share
     decay_share: Small
     grown: ScheduleOverrides
-    span: Span = Span.phase
+    span: Span = "phase"
 
 
 class OptimizerConfig(Settings):
@@ -661,7 +533,7 @@ def shortened(value: Any) -> str:
     """Return a value as an error shows it, nearly as it is written on the command line."""
     if value is None or isinstance(value, bool):
         value = {None: "null", True: "true", False: "false"}[value]
-    text = str(value.value if isinstance(value, Enum) else value)
+    text = str(value)
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
@@ -699,7 +571,7 @@ def growths_of(config: Config) -> list[Config]:
     """
     sizes = config.added_layers
     sizes = sizes if isinstance(sizes, tuple) else (sizes,)
-    if config.phase.schedule is PhaseSchedule.one_at_a_time:
+    if config.phase.schedule == "one_at_a_time":
         sizes = (1,) * sum(sizes)
     if not config.growths:
         return [config.model_copy(update={"added_layers": size}) for size in sizes]
@@ -732,7 +604,7 @@ def depth_problems(config: Config) -> Iterator[str]:
     """
     layers = math.inf if config.initial_layers is None else config.initial_layers
     schedule, initial = config.phase.schedule, config.freeze.initial
-    grows = schedule in (PhaseSchedule.grow_once, PhaseSchedule.one_at_a_time)
+    grows = schedule in ("grow_once", "one_at_a_time")
     if not initial.embedding and not initial.head and layers == 0:
         yield "freeze.initial freezes everything of a model of initial_layers=0"
     for part in growths_of(config):
@@ -743,19 +615,19 @@ def _growth_problems(config: Config, layers: float, grows: bool) -> Iterator[str
     schedule = config.phase.schedule
     if grows and config.added_layers == 0 and config.growth.layers is None:
         yield f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1"
-    if schedule is not PhaseSchedule.from_scratch:
+    if schedule != "from_scratch":
         yield from _freeze_problems(config.freeze.steps, layers)
-    growth, init = config.growth, f"growth.init={config.growth.init.name}"
-    copies = growth.init is not GrowthInit.random
+    growth, init = config.growth, f"growth.init={config.growth.init}"
+    copies = growth.init != "random"
     if growth.layers is not None:
-        if schedule is PhaseSchedule.one_at_a_time:
+        if schedule == "one_at_a_time":
             yield "growth.layers is one growth: it does not go with phase=one_at_a_time"
         if growth.init in PLACED:
             yield f"growth.layers does not go with {init}, which is a list of its own"
     elif grows and layers == 0 and copies:
         yield f"{init} has no layer to copy with initial_layers=0: take growth.init=random"
-    if growth.init in PLACED and growth.position is not GrowthPosition.top:
-        yield f"growth.position={growth.position.name} does not go with {init}: leave it top"
+    if growth.init in PLACED and growth.position != "top":
+        yield f"growth.position={growth.position} does not go with {init}: leave it top"
     if growth.noise and not copies:
         yield f"growth.noise={growth.noise} changes nothing with {init}"
 
@@ -787,17 +659,17 @@ SIZES = ("dim", "num_heads", "ffn_multiple", "rotary_base", "norm_eps")
 
 def _model_problems(config: Config) -> Iterator[str]:
     model = config.model
-    if model.kind is ModelKind.causal_lm:
+    if model.kind == "causal_lm":
         yield from _causal_lm_problems(config)
     else:
         for name in SIZES:
             if getattr(model, name) is None:
                 yield f"model.{name} has no value: give it one"
-    given = model.path is not None and model.kind is ModelKind.causal_lm
+    given = model.path is not None and model.kind == "causal_lm"
     if config.initial_layers is None and not given:
         yield "initial_layers=null takes all that model.path has, and there is none: give a number"
-    if (scale := model.residual_scale) is not ResidualScale.none and model.norm is not Norm.pre:
-        yield f"model.residual_scale={scale.name} needs norms that come first: take model.norm=pre"
+    if (scale := model.residual_scale) != "none" and model.norm != "pre":
+        yield f"model.residual_scale={scale} needs norms that come first: take model.norm=pre"
     dim, heads = model.dim, model.num_heads
     if dim is not None and heads is not None:
         if dim % heads:
@@ -810,12 +682,12 @@ def _causal_lm_problems(config: Config) -> Iterator[str]:
     model, family = config.model, config.model.family
     if importlib.util.find_spec("transformers") is None:
         yield f"model=causal_lm needs the extra hf: {install_command('hf')}"
-    if model.norm is not Norm.pre:
-        yield f"model.norm={model.norm.name} does not go with model=causal_lm: leave it pre"
-    if model.residual_scale is not ResidualScale.none:
+    if model.norm != "pre":
+        yield f"model.norm={model.norm} does not go with model=causal_lm: leave it pre"
+    if model.residual_scale != "none":
         yield "model.residual_scale does not go with model=causal_lm: leave it none"
     if (model.path is None) is (family is None):
-        families = ", ".join(Family.__members__)
+        families = ", ".join(get_args(Family))
         yield f"model=causal_lm takes either model.path or model.family (one of {families})"
         return
     if model.path is not None:
@@ -832,19 +704,19 @@ def _causal_lm_problems(config: Config) -> Iterator[str]:
         if getattr(model, name) is None:
             yield f"model.{name} has no value: model.family needs one"
     kv_heads, heads = model.num_kv_heads, model.num_heads
-    if kv_heads is not None and family not in FEWER_KEYS:
-        yield f"model.num_kv_heads does not go with model.family={family.name}"
+    if kv_heads is not None and family in EQUAL_HEADS:
+        yield f"model.num_kv_heads does not go with model.family={family}"
     elif kv_heads and heads and heads % kv_heads:
         yield f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}"
     if model.rotary_base is not None and family in LEARNED_POSITIONS:
-        yield f"model.rotary_base does not go with model.family={family.name}"
+        yield f"model.rotary_base does not go with model.family={family}"
 
 
 def _data_problems(config: Config) -> Iterator[str]:
     data = config.data
-    if data.source is DataSource.text and not data.files:
+    if data.source == "text" and not data.files:
         yield "data.files is empty: name text files, for example 'data.files=[notes/*.txt]'"
-    if data.source is DataSource.hub and not data.repository and not data.path:
+    if data.source == "hub" and not data.repository and not data.path:
         yield "data.repository is empty: name a data set, for example data.repository=owner/name"
 
 

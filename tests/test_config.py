@@ -48,7 +48,7 @@ def test_experiments_leave_data_model_and_seed_alone(experiment: str) -> None:
         "model=deep_supervision",
         "lr.base=0.5",
     )
-    assert settings.data.source.name == "text"
+    assert settings.data.source == "text"
     assert settings.model.exit_weights == "uniform"
     assert settings.seed == 5
     assert settings.lr.base == 0.5

@@ -6,7 +6,6 @@ Made again by `python -m tests.test_plans`, which is right only where a recipe i
 from __future__ import annotations
 
 import json
-from enum import Enum
 from typing import Any
 
 import pytest
@@ -35,8 +34,6 @@ STOP = ("max_epochs", "patience", "min_delta")
 
 def plain(value: Any) -> Any:
     """Return a value as JSON holds it."""
-    if isinstance(value, Enum):
-        return value.value
     return list(value) if isinstance(value, tuple) else value
 
 

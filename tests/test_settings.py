@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proglayer.config import Config, ConfigError, Device, Precision, setting_names
+from proglayer.config import Config, ConfigError, setting_names
 from proglayer.data.corpus import open_corpus
 from proglayer.run import machine
 from proglayer.run.machine import pick_device, switches
@@ -26,7 +26,7 @@ BASE = ("phase=grow_once", "freeze=none", "lr.schedule=cosine", "initial_layers=
 LLAMA = "model=causal_lm model.family=llama model.dim=16 model.num_heads=4"
 STEPS = "[{existing: 1, embedding: false, head: true}]"
 MACHINE = Machine("cpu", "a processor", 2, torch.__version__)
-PRECISIONS = {p.name: p for p in Precision if p is not Precision.auto}
+PRECISIONS = ("float32", "tf32", "bfloat16")
 
 # What the key holds of the settings themselves, by a value that differs from BASE. What follows a
 # value are other settings, without which this one has nothing to act on.
@@ -206,10 +206,10 @@ def test_a_text_is_in_the_key(tmp_path: Path) -> None:
 
 
 def test_precision_tf32_is_refused_where_no_unit_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_device(Device.cpu, Precision.tf32).type == "cpu"
+    assert pick_device("cpu", "tf32").type == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ConfigError, match=r"^precision=tf32 needs a CPU, or .* is on mps: "):
-        pick_device(Device.mps, Precision.tf32)
+        pick_device("mps", "tf32")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_an_automatic_precision_is_what_the_processor_has_units_for(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     settings, line = machine.with_precision(config(*BASE, "precision=auto", "device=cpu"))
-    assert settings.precision.name == picked
+    assert settings.precision == picked
     assert line
     assert line.startswith(f"precision=auto is {picked} here: ")
 
@@ -238,10 +238,10 @@ def test_on_a_gpu_sums_have_one_order_for_the_time_of_a_run(
 
     before = found()
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with switches(None, Precision.float32):
+    with switches(None, "float32"):
         assert found() == before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with switches(None, Precision.float32):
+    with switches(None, "float32"):
         assert found() == (True, True, False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert found() == before
@@ -254,12 +254,12 @@ def test_a_run_leaves_the_processs_switches_as_it_found_them() -> None:
     try:
         for found in (False, True, False):
             matmul.allow_tf32 = found
-            for precision in PRECISIONS.values():
+            for precision in PRECISIONS:
                 with pytest.raises(RuntimeError, match="fails"), switches(3, precision):
                     assert torch.get_num_threads() == 3
-                    assert matmul.allow_tf32 is (precision is not Precision.float32)
+                    assert matmul.allow_tf32 is (precision != "float32")
                     inside = torch.get_float32_matmul_precision()
-                    assert inside == ("highest" if precision is Precision.float32 else "medium")
+                    assert inside == ("highest" if precision == "float32" else "medium")
                     raise RuntimeError("the job fails")
                 assert matmul.allow_tf32 is found
                 assert torch.backends.mkldnn.matmul.fp32_precision == on_cpu

@@ -28,7 +28,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from proglayer.config import DataConfig, DataSource
+from proglayer.config import DataConfig
 from proglayer.errors import ConfigError, first_line
 
 # Part of the key of pydocs: raise it when other text is taken from the standard library.
@@ -70,14 +70,14 @@ def open_text(data: DataConfig) -> Text:
 
     Raises ConfigError where it can't be found. So does `read` for what goes wrong while reading.
     """
-    if data.source is DataSource.pydocs:
+    if data.source == "pydocs":
         return _pydocs(data)
-    if data.source is DataSource.text:
+    if data.source == "text":
         return _files(data)
     folder = Path(data.path or data.repository or "").expanduser()
     if data.path is None and not folder.is_dir():
         return _hub(data)
-    if data.source is DataSource.wikitext2 and (folder / "wiki.train.raw").exists():
+    if data.source == "wikitext2" and (folder / "wiki.train.raw").exists():
         return _release(data, folder)
     return _saved(data, folder)
 
@@ -273,7 +273,7 @@ def _release(data: DataConfig, folder: Path) -> Text:
         return _decoded(files[split], 0, None) if split in files else ()
 
     key = {"source": "release", "files": {split: sha256_of(path) for split, path in files.items()}}
-    return Text(data.source.name, f"data.path={folder}", key, read)
+    return Text(data.source, f"data.path={folder}", key, read)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def _data_set(
         rows = load(split, _splits(data)[split]) if split in _splits(data) else None
         return () if rows is None else _documents(rows, data, label)
 
-    name = Path((data.source is DataSource.hub and data.repository) or data.source.name).name
+    name = Path((data.source == "hub" and data.repository) or data.source).name
     return Text(name, label, {**key, "column": data.text_column, "splits": _splits(data)}, read)
 
 

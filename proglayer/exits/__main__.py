@@ -80,13 +80,12 @@ def _corpus(folder: Path, record: RunRecord) -> Corpus:
 
 def _measured(folder: Path, record: RunRecord, corpus: Corpus) -> Measured:
     """Measure a run's model, and keep that in its folder."""
-    from proglayer.config import Device, Precision
     from proglayer.exits.measure import measure
     from proglayer.run.machine import pick_device
     from proglayer.run.run import load_run
     from proglayer.training.frozen import Windows
 
-    device = pick_device(Device.auto, Precision.float32)
+    device = pick_device("auto", "float32")
     model = load_run(folder).to(device)
     trained = [weight > 0 for weight in record.phases[-1].exit_weights]
     measured = measure(model, Windows(corpus.validation, device), trained)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from proglayer import files
-from proglayer.config import Config, Precision, flat_settings
+from proglayer.config import Config, flat_settings
 from proglayer.console import console, tell
 from proglayer.errors import StoreError, UserError, with_type
 from proglayer.files import FolderKind
@@ -120,7 +120,7 @@ def recorded_state(job: Job) -> RunState | None:
 def same_settings(record: RunRecord, config: Config) -> bool:
     """Whether a record is of these settings: of `precision=auto`, whatever that picked."""
     asked = config.model_dump(mode="json")
-    auto = {"precision": "auto"} if config.precision is Precision.auto else {}
+    auto = {"precision": "auto"} if config.precision == "auto" else {}
     return (record.config or {}) | auto == asked
 
 

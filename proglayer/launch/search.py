@@ -205,16 +205,16 @@ class Search:
         made("pruner", settings.pruner)
         config = self._first_that_works().job.config
         by = OF_TOKENS | ({"data.max_vocab"} if config.data.tokenizer == BPE else set())
-        if by & space.distributions.keys() and not config.objective.value.endswith("per_byte"):
+        if by & space.distributions.keys() and not config.objective.endswith("per_byte"):
             raise ConfigError(
-                f"objective={config.objective.value} is per token, so it does not compare "
+                f"objective={config.objective} is per token, so it does not compare "
                 "tokenizers: take objective=validation_bits_per_byte"
             )
         searched = [str(space.overrides[key].input_line) for key in space.distributions]
         sweep.about = {
             "searched": " ".join(sorted(searched)),
             "direction": settings.direction,
-            "by": config.objective.value,
+            "by": config.objective,
             "first": identity(config.model_dump(mode="json")),
         }
 

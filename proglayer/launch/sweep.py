@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from proglayer import files
-from proglayer.config import OnError
 from proglayer.console import console
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
@@ -177,7 +176,7 @@ class Sweep:
             contextlib.closing(self.engine.run(waiting, self.folder)) as ended,
         ):
             for job in ended:
-                stops = job.config.on_error is OnError.stop
+                stops = job.config.on_error == "stop"
                 if stops and recorded_state(job) is RunState.failed:
                     raise ConfigError(
                         f"job {job.name} failed, and on_error=stop: the same command goes on"

@@ -110,7 +110,7 @@ def _write_tokenizer(config: Config, folder: Path) -> None:
 def _card(config: Config, record: RunRecord, found: Pretrained | None) -> str:
     """Return the model card: where the model comes from, without a path of this machine."""
     at, corpus = record.checkpoint, record.corpus
-    began = f"an untrained model of the family {config.model.family and config.model.family.name}"
+    began = f"an untrained model of the family {config.model.family}"
     kept = ""
     if at is not None and found is not None:
         name = at.path if at.revision else Path(at.path).name
@@ -135,7 +135,7 @@ pipeline_tag: text-generation
 
 # A language model grown in depth
 
-proglayer {__version__} grew it (`growth.init={config.growth.init.name}`) from {began}, on the text
+proglayer {__version__} grew it (`growth.init={config.growth.init}`) from {began}, on the text
 {corpus and corpus.name} with the tokenizer `{Path(config.data.tokenizer).name}` and seed
 {config.seed}:
 

@@ -25,25 +25,24 @@ def pick_device(wanted: Device, precision: Precision) -> torch.device:
     Raises ConfigError for one that is not there, or that has no products of this precision.
     """
     available = {
-        Device.cuda: torch.cuda.is_available(),
-        Device.mps: torch.backends.mps.is_available(),
-        Device.cpu: True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
     }
-    if wanted is Device.auto:
+    if wanted == "auto":
         wanted = next(device for device, there in available.items() if there)
     if not available[wanted]:
-        there = ", ".join(device.name for device, is_there in available.items() if is_there)
-        raise ConfigError(f"device={wanted.name} is not available here: take auto or {there}")
+        there = ", ".join(device for device, is_there in available.items() if is_there)
+        raise ConfigError(f"device={wanted} is not available here: take auto or {there}")
     # An older GPU would compute in float32 and say nothing; 8 is Ampere.
-    if precision is Precision.tf32 and (
-        wanted is Device.mps
-        or (wanted is Device.cuda and torch.cuda.get_device_capability()[0] < 8)
+    if precision == "tf32" and (
+        wanted == "mps" or (wanted == "cuda" and torch.cuda.get_device_capability()[0] < 8)
     ):
         raise ConfigError(
             "precision=tf32 needs a CPU, or an NVIDIA GPU from Ampere on, and this run is on "
-            f"{wanted.name}: take precision=float32, or bfloat16"
+            f"{wanted}: take precision=float32, or bfloat16"
         )
-    return torch.device(wanted.name)
+    return torch.device(wanted)
 
 
 def with_precision(config: Config) -> tuple[Config, str | None]:
@@ -51,16 +50,16 @@ def with_precision(config: Config) -> tuple[Config, str | None]:
 
     Raises ConfigError for a device that is not there.
     """
-    if config.precision is not Precision.auto:
+    if config.precision != "auto":
         return config, None
-    device = pick_device(config.device, Precision.float32)
+    device = pick_device(config.device, "float32")
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8:  # Ampere
-        picked, why = Precision.tf32, "this GPU has units for it"
+        picked, why = "tf32", "this GPU has units for it"
     elif device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, BFLOAT16_UNITS)):
-        picked, why = Precision.bfloat16, "this processor has units for it"
+        picked, why = "bfloat16", "this processor has units for it"
     else:
-        picked, why = Precision.float32, f"this {device.type} has no units for less"
-    line = f"precision=auto is {picked.name} here: {why}"
+        picked, why = "float32", f"this {device.type} has no units for less"
+    line = f"precision=auto is {picked} here: {why}"
     return config.model_copy(update={"precision": picked}), line
 
 
@@ -75,7 +74,7 @@ def describe_machine(device: torch.device) -> Machine:
 
 def places_on_gpus(config: Config) -> int | None:
     """Return how many jobs with these settings the GPUs here have room for; None on no GPU."""
-    if pick_device(config.device, Precision.float32).type != "cuda":
+    if pick_device(config.device, "float32").type != "cuda":
         return None
     return torch.cuda.device_count() * config.jobs_per_gpu
 
@@ -130,8 +129,8 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
             filling.fill_uninitialized_memory = False
         # "medium" is tf32 on a GPU and bfloat16 within a float32 product on a CPU, where an
         # evaluation in bfloat16 needs it as well.
-        on_cpu = precision is Precision.bfloat16 and not torch.cuda.is_available()
-        inside = "medium" if precision is Precision.tf32 or on_cpu else "highest"
+        on_cpu = precision == "bfloat16" and not torch.cuda.is_available()
+        inside = "medium" if precision == "tf32" or on_cpu else "highest"
         torch.set_float32_matmul_precision(inside)
         yield
 

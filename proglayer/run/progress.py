@@ -126,12 +126,12 @@ def plan_lines(phases: Sequence[Phase]) -> Iterator[str]:
         before = train.layers
         over = f" over {schedule.total_epochs} epochs" if schedule.total_epochs else ""
         warm = f", warm-up {schedule.warmup_steps} steps" if schedule.warmup_steps else ""
-        said.append(f"rate {schedule.shape.name}{over}{warm}")
+        said.append(f"rate {schedule.shape}{over}{warm}")
         patience = "all of them" if stop.whole else f"patience {stop.patience}"
         said.append(f"at most {stop.max_epochs} epochs, {patience}")
         weights = " ".join(f"{weight:.2g}" for weight in train.exit_weights)
         said.append(f"exit weights {weights}, {train.curriculum.kind} read")
-        said.append(f"carry {train.optimizer.carry.name}")
+        said.append(f"carry {train.optimizer.carry}")
         yield f"{phase.index + 1} {phase.name}: {'; '.join(said)}"
 
 

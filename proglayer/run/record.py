@@ -513,9 +513,9 @@ def _words(moment: float | None) -> str:
 def check_objective(objective: Objective, corpus: CorpusRecord) -> None:
     """Raise ConfigError for an objective that no run on this text has."""
     if objective.startswith("test") and not corpus.test_windows:
-        raise ConfigError(f"objective={objective.value}: this text has no test windows")
+        raise ConfigError(f"objective={objective}: this text has no test windows")
     if objective.endswith("per_byte") and not corpus.validation_bytes:
-        raise ConfigError(f"objective={objective.value}: the bytes of this text are not known")
+        raise ConfigError(f"objective={objective}: the bytes of this text are not known")
 
 
 def objective_of(objective: Objective, record: RunRecord) -> float | None:
@@ -525,4 +525,4 @@ def objective_of(objective: Objective, record: RunRecord) -> float | None:
     figures = record.corpus.figures(last.validation)
     if last.test is not None:
         figures |= record.corpus.figures(last.test, "test")
-    return figures.get(objective.value)
+    return figures.get(objective)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from proglayer import files
-from proglayer.config import Carry, Config, Precision, store_dir
+from proglayer.config import Config, store_dir
 from proglayer.console import tell
 from proglayer.data.pretrained import Pretrained
 from proglayer.errors import ConfigError, StoreError, UserError, with_type
@@ -107,7 +107,7 @@ def prepare(config: Config, record: RunRecord) -> Setup:
 
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
-    assert config.precision is not Precision.auto, "machine.with_precision comes before"
+    assert config.precision != "auto", "machine.with_precision comes before"
     setup = set_up(config, {})
     if unused := unused_settings(config, setup.phases):
         tell(unused)
@@ -144,7 +144,7 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
         checkpoint_every_s=current.config.checkpoint_every_s,
         hooks=current.hooks,
         carried=functools.partial(carried_moments, phase, previous),
-        keep_optimizer=any(after.train.optimizer.carry is not Carry.none for after in following),
+        keep_optimizer=any(after.train.optimizer.carry != "none" for after in following),
     )
 
     lowest = math.inf
@@ -191,7 +191,7 @@ def starting_model(phase: Phase, previous: Ended | None, checkpoint: Pretrained 
 
 def carried_moments(phase: Phase, previous: Ended | None) -> Tensors:
     """Read what the optimizer of `phase` takes over from the selected epoch of the one before."""
-    if previous is None or phase.train.optimizer.carry is Carry.none:
+    if previous is None or phase.train.optimizer.carry == "none":
         return {}
     with previous.trajectory as trajectory:
         state = trajectory.optimizer_state(previous.epoch)

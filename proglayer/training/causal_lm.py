@@ -245,7 +245,7 @@ def architecture_of(
     """
     if found is None:
         assert model.family is not None
-        family, depth = model.family.name, None
+        family, depth = model.family, None
         config = _untrained(model, vocab_size, seq_len, layers)
     else:
         family = known_family(found, str(model.path))
@@ -271,7 +271,7 @@ def architecture_of(
         settings=json.dumps(settings, sort_keys=True),
         tied=tied,
         sizes=_sizes(family, settings, tied),
-        dtype=model.weights.name,
+        dtype=model.weights,
         kinds=json.dumps(kinds, sort_keys=True),
     )
     return architecture, depth
@@ -294,7 +294,7 @@ def _untrained(model: ModelConfig, vocab_size: int, seq_len: int, layers: int) -
     assert model.family is not None
     assert model.dim is not None
     assert model.num_heads is not None
-    family = FAMILIES[model.family.name]
+    family = FAMILIES[model.family]
     settings = {
         "vocab_size": vocab_size,
         "hidden_size": model.dim,
@@ -310,7 +310,7 @@ def _untrained(model: ModelConfig, vocab_size: int, seq_len: int, layers: int) -
         settings["head_dim"] = model.dim // model.num_heads
     if family.positions is None and model.rotary_base is not None:
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    return configuration(model.family.name, settings, layers)
+    return configuration(model.family, settings, layers)
 
 
 def _check(what: str, config: PretrainedConfig, vocab_size: int, seq_len: int) -> None:

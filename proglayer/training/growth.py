@@ -37,7 +37,7 @@ class Growth:
 
     layers: int
     init: GrowthInit
-    position: GrowthPosition = GrowthPosition.top
+    position: GrowthPosition = "top"
     noise: float = 0.0
     block: int = 1
     gate_steps: int = 0
@@ -76,11 +76,11 @@ class Operator:
         """
         added = growth.layers
         below = [layers] * added  # how many old layers are below each new one
-        if growth.position is GrowthPosition.bottom:
+        if growth.position == "bottom":
             below = [0] * added
-        elif growth.position is GrowthPosition.interleave:
+        elif growth.position == "interleave":
             below = [math.ceil((i + 0.5) * layers / added) for i in range(added)]
-        elif growth.position is GrowthPosition.groups:
+        elif growth.position == "groups":
             _check(layers % added == 0, f"growth.position=groups makes no {added} of {layers}")
             below = [(i + 1) * layers // added for i in range(added)]
         sources: list[int | None] = []
@@ -203,15 +203,15 @@ class Gate(Operator):
 
 
 OPERATORS: dict[GrowthInit, Operator] = {
-    GrowthInit.random: Random(),
-    GrowthInit.copy: Copy(),
-    GrowthInit.stack: Stack(),
-    GrowthInit.solar: Solar(),
-    GrowthInit.last: Last(),
-    GrowthInit.middle: Middle(),
-    GrowthInit.lidas: Lidas(),
-    GrowthInit.zero: Zero(),
-    GrowthInit.gate: Gate(),
+    "random": Random(),
+    "copy": Copy(),
+    "stack": Stack(),
+    "solar": Solar(),
+    "last": Last(),
+    "middle": Middle(),
+    "lidas": Lidas(),
+    "zero": Zero(),
+    "gate": Gate(),
 }
 
 
@@ -233,7 +233,7 @@ def growth_of(config: Config, layers: int, initial: int) -> Growth | None:
         return replace(growth, given=settings.layers)
     while initial and initial * 2 <= layers:
         initial *= 2
-    stacks = settings.init is GrowthInit.stack and initial != layers
+    stacks = settings.init == "stack" and initial != layers
     return replace(growth, depth=initial if stacks else None)
 
 
@@ -254,7 +254,7 @@ def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
     _check(known, f"growth.layers={list(sources)} names others than {layers}")
     if sources == tuple(range(layers)):
         raise ConfigError(f"growth.layers={list(sources)} is the model as it is: give a change")
-    at_bottom = growth.position is GrowthPosition.bottom
+    at_bottom = growth.position == "bottom"
     return tuple(
         Source(old, old is None or old in (sources[i + 1 :] if at_bottom else sources[:i]))
         for i, old in enumerate(sources)

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from proglayer.config import Carry, GrowthInit, OptimizerConfig
+from proglayer.config import OptimizerConfig
 from proglayer.training.growth import layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import Role, TrainSpec
@@ -98,13 +98,13 @@ def carried_tensors(tensors: dict[str, Tensor], spec: TrainSpec, layers: int) ->
     has no state to give; the result is empty with `carry=none`.
     """
     carry = spec.optimizer.carry
-    if carry is Carry.none:
+    if carry == "none":
         return {}
     carried = {name: value for name, value in tensors.items() if not name.startswith("layers.")}
     # Moments of weights that are not zero say nothing of those that are.
-    zeroed = spec.growth is not None and spec.growth.init is GrowthInit.zero
+    zeroed = spec.growth is not None and spec.growth.init == "zero"
     for number, source in enumerate(layer_sources(layers, spec.growth)):
-        if source.layer is None or (source.new and (carry is not Carry.copy or zeroed)):
+        if source.layer is None or (source.new and (carry != "copy" or zeroed)):
             continue
         old = f"layers.{source.layer}."
         for name, value in tensors.items():

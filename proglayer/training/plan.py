@@ -14,19 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from proglayer.config import (
     BudgetOverrides,
-    Carry,
     Config,
     ConfigError,
-    Curriculum,
-    EvaluatedExits,
-    ExitWeights,
-    ModelKind,
     OptimizerConfig,
-    PhaseSchedule,
     Precision,
     ScheduleShape,
     Settings,
-    Span,
     depth_problems,
     growths_of,
 )
@@ -90,7 +83,7 @@ class Schedule:
         if self.decay_share is not None:  # warm-up, stable, decay: only its last part falls
             begin = max(begin, round(total * (1 - self.decay_share)))
         done = min(1.0, max(0.0, (step - begin) / max(1, total - begin)))
-        if self.shape is ScheduleShape.cosine:
+        if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return 1 - (1 - self.final_factor) * done
 
@@ -287,14 +280,14 @@ def plan(
             "raise it, or lower data.max_vocab"
         )
     vocab_size, depth = padded or vocab_size, None
-    if model.kind is ModelKind.causal_lm:
+    if model.kind == "causal_lm":
         from proglayer.training.causal_lm import architecture_of
 
         seq_len, first = config.data.seq_len, _first_depth(config, 0)
         architecture, depth = architecture_of(model, checkpoint, vocab_size, seq_len, first)
     else:
         sizes = (model.dim, model.num_heads, model.ffn_multiple, model.rotary_base, model.norm_eps)
-        how = model.norm.name, model.residual_scale.name
+        how = model.norm, model.residual_scale
         architecture = Architecture(vocab_size, *sizes, *how)  # pyright: ignore[reportArgumentType]
     if depth is not None:
         layers = depth if config.initial_layers is None else config.initial_layers
@@ -323,7 +316,7 @@ def plan(
 def _first_depth(config: Config, most: int) -> int:
     """How many layers the first phase has; `most` where it takes all of a checkpoint."""
     layers = most if config.initial_layers is None else config.initial_layers
-    if config.phase.schedule is not PhaseSchedule.from_scratch:
+    if config.phase.schedule != "from_scratch":
         return layers
     for part in growths_of(config):
         given = part.growth.layers
@@ -343,9 +336,9 @@ def _phases(
     where["growth"] = None
     phases = [_phase(config, 0, rates, where)]
     growths = growths_of(config)
-    if config.phase.schedule is PhaseSchedule.from_scratch:
+    if config.phase.schedule == "from_scratch":
         growths = []
-    grows = config.phase.schedule is not PhaseSchedule.keep_training
+    grows = config.phase.schedule != "keep_training"
     for part in growths if grows else growths[:1]:
         factor, base = part.lr.factor, part.lr.base
         growth = growth_of(part, layers, initial_layers) if grows else None
@@ -375,7 +368,7 @@ def _phases(
 
 def _one_run(config: Config, phases: list[Phase]) -> list[Phase]:
     """Phases that go on with the windows, or the rate schedule, of those before them."""
-    of_data, of_rates = config.phase.epoch_steps is not None, config.lr.span is Span.run
+    of_data, of_rates = config.phase.epoch_steps is not None, config.lr.span == "run"
     if not of_data and not of_rates:
         return phases
     total, begun = sum(phase.stop.max_epochs for phase in phases), 0
@@ -415,14 +408,14 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
     if index:
         lr = _own(lr, lr.grown)
     loss = config.loss
-    gradual, rotates = (loss.curriculum is kind for kind in (Curriculum.gradual, Curriculum.rotate))
-    decays = lr.schedule is not ScheduleShape.constant
+    gradual, rotates = (loss.curriculum == kind for kind in ("gradual", "rotate"))
+    decays = lr.schedule != "constant"
     train = TrainSpec(
         index=index,
         seed=config.seed,
         exit_weights=_exit_weights(config, part, where["layers"]),
         curriculum=ExitCurriculum(
-            loss.curriculum.name,
+            loss.curriculum,
             every=(loss.rotate_every or 0) if rotates else 0,
             steps=(loss.gradual_steps or 0) if gradual else 0,
             epochs=budget.max_epochs / 2 if gradual and not loss.gradual_steps else 0.0,
@@ -435,11 +428,11 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
             warmup_steps=lr.warmup_steps,
             final_factor=lr.final_factor if decays else 1.0,
             total_epochs=budget.max_epochs if decays else None,
-            decay_share=lr.decay_share if lr.schedule is ScheduleShape.wsd else None,
+            decay_share=lr.decay_share if lr.schedule == "wsd" else None,
         ),
         optimizer=config.optimizer
         if index
-        else config.optimizer.model_copy(update={"carry": Carry.none}),
+        else config.optimizer.model_copy(update={"carry": "none"}),
         batch_size=budget.batch_size,
         samples=budget.samples,
         accumulate=budget.accumulate,
@@ -461,7 +454,7 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
     lowest, last = train.lowest_trained, train.exits - 1
     gated = train.growth and train.growth.gate_steps and min(train.new_layers, default=0) < lowest
     keeps = config.cache_frozen and lowest > 0 and not gated and not config.compile
-    every = config.model.evaluated_exits is EvaluatedExits.all
+    every = config.model.evaluated_exits == "all"
     return Phase(
         train=replace(train, cache_frozen=keeps),
         stop=StoppingRule(budget.max_epochs, budget.patience, budget.min_delta),
@@ -478,10 +471,10 @@ def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[fl
     if named is None:
         named, setting = config.model.exit_weights, "model.exit_weights"
     shapes = {
-        ExitWeights.last.name: [0] * (layers - 1) + [1],
-        ExitWeights.uniform.name: [1] * layers,
-        ExitWeights.linear.name: range(1, layers + 1),
-        ExitWeights.cumulative.name: list(itertools.accumulate(range(1, layers + 1))),
+        "last": [0] * (layers - 1) + [1],
+        "uniform": [1] * layers,
+        "linear": range(1, layers + 1),
+        "cumulative": list(itertools.accumulate(range(1, layers + 1))),
     }
     raw = shapes[named] if isinstance(named, str) else named[:layers]
     if len(raw) < layers:
@@ -497,6 +490,6 @@ def schedule_warning(phase: Phase) -> str | None:
     if phase.stop.whole or schedule.total_epochs is None or patience >= schedule.total_epochs:
         return None
     return (
-        f"lr.schedule={schedule.shape.name} ends after {schedule.total_epochs} epochs; "
+        f"lr.schedule={schedule.shape} ends after {schedule.total_epochs} epochs; "
         f"patience={patience} may stop phase {phase.index + 1} before"
     )

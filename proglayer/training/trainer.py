@@ -24,7 +24,7 @@ from proglayer.training.growth import gate_value
 from proglayer.training.loss import ExitScores, Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Model
 from proglayer.training.optim import build_optimizer, set_rates, start_from
-from proglayer.training.plan import Precision, Role, TrainSpec
+from proglayer.training.plan import Role, TrainSpec
 from proglayer.training.recorded import RecordedSteps
 
 # The loss is looked at, and reported, at least this far apart. On a GPU a look waits for all steps
@@ -305,5 +305,5 @@ def set_gate(model: Model, spec: TrainSpec, step: int, steps_per_epoch: int) -> 
 
 def autocast(spec: TrainSpec, device: torch.device) -> torch.autocast:
     """Mixed precision for body and head, where the phase asks for it."""
-    mixed = spec.precision is Precision.bfloat16
+    mixed = spec.precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed)

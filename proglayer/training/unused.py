@@ -10,20 +10,11 @@ from proglayer.config import (
     BPE,
     WORDS,
     BudgetOverrides,
-    Carry,
     Config,
-    Curriculum,
     DataConfig,
-    DataSource,
     FreezeStep,
-    GrowthInit,
-    GrowthPosition,
     ModelConfig,
-    ModelKind,
-    PhaseSchedule,
-    ScheduleShape,
     Settings,
-    Span,
     shortened,
 )
 from proglayer.training.growth import OPERATORS
@@ -51,41 +42,41 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     growths = [phase.train.growth for phase in phases if phase.train.growth is not None]
     grows, reads = bool(growths), {name for each in growths for name in OPERATORS[each.init].reads}
     later = len(phases) > 1
-    yield grows, {"growth.init": GrowthInit.random}
-    unasked = {"position": GrowthPosition.top, "noise": 0.0, "block": 1, "gate_steps": 40}
+    yield grows, {"growth.init": "random"}
+    unasked = {"position": "top", "noise": 0.0, "block": 1, "gate_steps": 40}
     for name, value in unasked.items():
         yield name in reads, {f"growth.{name}": value}
     sizes = [own.get("added_layers", own.get("growth", {}).get("layers")) for own in config.growths]
     sized = config.growth.layers is not None or (None not in sizes and len(sizes) > 0)
-    keeps = config.phase.schedule is PhaseSchedule.keep_training
+    keeps = config.phase.schedule == "keep_training"
     yield not sized and not keeps, {"added_layers": 1}
     steps = (FreezeStep(existing=0, embedding=False, head=True),)
-    yield later, {"freeze.steps": steps, "optimizer.carry": Carry.none}
+    yield later, {"freeze.steps": steps, "optimizer.carry": "none"}
     yield later, {f"phase.grown.{name}": None for name in BudgetOverrides.model_fields}
-    apart = config.lr.span is Span.phase
+    apart = config.lr.span == "phase"
     yield later, {"lr.grown.warmup_steps": None}
     yield later and apart, {"lr.grown.schedule": None}
     yield later, {f"lr.factor.{role.name}": 0.1 for role in Role}
     shapes = {phase.train.schedule.shape for phase in phases}
-    yield ScheduleShape.wsd in shapes, {"lr.decay_share": 0.2}
-    decaying = [phase.train.schedule.shape is not ScheduleShape.constant for phase in phases]
+    yield "wsd" in shapes, {"lr.decay_share": 0.2}
+    decaying = [phase.train.schedule.shape != "constant" for phase in phases]
     yield any(decaying), {"lr.final_factor": 0.0}
     yield any(decaying[1:]) and apart, {"lr.grown.final_factor": None}
-    yield loss.curriculum is Curriculum.rotate, {"loss.rotate_every": None, "loss.normalize": False}
-    yield loss.curriculum is Curriculum.gradual, {"loss.gradual_steps": None}
+    yield loss.curriculum == "rotate", {"loss.rotate_every": None, "loss.normalize": False}
+    yield loss.curriculum == "gradual", {"loss.gradual_steps": None}
     several = any(sum(weight > 0 for weight in phase.train.exit_weights) > 1 for phase in phases)
-    yield several, {"loss.curriculum": Curriculum.all, "loss.detach": False}
+    yield several, {"loss.curriculum": "all", "loss.detach": False}
     decays = config.optimizer.weight_decay > 0
     yield decays, {"optimizer.decay_norms": True, "optimizer.decay_embedding": True}
     yield any(phase.train.cache_frozen for phase in phases), {"cache_frozen": False}
     yield data.tokenizer in (WORDS, BPE), {"data.max_vocab": None}
     yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
     # Others have no such key in `conf/`, and still `+model.path=...` adds one.
-    sets = data.source in (DataSource.hub, DataSource.wikitext2)
-    files = {"files": data.source is DataSource.text, "text_column": data.source.name != "pydocs"}
+    sets = data.source in ("hub", "wikitext2")
+    files = {"files": data.source == "text", "text_column": data.source != "pydocs"}
     for name, value in _optional("data", DataConfig).items():
         yield files.get(name.removeprefix("data."), sets), {name: value}
-    yield config.model.kind is ModelKind.causal_lm, _optional("model", ModelConfig)
+    yield config.model.kind == "causal_lm", _optional("model", ModelConfig)
 
 
 def _optional(part: str, schema: type[Settings]) -> dict[str, Any]:

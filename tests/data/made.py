@@ -107,10 +107,9 @@ def twin_words(text: str, lowercase: bool) -> list[str]:
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
-from proglayer.config import ConfigError, DataConfig, DataSource
+from proglayer.config import ConfigError, DataConfig
 from proglayer.data.corpus import open_corpus
 for settings in json.loads(Path(sys.argv[1]).read_text()):
-    settings["source"] = DataSource[settings["source"]]
     notes, started = [], time.monotonic()
     try:
         corpus = open_corpus(DataConfig(**settings), notes.append)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from proglayer.config import Precision
 from proglayer.run.machine import switches
 from proglayer.training.build import build, grow
 from proglayer.training.plan import TrainSpec, plan
@@ -101,7 +100,7 @@ def test_no_step_waits_for_the_device(device: str) -> None:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode(mode)
 
-    with switches(None, Precision.float32):
+    with switches(None, "float32"):
         for _ in range(WARM_UP + 1):  # what is made once may wait
             training.train_epoch()
             training.finish_epoch()

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from proglayer.config import ConfigError, GrowthInit
+from proglayer.config import ConfigError
 from proglayer.training.build import build, grow, restored
 from proglayer.training.cost import parameter_counts
-from proglayer.training.growth import gate_value, layer_sources
+from proglayer.training.growth import OPERATORS, gate_value, layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec
 from proglayer.training.trainer import evaluate, set_gate
@@ -139,7 +139,7 @@ def test_an_operator_is_a_name_for_its_list(operator: tuple[str, ...]) -> None:
     old, named, phase = grown("pre", "added_layers=3", *operator)
     listed = [source.layer for source in layer_sources(3, phase.growth)]
     text = ",".join("null" if layer is None else str(layer) for layer in listed)
-    change = "growth=copy" if phase.growth.init.name in ("stack", "middle") else operator[0]
+    change = "growth=copy" if phase.growth.init in ("stack", "middle") else operator[0]
     how = [each for each in operator[1:] if "interleave" not in each and "groups" not in each]
     given = planned("model.norm=pre", change, *how, f"growth.layers=[{text}]")[1]
     assert given.new_layers == phase.new_layers
@@ -151,7 +151,7 @@ def test_an_operator_is_a_name_for_its_list(operator: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("init", "position"),
     [
-        *((each.name, "top") for each in GrowthInit),
+        *((each, "top") for each in OPERATORS),
         ("copy", "groups"),
         *((init, place) for init in ("random", "copy") for place in ("interleave", "bottom")),
     ],
@@ -324,7 +324,7 @@ def test_each_growth_has_settings_of_its_own() -> None:
     )
     first, second, third = planned(own, "freeze=none")
     assert [phase.layers for phase in (first, second, third)] == [3, 5, 6]
-    assert (second.growth.init.name, third.growth.init.name) == ("copy", "zero")
+    assert (second.growth.init, third.growth.init) == ("copy", "zero")
     assert (first.rates.new, second.rates.new) == (third.rates.new * 10, 0.05)
     assert (second.batch_size, third.batch_size) == (first.batch_size, 3)
     for bad, line in {
