@@ -29,10 +29,16 @@ def console() -> Console:
     )
 
 
+def say(text: str) -> None:
+    """Print lines."""
+    for line in text.splitlines():
+        console().print(printable(line), markup=False)
+
+
 def tell(text: str) -> None:
-    """Print a line, and write it to the log."""
+    """Print lines, and write them to the log."""
     log.info("%s", text)
-    console().print(printable(text), markup=False)
+    say(text)
 
 
 def one_line(text: str) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 FAILED = 1
 INTERRUPTED = 130
@@ -87,9 +87,23 @@ def check_installed(choice: str, module: str) -> None:
         raise ConfigError(f"{choice} is not installed: {install_command(extra)}")
 
 
+@contextlib.contextmanager
+def raised_as(
+    kind: type[UserError], said: str, *errors: type[BaseException], then: str = ""
+) -> Iterator[None]:
+    """Turn errors of these types into one that a user can mend: what is said, the reason in
+    parentheses, and then what to do.
+    """
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{said} ({first_line(error)}){then}") from error
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line; its type's name where it says nothing."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    said = str(getattr(error, "strerror", None) or error)  # an OSError's without path and number
+    return next(filter(None, map(str.strip, said.splitlines())), type(error).__name__)
 
 
 def with_type(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from proglayer.errors import ConfigError, StoreError
+from proglayer.errors import ConfigError, StoreError, raised_as
 
 # The beginning of a file's name until it is whole.
 TEMPORARY = ".tmp-"
@@ -42,11 +42,9 @@ def claim_folder(folder: Path, kind: FolderKind) -> None:
     Whoever claims it writes the mark. Raises ConfigError for any other folder, and where none can
     be made.
     """
-    try:
+    with raised_as(ConfigError, f"{kind.setting}={folder}: name another", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         names = os.listdir(folder)
-    except OSError as error:
-        raise ConfigError(f"{kind.setting}={folder}: {error.strerror}: name another") from error
     # A process that was killed before it wrote the mark may have left these.
     others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
     if others and kind.mark not in names:
@@ -62,13 +60,12 @@ def lock_folder(folder: Path, wait_s: float = 0.0) -> FileLock | None:
     The operating system frees the lock when its holder ends, however it ends. Raises StoreError.
     """
     lock = FileLock(folder / LOCK)
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=wait_s, poll_interval=0.05)
-    except Timeout:
-        return None
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
+        try:
+            lock.acquire(timeout=wait_s, poll_interval=0.05)
+        except Timeout:
+            return None
     # Nobody else writes here, so these are what killed processes left.
     for path in folder.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
@@ -76,17 +73,14 @@ def lock_folder(folder: Path, wait_s: float = 0.0) -> FileLock | None:
     return lock
 
 
-class FolderInUse(ConfigError):
-    """Another process is at work in the folder of a run or a sweep."""
-
-
 @contextlib.contextmanager
-def sole_writer(folder: Path, setting: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a folder. Raises FolderInUse where somebody else holds it."""
+def sole_writer(folder: Path, kind: FolderKind, wait_s: float = 0.0) -> Iterator[None]:
+    """Claim a folder, and hold its lock. Raises ConfigError where somebody else holds it."""
+    claim_folder(folder, kind)
     lock = lock_folder(folder, wait_s)
     if lock is None:
-        raise FolderInUse(
-            f"{setting}={folder}: another command is at work in this folder: wait for it, or "
+        raise ConfigError(
+            f"{kind.setting}={folder}: another command is at work in this folder: wait for it, or "
             "choose another"
         )
     try:
@@ -101,18 +95,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     It is a new file: links to an earlier one keep what they had. Raises StoreError.
     """
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise _cannot_write(path.parent, error) from error
+    with _put_at(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def link_or_copy(source: Path, path: Path) -> None:
@@ -120,8 +106,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
     Raises StoreError.
     """
-    temporary = _temporary(path)
-    try:
+    with _put_at(path) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
@@ -129,13 +114,30 @@ def link_or_copy(source: Path, path: Path) -> None:
         # Who edits one of two links edits the other, too.
         with contextlib.suppress(OSError):
             os.chmod(temporary, 0o444)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path.parent, error) from error
-    finally:
-        # It is still there where `path` was the same file already.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+
+@contextlib.contextmanager
+def _put_at(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the place of `path` at the end of the block."""
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+    with _writing(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            # It is still there where `path` was the same file already.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn what goes wrong with writing to a folder into StoreError."""
+    mend = (
+        ": make room there or name another folder; nothing stored so far is lost, the same command "
+        "goes on from it"
+    )
+    return raised_as(StoreError, f"cannot write to {folder}", OSError, then=mend)
 
 
 @contextlib.contextmanager
@@ -162,14 +164,3 @@ def put_in_place(folder: Path, final: Path) -> None:
         if path.is_file():
             path.chmod(mode)
     folder.rename(final)  # onto an empty folder at most
-
-
-def _temporary(path: Path) -> Path:
-    return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _cannot_write(folder: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"cannot write to {folder} ({error.strerror}): make room there or name another folder; "
-        "nothing stored so far is lost, the same command goes on from it"
-    )

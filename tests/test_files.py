@@ -52,18 +52,19 @@ def test_a_folder_is_ours_if_it_is_new_or_empty_or_marked(tmp_path: Path, kind: 
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    lock = files.lock_folder(tmp_path / "folder")
+    folder, run = tmp_path / "folder", FolderKind.run
+    lock = files.lock_folder(folder)
     assert lock is not None
-    assert files.lock_folder(tmp_path / "folder") is None
-    with pytest.raises(files.FolderInUse), files.sole_writer(tmp_path / "folder", "some.setting"):
+    assert files.lock_folder(folder) is None
+    with pytest.raises(ConfigError, match="at work"), files.sole_writer(folder, run):
         pass
     lock.release()
-    left_over = tmp_path / "folder" / f"{files.TEMPORARY}12-34"
+    left_over = folder / f"{files.TEMPORARY}12-34"
     left_over.touch()
-    with files.sole_writer(tmp_path / "folder", "some.setting"):
+    with files.sole_writer(folder, run):
         assert not left_over.exists()
-        assert files.lock_folder(tmp_path / "folder") is None
-    assert files.lock_folder(tmp_path / "folder") is not None
+        assert files.lock_folder(folder) is None
+    assert files.lock_folder(folder) is not None
 
 
 def test_a_new_folder_is_gone_unless_it_was_put_in_place(tmp_path: Path) -> None:

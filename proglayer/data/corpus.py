@@ -31,7 +31,7 @@ from proglayer.data.tokens import (
     Tokenization,
     open_tokenization,
 )
-from proglayer.errors import ConfigError, first_line
+from proglayer.errors import ConfigError, first_line, raised_as
 
 Notify = Callable[[str], None]
 
@@ -101,13 +101,9 @@ def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
     identity = {"format": CACHE_FORMAT, "text": text.key, **tokenization.key}
     name = re.sub(r"[^A-Za-z0-9.-]", "_", text.name)
     folder = _cache_folder(data) / "corpora" / f"{name}-{_hash_json(identity)[:24]}"
-    try:
+    mend = ": make room, or set data.cache_dir to another folder"
+    with raised_as(ConfigError, f"cannot write to {folder.parent}", OSError, then=mend):
         entry = _read_entry(folder, notify) or _prepare_once(folder, text, tokenization, notify)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {folder.parent} ({error.strerror or error}): make room, or set "
-            "data.cache_dir to another folder"
-        ) from error
     return _with_windows(entry, text, data)
 
 

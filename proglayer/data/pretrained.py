@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proglayer.data.text import sha256_of
-from proglayer.errors import ConfigError, first_line
+from proglayer.errors import ConfigError, raised_as
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -61,11 +61,9 @@ def open_pretrained(path: str, revision: str | None, weights: bool = True) -> Pr
     wanted = [*FETCHED, WEIGHTS_FILES] if weights else few
     folder, commit = folder_or_hub("model.path", path, revision, wanted)
     label = f"model.path={path}"
-    try:
+    said = f"{label}: its {CONFIG_FILE} cannot be read"
+    with raised_as(ConfigError, said, OSError, TypeError, ValueError):
         config = dict(json.loads((folder / CONFIG_FILE).read_bytes()))
-    except (OSError, TypeError, ValueError) as error:
-        said = f"{label}: its {CONFIG_FILE} cannot be read ({first_line(error)})"
-        raise ConfigError(said) from error
     pretrained = Pretrained(folder, commit, config)
     if weights and not pretrained.weights:
         raise ConfigError(f"{label} holds no {WEIGHTS_FILES}: other forms can run code")
@@ -88,11 +86,9 @@ def folder_or_hub(
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    try:
+    said = f"{label} is no folder, and cannot be had from the hub"
+    with raised_as(ConfigError, said, Exception):  # the library raises many kinds
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:  # the library raises many kinds
-        said = f"{label} is no folder, and cannot be had from the hub ({first_line(error)})"
-        raise ConfigError(said) from error
     return folder, folder.name
 
 

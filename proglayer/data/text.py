@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from proglayer.config import DataConfig
-from proglayer.errors import ConfigError, first_line
+from proglayer.errors import ConfigError, raised_as
 
 # Part of the key of pydocs: raise it when other text is taken from the standard library.
 PYDOCS_FORMAT = 1
@@ -204,13 +204,9 @@ def _matching_files(patterns: Iterable[str]) -> list[Path]:
     return [Path(file) for file in sorted(every)]
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turn what can go wrong with a file into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror})") from error
+    return raised_as(ConfigError, f"{path} can't be read", OSError)
 
 
 def sha256_of(path: Path) -> str:
@@ -248,16 +244,12 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
         while block:
             rest = BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - file.tell())
             block = file.read(rest)
-            try:
+            with raised_as(ConfigError, f"{path} is no plain text in UTF-8", UnicodeError):
                 piece = decoder.decode(block, final=not block)
                 if "\0" in piece:
                     raise UnicodeError("it is binary, or in another encoding")
                 if file.tell() == len(block) and piece.lstrip().lower().startswith(MARKUP):
                     raise UnicodeError("it is HTML, RTF or PDF")
-            except UnicodeError as error:
-                raise ConfigError(
-                    f"{path} is no plain text in UTF-8 ({first_line(error)})"
-                ) from error
             last = piece[-1:] or last
             yield piece
     if not last.isspace():
@@ -383,7 +375,6 @@ def _loading(label: str) -> Iterator[Any]:
     for library in (datasets.utils, huggingface_hub.utils):
         library.disable_progress_bars()
         library.logging.set_verbosity_error()
-    try:
+    # A data set of others can be amiss in many ways.
+    with raised_as(ConfigError, f"{label} can't be loaded", Exception):
         yield datasets
-    except Exception as error:  # the many ways in which a data set of others can be amiss
-        raise ConfigError(f"{label} can't be loaded ({first_line(error)})") from error

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from proglayer.config import Settings
-from proglayer.console import console
+from proglayer.console import say
 from proglayer.errors import ConfigError, check_installed, first_line
 from proglayer.launch.job import Job, log_to_console, run_job
 from proglayer.launch.snapshot import snapshot_code
@@ -102,7 +102,7 @@ class Engine(Settings):
         have stored their state, where they were stopped.
         """
         for job in jobs:
-            console().print(f"{job.name}: {' '.join(job.overrides)}", markup=False)
+            say(f"{job.name}: {' '.join(job.overrides)}")
             if run_job(job) is RunState.interrupted:
                 raise KeyboardInterrupt
             yield job

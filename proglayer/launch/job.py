@@ -14,7 +14,7 @@ import yaml
 
 from proglayer import files
 from proglayer.config import Config, flat_settings
-from proglayer.console import console, tell
+from proglayer.console import say, tell
 from proglayer.errors import StoreError, UserError, with_type
 from proglayer.files import FolderKind
 from proglayer.run import record as records
@@ -75,7 +75,7 @@ def run_job(job: Job) -> RunState | None:
     What goes wrong is in the record. One that another process is at work on is left to it.
     """
     try:
-        with files.sole_writer(job.folder, FolderKind.run.setting, LOCK_WAIT_S):
+        with files.sole_writer(job.folder, FolderKind.run, LOCK_WAIT_S):
             return run_locked(job)
     except UserError as error:
         log.error("%s", error)
@@ -187,6 +187,6 @@ def leave_report(folder: Path) -> None:
         from proglayer.report.page import write_report
 
         page = write_report([folder], folder / "report")
-        console().print(f"report: {page}", markup=False)
+        say(f"report: {page}")
     except Exception as error:
         log.warning("no report could be written (%s)", with_type(error))

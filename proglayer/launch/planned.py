@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proglayer.config import store_dir
-from proglayer.console import console, counted
-from proglayer.errors import ConfigError, printable
+from proglayer.console import console, counted, say
+from proglayer.errors import ConfigError
 from proglayer.launch.job import Job, record_of, same_settings
 from proglayer.run.estimate import PhaseProgress, estimate
 from proglayer.run.progress import plan_lines, plan_table
@@ -91,10 +91,9 @@ def print_plan(each: Planned, title: str = "plan", elsewhere: bool = False) -> N
         said += [counted(len(found.epochs) if found else 0, "epoch") for found in stored]
     windows = len(corpus.train), len(corpus.validation)
     console().print(plan_table(each.setup.phases, config.data.seq_len, *windows, title, said))
-    for line in plan_lines(each.setup.phases):
-        console().print(printable(line), markup=False, highlight=False)
+    say("\n".join(plan_lines(each.setup.phases)))
     if unused := unused_settings(config, each.setup.phases):
-        console().print(printable(unused), markup=False)
+        say(unused)
 
 
 def in_launch_order(jobs: Sequence[Planned]) -> list[Planned]:

@@ -21,8 +21,8 @@ from pydantic import Field
 
 from proglayer import files
 from proglayer.config import BPE, Settings
-from proglayer.console import console
-from proglayer.errors import ConfigError, check_installed, first_line
+from proglayer.console import say
+from proglayer.errors import ConfigError, check_installed, raised_as
 from proglayer.files import FolderKind
 from proglayer.launch.ask import keyed, short_hash
 from proglayer.launch.compose import Command
@@ -81,8 +81,7 @@ def run(command: Command) -> int:
     if sweep.engine.threads is not None and "threads" not in space.overrides:
         overrides.append(f"threads={sweep.engine.threads}")
     command_line = shlex.join(["python", "train.py", *overrides])
-    said = f"best of the study, {best.value:.6g} in trial {best.number}:\n{command_line}"
-    console().print(said, markup=False)
+    say(f"best of the study, {best.value:.6g} in trial {best.number}:\n{command_line}")
     return 0
 
 
@@ -137,11 +136,9 @@ def read_space(given: Sequence[str], loader: ConfigLoader | None) -> Space:
     for key, override in overrides.items():
         if override.is_discrete_sweep():
             values_of(override)  # refuses what cannot be drawn from
-        try:
-            if override.is_sweep_override():
+        if override.is_sweep_override():
+            with raised_as(ConfigError, str(override.input_line), ValueError):
                 distributions[key] = _distribution(override)
-        except ValueError as error:
-            raise ConfigError(f"{override.input_line}: {first_line(error)}") from error
     if not distributions:
         raise ConfigError(
             "hydra/sweeper=optuna has nothing to search: give a setting several values, such as "
@@ -237,7 +234,7 @@ class Search:
         stopped = [trial_of(self.study, each) for each in trials if not each.state.is_finished()]
         ended = len(trials) - len(stopped)
         goes_on = f", {len(stopped)} to go on with" if stopped else ""
-        console().print(f"{ended} of {self.most} trials ended before{goes_on}", markup=False)
+        say(f"{ended} of {self.most} trials ended before{goes_on}")
         while ended < self.most:
             trials = [
                 stopped.pop(0) if stopped else self.study.ask({**self.space.distributions})

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from proglayer.config import store_dir
-from proglayer.console import console
+from proglayer.console import say
 from proglayer.errors import ConfigError
 from proglayer.launch.ask import short_hash
 from proglayer.launch.compose import Command
@@ -31,7 +31,7 @@ from proglayer.report.sequential import Design, Looks, judge_looks, read_looks, 
 from proglayer.results import load
 from proglayer.results.show import ranges
 from proglayer.results.variants import keys_and_values
-from proglayer.run.record import RecordError, RunState
+from proglayer.run.record import RunState
 from proglayer.store.entries import Entry
 
 
@@ -61,7 +61,7 @@ def run(command: Command) -> int:
     if firsts[0].job.config.plan:
         sweep.show_plans(firsts)
         at = ", ".join(map(str, study.looks.at))
-        console().print(f"these {len(arms)} arms, looked at with {at} seeds", markup=False)
+        say(f"these {len(arms)} arms, looked at with {at} seeds")
         return 0
     # What the study is about: its arms, their settings, and how it is looked at.
     about = {}
@@ -70,8 +70,7 @@ def run(command: Command) -> int:
         about[" ".join(overrides)] = short_hash(str(same))
     sweep.about = {**study.looks.model_dump(exclude={"taken"}), "arms": about}
     failed = sweep.run(study.batches())
-    for line in study.outcome():
-        console().print(line, markup=False)
+    say("\n".join(study.outcome()))
     return failed
 
 
@@ -132,11 +131,8 @@ class Settle:
             before = seeds
 
     def begin(self) -> None:
-        """Go on from the looks that the study had. Raises ConfigError where they are damaged."""
-        try:
-            self.looks = read_looks(self.sweep.folder) or self.looks
-        except RecordError as error:
-            raise ConfigError(f"hydra.sweep.dir={self.sweep.folder}: {error}") from error
+        """Go on from the looks that the study had. Raises RecordError where they are damaged."""
+        self.looks = read_looks(self.sweep.folder) or self.looks
         write_looks(self.sweep.folder, self.looks)
         self._judge()
 
@@ -155,8 +151,7 @@ class Settle:
         made = sum(bool(each.pairs) for each in self.claims)
         still = sum(each.open for each in self.claims)
         arms = f"; {len(self.needed)} of {len(self.arms)} arms are still needed" if still else ""
-        said = f"looked at {seeds} seeds: {made - still} of {made} comparisons settled{arms}"
-        console().print(said, markup=False)
+        say(f"looked at {seeds} seeds: {made - still} of {made} comparisons settled{arms}")
 
     def _name_seen(self, batch: Sequence[Planned]) -> None:
         """Name the seeds that others have trained, too: judged there, they are seen once more."""
@@ -170,11 +165,10 @@ class Settle:
                     seen.setdefault(run.parent, set()).add(each.job.config.seed)
         seen.pop(self.sweep.folder.resolve(), None)
         for folder, seeds in sorted(seen.items()):
-            console().print(
+            say(
                 f"seeds {ranges(seeds)} were trained in {folder}, too: if they were judged there, "
                 "this is another look at them, which nothing pays for. Begin with unseen ones: "
-                f"hydra.sweeper.first_seed={max(seeds) + 1}",
-                markup=False,
+                f"hydra.sweeper.first_seed={max(seeds) + 1}"
             )
 
     def _judge(self) -> None:

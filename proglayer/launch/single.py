@@ -34,8 +34,7 @@ def run(command: Command) -> int:
     machine.pick_device(job.config.device, job.config.precision)
     check_other_run(job)
     planned(job, {})
-    files.claim_folder(job.folder, FolderKind.run)
-    with files.sole_writer(job.folder, FolderKind.run.setting):
+    with files.sole_writer(job.folder, FolderKind.run):
         submit(job)
         state = run_locked(job)
         if state is RunState.interrupted:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from proglayer import files
-from proglayer.console import console, counted
+from proglayer.console import counted, say
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.engines import GOING, Engine, lost, run_elsewhere
 from proglayer.launch.job import Job, recorded_state
@@ -78,10 +78,9 @@ class Slurm(Engine):
         held = self.held(sweep)
         new = [job for job in jobs if job.name not in held]
         ids = held | (self._submit(new, sweep) if new else {})
-        say = console().print
         command = ["python", "-m", "proglayer.results", os.path.relpath(sweep)]
         said = f"in Slurm's queue: {counted(len(jobs), 'job')}"
-        say(f"{said}; {shlex.join(command)} follows them from any shell", markup=False)
+        say(f"{said}; {shlex.join(command)} follows them from any shell")
         left = {ids[job.name]: job for job in jobs}
         try:
             for number in _leaving([*left], sweep):
@@ -91,7 +90,7 @@ class Slurm(Engine):
             _ask("scancel", "--state=PENDING", *left)
             raise
         except KeyboardInterrupt:
-            say("jobs go on in Slurm; the same command waits for them again", markup=False)
+            say("jobs go on in Slurm; the same command waits for them again")
             raise
 
     def _submit(self, jobs: Sequence[Job], sweep: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from proglayer import files
-from proglayer.errors import ConfigError
+from proglayer.errors import ConfigError, raised_as
 
 PACKAGE = Path(__file__).resolve().parent.parent
 COMPILED = "__pycache__"
@@ -24,17 +24,14 @@ def snapshot_code(sweep: Path, package: Path = PACKAGE) -> Path:
 
     Raises ConfigError where that cannot be written.
     """
-    try:
+    mend = ": make room, or set hydra.sweep.dir"
+    with raised_as(ConfigError, "cannot keep the code beside the sweep", OSError, then=mend):
         there = sweep / f".code-{digest(package)[:12]}"
         if not there.is_dir():
             with files.new_folder(sweep, f".tmp-{there.name}") as temporary:
                 ignore = shutil.ignore_patterns(COMPILED, ".*")
                 shutil.copytree(package, temporary / package.name, ignore=ignore)
                 files.put_in_place(temporary, there)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot keep the code beside the sweep ({error}): make room, or set hydra.sweep.dir"
-        ) from error
     return there
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proglayer.console import counted
-from proglayer.errors import ConfigError, first_line, with_type
+from proglayer.errors import ConfigError, first_line, raised_as
 from proglayer.run.record import RunRecord
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def open_study(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = sweep / JOURNAL
-    try:
+    with raised_as(ConfigError, f"{path} cannot be read", OSError, ValueError, KeyError):
         return optuna.create_study(
             storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
             study_name="search",
@@ -38,8 +38,6 @@ def open_study(
             sampler=sampler or optuna.samplers.RandomSampler(),
             pruner=pruner,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def trial_of(study: optuna.Study, known: Any) -> optuna.trial.Trial:
@@ -80,7 +78,6 @@ def report_epoch(
 def made(what: str, settings: Mapping[str, Any], **more: Any) -> Any:
     """Return the sampler or the pruner of `_target_`. Raises ConfigError."""
     arguments = dict(settings) | more
-    try:
+    wrong = ImportError, AttributeError, TypeError, ValueError
+    with raised_as(ConfigError, f"hydra.sweeper.{what} cannot be made", *wrong):
         return pkgutil.resolve_name(str(arguments.pop("_target_", None)))(**arguments)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"hydra.sweeper.{what}: {with_type(error)}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from proglayer import files
-from proglayer.console import console
+from proglayer.console import say
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
 from proglayer.launch.ask import short_hash
@@ -99,8 +99,7 @@ class Sweep:
             self._say_work(jobs)
 
     def _say_work(self, jobs: Sequence[Planned]) -> None:
-        text = describe_work(jobs, self.engine.at_once, self.engine.elsewhere)
-        console().print(text, markup=False)
+        say(describe_work(jobs, self.engine.at_once, self.engine.elsewhere))
 
     def run(self, batches: Iterator[Sequence[Planned]]) -> int:
         """Run batches until there are no more, and return the exit status: 1 if a job failed.
@@ -109,8 +108,7 @@ class Sweep:
 
         Raises ConfigError, and KeyboardInterrupt, after the table of all jobs.
         """
-        files.claim_folder(self.folder, FolderKind.sweep)
-        with files.sole_writer(self.folder, FolderKind.sweep.setting):
+        with files.sole_writer(self.folder, FolderKind.sweep):
             self._go_on()
             self._write()
             with records.sign_of_life(self.folder / FolderKind.sweep.mark):
@@ -122,13 +120,12 @@ class Sweep:
         return FAILED if failed else 0
 
     def _go_on(self) -> None:
-        """Take over the jobs of the folder's sweep. Raises ConfigError where it is another."""
+        """Take over the jobs of the folder's sweep. Raises ConfigError where it is another, and
+        RecordError where that cannot be read.
+        """
         if not (self.folder / FolderKind.sweep.mark).exists():
             return
-        try:
-            before = records.read_sweep(self.folder)
-        except records.RecordError as error:
-            raise ConfigError(f"hydra.sweep.dir={self.folder}: {error}") from error
+        before = records.read_sweep(self.folder)
         if others := differing(before.about, self.about):
             raise ConfigError(
                 f"hydra.sweep.dir={self.folder} holds a study with {others}: its results follow "
@@ -153,8 +150,7 @@ class Sweep:
         """
         waiting = [each.job for each in in_launch_order(batch) if not each.completed]
         where = os.path.relpath(self.folder)
-        said = f"{len(batch)} jobs in {where}, {len(batch) - len(waiting)} finished before"
-        console().print(said, markup=False)
+        say(f"{len(batch)} jobs in {where}, {len(batch) - len(waiting)} finished before")
         # With nothing to run, torch, which knows the machine's part in the keys, is not needed.
         if waiting:
             self._say_work(batch)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from proglayer.console import console
+from proglayer.console import say
 from proglayer.errors import run_command
 
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from proglayer.run.export import export_run
 
     folder = export_run(options.run, options.output)
-    console().print(f"model: {folder}", markup=False)
+    say(f"model: {folder}")
     return 0
 
 

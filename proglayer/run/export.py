@@ -19,7 +19,7 @@ from proglayer.data.pretrained import (
     folder_or_hub,
     open_pretrained,
 )
-from proglayer.errors import ConfigError, first_line
+from proglayer.errors import ConfigError, raised_as
 from proglayer.run.record import RunRecord, read_record
 from proglayer.run.run import load_run
 from proglayer.training.causal_lm import CausalModel, quiet
@@ -91,20 +91,16 @@ def _write_tokenizer(config: Config, folder: Path) -> None:
     name = config.data.tokenizer
     if name in (WORDS, BYTES):
         return
-    try:
-        with quiet():
-            if name == BPE:
-                file = open_corpus(config.data).tokenizer_file
-                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-            else:
-                revision = config.data.tokenizer_revision
-                theirs, _ = folder_or_hub("data.tokenizer", name, revision, FETCHED)
-                tokenizer = AutoTokenizer.from_pretrained(theirs, trust_remote_code=False)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:  # the library raises many kinds
-        raise ConfigError(
-            f"data.tokenizer={name} cannot be had any more ({first_line(error)})"
-        ) from error
+    said = f"data.tokenizer={name} cannot be had any more"
+    with raised_as(ConfigError, said, Exception), quiet():  # the library raises many kinds
+        if name == BPE:
+            file = open_corpus(config.data).tokenizer_file
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        else:
+            revision = config.data.tokenizer_revision
+            theirs, _ = folder_or_hub("data.tokenizer", name, revision, FETCHED)
+            tokenizer = AutoTokenizer.from_pretrained(theirs, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
 
 
 def _card(config: Config, record: RunRecord, found: Pretrained | None) -> str:

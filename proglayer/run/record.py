@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proglayer import files
 from proglayer.config import Objective
-from proglayer.errors import ConfigError, UserError
+from proglayer.errors import ConfigError, UserError, raised_as
 from proglayer.files import RUN_FILE, SWEEP_FILE
 from proglayer.store.entries import Machine
 from proglayer.training.cost import parameter_counts, training_flops
@@ -428,10 +428,10 @@ def now() -> datetime:
 
 
 def _read(kind: type[T], path: Path) -> T:
+    with raised_as(RecordError, f"{path} cannot be read", OSError):
+        content = path.read_bytes()
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror})") from error
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from proglayer.config import ConfigError, ModelConfig
+from proglayer.config import ModelConfig
 from proglayer.data.pretrained import Pretrained
-from proglayer.errors import first_line
+from proglayer.errors import ConfigError, raised_as
 from proglayer.training.architecture import CausalLM, Sizes
 from proglayer.training.model import Model
 
@@ -351,12 +351,9 @@ def _sizes(family: str, settings: Mapping[str, Any], tied: bool) -> Sizes:
 @contextlib.contextmanager
 def reading(folder: Path, what: str) -> Iterator[None]:
     """Let the library read in quiet; its errors, of many kinds, become ConfigError."""
-    try:
-        with quiet():
-            yield
-    except Exception as error:
-        reason = f"its {what} cannot be read ({first_line(error)})"
-        raise ConfigError(f"model.path={folder}: {reason}") from error
+    said = f"model.path={folder}: its {what} cannot be read"
+    with raised_as(ConfigError, said, Exception), quiet():
+        yield
 
 
 @contextlib.contextmanager

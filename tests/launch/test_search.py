@@ -143,7 +143,7 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
         (["lr.base=choice(1,2)", "hydra.sweeper.n_jobs=2"], "n_jobs takes a launcher"),
         (["lr.base=choice(1,2)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up"),
         (["lr.base=choice(1,2)", "hydra/sweeper/sampler=best"], "hydra/sweeper/sampler has no "),
-        (["lr.base=choice(1,2)", "+hydra.sweeper.pruner.x=1"], "hydra.sweeper.pruner: TypeError"),
+        (["lr.base=choice(1,2)", "+hydra.sweeper.pruner.x=1"], "hydra.sweeper.pruner cannot be "),
         (["lr.base=1e-3,1", "seed=-1"], "seed=-1"),
         (
             ["lr.base=interval(1e-3,1e-2)", "hydra/sweeper/sampler=grid"],

@@ -17,7 +17,7 @@ import pytest
 from proglayer.config import DataConfig
 from proglayer.data.corpus import Corpus, Notify, open_corpus
 from proglayer.errors import ConfigError
-from proglayer.files import sole_writer
+from proglayer.files import FolderKind, sole_writer
 from proglayer.launch.ask import parse, setting
 from proglayer.launch.engines import Engine
 from proglayer.launch.job import Job
@@ -228,13 +228,13 @@ def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
 
 
 def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
-    for named, jobs in ("hydra.run.dir", ()), ("hydra.sweep.dir", ("-m", "seed=1,2")):
-        (folder := tmp_path / named).mkdir()
-        with sole_writer(folder, named), pytest.MonkeyPatch.context() as patch:
+    for kind, jobs in (FolderKind.run, ()), (FolderKind.sweep, ("-m", "seed=1,2")):
+        folder = tmp_path / kind.name
+        with sole_writer(folder, kind), pytest.MonkeyPatch.context() as patch:
             patch.setattr("proglayer.launch.job.LOCK_WAIT_S", 0)
-            done = train(*jobs, *QUICK, f"{named}={folder}")
+            done = train(*jobs, *QUICK, f"{kind.setting}={folder}")
         assert done.status == 1
-        assert f"{named}={folder}: another command is at work in this folder" in done.err
+        assert f"{kind.setting}={folder}: another command is at work in this folder" in done.err
         assert not list(folder.rglob("*.json"))
 
 
