@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Corpus:
     `validation_bytes` and `test_bytes` count the bytes of text, in UTF-8, that the targets of those
     windows stand for: a word with the white space before it, a subword from the end of the one
     before to its own. `validation_unknown` counts the targets that are `<unk>`, which say nothing
-    of their text.
+    of their text. `tokenizer_revision` is the commit of a tokenizer from the hub.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Corpus:
     test_bytes: int | None = None
     validation_unknown: int | None = None
     test_fingerprint: str | None = None
+    tokenizer_revision: str | None = None
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -104,7 +105,7 @@ def open_corpus(data: DataConfig, notify: Notify = _silent) -> Corpus:
     mend = ": make room, or set data.cache_dir to another folder"
     with raised_as(ConfigError, f"cannot write to {folder.parent}", OSError, then=mend):
         entry = _read_entry(folder, notify) or _prepare_once(folder, text, tokenization, notify)
-    return _with_windows(entry, text, data)
+    return replace(_with_windows(entry, text, data), tokenizer_revision=tokenization.revision)
 
 
 # ---------------------------------------------------------------------------------------------

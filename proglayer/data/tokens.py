@@ -61,10 +61,12 @@ class Tokenization:
 
     key: plain data that is equal where the tokens of a text are equal.
     fit: returns the encoder, made from the text where it takes its vocabulary from there.
+    revision: the commit, of one from the hub.
     """
 
     key: dict[str, Any]
     fit: Callable[[ReadSplit], Words | Bytes | Subwords]
+    revision: str | None = None
 
 
 def open_tokenization(data: DataConfig) -> Tokenization:
@@ -87,10 +89,11 @@ def open_tokenization(data: DataConfig) -> Tokenization:
         return Tokenization(
             {"bpe": size}, lambda read: Subwords(train_bpe(read("train"), size), label)
         )
-    folder, _ = folder_or_hub("data.tokenizer", name, data.tokenizer_revision, [TOKENIZER_FILE])
+    revision = data.tokenizer_revision
+    folder, commit = folder_or_hub("data.tokenizer", name, revision, [TOKENIZER_FILE])
     key = {"sha256": sha256_of(folder / TOKENIZER_FILE)}
     content = (folder / TOKENIZER_FILE).read_bytes()
-    return Tokenization(key, lambda read: Subwords(content, label))
+    return Tokenization(key, lambda read: Subwords(content, label), commit)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proglayer import files
-from proglayer.config import Config
 from proglayer.console import tell
 from proglayer.data import Corpus, open_corpus
 from proglayer.errors import ConfigError, run_command
@@ -72,7 +71,7 @@ def _check_texts(runs: Frame) -> None:
 
 def _corpus(folder: Path, record: RunRecord) -> Corpus:
     """Return the text that a run trained on. Raises ConfigError where it is another one now."""
-    corpus = open_corpus(Config.model_validate(record.config).data, tell)
+    corpus = open_corpus(record.settings.data, tell)
     if record.corpus is None or corpus.fingerprint != record.corpus.fingerprint:
         raise ConfigError(f"the text of {folder} is not to be had: {corpus.name} is another here")
     return corpus

@@ -8,17 +8,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from proglayer import files
 from proglayer.config import Config, flat_settings
-from proglayer.console import say, tell
+from proglayer.console import say
 from proglayer.errors import StoreError, UserError, with_type
 from proglayer.files import FolderKind
 from proglayer.run import record as records
 from proglayer.run.record import GitState, RunRecord, RunState
+
+if TYPE_CHECKING:
+    from proglayer.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,12 @@ class Job:
         """The name of its folder."""
         return self.folder.name
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What its record says of its command."""
+        overrides, choices = list(self.overrides), dict(self.choices)
+        return {"overrides": overrides, "choices": choices, "git": self.git}
+
 
 def submit(job: Job) -> None:
     """Write the record of a job that waits, with what fixes what it runs.
@@ -59,13 +68,8 @@ def submit(job: Job) -> None:
     Raises ConfigError for a folder that is not ours, and StoreError.
     """
     files.claim_folder(job.folder, FolderKind.run)
-    record = RunRecord(
-        state=RunState.waiting,
-        overrides=list(job.overrides),
-        choices=dict(job.choices),
-        config=job.config.model_dump(mode="json"),
-        git=job.git,
-    )
+    settings = job.config.model_dump(mode="json")
+    record = RunRecord(state=RunState.waiting, config=settings, **job.asked)
     records.write_record(job.folder, record)
 
 
@@ -87,17 +91,12 @@ def run_locked(job: Job) -> RunState:
 
     Raises ConfigError where it cannot run here, and StoreError where it cannot be recorded.
     """
-    from proglayer.run.machine import with_precision
     from proglayer.run.run import run
 
     try:
         with contextlib.chdir(job.cwd), log_of(job.folder):
             _write_hydra(job)
-            config, picked = with_precision(job.config)
-            if picked:
-                tell(picked)
-            given = list(job.overrides), dict(job.choices)
-            return run(config, job.folder, *given, job.prune, job.git, job.worker).state
+            return run(job.config, job.folder, job.asked, job.prune, job.worker).state
     except UserError as error:
         with contextlib.suppress(StoreError):
             records.change_state(job.folder, RunState.failed, str(error))
@@ -178,15 +177,14 @@ def _write_hydra(job: Job) -> None:
         files.write_atomically(job.folder / ".hydra" / f"{name}.yaml", text.encode())
 
 
-def leave_report(folder: Path) -> None:
+def leave_report(folder: Path, results: Results) -> None:
     """Write the report of a run or a sweep into its folder, and say where it is.
 
     Whatever goes wrong with the report is a line of the log: it changes nothing about the runs.
     """
     try:
-        from proglayer.report.page import write_report
+        from proglayer.report.page import report_of
 
-        page = write_report([folder], folder / "report")
-        say(f"report: {page}")
+        say(f"report: {report_of(results, folder / 'report')}")
     except Exception as error:
         log.warning("no report could be written (%s)", with_type(error))

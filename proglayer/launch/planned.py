@@ -84,16 +84,19 @@ def print_plan(each: Planned, title: str = "plan", elsewhere: bool = False) -> N
 
     elsewhere: the job is to run on a machine whose part of the store is not known here.
     """
-    config, corpus = each.job.config, each.setup.corpus
-    said: list[str] = []
+    from proglayer.run import machine
+
+    config, corpus, phases = each.job.config, each.setup.corpus, each.setup.phases
+    stored: list[str] = []
+    lines = [*plan_lines(phases), unused_settings(config, phases)]
     with contextlib.suppress(ConfigError):  # the device is another machine's
-        stored = [] if elsewhere else stored_of(each)
-        said += [counted(len(found.epochs) if found else 0, "epoch") for found in stored]
+        if not elsewhere:
+            lines.append(machine.with_precision(config)[1])
+            found = stored_of(each)
+            stored += [counted(len(one.epochs) if one else 0, "epoch") for one in found]
     windows = len(corpus.train), len(corpus.validation)
-    console().print(plan_table(each.setup.phases, config.data.seq_len, *windows, title, said))
-    say("\n".join(plan_lines(each.setup.phases)))
-    if unused := unused_settings(config, each.setup.phases):
-        say(unused)
+    console().print(plan_table(phases, config.data.seq_len, *windows, title, stored))
+    say("\n".join(filter(None, lines)))
 
 
 def in_launch_order(jobs: Sequence[Planned]) -> list[Planned]:

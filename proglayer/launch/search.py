@@ -267,6 +267,8 @@ class Search:
             files.claim_folder(folder, FolderKind.run)
             failed = {"state": RunState.failed, "reason": str(error), "ended": now()}
             write_record(folder, RunRecord(**failed, overrides=list(overrides)))
+            if self.sweep.command.master.on_error == "stop":
+                raise ConfigError(f"{error}\n{folder.name} failed, and on_error=stop") from error
             return folder, None
         if not self.settings.pruner["_target_"].endswith("NopPruner"):
             about = self.settings.pruner, self.settings.direction

@@ -25,6 +25,7 @@ def run(command: Command) -> int:
 
     Raises ConfigError and StoreError, and KeyboardInterrupt where the run was interrupted.
     """
+    from proglayer.results import load
     from proglayer.run import machine
 
     job = command.job(command.folder("run"))
@@ -41,7 +42,7 @@ def run(command: Command) -> int:
             raise KeyboardInterrupt
         if job.config.report:
             with log_of(job.folder):
-                leave_report(job.folder)
+                leave_report(job.folder, load(job.folder))
     return 0 if state is RunState.completed else FAILED
 
 

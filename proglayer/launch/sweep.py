@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from proglayer import files
-from proglayer.console import say
+from proglayer.console import console, say
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
 from proglayer.launch.ask import short_hash
@@ -183,9 +183,11 @@ class Sweep:
 
         After Ctrl-C the table is enough: the same command goes on, and reports at its end.
         """
-        from proglayer.results.show import print_summary
+        from proglayer.results import load
+        from proglayer.results.show import print_results
 
-        failed = print_summary(self.folder)
+        results = load(self.folder)
+        print_results(results, console())
         if self.command.master.report and not isinstance(sys.exception(), KeyboardInterrupt):
-            leave_report(self.folder)
-        return failed
+            leave_report(self.folder, results)
+        return results.failures > 0

@@ -40,7 +40,7 @@ from proglayer.report.pictures import Picture
 from proglayer.report.study import Condition, Study, judge_study
 from proglayer.report.words import variant_name
 from proglayer.results.columns import plain_values
-from proglayer.results.read import load, write_csv
+from proglayer.results.read import Results, load, write_csv
 from proglayer.results.show import listed, ranges
 from proglayer.run.record import RecordError, read_sweep
 from proglayer.table import Table
@@ -74,6 +74,11 @@ def write_report(
     results = load(*folders)
     if results.runs.empty and not results.failures:
         raise ConfigError(f"no run in {', '.join(map(str, folders))}")
+    return report_of(results, out, margin)
+
+
+def report_of(results: Results, out: str | Path, margin: float | None = None) -> Path:
+    """Write the report of runs that were read; see `write_report`."""
     looks = sequential.looks_of(results)
     if looks and margin and margin != looks.margin:
         raise ConfigError(f"--margin={margin:g}: the study's is {looks.margin:g} points")

@@ -6,13 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from proglayer.console import console, counted, one_line
-from proglayer.results.read import Results, load
+from proglayer.console import counted, one_line
+from proglayer.results.read import Results
 from proglayer.results.variants import what_varied
 from proglayer.run.record import RunState
 from proglayer.table import Column, Table, is_missing
@@ -35,13 +34,6 @@ STAMP = re.compile(r"(?<![^/])[\d-]{10}_[\d-]{8}_(?=[0-9a-f]{6}/)")
 
 def _style(status: str) -> str:
     return STYLE.get(RunState(status), "dim")
-
-
-def print_summary(*folders: str | Path) -> bool:
-    """Print the table of the jobs in `folders` and a line of totals; True if any failed."""
-    results = load(*folders)
-    print_results(results, console())
-    return results.failures > 0
 
 
 def print_results(results: Results, out: Console) -> None:

@@ -54,7 +54,7 @@ def export_run(folder: str | Path, to: str | Path) -> Path:
         )
     if to.exists():
         raise ConfigError(f"{to} is there already: name a folder that is not")
-    config = Config.model_validate(record.config)
+    config = record.settings
     to.parent.mkdir(parents=True, exist_ok=True)
     with files.new_folder(to.parent, f"{to.name}.partial") as partial:
         found = None

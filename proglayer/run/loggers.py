@@ -107,7 +107,7 @@ class MLflow:
         self, experiment: str, folder: Path, params: dict[str, str], tags: dict[str, str]
     ) -> tuple[str, bool]:
         """Return the run of this folder with these parameters, and whether it was there."""
-        place = str(folder.resolve())
+        place = folder.resolve().as_uri()  # it has no quotes, which end a filter's text
         asked = f'tags.`proglayer.folder` = "{place}"'
         for run in self._client.search_runs([experiment], asked):
             if run.data.params == params:

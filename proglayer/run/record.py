@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proglayer import files
-from proglayer.config import Objective
+from proglayer.config import Config, Objective
 from proglayer.errors import ConfigError, UserError, raised_as
 from proglayer.files import RUN_FILE, SWEEP_FILE
 from proglayer.store.entries import Machine
@@ -122,6 +122,7 @@ class CorpusRecord(Part):
     The bytes are those of the text that the targets of the windows stand for, in UTF-8;
     `validation_unknown` counts the targets that are `<unk>`, of words. `test_fingerprint` hashes a
     data set's own test split; without it the test windows are what follows the validation windows.
+    `tokenizer_revision` is the commit of a tokenizer from the hub.
     """
 
     name: str
@@ -136,6 +137,7 @@ class CorpusRecord(Part):
     test_bytes: int | None = None
     validation_unknown: int | None = None
     test_fingerprint: str | None = None
+    tokenizer_revision: str | None = None
 
     def figures(
         self, score: Score, on: Literal["validation", "test"] = "validation"
@@ -268,6 +270,12 @@ class RunRecord(Part):
     objective: float | None = None
     weights_sha256: str | None = None
     traceback: str | None = None
+
+    @property
+    def settings(self) -> Config:
+        """The settings, checked. Raises RecordError where it has none of this version."""
+        with raised_as(RecordError, "the record has no settings of this version", ValidationError):
+            return Config.model_validate(self.config)
 
 
 class SweepJob(Part):

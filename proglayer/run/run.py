@@ -8,10 +8,10 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from proglayer.run import record as records
 from proglayer.run.environment import environment, git_state
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
-from proglayer.run.record import WEIGHTS, GitState, RunRecord, RunState
+from proglayer.run.record import WEIGHTS, RunRecord, RunState
 from proglayer.run.setup import Setup, set_up
 from proglayer.run.signals import Stop
 from proglayer.run.waiting import CoreWatch
@@ -57,23 +57,23 @@ class Ended(NamedTuple):
 def run(
     config: Config,
     folder: Path,
-    overrides: Sequence[str] = (),
-    choices: dict[str, str] | None = None,
+    asked: Mapping[str, Any] | None = None,
     prune: Prune | None = None,
-    git: GitState | None = None,
     worker: int = 0,
 ) -> RunRecord:
     """Walk the plan of `config`, phase by phase, and leave the run's record in `folder`.
 
-    overrides, choices: the command line and the group options, recorded as given.
+    asked: what the record says of its command, as given: `overrides`, `choices`, `git`.
     prune: by this a search ends the run early.
-    git: the state of the code, where that is not this one's.
     worker: the number of this process among those that work at once on this machine, which share
         out its GPUs by it.
 
     Returns the record. What goes wrong is in it, and not raised, but for a device that is not here
     (ConfigError), a store of others (ConfigError) and what cannot be written (StoreError).
     """
+    config, picked = machine.with_precision(config)
+    if picked:
+        tell(picked)
     device = machine.pick_device(config.device, config.precision)
     with (
         machine.switches(config.threads, config.precision),
@@ -82,13 +82,11 @@ def run(
         record = RunRecord(
             state=RunState.running,
             started=records.now(),
-            overrides=list(overrides),
-            choices=choices or {},
             config=config.model_dump(mode="json"),
             environment=environment(),
             machine=machine.describe_machine(device),
             gpu=gpu,
-            git=git or git_state(),
+            **{"git": git_state(), **(asked or {})},
         )
         with session(config, folder, record, prune) as current:
             setup = prepare(config, record)
@@ -107,7 +105,6 @@ def prepare(config: Config, record: RunRecord) -> Setup:
 
     Raises ConfigError where settings, corpus and machine do not fit together.
     """
-    assert config.precision != "auto", "machine.with_precision comes before"
     setup = set_up(config, {})
     if unused := unused_settings(config, setup.phases):
         tell(unused)
@@ -218,7 +215,9 @@ def load_run(folder: str | Path) -> Model:
     folder = Path(folder)
     path = folder / WEIGHTS
     if not path.exists():
-        raise ConfigError(f"there is no {path}: name the folder of one run that has trained")
+        below = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{WEIGHTS}")))
+        which = f"one of {below}" if below else "the folder of one run that has trained"
+        raise ConfigError(f"there is no {path}: name {which}")
     if not records.has_whole_weights(folder, records.read_record(folder)):
         raise StoreError(
             f"{path} is not what the run left there, but damaged or written over: the command of "

@@ -39,9 +39,20 @@ def set_up(config: Config, opened: Opened) -> Setup:
     corpus = _once(opened, config.data, lambda: open_corpus(config.data, tell))
     phases = plan(config, corpus.vocab_size, checkpoint)
     for phase in phases:
-        phase.train.windows(len(corpus.train))
+        _check_windows(config, phase, len(corpus.train))
     check_objective(config.objective, corpus_record(corpus))
     return Setup(corpus, checkpoint, phases)
+
+
+def _check_windows(config: Config, phase: Phase, there: int) -> None:
+    """Raise ConfigError where a phase asks for more training windows than there are."""
+    part = "grown" if phase.index else "initial"
+    own = f"{part}." if getattr(config.phase, part).samples is not None else ""
+    if (wanted := phase.train.samples) is not None and wanted > there:
+        raise ConfigError(
+            f"phase.{own}samples={wanted} asks for more windows than the corpus gives ({there}): "
+            "lower it or raise data.samples"
+        )
 
 
 def _once(opened: Opened, settings: Any, make: Callable[[], Any]) -> Any:

@@ -203,19 +203,13 @@ class TrainSpec:
         return math.ceil(self.windows(train_windows) / self.batch_size)
 
     def windows(self, train_windows: int) -> int:
-        """Training windows of an epoch. Raises ConfigError where the corpus has fewer."""
+        """Training windows of an epoch."""
         pool = self.pool(train_windows)
         return self.epoch_steps * self.batch_size if self.epoch_steps else pool
 
     def pool(self, train_windows: int) -> int:
-        """Training windows that there are. Raises ConfigError where the corpus has fewer."""
-        windows = train_windows if self.samples is None else self.samples
-        if windows > train_windows:
-            raise ConfigError(
-                f"phase.samples={self.samples} asks for more windows than the corpus gives "
-                f"({train_windows}): lower it or raise data.samples"
-            )
-        return windows
+        """Training windows that there are, of a corpus with enough."""
+        return train_windows if self.samples is None else self.samples
 
 
 @dataclass(frozen=True)

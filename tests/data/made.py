@@ -115,6 +115,7 @@ for settings in json.loads(Path(sys.argv[1]).read_text()):
         corpus = open_corpus(DataConfig(**settings), notes.append)
         answer = {"fingerprint": corpus.fingerprint, "shape": corpus.train.shape}
         answer["test"] = corpus.test_fingerprint
+        answer["revision"] = corpus.tokenizer_revision
     except ConfigError as error:
         answer = {"error": str(error)}
     answer["seconds"] = time.monotonic() - started

@@ -235,6 +235,7 @@ def test_a_name_on_the_hub_is_read_from_its_cache_at_its_revision(tmp_path: Path
     newest, first, unknown = answers(start(tmp_path, asked, **environment))
     assert newest["fingerprint"] == open_corpus(bpe(folder, 280)).fingerprint
     assert first["fingerprint"] == open_corpus(bpe(folder, 270)).fingerprint
+    assert (newest["revision"], first["revision"]) == ("b" * 40, "a" * 40)
     revision = f"data.tokenizer=owner/name at revision {'c' * 40} "
     assert unknown["error"].startswith(revision)
 

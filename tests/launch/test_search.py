@@ -58,6 +58,11 @@ def test_a_search_takes_a_failed_job_for_a_failed_trial(train: Command, tmp_path
     assert again.out.splitlines()[-1] == done.out.splitlines()[-1]
     assert len(_trials(tmp_path / "a")) == 6
 
+    stopped = train(*GRID, "model.num_heads=choice(2,3)", "hydra.sweep.dir=b", "on_error=stop")
+    assert stopped.status == 1
+    assert "model.num_heads=3 does not divide model.dim=8\n" in stopped.err
+    assert stopped.err.endswith(" failed, and on_error=stop\n")
+
 
 def test_a_search_that_was_stopped_goes_on_with_the_trial_under_way(
     train: Command, tmp_path: Path

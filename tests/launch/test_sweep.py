@@ -41,13 +41,21 @@ from ..helpers import (
 QUICK = (*SHORT, "phase.max_epochs=1")
 
 
-@pytest.mark.parametrize("given", ["plan=true", "model.num_heads=3", "data.samples=1000000"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("plan=true", ""),
+        ("model.num_heads=3", "error: model.num_heads=3"),
+        ("data.samples=1000000", "error: data.samples=1000000"),
+        ("phase.grown.samples=100", "error: phase.grown.samples=100 asks for more windows than"),
+    ],
+)
 def test_a_start_that_trains_nothing_leaves_nothing(
-    train: Command, tmp_path: Path, given: str
+    train: Command, tmp_path: Path, given: str, said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "new"):
-        train(*QUICK[1:], given, f"hydra.run.dir={folder}")
+        assert train(*QUICK, given, f"hydra.run.dir={folder}").err.startswith(said)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     assert not list((tmp_path / "empty").iterdir())
 

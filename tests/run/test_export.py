@@ -13,7 +13,7 @@ from proglayer import export_run, load_run
 from proglayer.errors import ConfigError
 from proglayer.results import load
 from proglayer.run.__main__ import main
-from proglayer.run.record import RunRecord, RunState, read_record
+from proglayer.run.record import RecordError, RunRecord, RunState, read_record, write_record
 from proglayer.run.run import run
 
 from ..helpers import ROOT, config
@@ -62,7 +62,9 @@ def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 def runs_to_its_end(folder: Path, *overrides: str) -> RunRecord:
     record = run(
-        config(*TEXT, f"store.dir={folder / 'stages'}", *overrides), folder / "run", overrides
+        config(*TEXT, f"store.dir={folder / 'stages'}", *overrides),
+        folder / "run",
+        {"overrides": overrides},
     )
     assert record.state is RunState.completed, record.reason
     return record
@@ -135,6 +137,9 @@ def test_a_bfloat16_checkpoint_stays_one(tmp_path: Path) -> None:
     assert {p.dtype for p in grown.parameters()} == {torch.bfloat16}
     for name, tensor in old.state_dict().items():
         assert torch.equal(grown.state_dict()[name], tensor), name
+    write_record(tmp_path / "run", read_record(tmp_path / "run").model_copy(update={"config": {}}))
+    with pytest.raises(RecordError, match="has no settings of this version"):
+        export_run(tmp_path / "run", tmp_path / "again")
 
 
 def test_what_is_no_model_is_told_before_a_text_is_prepared_for_it(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         choice = f"logger=[{','.join(given)}]"
         (tmp_path / name).mkdir(exist_ok=True)
         settings = config(*TINY, "model.exit_weights=uniform", choice, *overrides)
-        experiment.run(settings, tmp_path / name, choices={"model": "deep_supervision"})
+        experiment.run(settings, tmp_path / name, {"choices": {"model": "deep_supervision"}})
         return tmp_path / name
 
     return go
@@ -79,7 +79,7 @@ def in_mlflow(folder: Path) -> tuple[Any, Figures]:
 
     client = MlflowClient((folder.parent / "multirun" / ".mlruns").as_uri())
     (ours,) = [e for e in client.search_experiments() if e.name == "proglayer"]
-    asked = f"tags.`proglayer.folder` = '{folder}'"
+    asked = f"tags.`proglayer.folder` = '{folder.as_uri()}'"
     logged = client.search_runs([ours.experiment_id], asked)[0]
     return logged, {
         name: [(m.step, m.value) for m in client.get_metric_history(logged.info.run_id, name)]
@@ -96,7 +96,7 @@ def as_float32(figures: Figures) -> Figures:
 
 
 def test_both_read_what_the_record_says_of_trained_and_stored_epochs(run: Run) -> None:
-    for name, reused in ("first", 0.0), ("second", 1.0):
+    for name, reused in ("first", 0.0), ('the "second"', 1.0):
         folder = run(name)
         figures = recorded(folder)
         assert figures["reused"] == [(step, reused) for step in range(1, 7)]
@@ -140,7 +140,7 @@ def test_an_interrupted_run_goes_on_in_its_mlflow_run_below_that_of_its_sweep(
 
     (parent,) = parents
     found = MlflowClient((tmp_path / "multirun" / ".mlruns").as_uri()).get_run(parent)
-    assert found.data.tags["proglayer.folder"] == str(tmp_path)
+    assert found.data.tags["proglayer.folder"] == tmp_path.as_uri()
 
 
 def test_a_failed_run_is_failed_there_too(run: Run) -> None:

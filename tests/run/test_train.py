@@ -88,6 +88,8 @@ def test_weights_that_are_not_the_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"of another")
     with pytest.raises(StoreError, match="is not what the run left there"):
         load_run(tmp_path)
+    with pytest.raises(ConfigError, match=f"name one of {tmp_path.name}"):
+        load_run(tmp_path.parent)
 
 
 def test_a_sweep_shares_its_first_phase_and_changes_no_bit(train: Command, tmp_path: Path) -> None:
@@ -264,7 +266,9 @@ def test_planning_trains_nothing_and_leaves_nothing(train: Command, tmp_path: Pa
     assert done.status == 0, done.err
     for text in ("4 unfreezing", "layers 1-2", "GFLOP", "(100.0%)"):
         assert text in done.out
-    published = train("plan=true", "model.vocab_size=69830").out.replace("\n", " ")
+    published = train("plan=true", "model.vocab_size=69830", "precision=auto").out
+    published = published.replace("\n", " ")
+    assert "precision=auto is " in published
     assert "9,135,232 / 9,135,232 (100.0%)" in published
     assert "4,534,784 / 9,200,896 (49.3%)" in published
     swept = train("-m", "plan=true", "added_layers=1,3", "data.max_vocab=500")
