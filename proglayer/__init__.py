@@ -4,6 +4,7 @@
 and `export_run(folder, to)` writes one of `transformers` for that library.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,12 +19,7 @@ __all__ = ["__version__", "export_run", "load_run"]
 def __getattr__(name: str) -> Any:
     # Importing the package must stay free of torch: `train.py --help` and the tables pay for it
     # otherwise. So what needs torch is fetched at first use (PEP 562).
-    if name == "export_run":
-        from proglayer.run.export import export_run
-
-        return export_run
-    if name == "load_run":
-        from proglayer.run.run import load_run
-
-        return load_run
+    modules = {"export_run": "proglayer.run.export", "load_run": "proglayer.run.run"}
+    if name in modules:
+        return getattr(importlib.import_module(modules[name]), name)
     raise AttributeError(f"module 'proglayer' has no attribute {name!r}")

@@ -24,13 +24,7 @@ import numpy as np
 
 from proglayer.config import BYTES, WORDS, DataConfig
 from proglayer.data.text import Text, open_text
-from proglayer.data.tokens import (
-    TOKENIZER_FILE,
-    UNK,
-    Sized,
-    Tokenization,
-    open_tokenization,
-)
+from proglayer.data.tokens import TOKENIZER_FILE, UNK, Sized, Tokenization, open_tokenization
 from proglayer.errors import ConfigError, first_line, raised_as
 
 Notify = Callable[[str], None]

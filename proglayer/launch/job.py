@@ -103,24 +103,10 @@ def run_locked(job: Job) -> RunState:
         raise
 
 
-def record_of(folder: Path) -> RunRecord | None:
-    """Return the record of a job, None if it has none that can be read."""
-    with contextlib.suppress(records.RecordError):
-        return records.read_record(folder)
-    return None
-
-
 def recorded_state(job: Job) -> RunState | None:
     """Return what the record of a job says where it stands, None if it has none."""
-    record = record_of(job.folder)
+    record = records.record_of(job.folder)
     return record and record.state
-
-
-def same_settings(record: RunRecord, config: Config) -> bool:
-    """Whether a record is of these settings: of `precision=auto`, whatever that picked."""
-    asked = config.model_dump(mode="json")
-    auto = {"precision": "auto"} if config.precision == "auto" else {}
-    return (record.config or {}) | auto == asked
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,7 +127,7 @@ def _pair(axes: dict[str, list[tuple[str, ...]]], group: Sequence[str]) -> None:
 def values_of(override: Override) -> list[str]:
     """Return each value of a setting as Hydra's grammar writes it.
 
-    Raises ConfigError for no value, more than can be run, one given twice, or an interval.
+    Raises ConfigError for no value, more than can be run, or an interval.
     """
     text = override.input_line
     if not override.is_sweep_override():
@@ -142,8 +141,6 @@ def values_of(override: Override) -> list[str]:
     if not 0 < len(values) <= MOST_JOBS:
         much = f"more than {MOST_JOBS:,} values" if values else "no value"
         raise ConfigError(f"{text} gives {much}")
-    if twice := [value for value, times in Counter(values).items() if times > 1]:
-        raise ConfigError(f"{text} gives {', '.join(twice)} more than once")
     return values
 
 

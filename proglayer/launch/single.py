@@ -6,18 +6,9 @@ from proglayer import files
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
 from proglayer.launch.compose import Command
-from proglayer.launch.job import (
-    Job,
-    differing,
-    leave_report,
-    log_of,
-    record_of,
-    run_locked,
-    same_settings,
-    submit,
-)
+from proglayer.launch.job import Job, differing, leave_report, log_of, run_locked, submit
 from proglayer.launch.planned import planned, print_plan
-from proglayer.run.record import RunState
+from proglayer.run.record import RunState, record_of, same_settings
 
 
 def run(command: Command) -> int:

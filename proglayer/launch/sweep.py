@@ -20,14 +20,7 @@ from proglayer.files import FolderKind
 from proglayer.launch.ask import short_hash
 from proglayer.launch.compose import Command
 from proglayer.launch.engines import Engine, Joblib, Ray
-from proglayer.launch.job import (
-    differing,
-    leave_report,
-    record_of,
-    recorded_state,
-    same_settings,
-    submit,
-)
+from proglayer.launch.job import differing, leave_report, recorded_state, submit
 from proglayer.launch.planned import Planned, describe_work, in_launch_order, planned, print_plan
 from proglayer.launch.slurm import Slurm
 from proglayer.run import record as records
@@ -156,8 +149,8 @@ class Sweep:
             self._say_work(batch)
         held = self.engine.held(self.folder)
         for job in waiting:
-            record = record_of(job.folder) if job.name in held else None
-            if record is not None and not same_settings(record, job.config):
+            record = records.record_of(job.folder) if job.name in held else None
+            if record is not None and not records.same_settings(record, job.config):
                 raise ConfigError(
                     f"hydra.sweep.dir={where}: its job {job.name} is in the queue with other "
                     f"settings: choose another folder, or end that job ({held[job.name]}) first"

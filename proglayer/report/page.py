@@ -25,15 +25,7 @@ from markupsafe import Markup
 from proglayer import files
 from proglayer.console import counted
 from proglayer.errors import ConfigError, printable
-from proglayer.report import (
-    arms,
-    comparisons,
-    measures,
-    pictures,
-    sequential,
-    tables,
-    words,
-)
+from proglayer.report import arms, comparisons, measures, pictures, sequential, tables, words
 from proglayer.report.arms import MARGIN, Frame
 from proglayer.report.comparisons import Comparison
 from proglayer.report.pictures import Picture
@@ -208,11 +200,7 @@ def _of_condition(study: Study, condition: Condition) -> dict[str, list[Picture]
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _render(
-    study: Study,
-    shown: dict[str, Table],
-    drawn: dict[str, list[Picture]],
-) -> str:
+def _render(study: Study, shown: dict[str, Table], drawn: dict[str, list[Picture]]) -> str:
     """Render one page that needs and asks for nothing else: style, script and figures inside."""
     style, script = (
         resources.files("proglayer.report").joinpath(name).read_text(encoding="utf-8")

@@ -128,11 +128,7 @@ def draw(
 
 
 def forest(
-    name: str,
-    title: str,
-    rows: Sequence[dict[str, Any]],
-    margin: float,
-    unit: str,
+    name: str, title: str, rows: Sequence[dict[str, Any]], margin: float, unit: str
 ) -> Picture:
     """Draw means with intervals and seeds: a line for each label, a mark for each model in it.
 

@@ -19,21 +19,9 @@ from proglayer.config import flat_settings
 from proglayer.console import one_line
 from proglayer.errors import UserError
 from proglayer.files import RUN_FILE, SWEEP_FILE
-from proglayer.results.columns import (
-    SETTINGS,
-    WHICH_RUN,
-    arranged,
-    plain_values,
-    recorded,
-    to_frame,
-    without_gaps,
-)
-from proglayer.results.variants import (
-    GROUPS,
-    experiment_key,
-    name_variants,
-    swept,
-)
+from proglayer.results import columns
+from proglayer.results.columns import SETTINGS, WHICH_RUN
+from proglayer.results.variants import GROUPS, experiment_key, name_variants, swept
 from proglayer.run.record import ENDS, RecordError, RunRecord, RunState, read_record, state_of
 from proglayer.table import csv_of
 
@@ -174,9 +162,9 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
         except RecordError as error:
             reason = _text(one_line(str(error))[:120])
             rows["left_out"].append({"folder": _text(name), "kind": "damaged", "reason": reason})
-    frames = {name: to_frame(name, each) for name, each in rows.items()}
+    frames = {name: columns.to_frame(name, each) for name, each in rows.items()}
     runs = with_changes(_with_variants(_with_duplicates(frames["runs"])))
-    return Results(**_with_sums(frames | {"runs": arranged(runs, _varied(runs))}))
+    return Results(**_with_sums(frames | {"runs": columns.arranged(runs, _varied(runs))}))
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -268,14 +256,14 @@ def _add(
             figures = corpus.figures(phase.validation) | test
             own = [row for row in epochs if row["phase"] == number]
             figures |= _sums(own) | _growth(record, number, own)
-            phases.append(place | recorded("phases", phase) | figures)
+            phases.append(place | columns.recorded("phases", phase) | figures)
             after = phase.growth.exit_losses_after if phase.growth else [None] * len(phase.exits)
             for (layer, score), loss in zip(phase.exits.items(), after, strict=False):
                 exit = place | {"layer": layer, "validation_loss_after_growth": loss}
                 rows["exits"].append(exit | corpus.figures(score))
     rows["phases"] += phases
     rows["epochs"] += epochs
-    rows["runs"].append(recorded("runs", record) | run | _of_phases(record, phases, epochs))
+    rows["runs"].append(columns.recorded("runs", record) | run | _of_phases(record, phases, epochs))
 
 
 def _sums(epochs: Rows) -> dict[str, Any]:
@@ -348,11 +336,11 @@ def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
     known: Any = runs[runs["config.seed"].notna()]
     names, _ = name_variants(known, swept(known))
     labels = names.reindex(runs.index, fill_value="as configured").tolist()
-    columns = {}
-    for name, values in (("variant", labels), ("model", plain_values(runs["model"]))):
+    named = {}
+    for name, values in (("variant", labels), ("model", columns.plain_values(runs["model"]))):
         known = list(dict.fromkeys(value for value in values if value is not None))
-        columns[name] = pd.Categorical(values, categories=known, ordered=True)
-    return runs.assign(**columns)
+        named[name] = pd.Categorical(values, categories=known, ordered=True)
+    return runs.assign(**named)
 
 
 def with_changes(runs: pd.DataFrame) -> pd.DataFrame:
@@ -393,7 +381,7 @@ def _with_sums(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     exits = frames["exits"].merge(at.drop(columns="best_epoch"), on=["run", "phase"], how="left")
     which = frames["runs"][list(WHICH_RUN)]
     return frames | {
-        name: without_gaps(which.merge(frame, on="run", how="right"))
+        name: columns.without_gaps(which.merge(frame, on="run", how="right"))
         for name, frame in (("phases", phases), ("epochs", epochs), ("exits", exits))
     }
 

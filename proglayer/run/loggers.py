@@ -2,7 +2,8 @@
 
 Each epoch is given as the row that `metrics.csv` gets (without `best`, which a later epoch may
 still change), at a step that counts the epochs of all phases together from 1. Stored epochs are
-given like those that were trained.
+given like those that were trained. A logger is made when the run starts, with its folder and its
+record.
 
 The record in the run's folder never depends on any of this: a logger that fails is dropped, with
 one line of warning.
@@ -16,7 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock
 
@@ -37,13 +38,6 @@ MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
 ENDS = {RunState.completed: "FINISHED", RunState.failed: "FAILED"}
-
-
-class Logger(Protocol):
-    """What a logger takes. It is made when the run starts, with its folder and its record."""
-
-    def log(self, figures: dict[str, float], step: int) -> None: ...
-    def end(self, state: RunState) -> None: ...
 
 
 class TensorBoard:
@@ -135,7 +129,7 @@ class Loggers:
 
     def __init__(self, config: LoggerConfig, folder: Path, record: RunRecord) -> None:
         self._epochs = 0
-        self._loggers: dict[str, Logger] = {}
+        self._loggers: dict[str, TensorBoard | MLflow] = {}
         for name, start in {"tensorboard": TensorBoard, "mlflow": MLflow}.items():
             if getattr(config, name):
                 with self._may_fail(name):

@@ -15,11 +15,7 @@ from rich.text import Text
 
 from proglayer.console import tell
 from proglayer.errors import printable
-from proglayer.training.cost import (
-    evaluation_flops,
-    parameter_counts,
-    training_flops,
-)
+from proglayer.training.cost import evaluation_flops, parameter_counts, training_flops
 from proglayer.training.growth import layer_sources
 from proglayer.training.plan import Phase, TrainSpec, schedule_warning
 from proglayer.training.stopping import perplexity

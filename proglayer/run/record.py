@@ -380,6 +380,19 @@ def read_record(folder: Path) -> RunRecord:
     return _read(RunRecord, folder / RUN_FILE)
 
 
+def record_of(folder: Path) -> RunRecord | None:
+    """Return the record of a job, None if it has none that can be read."""
+    with contextlib.suppress(RecordError):
+        return read_record(folder)
+    return None
+
+
+def same_settings(record: RunRecord, config: Config) -> bool:
+    """Whether a record is of these settings: of `precision=auto`, whatever that picked."""
+    auto = {"precision": "auto"} if config.precision == "auto" else {}
+    return (record.config or {}) | auto == config.model_dump(mode="json")
+
+
 def read_sweep(folder: Path) -> SweepRecord:
     """Read `sweep.json`. Raises RecordError."""
     return _read(SweepRecord, folder / SWEEP_FILE)

@@ -33,14 +33,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from proglayer.files import (
-    RUN_FILE,
-    SWEEP_FILE,
-    FolderKind,
-    claim_folder,
-    lock_folder,
-    write_atomically,
-)
+from proglayer import files
+from proglayer.files import RUN_FILE, SWEEP_FILE, FolderKind
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +61,9 @@ class Machine:
 
 def open_store(store: Path) -> None:
     """Make a folder a store, or see that it is one. Raises ConfigError for a folder of others."""
-    claim_folder(store, FolderKind.store)
+    files.claim_folder(store, FolderKind.store)
     if not (mark := store / FolderKind.store.mark).exists():
-        write_atomically(mark, MARK)
+        files.write_atomically(mark, MARK)
 
 
 def is_store(folder: Path) -> bool:
@@ -133,7 +127,7 @@ class Entry:
     def write(self, name: str, content: bytes, ending: str = "safetensors") -> Path:
         """Write a file, whole or not at all. Raises StoreError."""
         path = self.folder / f"{name}.{self._digest(name, content)}.{ending}"
-        write_atomically(path, content)
+        files.write_atomically(path, content)
         return path
 
     def write_json(self, name: str, content: dict[str, Any]) -> Path:
@@ -164,7 +158,7 @@ class Entry:
     def lock(self, wait_s: float = 0.0) -> bool:
         """Try for `wait_s` seconds to become the one process that writes here."""
         if self._lock is None:
-            self._lock = lock_folder(self.folder, wait_s)
+            self._lock = files.lock_folder(self.folder, wait_s)
         return self._lock is not None
 
     @property

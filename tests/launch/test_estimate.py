@@ -1,6 +1,6 @@
 """The time that is left, from what is stored."""
 
-from proglayer.run.estimate import PhaseProgress, estimate
+from proglayer.launch.planned import PhaseProgress, estimate
 
 # 4 epochs of 100 operations in 40 s: a second for 10.
 DONE = PhaseProgress(flops=100, max_epochs=9, epochs=4, seconds=40.0, complete=True)
