@@ -614,7 +614,7 @@ def depth_problems(config: Config) -> Iterator[str]:
 def _growth_problems(config: Config, layers: float, grows: bool) -> Iterator[str]:
     schedule = config.phase.schedule
     if grows and config.added_layers == 0 and config.growth.layers is None:
-        yield f"added_layers=0 adds nothing: phase={schedule.name} needs at least 1"
+        yield f"added_layers=0 adds nothing: phase={schedule} needs at least 1"
     if schedule != "from_scratch":
         yield from _freeze_problems(config.freeze.steps, layers)
     growth, init = config.growth, f"growth.init={config.growth.init}"

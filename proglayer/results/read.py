@@ -236,8 +236,7 @@ def _add(
         "overrides": _text(shlex.join(record.overrides)),
     }
     for group, choice in record.choices.items():
-        if not group.startswith(("hydra", "local", "logger")):
-            run[GROUPS.get(group, f"choice.{_text(group)}")] = _text(choice)
+        run[GROUPS.get(group, f"choice.{_text(group)}")] = _text(choice)
     if settings := record.config:
         for setting, value in flat_settings(settings, whole=SETTINGS):
             is_text = SETTINGS.get(setting, "text") == "text"

@@ -24,7 +24,7 @@ def pick_device(wanted: Device, precision: Precision) -> torch.device:
 
     Raises ConfigError for one that is not there, or that has no products of this precision.
     """
-    available = {
+    available: dict[Device, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,

@@ -108,7 +108,7 @@ def test_both_read_what_the_record_says_of_trained_and_stored_epochs(run: Run) -
         assert logged.data.tags["model"] == "deep_supervision"
         assert logged.data.params["lr.factor.head"] == "0.1"
     # In the same folder, the new event file takes the place of the old one.
-    run("second", "phase.max_epochs=2")
+    run(name, "phase.max_epochs=2")
     assert in_tensorboard(folder) == as_float32(recorded(folder))
     assert len(in_tensorboard(folder)["epoch"]) == 4
 
