@@ -230,7 +230,8 @@ def plain_variant(runs: Frame, experiment: str) -> str | None:
 
 
 def controls(runs: Frame, experiment: str) -> dict[str, str]:
-    """Map each growing variant to the variant of this control that is of its size.
+    """Map each growing variant to the variant of this control that is of its size. Where no run has
+    the control's name, those with its phases are it.
 
     Training from scratch is a control of the depth and width that growing ends with, training on
     of those that it begins with. Variants of which no such control was run are left out.
@@ -239,6 +240,8 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     size = [end, "config.model.dim"]
     runs = runs.dropna(subset=size)
     held = runs[runs["experiment"] == experiment]
+    if held.empty:
+        held = runs[runs["config.phase.schedule"] == experiment.removeprefix("control_")]
     held = held.assign(tokens=held["tokens"].astype("float64").fillna(0))
     how = {**dict.fromkeys(size, "first"), "cut": "mean", "tokens": "max", "base": "any"}
     held = held.groupby("variant", sort=False).agg(how).reset_index()

@@ -74,6 +74,7 @@ class Reason(StrEnum):
 
     no_runs = "no runs"  # of what it compares
     cut_short = "cut short"  # `max_epochs` ended `b` before it had spent its budget
+    mid_schedule = "mid schedule"  # the budget would end `b` before its decaying rate does
     failed = "failed"  # too many runs of `a` or `b`
     no_look = "no look"  # a study with looks, before its first one
 
@@ -83,7 +84,7 @@ class NotMade:
     """Why a comparison is not made, and the overrides of the runs that would let it be made."""
 
     reason: Reason
-    share: float = math.nan  # cut_short: of the budget, that `b` was trained for
+    share: float = math.nan  # cut_short, mid_schedule: of the budget, that `b` was trained for
     first_look: int = 0  # no_look: the seeds that it takes
     lost: tuple[int, int] = (0, 0)  # failed: so many runs, of so many that ended
     arm: tuple[str, str] = ("", "")  # failed: the variant and model that they are of
@@ -269,7 +270,8 @@ def _within(
     """Compare variant a at its end with b within what a spent, in each model that has both.
 
     Budgets in which the same epochs of b count are one comparison. Seeds of which b had less,
-    because `max_epochs` cut it, are left out; where they are many the comparison is not made.
+    because `max_epochs` cut it, are left out; where they are many the comparison is not made. Nor
+    is it where b had more and its rate decays: there it has to have a schedule of that length.
     """
     made: list[Comparison] = []
     for model in dict.fromkeys(runs["model"]):
@@ -279,10 +281,12 @@ def _within(
         lacking: list[Comparison] = []
         alike: dict[tuple[Budget, ...], Frame] = {}
         for budget in budgets:
-            found = within_budget(own, other, curves, COLUMN[budget])
-            cut = found[found["too_short"]]
+            found = within_budget(own, other, curves, COLUMN[budget], _decays(runs, b))
+            cut, reason = found[found["too_short"]], Reason.cut_short
+            if not len(cut):
+                cut, reason = found[found["amid"]], Reason.mid_schedule
             if len(cut) > MOST_LOST * found["share"].notna().sum():
-                why = _cut_short(runs, b, model, cut)
+                why = _cut_short(runs, b, model, cut, reason)
                 lacking.append(
                     Comparison(Kind.budget, a, b, model, budgets=(budget,), not_made=why)
                 )
@@ -301,7 +305,9 @@ def _within(
     return made
 
 
-def within_budget(own: Frame, other: Frame, curves: Frame, column: str) -> Frame:
+def within_budget(
+    own: Frame, other: Frame, curves: Frame, column: str, decays: bool = False
+) -> Frame:
     """Return what each run of an arm comes to if it may spend what the run of the same seed spent.
 
     It counts at its epoch of lowest validation loss, at its final depth, among those that ended
@@ -310,24 +316,28 @@ def within_budget(own: Frame, other: Frame, curves: Frame, column: str) -> Frame
     Args:
         own, other: the runs of two arms, indexed by seed; `own` sets the budget, in `column`.
         curves: of `measures.curves`, of these runs among others.
+        decays: `other` has rates that decay, so a run whose end is near the budget counts whole.
 
     Returns:
         `other`, with the `epoch` that counts, its figures as those of the run's end (nan for a run
         without a partner, over the budget in its first epoch, or cut), the `share` of the budget
-        that it was trained for, whether that is `too_short` because `max_epochs` cut it, and the
-        epochs it `needs` for all.
+        that it was trained for, whether that is `too_short` because `max_epochs` cut it, whether
+        the budget ends `amid` its decaying rates, and the epochs it `needs` for all.
     """
     budget = own[column].astype("float64").reindex(other.index)
     seeds = other.reset_index()[["run", "seed", "last_layers"]]
     final = curves.drop(columns="seed", errors="ignore").merge(seeds, on="run")
     final = final[(final["layers"] == final["last_layers"]) & (final["epoch"] > 0)]
     last = final.drop_duplicates("seed", keep="last").set_index("seed").reindex(other.index)
+    share = last[column] / budget
+    beyond = (1 - 1 / share) * last["cumulative_epochs"]
+    amid = decays & (share > 1 / NEARLY_EQUAL) & (beyond >= 1)
     # The two sums were added up in different orders.
-    inside = final[final[column] <= final["seed"].map(budget) * (1 + 1e-9)]
+    most = budget.mask(decays & ~amid, math.inf) * (1 + 1e-9)
+    inside = final[final[column] <= final["seed"].map(most)]
     best = inside.sort_values("validation_loss", kind="stable").drop_duplicates("seed")
     best = best.set_index("seed").reindex(other.index)
     over = best["cumulative_epochs"].isna() & other["lacks"].isna() & np.isfinite(budget)
-    share = last[column] / budget
     too_short = other["cut"].eq(True) & (share < NEARLY_EQUAL)
     ends = {}
     for name in (metric.last(text) for metric in Metric for text in TEXTS):
@@ -339,30 +349,44 @@ def within_budget(own: Frame, other: Frame, curves: Frame, column: str) -> Frame
         **ends,
         share=share,
         too_short=too_short,
-        needs=other["last_epochs"] + np.ceil((1 / share - 1) * last["cumulative_epochs"]),
+        amid=amid,
+        needs=other["last_epochs"] + np.ceil(-beyond),
         lacks=lacks.mask(too_short, stats.LeftOut.cut_short),
     )
 
 
-def _cut_short(runs: Frame, variant: str, model: str, cut: Frame) -> NotMade:
+def _decays(runs: Frame, variant: str) -> bool:
+    """Whether the rate of a variant's last phase falls to its end."""
+    first = runs[runs["variant"] == variant].iloc[0]
+    own = first.get("config.lr.grown.schedule") if first["phases"] > 1 else None
+    return (first.get("config.lr.schedule", "constant") if pd.isna(own) else own) != "constant"
+
+
+def _cut_short(runs: Frame, variant: str, model: str, cut: Frame, reason: Reason) -> NotMade:
     """Say how much of the budget a control had, and how many epochs it needs."""
     first = runs[runs["variant"] == variant].iloc[0]
-    setting = "phase.max_epochs" if first["phases"] == 1 else "phase.grown.max_epochs"
-    longer = f"{setting}={cut['needs'].max():.0f}"
-    run = f"experiment={first['experiment']}", f"model={model}", longer
-    return NotMade(Reason.cut_short, share=float(cut["share"].median()), run=run)
+    own = pd.notna(first.get("config.phase.initial.max_epochs"))
+    single = "phase.initial.max_epochs" if own else "phase.max_epochs"
+    setting = single if first["phases"] == 1 else "phase.grown.max_epochs"
+    needed = f"{setting}={cut['needs'].max():.0f}"
+    named = [f"experiment={first['experiment']}"] if first["experiment"] else []
+    if first["experiment"] != arm.FROM_SCRATCH and first["phases"] == 1:
+        named.append("phase=from_scratch")
+    run = (*named, f"model={model}", needed)
+    return NotMade(reason, share=float(cut["share"].median()), run=run)
 
 
 # --- the others -----------------------------------------------------------------------------------
 
 
 def others(
-    runs: Frame, claims: Sequence[Comparison], margin: float, condition: str = ""
+    runs: Frame, claims: Sequence[Comparison], curves: Frame, margin: float, condition: str = ""
 ) -> list[Comparison]:
     """Make every other comparison of one condition that tells something.
 
     The models in each variant with phases; each variant with the original, or, where it is a
-    control, the original with it; and each growing variant with the controls of its own size.
+    control, the original with it; and each growing variant with the controls of its own size, at
+    equal compute too where the control from scratch goes by its setting and not by its name.
     Where the original was not run, the first variant that is its experiment as it is, else the
     first of all, stands for it. Arms that trained the same models as an earlier one, and what gives
     the differences of a claim again, are left out: no error is paid for them.
@@ -374,10 +398,15 @@ def others(
     plain = runs["variant"][runs["base"].astype(bool)].tolist()
     reference = arm.plain_variant(runs, arm.ORIGINAL) or (plain or variants)[0]
     made = _models(by_arm, [v for v in variants if v not in claimed], margin)
+    if not (runs["experiment"] == arm.FROM_SCRATCH).any():
+        for a, b in arm.controls(runs, arm.FROM_SCRATCH).items():
+            made += _within(runs, by_arm, curves, a, b, (Budget.compute,), margin)
     pairs: dict[tuple[str, str], None] = {}
-    for experiment in (arm.FROM_SCRATCH, arm.KEEP_TRAINING):
-        pairs |= dict.fromkeys(arm.controls(runs, experiment).items())
     controls = set(runs.loc[runs["experiment"].str.startswith("control_"), "variant"])
+    for experiment in (arm.FROM_SCRATCH, arm.KEEP_TRAINING):
+        found = arm.controls(runs, experiment)
+        pairs |= dict.fromkeys(found.items())
+        controls |= set(found.values())
     for variant in variants:
         if variant != reference:
             pairs[(reference, variant) if variant in controls else (variant, reference)] = None
@@ -386,7 +415,7 @@ def others(
             if (a, model) in by_arm and (b, model) in by_arm:
                 asked = Comparison(Kind.ends, a, b, model, text=runs["judged_on"].iloc[0])
                 one = _at_ends(asked, by_arm[a, model], by_arm[b, model], margin)
-                if not any(one.repeats(own) for own in claims):
+                if not any(one.repeats(own) for own in (*claims, *made)):
                     made.append(one)
     return [replace(own, condition=condition) for own in made]
 

@@ -53,7 +53,7 @@ def judge_study(results: Results, margin: float, looks: sequential.Looks | None)
     others: list[Comparison] = []
     for own in conditions:
         asked = comparisons.claimed(own.asked, own.curves, margin, own.name)
-        others += comparisons.others(own.asked, asked, margin, own.name)
+        others += comparisons.others(own.asked, asked, own.curves, margin, own.name)
         claims += asked
     if looks is None:
         claims = comparisons.judge(claims)

@@ -92,6 +92,10 @@ def why_not(one: Comparison, lacks: NotMade) -> str:
     run = f"Run {' '.join(lacks.run)} with the same seeds and settings."
     if lacks.reason is Reason.no_runs:
         return run
+    if lacks.reason is Reason.mid_schedule:
+        much = f"{lacks.share:.2g} times the {one.budgets[0]}"
+        cut = "within it, its rate is amid its schedule"
+        return f"{sentence(variant_name(one.b))} had {much}: {cut}. {run}"
     share = "half" if abs(lacks.share - 0.5) < 0.02 else f"{lacks.share:.0%} of"
     return (
         f"{sentence(variant_name(one.b))} had {share} the {one.budgets[0]} (cut by max_epochs). "

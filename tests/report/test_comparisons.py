@@ -26,6 +26,7 @@ from proglayer.report.comparisons import Budget, Claim, Comparison, Kind, Reason
 from proglayer.report.sequential import Looks
 from proglayer.report.stats import LeftOut, Verdict
 from proglayer.report.study import Study, judge_study
+from proglayer.report.words import why_not
 from proglayer.results import load
 
 from .. import synthetic
@@ -225,6 +226,43 @@ def test_a_comparison_is_not_made_where_max_epochs_cut_the_control(tmp_path: Pat
     stepwise = made(study_of(cut), Claim.stepwise)
     assert [own.budgets for own in stepwise] == [(Budget.tokens,), (Budget.compute,)]
     assert {(own.verdict, own.accuracy.n) for own in stepwise} == {(Verdict.worse, 8)}
+
+
+def by_phases_alone(folder: Path, experiment: str, epochs: int, *shape: str) -> list[Comparison]:
+    """What is compared of arms that only the setting of their phases tells apart."""
+    single = "phase=from_scratch", f"phase.initial.max_epochs={epochs}", *shape
+    for seed in range(8):
+        grown = [[6.0, 5.9, 5.8], [5.7, 5.6, 5.5 + wobble(seed)]]
+        scratch = [[6.0 - 0.01 * epoch for epoch in range(epochs)]]
+        for name, own, losses in (("grown", (), grown), ("scratch", single, scratch)):
+            given = "added_layers=3", "freeze=none", *own
+            at = folder / f"{epochs}{shape}{name}{seed}"
+            choices = {"model": STANDARD, "phase": name}
+            choices |= {"experiment": experiment} if experiment else {}
+            synthetic.run(at, "original", STANDARD, seed, *given, losses=losses, choices=choices)
+    return [own for own in study_of(folder).others if own.b]
+
+
+@pytest.mark.parametrize("experiment", ["", "recipe/g_stack"])
+def test_a_control_is_known_by_its_phases_and_its_schedule_ends_at_the_budget(
+    experiment: str, tmp_path: Path
+) -> None:
+    [long, _] = by_phases_alone(tmp_path / "long", experiment, 12, "lr.schedule=cosine")
+    assert (long.kind, long.verdict) == (Kind.budget, Verdict.untested)
+    assert long.not_made
+    assert long.not_made.reason is Reason.mid_schedule
+    assert "times the compute: within it, its rate is amid" in why_not(long, long.not_made)
+    *named, phases, _, length = long.not_made.run
+    assert named == ([f"experiment={experiment}"] if experiment else [])
+    assert phases == "phase=from_scratch"
+    # What it asks for is then compared up to its last epoch, and once.
+    epochs = int(length.removeprefix("phase.initial.max_epochs="))
+    [own] = by_phases_alone(tmp_path / "fitting", experiment, epochs, "lr.schedule=cosine")
+    assert (own.kind, own.verdict, own.accuracy.n) == (Kind.budget, Verdict.better, 8)
+    assert own.loss.mean == pytest.approx(5.5 - (6.0 - 0.01 * (epochs - 1)), abs=0.01)
+    # A constant rate may be read at any epoch.
+    [own, _] = by_phases_alone(tmp_path / "constant", experiment, 12)
+    assert own.tested
 
 
 def test_one_that_stopped_by_itself_had_all_it_wanted(tmp_path: Path) -> None:
