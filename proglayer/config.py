@@ -69,6 +69,8 @@ ScheduleShape = Literal["constant", "cosine", "linear", "wsd"]
 Span = Literal["phase", "run"]
 # Which of the exits with a weight the loss reads at an optimizer step.
 Curriculum = Literal["all", "rotate", "gradual"]
+# Parts of a layer that can be frozen in all layers.
+Kind = Literal["attention", "mlp", "norms"]
 # What the optimizer of a later phase takes over from the one before.
 Carry = Literal["none", "existing", "copy"]
 # Named weights of the loss over the exits (a list of numbers is the other possibility).
@@ -136,6 +138,8 @@ def _one_of(said: str) -> WrapValidator:
     return WrapValidator(judge)
 
 
+# The depth that a model begins with where neither a number nor a checkpoint says it.
+FOUNDING_LAYERS = 3
 # A whole number that a tensor's size, an epoch's number or a token's index may be.
 INT32 = 2**31 - 1
 # Far from what float32 can no longer hold, also as the product of a rate and its factors.
@@ -153,6 +157,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 WeightsOfExits = Annotated[
     ExitWeights | tuple[Annotated[int | float, Field(ge=0, le=LARGE)], ...],
     _one_of("uniform, linear, cumulative, last, or a list of numbers from 0, one for each layer"),
+]
+LayerDrop = Annotated[
+    Beta | tuple[Beta, ...], _one_of("a number from 0 to below 1, or a list of one for each layer")
 ]
 
 
@@ -222,12 +229,14 @@ class BudgetOverrides(Settings):
     min_delta: Amount | None
     samples: Count | None
     exit_weights: WeightsOfExits | None
+    layer_drop: LayerDrop | None = None
 
 
 class PhaseConfig(Settings):
     """Which phases there are, and what each may spend. A batch's gradient comes from `accumulate`
     parts of it, one after another. With `epoch_steps` an epoch is so many optimizer steps, and the
-    windows go on from epoch to epoch and from phase to phase.
+    windows go on from epoch to epoch and from phase to phase. `layer_drop` is how often a step
+    leaves out the top layer, those below less often; or a list with a number for each layer.
     """
 
     schedule: PhaseSchedule
@@ -240,6 +249,7 @@ class PhaseConfig(Settings):
     grown: BudgetOverrides
     accumulate: Width
     epoch_steps: Count | None = None
+    layer_drop: LayerDrop = 0.0
 
 
 class GrowthConfig(Settings):
@@ -257,12 +267,26 @@ class GrowthConfig(Settings):
     layers: tuple[Layers | None, ...] | None = None
 
 
+class SomeLayers(Settings):
+    """The lowest so many layers, and every so many-th from the bottom."""
+
+    lowest: Layers = 0
+    every: Annotated[int, Field(ge=1, le=4_096)] | None = None
+
+
 class FreezeStep(Settings):
-    """One phase after a growth. `existing` counts trained old layers from the top, or is `all`."""
+    """One phase after a growth. `existing` counts trained old layers from the top, or is `all`. Of
+    what would train `frozen_layers`, new ones too, are frozen whole, and `frozen_kinds` in each.
+    """
 
     existing: Annotated[Layers | Literal["all"], _one_of("a number of layers from 0, or all")]
     embedding: bool
     head: bool
+    frozen_layers: Annotated[
+        tuple[Layers, ...] | SomeLayers,
+        _one_of("a list of layers from 0, or {lowest: a number, every: a number}"),
+    ] = ()
+    frozen_kinds: tuple[Kind, ...] = ()
 
 
 class FreezeInitial(Settings):
@@ -392,6 +416,8 @@ def to_config(settings: DictConfig) -> Config:
     Raises ConfigError with one line for each mistake.
     """
     plain = _resolved(settings)
+    if plain.get("initial_layers") is None and not _has_path(plain.get("model")):
+        plain["initial_layers"] = FOUNDING_LAYERS
     try:
         config = Config.model_validate(plain)
     except ValidationError as error:
@@ -406,6 +432,12 @@ def to_config(settings: DictConfig) -> Config:
         same = {"tokenizer": config.model.path, "tokenizer_revision": config.model.revision}
         config = config.model_copy(update={"data": config.data.model_copy(update=same)})
     return config
+
+
+def _has_path(model: Any) -> bool:
+    """Return whether these settings of a model name a checkpoint."""
+    given = isinstance(model, dict) and model.get("kind") == "causal_lm"
+    return given and model.get("path") is not None
 
 
 def _resolved(settings: DictConfig) -> dict[str, Any]:
@@ -665,9 +697,6 @@ def _model_problems(config: Config) -> Iterator[str]:
         for name in SIZES:
             if getattr(model, name) is None:
                 yield f"model.{name} has no value: give it one"
-    given = model.path is not None and model.kind == "causal_lm"
-    if config.initial_layers is None and not given:
-        yield "initial_layers=null takes all that model.path has, and there is none: give a number"
     if (scale := model.residual_scale) != "none" and model.norm != "pre":
         yield f"model.residual_scale={scale} needs norms that come first: take model.norm=pre"
     dim, heads = model.dim, model.num_heads

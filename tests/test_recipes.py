@@ -19,12 +19,12 @@ import yaml
 from proglayer import load_run
 from proglayer.config import Config, flat_settings
 from proglayer.launch.product import ProductSettings, expand
+from proglayer.run.progress import plan_lines
 from proglayer.run.run import run
 from proglayer.store.entries import Machine, key_of
 from proglayer.store.trajectory import Trajectory, describe
 from proglayer.training.cost import training_flops
 from proglayer.training.plan import Phase, plan
-from proglayer.training.trainer import Progress, Training
 
 from .helpers import ROOT, Command, config, epochs, epochs_trained, results
 
@@ -134,6 +134,8 @@ def test_the_arms_of_a_command_differ_in_what_the_recipe_is_about_alone(name: st
     assert len(jobs) > 1
     different = {each for each in jobs[0] if any(job[each] != jobs[0][each] for job in jobs)}
     assert different == DIFFERS[name]
+    depths = {plan(job, 8192)[-1].train.layers for job in arms(name)}
+    assert len(depths) == (2 if name == "control_bigram" else 1)
 
 
 def test_the_control_of_g_stack_ends_its_schedule_at_the_same_operations() -> None:
@@ -185,30 +187,86 @@ def test_a_recipe_runs_from_end_to_end_and_killed_in_its_middle_gives_the_same_b
     # Killed in the middle of an epoch, the one after a growth where there is one.
     middle = 3 * sum(epochs(record)) // 2 + 2
     fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=run_until_killed, args=(name, tmp_path / "b", killed, middle))
+    again = settings(name, tmp_path / "b")
+    child = fork.Process(target=run_until_killed, args=(again, killed, "_after_step", middle))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert json.loads((killed / "run.json").read_text())["state"] == "running"
     assert list((tmp_path / "b").glob("*/state-*"))
-    run(settings(name, tmp_path / "b"), killed)
+    run(again, killed)
     assert lasting(killed) == lasting(whole)
     one, two = (folder / "weights.safetensors" for folder in (whole, killed))
     assert one.read_bytes() == two.read_bytes()
 
 
-def run_until_killed(name: str, store: Path, folder: Path, step: int) -> None:
-    """A run that kills its process right after this step; state is stored after every one."""
-    after_step, steps = Trajectory._after_step, itertools.count(1)
+def run_until_killed(settings: Config, folder: Path, method: str, call: int) -> None:
+    """A run that kills its process right after this call of a trajectory's method; state is stored
+    after every step.
+    """
+    plain, calls = getattr(Trajectory, method), itertools.count(1)
 
-    def killing(trajectory: Trajectory, training: Training, progress: Progress) -> None:
-        after_step(trajectory, training, progress)
-        if next(steps) == step:
+    def killing(*arguments: Any) -> Any:
+        result = plain(*arguments)
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-    Trajectory._after_step = killing
+    setattr(Trajectory, method, killing)
     folder.mkdir()
-    run(settings(name, store).model_copy(update={"checkpoint_every_s": 0.0}), folder)
+    run(settings.model_copy(update={"checkpoint_every_s": 0.0}), folder)
+
+
+# 3 to 6 to 12 layers after 6 and 12 steps of 3 windows a pass: each growth amid a pass.
+TWICE = (
+    *SMALL, "data.samples=56", "phase.epoch_steps=3", "added_layers=[3,6]", "growth=stack",
+    "freeze=none", "lr.span=run", "lr.schedule=wsd", "lr.warmup_steps=2", "model.norm=pre",
+    "optimizer.carry=copy", "phase.layer_drop=0.4",
+)  # fmt: skip
+STEPS = [("_after_step", step) for step in (5, 6, 7, 12, 13)]
+MOMENTS = [*STEPS, ("finish", 1), ("start_exits", 1), ("start_exits", 2)]
+
+
+def test_two_growths_amid_a_pass_killed_around_them_give_the_same_bits(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    record = run(config(*TWICE, f"store.dir={tmp_path / 'a'}"), whole)
+    assert [phase.layers for phase in record.phases] == [3, 6, 12]
+    assert [phase.new_layers for phase in record.phases[1:]] == [[3, 4, 5], [*range(6, 12)]]
+    weights = (whole / "weights.safetensors").read_bytes()
+    for number, moment in enumerate(MOMENTS):
+        killed, own = tmp_path / f"{number}", config(*TWICE, f"store.dir={tmp_path / f's{number}'}")
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=run_until_killed, args=(own, killed, *moment))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        run(own, killed)
+        assert lasting(killed) == lasting(whole), moment
+        assert (killed / "weights.safetensors").read_bytes() == weights, moment
+
+
+PLANS = {
+    "solar": """\
+1 initial: pre-norm; rate constant; at most 50 epochs, patience 1; exit weights 0 0 0 1, all read; \
+carry none
+2 grown: layers from 1 2 3 2* 3* 4; rate constant; at most 50 epochs, patience 1; exit weights \
+0 0 0 0 0 1, all read; carry none""",
+    "wsd_growth": """\
+1 initial: pre-norm; rate wsd over 25 epochs, warm-up 20 steps; at most 16 epochs, all of them; \
+exit weights 1, all read; carry none
+2 grown: layers from 1 fresh* fresh* fresh* fresh* fresh*; rate wsd over 25 epochs, warm-up 20 \
+steps; at most 9 epochs, all of them; exit weights 0 0 0 0 0 1, all read; carry existing""",
+    "layerskip phase.layer_drop=0.1": """\
+1 initial: pre-norm; rate constant; at most 12 epochs, patience 12; exit weights \
+0.018 0.054 0.11 0.18 0.27 0.38, rotate read; layers dropped 0 0.015 0.032 0.052 0.074 0.1; \
+carry none""",
+}
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_a_plan_says_what_is_to_be_checked_against_the_paper(command: str) -> None:
+    phases = plan(config(*f"experiment=recipe/{command}".split()), 8192)
+    assert "\n".join(plan_lines(phases)) == PLANS[command]
 
 
 def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:

@@ -127,6 +127,8 @@ def plan_lines(phases: Sequence[Phase]) -> Iterator[str]:
         said.append(f"at most {stop.max_epochs} epochs, {patience}")
         weights = " ".join(f"{weight:.2g}" for weight in train.exit_weights)
         said.append(f"exit weights {weights}, {train.curriculum.kind} read")
+        if train.layer_drop:
+            said.append("layers dropped " + " ".join(f"{often:.2g}" for often in train.layer_drop))
         said.append(f"carry {train.optimizer.carry}")
         yield f"{phase.index + 1} {phase.name}: {'; '.join(said)}"
 
@@ -148,6 +150,7 @@ def frozen_ranges(spec: TrainSpec) -> list[str]:
     for _, group in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
         first, *others = [layer + 1 for _, layer in group]
         words.append(f"layers {first}-{others[-1]}" if others else f"layer {first}")
+    words += spec.frozen_kinds
     if spec.rates.head is None:
         words.append("head")
     return words

@@ -60,7 +60,7 @@ def restored(layers: int, architecture: Mapping[str, Any], state: Mapping[str, T
     `architecture` is an `Architecture` as plain data. Raises RuntimeError where the tensors are not
     this model's.
     """
-    model = _on_meta(architecture, layers)
+    model = on_meta(architecture, layers)
     model.load_state_dict(state, assign=True)
     return model.settle()
 
@@ -110,15 +110,15 @@ def _add_noise(layer: nn.Module, share: float, generator: torch.Generator) -> No
 
 def _empty(architecture: Architecture | CausalLM, layers: int) -> Model:
     """A model on the CPU whose weights are not set yet."""
-    return _on_meta(asdict(architecture), layers).to_empty(device="cpu").settle()
+    return on_meta(asdict(architecture), layers).to_empty(device="cpu").settle()
 
 
-def _on_meta(architecture: Mapping[str, Any], layers: int) -> Model:
+def on_meta(architecture: Mapping[str, Any], layers: int) -> Model:
     """A model without room for its tensors, so that nothing is drawn twice."""
     if "family" in architecture:
         # Importing the library takes seconds, so who does not ask for it does not.
-        from proglayer.training.causal_lm import on_meta
+        from proglayer.training import causal_lm
 
-        return on_meta(architecture, layers)
+        return causal_lm.on_meta(architecture, layers)
     with torch.device("meta"):
         return Transformer(layers, Architecture(**architecture))

@@ -25,7 +25,7 @@ def parameter_counts(spec: TrainSpec) -> Counts:
     """Parameters of the model in the phase, in all and those that train."""
     sizes = spec.architecture.sizes
     head = sizes.norm + sizes.head
-    trainable = sizes.layer * len(spec.trained_layers)
+    trainable = (sizes.layer - _held(spec)[0]) * len(spec.trained_layers)
     trainable += sizes.embedding * (spec.rates.embedding is not None)
     trainable += head * (spec.rates.head is not None)
     return Counts(sizes.embedding + head + sizes.layer * spec.layers, trainable)
@@ -38,7 +38,9 @@ def training_flops(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int
     something below it trains. Only exits with a weight are read, and of those the ones that the
     curriculum reads in this epoch (1 is the first). Causal attention is counted
     over the whole square, as the usual formula 4 x tokens x dim does. What `cache_frozen` keeps
-    runs once a phase and is left out; so is what `checkpoint_activations` forms a second time.
+    runs once a phase and is left out; so is what `checkpoint_activations` forms a second time. Of
+    a layer that steps leave out its mean share counts. In the lowest layer that trains, gradients
+    are counted also where frozen kinds need none.
     """
     tokens = spec.windows(train_windows) * seq_len
     token_product = 2 * spec.architecture.vocab_size * spec.architecture.dim
@@ -53,13 +55,15 @@ def training_flops(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int
     sizes = spec.architecture.sizes
     matrices, reading = 2 * tokens * sizes.matrices, 2 * tokens * sizes.reading
     scores = 4 * tokens * seq_len * sizes.attention
+    trained = matrices - 2 * tokens * _held(spec)[1]
     body = 0
     for layer in range(lowest if spec.cache_frozen else 0, min(spec.last_read + 1, spec.layers)):
-        body += matrices + scores
+        products = matrices + scores
         if lowest <= layer:
-            body += 2 * scores
-            body += matrices - reading * (lowest == layer)
-            body += matrices * (layer in spec.trained_layers)
+            products += 2 * scores
+            products += matrices - reading * (lowest == layer)
+            products += trained * (layer in spec.trained_layers)
+        body += round(products * (1 - spec.layer_drop[layer])) if spec.layer_drop else products
     return Flops(head=head, body=body)
 
 
@@ -74,6 +78,15 @@ def evaluation_flops(spec: TrainSpec, seq_len: int, validation_windows: int) -> 
     layers = spec.layers - (spec.lowest_trained if spec.cache_frozen else 0)
     head = 2 * tokens * spec.architecture.vocab_size * spec.architecture.dim
     return Flops(head=head, body=layer * layers)
+
+
+def _held(spec: TrainSpec) -> tuple[int, int]:
+    """Parameters of a layer that frozen kinds hold, and those of them that are of matrices."""
+    if not spec.frozen_kinds:
+        return 0, 0
+    from proglayer.training.optim import held_in_layer  # it needs torch
+
+    return held_in_layer(spec.architecture, spec.frozen_kinds)
 
 
 def _tokens_read(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int) -> list[int]:

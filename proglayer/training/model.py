@@ -35,6 +35,8 @@ class Model(nn.Module):
         # While a growth's gate opens: the layers behind it, and its value (a scalar tensor).
         self.gated_layers: tuple[int, ...] = ()
         self.gate: Tensor | None = None
+        # The layers that the step under way leaves out: their output is what they read.
+        self.dropped: tuple[int, ...] = ()
         # Whether what a layer computes is formed again in the backward pass instead of kept.
         self.checkpoint_activations = False
 
@@ -85,6 +87,9 @@ class Model(nn.Module):
         checkpointed = self.checkpoint_activations and torch.is_grad_enabled()
         exits = []
         for number, layer in enumerate(self.layers[first:end], start=first):
+            if number in self.dropped:
+                exits.append(x_ntd)
+                continue
             if checkpointed:
                 # Formed again in the backward pass (Chen et al. 2016, "Training deep nets with
                 # sublinear memory cost"). No layer draws random numbers.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from proglayer.config import OptimizerConfig
+from proglayer.training.architecture import Architecture, CausalLM
+from proglayer.training.build import on_meta
 from proglayer.training.growth import layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import Role, TrainSpec
 
+# Words in the names of a layer's parameters, of our model and the library's; the first that fits.
+WORDS = {"norms": ("norm", "ln_"), "attention": ("attention", "attn"), "mlp": ("mlp", "ffn")}
 # What AdamW remembers of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -24,10 +30,27 @@ def role_of(name: str, spec: TrainSpec) -> Role:
     return Role.embedding if part == "embedding" else Role.head
 
 
+def kind_of(name: str) -> str | None:
+    """The kind of a layer's parameter called `name`; None for a gain of a branch."""
+    fits = (kind for kind, words in WORDS.items() if any(word in name for word in words))
+    return next(fits, None)
+
+
+@functools.cache
+def held_in_layer(architecture: Architecture | CausalLM, kinds: tuple[str, ...]) -> tuple[int, int]:
+    """Parameters of a layer that are of these kinds, and those of them that are of matrices."""
+    layer = on_meta(asdict(architecture.grown([0])), 1).layers[0]
+    held = [weight for name, weight in layer.named_parameters() if kind_of(name) in kinds]
+    matrices = (weight.numel() for weight in held if weight.ndim > 1)
+    return sum(weight.numel() for weight in held), sum(matrices)
+
+
 def trains(name: str, spec: TrainSpec) -> bool:
     """Whether the parameter called `name` trains in the phase."""
     if name.startswith("layers."):
-        return int(name.split(".")[1]) in spec.trained_layers
+        return int(name.split(".")[1]) in spec.trained_layers and (
+            not spec.frozen_kinds or kind_of(name) not in spec.frozen_kinds
+        )
     return getattr(spec.rates, role_of(name, spec)) is not None
 
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from proglayer.config import (
     BudgetOverrides,
     Config,
     ConfigError,
+    FreezeStep,
+    Kind,
+    LayerDrop,
     OptimizerConfig,
     Precision,
     ScheduleShape,
     Settings,
+    SomeLayers,
     depth_problems,
     growths_of,
 )
@@ -140,6 +146,8 @@ class TrainSpec:
     `new_layers` came with the latest growth, which may be an earlier phase's.
     epoch_steps, begun: optimizer steps of an epoch in which not all windows are read, and the
         epochs of earlier phases, after which the windows go on.
+    layer_drop: how often a step leaves out each layer, bottom first; empty where none is.
+    frozen_kinds: parts that are frozen in every layer.
     checkpoint_sha256: the hash of a checkpoint that the first phase starts with.
     """
 
@@ -166,6 +174,8 @@ class TrainSpec:
     cache_frozen: bool
     epoch_steps: int | None = later(None)
     begun: int = later(0)
+    layer_drop: tuple[float, ...] = later(())
+    frozen_kinds: tuple[str, ...] = later(())
 
     @property
     def exits(self) -> int:
@@ -186,8 +196,11 @@ class TrainSpec:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The frozen parts by name: `embedding`, `layers.0`, ..., `head` (with its norm)."""
+        """The frozen parts by name: `embedding`, `layers.0`, ..., `layers.*.mlp`, `head` (with its
+        norm).
+        """
         parts = [f"layers.{i}" for i in range(self.layers) if i not in self.trained_layers]
+        parts += [f"layers.*.{kind}" for kind in self.frozen_kinds]
         if self.rates.embedding is None:
             parts.insert(0, "embedding")
         if self.rates.head is None:
@@ -197,6 +210,16 @@ class TrainSpec:
     def exit_weights_at(self, step: int, steps_per_epoch: int) -> tuple[float, ...]:
         """The loss's weight at each exit at optimizer step `step` of the phase."""
         return self.curriculum.weights(self.exit_weights, step, steps_per_epoch)
+
+    def dropped_at(self, step: int) -> tuple[int, ...]:
+        """The layers that optimizer step `step` of the phase leaves out: never all that train."""
+        if not self.layer_drop:
+            return ()
+        draw = random.Random(f"{self.seed}/drop/{self.index}/{step}")
+        dropped = [layer for layer, often in enumerate(self.layer_drop) if draw.random() < often]
+        if dropped == [*self.trained_layers]:  # nothing might get a gradient
+            del dropped[0]
+        return tuple(dropped)
 
     def steps_per_epoch(self, train_windows: int) -> int:
         """Batches in an epoch, the last short one counted."""
@@ -338,26 +361,41 @@ def _phases(
         growth = growth_of(part, layers, initial_layers) if grows else None
         sources = layer_sources(layers, growth)
         layers = len(sources)
+        every = tuple(range(layers))
         where["architecture"] = where["architecture"].grown([source.layer for source in sources])
         new_layers = tuple(i for i, source in enumerate(sources) if source.new)
         existing = [layer for layer in range(layers) if layer not in new_layers]
         where |= {"layers": layers, "new_layers": new_layers, "checkpoint_sha256": None}
         for number, step in enumerate(part.freeze.steps):
             count = len(existing) if step.existing == "all" else int(step.existing)
-            thawed = existing[len(existing) - count :]
-            where["trained_layers"] = tuple(sorted((*new_layers, *thawed)))
+            setting, kinds = f"freeze.steps[{number}]", {*step.frozen_kinds}
+            held = every if kinds == {*get_args(Kind)} else _held(step, layers, setting)
+            thawed = {*existing[len(existing) - count :]}.difference(held)
+            fresh = {*new_layers}.difference(held)
+            where["trained_layers"] = tuple(sorted(fresh | thawed))
+            where["frozen_kinds"] = tuple(sorted(kinds)) if fresh | thawed else ()
             where["growth"] = None if number else growth
-            if not thawed and not new_layers and not step.embedding and not step.head:
-                setting = f"freeze.steps[{number}]"
+            if not thawed and not fresh and not step.embedding and not step.head:
                 raise ConfigError(f"{setting} freezes everything: nothing would train")
             rates = Rates(
-                new=base * factor.new if new_layers else None,
+                new=base * factor.new if fresh else None,
                 existing=base * factor.existing if thawed else None,
                 embedding=base * factor.embedding if step.embedding else None,
                 head=base * factor.head if step.head else None,
             )
             phases.append(_phase(part, len(phases), rates, where))
     return _one_run(config, phases)
+
+
+def _held(step: FreezeStep, layers: int, setting: str) -> tuple[int, ...]:
+    """The layers, of so many, that a freeze step holds. Raises ConfigError for others."""
+    held = step.frozen_layers
+    if isinstance(held, SomeLayers):
+        nth = range(held.every - 1, layers, held.every) if held.every else ()
+        return (*range(held.lowest), *nth)
+    if held and max(held) >= layers:
+        raise ConfigError(f"{setting}.frozen_layers={list(held)} names others than {layers} layers")
+    return held
 
 
 def _one_run(config: Config, phases: list[Phase]) -> list[Phase]:
@@ -435,6 +473,7 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
         compile=config.compile,
         checkpoint_activations=config.model.checkpoint_activations,
         cache_frozen=False,
+        layer_drop=_layer_drop(budget.layer_drop, where["layers"], where["trained_layers"]),
         **where,
     )
     above = [str(layer + 1) for layer in train.trained_layers if layer > train.last_read]
@@ -456,6 +495,19 @@ def _phase(config: Config, index: int, rates: Rates, where: dict[str, Any]) -> P
             e for e, weight in enumerate(train.exit_weights) if every or weight > 0 or e == last
         ),
     )
+
+
+def _layer_drop(drop: LayerDrop, layers: int, trained: Sequence[int]) -> tuple[float, ...]:
+    """How often each layer is left out: of those that train, as none else needs it; empty where
+    that is none. A number is the top layer's, with 2^(l / (L - 1)) - 1 of it in layer l of L (from
+    0), as in LayerSkip (Elhoushi et al. 2024).
+    """
+    if not isinstance(drop, tuple):
+        drop = tuple(drop * (2 ** (layer / max(1, layers - 1)) - 1) for layer in range(layers))
+    if len(drop) < layers:
+        raise ConfigError(f"phase.layer_drop={list(drop)} has {len(drop)} for {layers} layers")
+    often = tuple(drop[layer] if layer in trained else 0.0 for layer in range(layers))
+    return often if any(often) and len(trained) > 1 else ()
 
 
 def _exit_weights(config: Config, own: BudgetOverrides, layers: int) -> tuple[float, ...]:

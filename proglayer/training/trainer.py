@@ -129,6 +129,7 @@ class Training:
             done = self.epoch * self.steps_per_epoch + self.step
             set_rates(self.optimizer, spec.schedule.factor(done, self.steps_per_epoch))
             set_gate(self.model, spec, done, self.steps_per_epoch)
+            model.dropped = spec.dropped_at(done)
 
             for parameter in self.trainable:
                 parameter.grad = None
@@ -136,11 +137,12 @@ class Training:
                 share = len(part) / len(batch)
                 every = spec.exit_weights_at(done, self.steps_per_epoch)
                 weights = [share * weight for weight in every]
-                if self.recorded is not None and model.gate is None:
+                if self.recorded is not None and model.gate is None and not spec.layer_drop:
                     loss = self.recorded(self.backward, part, weights)
                 else:
                     loss = self.backward(part, weights)
                 self.loss_sum += loss * (len(batch) * self.windows.seq_len)
+            model.dropped = ()
             if spec.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
                 self.gradient_shares.append(gradient_share(self.optimizer))
             if spec.optimizer.clip_norm is not None:

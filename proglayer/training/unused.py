@@ -69,6 +69,7 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     decays = config.optimizer.weight_decay > 0
     yield decays, {"optimizer.decay_norms": True, "optimizer.decay_embedding": True}
     yield any(phase.train.cache_frozen for phase in phases), {"cache_frozen": False}
+    yield any(phase.train.layer_drop for phase in phases), {"phase.layer_drop": 0.0}
     yield data.tokenizer in (WORDS, BPE), {"data.max_vocab": None}
     yield data.tokenizer == WORDS, {"data.lowercase": True, "data.min_count": 1}
     # Others have no such key in `conf/`, and still `+model.path=...` adds one.

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from proglayer import export_run, load_run
+from proglayer.data.pretrained import open_pretrained
 from proglayer.errors import ConfigError
 from proglayer.results import load
 from proglayer.run.__main__ import main
+from proglayer.run.export import _card
 from proglayer.run.record import RecordError, RunRecord, RunState, read_record, write_record
 from proglayer.run.run import run
 
@@ -73,14 +75,12 @@ def runs_to_its_end(folder: Path, *overrides: str) -> RunRecord:
 def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "checkpoint")
     overrides = (
-        "model=causal_lm", f"model.path={path}", "data.tokenizer=model", "initial_layers=null",
-        "phase.initial.max_epochs=0", "growth=zero", "growth.position=interleave",
-        "added_layers=2", "freeze=new_layers",
+        "experiment=recipe/llama_pro_checkpoint", f"model.path={path}", "added_layers=3",
     )  # fmt: skip
     record = runs_to_its_end(tmp_path, *overrides)
     first, second = record.phases
     assert first.best_epoch == 0
-    assert (first.layers, second.layers) == (3, 5)
+    assert (first.layers, second.layers, second.new_layers) == (3, 6, [1, 3, 5])
     assert second.growth is not None
     assert second.growth.exit_losses_after[-1] == first.validation.loss
     assert second.validation.loss < first.validation.loss
@@ -99,7 +99,7 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     tokens = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, ours.logits(tokens))
-    assert theirs.config.num_hidden_layers == 5
+    assert theirs.config.num_hidden_layers == 6
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     tokenizer = transformers.AutoTokenizer.from_pretrained(to)
     inputs = tokenizer("The trainer takes a", return_tensors="pt")
@@ -111,9 +111,13 @@ def test_a_checkpoint_grows_without_a_shock_and_goes_back_to_the_library(tmp_pat
     card = (to / "README.md").read_text()
     for text in (
         "`checkpoint`", record.checkpoint.sha256, "growth.init=zero", "license: apache-2.0\n",
-        "5 layers, 2 of them new: 1 epochs, new at 0.01; validation loss",
+        "6 layers, 3 of them new: 1 epochs, new at 0.01; validation loss",
     ):  # fmt: skip
         assert text in card
+    at = record.checkpoint.model_copy(update={"path": "owner/name", "revision": "0abc"})
+    of_hub = _card(config(*TEXT, *overrides), record.model_copy(update={"checkpoint": at}),
+                   open_pretrained(str(path), None))  # fmt: skip
+    assert "base_model: owner/name\nlicense: apache-2.0\n" in of_hub
     assert str(tmp_path) not in card
     assert str(ROOT) not in card
     assert theirs.generation_config.eos_token_id == [2, 7]

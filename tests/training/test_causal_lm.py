@@ -20,6 +20,7 @@ from proglayer.training.build import build, grow, restored
 from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.growth import layer_sources
 from proglayer.training.model import Model
+from proglayer.training.optim import set_trainable
 from proglayer.training.plan import TrainSpec, open_checkpoint, plan
 from proglayer.training.trainer import Training, evaluate
 
@@ -284,6 +285,21 @@ def test_parameters_and_products_are_counted_as_they_are(family: str) -> None:
         assert products == counted.body - scores
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA])
+@pytest.mark.parametrize("kind", ["attention", "mlp", "norms"])
+def test_a_kind_is_frozen_and_counted_in_every_family(family: str, kind: str) -> None:
+    step = f"{{existing: all, embedding: true, head: true, frozen_kinds: [{kind}]}}"
+    phase = of_family(family, f"freeze.steps=[{step}]")[1]
+    model = build(replace(phase, growth=None))
+    trainable = set_trainable(model, phase)
+    assert parameter_counts(phase).trainable == sum(p.numel() for p in trainable.values())
+    words = {"norms": ("norm", "ln_"), "mlp": ("mlp.",), "attention": ("attn.", "attention.")}
+    for name, _ in model.layers[0].named_parameters():
+        norm = any(word in name for word in words["norms"])
+        of = norm if kind == "norms" else not norm and any(word in name for word in words[kind])
+        assert (f"layers.0.{name}" in trainable) is not of, name
+
+
 # ---------------------------------------------------------------------------------------------
 # Embedding and head as one tensor
 
@@ -300,7 +316,7 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
     phase = of_family("gpt2", "model.untie=true", "freeze=existing")[0]
     assert {"head.weight", "embedding.tokens.weight"} <= set(build(phase).state_dict())
     path = saved("gpt2", tmp_path / "gpt2")
-    own = (f"model.path={path}", "data.tokenizer=model", "initial_layers=null")
+    own = (f"model.path={path}",)
     tied, untied = (
         build(planned(*own, *more)[0], path) for more in (("freeze=none",), ("model.untie=true",))
     )
@@ -317,13 +333,15 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
 
 def from_path(path: Path, *overrides: str) -> tuple[TrainSpec, ...]:
     untie = ("freeze=none",) if "gpt2" in path.name else ()
-    defaults = ("data.tokenizer=model", "initial_layers=null")
-    return planned(f"model.path={path}", *defaults, *untie, *overrides)
+    return planned(f"model.path={path}", *untie, *overrides)
 
 
 def test_a_checkpoint_is_read_as_the_library_reads_it(checkpoint: Path) -> None:
     phases = from_path(checkpoint, "growth=zero")
     assert [phase.layers for phase in phases] == [4, 5]
+    settings = config("model=causal_lm", f"model.path={checkpoint}")
+    assert settings.data.tokenizer == str(checkpoint)
+    assert planned("model.family=llama", "model.dim=16", "model.num_heads=2")[0].layers == 3
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     model = build(phases[0], checkpoint)
     with torch.no_grad():
@@ -397,6 +415,9 @@ def test_what_a_checkpoint_holds_is_in_the_key_and_where_it_lies_is_not(
         for file in checkpoint.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
     assert key(moved) == key(checkpoint)
+    # Which file holds which weights is a part of them.
+    (moved / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert key(moved) != key(checkpoint)
     model = transformers.AutoModelForCausalLM.from_pretrained(other)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
@@ -461,7 +482,6 @@ REFUSED = {
     (): "takes either model.path or model.family",
     ("model.family=llama",): "model.dim has no value",
     ("model.family=gpt2", *SIZES, "model.num_kv_heads=1"): "model.num_kv_heads does not go with",
-    ("model.family=llama", *SIZES, "initial_layers=null"): "initial_layers=null takes all that",
     ("model.family=llama", *SIZES, "model.revision=main"): "model.revision is of a model.path",
     ("model.family=llama", *SIZES, "data.seq_len=128", "model.max_positions=64"): "64 positions",
     ("model.path=docs", "data.tokenizer=bytes"): "data.tokenizer=bytes does not go with model.path",

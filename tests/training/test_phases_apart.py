@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from proglayer.config import ConfigError
 from proglayer.training.build import build, grow
@@ -97,6 +98,89 @@ def test_detached_exits_train_the_head_alone() -> None:
         torch.testing.assert_close(detached[name], gradient)
     attached = planned("model=deep_supervision")[0]
     assert training_flops(phase, 8, 40).head < training_flops(attached, 8, 40).head
+
+
+# -- what trains ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "layers", "kinds"),
+    [
+        ("frozen_layers: [0, 1, 4]", "235", ()),
+        ("frozen_layers: {lowest: 1, every: 3}", "134", ()),
+        ("frozen_kinds: [norms, attention]", "012345", ("attention", "norms")),
+        ("frozen_layers: {lowest: 5}, frozen_kinds: [mlp]", "5", ("mlp",)),
+        ("frozen_kinds: [mlp, norms, attention]", "", ()),
+    ],
+)
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_freeze_step_holds_layers_and_kinds(
+    norm: str, held: str, layers: str, kinds: tuple[str, ...]
+) -> None:
+    step = f"{{existing: all, embedding: true, head: true, {held}}}"
+    growth = ("growth=stack", "added_layers=3", f"model.norm={norm}")
+    first, second = planned(*growth, f"freeze.steps=[{step}]")
+    assert ("".join(map(str, second.trained_layers)), second.frozen_kinds) == (layers, kinds)
+    model = grow(build(first), second)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training = trained(second, model)
+    words = {"attention": "attention", "mlp": "ffn", "norms": "norm"}
+    for name, p in model.named_parameters():
+        holds = name.startswith("layers.") and (
+            name.split(".")[1] not in layers or any(words[kind] in name for kind in kinds)
+        )
+        assert torch.equal(p, before[name]) is holds, name
+    assert parameter_counts(second).trainable == sum(p.numel() for p in training.trainable)
+    whole = planned(*growth, "freeze=none")[1]
+    assert training_flops(second, 8, 40).body < training_flops(whole, 8, 40).body
+
+
+@pytest.mark.parametrize(
+    ("held", "line"),
+    [
+        ("frozen_layers: [4]", r"frozen_layers=\[4\] names others than 4 layers"),
+        ("frozen_layers: [3]", "freezes everything"),
+        ("frozen_kinds: [attention, mlp, norms]", "freezes everything"),
+        ("frozen_layers: {highest: 2}", "a list of layers from 0, or"),
+    ],
+)
+def test_what_a_freeze_step_cannot_hold_is_told(held: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        planned(f"freeze.steps=[{{existing: 0, embedding: false, head: false, {held}}}]")
+
+
+def test_steps_leave_layers_out_as_often_as_is_asked_for() -> None:
+    spec = planned("phase.layer_drop=0.4", "initial_layers=5")[0]
+    assert spec.layer_drop == pytest.approx([0.4 * (2 ** (layer / 4) - 1) for layer in range(5)])
+    steps = [spec.dropped_at(step) for step in range(4_000)]
+    for layer, often in enumerate(spec.layer_drop):
+        assert sum(layer in each for each in steps) / 4_000 == pytest.approx(often, abs=0.03)
+    other = replace(spec, seed=spec.seed + 1)
+    assert steps != [other.dropped_at(step) for step in range(4_000)]
+    always, grown = planned("phase.layer_drop=[0.99,0.99,0.99,0.99]")
+    assert all(len(always.dropped_at(step)) < 3 for step in range(99))
+    assert grown.layer_drop == ()  # one layer trains, so it is never left out
+    with pytest.raises(ConfigError, match=r"phase.layer_drop=\[0.5\] has 1 for 3 layers"):
+        planned("phase.layer_drop=[0.5]")
+    with pytest.raises(ConfigError, match="a number from 0 to below 1, or a list"):
+        planned("phase.layer_drop=1")
+
+
+@pytest.mark.parametrize("again", ["false", "true"])
+def test_a_layer_that_a_step_leaves_out_is_as_if_it_were_not_there(again: str) -> None:
+    whole, _ = planned("model=deep_supervision", f"model.checkpoint_activations={again}")
+    none, half, all_of_them = (replace(whole, layer_drop=(0.0, p, 0.0)) for p in (0, 0.5, 1))
+    training = begun(all_of_them)
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    seen: list[tuple[Tensor, ...]] = []
+    training.model.register_forward_hook(lambda _, __, exits: seen.append(exits))
+    training.train_epoch()
+    assert all(torch.equal(exits[0], exits[1]) for exits in seen)
+    for name, p in training.model.named_parameters():
+        assert torch.equal(p, before[name]) is name.startswith("layers.1."), name
+    assert training.model.dropped == ()  # what is evaluated has all its layers
+    bodies = [training_flops(each, 8, 40).body for each in (none, half, all_of_them)]
+    assert bodies[0] - bodies[1] == bodies[1] - bodies[2] > 0
 
 
 # -- rates and moments ----------------------------------------------------------------------------
