@@ -358,7 +358,7 @@ def within_budget(
 def _decays(runs: Frame, variant: str) -> bool:
     """Whether the rate of a variant's last phase falls to its end."""
     first = runs[runs["variant"] == variant].iloc[0]
-    own = first.get("config.lr.grown.schedule") if first["phases"] > 1 else None
+    own: Any = first.get("config.lr.grown.schedule") if first["phases"] > 1 else None
     return (first.get("config.lr.schedule", "constant") if pd.isna(own) else own) != "constant"
 
 
