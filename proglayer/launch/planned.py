@@ -20,9 +20,9 @@ from proglayer.errors import ConfigError
 from proglayer.launch.job import Job
 from proglayer.run.progress import plan_lines, plan_table
 from proglayer.run.record import RunState, has_whole_weights, record_of, same_settings
-from proglayer.run.setup import Opened, Setup, set_up
+from proglayer.run.setup import Opened, Setup, once, set_up
 from proglayer.training.cost import training_flops
-from proglayer.training.plan import Phase
+from proglayer.training.plan import Phase, open_checkpoint, plan
 from proglayer.training.unused import unused_settings
 
 if TYPE_CHECKING:
@@ -43,12 +43,16 @@ def planned(job: Job, opened: Opened) -> Planned:
 
     opened: corpora and checkpoints of other jobs; those of this one are added.
     """
-    setup = set_up(job.config, opened)
+    config = job.config
+    if config.data not in opened:
+        # What does not depend on the text is wrong before it is prepared.
+        plan(config, 1, once(opened, config.model, lambda: open_checkpoint(config)))
+    setup = set_up(config, opened)
     record = record_of(job.folder)
     completed = (
         record is not None
         and record.state is RunState.completed
-        and same_settings(record, job.config)
+        and same_settings(record, config)
         and has_whole_weights(job.folder, record)
     )
     return Planned(job, setup, completed)

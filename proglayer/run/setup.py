@@ -33,10 +33,8 @@ def set_up(config: Config, opened: Opened) -> Setup:
 
     Raises ConfigError where settings and corpus do not fit together.
     """
-    checkpoint = _once(opened, config.model, lambda: open_checkpoint(config))
-    if config.data not in opened:
-        plan(config, 1, checkpoint)  # finds what does not depend on the text before it is prepared
-    corpus = _once(opened, config.data, lambda: open_corpus(config.data, tell))
+    checkpoint = once(opened, config.model, lambda: open_checkpoint(config))
+    corpus = once(opened, config.data, lambda: open_corpus(config.data, tell))
     phases = plan(config, corpus.vocab_size, checkpoint)
     for phase in phases:
         _check_windows(config, phase, len(corpus.train))
@@ -55,7 +53,11 @@ def _check_windows(config: Config, phase: Phase, there: int) -> None:
         )
 
 
-def _once(opened: Opened, settings: Any, make: Callable[[], Any]) -> Any:
+def once(opened: Opened, settings: Any, make: Callable[[], Any]) -> Any:
+    """Return what these settings stand for, opened by `make` if no earlier job had them.
+
+    Raises ConfigError, again if there was none.
+    """
     if settings not in opened:
         try:
             opened[settings] = make()
