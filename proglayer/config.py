@@ -543,7 +543,8 @@ def nearest_setting(name: str) -> str | None:
     """Return the setting that an unknown `name` most likely meant."""
     plain = name.lower().replace("-", "_")
     leaf = plain.rpartition(".")[2]
-    known = [*Config.model_fields, *setting_names()]
+    groups = sorted({each.rpartition(".")[0] for each in setting_names()} - {""})
+    known = [*Config.model_fields, *setting_names(), *groups]
     by_leaf = {each.rpartition(".")[2]: each for each in reversed(known)} | SYNONYMS
     close = difflib.get_close_matches(plain, known, 1, 0.7) if leaf not in SYNONYMS else []
     close += [by_leaf[each] for each in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from proglayer.errors import ConfigError, StoreError, raised_as
 # The beginning of a file's name until it is whole.
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
+# How the record of a run or of a sweep begins.
+RECORD = re.compile(rb'\{\s*"format":')
 
 
 # The one file of state of a run, and that of a sweep: see `proglayer.run.record`.
@@ -47,11 +50,19 @@ def claim_folder(folder: Path, kind: FolderKind) -> None:
         names = os.listdir(folder)
     # A process that was killed before it wrote the mark may have left these.
     others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
-    if others and kind.mark not in names:
+    if others and not _is_marked(folder / kind.mark, kind):
         raise ConfigError(
-            f"{kind.setting}={folder}: the folder holds other files and no {kind.mark}, so nothing "
-            "is written there: name another, or an empty one"
+            f"{kind.setting}={folder}: the folder holds other files and no {kind.mark} of ours, so "
+            "nothing is written there: name another, or an empty one"
         )
+
+
+def _is_marked(mark: Path, kind: FolderKind) -> bool:
+    """Whether a mark is there, and one that we wrote: others call files run.json, too."""
+    with contextlib.suppress(OSError):
+        if mark.is_file() and not mark.is_symlink():
+            return kind is FolderKind.store or RECORD.match(mark.read_bytes()) is not None
+    return False
 
 
 def lock_folder(folder: Path, wait_s: float = 0.0) -> FileLock | None:

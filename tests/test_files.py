@@ -47,7 +47,12 @@ def test_a_folder_is_ours_if_it_is_new_or_empty_or_marked(tmp_path: Path, kind: 
         with pytest.raises(ConfigError, match=rf"^{kind.setting}={folder}: "):
             files.claim_folder(folder, kind)
     assert [path.name for path in theirs.iterdir()] == ["letter"]
-    (theirs / kind.mark).touch()
+    if kind is not FolderKind.store:  # others call a file so, too
+        for content in (b"", b"{", b"[1]", b'{"name": "tool"}'):
+            (theirs / kind.mark).write_bytes(content)
+            with pytest.raises(ConfigError, match=f"no {kind.mark} of ours"):
+                files.claim_folder(theirs, kind)
+    (theirs / kind.mark).write_bytes(b'{\n "format": 5}')
     files.claim_folder(theirs, kind)
 
 
