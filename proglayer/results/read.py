@@ -98,26 +98,6 @@ class Results:
         }
         return replace(self, **frames)
 
-    def long(self) -> pd.DataFrame:
-        """Return the figures of every epoch and exit, a row each: `run`, `variant`, `model`,
-        `seed`, `phase`, `epoch`, `exit` (its layer), `split` (train, validation or test), `metric`,
-        `value`.
-        """
-        best = self.phases[["run", "phase", "best_epoch"]]
-        exits = self.exits.merge(best, on=["run", "phase"])
-        keys = [*WHICH_RUN, "phase", "epoch", "exit"]
-        parts = []
-        for frame in (self.epochs, exits):
-            names = {"layers": "exit", "layer": "exit", "best_epoch": "epoch"}
-            splits = ("train_loss", *(f"{text}_" for text in TEXTS))
-            figures = [name for name in frame if name.startswith(splits)]
-            own = frame.rename(columns=names)[[*keys, *figures]]
-            parts.append(own.melt(keys, var_name="metric").dropna(subset="value"))
-        long: Any = pd.concat(parts).drop_duplicates([*keys, "metric"])
-        split = long["metric"].str.split("_", n=1, expand=True)
-        long[["split", "metric"]] = split.to_numpy()
-        return long[[*keys, "split", "metric", "value"]].reset_index(drop=True)
-
     def to_csv(self, folder: str | Path) -> None:
         """Write each frame as `<name>.csv` into `folder`. Raises StoreError."""
         for name, frame in self.frames().items():

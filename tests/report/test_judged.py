@@ -71,21 +71,6 @@ def test_each_figure_of_the_frames_names_its_text_and_no_cell_holds_a_list(tmp_p
     assert run["test_accuracy_change_points"] == pytest.approx(change)
 
 
-def test_the_long_form_has_each_figure_of_each_epoch_and_exit_once(tmp_path: Path) -> None:
-    results = load(synthetic.sweep(tmp_path, ["original"], [STANDARD], (1,), tested=0.1))
-    long = results.long()
-    keys = ["run", "phase", "epoch", "exit", "split", "metric"]
-    assert not long.duplicated(keys).any()
-    by = long.set_index(keys)["value"]
-    last = results.phases.iloc[-1]
-    place = last["run"], 2, last["best_epoch"], last["layers"]
-    assert by[(*place, "test", "loss")] == last["test_loss"]
-    assert ("train", "loss") in by[place].index
-    deepest = results.exits[results.exits["phase"] == 2].iloc[0]
-    found = by[(*place[:3], deepest["layer"], "validation", "loss")]
-    assert found == deepest["validation_loss"]
-
-
 # --- which seeds ----------------------------------------------------------------------------------
 
 
