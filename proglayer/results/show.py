@@ -64,11 +64,9 @@ def summary_table(results: Results) -> Table:
             name, label, of_row=partial(pair, name=name, form=form), kind="figure", minor=minor
         )
 
-    tokenizers = {tokenizer_of(row) for row in rows if text_of(row["corpus"])}
+    several = len(results.runs[["tokenizer", "vocab_size"]].dropna(how="all").drop_duplicates()) > 1
     # Losses and perplexities of different tokenizers do not compare.
-    bits = (
-        [figure("validation_bits_per_byte", "bits/byte", 2, ".3f")] if len(tokenizers) > 1 else []
-    )
+    bits = [figure("validation_bits_per_byte", "bits/byte", 2, ".3f")] if several else []
     columns = (
         Column("run", "job", lambda run: STAMP.sub("", run), kind="prose"),
         *(Column(f"varied {title}", title, kind="prose", minor=1) for title in varied),
@@ -142,17 +140,6 @@ def pair(row: Mapping[str, Any], name: str, form: str) -> str:
     ends = (row[f"first_{name}"], row[f"last_{name}"])
     texts = [format(end, form) for end in ends if not is_missing(end)]
     return " → ".join(dict.fromkeys(texts))
-
-
-def tokenizer_of(row: Mapping[str, Any]) -> str:
-    """Return what cut a run's text, with the size of its vocabulary."""
-    size = row["vocab_size"]
-    return text_of(row["tokenizer"]) + ("" if is_missing(size) else f" ({size:,d})")
-
-
-def text_of(value: Any) -> str:
-    """Return a value as text; nothing for one that is missing."""
-    return "" if is_missing(value) else str(value)
 
 
 def listed(names: Sequence[str], most: int) -> str:
