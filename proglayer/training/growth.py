@@ -81,7 +81,10 @@ class Operator:
         elif growth.position == "interleave":
             below = [math.ceil((i + 0.5) * layers / added) for i in range(added)]
         elif growth.position == "groups":
-            _check(layers % added == 0, f"growth.position=groups makes no {added} of {layers}")
+            if layers % added:
+                fit = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+                wrong = f"added_layers={added} makes no equal groups of {layers} layers"
+                raise ConfigError(f"{wrong}: take one of {fit}, or another growth.position")
             below = [(i + 1) * layers // added for i in range(added)]
         sources: list[int | None] = []
         for old in range(layers + 1):
