@@ -229,9 +229,15 @@ def plain_variant(runs: Frame, experiment: str) -> str | None:
     return str(variants.iloc[0]) if len(variants) else None
 
 
+# Settings by which a growing arm and its control differ.
+OF_GROWING = tuple(
+    f"config.{each}" for each in ("phase.", "growth", "freeze.", "initial_layers", "added_layers")
+)
+
+
 def controls(runs: Frame, experiment: str) -> dict[str, str]:
     """Map each growing variant to the variant of this control that is of its size. Where no run has
-    the control's name, those with its phases are it.
+    the control's name, those with its phases are it, each of those that share its other settings.
 
     Training from scratch is a control of the depth and width that growing ends with, training on
     of those that it begins with. Variants of which no such control was run are left out.
@@ -242,6 +248,7 @@ def controls(runs: Frame, experiment: str) -> dict[str, str]:
     held = runs[runs["experiment"] == experiment]
     if held.empty:
         held = runs[runs["config.phase.schedule"] == experiment.removeprefix("control_")]
+        size += [c for c in swept(held) if not c.startswith((*OF_GROWING, size[1]))]
     held = held.assign(tokens=held["tokens"].astype("float64").fillna(0))
     how = {**dict.fromkeys(size, "first"), "cut": "mean", "tokens": "max", "base": "any"}
     held = held.groupby("variant", sort=False).agg(how).reset_index()
