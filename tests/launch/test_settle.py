@@ -146,10 +146,7 @@ def test_another_study_in_the_same_folder_is_refused_and_named(train: Command, t
 @pytest.mark.timeout(900)
 def test_a_batch_of_which_nothing_is_left_is_not_looked_at(train: Command, tmp_path: Path):
     failing = ("-m", *SETTLE, "lr.base=1e12")
-    for given, why in (
-        ("go_on", "every job of this batch failed"),
-        ("stop", "job 0_"),
-    ):
+    for given, why in (("go_on", "every job of this batch failed"), ("stop", "job 0_")):
         done = train(*failing, f"on_error={given}", f"hydra.sweep.dir={given}")
         assert done.status == 1
         assert done.err.splitlines()[-1].startswith(f"error: {why}"), done.err

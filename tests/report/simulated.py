@@ -270,10 +270,7 @@ CELLS: list[dict[str, Any]] = [
 
 
 def print_cells(
-    description: str | None,
-    simulate: Callable[..., Any],
-    cells: list[dict[str, Any]],
-    studies: int,
+    description: str | None, simulate: Callable[..., Any], cells: list[dict[str, Any]], studies: int
 ) -> None:
     """A row for each cell of as many studies as the command line asks for, else `studies`."""
     parser = argparse.ArgumentParser(description=description)

@@ -20,14 +20,7 @@ def design(first: int, step: int, most: int) -> Design:
     return Design(first=first, step=step, most=most)
 
 
-@pytest.mark.parametrize(
-    "design",
-    [
-        design(5, 3, 20),
-        design(2, 1, 7),
-        design(8, 3, 8),
-    ],
-)
+@pytest.mark.parametrize("design", [design(5, 3, 20), design(2, 1, 7), design(8, 3, 8)])
 def test_all_looks_of_all_comparisons_spend_what_one_test_may(design: Design):
     levels = [design.levels(look, 7) for look in range(len(design.at))]
     assert 7 * sum(own.each for own in levels) == pytest.approx(stats.ALPHA)
@@ -44,11 +37,7 @@ def test_one_look_is_a_plain_test():
 @pytest.mark.parametrize("method", ["looks that pay", "plain looks"])
 def test_false_differences(method: str, distribution: str):
     found = settling.simulate(
-        method,
-        design(5, 3, 20),
-        settling.NOTHING,
-        distribution=distribution,
-        studies=STUDIES,
+        method, design(5, 3, 20), settling.NOTHING, distribution=distribution, studies=STUDIES
     )
     if method == "plain looks":
         assert found["false difference"] > 0.05 + TOLERANCE

@@ -18,19 +18,8 @@ from proglayer.results.__main__ import main
 from proglayer.results.columns import SETTINGS
 from proglayer.results.read import Results, load
 from proglayer.results.show import print_results
-from proglayer.results.variants import (
-    NOT_THE_EXPERIMENT,
-    PLACE_OF_TEXT,
-    experiment_key,
-)
-from proglayer.run.record import (
-    FORMAT,
-    PhaseRecord,
-    RunRecord,
-    RunState,
-    SweepRecord,
-    write_record,
-)
+from proglayer.results.variants import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, experiment_key
+from proglayer.run.record import FORMAT, PhaseRecord, RunRecord, RunState, SweepRecord, write_record
 from proglayer.training.plan import Rates
 
 from ..helpers import config

@@ -80,7 +80,7 @@ def test_a_state_is_told_by_the_record_and_its_age(tmp_path: Path) -> None:
     assert states(tmp_path, *names) == ["completed", "running", "pending", "waiting", "waiting"]
     aged(tmp_path, LOST_AFTER_S + 5)
     assert states(tmp_path, *names) == [
-        *("completed", "lost", "pending", "not started", "not started"),
+        *("completed", "lost", "pending", "not started", "not started")
     ]
     assert str(state_of(tmp_path / "1").reason).startswith("no sign of life since ")
     # The command that runs the sweep shows life for those that wait.

@@ -15,13 +15,7 @@ from typing import Any
 import pytest
 
 from proglayer.errors import ConfigError
-from proglayer.run.record import (
-    RunRecord,
-    RunState,
-    SweepJob,
-    SweepRecord,
-    write_record,
-)
+from proglayer.run.record import RunRecord, RunState, SweepJob, SweepRecord, write_record
 from proglayer.run.run import run
 from proglayer.store.__main__ import main
 from proglayer.store.entries import Entry, entries_of, key_of, open_store

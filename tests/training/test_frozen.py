@@ -49,9 +49,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("overrides", SHAPES, ids=" ".join)
-def test_kept_states_give_the_training_that_computed_ones_give(
-    overrides: tuple[str, ...],
-) -> None:
+def test_kept_states_give_the_training_that_computed_ones_give(overrides: tuple[str, ...]) -> None:
     model, phase = grown(*overrides)
     cached_model, cached = grown(*overrides, "cache_frozen=true")
     assert cached.cache_frozen

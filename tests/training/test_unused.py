@@ -15,10 +15,7 @@ UNTRAINED = "(no phase after the first trains it)"
     [
         ((), None),
         (("lr.factor.new=0.5",), None),
-        (
-            ("lr.factor.existing=0.5",),
-            f"lr.factor.existing=0.5 {UNTRAINED}",
-        ),
+        (("lr.factor.existing=0.5",), f"lr.factor.existing=0.5 {UNTRAINED}"),
         (("lr.factor.existing=0.5", "freeze=none"), None),
         (("growth.block=2",), "growth.block=2"),
         (("growth=last", "growth.block=2"), None),
