@@ -5,6 +5,7 @@ A setting that changed training without changing the key would give a run somebo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -24,100 +25,46 @@ from .helpers import config
 # With these, every setting below has something to act on.
 BASE = ("phase=grow_once", "freeze=none", "lr.schedule=cosine", "initial_layers=3")
 LLAMA = "model=causal_lm model.family=llama model.dim=16 model.num_heads=4"
-STEPS = "[{existing: 1, embedding: false, head: true}]"
+STEPS = "[{existing:1,embedding:false,head:true}]"
 MACHINE = Machine("cpu", "a processor", 2, torch.__version__)
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
-# What the key holds of the settings themselves, by a value that differs from BASE. What follows a
-# value are other settings, without which this one has nothing to act on.
-IN_THE_PHASES = {
-    "seed": "7",
-    "initial_layers": "4",
-    "added_layers": "2",
-    "model.dim": "32",
-    "model.num_heads": "2",
-    "model.ffn_multiple": "2",
-    "model.rotary_base": "500",
-    "model.norm_eps": "1e-5",
-    "model.vocab_size": "500",
-    "model.exit_weights": "uniform",
-    "phase.schedule": "keep_training",
-    "phase.batch_size": "32",
-    "phase.accumulate": "2",
-    "phase.samples": "10",
-    "phase.max_epochs": "3",  # by the cosine's end; with a constant rate it only stops
-    "phase.initial.batch_size": "32",
-    "phase.initial.max_epochs": "3",
-    "phase.initial.samples": "10",
-    "phase.grown.batch_size": "32",
-    "phase.grown.max_epochs": "3",
-    "phase.grown.samples": "10",
-    "growth.init": "copy",
-    "growth.position": "bottom",
-    "phase.initial.exit_weights": "uniform",
-    "phase.grown.exit_weights": "uniform",
-    "loss.curriculum": "rotate",
-    "loss.rotate_every": "2 loss.curriculum=rotate",
-    "loss.gradual_steps": "2 loss.curriculum=gradual",
-    "loss.detach": "true",
-    "loss.normalize": "true loss.curriculum=rotate",
-    "freeze.initial.embedding": "false",
-    "freeze.initial.head": "false",
-    "lr.decay_share": "0.5 lr.schedule=wsd",
-    "lr.grown.schedule": "linear",
-    "lr.grown.warmup_steps": "3",
-    "lr.grown.final_factor": "0.5",
-    "optimizer.carry": "copy",
-    "optimizer.decay_norms": "false",
-    "optimizer.decay_embedding": "false",
-    "growth.noise": "0.5 growth.init=copy",
-    "growth.block": "2 growth.init=last added_layers=2",
-    "growth.layers": "[0,1,0,2]",
-    "growths": "[{growth:{init:copy}}]",
-    "phase.epoch_steps": "3",
-    "phase.layer_drop": "0.5",
-    "phase.initial.layer_drop": "0.5",
-    "phase.grown.layer_drop": "[0,0.5,0.5,0]",
-    "lr.span": "run lr.schedule=linear",
-    "model.residual_scale": "depth model.norm=pre",
-    "growth.gate_steps": "5 growth.init=gate",
-    "model.norm": "pre",
-    "model.checkpoint_activations": "true",
-    "model.family": f"qwen2 {LLAMA}",
-    "model.num_kv_heads": f"2 {LLAMA}",
-    "model.max_positions": f"64 {LLAMA}",
-    "model.untie": f"true {LLAMA} model.family=gpt2",
-    "model.weights": f"bfloat16 {LLAMA}",
-    "freeze.steps": STEPS,
-    "lr.base": "0.5",
-    "lr.factor.new": "0.5",
-    "lr.factor.existing": "0.5",
-    "lr.factor.embedding": "0.5",
-    "lr.factor.head": "0.5",
-    "lr.schedule": "linear",
-    "lr.warmup_steps": "3",
-    "lr.final_factor": "0.5",
-    "optimizer.beta1": "0.5",
-    "optimizer.beta2": "0.5",
-    "optimizer.eps": "1e-5",
-    "optimizer.weight_decay": "0.5",
-    "optimizer.clip_norm": "0.5",
-    "precision": "bfloat16",
-    "compile": "true",
-    "cache_frozen": "true freeze=existing",
-}
+# What the key holds of the settings themselves, by a value that differs from BASE. What follows in
+# a text are other settings, without which this one has nothing to act on.
+IN_THE_PHASES = (
+    "seed=7", "initial_layers=4", "added_layers=2", "model.dim=32", "model.num_heads=2",
+    "model.ffn_multiple=2", "model.rotary_base=500", "model.norm_eps=1e-5", "model.vocab_size=500",
+    "model.exit_weights=uniform", "phase.schedule=keep_training", "phase.batch_size=32",
+    "phase.accumulate=2", "phase.samples=10", "phase.max_epochs=3", "phase.initial.batch_size=32",
+    "phase.initial.max_epochs=3", "phase.initial.samples=10", "phase.grown.batch_size=32",
+    "phase.grown.max_epochs=3", "phase.grown.samples=10", "growth.init=copy",
+    "growth.position=bottom", "phase.initial.exit_weights=uniform",
+    "phase.grown.exit_weights=uniform", "loss.curriculum=rotate",
+    "loss.rotate_every=2 loss.curriculum=rotate", "loss.gradual_steps=2 loss.curriculum=gradual",
+    "loss.detach=true", "loss.normalize=true loss.curriculum=rotate",
+    "freeze.initial.embedding=false", "freeze.initial.head=false",
+    "lr.decay_share=0.5 lr.schedule=wsd", "lr.grown.schedule=linear", "lr.grown.warmup_steps=3",
+    "lr.grown.final_factor=0.5", "optimizer.carry=copy", "optimizer.decay_norms=false",
+    "optimizer.decay_embedding=false", "growth.noise=0.5 growth.init=copy",
+    "growth.block=2 growth.init=last added_layers=2", "growth.layers=[0,1,0,2]",
+    "growths=[{growth:{init:copy}}]", "phase.epoch_steps=3", "lr.span=run lr.schedule=linear",
+    "model.residual_scale=depth model.norm=pre", "growth.gate_steps=5 growth.init=gate",
+    "model.norm=pre", "model.checkpoint_activations=true", f"model.family=qwen2 {LLAMA}",
+    f"model.num_kv_heads=2 {LLAMA}", f"model.max_positions=64 {LLAMA}",
+    f"model.untie=true {LLAMA} model.family=gpt2", f"model.weights=bfloat16 {LLAMA}",
+    f"freeze.steps={STEPS}", "lr.base=0.5", "lr.factor.new=0.5", "lr.factor.existing=0.5",
+    "lr.factor.embedding=0.5", "lr.factor.head=0.5", "lr.schedule=linear", "lr.warmup_steps=3",
+    "lr.final_factor=0.5", "optimizer.beta1=0.5", "optimizer.beta2=0.5", "optimizer.eps=1e-5",
+    "optimizer.weight_decay=0.5", "optimizer.clip_norm=0.5", "precision=bfloat16", "compile=true",
+    "cache_frozen=true freeze=existing", "phase.layer_drop=0.5", "phase.initial.layer_drop=0.5",
+    "phase.grown.layer_drop=[0,0.5,0.5,0]",
+)  # fmt: skip
 # What the key holds through the corpus's fingerprint.
-IN_THE_TEXT = {
-    "data.seq_len": "16",
-    "data.samples": "20",
-    "data.validation_samples": "5",
-    "data.lowercase": "false",
-    "data.min_count": "200",
-    "data.max_vocab": "10",
-    "data.tokenizer": "bpe data.max_vocab=300",
-    "data.held_out": "0.4",
-    "data.files": "[{other}]",
-}
+IN_THE_TEXT = (
+    "data.seq_len=16", "data.samples=20", "data.validation_samples=5", "data.lowercase=false",
+    "data.min_count=200", "data.max_vocab=10", "data.tokenizer=bpe data.max_vocab=300",
+    "data.held_out=0.4", "data.files=[{other}]",
+)  # fmt: skip
 # Where a text lies. What is read there is in the fingerprint, wherever it lies: see test_corpus.
 PLACE_OF_THE_TEXT = {
     "data.source", "data.path", "data.repository", "data.configuration", "data.revision",
@@ -157,9 +104,8 @@ def keys(settings: Config, fingerprint: str = "a text") -> str:
 def test_every_setting_is_classified_once() -> None:
     names = setting_names()
     leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-    classes = (
-        set(IN_THE_PHASES),
-        set(IN_THE_TEXT),
+    given = [text.split("=")[0] for text in (*IN_THE_PHASES, *IN_THE_TEXT)]
+    named = (
         PLACE_OF_THE_TEXT,
         PLACE_OF_THE_WEIGHTS,
         STOPPING,
@@ -167,13 +113,13 @@ def test_every_setting_is_classified_once() -> None:
         IN_THE_MACHINE,
         HARMLESS,
     )
-    assert sorted(leaves) == sorted(name for group in classes for name in group)
+    assert sorted(leaves) == sorted([*given, *itertools.chain(*named)])
 
 
-@pytest.mark.parametrize("name", IN_THE_PHASES)
-def test_a_setting_of_training_is_in_the_key(name: str) -> None:
-    value, *others = IN_THE_PHASES[name].split(" ") if name != "freeze.steps" else (STEPS,)
-    assert keys(config(*BASE, *others, f"{name}={value}")) != keys(config(*BASE, *others))
+@pytest.mark.parametrize("given", IN_THE_PHASES)
+def test_a_setting_of_training_is_in_the_key(given: str) -> None:
+    own, *others = given.split(" ")
+    assert keys(config(*BASE, *others, own)) != keys(config(*BASE, *others))
 
 
 def test_each_precision_has_a_key_of_its_own() -> None:
@@ -200,9 +146,8 @@ def test_a_text_is_in_the_key(tmp_path: Path) -> None:
         return open_corpus(config(*base, *overrides).data).fingerprint
 
     plain = fingerprint()
-    for name, value in IN_THE_TEXT.items():
-        value, *others = value.format(other=other).split(" ")
-        assert fingerprint(f"{name}={value}", *others) != plain, name
+    for given in IN_THE_TEXT:
+        assert fingerprint(*given.format(other=other).split(" ")) != plain, given
     moved = tmp_path / "moved.txt"
     moved.write_text(text.read_text())
     assert fingerprint(f"data.files=[{moved}]", f"data.cache_dir={tmp_path / 'cache'}") == plain
@@ -225,8 +170,7 @@ def test_an_automatic_precision_is_what_the_processor_has_units_for(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     settings, line = machine.with_precision(config(*BASE, "precision=auto", "device=cpu"))
     assert settings.precision == picked
-    assert line
-    assert line.startswith(f"precision=auto is {picked} here: ")
+    assert (line or "").startswith(f"precision=auto is {picked} here: ")
 
 
 def test_on_a_gpu_sums_have_one_order_for_the_time_of_a_run(
