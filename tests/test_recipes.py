@@ -21,75 +21,19 @@ from proglayer.config import Config, flat_settings
 from proglayer.launch.product import ProductSettings, expand
 from proglayer.run.progress import plan_lines
 from proglayer.run.run import run
-from proglayer.store.entries import Machine, key_of
-from proglayer.store.trajectory import Trajectory, describe
+from proglayer.store.trajectory import Trajectory
 from proglayer.training.cost import training_flops
-from proglayer.training.plan import Phase, plan
+from proglayer.training.plan import plan
 
-from .helpers import ROOT, Command, config, epochs, epochs_trained, results
+from .helpers import ROOT, config
 
-# Of each phase: layers, the layers that are new in it, what is frozen, the rate of what is new (of
-# the head, where no layer is).
-SHORTENED = {
-    "g_stack": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
-    "midas": [(3, "012", "", 1e-3), (4, "2", "", 1e-3), (5, "2", "", 1e-3), (6, "3", "", 1e-3)],
-    "llama_pro": [(3, "012", "", 1e-3), (6, "135", "embedding 0 2 4 head", 1e-4)],
-    "gated": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
-    "one_hop": [(1, "0", "", 1e-3), (6, "12345", "", 1e-3)],
-    "frozen_embedding": [
-        (1, "0", "embedding", 1e-3),
-        (2, "1", "embedding 0", 1e-3),
-        (3, "2", "embedding 0 1", 1e-3),
-        (4, "3", "embedding 0 1 2", 1e-3),
-    ],
-    "layerskip": [(6, "012345", "", 1e-3)],
-    "exits_only": [(3, "012", "", 1e-3), (3, "", "embedding 0 1 2", 1e-4)],
-    "loss_by_phase": [(3, "012", "", 1e-3), (4, "3", "embedding 0 1 2", 1e-4)],
-    "growth_timing": [(3, "012", "", 1e-3), (6, "345", "", 1e-3)],
-    "depth_pays": [(2, "01", "", 1e-3), (6, "2345", "", 1e-3)],
-    "control_bigram": [(0, "", "", 1e-3)],
-    "solar": [(4, "0123", "", 1e-3), (6, "34", "", 1e-3)],
-    "gradual_stacking": [(2, "01", "", 1e-3), (4, "23", "", 1e-3), (6, "45", "", 1e-3)],
-    "lidas": [(4, "0123", "", 1e-3), (6, "34", "", 1e-3), (8, "45", "", 1e-3)],
-    "curse_of_depth": [(4, "0123", "", 1e-3), (8, "4567", "", 1e-3)],
-    "wsd_growth": [(1, "0", "", 1e-3), (6, "12345", "", 1e-3)],
-    "drop_layers": [(6, "012345", "", 1e-3), (3, "", "", 1e-3)],
-}
+RECIPES = ROOT / "conf" / "experiment" / "recipe"
 SMALL = (
     "data=text", f"data.files=[{ROOT / 'docs' / 'report.md'}]", "data.samples=40",
     "data.validation_samples=10", "data.seq_len=16", "data.held_out=0.3", "model.dim=16",
     "phase.max_epochs=2", "phase.initial.max_epochs=null", "phase.grown.max_epochs=null",
     "phase.batch_size=16", "threads=1", "report=false",
 )  # fmt: skip
-
-
-def shortened(phase: Phase) -> tuple[int, str, str, float | None]:
-    rate = phase.train.rates.new if phase.train.new_layers else phase.train.rates.head
-    frozen = " ".join(part.removeprefix("layers.") for part in phase.train.frozen)
-    return phase.train.layers, "".join(map(str, phase.train.new_layers)), frozen, rate
-
-
-def test_every_recipe_is_here() -> None:
-    folder = ROOT / "conf" / "experiment" / "recipe"
-    # It needs a checkpoint, which is not here.
-    others = {"llama_pro_checkpoint"}
-    assert {path.stem for path in folder.glob("*.yaml")} == SHORTENED.keys() | others
-
-
-@pytest.mark.parametrize("name", SHORTENED)
-def test_what_a_recipe_trains(name: str) -> None:
-    phases = [shortened(phase) for phase in plan(config(f"experiment=recipe/{name}"), 8192)]
-    assert [phase[:3] for phase in phases] == [phase[:3] for phase in SHORTENED[name]]
-    assert [phase[3] for phase in phases] == pytest.approx([p[3] for p in SHORTENED[name]])
-
-
-@pytest.mark.parametrize("name", SHORTENED)
-def test_a_recipe_opens_with_command_cost_and_expectation(name: str) -> None:
-    text = (ROOT / "conf" / "experiment" / "recipe" / f"{name}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# ")
-    assert "#   python train.py -m experiment=recipe/" in text
-    assert "Cost:" in text
-    assert "Expect:" in text
 
 
 # What the arms of a recipe's command differ in, beside the seed: what the recipe is about.
@@ -118,7 +62,7 @@ DIFFERS = {
 
 def arms(name: str) -> list[Config]:
     """The jobs of a recipe's command that differ in more than the seed."""
-    text = (ROOT / "conf" / "experiment" / "recipe" / f"{name}.yaml").read_text()
+    text = (RECIPES / f"{name}.yaml").read_text()
     found = re.search(r"^#   python train\.py -m (.*(?:\n#     .*)*)", text, re.MULTILINE)
     assert found is not None
     given = shlex.split(found[1].replace("\n#     ", " "))
@@ -128,7 +72,7 @@ def arms(name: str) -> list[Config]:
     return [config(*job) for job in expand(ProductSettings(pairs=pairs), given, None)]
 
 
-@pytest.mark.parametrize("name", SHORTENED)
+@pytest.mark.parametrize("name", DIFFERS)
 def test_the_arms_of_a_command_differ_in_what_the_recipe_is_about_alone(name: str) -> None:
     jobs = [dict(flat_settings(job.model_dump(mode="json"))) for job in arms(name)]
     assert len(jobs) > 1
@@ -161,45 +105,36 @@ def test_a_gradual_curriculum_reads_every_exit_within_its_run() -> None:
     assert steps[2] == pytest.approx([n * (n + 1) / 2 / 56 for n in range(1, 7)])
 
 
+def test_every_recipe_is_here_and_opens_with_command_cost_and_expectation() -> None:
+    # One needs a checkpoint, which is not here.
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*DIFFERS, "llama_pro_checkpoint"}
+    for name in DIFFERS:
+        text = (RECIPES / f"{name}.yaml").read_text()
+        assert text.startswith("# @package _global_\n# ")
+        assert "#   python train.py -m experiment=recipe/" in text
+        assert "Cost:" in text
+        assert "Expect:" in text
+
+
 def settings(name: str, store: Path) -> Config:
     """A recipe at a size that trains in a moment: 2 epochs of 3 steps a phase."""
     own = ["phase.epoch_steps=3"] if name == "wsd_growth" else []
     return config(f"experiment=recipe/{name}", *SMALL, *own, f"store.dir={store}")
 
 
-@pytest.mark.parametrize("name", SHORTENED)
-def test_a_recipe_runs_from_end_to_end_and_killed_in_its_middle_gives_the_same_bits(
-    name: str, tmp_path: Path
-) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(settings(name, tmp_path / "a"), whole)
-    record = json.loads((whole / "run.json").read_text())
-    assert record["state"] == "completed", record["reason"]
-    phases = record["phases"]
-    assert [phase["layers"] for phase in phases] == [phase[0] for phase in SHORTENED[name]]
-    assert len(load_run(whole).layers) == phases[-1]["layers"]
-    for phase in phases[1:]:
-        if phase["growth"] is None:
-            continue
-        growth = phase["growth"]
-        assert len(growth["exit_losses_after"]) == phase["layers"]
-        before = phases[phases.index(phase) - 1]["validation"]["loss"]
-        shock = growth["exit_losses_after"][-1] - before
-        assert (shock == 0) is (name in ("llama_pro", "gated"))
-    # Killed in the middle of an epoch, the one after a growth where there is one.
-    middle = 3 * sum(epochs(record)) // 2 + 2
-    fork = multiprocessing.get_context("fork")
-    again = settings(name, tmp_path / "b")
-    child = fork.Process(target=run_until_killed, args=(again, killed, "_after_step", middle))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
-    assert json.loads((killed / "run.json").read_text())["state"] == "running"
-    assert list((tmp_path / "b").glob("*/state-*"))
-    run(again, killed)
-    assert lasting(killed) == lasting(whole)
-    one, two = (folder / "weights.safetensors" for folder in (whole, killed))
-    assert one.read_bytes() == two.read_bytes()
+@pytest.mark.parametrize("name", DIFFERS)
+def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
+    own = settings(name, tmp_path / "stages")
+    record = run(own, tmp_path / "run")
+    assert record.state == "completed", record.reason
+    planned = [phase.train.layers for phase in plan(own, record.corpus.vocab_size)]
+    assert [phase.layers for phase in record.phases] == planned
+    assert len(load_run(tmp_path / "run").layers) == planned[-1]
+    for before, phase in itertools.pairwise(record.phases):
+        if phase.growth is not None:
+            assert len(phase.growth.exit_losses_after) == phase.layers
+            shock = phase.growth.exit_losses_after[-1] - before.validation.loss
+            assert (shock == 0) is (name in ("llama_pro", "gated"))
 
 
 def run_until_killed(settings: Config, folder: Path, method: str, call: int) -> None:
@@ -279,27 +214,12 @@ def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:
     return phases, [[row[n] for n in kept] for row in rows]
 
 
-def test_recipes_that_begin_alike_share_their_first_phase() -> None:
-    machine = Machine("cpu", "a cpu", 1, "2.13.0")
-    first: dict[str, set[str]] = {}
-    for name in SHORTENED:
-        phase = plan(config(f"experiment=recipe/{name}"), 8192)[0]
-        first.setdefault(key_of(describe(None, phase.train, "text", machine)), set()).add(name)
-    shared = [names for names in first.values() if len(names) > 1]
-    assert sorted(map(sorted, shared)) == [
-        ["curse_of_depth", "lidas", "solar"],
-        ["exits_only", "gated", "growth_timing", "loss_by_phase"],
-        ["llama_pro", "midas"],
-    ]
-    assert len(first) == len(SHORTENED) - 6
-
-
 # -- growth_timing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("model", "within"), [("standard", 0.032), ("deep_supervision", 1e-9)])
 def test_moments_of_growth_spend_the_same_operations(model: str, within: float) -> None:
-    text = (ROOT / "conf" / "experiment" / "recipe" / "growth_timing.yaml").read_text()
+    text = (RECIPES / "growth_timing.yaml").read_text()
     lengths = [
         [int(number) for number in given.split(",")]
         for given in re.findall(r"phase\.(?:initial|grown)\.max_epochs=([\d,]+)", text)
@@ -311,30 +231,3 @@ def test_moments_of_growth_spend_the_same_operations(model: str, within: float) 
     mean = sum(spent) / len(spent)
     assert len(spent) == 6
     assert max(abs(each / mean - 1) for each in spent) < within
-
-
-def test_the_moments_of_growth_share_one_initial_trajectory_a_seed(
-    train: Command, tmp_path: Path
-) -> None:
-    small = [each for each in SMALL if not each.startswith(("phase.initial", "phase.grown"))]
-    moments = ("phase.initial.max_epochs=1,2,3", "phase.grown.max_epochs=3,2,1")
-    pairs = "hydra.sweeper.pairs=[[phase.initial.max_epochs,phase.grown.max_epochs]]"
-    done = train(
-        "-m", "experiment=recipe/growth_timing", *small, *moments, pairs, "seed=0,1",
-        "hydra.sweep.dir=sweep",
-    )  # fmt: skip
-    assert done.status == 0, done.err
-    records = results(tmp_path / "sweep")
-    assert len(records) == 6
-    alone = sum(sum(epochs(record)) for record in records)
-    trained = epochs_trained(records)
-    initial = {record["phases"][0]["trajectory"] for record in records}
-    assert [trained[stage] for stage in initial] == [3, 3]
-    # Moments whose initial phases selected the same epoch share what is grown from it as well.
-    grown: dict[str, int] = {}
-    for record in records:
-        phase = record["phases"][1]
-        grown[phase["trajectory"]] = max(epochs(record)[1], grown.get(phase["trajectory"], 0))
-    assert trained == dict.fromkeys(initial, 3) | grown
-    assert alone == 24
-    assert sum(trained.values()) <= 18
