@@ -27,59 +27,33 @@ GOLDEN = ROOT / "tests" / "golden" / "bits.json"
 TEXT = ROOT / "tests" / "fixtures" / "text.txt"
 
 TINY = (
-    "data=text",
-    f"data.files=[{TEXT}]",
-    "data.seq_len=8",
-    "data.samples=64",
-    "data.validation_samples=20",
-    "data.max_vocab=120",
-    "model.dim=16",
-    "model.num_heads=2",
-    "phase.batch_size=16",
-    "phase.max_epochs=2",
-    "phase.patience=2",
-    "lr.base=0.01",
-    "precision=float32",
-    "device=cpu",
-    "threads=1",
-    "report=false",
-    "seed=7",
-)
+    "data=text", f"data.files=[{TEXT}]", "data.seq_len=8", "data.samples=64",
+    "data.validation_samples=20", "data.max_vocab=120", "model.dim=16", "model.num_heads=2",
+    "phase.batch_size=16", "phase.max_epochs=2", "phase.patience=2", "lr.base=0.01",
+    "precision=float32", "device=cpu", "threads=1", "report=false", "seed=7",
+)  # fmt: skip
 CASES = {
     "standard": ("model=standard",),
     "deep_supervision": ("model=deep_supervision", "experiment=original"),
     "stack_noise_carry_pre": (
-        "model.norm=pre",
-        "growth=stack",
-        "growth.noise=0.2",
-        "added_layers=3",
-        "freeze=none",
+        "model.norm=pre", "growth=stack", "growth.noise=0.2", "added_layers=3", "freeze=none",
         "optimizer.carry=copy",
     ),
     "gate_cache_frozen": (
-        "model=deep_supervision",
-        "growth=gate",
-        "growth.gate_steps=3",
-        "cache_frozen=true",
+        "model=deep_supervision", "growth=gate", "growth.gate_steps=3", "cache_frozen=true",
     ),
     "zero_interleave_pre": (
-        "model.norm=pre",
-        "growth=zero",
-        "growth.position=interleave",
-        "added_layers=2",
+        "model.norm=pre", "growth=zero", "growth.position=interleave", "added_layers=2",
         "freeze=none",
     ),
     "rotate": ("model=deep_supervision", "loss.curriculum=rotate"),
     "detach": ("model=deep_supervision", "loss.detach=true"),
     "gradual_split": ("freeze=gradual", "lr=split", "lr.schedule=cosine"),
     "llama": (
-        "model=causal_lm",
-        "model.family=llama",
-        "model.dim=16",
-        "model.num_heads=2",
+        "model=causal_lm", "model.family=llama", "model.dim=16", "model.num_heads=2",
         "growth=copy",
     ),
-}
+}  # fmt: skip
 
 
 def this_machine() -> str:
