@@ -160,10 +160,12 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *arguments: str, code: Path = ROOT, **variables: str
+) -> subprocess.Popen[str]:
     """`python train.py ...` in a process of its own that works in `folder`, the output in one."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [sys.executable, str(code / "train.py"), *arguments],
         cwd=folder, env=environment(folder) | variables, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from ..helpers import (
-    ROOT,
     SHORT,
+    Command,
     assert_same_bits,
     at_work,
+    environment,
     epochs,
     epochs_trained,
     free_port,
@@ -38,27 +39,16 @@ pytestmark = [
 # Long enough to be caught at work.
 ALL = (
     *SHORT, "threads=1", "phase.max_epochs=4", "phase.patience=4",
-    "experiment=original,control_from_scratch,split_lr,wider", "model=standard,deep_supervision",
+    "experiment=original,control_from_scratch", "model=standard,deep_supervision",
 )  # fmt: skip
-RAY = "hydra/launcher=ray"
+# Of a cluster that runs code for those alone who know a word.
+WORD = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()}
 
 
-# Of every process here: one thread, the code that is tested, nobody told of it, and a cluster that
-# runs code for those alone who know a word.
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-}
-
-
-def sweep(folder: Path, *arguments: str, stages: str) -> subprocess.Popen[str]:
-    """The command, started in `folder` with a store of its own."""
-    variables = {**ENVIRONMENT, "PROGLAYER_STORE": str(folder / stages)}
-    return start(folder, "-m", *arguments, **variables)
+def sweep(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """The command, started in `folder`."""
+    variables["RAY_USAGE_STATS_ENABLED"] = "0"
+    return start(folder, "-m", *SHORT, *arguments, "hydra/launcher=ray", **variables)
 
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
@@ -93,8 +83,8 @@ class Cluster:
             "--dashboard-agent-listen-port=0", "--disable-usage-stats",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, env=ENVIRONMENT, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, env=environment(self.folder) | WORD, start_new_session=True,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.groups.append(process.pid)
         # The node's processes keep the pipe, so its end never comes.
@@ -142,30 +132,21 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
-    ended(sweep(tmp_path, *ALL, "hydra.sweep.dir=basic", stages="basic-stages"))
+def test_two_nodes_give_the_bits_of_one_process(
+    cluster: Cluster, train: Command, tmp_path: Path
+) -> None:
+    assert train("-m", *ALL, "hydra.sweep.dir=basic").status == 0
     alone = results(tmp_path / "basic")
-    assert len(alone) == 2 * 4
+    assert len(alone) == 2 * 2
     assert [r["environment"]["scheduler"] for r in alone] == [None] * len(alone)
 
     # Folders count from where the command is started, and the store is named in its environment;
-    # Ray's workers are elsewhere and have another.
-    on_ray = (*ALL, RAY, f"hydra.launcher.ray.init.address={cluster.address}")
-    ended(sweep(tmp_path, *on_ray, "hydra.sweep.dir=ray", stages="ray-stages"))
-    records = results(tmp_path / "ray")
-    assert_same_bits(records, alone)
-    assert epochs_trained(records) == epochs_trained(alone)
-    places = [record["environment"] for record in records]
-    assert {place["scheduler"] for place in places} == {"ray"}
-    assert len({place["node"] for place in places}) == 2
-    assert len({place["scheduler_job"] for place in places}) == len(places)
-
-    # Once more, and a node dies in the middle of a phase.
-    died = tmp_path / "died"
-    process = sweep(tmp_path, *on_ray, "hydra.sweep.dir=died", stages="again")
+    # Ray's workers are elsewhere and have another. A node dies in the middle of a phase.
+    given = (*ALL, f"hydra.launcher.ray.init.address={cluster.address}", "hydra.sweep.dir=ray")
+    process = sweep(tmp_path, *given, **WORD, PROGLAYER_STORE=str(tmp_path / "ray-stages"))
 
     def at_work_on_second() -> list[Path]:
-        jobs = at_work(died)
+        jobs = at_work(tmp_path / "ray")
         workers = cluster.workers(1) if jobs else []
         return [job for job, worker in jobs.items() if worker in workers]
 
@@ -173,8 +154,11 @@ def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path
     cluster.kill_node(1)
     assert json.loads((job / "run.json").read_text())["state"] == "running"
     ended(process)
-    records = results(died)
+    records = results(tmp_path / "ray")
     assert_same_bits(records, alone)
+    places = [record["environment"] for record in records]
+    assert {place["scheduler"] for place in places} == {"ray"}
+    assert len({place["scheduler_job"] for place in places}) == len(places)
     # Some epochs of the job that died are read, none is trained by two jobs.
     trained, whole = epochs_trained(records), epochs_trained(alone)
     assert all(trained[stage] <= epochs for stage, epochs in whole.items())
@@ -182,14 +166,13 @@ def test_two_nodes_give_the_bits_of_one_process(cluster: Cluster, tmp_path: Path
 
 
 # ---------------------------------------------------------------------------------------------
-# Here
+# Here, where plain Ray needs no variable of its own
 
 
 def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
     jobs = ("seed=1,2", "lr.base=0.001,1e15", "optimizer.clip_norm=null", "hydra.sweep.dir=s")
     task = ("hydra.launcher.ray.remote.max_retries=0", "hydra.launcher.ray.remote.num_cpus=2")
-    local = (RAY, *task, "hydra.launcher.ray.init.num_cpus=4")
-    process = sweep(tmp_path, *SHORT, *jobs, *local, stages="stages")
+    process = sweep(tmp_path, *jobs, *task, "hydra.launcher.ray.init.num_cpus=4")
     (worker,) = until(
         lambda: [pid for job, pid in at_work(tmp_path / "s").items() if job.name[:2] == "0_"],
         process,
@@ -208,9 +191,9 @@ def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    jobs = (*SHORT, "seed=1,2,3", "hydra.sweep.dir=s", RAY)
-    jobs += ("phase.max_epochs=60", "phase.patience=60", "hydra.launcher.ray.init.num_cpus=2")
-    process = sweep(tmp_path, *jobs, stages="stages")
+    jobs = ("seed=1,2,3", "hydra.sweep.dir=s", "phase.max_epochs=60", "phase.patience=60",
+            "hydra.launcher.ray.init.num_cpus=2")  # fmt: skip
+    process = sweep(tmp_path, *jobs)
     until(lambda: len(at_work(tmp_path / "s")) == 2, process)
     process.send_signal(signal.SIGINT)
     ended(process, status=130)
@@ -218,26 +201,15 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> No
     assert [r["state"] for r in stopped] == ["interrupted", "interrupted", "waiting"]
     assert [r["reason"] for r in stopped[:2]] == ["stopped by SIGINT"] * 2
     assert list((tmp_path / "stages").glob("*/state-*"))
-    ended(sweep(tmp_path, *jobs, stages="stages"))
+    out = ended(sweep(tmp_path, *jobs))
+    assert "error" not in out.lower()
     records = results(tmp_path / "s")
     assert [r["state"] for r in records] == ["completed"] * 3
     assert all(epochs(record, reused=True)[0] for record in records[:2])
 
 
-def test_plain_ray_needs_no_variable_of_its_own(tmp_path: Path) -> None:
-    variables = {name: ENVIRONMENT[name] for name in ENVIRONMENT if "RAY_AUTH" not in name}
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *SHORT, "phase.max_epochs=1", RAY]
-    done = subprocess.run(
-        [*command, "seed=1,2", "hydra.sweep.dir=s", "hydra.launcher.ray.init.num_cpus=1"],
-        cwd=tmp_path, env=variables | {"HOME": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "error" not in done.stderr.lower()
-    assert [r["state"] for r in results(tmp_path / "s")] == ["completed"] * 2
-
-
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     given = f"hydra.launcher.ray.init.address=127.0.0.1:{free_port()}"
-    out = ended(sweep(tmp_path, *SHORT, "seed=1,2", RAY, given, stages="stages"), status=1)
+    out = ended(sweep(tmp_path, "seed=1,2", given), status=1)
     assert out.splitlines()[-1].startswith(f"error: {given}: no cluster to work with (")
     assert "Traceback" not in out
