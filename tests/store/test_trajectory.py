@@ -63,9 +63,10 @@ def trajectory(
     )  # fmt: skip
 
 
-def followed(
-    store: Path, phase: Phase, **settings: Any
-) -> tuple[Stopped, dict[str, torch.Tensor], Trajectory]:
+Followed = tuple[Stopped, dict[str, torch.Tensor], Trajectory]
+
+
+def followed(store: Path, phase: Phase, **settings: Any) -> Followed:
     with trajectory(store, phase, **settings) as steps:  # type: ignore[arg-type]
         stopped = follow(phase.stop, steps.epochs())
         exits = steps.finish(stopped.best.epoch)
@@ -77,10 +78,7 @@ def without_times(epochs: tuple[EpochMetrics, ...]) -> list[EpochMetrics]:
     return [replace(epoch, train_seconds=0, evaluation_seconds=0) for epoch in epochs]
 
 
-def assert_same(
-    one: tuple[Stopped, dict[str, torch.Tensor], Trajectory],
-    two: tuple[Stopped, dict[str, torch.Tensor], Trajectory],
-) -> None:
+def assert_same(one: Followed, two: Followed) -> None:
     assert without_times(one[0].epochs) == without_times(two[0].epochs)
     assert one[0].best.epoch == two[0].best.epoch
     assert one[1].keys() == two[1].keys()
@@ -105,51 +103,42 @@ def test_a_second_reader_trains_nothing_and_changes_no_file(tmp_path: Path) -> N
     assert files(tmp_path) == before
 
 
-def test_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path: Path) -> None:
-    for model in ("standard", "deep_supervision"):
-        phase = planned(f"model={model}", "phase.max_epochs=2")
-        whole = followed(tmp_path / model / "whole", phase)
-        # 2 epochs of 3 steps and 3 evaluation batches each, then the exits' evaluation.
-        for look in range(14):
-            store = tmp_path / model / str(look)
-            with trajectory(store, phase, stop_at=look) as steps, pytest.raises(Interrupted):
-                stopped = follow(phase.stop, steps.epochs())
-                steps.finish(stopped.best.epoch)
-            assert_same(whole, followed(store, phase))
-
-
 def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Model]]:
     first, second = plan(config(*TINY, "phase.max_epochs=2", *overrides), CORPUS.vocab_size)
     return first, second, lambda: grow(build(first.train), second.train)
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("number", "every", "overrides"),
     [
-        ("growth=gate", "growth.gate_steps=3"),
-        ("model=deep_supervision", "loss.curriculum=rotate"),
-        ("model=deep_supervision", "loss.curriculum=gradual", "loss.gradual_steps=5"),
-        ("model=deep_supervision", "cache_frozen=true"),
+        (0, 1, ("model=standard",)),
+        (0, 3, ("model=deep_supervision",)),
+        # With where a gate, a curriculum and kept states of frozen layers stood.
+        (1, 3, ("growth=gate", "growth.gate_steps=3")),
+        (1, 3, ("model=deep_supervision", "loss.curriculum=rotate")),
+        (1, 3, ("model=deep_supervision", "loss.curriculum=gradual", "loss.gradual_steps=5")),
+        (1, 3, ("model=deep_supervision", "cache_frozen=true")),
     ],
 )
-def test_a_grown_phase_stopped_and_resumed_is_the_uninterrupted_one(
-    tmp_path: Path, overrides: tuple[str, ...]
+def test_stopped_anywhere_and_resumed_is_the_uninterrupted_phase(
+    tmp_path: Path, number: int, every: int, overrides: tuple[str, ...]
 ) -> None:
-    """With where a gate, a curriculum and kept states of frozen layers stood."""
-    _, second, start = grown_phase(*overrides)
-    whole = followed(tmp_path / "whole", second, start=start)
+    first, second, grown = grown_phase(*overrides)
+    phase, start = (second, grown) if number else (first, None)
+    whole = followed(tmp_path / "whole", phase, start=start)
     assert not any("gate" in name for name in whole[1])
-    for look in range(0, 14, 3):
-        store = tmp_path / str(look)
-        steps = trajectory(store, second, stop_at=look, start=start)
+    # 2 epochs of 3 steps and 3 evaluation batches each, then the exits' evaluation.
+    for look in range(0, 14, every):
+        steps = trajectory(tmp_path / str(look), phase, stop_at=look, start=start)
         with steps, pytest.raises(Interrupted):
-            stopped = follow(second.stop, steps.epochs())
+            stopped = follow(phase.stop, steps.epochs())
             steps.finish(stopped.best.epoch)
-        again = followed(store, second, start=start)
+        again = followed(tmp_path / str(look), phase, start=start)
         assert_same(whole, again)
         assert again[2].gradient_shares() == whole[2].gradient_shares()
-    assert len(whole[2].gradient_shares() or []) == 3
-    assert all(0 <= share <= 1 for share in whole[2].gradient_shares() or [])
+    shares = whole[2].gradient_shares() or []
+    assert len(shares) == 3 * number
+    assert all(0 <= share <= 1 for share in shares)
 
 
 def test_the_exits_right_after_a_growth_are_those_of_the_model_it_starts_with(
@@ -179,31 +168,18 @@ def test_what_the_optimizer_carries_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert kept.keys() == again.keys()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
-    settings = {
-        "start": lambda: grow(
-            restored(first.train.layers, asdict(first.train.architecture), weights), second.train
-        ),
-        "carried": lambda: carried_tensors(kept, second.train, 3),
-    }
+    def start() -> Model:
+        old = restored(first.train.layers, asdict(first.train.architecture), weights)
+        return grow(old, second.train)
+
+    settings = {"start": start, "carried": lambda: carried_tensors(kept, second.train, 3)}
     whole = followed(tmp_path / "whole", second, **settings)
-    afresh = followed(tmp_path / "afresh", second, start=settings["start"])
+    afresh = followed(tmp_path / "afresh", second, start=start)
     assert whole[0].epochs[0].train_loss != afresh[0].epochs[0].train_loss
     steps = trajectory(tmp_path / "cut", second, stop_at=2, **settings)
     with steps, pytest.raises(Interrupted):
         follow(second.stop, steps.epochs())
     assert_same(whole, followed(tmp_path / "cut", second, **settings))
-
-
-def test_a_phase_builds_the_model_that_it_starts_with_once(tmp_path: Path) -> None:
-    """A second one beside the trained one would be as large as a released model is."""
-    phase, built = planned(), []
-
-    def start() -> Model:
-        built.append(1)
-        return build(phase.train)
-
-    followed(tmp_path, phase, start=start)
-    assert len(built) == 1
 
 
 def test_a_longer_patience_continues_and_a_shorter_one_reads(tmp_path: Path) -> None:
@@ -309,16 +285,17 @@ def test_the_key_covers_all_that_training_depends_on() -> None:
     assert key["phase"].keys() | left_out == {field.name for field in fields(phase.train)}
     longer = planned("phase.epoch_steps=2")
     assert "epoch_steps" in describe(None, longer.train, CORPUS.fingerprint, HERE)["phase"]
-    other = planned("seed=1")
-    assert describe(None, other.train, CORPUS.fingerprint, HERE) != key
-    assert describe(("abc", 2), phase.train, CORPUS.fingerprint, HERE) != key
-    assert describe(None, phase.train, "other text", HERE) != key
-    for field, value in asdict(HERE).items():
-        different = value + 1 if isinstance(value, int) else value + "x"
-        assert (
-            describe(None, phase.train, CORPUS.fingerprint, replace(HERE, **{field: different}))
-            != key
-        )
+    machines = [
+        replace(HERE, **{name: value + 1 if isinstance(value, int) else value + "x"})
+        for name, value in asdict(HERE).items()
+    ]
+    for parent, other, text, machine in (
+        (None, planned("seed=1"), CORPUS.fingerprint, HERE),
+        (("abc", 2), phase, CORPUS.fingerprint, HERE),
+        (None, phase, "other text", HERE),
+        *((None, phase, CORPUS.fingerprint, other) for other in machines),
+    ):
+        assert describe(parent, other.train, text, machine) != key
 
 
 def test_exits_that_the_loss_does_not_read_are_evaluated_where_they_are_asked_for(
