@@ -24,21 +24,13 @@ def planned(*overrides: str, vocab_size: int = FOUNDING_VOCABULARY) -> tuple[Pha
 def test_parameter_counts_are_the_published_ones() -> None:
     initial, grown = planned("experiment=original")
     assert initial.train.architecture.sizes.layer == 65_664
-    assert (
-        parameter_counts(initial.train).total
-        == parameter_counts(initial.train).trainable
-        == 9_135_232
-    )
-    counts = parameter_counts(grown.train)
-    assert (counts.total, counts.trainable) == (9_200_896, 4_534_784)
-    assert f"{counts.trainable / counts.total:.1%}" == "49.3%"
+    assert parameter_counts(initial.train)[:2] == (9_135_232, 9_135_232)
+    assert parameter_counts(grown.train)[:2] == (9_200_896, 4_534_784)
 
 
 def test_the_vocabulary_is_padded_to_the_founding_one() -> None:
-    assert (
-        parameter_counts(planned("model.vocab_size=69830", vocab_size=33_448)[1].train).total
-        == 9_200_896
-    )
+    padded = planned("model.vocab_size=69830", vocab_size=33_448)
+    assert parameter_counts(padded[1].train).total == 9_200_896
     with pytest.raises(ConfigError, match=r"model.vocab_size=69829 is smaller than .* 69830"):
         planned("model.vocab_size=69829")
 
@@ -63,12 +55,8 @@ def test_what_comes_later_does_not_leak_into_the_first_phase(experiment: str) ->
 
 def test_layers_are_added_one_at_a_time() -> None:
     phases = planned("phase=one_at_a_time", "added_layers=3")
-    assert [(p.train.layers, p.train.new_layers) for p in phases] == [
-        (3, (0, 1, 2)),
-        (4, (3,)),
-        (5, (4,)),
-        (6, (5,)),
-    ]
+    found = [(p.train.layers, p.train.new_layers) for p in phases]
+    assert found == [(3, (0, 1, 2)), (4, (3,)), (5, (4,)), (6, (5,))]
     assert phases[:2] == planned("added_layers=1")
 
 
@@ -84,20 +72,17 @@ def test_exit_weights() -> None:
     assert planned("model=deep_supervision")[1].train.exit_weights == (1 / 4,) * 4
     assert planned("model.exit_weights=linear")[0].train.exit_weights == (1 / 6, 2 / 6, 3 / 6)
     assert planned("model.exit_weights=[1,0,1,2]")[0].train.exit_weights == (0.5, 0, 0.5)
-    with pytest.raises(ConfigError, match="has 3 weights for 4 layers"):
-        planned("model.exit_weights=[1,0,1]")
-    with pytest.raises(ConfigError, match="gives no weight to any of 3 layers"):
-        planned("model.exit_weights=[0,0,0,1]")
-    # Weights and states of layers that the loss does not reach would never come to be.
-    with pytest.raises(
-        ConfigError, match=r"model.exit_weights=\[1, 1, 0, 0\] .* layer 3 would get"
-    ):
-        planned("model.exit_weights=[1,1,0,0]")
-    with pytest.raises(ConfigError, match=r"above layer 3 of 4: layer 4 would .* in phase 2"):
-        planned("model.exit_weights=[1,1,1,0]")
     frozen = "freeze.steps=[{existing: 0, embedding: false, head: false}]"
-    with pytest.raises(ConfigError, match=r"above layer 3 of 4"):
-        planned("model.exit_weights=[1,1,1,0]", frozen)
+    for weights, said, others in (
+        ("[1,0,1]", "has 3 weights for 4 layers", ()),
+        ("[0,0,0,1]", "gives no weight to any of 3 layers", ()),
+        # Weights and states of layers that the loss does not reach would never come to be.
+        ("[1,1,0,0]", r"model.exit_weights=\[1, 1, 0, 0\] .* layer 3 would get", ()),
+        ("[1,1,1,0]", r"above layer 3 of 4: layer 4 would .* in phase 2", ()),
+        ("[1,1,1,0]", r"above layer 3 of 4", (frozen,)),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            planned(f"model.exit_weights={weights}", *others)
     # What is above may be frozen: here the new layer goes to the bottom.
     below = planned("model.exit_weights=[1,0,1,0]", "growth.position=bottom", frozen)
     assert (below[1].train.trained_layers, below[1].train.exit_weights) == ((0,), (0.5, 0, 0.5, 0))
@@ -122,13 +107,14 @@ def test_schedules() -> None:
     constant, warm = (planned(*o)[0].train.schedule for o in ((), ("lr.warmup_steps=4",)))
     assert {constant.factor(step, 10) for step in range(1000)} == {1.0}
     assert [warm.factor(step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    linear = planned("lr.schedule=linear", "phase.max_epochs=2", "lr.final_factor=0.5")[
-        0
-    ].train.schedule
+    linear, cosine = (
+        planned(*overrides)[0].train.schedule
+        for overrides in (
+            ("lr.schedule=linear", "phase.max_epochs=2", "lr.final_factor=0.5"),
+            ("lr.schedule=cosine", "phase.max_epochs=1", "lr.warmup_steps=2"),
+        )
+    )
     assert [linear.factor(step, 2) for step in range(6)] == [1, 0.875, 0.75, 0.625, 0.5, 0.5]
-    cosine = planned("lr.schedule=cosine", "phase.max_epochs=1", "lr.warmup_steps=2")[
-        0
-    ].train.schedule
     assert cosine.factor(2, 12) == 1
     assert cosine.factor(7, 12) == pytest.approx(0.5)
     assert cosine.factor(12, 12) == pytest.approx(0)
@@ -147,11 +133,8 @@ def test_the_head_costs_what_its_products_cost() -> None:
     # Below the new layer nothing trains: the three old exits train the head only.
     assert training_flops(deep[1].train, 32, 10_000).head == (3 + 3 * 2) * product
     assert evaluation_flops(grown.train, 32, 2_000).head == product / 5
-    frozen_body = (
-        training_flops(grown.train, 32, 10_000).body
-        / training_flops(initial.train, 32, 10_000).body
-    )
-    assert 0.4 < frozen_body < 0.7
+    whole, frozen = (training_flops(p.train, 32, 10_000).body for p in (initial, grown))
+    assert 0.4 < frozen / whole < 0.7
 
 
 def test_stopping_is_no_part_of_what_a_phase_trains() -> None:

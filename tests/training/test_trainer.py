@@ -15,7 +15,7 @@ from proglayer.training.cost import training_flops
 from proglayer.training.optim import build_optimizer, role_of, set_trainable
 from proglayer.training.plan import TrainSpec, plan
 from proglayer.training.stopping import EpochMetrics, StoppingRule, StopReason, follow
-from proglayer.training.trainer import Diverged, evaluate
+from proglayer.training.trainer import Diverged, Training, evaluate
 
 from ..helpers import config, experiments
 from .tiny import CORPUS, CPU, begun, planned, trained
@@ -32,36 +32,27 @@ def epochs_with(perplexities: list[float]) -> Iterator[EpochMetrics]:
 
 
 @pytest.mark.parametrize(
-    ("series", "stops_after", "best"),
-    [([1003.76, 975.51, 983.27], 3, 2), ([1035.27, 977.14, 968.60, 974.80], 4, 3)],
+    ("rule", "series", "length", "best"),
+    [
+        # Patience 1 on the published series.
+        ((50, 1, 0.0), [1003.76, 975.51, 983.27, 1.0], 3, 2),
+        ((50, 1, 0.0), [1035.27, 977.14, 968.60, 974.80, 1.0], 4, 3),
+        # Patience counts epochs in a row since the best.
+        ((50, 3, 0.0), [9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 5.0], 7, 4),
+        ((50, 4, 0.0), [9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 5.0, 6, 6, 6, 6, 1], 12, 8),
+        # Equal is no improvement, and log 8 - log 6 is below a half.
+        ((50, 1, 0.0), [3.0, 3.0, 1.0], 2, 1),
+        ((50, 2, 0.5), [8.0, 7.0, 6.0, 3.0, 3.0], 3, 1),
+        ((2, 1, 0.0), [3.0, 2.0, 1.0], 2, 2),
+    ],
 )
-def test_patience_one_on_the_published_series(
-    series: list[float], stops_after: int, best: int
+def test_when_a_phase_stops(
+    rule: tuple[int, int, float], series: list[float], length: int, best: int
 ) -> None:
-    stopped = follow(StoppingRule(50, 1, 0.0), epochs_with([*series, 1.0, 1.0]))
-    assert len(stopped.epochs) == stops_after
-    assert stopped.best.epoch == best
-    assert stopped.reason is StopReason.patience
-
-
-def test_patience_counts_epochs_in_a_row_since_the_best() -> None:
-    series = [9.0, 8.0, 8.5, 7.0, 7.5, 7.0, 7.1, 5.0]
-    assert follow(StoppingRule(50, 3, 0.0), epochs_with(series)).best.epoch == 4
-    assert len(follow(StoppingRule(50, 3, 0.0), epochs_with(series)).epochs) == 7
-    assert follow(StoppingRule(50, 4, 0.0), epochs_with([*series, 6, 6, 6, 6])).best.epoch == 8
-
-
-def test_an_improvement_must_beat_min_delta_and_equal_is_none() -> None:
-    assert follow(StoppingRule(50, 1, 0.0), epochs_with([3.0, 3.0, 1.0])).best.epoch == 1
-    stopped = follow(StoppingRule(50, 2, 0.5), epochs_with([8.0, 7.0, 6.0, 3.0, 3.0, 3.0]))
-    # log 8 - log 7 and log 8 - log 6 are below a half; the third drop is not seen any more.
-    assert (stopped.best.epoch, len(stopped.epochs)) == (1, 3)
-
-
-def test_max_epochs_ends_a_phase_that_still_improves() -> None:
-    stopped = follow(StoppingRule(2, 1, 0.0), epochs_with([3.0, 2.0, 1.0]))
-    assert (stopped.best.epoch, len(stopped.epochs)) == (2, 2)
-    assert stopped.reason is StopReason.max_epochs
+    stopped = follow(StoppingRule(*rule), epochs_with(series))
+    assert (len(stopped.epochs), stopped.best.epoch) == (length, best)
+    at_its_end = StopReason.max_epochs if rule[0] == length else StopReason.patience
+    assert stopped.reason is at_its_end
 
 
 # ---------------------------------------------------------------------------------------------
@@ -209,12 +200,8 @@ def test_what_is_frozen_and_has_nothing_that_trains_below_records_no_gradients()
                 seen.add(node)
                 kept += [below for below, _ in node.next_functions]
         leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
-        names = {name for name, p in training.model.named_parameters() if id(p) in leaves}
-        assert names == {
-            name
-            for name, p in training.model.named_parameters()
-            if p.requires_grad and name != "head.weight"
-        }
+        body = {name: p for name, p in training.model.named_parameters() if name != "head.weight"}
+        assert [id(p) in leaves for p in body.values()] == [p.requires_grad for p in body.values()]
 
 
 def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights() -> None:
@@ -243,13 +230,8 @@ def test_a_loss_that_is_not_a_number_stops_training_and_names_the_rate() -> None
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize("model", ["standard", "deep_supervision"])
 def test_a_batch_in_parts_is_the_same_training_within_rounding(parts: int, model: str) -> None:
-    whole, in_parts = (
-        begun(phase)
-        for phase in (
-            planned(f"model={model}")[0],
-            planned(f"model={model}", f"phase.accumulate={parts}")[0],
-        )
-    )
+    own = f"model={model}"
+    whole, in_parts = begun(planned(own)[0]), begun(planned(own, f"phase.accumulate={parts}")[0])
     for training in (whole, in_parts):  # 40 windows: the last batch of 16 is one of 8
         training.train_epoch()
     assert in_parts.steps_per_epoch == whole.steps_per_epoch == 3
@@ -262,22 +244,17 @@ def test_a_batch_in_parts_is_the_same_training_within_rounding(parts: int, model
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_activations_formed_again_give_the_same_bits(norm: str) -> None:
+    own = f"model.norm={norm}"
     kept, again = (
-        begun(phase)
-        for phase in (
-            planned(f"model.norm={norm}", f"model.checkpoint_activations={value}")[0]
-            for value in ("false", "true")
-        )
+        begun(planned(own, f"model.checkpoint_activations={value}")[0])
+        for value in ("false", "true")
     )
-    calls = [0, 0]
-
-    def count(number: int) -> None:
-        calls[number] += 1
-
-    for number, training in enumerate((kept, again)):
-        training.model.layers[0].ffn.w1.register_forward_hook(lambda *_, n=number: count(n))
+    calls: list[Training] = []
+    for training in (kept, again):
+        layer = training.model.layers[0].ffn.w1
+        layer.register_forward_hook(lambda *_, own=training: calls.append(own))
         training.train_epoch()
-    assert calls == [3, 6]
+    assert (calls.count(kept), calls.count(again)) == (3, 6)
     for p, q in zip(kept.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
 
