@@ -19,82 +19,50 @@ from proglayer.results.columns import SETTINGS
 from proglayer.results.read import Results, load
 from proglayer.results.show import print_results
 from proglayer.results.variants import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, experiment_key
-from proglayer.run.record import FORMAT, PhaseRecord, RunRecord, RunState, SweepRecord, write_record
-from proglayer.training.plan import Rates
+from proglayer.run.record import (
+    FORMAT,
+    RunRecord,
+    RunState,
+    SweepRecord,
+    read_record,
+    write_record,
+)
 
+from .. import synthetic
 from ..helpers import config
-from ..synthetic import STARTED, Cost, epoch_row, leave, phase_record, score
+from ..synthetic import STARTED
 
 
-@functools.cache
 def settings(*overrides: str) -> dict[str, Any]:
     return config(*overrides).model_dump(mode="json")
 
 
 def with_setting(plain: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """A copy of the settings with one changed, as the command line would."""
+    """A copy of the settings with one changed, whatever its name."""
     plain = copy.deepcopy(plain)
     *sections, last = name.split(".")
-    part = plain
-    for section in sections:
-        part = part[section]
-    part[last] = value
+    functools.reduce(lambda part, section: part[section], sections, plain)[last] = value
     return plain
-
-
-COST = Cost(320_000, 3e12, 1e12, 10.0, 1.0)
-
-
-def phase_of(number: int, epochs: int, perplexity: float) -> PhaseRecord:
-    """A phase of the original: its last epoch but one was the best."""
-    layers = 3 + (number > 0)
-    loss = math.log(perplexity)
-    evaluated = score(loss, 16.0 + number / 10)
-    return phase_record(
-        number,
-        evaluated,
-        best_epoch=max(1, epochs - 1),
-        name="grown" if number else "initial",
-        layers=layers,
-        new_layers=[3] if number else [],
-        parameters_total=9_135_232 + 65_664 * (number > 0),
-        parameters_trainable=4_534_784,
-        frozen=["embedding", "layers.0"] if number else [],
-        rates=Rates(new=1e-3, existing=None, embedding=None, head=1e-4),
-        exit_weights=[0.0] * (layers - 1) + [1.0],
-        exits={layer + 1: evaluated for layer in range(layers)},
-    )
 
 
 def write_run(
     folder: Path,
     seed: int = 1,
     model: str = "standard",
-    *,
-    plain: dict[str, Any] | None = None,
-    overrides: list[str] | None = None,
+    *overrides: str,
     perplexities: tuple[float, ...] = (980.0, 970.0),
-    epochs: int = 3,
     reused: int = 0,
     **extra: Any,
 ) -> Path:
-    """A run's folder as the tool leaves it; with `status="running"` without its record."""
-    phases = [phase_of(i, epochs, p) for i, p in enumerate(perplexities)]
-    rows = [
-        epoch_row(number, phase, epoch, COST, 7.0, phase.validation, reused=epoch <= reused)
-        for number, phase in enumerate(phases, start=1)
-        for epoch in range(1, epochs + 1)
-    ]
-    return leave(
-        folder,
-        (plain or settings(f"model={model}")) | {"seed": seed},
-        phases,
-        rows,
-        overrides=overrides or [f"seed={seed}", f"model={model}"],
-        choices={"model": model, "data": "pydocs", "experiment": "original"},
-        windows=(10_000, 2_000),
-        **extra,
-    )
+    """A run's folder as the tool leaves it: of three epochs a phase the second is the best."""
+    losses = [[math.log(p) + more for more in (0.1, 0.0, 0.01)] for p in perplexities]
+    experiment = "original" if perplexities[1:] else "control_from_scratch"
+    synthetic.run(folder, experiment, model, seed, *overrides, losses=losses, **extra)
+    record = read_record(folder)
+    for row in record.epochs:
+        row.reused = row.epoch <= reused
+    write_record(folder, record)
+    return folder
 
 
 def ends(results: Results) -> dict[str, str]:
@@ -120,52 +88,53 @@ def waits(folder: Path, seed: int) -> None:
 
 
 def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
-    write_run(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
+    folder = write_run(tmp_path / "sweep" / "0_abc", seed=7, model="deep_supervision", reused=2)
     write_record(tmp_path / "sweep", SweepRecord(jobs=[]))
-    run = row(load(tmp_path), "sweep/0_abc")
+    run, rows = row(load(tmp_path), "sweep/0_abc"), read_record(folder).epochs
     assert run["sweep"] == "sweep"
     assert (run["status"], run["model"]) == ("completed", "deep_supervision")
     assert run["experiment"] == "original"
     assert (run["seed"], run["first_layers"], run["last_layers"]) == (7, 3, 4)
     ends = run["first_validation_perplexity"], run["last_validation_perplexity"]
     assert ends == pytest.approx((980.0, 970.0))
-    assert run["validation_accuracy_change_points"] == pytest.approx(0.1)
     assert run["validation_loss_change_nats"] == pytest.approx(math.log(970 / 980))
+    assert run["validation_accuracy_change_points"] == pytest.approx(5 * math.log(980 / 970))
     assert math.isnan(run["last_test_loss"])
-    # two phases of three epochs of 10 + 1 seconds; two of each phase's were read from the store
-    assert (run["seconds"], run["seconds_saved"]) == (66.0, 44.0)
-    assert (run["epochs"], run["epochs_reused"], run["tokens"]) == (6, 4, 1_920_000)
-    assert (run["flops"], run["flops_without_head"]) == (24e12, 6e12)
-    assert run["validation_tokens"] == 64_000
+    # two of each phase's epochs were read from the store
+    seconds = [each.train_seconds + each.evaluation_seconds for each in rows]
+    saved = [own for own, each in zip(seconds, rows, strict=True) if each.reused]
+    assert (run["seconds"], run["seconds_saved"]) == pytest.approx((sum(seconds), sum(saved)))
+    assert (run["epochs"], run["epochs_reused"], run["tokens"]) == (6, 4, 6 * 3_000 * 32)
+    body = sum(each.train_flops_body for each in rows)
+    assert run["flops_without_head"] == pytest.approx(body)
+    assert run["flops"] == pytest.approx(body + sum(each.train_flops_head for each in rows))
+    assert run["validation_tokens"] == 16_000
     assert run["config.lr.base"] == 0.001
     assert run["config.model.exit_weights"] == "uniform"
     assert run["started"] == pd.Timestamp(STARTED)
-    assert Path(run["folder"]) == tmp_path / "sweep" / "0_abc"
+    assert Path(run["folder"]) == folder
 
 
 def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
     write_run(tmp_path / "a", seed=1)
     write_run(tmp_path / "b", seed=2, perplexities=(900.0,))
     results = load(tmp_path)
-    assert results.phases[["run", "phase", "layers"]].to_numpy().tolist() == [
-        ["a", 1, 3],
-        ["a", 2, 4],
-        ["b", 1, 3],
-    ]
-    assert results.phases["rate_existing"].isna().all()
-    assert results.phases["frozen"].tolist() == ["", "embedding, layers.0", ""]
+    found = results.phases[["run", "phase", "layers"]].to_numpy().tolist()
+    assert found == [["a", 1, 3], ["a", 2, 4], ["b", 1, 4]]
+    assert results.phases["rate_existing"].isna().tolist() == [False, True, False]
+    frozen = "embedding, layers.0, layers.1, layers.2"
+    assert results.phases["frozen"].tolist() == ["", frozen, ""]
     assert len(results.epochs) == 9
     kept = results.epochs[results.epochs["best"]]
     assert kept["validation_perplexity"].tolist() == pytest.approx([980.0, 970.0, 900.0])
-    assert results.exits.groupby(["run", "phase"]).size().tolist() == [3, 4, 3]
+    assert results.exits.groupby(["run", "phase"]).size().tolist() == [3, 4, 4]
 
 
 def test_settings_that_vary_stand_before_the_metrics_and_constant_ones_at_the_end(
     tmp_path: Path,
 ) -> None:
-    base = settings()
-    write_run(tmp_path / "a", seed=1, plain=base)
-    write_run(tmp_path / "b", seed=1, plain=with_setting(base, "lr.base", 0.01))
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", 1, "standard", "lr.base=0.01")
     results = load(tmp_path)
     assert results.varied == ["config.lr.base"]
     columns = results.runs.columns.tolist()
@@ -226,9 +195,8 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     write_run(sweep / "3_abc", seed=3, status="running", reused=0)
     waits(sweep / "4_abc", 4)
     write_record(sweep, SweepRecord(jobs=[]))
-    other = with_setting(settings(), "model.dim", 128)
-    other["new_idea"] = {"strength": 3}
-    write_run(tmp_path / "single", seed=9, plain=other)
+    other = settings("model.dim=128", "seed=9") | {"new_idea": {"strength": 3}}
+    write_run(tmp_path / "single", seed=9, config=other)
     results = load(tmp_path)
     states = "completed", "failed", "interrupted", "running", "waiting"
     jobs = {f"sweep/{number}_abc": state for number, state in enumerate(states)}
@@ -237,7 +205,7 @@ def test_a_killed_sweep_with_failures_waiting_jobs_and_other_settings(tmp_path: 
     assert row(results, "sweep/1_abc")["reason"] == "the loss became NaN"
     # failed in its second phase: the first one's metrics, the epochs of both, no change
     failed = row(results, "sweep/1_abc")
-    assert (failed["first_layers"], failed["epochs"], failed["seconds"]) == (3, 6, 66.0)
+    assert (failed["first_layers"], failed["epochs"]) == (3, 6)
     assert pd.isna(failed["last_validation_perplexity"])
     assert pd.isna(failed["validation_accuracy_change_points"])
     running = row(results, "sweep/3_abc")
@@ -278,14 +246,12 @@ def edit(folder: Path, **changed: Any) -> None:
 
 
 def test_of_runs_with_the_same_settings_the_newest_completed_one_counts(tmp_path: Path) -> None:
-    base = settings()
-    elsewhere = with_setting(base, "store.dir", "elsewhere")
-    elsewhere = with_setting(with_setting(elsewhere, "threads", 4), "checkpoint_every_s", 5)
-    write_run(tmp_path / "a", seed=1, plain=base, ended="2026-03-01T10:00:00+00:00")
-    write_run(tmp_path / "b", seed=1, plain=elsewhere, ended="2026-03-02T10:00:00+00:00")
-    write_run(tmp_path / "c", seed=1, status="failed", ended="2026-03-03T10:00:00+00:00")
-    write_run(tmp_path / "d", seed=2, plain=base)
-    write_run(tmp_path / "e", seed=1, plain=with_setting(base, "phase.patience", 5))
+    elsewhere = ("store.dir=elsewhere", "threads=4", "checkpoint_every_s=5")
+    write_run(tmp_path / "a", ended="2026-03-01T10:00:00+00:00")
+    write_run(tmp_path / "b", 1, "standard", *elsewhere, ended="2026-03-02T10:00:00+00:00")
+    write_run(tmp_path / "c", status="failed", ended="2026-03-03T10:00:00+00:00")
+    write_run(tmp_path / "d", seed=2)
+    write_run(tmp_path / "e", 1, "standard", "phase.patience=5")
     results = load(tmp_path)
     counts = dict(zip(results.runs["run"], results.runs["duplicate_of"].fillna("-"), strict=True))
     assert counts == {"a": "b", "b": "-", "c": "b", "d": "-", "e": "-"}
@@ -317,8 +283,6 @@ def test_every_setting_makes_another_experiment_or_is_named_as_aside(name: str) 
 
 
 # --- to files -------------------------------------------------------------------------------------
-
-SCRIPT = "<script>alert(1)</script>"
 
 
 def test_parquet_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -370,8 +334,8 @@ def test_the_table_fits_and_no_status_is_cut(mixed: Path, width: int) -> None:
 def test_the_table_tells_what_varied_and_how_it_went(mixed: Path) -> None:
     text = printed(load(mixed), 160)
     assert "980.00 → 970.00" in text
-    assert "16.00 → 16.10" in text
-    assert "950.00 (phase 2, epoch 3)" in text
+    assert "16.06 → 16.11" in text
+    assert "959.55 (phase 2, epoch 3)" in text
     assert "deep_supervision" in text
     assert "interrupted 2_abcdef: SIGTERM  [31mred" in text
     assert "5 runs: 1 completed, 1 failed, 1 interrupted, 1 running, 1 waiting" in text

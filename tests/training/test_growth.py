@@ -67,12 +67,6 @@ def test_where_layers_come_from(norm: str, overrides: tuple[str, ...], expected:
     assert new_layers == phase.new_layers
 
 
-def test_middle_repeats_a_block() -> None:
-    phase = planned("initial_layers=4", "growth=middle", "growth.block=2", "added_layers=4")[1]
-    assert phase.growth is not None
-    assert [s.layer for s in layer_sources(4, phase.growth)] == [0, 1, 0, 1, 0, 1, 2, 3]
-
-
 def sources(layers: int, *overrides: str) -> list[int | None]:
     """The list that settings give for a model of so many layers."""
     phase = planned(f"initial_layers={layers}", *overrides)[1]
@@ -82,6 +76,9 @@ def sources(layers: int, *overrides: str) -> list[int | None]:
 @pytest.mark.parametrize("layers", [3, 4, 6, 8, 12, 32])
 def test_lists_are_those_of_the_papers(layers: int) -> None:
     every = list(range(layers))
+    twice = sources(layers, "growth=middle", "growth.block=1", "added_layers=2")
+    middle = (layers - 1) // 2
+    assert twice == [*every[:middle], *[middle] * 3, *every[middle + 1 :]]
     assert sources(layers, "growth=stack", f"added_layers={layers}") == every + every
     for groups in (g for g in range(1, layers + 1) if layers % g == 0):
         # The loop of LLaMA Pro's script: a copy behind the last layer of each group.
@@ -171,23 +168,6 @@ def test_exits_below_the_growth_stay_bit_for_bit(norm: str, init: str, position:
     assert torch.equal(old.head.weight, new.head.weight)
     pointers = [p.data_ptr() for model in (old, new) for p in model.parameters()]
     assert len(pointers) == len(set(pointers))
-
-
-@BOTH_NORMS
-def test_a_stack_is_the_old_layers_applied_to_their_own_exit(norm: str) -> None:
-    old, new, _ = grown(norm, "growth=stack", "added_layers=3")
-    with torch.no_grad():
-        again = _through(old, old(tokens())[-1])
-    assert torch.equal(new(tokens())[-1], again)
-
-
-def _through(model: Model, hidden_ntd: torch.Tensor) -> torch.Tensor:
-    from proglayer.training.transformer import rotary_tables
-
-    cos, sin = rotary_tables(hidden_ntd.shape[1], model.head_dim, model.rotary_base, CPU)
-    for layer in model.layers:
-        hidden_ntd = layer(hidden_ntd, cos, sin)
-    return hidden_ntd
 
 
 @pytest.mark.parametrize("position", ["top", "bottom", "interleave"])
