@@ -1,7 +1,7 @@
 """Sweeps that are killed at any moment, and go on when they are given again: the same bits.
 
-`PROGLAYER_KILLS=20 python -m pytest tests/test_kills.py` kills it twenty times: the whole command or
-one of its workers, by turns. A single run is killed in test_entries.
+`PROGLAYER_KILLS=20 python -m pytest tests/test_kills.py` kills it twenty times: the whole command
+or one of its workers, by turns. A single run is killed in test_entries.
 """
 
 from __future__ import annotations
