@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -42,16 +42,6 @@ DEEP_GAIN = 0.02
 STEP_GAIN = 0.01
 
 
-class Cost(NamedTuple):
-    """What an epoch takes."""
-
-    train_tokens: int
-    train_flops_head: float
-    train_flops_body: float
-    train_seconds: float
-    evaluation_seconds: float
-
-
 def score(loss: float, accuracy_percent: float | None = None) -> Score:
     """What an evaluation gives; accuracy falls by 5 points a nat, unless it is another."""
     if accuracy_percent is None:
@@ -59,66 +49,25 @@ def score(loss: float, accuracy_percent: float | None = None) -> Score:
     return Score(loss=loss, accuracy=max(0.0, accuracy_percent / 100))
 
 
-def phase_record(index: int, validation: Score, *, best_epoch: int, **own: Any) -> PhaseRecord:
-    """A phase as a run records it; `own` is what its plan says of it, and its exits."""
-    return PhaseRecord(
-        **({"stopped": StopReason.patience, "trajectory": f"{index:032x}"} | own),
-        best_epoch=best_epoch,
-        validation=validation,
-    )
-
-
-def epoch_row(
-    number: int,
-    phase: PhaseRecord,
-    epoch: int,
-    cost: Cost,
-    train_loss: float | None,
-    to: Score,
-    reused: bool = False,
-    test: Score | None = None,
-) -> EpochRow:
-    """An epoch of the phase with this number."""
-    return EpochRow(
-        phase=number,
-        layers=phase.layers,
-        epoch=epoch,
-        train_loss=train_loss,
-        validation=to,
-        **cost._asdict(),
-        best=epoch == phase.best_epoch,
-        reused=reused,
-        test=test,
-    )
-
-
 def leave(
     folder: Path,
     plain: dict[str, Any],
     phases: list[PhaseRecord],
     rows: list[EpochRow],
-    /,
-    *,
-    overrides: list[str],
-    choices: dict[str, Any],
-    status: str = "completed",
-    windows: tuple[int, int] = WINDOWS,
-    **extra: Any,
+    status: str,
+    **given: Any,
 ) -> Path:
     """A run's folder as the tool leaves it.
 
-    A run that did not complete has no record of its last phase. `extra` goes over the rest.
+    A run that did not complete has no record of its last phase. `given` goes over the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.log").write_text("began\n")
-    completed = status == RunState.completed
-    recorded = phases if completed else phases[:-1]
+    state = RunState(status)
     record = RunRecord(
-        state=RunState(status),
+        state=state,
         reason="the loss became NaN" if status == "failed" else None,
         started=datetime.now(UTC) if status == "running" else datetime.fromisoformat(STARTED),
-        overrides=overrides,
-        choices=choices,
         config=plain,
         environment=Environment(
             proglayer="0.1.0", python="3.11.7", platform="x", host="h", process=1
@@ -126,21 +75,17 @@ def leave(
         machine=Machine("cpu", "a cpu", 2, "2.13.0"),
         git=GitState(commit="c" * 40, changed=False),
         corpus=CorpusRecord(
-            name="pydocs",
-            fingerprint="f" * 64,
-            vocab_size=VOCABULARY,
-            seq_len=32,
-            train_windows=windows[0],
-            validation_windows=windows[1],
+            name="pydocs", fingerprint="f" * 64, vocab_size=VOCABULARY, seq_len=32,
+            train_windows=WINDOWS[0], validation_windows=WINDOWS[1],
         ),
-        phases=recorded,
+        phases=phases if state is RunState.completed else phases[:-1],
         epochs=rows,
         ended=datetime.fromisoformat("2026-03-01T12:01:30+00:00"),
         seconds=90.0,
-    )
+    )  # fmt: skip
     if status in ("running", "pending"):
         record.phases, record.ended, record.seconds = [], None, None
-    record = RunRecord.model_validate(record.model_dump() | extra)
+    record = RunRecord.model_validate(record.model_dump() | given)
     write_record(folder, record)
     if record.epochs:
         write_metrics(folder, record)
@@ -200,9 +145,11 @@ def run(
         flops = training_flops(spec, 32, WINDOWS[0])
         counts = parameter_counts(spec)
         seconds = (flops.head + flops.body) / 4e10
-        cost = Cost(
-            WINDOWS[0] * 32, flops.head, flops.body, round(seconds, 3), round(seconds / 20, 3)
-        )
+        cost = {
+            "train_tokens": WINDOWS[0] * 32, "train_flops_head": flops.head,
+            "train_flops_body": flops.body, "train_seconds": round(seconds, 3),
+            "evaluation_seconds": round(seconds / 20, 3),
+        }  # fmt: skip
         test = None if test_losses is None else test_losses[phase.index]
         test = test if tested is None else [loss + tested for loss in curve]
         of_epochs = test if isinstance(test, Sequence) else [None] * count
@@ -210,50 +157,53 @@ def run(
         trained = repr((same_as or (experiment, model, overrides, curve), seed, phase.index))
         reach = 0.3 if model == "deep_supervision" else 3.0
         loss, accuracy = curve[best - 1], accuracies[best - 1]
-        recorded = phase_record(
-            phase.index,
-            score(loss, accuracy),
-            best_epoch=best,
-            name=phase.name,
-            layers=spec.layers,
-            new_layers=list(spec.new_layers) if phase.index else [],
-            parameters_total=counts.total,
-            parameters_trainable=counts.trainable,
-            frozen=list(spec.frozen),
-            rates=spec.rates,
-            exit_weights=list(spec.exit_weights),
-            stopped=StopReason.patience if best < count else StopReason.max_epochs,
-            trajectory=hashlib.sha256(trained.encode()).hexdigest()[:32],
-            test=None if selected is None else score(selected),
-            exits={
-                spec.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
-                for gap in reversed(range(spec.layers))
-            },
-        )
+        place: dict[str, Any] = {"phase": phase.index + 1, "layers": spec.layers}
         growth = None
         if spec.growth is not None and shock is not None:
             after = phases[-1].validation.loss + shock
             growth = GrowthRecord(
                 exit_losses_after=[after] * spec.layers, gradient_share_new=[0.2, 0.4]
             )
-            none = Cost(0, 0.0, 0.0, 0.0, 0.0)
-            rows.append(epoch_row(phase.index + 1, recorded, 0, none, None, score(after)))
-        phases.append(recorded.model_copy(update={"growth": growth}))
+            free = dict.fromkeys(cost, 0)
+            rows.append(EpochRow(**place, **free, epoch=0, validation=score(after), train_loss=None,
+                                 best=False, reused=False))  # fmt: skip
+        phases.append(
+            PhaseRecord(
+                name=phase.name,
+                layers=spec.layers,
+                new_layers=list(spec.new_layers) if phase.index else [],
+                parameters_total=counts.total,
+                parameters_trainable=counts.trainable,
+                frozen=list(spec.frozen),
+                rates=spec.rates,
+                exit_weights=list(spec.exit_weights),
+                stopped=StopReason.patience if best < count else StopReason.max_epochs,
+                best_epoch=best,
+                trajectory=hashlib.sha256(trained.encode()).hexdigest()[:32],
+                validation=score(loss, accuracy),
+                test=None if selected is None else score(selected),
+                exits={
+                    spec.layers - gap: score(loss + 0.3 * gap, accuracy - reach * gap)
+                    for gap in reversed(range(spec.layers))
+                },
+                growth=growth,
+            )
+        )
         rows += [
-            epoch_row(
-                *(phase.index + 1, recorded, epoch, cost, loss - 0.3, score(loss, accuracy)),
-                test=None if test is None else score(test),
+            EpochRow(
+                **place, **cost, epoch=epoch, train_loss=loss - 0.3, best=epoch == best, reused=False,
+                validation=score(loss, accuracy), test=None if test is None else score(test),
             )
             for epoch, (loss, accuracy, test) in enumerate(
                 zip(curve, accuracies, of_epochs, strict=True), start=1
             )
-        ]
+        ]  # fmt: skip
     given: dict[str, Any] = {
         "overrides": own,
         "choices": {"model": model, "data": "pydocs", "experiment": experiment or None},
     }
     plain = settings.model_dump(mode="json") | {"seed": seed}
-    return leave(folder, plain, phases, rows, status=status, **(given | extra))
+    return leave(folder, plain, phases, rows, status, **(given | extra))
 
 
 def sweep(
