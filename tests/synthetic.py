@@ -191,8 +191,9 @@ def run(
         )
         rows += [
             EpochRow(
-                **place, **cost, epoch=epoch, train_loss=loss - 0.3, best=epoch == best, reused=False,
-                validation=score(loss, accuracy), test=None if test is None else score(test),
+                **place, **cost, epoch=epoch, best=epoch == best, reused=False,
+                train_loss=loss - 0.3, validation=score(loss, accuracy),
+                test=None if test is None else score(test),
             )
             for epoch, (loss, accuracy, test) in enumerate(
                 zip(curve, accuracies, of_epochs, strict=True), start=1

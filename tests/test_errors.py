@@ -26,11 +26,7 @@ def raising(error: BaseException) -> Callable[[], int]:
     [
         (ConfigError("a=1: too small\nb=2: too large"), 1, ["a=1: too small", "b=2: too large"]),
         (StoreError("cannot write to x"), 1, ["cannot write to x"]),
-        (
-            OSError(errno.EACCES, "Permission denied", "x.csv"),
-            1,
-            ["cannot read or write x.csv (Permission denied)"],
-        ),
+        (PermissionError(13, "no", "x.csv"), 1, ["cannot read or write x.csv (no)"]),
         (KeyboardInterrupt(), 130, []),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, []),
     ],

@@ -154,16 +154,10 @@ def hub_cache(home: Path) -> Path:
     """The cache of `datasets` after a download of WikiText-2."""
     import datasets
 
-    texts = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-    built = datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict({"text": rows(content)})
-            for split, content in texts.items()
-        }
-    )
-    for split in built:
-        built[split].to_parquet(str(home / f"{split}.parquet"))
-    files = {split: str(home / f"{split}.parquet") for split in built}
+    files = {}
+    for split, content in {"train": TRAIN, "validation": VALIDATION, "test": TEST}.items():
+        files[split] = str(home / f"{split}.parquet")
+        datasets.Dataset.from_dict({"text": rows(content)}).to_parquet(files[split])
     prepared = datasets.load_dataset("parquet", data_files=files, cache_dir=str(home / "arrow"))
     kept = home / "datasets/Salesforce___wikitext/wikitext-2-raw-v1/0.0.0" / COMMIT
     shutil.copytree(Path(prepared["train"].cache_files[0]["filename"]).parent, kept)
@@ -182,11 +176,10 @@ def test_release_saved_folder_and_hub_are_the_same_corpus(tmp_path):
     expected = open_corpus(release(tmp_path / "text"))
     assert expected.test_fingerprint
     splits = {
-        "train": datasets.Dataset.from_dict({"text": rows(TRAIN)}),
-        "validation": datasets.Dataset.from_dict({"text": rows(VALIDATION)}),
+        split: datasets.Dataset.from_dict({"text": rows(content)})
+        for split, content in {"train": TRAIN, "validation": VALIDATION, "test": TEST}.items()
     }
-    of_test = datasets.Dataset.from_dict({"text": rows(TEST)})
-    datasets.DatasetDict(splits | {"test": of_test}).save_to_disk(
+    datasets.DatasetDict(splits).save_to_disk(
         str(tmp_path / "saved"), num_shards={"train": 3, "validation": 1, "test": 1}
     )
     saved = open_corpus(release(tmp_path / "saved"))

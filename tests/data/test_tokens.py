@@ -180,12 +180,8 @@ def test_the_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
     def fingerprint(**changes: Any) -> str:
         return open_corpus(release(folder, **changes)).fingerprint
 
-    found = [
-        fingerprint(),
-        open_corpus(bpe(folder, 280)).fingerprint,
-        open_corpus(bpe(folder, 281)).fingerprint,
-        fingerprint(tokenizer=str(other)),
-    ]
+    own_bpe = [open_corpus(bpe(folder, size)).fingerprint for size in (280, 281)]
+    found = [fingerprint(), *own_bpe, fingerprint(tokenizer=str(other))]
     assert len(set(found)) == len(found)
     # What a tokenizer does to a text, not where it lay: this one is the BPE of that very text.
     assert fingerprint(tokenizer=str(own)) == fingerprint(tokenizer=str(moved)) == found[1]
@@ -227,9 +223,8 @@ def test_a_name_on_the_hub_is_read_from_its_cache_at_its_revision(tmp_path: Path
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("b" * 40)
     asked = [
-        release(folder, tokenizer="owner/name"),
-        release(folder, tokenizer="owner/name", tokenizer_revision="a" * 40),
-        release(folder, tokenizer="owner/name", tokenizer_revision="c" * 40),
+        release(folder, tokenizer="owner/name", tokenizer_revision=revision)
+        for revision in (None, "a" * 40, "c" * 40)
     ]
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     newest, first, unknown = answers(start(tmp_path, asked, **environment))
@@ -294,14 +289,9 @@ def test_bytes_add_up_to_the_text_whatever_a_tokenizer_drops(text: str, part: in
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_bytes_and_unknown_words_of_windows(tmp_path: Path, lowercase: bool) -> None:
     validation = "The  cat\n\nsat , Ünd\tthe dog RAN . " * 8
-    data = release(
-        write_release(tmp_path / "text", validation=validation),
-        seq_len=3,
-        validation_samples=5,
-        max_vocab=8,
-        lowercase=lowercase,
-    )
-    corpus = open_corpus(data)
+    folder = write_release(tmp_path / "text", validation=validation)
+    sizes = {"seq_len": 3, "validation_samples": 5, "max_vocab": 8}
+    corpus = open_corpus(release(folder, **sizes, lowercase=lowercase))
     spaced = re.findall(r"\s*\S+", validation)
     words = twin_words(validation, lowercase)
     assert len(spaced) == len(words)

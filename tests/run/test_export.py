@@ -43,19 +43,12 @@ def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    made = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **sizes,
-            vocab_size=320,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    settings = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        vocab_size=320, max_position_embeddings=64, initializer_range=0.3,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    made = transformers.LlamaForCausalLM(settings)
     made.generation_config.eos_token_id = [2, 7]
     made.to(dtype).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n")
