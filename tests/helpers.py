@@ -76,38 +76,21 @@ def tiny_corpus(
     train, validation = stream.reshape(2, windows, seq_len + 1)
     digest = hashlib.sha256(stream.tobytes() + f"{train.shape}".encode()).hexdigest()
     return Corpus(
-        name=name,
-        train=train,
-        validation=validation,
-        vocab_size=vocab_size,
-        fingerprint=digest,
-        folder=Path(),
-        validation_bytes=5 * windows * seq_len,
-    )
+        name=name, train=train, validation=validation, vocab_size=vocab_size, fingerprint=digest,
+        folder=Path(), validation_bytes=5 * windows * seq_len,
+    )  # fmt: skip
 
 
 # A model that trains in a moment on `tiny_corpus`.
 TINY = (
-    "model.dim=8",
-    "model.num_heads=2",
-    "model.ffn_multiple=2",
-    "initial_layers=3",
-    "phase.batch_size=16",
-    "phase.max_epochs=3",
-    "lr.base=0.01",
-)
-
+    "model.dim=8", "model.num_heads=2", "model.ffn_multiple=2", "initial_layers=3",
+    "phase.batch_size=16", "phase.max_epochs=3", "lr.base=0.01",
+)  # fmt: skip
 # A run on the embedded corpus that takes a moment.
 SHORT = (
-    "data.samples=64",
-    "data.validation_samples=32",
-    "data.max_vocab=200",
-    "model.dim=8",
-    "model.num_heads=2",
-    "phase.max_epochs=2",
-    "phase.batch_size=16",
-    "report=false",
-)
+    "data.samples=64", "data.validation_samples=32", "data.max_vocab=200", "model.dim=8",
+    "model.num_heads=2", "phase.max_epochs=2", "phase.batch_size=16", "report=false",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,8 @@ def sweep(no_fsync: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
             never = init == "stack" and seed == 3
             losses = [[6.9, 6.8], [6.85, 6.81 if never else 6.7 + 0.01 * seed]]
             own = (f"growth={init}", "added_layers=3", "freeze=none")
-            synthetic.run(
-                folder / f"{init}{seed}",
-                "original",
-                STANDARD,
-                seed,
-                *own,
-                losses=losses,
-                shock=shock,
-            )
+            how: Any = {"losses": losses, "shock": shock}
+            synthetic.run(folder / f"{init}{seed}", "original", STANDARD, seed, *own, **how)
     return folder
 
 
@@ -57,9 +50,8 @@ def test_what_a_growth_did_is_read_from_the_record(sweep: Path) -> None:
     stacked = found[found["variant"].str.contains("stack")].sort_values("seed")
     assert stacked["validation_loss_rise_nats"].tolist() == pytest.approx(SHOCKS["stack"])
     # Accuracy falls by 5 points a nat there.
-    assert stacked["validation_accuracy_change_points"].tolist() == pytest.approx(
-        [-2.0, -2.5, -3.0]
-    )
+    points = stacked["validation_accuracy_change_points"].tolist()
+    assert points == pytest.approx([-2.0, -2.5, -3.0])
     tokens = 2 * synthetic.WINDOWS[0] * 32
     assert stacked["tokens_to_recovery"].tolist() == [tokens, tokens, math.inf]
     assert stacked["gradient_share_new"].tolist() == pytest.approx([0.3] * 3)
@@ -128,9 +120,8 @@ def test_a_loss_counts_within_the_operations_that_all_runs_spent(timed: Path) ->
 
 
 def test_the_ledger_counts_every_phase_and_every_epoch(tmp_path: Path) -> None:
-    results = load(
-        synthetic.sweep(tmp_path / "s", ("original", "control_from_scratch"), seeds=(1, 2))
-    )
+    folder = synthetic.sweep(tmp_path / "s", ("original", "control_from_scratch"), seeds=(1, 2))
+    results = load(folder)
     runs = results.runs
     own, curves = read(results)
     table = measures.spent(results, own).set_index(["variant", "model"])
@@ -188,10 +179,10 @@ def test_a_target_that_one_arm_never_reaches_has_no_speed_up() -> None:
 
 def test_a_speed_up_is_the_geometric_mean_and_none_where_a_seed_does_not_get_there() -> None:
     arms = [
-        one_arm(f"{name}{seed}", (1, 3.0), (at, 2.0)) if at else one_arm(f"{name}{seed}", (1, 3.0))
+        one_arm(f"{name}{seed}", (1, 3.0), *[(at, 2.0)] * bool(at))
         for name, ends in (("scratch", (2, 2, 2)), ("grown", (1, 4, None)))
         for seed, at in enumerate(ends)
-    ]  # fmt: skip
+    ]
     runs, curves = (pd.concat(parts, ignore_index=True) for parts in zip(*arms, strict=True))
     runs["seed"] = runs["variant"].str[-1].astype(int)
     runs["variant"] = runs["variant"].str[:-1]

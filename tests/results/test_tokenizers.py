@@ -25,21 +25,15 @@ TEXTS: dict[str, dict[str, Any]] = {
 }
 
 
-def leave(folder: Path, tokenizer: str, seed: int, loss: float, recorded: bool = True) -> Path:
+def leave(folder: Path, tokenizer: str, seed: int, loss: float) -> Path:
     """A run on one of TEXTS that ends with this validation loss."""
     text = TEXTS[tokenizer]
     overrides = [f"data.tokenizer={tokenizer}", f"data.max_vocab={text['vocab_size']}"]
     corpus = CorpusRecord(
-        name="pydocs",
-        fingerprint=tokenizer * 8,
-        vocab_size=text["vocab_size"],
-        seq_len=32,
-        train_windows=3000,
-        validation_windows=text["windows"],
-        tokenizer=tokenizer if recorded else None,
-        validation_bytes=text["bytes"] if recorded else None,
-        validation_unknown=text["unknown"] if recorded else None,
-    )
+        name="pydocs", fingerprint=tokenizer * 8, vocab_size=text["vocab_size"], seq_len=32,
+        train_windows=3000, validation_windows=text["windows"], tokenizer=tokenizer,
+        validation_bytes=text["bytes"], validation_unknown=text["unknown"],
+    )  # fmt: skip
     losses = [[loss + 0.2, loss + 0.1], [loss + 0.1, loss]]
     run(folder, "original", "standard", seed, *overrides, losses=losses, corpus=corpus)
     return folder
@@ -59,12 +53,11 @@ def test_bits_per_byte_by_hand() -> None:
         name="a", fingerprint="f", vocab_size=9, seq_len=8, train_windows=1,
         validation_windows=100, validation_bytes=200, test_windows=50, test_bytes=800,
     )  # fmt: skip
-    assert corpus.figures(Score(loss=math.log(2), accuracy=0.5)) == pytest.approx(
-        {
-            "validation_loss": math.log(2), "validation_perplexity": 2,
-            "validation_accuracy_percent": 50, "validation_bits_per_byte": 4,
-        }
-    )  # fmt: skip
+    expected = {
+        "validation_loss": math.log(2), "validation_perplexity": 2,
+        "validation_accuracy_percent": 50, "validation_bits_per_byte": 4,
+    }  # fmt: skip
+    assert corpus.figures(Score(loss=math.log(2), accuracy=0.5)) == pytest.approx(expected)
     two = Score(loss=2 * math.log(2), accuracy=0.5)
     assert corpus.figures(two, "test")["test_bits_per_byte"] == pytest.approx(1)
     unknown = corpus.model_copy(update={"validation_bytes": None, "test_windows": None})
@@ -91,9 +84,8 @@ def test_a_run_records_every_loss_as_bits_per_byte(train: Command, tmp_path: Pat
     frames = load(tmp_path / "run")
     for frame in (frames.epochs, frames.exits, frames.phases):
         losses = frame["validation_loss"].astype(float)
-        assert frame["validation_bits_per_byte"].tolist() == pytest.approx(
-            (losses * per_nat).tolist()
-        )
+        bits = frame["validation_bits_per_byte"].tolist()
+        assert bits == pytest.approx((losses * per_nat).tolist())
     assert frames.runs["last_validation_bits_per_byte"].tolist() == [record["objective"]]
     on_test = last["test"]["loss"] * 4 * tokens / corpus["test_bytes"] / math.log(2)
     assert frames.phases["test_bits_per_byte"].iloc[-1] == pytest.approx(on_test)
