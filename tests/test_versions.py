@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -13,7 +12,7 @@ from packaging.requirements import Requirement
 
 import proglayer
 
-from .helpers import ROOT
+from .helpers import ROOT, Command
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -46,8 +45,5 @@ def test_every_library_that_is_imported_is_declared() -> None:
         assert names & declared, f"{module} comes with {names}"
 
 
-def test_the_command_gives_our_version() -> None:
-    done = subprocess.run(
-        [sys.executable, "train.py", "--version"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.startswith(f"proglayer {proglayer.__version__}\n")
+def test_the_command_gives_our_version(train: Command) -> None:
+    assert train("--version").out.startswith(f"proglayer {proglayer.__version__}\n")

@@ -24,10 +24,8 @@ from ..helpers import TINY, config, tiny_corpus
 
 CPU = torch.device("cpu")
 CORPUS = tiny_corpus()
-(SPEC,) = (
-    phase.train
-    for phase in plan(config(*TINY, "phase=from_scratch", "added_layers=1"), CORPUS.vocab_size)
-)
+SETTINGS = config(*TINY, "phase=from_scratch", "added_layers=1")
+SPEC = plan(SETTINGS, CORPUS.vocab_size)[0].train
 WORDS = " ".join(f"{a} {b} {(a + b) % 40}" for a in range(40) for b in range(17))
 SMALL = (
     "data=text", "data.samples=40", "data.validation_samples=16", "data.seq_len=8",
@@ -129,18 +127,15 @@ def test_a_layer_left_out_and_neighbours_swapped_are_models_of_these_layers(
         *(("left out", layer) for layer in (1, 2, 3, 4)),
         *(("swapped with the next", layer) for layer in (1, 2, 3)),
     ]
-    tokens = torch.from_numpy(CORPUS.validation[:, :-1]).long()
-    for each, order in zip(
-        found, ("123", "023", "013", "012", "1023", "0213", "0132"), strict=True
-    ):
+    tokens = torch.from_numpy(CORPUS.validation).long()
+    orders = ("123", "023", "013", "012", "1023", "0213", "0132")
+    for each, order in zip(found, orders, strict=True):
         with torch.no_grad():
-            hidden = model.embed(tokens)
+            hidden = model.embed(tokens[:, :-1])
             for number in map(int, order):
                 (hidden,) = model.layers_from(number, hidden, number + 1)
             logits = model.read(hidden).flatten(0, 1) @ model.head_weight.T
-        loss = torch.nn.functional.cross_entropy(
-            logits, torch.from_numpy(CORPUS.validation[:, 1:]).long().reshape(-1)
-        )
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].reshape(-1))
         assert each.loss == pytest.approx(float(loss), rel=1e-5)
 
 

@@ -125,7 +125,6 @@ def test_a_path_is_quoted_for_hydra_whatever_its_name(train: Command, tmp_path: 
         (["-m", "seed=1,2", "hydra.sweeper.design=none"], "it is one of single, product"),
         (["-m", "seed=1,2", "+hydra.sweeper.nope=1"], "hydra.sweeper.nope"),
         (["-m", "seed=1,2", "hydra.sweeper.pairs=5"], "hydra.sweeper.pairs=5"),
-        (["-m", "seed=range(0,1000000000)"], "more than 10,000"),
     ],
 )
 def test_a_setting_of_hydra_that_cannot_work_is_told(
@@ -162,19 +161,19 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     pytest.importorskip("joblib")
     jobs = (
         *SHORT, "phase=from_scratch", "phase.max_epochs=40", "phase.patience=40", "seed=1,2,3",
-        "precision=auto",
-        "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "precision=auto", "hydra.sweep.dir=s", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
     process = start(tmp_path, "-m", *jobs)
     until(lambda: len(at_work(tmp_path / "s")) == 2, process)
     # A terminal tells every process of the command, `kill` only the first: so one worker is told by
     # both, the other by the first process alone.
-    worker, _ = at_work(tmp_path / "s").values()
-    assert worker != process.pid
-    os.kill(worker, signal.SIGINT)
+    workers = [*at_work(tmp_path / "s").values()]
+    assert process.pid not in workers
+    os.kill(workers[0], signal.SIGINT)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
+    assert not list(filter(is_running, workers))
     assert "Traceback" not in out
     records = results(tmp_path / "s")
     assert [r["state"] for r in records] == ["interrupted", "interrupted", "waiting"]
@@ -191,10 +190,7 @@ def test_jobs_of_joblib_store_their_state_when_stopped_and_are_skipped_once_comp
     assert "3 jobs in s, 3 finished before" in train("-m", *jobs).out
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
-    tmp_path: Path, name: str
-) -> None:
+def test_workers_of_joblib_store_their_state_though_the_command_is_killed(tmp_path: Path) -> None:
     pytest.importorskip("joblib")
     jobs = (
         *SHORT, "phase=from_scratch", "phase.max_epochs=400", "phase.patience=400", "seed=1,2,3",
@@ -203,16 +199,12 @@ def test_workers_of_joblib_store_their_state_whatever_ends_the_command(
     process = start(tmp_path, "-m", *jobs)
     until(lambda: len(at_work(tmp_path / "s")) == 2, process)
     workers = [*at_work(tmp_path / "s").values()]
-    process.send_signal(getattr(signal, name))
+    process.kill()
     # The pipe of its output is closed only once its workers have ended, too.
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if name == "SIGKILL" else 130), out
+    process.communicate(timeout=60)
     assert not list(filter(is_running, workers))
-    stopped_by = "SIGTERM" if name == "SIGKILL" else name
-    stopped = results(tmp_path / "s")[:2]
-    assert [(r["state"], r["reason"]) for r in stopped] == [
-        ("interrupted", f"stopped by {stopped_by}")
-    ] * 2
+    stopped = [(r["state"], r["reason"]) for r in results(tmp_path / "s")[:2]]
+    assert stopped == [("interrupted", "stopped by SIGTERM")] * 2
 
 
 def test_a_folder_has_one_writer(train: Command, tmp_path: Path) -> None:
@@ -300,12 +292,7 @@ def test_problems_of_every_kind_in_every_job_are_told_at_once(
     [(ConfigError("the launcher gave up"), 1, True), (KeyboardInterrupt(), 130, False)],
 )
 def test_a_sweep_whose_engine_fails_leaves_a_report_and_a_stopped_one_none(
-    train: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    end: BaseException,
-    status: int,
-    reported: bool,
+    train: Command, tmp_path: Path, end: BaseException, status: int, reported: bool
 ) -> None:
     run = Engine.run
 
@@ -313,8 +300,9 @@ def test_a_sweep_whose_engine_fails_leaves_a_report_and_a_stopped_one_none(
         yield from run(engine, jobs[:1], sweep)
         raise end
 
-    monkeypatch.setattr(Engine, "run", run_one)
-    done = train("-m", *QUICK, "report=true", "seed=1,2", "hydra.sweep.dir=s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "run", run_one)
+        done = train("-m", *QUICK, "report=true", "seed=1,2", "hydra.sweep.dir=s")
     assert done.status == status
     assert "1 completed, 1 waiting" in done.out
     assert (tmp_path / "s/report/index.html").exists() == reported

@@ -129,11 +129,9 @@ def test_drawn_weights_repeat_and_leave_the_global_generator_alone(family: str) 
     again, other = build(phase), build(replace(phase, seed=phase.seed + 1))
     torch.set_rng_state(before)
     torch.rand(3)
-    for (name, p), q, r in zip(
-        one.named_parameters(), again.parameters(), other.parameters(), strict=True
-    ):
-        assert torch.equal(p, q), name
-        assert p.ndim < 2 or not torch.equal(p, r), name
+    for p, q, r in zip(one.parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.ndim < 2 or not torch.equal(p, r)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,15 +189,13 @@ def test_where_new_layers_come_from(family: str, overrides: tuple[str, ...], exp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_new_layers_train_and_the_loss_falls(family: str) -> None:
-    old, new, phase = start(
+    _, new, phase = start(
         family, "growth=zero", "growth.position=interleave", "freeze=new_layers", "lr.factor.new=1"
     )
     last = [phase.exits - 1]
     training = begun(phase, new)
     (before,) = evaluate(training.model, phase, CORPUS, CPU, last)
-    frozen = {
-        name: p.clone() for name, p in training.model.named_parameters() if not p.requires_grad
-    }
+    weights = {name: p.clone() for name, p in training.model.named_parameters()}
     new_layers = tuple(f"layers.{layer}." for layer in phase.new_layers)
     for _ in range(2):
         training.train_epoch()
@@ -208,10 +204,7 @@ def test_only_new_layers_train_and_the_loss_falls(family: str) -> None:
     assert after.loss < before.loss
     for name, p in training.model.named_parameters():
         assert p.requires_grad is name.startswith(new_layers), name
-        if not p.requires_grad:
-            assert torch.equal(p, frozen[name]), name
-            assert p.grad is None
-    assert {n for n in old.state_dict() if n.startswith("embedding")} <= frozen.keys()
+        assert p.requires_grad or (torch.equal(p, weights[name]) and p.grad is None), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,24 +216,19 @@ def test_training_resumes_bit_for_bit_and_is_stored_whole(family: str) -> None:
         copies = {name: value.clone() for name, value in state.items()}
         return begun(phase, restored(phase.layers, architecture, copies))
 
-    class Stop(Exception):
-        pass
-
     def stop(_: object) -> None:
-        raise Stop
+        raise KeyboardInterrupt
 
     whole, cut = fresh(), fresh()
     whole.train_epoch()
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         cut.train_epoch(stop)
     resumed = fresh()
     load_training(resumed, pack_training(cut))
     resumed.epoch, resumed.step = cut.epoch, cut.step
     resumed.train_epoch()
-    for (name, p), q in zip(
-        whole.model.named_parameters(), resumed.model.parameters(), strict=True
-    ):
-        assert torch.equal(p, q), name
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
     stored = load_stored(pack_weights(phase, whole.model.state_dict()))
     with torch.no_grad():
         assert torch.equal(stored.logits(tokens()), whole.model.logits(tokens()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from dataclasses import asdict, replace
@@ -22,10 +23,15 @@ from .tiny import CORPUS, CPU, begun, pattern, planned, trained
 BOTH_NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 
 
+@functools.cache
+def trained_once(spec: TrainSpec) -> Model:
+    return trained(spec).model
+
+
 def grown(norm: str, *overrides: str) -> tuple[Model, Model, TrainSpec]:
     """A trained model of 3 layers, what it grew into, and the phase that begins there."""
     first, second, *_ = planned(f"model.norm={norm}", *overrides)
-    old = trained(first).model
+    old = trained_once(first)
     return old, grow(old, second), second
 
 
@@ -266,9 +272,8 @@ def test_noise_draws_from_a_stream_of_its_own(norm: str) -> None:
     old, noisy, _ = grown(norm, "growth=copy", "growth.noise=1", "added_layers=2")
     a, b = (noisy.layers[i].attention.q.weight for i in (3, 4))
     assert not torch.equal(a, b)
-    assert pattern(old, grown(norm, "growth=stack", "growth.noise=0", "added_layers=3")[1]) == (
-        "012012"
-    )
+    _, stack, _ = grown(norm, "growth=stack", "growth.noise=0", "added_layers=3")
+    assert pattern(old, stack) == "012012"
 
 
 @pytest.mark.parametrize("position", ["top", "interleave"])
@@ -283,21 +288,25 @@ def test_what_was_zero_or_behind_a_gate_trains(init: str, position: str) -> None
     assert moved == {name for name, p in new.named_parameters() if p.requires_grad}
 
 
-def test_operators_in_a_row_grow_what_the_last_growth_left() -> None:
-    phases = planned("growth=stack", "phase=one_at_a_time", "added_layers=2")
-    model = first = trained(phases[0]).model
-    for phase in phases[1:]:
-        model = grow(model, phase)
-    assert pattern(first, model) == "01201"
-
-
-def test_several_growths_of_chosen_sizes() -> None:
-    """3 to 6 to 12 (Gong et al. 2019)."""
-    phases = planned("growth=stack", "added_layers=[3,6]")
-    model = first = trained(phases[0]).model
-    for phase, expected in zip(phases[1:], ("012012", "012012012012"), strict=True):
+@pytest.mark.parametrize(
+    ("overrides", "patterns"),
+    [
+        (("phase=one_at_a_time", "added_layers=2"), ("0120", "01201")),
+        # 3 to 6 to 12 (Gong et al. 2019).
+        (("added_layers=[3,6]",), ("012012", "012012012012")),
+    ],
+)
+def test_growths_in_a_row_grow_what_the_last_one_left(
+    overrides: tuple[str, ...], patterns: tuple[str, ...]
+) -> None:
+    phases = planned("growth=stack", *overrides)
+    model = first = build(phases[0])
+    for phase, expected in zip(phases[1:], patterns, strict=True):
         model = grow(model, phase)
         assert pattern(first, model) == expected
+
+
+def test_growths_from_scratch_are_one_model_of_the_last_depth() -> None:
     assert len(planned("growth=stack", "added_layers=[3,6]", "phase=from_scratch")) == 1
     assert planned("added_layers=[3,6]", "phase=from_scratch")[0].layers == 12
 

@@ -144,10 +144,8 @@ def test_training_is_the_plain_loop(model_name: str, norm: str) -> None:
         total += loss.item() * windows[:, 1:].numel()
         tokens += windows[:, 1:].numel()
     assert mean_loss == pytest.approx(total / tokens, rel=1e-5)
-    for (name, ours), plain in zip(
-        training.model.named_parameters(), model.parameters(), strict=True
-    ):
-        torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-5, msg=name)
+    for ours, plain in zip(training.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-5)
 
 
 def test_evaluation_is_the_mean_over_all_tokens() -> None:
@@ -236,10 +234,8 @@ def test_a_batch_in_parts_is_the_same_training_within_rounding(parts: int, model
         training.train_epoch()
     assert in_parts.steps_per_epoch == whole.steps_per_epoch == 3
     assert in_parts.mean_loss() == pytest.approx(whole.mean_loss(), rel=1e-6)
-    for (name, p), q in zip(
-        in_parts.model.named_parameters(), whole.model.parameters(), strict=True
-    ):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
+    for p, q in zip(in_parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
