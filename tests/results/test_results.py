@@ -335,7 +335,7 @@ def test_the_table_tells_what_varied_and_how_it_went(mixed: Path) -> None:
     text = printed(load(mixed), 160)
     assert "980.00 → 970.00" in text
     assert "16.06 → 16.11" in text
-    assert "959.55 (phase 2, epoch 3)" in text
+    assert "950.00 (phase 2, epoch 3)" in text
     assert "deep_supervision" in text
     assert "interrupted 2_abcdef: SIGTERM  [31mred" in text
     assert "5 runs: 1 completed, 1 failed, 1 interrupted, 1 running, 1 waiting" in text
