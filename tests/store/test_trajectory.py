@@ -135,10 +135,11 @@ def test_stopped_anywhere_and_resumed_is_the_uninterrupted_phase(
             steps.finish(stopped.best.epoch)
         again = followed(tmp_path / str(look), phase, start=start)
         assert_same(whole, again)
-        assert again[2].gradient_shares() == whole[2].gradient_shares()
-    shares = whole[2].gradient_shares() or []
-    assert len(shares) == 3 * number
-    assert all(0 <= share <= 1 for share in shares)
+        if number:
+            shares = again[2].gradient_shares() or []
+            assert shares == whole[2].gradient_shares()
+            assert len(shares) == 3
+            assert all(0 <= share <= 1 for share in shares)
 
 
 def test_the_exits_right_after_a_growth_are_those_of_the_model_it_starts_with(
