@@ -162,7 +162,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             settings = config(*SMALL, *own, f"store.dir={folder / 'stages'}")
             path = folder / "pile" / f"{name}{seed}"
             path.mkdir(parents=True)
-            run(settings, path, own[:2], {"model": name})
+            run(settings, path, {"overrides": own[:2], "choices": {"model": name}})
     return folder / "pile"
 
 

@@ -305,9 +305,9 @@ def test_an_override_is_what_it_says(text: str, distribution: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["a=interval(2.0,1.0)"], r"^a=interval\(2.0,1.0\): "),
-        (["a=tag(log,interval(0.0,1.0))"], r"^a=tag\(log,interval\(0.0,1.0\)\): "),
-        (["a=tag(log,range(1,9,2))"], r"^a=tag\(log,range\(1,9,2\)\): "),
+        (["a=interval(2.0,1.0)"], r"^a=interval\(2.0,1.0\) "),
+        (["a=tag(log,interval(0.0,1.0))"], r"^a=tag\(log,interval\(0.0,1.0\)\) "),
+        (["a=tag(log,range(1,9,2))"], r"^a=tag\(log,range\(1,9,2\)\) "),
         (["a=1,2", "b=range(1,1)"], r"^b=range\(1,1\) gives no value"),
     ],
 )
