@@ -394,6 +394,8 @@ class Config(Settings):
     lr: LrConfig
     optimizer: OptimizerConfig
     device: Device
+    devices: Annotated[Width | Literal["auto"], _one_of("a number of devices from 1, or auto")]
+    join_timeout_s: Positive
     precision: Precision
     compile: bool
     threads: Annotated[int, Field(ge=1, le=1_024)] | None

@@ -1,11 +1,13 @@
-"""Sweeps that are killed at any moment, and go on when they are given again: the same bits.
+"""Commands that are killed at any moment, and go on when they are given again: the same bits.
 
-`PROGLAYER_KILLS=20 python -m pytest tests/test_kills.py` kills it twenty times: the whole command
-or one of its workers, by turns. A single run is killed in test_entries.
+`PROGLAYER_KILLS=20 python -m pytest tests/test_kills.py` kills each twenty times: of a sweep the
+whole command or one of its workers, by turns; of a run on two devices the command, its first or its
+other process. A run in one process is killed in test_entries.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -14,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import start
+from .helpers import is_running, start, until
 from .test_bits import TINY, outcome
 
 KILLS = int(os.environ.get("PROGLAYER_KILLS", "3"))
 SWEEP = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "growth=random,stack",
          "freeze=existing,none", "checkpoint_every_s=0.05")  # fmt: skip
+DEVICES = ("devices=2", "model=deep_supervision", "cache_frozen=true", "checkpoint_every_s=0.05")
 LONGER = ("phase.max_epochs=6", "phase.patience=6")
 
 
@@ -36,6 +39,19 @@ def workers(leader: int) -> list[int]:
     return found
 
 
+def members(command: int) -> list[int]:
+    """Return the processes that share a run out, the first one first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == command and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
 def outcomes(folder: Path) -> dict[str, dict[str, object]]:
     """Return what each run below `folder` left, by the run's number."""
     runs = sorted(path.parent for path in folder.rglob("weights.safetensors"))
@@ -44,8 +60,11 @@ def outcomes(folder: Path) -> dict[str, dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200 + 60 * KILLS)
-def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    arguments = (*SWEEP, *TINY, *LONGER, "hydra.sweep.dir=out")
+@pytest.mark.parametrize("kind", ["sweep", "devices"])
+def test_a_command_that_was_killed_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    sweeps = kind == "sweep"
+    place = "hydra.sweep.dir=out" if sweeps else "hydra.run.dir=out"
+    arguments = (*(SWEEP if sweeps else DEVICES), *TINY, *LONGER, place)
     whole = tmp_path / "whole"
     whole.mkdir()
     started = time.monotonic()
@@ -54,7 +73,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> Non
     assert process.returncode == 0, said
     took = time.monotonic() - started
     expected = outcomes(whole / "out")
-    assert len(expected) == 4
+    assert len(expected) == (4 if sweeps else 1)
 
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -62,7 +81,13 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> Non
     for number in range(KILLS):
         process = start(killed, *arguments)
         time.sleep(took * draw.uniform(0.1, 0.9))
-        if number % 2:
+        if not sweeps:
+            ours = [process.pid, *members(process.pid)]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(ours[number % len(ours)], signal.SIGKILL)
+            process.communicate()
+            until(lambda ours=ours: not any(map(is_running, ours)))
+        elif number % 2:
             group = [pid for pid in workers(process.pid) if pid != process.pid]
             for pid in group[-1:]:
                 os.kill(pid, signal.SIGKILL)
@@ -78,4 +103,4 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> Non
     said, _ = process.communicate()
     assert process.returncode == 0, said
     assert outcomes(killed / "out") == expected
-    assert not workers(process.pid)
+    until(lambda: not workers(process.pid))

@@ -82,13 +82,13 @@ STOPPING = {
 # Read where a phase starts and at its end: see test_trajectory.
 EVALUATION = {"model.evaluated_exits"}
 # In the key as what they come to on this machine.
-IN_THE_MACHINE = {"device", "threads"}
+IN_THE_MACHINE = {"device", "devices", "threads"}
 # About the process, not the training: the bits are the same with any value of theirs, shown by
 # test_checkpoints_on_the_way_change_nothing (checkpoint_every_s), test_train (store.dir,
 # plan, on_error, objective), test_loggers, test_slots (jobs_per_gpu).
 HARMLESS = {
     "plan", "on_error", "checkpoint_every_s", "store.dir", "logger.tensorboard",
-    "logger.mlflow", "objective", "report", "jobs_per_gpu",
+    "logger.mlflow", "objective", "report", "jobs_per_gpu", "join_timeout_s",
 }  # fmt: skip
 
 

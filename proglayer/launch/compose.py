@@ -66,7 +66,7 @@ class Command:
     ) -> Job:
         """Compose the job of these overrides; without them, that of the command itself.
 
-        threads: of a job that does not say.
+        threads: of a job that does not say; its processes share them out.
 
         Raises ConfigError.
         """
@@ -80,8 +80,9 @@ class Command:
             config = to_config(composed)
         except Exception as error:
             raise ConfigError(in_one_line(error)) from error
-        if config.threads is None:
-            config = config.model_copy(update={"threads": threads})
+        if config.threads is None and threads is not None:
+            processes = 1 if config.devices == "auto" else config.devices
+            config = config.model_copy(update={"threads": max(1, threads // processes)})
         choices = composed.hydra.runtime.choices.items()
         return Job(
             config=config,

@@ -10,17 +10,13 @@ process, which calls `run_elsewhere` with it. How it ended is in its record, whi
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import replace
@@ -32,18 +28,14 @@ from pydantic import field_validator
 from proglayer.config import Settings
 from proglayer.console import say
 from proglayer.errors import ConfigError, check_installed, first_line
-from proglayer.launch.job import Job, log_to_console, run_job
+from proglayer.launch.job import GOING, Job, log_to_console, run_job
 from proglayer.launch.snapshot import snapshot_code
+from proglayer.run import signals
 from proglayer.run.environment import available_cores
 from proglayer.run.record import RunState, change_state
-from proglayer.run.signals import on_signals, stop_signals
 
 log = logging.getLogger(__name__)
 
-# What a record says until its job ends.
-GOING = RunState.waiting, RunState.pending, RunState.running
-# How often a worker looks whether its parent lives.
-LOOK_S = 1.0
 # A job that is stopped stores its state; one that needs longer was not going to end.
 STOP_S = 60.0
 # At a wrong address Ray itself looks for a cluster for more than five minutes.
@@ -141,23 +133,19 @@ class Joblib(Engine):
         """
         from joblib.externals.loky import get_reusable_executor
 
-        from proglayer.run.machine import places_on_gpus
+        from proglayer.run.machine import places
 
-        places = [places_on_gpus(job.config) for job in jobs]
-        at_once = min(filter(None, [self.at_once, *places]))
+        at_once = min(filter(None, [self.at_once, *(places(job.config) for job in jobs)]))
         executor: Any = get_reusable_executor(at_once, timeout=60)
         waiting, running = iter(jobs), dict[Future[None], Job]()
         stops: list[int] = []
 
         def pass_on(number: int, *_: object) -> None:
             stops.append(number)
-            for worker in multiprocessing.active_children():
-                if worker.pid is not None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker.pid, number)
+            signals.signal_children(number)
 
         try:
-            with on_signals(pass_on):
+            with signals.on_signals(pass_on):
                 while True:
                     free = 0 if stops else at_once - len(running)
                     for job in itertools.islice(waiting, free):
@@ -190,36 +178,17 @@ class Joblib(Engine):
             raise KeyboardInterrupt
 
 
-# The signals that this worker got.
-_stops: list[int] = []
-
-
 def _in_worker(job: Job, parent: int) -> None:
     """Run one job, unless this worker was told to stop."""
-    _follow(parent)
+    signals.follow_parent(parent)
     log_to_console()
     # In a run the first signal is the run's own. This is for another, and for one between jobs.
-    for number in stop_signals():
-        signal.signal(number, lambda number, _: _stops.append(number))
+    for number in signals.stop_signals():
+        signal.signal(number, lambda number, _: signals.stopped.append(number))
     with contextlib.suppress(KeyboardInterrupt):
-        if not _stops and run_job(job) is not RunState.interrupted:
+        if not signals.stopped and run_job(job) is not RunState.interrupted:
             return
-    _stops.append(signal.SIGINT)
-
-
-@functools.cache
-def _follow(parent: int) -> None:
-    """Stop this worker's job, and then the worker, once its parent is gone."""
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-        while not _stops:  # until the run has stored its state
-            time.sleep(LOOK_S / 10)
-        os._exit(1)
-
-    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
+    signals.stopped.append(signal.SIGINT)
 
 
 # --- Ray ------------------------------------------------------------------------------------------

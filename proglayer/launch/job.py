@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +19,11 @@ import yaml
 from proglayer import files
 from proglayer.config import Config, flat_settings
 from proglayer.console import say
-from proglayer.errors import StoreError, UserError, with_type
+from proglayer.errors import FAILED, StoreError, UserError, run_command, with_type
 from proglayer.files import FolderKind
 from proglayer.run import record as records
+from proglayer.run import signals
+from proglayer.run.environment import place
 from proglayer.run.record import GitState, RunRecord, RunState
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ log = logging.getLogger(__name__)
 # A worker whose parent was killed needs so long at most to store its state.
 LOCK_WAIT_S = 20.0
 LOG = "train.log"
+# What a record says until its job ends.
+GOING = RunState.waiting, RunState.pending, RunState.running
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ def run_job(job: Job) -> RunState | None:
     What goes wrong is in the record. One that another process is at work on is left to it.
     """
     try:
+        if place().rank:
+            return follow_job(job)
         with files.sole_writer(job.folder, FolderKind.run, LOCK_WAIT_S):
             return run_locked(job)
     except UserError as error:
@@ -89,18 +99,88 @@ def run_job(job: Job) -> RunState | None:
 def run_locked(job: Job) -> RunState:
     """Run a job whose folder this process has locked, and return how it ended.
 
+    A run on several devices gets processes of its own, unless this is one of those already.
+
     Raises ConfigError where it cannot run here, and StoreError where it cannot be recorded.
     """
+    from proglayer.run.machine import processes_of
     from proglayer.run.run import run
 
     try:
         with contextlib.chdir(job.cwd), log_of(job.folder):
+            if (processes := processes_of(job.config)) > 1 and place().size == 1:
+                return _run_apart(job, processes)
             _write_hydra(job)
             return run(job.config, job.folder, job.asked, job.prune, job.worker).state
     except UserError as error:
         with contextlib.suppress(StoreError):
             records.change_state(job.folder, RunState.failed, str(error))
         raise
+
+
+def follow_job(job: Job) -> None:
+    """Take part in a job of which this process is not the first, which alone shows and writes.
+
+    Raises ConfigError where it cannot take part.
+    """
+    from proglayer.run.run import follow_run
+
+    with contextlib.chdir(job.cwd), contextlib.redirect_stdout(io.StringIO()):
+        follow_run(job.config, job.worker)
+
+
+def _run_apart(job: Job, processes: int) -> RunState:
+    """Run a job in so many processes, the death of one of which ends all; returns how it ended."""
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stop = signals.Stop()
+
+    def pass_on(number: int, frame: object, before: Any) -> None:
+        second = stop.signal is not None
+        stop.note(number, frame, before)
+        # Python prints a traceback where SIGINT meets a process that is still at its imports.
+        signals.signal_children(signal.SIGKILL if second else signal.SIGTERM)
+
+    with signals.on_signals(pass_on, once=False):
+        started = spawn(_run_member, (job, processes, port, os.getpid()), processes, join=False)
+        assert started is not None, "it is not waited for"
+        try:
+            while not started.join():
+                pass
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            how = str(error).strip().splitlines()[-1]
+            reason = f"a process of {processes} ended, and the others with it: {how}"
+            ended = RunState.interrupted if stop.signal else RunState.lost
+            records.change_state(job.folder, ended, reason, GOING)
+            if stop.signal is None and getattr(error, "exit_code", None) != FAILED:
+                log.error("%s; the same command goes on", reason)
+    state = recorded_state(job) or RunState.lost
+    if stop.requeue is not None and state is RunState.interrupted:
+        records.change_state(job.folder, RunState.preempted, None)
+        stop.requeue()
+    return state
+
+
+def _run_member(rank: int, job: Job, processes: int, port: int, parent: int) -> None:
+    """Be one of the processes of a job."""
+    os.setsid()  # a terminal's Ctrl-C comes from the parent, once
+    signals.follow_parent(parent)
+    for number in signals.stop_signals():
+        signal.signal(number, signals.end_unless_at_work)
+    where = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    log_to_console()
+
+    def work() -> None:
+        follow_job(job) if rank else run_locked(job)
+
+    status = run_command(work)
+    signals.stopped.append(signal.SIGTERM)
+    sys.exit(status)
 
 
 def recorded_state(job: Job) -> RunState | None:

@@ -68,8 +68,9 @@ def stored_of(each: Planned) -> list[StoredEpochs | None]:
 
     config, _ = machine.with_precision(each.job.config)
     device = machine.pick_device(config.device, config.precision)
-    with machine.switches(config.threads, config.precision):
-        here = machine.describe_machine(device)
+    processes = machine.processes_of(config)
+    with machine.switches(config.threads, config.precision, processes):
+        here = machine.describe_machine(device, processes)
     store = store_dir(config.store.dir)
     parent: tuple[str, int] | None = None
     stored: list[StoredEpochs | None] = [None] * len(each.setup.phases)
@@ -92,7 +93,8 @@ def print_plan(each: Planned, title: str = "plan", elsewhere: bool = False) -> N
 
     config, corpus, phases = each.job.config, each.setup.corpus, each.setup.phases
     stored: list[str] = []
-    lines = [*plan_lines(phases), unused_settings(config, phases)]
+    processes = 1 if config.devices == "auto" else config.devices
+    lines = [*plan_lines(phases, config.data.seq_len, processes), unused_settings(config, phases)]
     with contextlib.suppress(ConfigError):  # the device is another machine's
         if not elsewhere:
             lines.append(machine.with_precision(config)[1])
@@ -220,5 +222,5 @@ def prefixes(each: Planned) -> list[tuple[Any, ...]]:
     Its own stopping rule is left out, since it only reads its trajectory.
     """
     config, phases = each.job.config, each.setup.phases
-    where = config.data, config.device, config.threads
+    where = config.data, config.device, config.devices, config.threads
     return [(*where, *phases[:depth], phase.train) for depth, phase in enumerate(phases)]

@@ -6,8 +6,18 @@ from proglayer import files
 from proglayer.errors import FAILED, ConfigError
 from proglayer.files import FolderKind
 from proglayer.launch.compose import Command
-from proglayer.launch.job import Job, differing, leave_report, log_of, run_locked, submit
+from proglayer.launch.job import (
+    LOCK_WAIT_S,
+    Job,
+    differing,
+    follow_job,
+    leave_report,
+    log_of,
+    run_locked,
+    submit,
+)
 from proglayer.launch.planned import planned, print_plan
+from proglayer.run.environment import place
 from proglayer.run.record import RunState, record_of, same_settings
 
 
@@ -23,10 +33,15 @@ def run(command: Command) -> int:
     if job.config.plan:
         print_plan(planned(job, {}))
         return 0
+    if place().rank:
+        follow_job(job)
+        return 0
     machine.pick_device(job.config.device, job.config.precision)
+    # Several processes of a command that was killed need a moment to store their state.
+    wait_s = LOCK_WAIT_S if machine.processes_of(job.config) > 1 else 0.0
     check_other_run(job)
     planned(job, {})
-    with files.sole_writer(job.folder, FolderKind.run):
+    with files.sole_writer(job.folder, FolderKind.run, wait_s):
         submit(job)
         state = run_locked(job)
         if state is RunState.interrupted:

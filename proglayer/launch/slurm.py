@@ -27,9 +27,10 @@ from pydantic import ConfigDict, Field
 from proglayer import files
 from proglayer.console import counted, say
 from proglayer.errors import ConfigError, first_line
-from proglayer.launch.engines import GOING, Engine, lost, run_elsewhere
-from proglayer.launch.job import Job, recorded_state
+from proglayer.launch.engines import Engine, lost, run_elsewhere
+from proglayer.launch.job import GOING, Job, recorded_state
 from proglayer.launch.snapshot import snapshot_code
+from proglayer.run.environment import place
 from proglayer.run.record import RunState, change_state
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ FOLDER = ".slurm"
 IDS = "jobs.json"
 # Each job in the queue of this user: its number and its script.
 QUEUE = ("squeue", "--noheader", "--array", "--me", "--format=%i %o")
+# What each of several tasks of a job has to know of the others.
+GROUP = ("master_addr", "master_port", "rank", "world_size", "local_rank", "local_world_size")
 # Slurm's MaxArraySize, unless it is set, is one more.
 LONGEST_ARRAY = 1000
 # A shared file system may show a job's last files a little after Slurm tells that it ended.
@@ -57,11 +60,13 @@ class Slurm(Engine):
     timeout_min: int = Field(ge=1)
     max_num_timeout: int = Field(ge=0)
     cpus_per_task: int = Field(ge=1)
+    nodes: int = Field(default=1, ge=1)
+    tasks_per_node: int = Field(default=1, ge=1)
     setup: list[str] | None = None
 
     @property
     def threads(self) -> int | None:
-        return self.cpus_per_task
+        return self.cpus_per_task * self.nodes * self.tasks_per_node
 
     def check(self) -> None:
         """Raise ConfigError also where no Slurm answers."""
@@ -132,7 +137,15 @@ class Task:
 
     def __call__(self, job: Job) -> None:
         """Run the job. Ends the process with a status that is not 0 unless the run completed."""
+        if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+            from submitit.helpers import TorchDistributedEnvironment
+
+            given = TorchDistributedEnvironment()
+            for name in GROUP:
+                os.environ.setdefault(name.upper(), str(getattr(given, name)))
         run_elsewhere(job)
+        if place().rank:
+            return
         if recorded_state(job) is RunState.interrupted:
             _ask_why_stopped(job)
         if recorded_state(job) not in (RunState.completed, RunState.pruned):

@@ -19,11 +19,11 @@ from proglayer.config import flat_settings
 from proglayer.results.columns import SETTINGS
 
 # Two runs that differ in these alone are the same experiment with the same seed: they say where
-# and how a run works, not what it trains. Device, threads, compiler change the rounding, no more.
+# and how a run works, not what it trains. Devices, threads, compiler change the rounding, no more.
 NOT_THE_EXPERIMENT = (
     *("plan", "on_error", "objective", "report", "checkpoint_every_s", "store.dir"),
     *("logger.tensorboard", "logger.mlflow", "threads", "device", "compile", "cache_frozen"),
-    *("jobs_per_gpu", "data.cache_dir"),
+    *("jobs_per_gpu", "data.cache_dir", "devices", "join_timeout_s"),
 )
 # Where the text lies; the corpus's fingerprint, where it is known, says what it is.
 PLACE_OF_TEXT = ("data.path", "data.files")

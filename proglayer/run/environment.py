@@ -14,11 +14,27 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from proglayer.run.record import Environment, GitState
 
 PACKAGE = Path(__file__).resolve().parent.parent
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class Place(NamedTuple):
+    """Which of the processes of a run this one is, in all and of those on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def place() -> Place:
+    """Return the place that the variables of `torchrun` give this process; 0 of 1 without them."""
+    names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")
+    return Place(*(int(os.environ.get(name) or without) for name, without in names))
 
 
 def environment() -> Environment:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from proglayer.config import Config, ConfigError, Device, Precision
-from proglayer.run.environment import available_cores
+from proglayer.run.environment import available_cores, place
 from proglayer.store.entries import Machine
 
 # What computes in bfloat16 on a processor, by the names of its flags.
@@ -63,20 +63,44 @@ def with_precision(config: Config) -> tuple[Config, str | None]:
     return config.model_copy(update={"precision": picked}), line
 
 
-def describe_machine(device: torch.device) -> Machine:
+def processes_of(config: Config) -> int:
+    """How many processes share a run with these settings out, on a device each.
+
+    Raises ConfigError for more than there are devices here, or another number than that of the
+    group which this process was started in.
+    """
+    where, wanted = place(), config.devices
+    kind = pick_device(config.device, "float32").type
+    there = {"cuda": torch.cuda.device_count(), "cpu": available_cores()}.get(kind, 1)
+    if wanted == "auto":
+        wanted = where.size if where.size > 1 else there if kind == "cuda" else 1
+    if where.size not in (1, wanted):
+        raise ConfigError(
+            f"devices={wanted}: this process was started as one of {where.size} of a run "
+            f"(WORLD_SIZE={where.size}): give devices={where.size}, or auto"
+        )
+    if where.size == 1 and wanted > there:
+        one = {"cuda": "GPU", "cpu": "core"}.get(kind, f"{kind} device")
+        raise ConfigError(f"devices={wanted}: each takes a {one}, and there are {there} here")
+    return wanted
+
+
+def describe_machine(device: torch.device, processes: int = 1) -> Machine:
     """What results depend on here, bit for bit; read it inside `switches`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
-    return Machine(device.type, name, torch.get_num_threads(), str(torch.__version__))
+    threads, torch_version = torch.get_num_threads(), str(torch.__version__)
+    return Machine(device.type, name, threads, torch_version, processes)
 
 
-def places_on_gpus(config: Config) -> int | None:
-    """Return how many jobs with these settings the GPUs here have room for; None on no GPU."""
-    if pick_device(config.device, "float32").type != "cuda":
-        return None
-    return torch.cuda.device_count() * config.jobs_per_gpu
+def places(config: Config) -> int | None:
+    """Return how many jobs with these settings this machine has room for, None for any number."""
+    processes = processes_of(config)
+    if pick_device(config.device, "float32").type == "cuda":
+        return max(1, torch.cuda.device_count() * config.jobs_per_gpu // processes)
+    return None if processes == 1 else max(1, available_cores() // processes)
 
 
 @contextlib.contextmanager
@@ -99,9 +123,10 @@ def gpu_of(worker: int, device: torch.device) -> Iterator[str | None]:
 
 
 @contextlib.contextmanager
-def switches(threads: int | None, precision: Precision) -> Iterator[None]:
+def switches(threads: int | None, precision: Precision, processes: int = 1) -> Iterator[None]:
     """Set what PyTorch holds process-wide for one run, then put it back: jobs share a process.
 
+    processes: those of the run on this machine, which share its cores out.
     On a GPU sums are formed in the same order every time, as they are on a CPU without being asked.
     """
     # Modules with a property each, which no type checker knows. Not torch's `fp32_precision`:
@@ -120,7 +145,8 @@ def switches(threads: int | None, precision: Precision) -> Iterator[None]:
         back.callback(torch.use_deterministic_algorithms, strict, warn_only=lenient)
         was_filled = filling.fill_uninitialized_memory
         back.callback(setattr, filling, "fill_uninitialized_memory", was_filled)
-        torch.set_num_threads(threads or available)
+        local = place().local_size if place().size > 1 else processes
+        torch.set_num_threads(threads or max(1, available // local))
         if torch.cuda.is_available():
             # Attention's backward pass and the compiler would add up in any order there. cuBLAS
             # reads its variable when it starts, and without it may choose another way each time.

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from proglayer.console import tell
 from proglayer.errors import printable
-from proglayer.training.cost import evaluation_flops, parameter_counts, training_flops
+from proglayer.training.cost import evaluation_flops, memory, parameter_counts, training_flops
 from proglayer.training.growth import layer_sources
 from proglayer.training.plan import Phase, TrainSpec, schedule_warning
 from proglayer.training.stopping import perplexity
@@ -106,9 +106,10 @@ def plan_table(
     return shown
 
 
-def plan_lines(phases: Sequence[Phase]) -> Iterator[str]:
+def plan_lines(phases: Sequence[Phase], seq_len: int, processes: int) -> Iterator[str]:
     """Yield a line for each phase: where its layers come from, its schedule, when it stops, its
-    loss, and what its optimizer takes over. Layers count from 1; a star marks a new one.
+    loss, what its optimizer takes over, and what each of so many devices holds. Layers count from
+    1; a star marks a new one.
     """
     before = 0
     for phase in phases:
@@ -130,6 +131,9 @@ def plan_lines(phases: Sequence[Phase]) -> Iterator[str]:
         if train.layer_drop:
             said.append("layers dropped " + " ".join(f"{often:.2g}" for often in train.layer_drop))
         said.append(f"carry {train.optimizer.carry}")
+        held = memory(train, seq_len, processes)
+        each = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in held.items())
+        said.append(f"{-(-train.batch_size // processes)} windows a batch on each device, {each}")
         yield f"{phase.index + 1} {phase.name}: {'; '.join(said)}"
 
 

@@ -22,7 +22,7 @@ from proglayer.data.pretrained import Pretrained
 from proglayer.errors import ConfigError, StoreError, UserError, with_type
 from proglayer.run import machine
 from proglayer.run import record as records
-from proglayer.run.environment import environment, git_state
+from proglayer.run.environment import environment, git_state, place
 from proglayer.run.loggers import Loggers
 from proglayer.run.progress import RunDisplay
 from proglayer.run.record import WEIGHTS, RunRecord, RunState
@@ -33,11 +33,12 @@ from proglayer.store.checkpoint import Tensors, load_model
 from proglayer.store.entries import open_store
 from proglayer.store.trajectory import Hooks, Interrupted, Trajectory
 from proglayer.training.build import build, grow, restored
+from proglayer.training.group import Broken, Group, joined
 from proglayer.training.model import Model
 from proglayer.training.optim import carried_tensors
 from proglayer.training.plan import Phase
 from proglayer.training.stopping import EpochMetrics, follow
-from proglayer.training.trainer import Diverged, Progress
+from proglayer.training.trainer import Diverged, Progress, follow_orders
 from proglayer.training.unused import unused_settings
 
 log = logging.getLogger(__name__)
@@ -74,21 +75,17 @@ def run(
     config, picked = machine.with_precision(config)
     if picked:
         tell(picked)
-    device = machine.pick_device(config.device, config.precision)
-    with (
-        machine.switches(config.threads, config.precision),
-        machine.gpu_of(worker, device) as gpu,
-    ):
+    with on_devices(config, worker) as (device, gpu, group):
         record = RunRecord(
             state=RunState.running,
             started=records.now(),
             config=config.model_dump(mode="json"),
             environment=environment(),
-            machine=machine.describe_machine(device),
+            machine=machine.describe_machine(device, group.size if group else 1),
             gpu=gpu,
             **{"git": git_state(), **(asked or {})},
         )
-        with session(config, folder, record, prune) as current:
+        with session(config, folder, record, prune, group) as current:
             setup = prepare(config, record)
             last = None
             with current.at_work():
@@ -98,6 +95,36 @@ def run(
             record.weights_sha256 = keep_weights(last, folder)
             record.objective = records.objective_of(config.objective, record)
     return record
+
+
+def follow_run(config: Config, worker: int) -> None:
+    """Take part in a run of which this process is not the first: it has no folder and no store.
+
+    Raises ConfigError where it cannot take part.
+    """
+    stop, config = Stop(), machine.with_precision(config)[0]
+    with on_devices(config, worker) as (device, _, group), stop.listening():
+        assert group is not None, "there is a first"
+        group.stop = stop
+        setup = set_up(config, {})
+        # A signal, a loss that is not finite: the first tells of it.
+        with contextlib.suppress(Broken):
+            follow_orders(group, [phase.train for phase in setup.phases], setup.corpus, device)
+
+
+@contextlib.contextmanager
+def on_devices(
+    config: Config, worker: int
+) -> Iterator[tuple[torch.device, str | None, Group | None]]:
+    """Give the device of this process, the name of its GPU, and the group that it joins, if any."""
+    device, where = machine.pick_device(config.device, config.precision), place()
+    processes = machine.processes_of(config)
+    with (
+        machine.switches(config.threads, config.precision, processes),
+        machine.gpu_of(worker * where.local_size + where.local_rank, device) as gpu,
+        joined(device, config.join_timeout_s) if processes > 1 else contextlib.nullcontext() as of,
+    ):
+        yield device, gpu, of
 
 
 def prepare(config: Config, record: RunRecord) -> Setup:
@@ -142,6 +169,7 @@ def train_phase(phase: Phase, previous: Ended | None, setup: Setup, current: Ses
         hooks=current.hooks,
         carried=functools.partial(carried_moments, phase, previous),
         keep_optimizer=any(after.train.optimizer.carry != "none" for after in following),
+        group=current.group,
     )
 
     lowest = math.inf
@@ -246,6 +274,7 @@ class Session:
     watch: CoreWatch
     loggers: Loggers
     prune: Prune | None
+    group: Group | None = None
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -263,8 +292,9 @@ class Session:
     def _step(self, progress: Progress) -> None:
         self.display.step(progress)
         assert self.record.machine is not None, "the run has begun"
-        on_processor = self.record.machine.device == "cpu"
-        if on_processor and (line := self.watch.step(first=progress.step <= 1)):
+        # Processes of a group wait for each other, which looks like a want of cores.
+        watched = self.record.machine.device == "cpu" and self.group is None
+        if watched and (line := self.watch.step(first=progress.step <= 1)):
             tell(line)
 
     def add(self, epoch: records.EpochRow) -> None:
@@ -286,7 +316,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(
-    config: Config, folder: Path, record: RunRecord, prune: Prune | None
+    config: Config, folder: Path, record: RunRecord, prune: Prune | None, group: Group | None
 ) -> Iterator[Session]:
     """Surround the walk through a run's phases: from here on every end is in its record.
 
@@ -300,10 +330,11 @@ def session(
     for name in (records.METRICS, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     loggers = Loggers(config.logger, folder, record)
+    if group is not None:
+        group.stop = stop
     try:
-        yield Session(
-            config, folder, record, store, RunDisplay(), stop, CoreWatch(), loggers, prune
-        )
+        shown = RunDisplay(), stop, CoreWatch(), loggers
+        yield Session(config, folder, record, store, *shown, prune, group)
         record.state = RunState.completed
     except Interrupted as error:
         record.state = RunState.preempted if stop.requeue else RunState.interrupted

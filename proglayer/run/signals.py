@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+# How often a process looks whether its parent lives.
+LOOK_S = 1.0
+# In a process that works for another one: the signals that what it does has seen.
+stopped: list[int] = []
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
@@ -56,6 +62,39 @@ def on_signals(act: Callable[[int, object, Any], object], once: bool = True) -> 
             signal.signal(number, handler)
 
 
+def signal_children(number: int) -> None:
+    """Send a signal to each process that this one started by multiprocessing and that is there."""
+    for child in multiprocessing.active_children():
+        if child.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, number)
+
+
+@functools.cache
+def follow_parent(parent: int) -> None:
+    """Once the parent of this process is gone, stop what it does, and it as soon as `stopped` has a
+    signal: then its state is stored.
+    """
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stopped:
+            time.sleep(LOOK_S / 10)
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
+
+
+def end_unless_at_work(number: int, _: object) -> None:
+    """Be the handler of a process that a signal ends at once, but for a run's own, which notes it:
+    a second one to a process that stores its state changes nothing.
+    """
+    if signal.getsignal(number) is end_unless_at_work:
+        os._exit(128 + number)
+
+
 def interrupt(*_: object) -> NoReturn:
     """Act as Ctrl-C does: raises KeyboardInterrupt."""
     raise KeyboardInterrupt
@@ -76,9 +115,10 @@ class Stop:
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
         """Note the first signal while the block lasts; a second one ends the process at once."""
-        return on_signals(self._note)
+        return on_signals(self.note)
 
-    def _note(self, number: int, frame: object, before: Any) -> None:
+    def note(self, number: int, frame: object, before: Any) -> None:
+        """Take note of a signal, as `on_signals` has it."""
         self.signal = signal.Signals(number).name
         ours = str(getattr(before, "__module__", "")).startswith("proglayer.")
         if callable(before) and not ours and self.signal.startswith("SIGUSR"):

@@ -35,6 +35,7 @@ from filelock import FileLock
 
 from proglayer import files
 from proglayer.files import RUN_FILE, SWEEP_FILE, FolderKind
+from proglayer.training.architecture import later
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,16 @@ MARK = b"The trained phases of proglayer: a cache. `python -m proglayer.store pr
 
 @dataclass(frozen=True)
 class Machine:
-    """What the bits of a result depend on besides the phase and the corpus."""
+    """What the bits of a result depend on besides the phase and the corpus.
+
+    processes: those that share each batch out, on a device each.
+    """
 
     device: str | None
     device_name: str | None
     threads: int | None
     torch: str | None
+    processes: int = later(1)
 
 
 def open_store(store: Path) -> None:

@@ -32,6 +32,7 @@ from proglayer.store.checkpoint import (
 from proglayer.store.entries import FORMAT, Entry, Machine, key_of
 from proglayer.training.architecture import keyed
 from proglayer.training.build import restored
+from proglayer.training.group import Group
 from proglayer.training.model import Model
 from proglayer.training.plan import Phase, TrainSpec
 from proglayer.training.stopping import EpochMetrics, best_of, follow
@@ -76,6 +77,8 @@ class Trajectory:
     carried: returns what the optimizer starts with (see `optim.carried_tensors`).
     keep_optimizer: whether its state at selectable epochs is stored, for a later phase that takes
         it over.
+    group: the processes that training and evaluation are shared out to, of which this one is the
+        first.
     """
 
     store: Path
@@ -89,6 +92,7 @@ class Trajectory:
     hooks: Hooks
     carried: Callable[[], Tensors] = dict
     keep_optimizer: bool = False
+    group: Group | None = None
 
     def __post_init__(self) -> None:
         self.description = describe(
@@ -195,7 +199,7 @@ class Trajectory:
 
         def evaluated() -> dict[str, Any]:
             last = [self.phase.train.exits - 1]
-            (metrics,) = self._evaluate(self._model(selected), last, tokens=self.corpus.test)
+            (metrics,) = self._evaluate(self._model(selected), last, on_test=True)
             return asdict(metrics)
 
         return ExitMetrics(**self._plain(name, evaluated))
@@ -316,7 +320,7 @@ class Trajectory:
         number = training.epoch + 1
         started = time.perf_counter()
         last, frozen = self.phase.train.exits - 1, training.frozen_validation
-        (exit,) = self._evaluate(training.model, [last], frozen=frozen)
+        (exit,) = self._evaluate(training.model, [last], frozen=frozen, shared=True)
         evaluation_seconds = time.perf_counter() - started
         if not math.isfinite(exit.loss):
             raise Diverged(
@@ -370,8 +374,11 @@ class Trajectory:
     # -- evaluation -------------------------------------------------------------------------------
 
     def _evaluate(self, model: Model, exits: Sequence[int], **how: Any) -> list[ExitMetrics]:
-        how["between_batches"] = self._check_stop
-        return evaluate(model, self.phase.train, self.corpus, self.device, exits, **how)
+        how["between_batches"] = self._check_stop if self.group is None else None
+        how["group"] = self.group
+        metrics = evaluate(model, self.phase.train, self.corpus, self.device, exits, **how)
+        self._check_stop()
+        return metrics
 
     def _model(self, epoch: int) -> Model:
         train = self.phase.train
@@ -396,12 +403,15 @@ class Trajectory:
         """Return training in the last stored state up to `latest`, else at the start."""
         self._checkpointed = time.monotonic()
         model = self.start()
-        training = Training(model, self.phase.train, self.corpus, self.device, self.carried())
+        where = self.corpus, self.device, self.carried(), self.group
+        training = Training(model, self.phase.train, *where)
         for position in reversed(self._states()):
             if position <= latest and (content := self.entry.read(_state_name(position))):
                 load_training(training, content)
                 training.epoch, training.step = position
                 break
+        if self.group is not None:
+            training.call_others()
         return training
 
     def _states(self) -> list[Position]:
@@ -454,7 +464,7 @@ def describe(
         "parent": {"key": parent[0], "epoch": parent[1]} if parent else "fresh",
         "phase": keyed(train),
         "corpus": fingerprint,
-        "machine": asdict(machine),
+        "machine": keyed(machine),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from proglayer.training.plan import TrainSpec
@@ -29,6 +30,20 @@ def parameter_counts(spec: TrainSpec) -> Counts:
     trainable += sizes.embedding * (spec.rates.embedding is not None)
     trainable += head * (spec.rates.head is not None)
     return Counts(sizes.embedding + head + sizes.layer * spec.layers, trainable)
+
+
+def memory(spec: TrainSpec, seq_len: int, processes: int = 1) -> dict[str, int]:
+    """Bytes on each of so many devices: of weights, gradients and moments, and, about, of what
+    layers keep for the backward pass (`activations`). The loss keeps a buffer of its own.
+    """
+    counts, sizes, dim = parameter_counts(spec), spec.architecture.sizes, spec.architecture.dim
+    size = 2 if getattr(spec.architecture, "dtype", None) == "bfloat16" else 4
+    layers = min(spec.last_read + 1, spec.layers) - max(0, spec.lowest_trained)
+    layer = 6 * dim + 4 * sizes.attention + 4 * sizes.hidden
+    kept = layers * dim + layer if spec.checkpoint_activations else layers * layer
+    tokens = seq_len * math.ceil(spec.batch_size / processes / spec.accumulate)
+    trains = {"gradients": counts.trainable * size, "moments": 2 * counts.trainable * size}
+    return {"weights": counts.total * size, **trains, "activations": tokens * kept * size}
 
 
 def training_flops(spec: TrainSpec, seq_len: int, train_windows: int, epoch: int = 1) -> Flops:

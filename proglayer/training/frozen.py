@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from proglayer.training.group import Group
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec
 
@@ -50,10 +51,13 @@ class FrozenStates:
     """Hidden states at the exits below the first layer that trains, for all windows.
 
     exits: those to be read; the one that the first trained layer starts from is kept as well.
+    group: each of its processes keeps those of its own windows (`Group.share`).
     """
 
-    def __init__(self, spec: TrainSpec, exits: Sequence[int], windows: Windows) -> None:
-        self.spec, self.windows = spec, windows
+    def __init__(
+        self, spec: TrainSpec, exits: Sequence[int], windows: Windows, group: Group | None = None
+    ) -> None:
+        self.spec, self.windows, self.group = spec, windows, group
         self.first = min(spec.lowest_trained, 1 + max(exits))
         self.above = max(exits) >= self.first
         self.kept = [e for e in range(self.first) if e in exits or e == self.first - 1]
@@ -66,7 +70,8 @@ class FrozenStates:
         """
         if self._states is None:
             self._states = self._compute(model)
-        found = {e: kept[window_n] for e, kept in zip(self.kept, self._states, strict=True)}
+        place_n = window_n if self.group is None else window_n // self.group.size
+        found = {e: kept[place_n] for e, kept in zip(self.kept, self._states, strict=True)}
         if self.above:
             above = model.layers_from(self.first, found[self.first - 1])
             found |= dict(enumerate(above, start=self.first))
@@ -75,13 +80,16 @@ class FrozenStates:
     @torch.no_grad()
     def _compute(self, model: Model) -> list[Tensor]:
         states: list[Tensor] = []
-        for window_n in torch.arange(len(self.windows)).split(self.spec.batch_size):
-            x_ntd = model.embed(self.windows.batch(window_n)[0])
+        own = torch.arange(len(self.windows))
+        if self.group is not None:
+            own = self.group.share(own, own=True)
+        for place_n in torch.arange(len(own)).split(self.spec.batch_size):
+            x_ntd = model.embed(self.windows.batch(own[place_n])[0])
             below = model.layers_from(0, x_ntd, self.first)
             hidden_entd = [below[e] for e in self.kept]
             if not states:
                 with torch.inference_mode(False):
-                    states = [x.new_empty(len(self.windows), *x.shape[1:]) for x in hidden_entd]
+                    states = [x.new_empty(len(own), *x.shape[1:]) for x in hidden_entd]
             for kept, hidden_ntd in zip(states, hidden_entd, strict=True):
-                kept[window_n] = hidden_ntd
+                kept[place_n] = hidden_ntd
         return states

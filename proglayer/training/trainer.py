@@ -10,20 +10,20 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from proglayer.data.corpus import Corpus
 from proglayer.errors import UserError
-from proglayer.training.build import stream
+from proglayer.training.build import restored, stream
 from proglayer.training.frozen import FrozenStates, Windows
+from proglayer.training.group import Group
 from proglayer.training.growth import gate_value
 from proglayer.training.loss import ExitScores, Workspace, evaluate_exits, linear_cross_entropy
 from proglayer.training.model import Model
-from proglayer.training.optim import build_optimizer, set_rates, start_from
+from proglayer.training.optim import build_optimizer, optimizer_tensors, set_rates, start_from
 from proglayer.training.plan import Role, TrainSpec
 from proglayer.training.recorded import RecordedSteps
 
@@ -66,6 +66,8 @@ class Training:
 
     `epoch` counts finished epochs, `step` the optimizer steps of the one under way, and `loss_sum`
     its summed loss (tokens x nats). `seconds` is its training time so far.
+
+    group: the processes that it is shared out to, all in the same state: see `follow_orders`.
     """
 
     # Whether steps on a GPU may become CUDA graphs.
@@ -79,8 +81,9 @@ class Training:
         corpus: Corpus,
         device: torch.device,
         carried: dict[str, Tensor] | None = None,
+        group: Group | None = None,
     ) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.device, self.group = spec, device, group
         self.model = model.to(device)
         self.model.checkpoint_activations = spec.checkpoint_activations
         self.optimizer = build_optimizer(self.model, spec)
@@ -98,12 +101,13 @@ class Training:
         self.frozen = self.frozen_validation = None
         if spec.cache_frozen and device.type == "cpu":
             read = [e for e, weight in enumerate(spec.exit_weights) if weight > 0]
-            self.frozen = FrozenStates(spec, read, self.windows)
+            self.frozen = FrozenStates(spec, read, self.windows, group)
             held = Windows(corpus.validation, device)
-            self.frozen_validation = FrozenStates(spec, [spec.exits - 1], held)
+            self.frozen_validation = FrozenStates(spec, [spec.exits - 1], held, group)
         self.workspace = Workspace()
         self.recorded = None
-        if self.records and device.type == "cuda" and spec.accumulate == 1 and not spec.compile:
+        alone = device.type == "cuda" and group is None
+        if self.records and alone and spec.accumulate == 1 and not spec.compile:
             self.recorded = RecordedSteps(self.trainable, self.workspace, device)
         self.steps_per_epoch = spec.steps_per_epoch(len(corpus.train))
         self.epoch, self.step, self.seconds = 0, 0, 0.0
@@ -116,15 +120,20 @@ class Training:
 
         `after_step` is called when the state is whole; it may raise to stop here. Raises Diverged
         when the loss is no longer finite, looked at every second (elsewhere than on the CPU every
-        minute, as a look waits for the device) and at the end.
+        minute, as a look waits for the device) and at the end. Of a group the first looks alone;
+        the others return early where it has left.
         """
-        spec, model = self.spec, self.model
+        spec, model, group = self.spec, self.model, self.group
+        if group is not None and group.rank == 0:
+            group.order("epoch", self.epoch)
         model.train()
         order = self.order()
         looked = time.perf_counter()
         look_every_s = LOOK_EVERY_S if self.device.type == "cpu" else LOOK_EVERY_ON_DEVICE_S
         started, seconds_before, first_step = looked, self.seconds, self.step
         while self.step < self.steps_per_epoch:
+            if group is not None and not group.meet():
+                return
             batch = order[self.step * spec.batch_size : (self.step + 1) * spec.batch_size]
             done = self.epoch * self.steps_per_epoch + self.step
             set_rates(self.optimizer, spec.schedule.factor(done, self.steps_per_epoch))
@@ -133,15 +142,25 @@ class Training:
 
             for parameter in self.trainable:
                 parameter.grad = None
-            for part in batch.tensor_split(min(spec.accumulate, len(batch))):
+            own, loss_sum = batch, self.loss_sum
+            if group is not None:
+                own = group.share(batch, own=self.frozen is not None)
+                loss_sum = torch.zeros_like(self.loss_sum)
+            every = spec.exit_weights_at(done, self.steps_per_epoch)
+            for part in own.tensor_split(min(spec.accumulate, len(own))) if len(own) else ():
                 share = len(part) / len(batch)
-                every = spec.exit_weights_at(done, self.steps_per_epoch)
                 weights = [share * weight for weight in every]
                 if self.recorded is not None and model.gate is None and not spec.layer_drop:
                     loss = self.recorded(self.backward, part, weights)
                 else:
                     loss = self.backward(part, weights)
-                self.loss_sum += loss * (len(batch) * self.windows.seq_len)
+                loss_sum += loss * (len(batch) * self.windows.seq_len)
+            if group is not None:
+                if not len(own):  # gradients of 0, of what has some elsewhere
+                    self.backward(torch.tensor([group.rank]), every)
+                    for grad in (p.grad for p in self.trainable if p.grad is not None):
+                        grad.zero_()
+                self.loss_sum += group.reduce(self.trainable, loss_sum)
             model.dropped = ()
             if spec.growth is not None and self.epoch == 0 and self.step < SHARE_STEPS:
                 self.gradient_shares.append(gradient_share(self.optimizer))
@@ -150,9 +169,12 @@ class Training:
             self.optimizer.step()
 
             self.step += 1
+            if group is not None:
+                group.stepped(more=self.step < self.steps_per_epoch)
             now = time.perf_counter()
             mean = None
-            if now - looked > look_every_s or self.step == self.steps_per_epoch:
+            due = now - looked > look_every_s or self.step == self.steps_per_epoch
+            if due and (group is None or group.rank == 0):
                 mean = self.check_finite()
                 # Elsewhere than on the CPU that took as long as the steps on their way there.
                 looked = now = time.perf_counter()
@@ -217,6 +239,13 @@ class Training:
                 workspace=self.workspace,
             ).loss
 
+    def call_others(self) -> None:
+        """Have the others of the group begin in the state in which this one is."""
+        assert self.group is not None, "there are others"
+        state = {"loss_sum/": self.loss_sum} | self.model.state_dict()
+        state |= optimizer_tensors(self.optimizer)  # a / is in each of their names
+        self.group.order("start", self.spec.index, self.epoch, self.step, tensors=state)
+
     def finish_epoch(self) -> tuple[float, float]:
         """Close the epoch under way; gives its mean training loss and its seconds."""
         result = self.check_finite(), self.seconds
@@ -250,14 +279,23 @@ def evaluate(
     exits: Sequence[int],
     between_batches: Callable[[], None] | None = None,
     frozen: FrozenStates | None = None,
-    tokens: np.ndarray | None = None,
+    on_test: bool = False,
+    group: Group | None = None,
+    shared: bool = False,
 ) -> list[ExitMetrics]:
     """Loss and accuracy at each of `exits`, over all validation windows, in one pass.
 
     `frozen` are hidden states of the validation windows that are kept, where they hold `exits`.
-    With `tokens`, (n, t + 1), it is over these windows instead.
+    on_test: over the windows of the test text instead.
+    group: each of its processes takes a share, less of it where a signal comes. shared: all have
+        this model, as the one that they train, and what is kept.
     """
-    windows = Windows(corpus.validation if tokens is None else tokens, device)
+    if group is not None and group.rank == 0:
+        how = spec.index, [*exits], on_test, model.gate is not None
+        group.order("evaluate", *how, tensors={} if shared else model.state_dict())
+    tokens = corpus.test if on_test else corpus.validation
+    assert tokens is not None, "there is such a text"
+    windows = Windows(tokens, device)
     workspace = Workspace()
     model.eval()
     scores: list[ExitScores] = []
@@ -266,22 +304,59 @@ def evaluate(
         if device.type != "cpu":
             # Few launches; what is kept of a batch are hidden states.
             size = max(size, TOKENS_ON_DEVICE // windows.seq_len)
-        for batch in torch.arange(len(windows)).split(size):
+        own = torch.arange(len(windows))
+        if group is not None:
+            own = group.share(own, own=True)
+        for batch in own.split(size) if len(own) else ():
             input_nt, target_nt = windows.batch(batch)
             with autocast(spec, device):
                 hidden_entd = model(input_nt) if frozen is None else frozen.hidden(model, batch)
                 states = [model.read(hidden_entd[e]).flatten(0, 1) for e in exits]
                 target_n = target_nt.reshape(-1)
                 scores += [evaluate_exits(states, model.head_weight, target_n, workspace=workspace)]
+            if group is not None and group.stop.signal is not None:
+                break
             if between_batches is not None:
                 between_batches()
-    nll_e = functools.reduce(torch.add, [score.nll_e for score in scores])
-    correct_e = functools.reduce(torch.add, [score.correct_e for score in scores])
+    zero_e = torch.zeros(len(exits), dtype=torch.int64, device=device)
+    nll_e = functools.reduce(torch.add, [score.nll_e for score in scores], zero_e)
+    correct_e = functools.reduce(torch.add, [score.correct_e for score in scores], zero_e)
+    if group is not None:
+        nll_e, correct_e = group.sum(torch.stack([nll_e.double(), correct_e.double()]))
     count = len(windows) * windows.seq_len
     return [
         ExitMetrics(e, nll / count, correct / count)
         for e, nll, correct in zip(exits, nll_e.tolist(), correct_e.tolist(), strict=True)
     ]
+
+
+def follow_orders(
+    group: Group, specs: Sequence[TrainSpec], corpus: Corpus, device: torch.device
+) -> None:
+    """Do what the first process of the group orders: train and evaluate phases of these `specs`."""
+    training: Training | None = None
+    for what, about, tensors in group.orders():
+        if what == "epoch":
+            assert training is not None, "it was started"
+            while training.epoch < about[0]:
+                training.finish_epoch()
+            training.train_epoch()
+            continue
+        spec, model, frozen = specs[about[0]], None, None
+        if weights := {name: tensor for name, tensor in tensors.items() if "/" not in name}:
+            model = restored(spec.layers, asdict(spec.architecture), weights).to(device)
+        elif training is not None:
+            model, frozen = training.model, training.frozen_validation
+        assert model is not None, "it was sent, or is in training"
+        if what == "start":
+            training = Training(model, spec, corpus, device, tensors, group)
+            _, training.epoch, training.step = about
+            training.loss_sum = tensors["loss_sum/"]
+        else:
+            _, exits, on_test, gated = about
+            if gated:
+                set_gate(model, spec, step=0, steps_per_epoch=1)
+            evaluate(model, spec, corpus, device, exits, None, frozen, on_test, group)
 
 
 def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:

@@ -81,7 +81,11 @@ def test_workers_share_out_the_gpus_by_their_numbers(monkeypatch: pytest.MonkeyP
         with machine.gpu_of(worker, torch.device("cuda")) as gpu:
             assert gpu == "GPU-a"
     assert used == [0, 1, 2, 0, 1, 2]
-    assert machine.places_on_gpus(config("device=cuda", "jobs_per_gpu=2")) == 6
-    assert machine.places_on_gpus(config("device=cpu", "jobs_per_gpu=2")) is None
+    assert machine.places(config("device=cuda", "jobs_per_gpu=2")) == 6
+    assert machine.places(config("device=cuda", "jobs_per_gpu=2", "devices=2")) == 3
+    assert machine.places(config("device=cuda", "devices=auto")) == 1
+    assert machine.places(config("device=cpu", "jobs_per_gpu=2")) is None
+    monkeypatch.setattr(machine, "available_cores", lambda: 8)
+    assert machine.places(config("device=cpu", "devices=2")) == 4
     with machine.gpu_of(5, torch.device("cpu")) as gpu:
         assert gpu is None

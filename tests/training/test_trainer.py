@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from proglayer.training.build import build, grow
-from proglayer.training.cost import training_flops
+from proglayer.training.cost import memory, training_flops
 from proglayer.training.optim import build_optimizer, role_of, set_trainable
 from proglayer.training.plan import TrainSpec, plan
 from proglayer.training.stopping import EpochMetrics, StoppingRule, StopReason, follow
@@ -19,6 +19,8 @@ from proglayer.training.trainer import Diverged, Training, evaluate
 
 from ..helpers import config, experiments
 from .tiny import CORPUS, CPU, begun, planned, trained
+
+LLAMA = ("model=causal_lm", "model.family=llama")
 
 
 def epochs_with(perplexities: list[float]) -> Iterator[EpochMetrics]:
@@ -295,3 +297,27 @@ def test_the_schedule_reaches_the_optimizer() -> None:
     rates = []
     training.train_epoch(lambda _: rates.append(training.optimizer.param_groups[0]["lr"]))
     assert rates == pytest.approx([0.005, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("model", [(), ("model.norm=pre",), LLAMA])
+def test_a_plan_says_what_layers_keep_for_the_backward_pass(model: tuple[str, ...]) -> None:
+    if model is LLAMA:
+        pytest.importorskip("transformers")
+    kept, said = [], []
+    for layers in (2, 4):
+        (spec, _) = planned(*model, f"initial_layers={layers}", "model.dim=64")
+        training = begun(spec)
+        weights = {parameter.data_ptr() for parameter in training.model.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = training.model(training.windows.batch(torch.arange(8))[0])
+        kept.append(sum(size for place, size in saved.items() if place not in weights))
+        said.append(memory(spec, 8, processes=2)["activations"])
+        assert hidden
+    assert said[1] - said[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
