@@ -45,7 +45,9 @@ BLOCK_BYTES = 2**20
 # Files of rows, and the builders of `datasets` that read them.
 ROW_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # How files begin that are text to a decoder, and markup to a reader.
-MARKUP = ("<!doctype html", "<html", "{\\rtf", "%pdf-")
+MARKUP = re.compile(
+    r"(?is)(?>\s+|<\?xml(?>.*?\?>)|<!--(?>.*?-->))*+(<!doctype html|<html|\{\\rtf|%pdf-)"
+)
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ def _decoded(path: Path, first: int, end: int | None) -> Iterator[str]:
                 piece = decoder.decode(block, final=not block)
                 if "\0" in piece:
                     raise UnicodeError("it is binary, or in another encoding")
-                if file.tell() == len(block) and piece.lstrip().lower().startswith(MARKUP):
+                if file.tell() == len(block) and MARKUP.match(piece):
                     raise UnicodeError("it is HTML, RTF or PDF")
             last = piece[-1:] or last
             yield piece

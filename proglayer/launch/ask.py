@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import secrets
+import traceback
 from collections.abc import Iterable, Sequence
 
 from hydra._internal.utils import get_args_parser
@@ -134,6 +136,12 @@ def in_one_line(error: BaseException) -> str:
             return _unreadable(cause.override)
         if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
             return f"{cause.problem_mark.name}, line {cause.problem_mark.line + 1}: {cause.problem}"
+        if isinstance(cause, UnicodeDecodeError):
+            frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+            known = [own for frame in frames for own in frame.f_locals.values()]
+            names = [own.name for own in known if isinstance(own, io.TextIOWrapper)]
+            if names:
+                return f"{names[-1]} is not in UTF-8 ({first_line(cause)})"
         if isinstance(cause, MissingConfigException) and cause.options:
             group, _, choice = str(cause.missing_cfg_file).rpartition("/")
             close = difflib.get_close_matches(SYNONYMS.get(choice, choice), cause.options, 1)

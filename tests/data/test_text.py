@@ -55,6 +55,7 @@ def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
     [
         "so many words".encode("utf-16-le"),
         "<!DOCTYPE html>\n<html><body>so many words",
+        '<?xml version="1.0"?>\n<!-- a page -->\n<HTML xmlns="x">so many words',
         "{\\rtf1\\ansi so many words}",
         b"PK\x03\x04\x14\0\x08",
         gzip.compress(b"words " * 99),
