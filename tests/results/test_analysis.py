@@ -39,6 +39,8 @@ def test_each_analysis_takes_six_lines_at_most_and_runs(
     exec(begin, names)
     for code in analyses:
         assert len(code.splitlines()) <= 6
+        on_validation = "results.exits" in code or "results.phases" in code
+        assert ("validation" in code) == on_validation
         exec(code, names)
     runs = load(folder).runs
     own = runs[(runs["variant"] == "wider") & (runs["model"] == "standard")].set_index("seed")
