@@ -135,7 +135,7 @@ class Comparison:
 
     @property
     def settled(self) -> bool:
-        """Whether it came out as better, worse, or the same within the margin."""
+        """Whether it came out as better, worse, or equivalent."""
         return self.verdict not in (stats.Verdict.unclear, stats.Verdict.untested)
 
     @property

@@ -117,21 +117,24 @@ def worth(runs: Frame, measured: Mapping[str, Measured] | None = None) -> Worth:
 
 
 def needed(found: Worth) -> Frame:
-    """Return how few layers each arm needs to predict within WITHIN_POINTS as well as with all.
+    """Return with how few layers each arm loses at most WITHIN_POINTS against all of them.
 
     Returns:
         `variant`, `model`, `seeds`, `layers` (used, the mean over tokens and seeds), `threshold`
-        (the confidence from which on a guess is taken), `of_layers`, `accuracy_percent` (with all
-        of them), `accepted_percent` (of the first exit's guesses, by the last).
+        (the confidence from which on a guess is taken), `early_percent` (the accuracy then),
+        `of_layers`, `accuracy_percent` (with all of them), `accepted_percent` (of the first exit's
+        guesses, by the last).
     """
     rows = []
     for (variant, model), arm in found.early_exit.groupby(["variant", "model"], sort=False):
         exits = found.exits[found.exits["run"].isin(arm["run"])]
         whole = float(exits.groupby("run")["accuracy_percent"].last().mean())
         means = arm.groupby("threshold")[["layers", "accuracy_percent"]].mean()
-        fewest = means.loc[means["accuracy_percent"] >= whole - WITHIN_POINTS, "layers"]
+        enough = means[means["accuracy_percent"] >= whole - WITHIN_POINTS]
+        at = enough["layers"].idxmin()
         first = exits.loc[exits["layer"] == exits["layer"].min(), "accepted_percent"].mean()
-        uses = {"layers": fewest.min(), "threshold": fewest.idxmin()}
+        uses = {"layers": enough["layers"][at], "threshold": at}
+        uses["early_percent"] = enough["accuracy_percent"][at]
         of = {"of_layers": exits["layer"].max(), "accuracy_percent": whole}
         arms = {"variant": variant, "model": model, "seeds": arm["seed"].nunique()}
         rows.append(arms | uses | of | {"accepted_percent": first})

@@ -1,4 +1,4 @@
-"""What arms spent and what they got for it, what growing did at once, and when it is best.
+"""What arms spent and what they got for it, the immediate effect of growth, and when it is best.
 
 Three currencies: training tokens, floating-point operations of training (with the output head and
 without it, for the head of a large vocabulary outweighs every layer), and seconds of training and

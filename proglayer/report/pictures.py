@@ -315,12 +315,13 @@ def timing(name: str, of: Timing) -> Picture:
 
 def exits(worth: Worth, slug: str = "") -> list[Picture]:
     """Draw what exits are worth: early exit, and the loss without each layer; an arm a line."""
-    used, layer = "layers used, mean over tokens", "layer"
     changed = worth.changed_layers
     left_out = changed[changed["change"] == "left out"] if len(changed) else changed
+    percent, rise = "validation accuracy (%)", "rise of the validation loss (nats)"
+    used = "layers used, mean over tokens"
     shown = (
-        (worth.early_exit, "layers", "accuracy_percent", "Early exit", used, "accuracy (%)"),
-        (left_out, "layer", "loss_rise", "A layer left out", layer, "rise of the loss (nats)"),
+        (worth.early_exit, "layers", "accuracy_percent", "Early exit", used, percent),
+        (left_out, "layer", "loss_rise", "A layer left out", "layer", rise),
     )
     drawn = []
     for frame, x, y, title, *labels in shown:

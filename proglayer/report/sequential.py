@@ -104,10 +104,10 @@ def median_unbiased(pairs: stats.Pairs, design: Design, look: int, family: int) 
     """Estimate a difference that stopped a study at look number `look`, in the unit of the pairs.
 
     A study that stops when a difference is large enough finds it too large on average. This is the
-    difference (in standard deviations, times that observed) with which half of all studies would
-    come out as this one or further up: settled upwards at an earlier look, or not settled before
-    and as far up at this one (the ordering by stages of Tsiatis, Rosner & Mehta 1984; Jennison &
-    Turnbull 2000, 8.4). The share is that of studies drawn with a fixed seed.
+    difference with which half of all studies, of the spread observed, would come out as this one
+    or further up: settled upwards at an earlier look, or not before and with a mean as far up at
+    this one (the ordering by stages of Tsiatis, Rosner & Mehta 1984; Jennison & Turnbull 2000,
+    8.4). The share is that of studies drawn with a fixed seed. At the first look it is the mean.
     """
     if pairs.constant:
         return pairs.mean
@@ -119,18 +119,17 @@ def median_unbiased(pairs: stats.Pairs, design: Design, look: int, family: int) 
     drawn = np.random.default_rng(0).standard_normal((DRAWS, pairs.n))
     means = np.stack([drawn[:, :n].mean(axis=1) for n in sizes], axis=1)
     errors = [drawn[:, :n].std(axis=1, ddof=1) / np.sqrt(n) for n in sizes]
-    found = abs(pairs.mean) * np.sqrt(pairs.n) / pairs.sd
+    found = abs(pairs.mean) / pairs.sd
 
     def excess(true: float) -> float:
         tests = (means + true) / np.stack(errors, axis=1)
-        ended = np.abs(tests) >= least
-        ended[:, -1] = True
-        first = ended.argmax(axis=1)
-        end = tests[np.arange(DRAWS), first]
-        return float(np.mean((end > 0) & ((first < look) | (end >= found)))) - 0.5
+        passed = np.abs(tests) >= least
+        earlier = passed[:, :look].any(axis=1)
+        up = tests[np.arange(DRAWS), passed.argmax(axis=1)] > 0
+        here = means[:, look] + true >= found
+        return float(np.mean(np.where(earlier, up, here))) - 0.5
 
-    most = 2 * found / np.sqrt(pairs.n) + 1
-    true: Any = brentq(excess, 0.0, most, xtol=1e-3)
+    true: Any = brentq(excess, 0.0, 2 * found + 1, xtol=1e-3)
     return math.copysign(true * pairs.sd, pairs.mean)
 
 

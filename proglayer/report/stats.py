@@ -339,8 +339,8 @@ class Verdict(StrEnum):
 
     better = "better"
     worse = "worse"
-    same = "same within the margin"
-    unclear = "unclear"
+    same = "equivalent"
+    unclear = "inconclusive"
     untested = "not tested"
 
 
@@ -361,9 +361,9 @@ class Judgement:
     """What is said of one member of a family; see `judge`.
 
     Corrected p-values are ALPHA where the level is reached. `interval` is the one that the verdict
-    rests on: of confidence 1 - 2 `levels.each` and within the margin if that is *same*, else of
-    confidence 1 - `levels.each`, which holds 0 just if that is *unclear* (or the whole margin and
-    more). `alone` is that of the comparison by itself.
+    rests on: of confidence 1 - 2 `levels.each` and within the margin if that is *equivalent*, else
+    of confidence 1 - `levels.each`, which holds 0 just if that is *inconclusive* (or the whole
+    margin and more). `alone` is that of the comparison by itself.
     """
 
     verdict: Verdict
@@ -389,10 +389,10 @@ def judge(family: Sequence[Pairs], levels: Levels | None = None) -> list[Judgeme
     In this order:
 
     1. fewer than two pairs: *not tested*;
-    2. the equivalence test passes: *same within the margin*, also if the difference is significant,
+    2. the equivalence test passes: *equivalent*, also if the difference is significant,
        for then it is real but too small to matter;
     3. the difference is significant: *better* if it is a plus, else *worse*;
-    4. *unclear*. That is no finding of "no difference".
+    4. *inconclusive*. That is no finding of "no difference".
 
     Args:
         levels: others to judge at, for what is looked at more than once.

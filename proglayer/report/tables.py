@@ -141,7 +141,7 @@ def arms_table(frame: Frame) -> Table:
         VARIANT,
         MODEL,
         spread(Metric.accuracy.last(text), f"{text.capitalize()} accuracy", ".2f", " %"),
-        spread(Metric.loss.last(text), f"{text.capitalize()} loss, nats", ".4f"),
+        spread(Metric.loss.last(text), f"{text.capitalize()} loss, nats", ".3f"),
         *([interval(accuracy, "Change in accuracy, points", "+.2f")] if grown else []),
         SEEDS,
         *([Column("left_out", "Left out")] if frame["left_out"].any() else []),
@@ -221,7 +221,7 @@ def comparisons_table(title: str, family: Sequence[Comparison]) -> Table:
         said("of", "Comparison", words.label),
         MODEL,
         said("of", "Measured", words.measured),
-        said("of", "Verdict", lambda one: words.VERDICTS[one.verdict]),
+        said("of", "Verdict", lambda one: one.verdict),
         said("mean", "Difference, points", words.mean_text, kind="figure"),
         said("low", "Interval", words.ends_text, kind="figure"),
         Column("n", "Seeds", "d"),
@@ -273,7 +273,9 @@ def growth_table(growths: Frame) -> Table:
         Column("recovery", "Tokens to recover", kind="figure"),
         spread("gradient_share_new", "Gradient in new layers", ".0%", minor=1),
     ]
-    return set_table(frame, columns, "The immediate effect of growth", "growth")
+    return set_table(
+        frame, columns, "The immediate effect of growth, on the validation text", "growth"
+    )
 
 
 def _tokens(values: Any) -> str:

@@ -16,13 +16,6 @@ from proglayer.report.stats import Verdict
 from proglayer.results.show import listed
 
 MODEL_NAMES = {STANDARD: "Standard", DEEP: "Deep supervision"}
-VERDICTS = {
-    Verdict.better: "better",
-    Verdict.worse: "worse",
-    Verdict.same: "equivalent",
-    Verdict.unclear: "inconclusive",
-    Verdict.untested: "not tested",
-}
 
 
 def model_name(model: str) -> str:
@@ -105,7 +98,7 @@ def why_not(one: Comparison, lacks: NotMade) -> str:
 
 def clause(one: Comparison) -> str:
     """Return a verdict with the difference and the interval that it rests on."""
-    word, mean, on = VERDICTS[one.verdict], one.accuracy.mean, f"of {one.text} accuracy"
+    word, mean, on = one.verdict, one.accuracy.mean, f"of {one.text} accuracy"
     if not one.tested:
         return f"{word} ({numbers(one).rstrip('.')})"
     if one.verdict in (Verdict.better, Verdict.worse):
@@ -206,8 +199,8 @@ def limits(made: Sequence[Comparison]) -> list[str]:
     if plans:
         notes.append(
             f"To settle all that is inconclusive takes about {plan(*max(plans))} seeds in all, "
-            "with a power of 80 % for a difference of the margin, or for none; so few seeds show "
-            "the spread, and so that number, only roughly."
+            "with a power of 80 % for a difference of the margin, or for none; with so few seeds "
+            "this is a rough estimate."
         )
         if not any(one.look for one in made):
             last = max(max(one.accuracy.differences.index) for one in made)
@@ -222,7 +215,8 @@ def limits(made: Sequence[Comparison]) -> list[str]:
             values = ", ".join(f"seed {seed}: {differences[seed]:+.2g}" for seed in apart)
             notes.append(
                 f"Outliers in {described_as(one)}: {values} points; the others' median is "
-                f"{differences.drop(apart).median():+.2g}. The mean includes them."
+                f"{differences.drop(apart).median():+.2g}. The mean includes "
+                f"{'this outlier' if len(apart) == 1 else 'these outliers'}."
             )
     return notes
 
@@ -238,9 +232,9 @@ def timing_text(timing: Timing) -> str:
     seeds = len(timing.losses)
     which = ", ".join([model_name(timing.model), *timing.settings])
     text = (
-        f"{which}: with the same {engineering(timing.budget)} operations in all "
-        f"phases the mean loss is lowest, {timing.losses[best].mean():.4f} nats, where growth "
-        f"comes after {_epochs([best])}, {100 * timing.shares[best]:.0f} % of the operations"
+        f"{which}: with the same {engineering(timing.budget)} operations in all phases the mean "
+        f"validation loss is lowest, {timing.losses[best].mean():.4f} nats, where growth comes "
+        f"after {_epochs([best])}, {100 * timing.shares[best]:.0f} % of the operations"
     )
     if best in (moments[0], moments[-1]):
         end = "earliest" if best == moments[0] else "latest"
@@ -266,10 +260,11 @@ def needed_texts(found: Worth) -> list[str]:
     if found.early_exit.empty:
         return []
     return [
-        f"{variant_name(one.variant)}, {model_name(one.model)}: within {WITHIN_POINTS:g} "
-        f"points of all {one.of_layers} layers' {one.accuracy_percent:.2f} % (validation) "
-        f"with {one.layers:.2f} layers a token (from a confidence of {one.threshold:g} on; mean "
-        f"over {counted(one.seeds, 'seed')}); the last exit accepts "
+        f"{variant_name(one.variant)}, {model_name(one.model)}: the fewest layers a token that "
+        f"lose at most {WITHIN_POINTS:g} points against all {one.of_layers} are {one.layers:.2f}, "
+        f"at a confidence of {one.threshold:g}: validation accuracy is {one.early_percent:.2f} %, "
+        f"with all layers {one.accuracy_percent:.2f} % (mean over {counted(one.seeds, 'seed')}). "
+        "The last exit accepts "
         f"{one.accepted_percent:.0f} % of the first one's guesses."
         for one in needed(found).itertuples()
     ]

@@ -1,17 +1,18 @@
 """How often the claims of a report are wrong, in simulated studies of known truth.
 
-`python -m tests.report.simulated` prints a row per cell. The runs of a cell are records that
-`synthetic` writes, read as for a report. Every study puts accuracies and losses of its own into the
-frames that were read, and goes the way of a report from there: into arms, courses, comparisons and
-verdicts. Many studies go at once, each under a text of its own, and each is judged by itself. No
-picture is drawn and no page written.
+`python -m tests.report.simulated` prints a row per cell, of these and of `settling`: every figure
+of docs/report.md that was simulated. Studies are judged as arrays. The first CHECKED of a cell also
+go the way of a report, and must be judged alike: the runs of a cell are records that `synthetic`
+writes, read as for a report; a study puts accuracies and losses of its own into the frames that
+were read, and goes from there into arms, courses, comparisons and verdicts, many at once, each
+under a text of its own. No picture is drawn and no page written.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,30 +20,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from proglayer.report import comparisons, measures, stats
+from proglayer.report import comparisons, measures
 from proglayer.report.arms import DEEP, MARGIN, STANDARD
 from proglayer.report.arms import arms as arms_of
 from proglayer.report.comparisons import Comparison
+from proglayer.report.sequential import Design
 from proglayer.results import Results, load
 from proglayer.results.read import with_changes
 
 from .. import synthetic
+from . import settling
+from .settling import BETTER, DISTRIBUTIONS, SAME, WORSE, Cells
 
 EXPERIMENTS = ("original", "control_from_scratch", "control_unfrozen")
 # Standard deviations in points of accuracy: of a seed in all its runs, of a run, and of the
 # evaluation of one epoch.
 SEED_SD, RUN_SD, EPOCH_SD = 0.3, 0.2, 0.08
 COLLAPSE_SHARE, COLLAPSE_POINTS = 0.1, -4.0
-DISTRIBUTIONS = ("normal", "heavy tails", "collapsing", "controls collapse")
-# How many studies are in the frames at a time.
-AT_ONCE = 100
-
-
-def noise(draw: np.random.Generator, distribution: str, size: Any) -> np.ndarray:
-    """What sets runs apart, in points of accuracy, with a standard deviation of RUN_SD at most."""
-    if distribution == "heavy tails":
-        return RUN_SD / np.sqrt(3) * draw.standard_t(3, size)
-    return RUN_SD * draw.normal(size=size)
+# The accuracy that the initial phase ends with; where growth opens a gate, more than what follows.
+INITIAL, BEFORE_GATE = 15.0, 18.0
+# How many studies of a cell are in the frames.
+CHECKED = 20
 
 
 class Numbers(NamedTuple):
@@ -83,7 +81,8 @@ def drawn(
     runs = template.runs
     original = (runs["experiment"] == "original").to_numpy()
     of_seed = SEED_SD * draw.normal(size=(studies, seeds))[:, runs["seed"]]
-    truth = 16 + of_seed + noise(draw, distribution, (studies, len(runs))) + true * original
+    apart = settling.noise(draw, distribution, (studies, len(runs)), RUN_SD)
+    truth = 16 + of_seed + apart + true * original
     if "collaps" in distribution:
         collapsed = draw.random(truth.shape) < COLLAPSE_SHARE
         truth += COLLAPSE_POINTS * (collapsed & ~(original & (distribution != "collapsing")))
@@ -101,7 +100,7 @@ def loss_of(accuracy: Any) -> Any:
     return 6.9 - (accuracy - 16) / 5
 
 
-def losses(experiment: str, choices: Sequence[float]) -> list[list[float]]:
+def losses(experiment: str, choices: Sequence[float], before: float) -> list[list[float]]:
     """Each phase's validation losses where a run has these accuracies to choose from.
 
     Epochs that it does not choose are far worse. The original has so many that its budget holds
@@ -113,17 +112,23 @@ def losses(experiment: str, choices: Sequence[float]) -> list[list[float]]:
         return [last]
     if experiment == "original":
         last += 30 * [bad]
-    return [[loss_of(15.0), bad], last]
+    return [[loss_of(before), bad], last]
 
 
 def write(
-    folder: Path, seeds: int, choices: Sequence[Sequence[float]], test: Sequence[float] | None
+    folder: Path,
+    seeds: int,
+    choices: Sequence[Sequence[float]],
+    test: Sequence[float] | None,
+    gated: bool = False,
 ) -> Results:
     """Write the records of one study, and read them.
 
     Args:
         choices, test: as of `Numbers`, of one study.
+        gated: a growth leaves the model as it was, and what is trained then never gets back there.
     """
+    before = BEFORE_GATE if gated else INITIAL
     names = [
         (experiment, model, seed)
         for experiment in EXPERIMENTS
@@ -131,22 +136,20 @@ def write(
         for seed in range(seeds)
     ]
     for number, (experiment, model, seed) in enumerate(names):
-        own = losses(experiment, choices[number])
-        on_test = None
+        own = losses(experiment, choices[number], before)
+        how: dict[str, Any] = {"losses": own, "shock": 0.0 if gated else None}
         if test is not None:
-            on_test = [loss_of(15.0), loss_of(test[number])][-len(own) :]
-        synthetic.run(
-            folder / f"{number:03d}", experiment, model, seed, losses=own, test_losses=on_test
-        )
+            how["test_losses"] = [loss_of(before), loss_of(test[number])][-len(own) :]
+        synthetic.run(folder / f"{number:03d}", experiment, model, seed, **how)
     return load(folder)
 
 
-def template(seeds: int, epochs: int, tested: bool) -> Results:
+def template(seeds: int, epochs: int, tested: bool, gated: bool = False) -> Results:
     """The frames of a study of these seeds, whose figures `studies_of` replaces."""
     runs = len(EXPERIMENTS) * 2 * seeds
     choices = [[16.0] * (1 if run < 2 * seeds else epochs) for run in range(runs)]
     with tempfile.TemporaryDirectory() as folder:
-        return write(Path(folder), seeds, choices, [16.0] * runs if tested else None)
+        return write(Path(folder), seeds, choices, [16.0] * runs if tested else None, gated)
 
 
 def studies_of(template: Results, numbers: Numbers) -> Results:
@@ -164,6 +167,7 @@ def studies_of(template: Results, numbers: Numbers) -> Results:
     names = template.runs["run"].tolist()
     last = template.phases.drop_duplicates("run", keep="last").set_index("run")["phase"]
     own = template.epochs["phase"].eq(template.epochs["run"].map(last))
+    own &= template.epochs["epoch"] > 0
     chosen = np.zeros((studies, len(template.epochs)), bool)
     accuracy = np.tile(template.epochs["validation_accuracy_percent"].to_numpy(float), (studies, 1))
     chosen[:] = template.epochs["best"].to_numpy(bool)
@@ -207,16 +211,35 @@ def judged(results: Results) -> Iterator[list[Comparison]]:
         yield comparisons.judge(comparisons.claimed(runs, own, MARGIN))
 
 
+def differences(numbers: Numbers, seeds: int) -> np.ndarray:
+    """What a report compares: (studies, 5, seeds), the models in the original, then the original
+    with each control in each model.
+    """
+    ends = numbers.test
+    if ends is None:
+        ends = np.stack([own.max(axis=1) for own in numbers.choices], axis=1)
+    (standard, deep), scratch, unfrozen = (
+        own.swapaxes(0, 1) for own in ends.reshape(-1, 3, 2, seeds).swapaxes(0, 1)
+    )
+    made = [deep - standard, standard - unfrozen[0], deep - unfrozen[1]]
+    return np.stack([*made, standard - scratch[0], deep - scratch[1]], axis=1)
+
+
 def simulate(
     seeds: int,
     distribution: str = "normal",
     *,
-    studies: int = 2_000,
+    studies: int = 20_000,
     true: float = 0.0,
     epochs: int = 1,
     tested: bool = False,
+    gated: bool = False,
+    checked: int = CHECKED,
 ) -> dict[str, float]:
-    """Judge simulated studies; the arguments are those of `drawn`.
+    """Judge simulated studies; the arguments are those of `drawn` and `write`.
+
+    Args:
+        checked: so many of the studies go the way of a report, too.
 
     Returns:
         the share of plain 95 % intervals that hold the true difference; and the shares of studies
@@ -224,62 +247,60 @@ def simulate(
         differ, or of the wrong sign), and with a false "same" in what differs by the margin or
         more; and the mean error of a difference between experiments.
     """
-    one = template(seeds, epochs, tested)
+    one = template(seeds, epochs, tested, gated)
     numbers = drawn(
         one, seeds, distribution, studies=studies, true=true, epochs=epochs, tested=tested
     )
-    found = [
-        own
-        for first in range(0, studies, AT_ONCE)
-        for own in judged(studies_of(one, numbers.of(slice(first, first + AT_ONCE))))
-    ]
-    assert len(found) == studies
+    design = Design(first=seeds, step=1, most=seeds)
+    found = settling.settled("fixed", design, differences(numbers, seeds))
+    for study, family in enumerate(judged(studies_of(one, numbers.of(slice(checked))))):
+        assert [own.verdict for own in family] == found["verdict"][study].tolist()
+        ends = np.array([own.judged.interval[:2] for own in family]).T
+        np.testing.assert_allclose(ends, [found["low"][study], found["high"][study]], atol=1e-9)
     if distribution == "controls collapse":
         true -= COLLAPSE_SHARE * COLLAPSE_POINTS
-    # The models in the original, then each of two controls in each model.
     truths = np.array([0.0, true, true, true, true])
 
-    def of(figure: Callable[[Comparison], Any]) -> np.ndarray:
-        return np.array([[figure(own) for own in family] for family in found])
+    def holds(low: str, high: str) -> np.ndarray:
+        return (found[low] <= truths) & (truths <= found[high])
 
-    def holds(interval: Callable[[Comparison], stats.Interval]) -> np.ndarray:
-        low, high, _ = np.moveaxis(of(interval), -1, 0)
-        return (low <= truths) & (truths <= high)
-
-    verdicts = of(lambda own: own.verdict)
-    better, worse, same = (
-        verdicts == word for word in (stats.Verdict.better, stats.Verdict.worse, stats.Verdict.same)
-    )
-    alone = holds(lambda own: own.judged.alone)
-    wrong = (better & (truths <= 0)) | (worse & (truths >= 0))
+    verdict, alone = found["verdict"], holds("low_alone", "high_alone")
+    wrong = ((verdict == BETTER) & (truths <= 0)) | ((verdict == WORSE) & (truths >= 0))
     return {
         "plain 95 %": alone.mean(),
         "plain 95 %, controls": alone[:, 1:].mean(),
-        "all together": holds(lambda own: own.judged.interval).all(axis=1).mean(),
+        "all together": holds("low", "high").all(axis=1).mean(),
         "false difference": wrong.any(axis=1).mean(),
-        "false same": (same & (truths >= MARGIN)).any(axis=1).mean(),
-        "mean error": (of(lambda own: own.accuracy.mean) - truths)[:, 1:].mean(),
+        "false same": ((verdict == SAME) & (truths >= MARGIN)).any(axis=1).mean(),
+        "mean error": (found["mean"] - truths)[:, 1:].mean(),
     }
 
 
-CELLS: list[dict[str, Any]] = [
+CELLS: Cells = [
     *({"seeds": seeds, "distribution": d} for d in DISTRIBUTIONS for seeds in (3, 5, 8, 20)),
     *({"seeds": seeds, "true": 0.1} for seeds in (3, 8)),
     *({"seeds": 20, "epochs": e, "tested": t} for e, t in ((3, False), (10, False), (10, True))),
+    *({"seeds": seeds, "gated": True} for seeds in (5, 20)),
 ]
 
 
-def print_cells(
-    description: str | None, simulate: Callable[..., Any], cells: list[dict[str, Any]], studies: int
-) -> None:
-    """A row for each cell of as many studies as the command line asks for, else `studies`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--studies", type=int, default=studies)
+def main() -> None:
+    """Print a row for each cell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--studies", type=int, default=20_000)
     studies = parser.parse_args().studies
-    for cell in cells:
-        found = simulate(**cell, studies=studies)
-        print(cell, {name: round(float(value), 4) for name, value in found.items()}, flush=True)
+    for title, simulated, cells in (
+        ("Sequential studies", settling.simulate, settling.CELLS),
+        ("Collapses of the controls", settling.simulate, settling.COLLAPSES),
+        ("Failures of the worst runs of one arm", settling.simulate, settling.FAILURES),
+        ("Estimates at a stop", settling.estimates, settling.ESTIMATES),
+        ("Studies looked at once", simulate, CELLS),
+    ):
+        print(f"{title}, {studies:,} studies a cell")
+        for cell in cells:
+            found = simulated(**cell, studies=studies)
+            print(cell, {name: round(float(own), 4) for name, own in found.items()}, flush=True)
 
 
 if __name__ == "__main__":
-    print_cells(__doc__, simulate, CELLS, studies=2_000)
+    main()

@@ -36,6 +36,17 @@ def assert_same(one: Any, other: Any) -> None:
         pd.testing.assert_frame_equal(frame, expected)
 
 
+@pytest.mark.parametrize("distribution", simulated.DISTRIBUTIONS)
+def test_arrays_are_judged_as_a_report_judges(distribution: str):
+    simulated.simulate(4, distribution, studies=20)
+
+
+def test_a_growth_that_is_never_got_back_to_makes_no_difference():
+    found = simulated.simulate(5, studies=40, gated=True)
+    assert found["false difference"] <= 0.2
+    assert abs(found["mean error"]) < 0.1
+
+
 def test_choosing_among_more_epochs_flatters_on_the_text_that_chooses_and_not_on_another():
     on_validation = simulated.simulate(3, studies=30, epochs=10)
     on_test = simulated.simulate(3, studies=30, epochs=10, tested=True)
