@@ -1,8 +1,8 @@
 """Render `docs/findings.md` and its pictures from the data in `docs/findings/`.
 
     python scripts/findings.py
-    python scripts/findings.py claims=DIR,DIR asked=DIR settled=DIR losses=DIR operators=DIR \
-        timing=DIR rotating=DIR wikitext=DIR recipes=DIR exits=DIR
+    python scripts/findings.py claims=DIR,DIR asked=DIR settled=DIR losses=DIR one_layer=DIR \
+        operators=DIR timing=DIR rotating=DIR wikitext=DIR recipes=DIR exits=DIR
 
 The second form first replaces the data of the parts that it names by what runs in those folders
 came to: the data frames of `proglayer.results`, without what says where they ran; for `exits`, the
@@ -241,8 +241,6 @@ class Claims:
         self.others = len(self.study.others)
         assert not any(own.settled for own in self.study.others), "the page says so"
         self.seconds = float(results.phases.drop_duplicates("stage")["train_seconds"].sum())
-        self.others = len(self.study.others)
-        assert not any(own.settled for own in self.study.others), "the page says so"
 
     def answers(self) -> list[tuple[str, str]]:
         """Each claim with its sentence."""
@@ -256,10 +254,14 @@ class Claims:
         own = self.runs[self.runs["experiment"] == experiment]
         return int(own.groupby("seed")["model"].nunique().eq(2).sum())
 
-    def change(self, experiment: str, model: str) -> stats.Summary:
-        """The change in accuracy of an arm over its seeds."""
+    def change(self, experiment: str, model: str, column: str = CHANGE) -> stats.Summary:
+        """The change in accuracy of an arm over its seeds, or another figure of theirs."""
         own = (self.runs["experiment"] == experiment) & (self.runs["model"] == model)
-        return stats.summary(self.runs.loc[own, CHANGE])
+        return stats.summary(self.runs.loc[own, column])
+
+    def end(self, experiment: str, model: str) -> stats.Summary:
+        """The accuracy that an arm ended with, over its seeds, in percent."""
+        return self.change(experiment, model, ACCURACY)
 
     def limits(self) -> list[str]:
         """What so many seeds can show, and what it takes to settle the claims."""
@@ -409,6 +411,7 @@ class Wikitext:
         self.runs = runs[runs["model"] == STANDARD]
         self.change = stats.summary(self.runs[CHANGE])
         self.on_validation = stats.summary(self.runs[Metric.accuracy.change("validation")])
+        self.windows = int(runs["train_windows"].iloc[0])
         self.listed, self.completed = len(results.runs), len(runs)
         deep = runs[runs["model"] == DEEP].iloc[0]
         self.deep_seed, self.deep_change = deep["seed"], deep[CHANGE]
@@ -422,9 +425,15 @@ class Losses:
         runs = arms_of(results).runs
         names = [f"config.phase.{phase}.exit_weights" for phase in ("initial", "grown")]
         known = runs[names].astype(str)
+        runs = runs.assign(initial=known[names[0]], grown=known[names[1]])
         self.values = {
-            metric: runs.assign(initial=known[names[0]], grown=known[names[1]]).pivot_table(
-                index="seed", columns=["initial", "grown"], values=metric
+            metric: runs.pivot_table(index="seed", columns=["initial", "grown"], values=metric)
+            for metric in ENDS
+        }
+        # At the end of the initial phase, which both grown ones share.
+        self.first = {
+            metric: runs.pivot_table(
+                index="seed", columns="initial", values=metric.replace("last", "first")
             )
             for metric in ENDS
         }
@@ -457,6 +466,23 @@ class Losses:
     def cell(self, initial: str, grown: str, metric: str = ACCURACY) -> stats.Summary:
         """A figure of a cell over its seeds."""
         return stats.summary(self.values[metric][initial, grown])
+
+
+class OneLayer:
+    """A model of one layer from scratch, against the three layers of the initial phase of the 2 x 2
+    of losses, seed by seed.
+    """
+
+    def __init__(self, results: Results) -> None:
+        runs = arms_of(results).runs.set_index("seed")
+        three = Losses(read("losses"))
+        self.seeds, self.epochs = len(runs), runs["epochs"].mean()
+        self.end = {metric: stats.summary(runs[metric]) for metric in ENDS}
+        self.three = {
+            (cell, metric): stats.summary(three.first[metric][cell] - runs[metric])
+            for cell in CELLS
+            for metric in ENDS
+        }
 
 
 class Operators:
@@ -562,7 +588,7 @@ class Found(NamedTuple):
             size = f"within ±{self.pairs.margin:g} nats"
         confidence = words.percent(self.judged.interval.confidence)
         known = f"{confidence} interval {low:+.3f} to {high:+.3f}, {words.seeds_text(self.pairs)}"
-        return f"**{words.VERDICTS[verdict]}**, {size} ({known})"
+        return f"**{verdict}**, {size} ({known})"
 
 
 class Depth:
@@ -677,6 +703,7 @@ PARTS = {
     "claims": Claims,
     "wikitext": Wikitext,
     "losses": Losses,
+    "one_layer": OneLayer,
     "operators": Operators,
     "timing": Timing,
     "rotating": Rotating,
@@ -691,7 +718,7 @@ def surviving(family: list[Comparison], families: int) -> list[str]:
         same = own.verdict is stats.Verdict.same
         p = judged.equivalence_p_adjusted if same else judged.p_adjusted
         if own.settled and p <= stats.ALPHA / families:
-            named.append(f"{name}: {words.VERDICTS[own.verdict]}")
+            named.append(f"{name}: {own.verdict}")
     return named
 
 
