@@ -56,20 +56,6 @@ def test_each_setting_is_shown_with_its_value_and_bounds(hooks: ModuleType) -> N
     assert "@package" not in page
 
 
-def test_each_sweeper_and_launcher_is_shown_with_its_settings(hooks: ModuleType) -> None:
-    page = hooks.settings()
-    for path in [
-        path
-        for part in ("sweeper", "launcher")
-        for path in (ROOT / "conf" / "hydra" / part).glob("*.yaml")
-    ]:
-        assert f"### hydra/{path.parent.name}={path.stem}\n" in page
-    assert "| `hydra.sweeper.n_trials` | `20` | of the study, those of" in page
-    # A second command of a file is one as well.
-    pruner = "python train.py -m hydra/sweeper=optuna hydra/sweeper/pruner=median \\\n"
-    assert f"\n```\n{pruner}" in page
-
-
 def test_the_pages_name_commands_and_files_that_are_there() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         if page.name == "notes.md":  # they name what was once there

@@ -136,6 +136,7 @@ def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: 
         (["lr.base=1e-3,1", "seed=-1"], "seed=-1"),
         (["lr.base=interval(1,2)", "hydra/sweeper/sampler=grid"], "lr.base has no end of values"),
         (["data.tokenizer=choice(words,bpe)"], "take objective=validation_bits_per_byte"),
+        (["data.tokenizer=bpe", "data.max_vocab=choice(300,400)"], "does not compare tokenizers"),
     ],
 )
 def test_a_search_that_cannot_work_says_why_and_leaves_nothing(
