@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from proglayer import files
-from proglayer.config import Config, flat_settings
+from proglayer.config import Config
 from proglayer.console import say
 from proglayer.errors import FAILED, StoreError, UserError, run_command, with_type
 from proglayer.files import FolderKind
@@ -189,15 +189,10 @@ def recorded_state(job: Job) -> RunState | None:
     return record and record.state
 
 
-def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that make an experiment, by dotted names: where and how is left out."""
-    from proglayer.results.variants import NOT_THE_EXPERIMENT
-
-    return {name: v for name, v in flat_settings(settings) if name not in NOT_THE_EXPERIMENT}
-
-
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the first settings of an experiment that are not the same, with both values."""
+    from proglayer.results.variants import identity
+
     before, after = identity(then), identity(now)
     others = (
         f"{name}={before.get(name)}, not {after.get(name)}"

@@ -27,11 +27,11 @@ from proglayer.files import FolderKind
 from proglayer.launch.ask import keyed, short_hash
 from proglayer.launch.compose import Command
 from proglayer.launch.engines import Engine
-from proglayer.launch.job import identity
 from proglayer.launch.planned import Planned
 from proglayer.launch.product import params_as_overrides, values_of
 from proglayer.launch.study import made, open_study, report_epoch, trial_of
 from proglayer.launch.sweep import Sweep
+from proglayer.results.variants import identity
 from proglayer.run.record import RunRecord, RunState, now, record_of, write_record
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from proglayer.console import say
 from proglayer.errors import ConfigError
 from proglayer.launch.ask import short_hash
 from proglayer.launch.compose import Command
-from proglayer.launch.job import identity, recorded_state
+from proglayer.launch.job import recorded_state
 from proglayer.launch.planned import Planned
 from proglayer.launch.product import ProductSettings, expand
 from proglayer.launch.sweep import Sweep
@@ -30,7 +30,7 @@ from proglayer.report.comparisons import Comparison
 from proglayer.report.sequential import Design, Looks, judge_looks, read_looks, write_looks
 from proglayer.results import load
 from proglayer.results.show import ranges
-from proglayer.results.variants import keys_and_values
+from proglayer.results.variants import identity, keys_and_values
 from proglayer.run.record import RunState, record_of
 from proglayer.store.entries import Entry
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -39,12 +39,16 @@ _ASIDE = {f"config.{name}" for name in (*NOT_THE_EXPERIMENT, *PLACE_OF_TEXT, "se
 _NAMED = {"seed", "model", "experiment", "data"}
 
 
+def identity(settings: Mapping[str, Any], aside: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings that make an experiment, by dotted names: where and how is left out."""
+    flat = flat_settings(settings, whole=SETTINGS)
+    return {name: v for name, v in flat if name not in (*NOT_THE_EXPERIMENT, *aside)}
+
+
 def experiment_key(settings: dict[str, Any], fingerprint: str | None) -> str:
     """Return what is the same for two runs of one experiment, on the same text, with one seed."""
-    aside = NOT_THE_EXPERIMENT + (PLACE_OF_TEXT if fingerprint else ())
-    flat = flat_settings(settings, whole=SETTINGS)
-    identity = [{name: value for name, value in flat if name not in aside}, fingerprint]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    known = [identity(settings, PLACE_OF_TEXT if fingerprint else ()), fingerprint]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def keys_and_values(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
