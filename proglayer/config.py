@@ -536,6 +536,7 @@ SYNONYMS = {
     **dict.fromkeys(("block_size", "context_length", "max_seq_length"), "data.seq_len"),
     **dict.fromkeys(("dataset", "dataset_name"), "data"),
     **dict.fromkeys(("report_to", "wandb"), "logger"),
+    **dict.fromkeys(("trainer", "training", "training_args"), "phase"),
     **dict.fromkeys(("output_dir", "out_dir", "resume_from_checkpoint"), "hydra.run.dir"),
     "submitit_slurm": "slurm",
 }

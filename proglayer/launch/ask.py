@@ -80,6 +80,8 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
         if override.key_or_group in GROUPS and no_choice and not override.is_delete():
             hint = f"; did you mean lr.base={name[3:]}?" if name.startswith("lr=") else ""
             raise ConfigError(f"{text}: it takes one of conf/{override.key_or_group}{hint}")
+        if override.key_or_group in GROUPS and override.is_add() and not override.package:
+            raise ConfigError(f"{text}: the group has a choice already: leave out the +")
         if name.startswith(NO_EFFECT):
             raise ConfigError(f"{text} has no effect here: leave it out")
         if not sweeps and name.startswith(OF_SWEEPS):

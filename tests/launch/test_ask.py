@@ -34,6 +34,7 @@ def refusal(*overrides: str) -> str:
         ("--experimental-rerun=words.pickle", "--experimental-rerun is not taken"),
         ("hydra.launcher=joblib", "it is chosen with a slash: hydra/launcher=joblib"),
         ("lr=1e-3", "it takes one of conf/lr; did you mean lr.base=1e-3?"),
+        ("+experiment=wider", "the group has a choice already: leave out the +"),
         ("model=null", "model=null: it takes one of conf/model"),
         ("data.path=~/x", "Hydra cannot read this: a setting is name=value"),
         ("seed", "Hydra cannot read this"),
@@ -65,6 +66,7 @@ def test_an_option_that_means_nothing_is_refused_without_a_traceback(train: Comm
     ("override", "said"),
     [
         ("sed=1", "there is no setting sed; did you mean seed?"),
+        ("+trainer.max_epochs=3", "there is no setting trainer; did you mean phase?"),
         ("modl.dim=3", "there is no setting modl; did you mean model?"),
         ("lr={bas: 1}", "there is no setting lr.bas; did you mean lr.base?"),
         ("lr.factor.new.x=1", "did you mean lr.factor.new?"),
