@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from types import ModuleType
 
 import pytest
@@ -38,17 +37,3 @@ def test_the_bound_of_the_body_is_of_the_products_that_a_step_needs(
         with FlopCounterMode(display=False) as counter:
             form()
         assert counter.get_total_flops() == training_flops(phase.train, 8, 4).body
-
-
-def test_it_measures_both_models_in_both_phases(
-    step: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    step.main(["model.vocab_size=300", "threads=1", "--short", *SMALL])
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[:2] for row in rows] == [
-        [model, phase]
-        for model in ("standard", "deep_supervision")
-        for phase in ("initial", "grown")
-    ]
-    assert "step/bound" in head

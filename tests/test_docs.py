@@ -5,55 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import sys
-from types import ModuleType
-
-import pytest
-
-from proglayer.config import setting_names
 
 from .helpers import ROOT
-
-
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
-    pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["site_hooks"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_each_recipe_is_shown_with_its_question_and_command(hooks: ModuleType) -> None:
-    page = hooks.recipes()
-    for path in (ROOT / "conf" / "experiment").rglob("*.yaml"):
-        name = path.relative_to(ROOT / "conf" / "experiment").with_suffix("").as_posix()
-        section = page.split(f"\n### {name}\n")[1].split("\n### ")[0].split("\n## ")[0]
-        question, command, rest = hooks.opening(path)
-        assert question in section
-        assert command.startswith("python train.py ")
-        assert name in command, "its own command"
-        assert f"```\n{command}\n```" in section
-        assert any(line.startswith("**Expect**") for line in rest)
-
-
-def test_each_setting_is_shown_with_its_value_and_bounds(hooks: ModuleType) -> None:
-    page = hooks.settings()
-    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", page, re.MULTILINE))
-    sections = {
-        name for name in setting_names() if any(n.startswith(f"{name}.") for n in setting_names())
-    }
-    assert set(setting_names()) - sections <= rows.keys()
-    assert rows["lr.base"].startswith("a number above 0 up to 1e+15 | `0.001` |")
-    assert rows["model.dim"].startswith("a whole number from 1 to 65,536, or null | `64` |")
-    assert rows["phase.patience"].endswith("before a phase stops")
-    assert rows["device"].startswith("auto, cpu, cuda, mps | `auto` |")
-    assert rows["loss.normalize"].endswith("so that a round's mean is the full loss")
-    assert rows["growth"].endswith("are zero (Wu et al. 2024).")
-    assert "@package" not in page
 
 
 def test_the_pages_name_commands_and_files_that_are_there() -> None:

@@ -19,14 +19,7 @@ from proglayer.results.columns import SETTINGS
 from proglayer.results.read import Results, load
 from proglayer.results.show import print_results
 from proglayer.results.variants import NOT_THE_EXPERIMENT, PLACE_OF_TEXT, experiment_key
-from proglayer.run.record import (
-    FORMAT,
-    RunRecord,
-    RunState,
-    SweepRecord,
-    read_record,
-    write_record,
-)
+from proglayer.run.record import FORMAT, RunRecord, RunState, SweepRecord, read_record, write_record
 
 from .. import synthetic
 from ..helpers import config
@@ -128,19 +121,6 @@ def test_phases_epochs_and_exits_have_a_row_each(tmp_path: Path) -> None:
     kept = results.epochs[results.epochs["best"]]
     assert kept["validation_perplexity"].tolist() == pytest.approx([980.0, 970.0, 900.0])
     assert results.exits.groupby(["run", "phase"]).size().tolist() == [3, 4, 4]
-
-
-def test_settings_that_vary_stand_before_the_metrics_and_constant_ones_at_the_end(
-    tmp_path: Path,
-) -> None:
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", 1, "standard", "lr.base=0.01")
-    results = load(tmp_path)
-    assert results.varied == ["config.lr.base"]
-    columns = results.runs.columns.tolist()
-    assert columns.index("config.lr.base") < columns.index("test_accuracy_change_points")
-    assert columns.index("config.model.dim") > columns.index("folder")
-    assert {f"config.{name}" for name in SETTINGS} <= set(columns)
 
 
 def test_types_depend_on_the_runs_only_in_that_integers_are_plain_where_none_is_missing(

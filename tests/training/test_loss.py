@@ -329,8 +329,7 @@ def test_off_the_cpu_no_value_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device_type", "bound"),
-    [("cpu", blocks.KEPT_BYTES), ("cuda", blocks.KEPT_BYTES_ON_DEVICE)],
+    ("device_type", "bound"), [("cpu", blocks.KEPT_BYTES), ("cuda", blocks.KEPT_BYTES_ON_DEVICE)]
 )
 def test_the_rule_for_chunks_bounds_memory_and_keeps_blocks_in_cache(
     device_type: str, bound: int
