@@ -232,8 +232,8 @@ def _groups(study: Study) -> list[dict[str, Any]]:
     original = arms.ORIGINAL in study.arms.runs["experiment"].to_numpy()
     groups = []
     if others and not (claims and original):
-        made = others[:MOST_JUDGED]
-        groups.append({"name": "others", "made": others, "questions": _questions(made)})
+        shown = [one for one in study.others if one.tested or one.not_made][:MOST_JUDGED]
+        groups.append({"name": "others", "made": others, "questions": _questions(shown)})
     of_claims = {"name": "claims", "made": claims, "questions": _questions(study.claims)}
     return [*groups, of_claims]
 
