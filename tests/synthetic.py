@@ -204,6 +204,7 @@ def run(
         "choices": {"model": model, "data": "pydocs", "experiment": experiment or None},
     }
     plain = settings.model_dump(mode="json") | {"seed": seed}
+    phases = extra.pop("phases", phases)
     return leave(folder, plain, phases, rows, status, **(given | extra))
 
 

@@ -1,8 +1,8 @@
 """Commands that are killed at any moment, and go on when they are given again: the same bits.
 
-`PROGLAYER_KILLS=20 python -m pytest tests/test_kills.py` kills each twenty times: of a sweep the
-whole command or one of its workers, by turns; of a run on two devices the command, its first or its
-other process. A run in one process is killed in test_entries.
+`PROGLAYER_KILLS=20 python -m pytest tests/test_kills.py` kills each twenty times, then also a study
+that adds seeds and a search: of a sweep the whole command or one of its workers, by turns; of a run
+on two devices the command, its first or its other process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,19 @@ from .helpers import is_running, start, until
 from .test_bits import TINY, outcome
 
 KILLS = int(os.environ.get("PROGLAYER_KILLS", "3"))
+SINGLE = ("freeze=gradual", "checkpoint_every_s=0.05")
 SWEEP = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "growth=random,stack",
          "freeze=existing,none", "checkpoint_every_s=0.05")  # fmt: skip
 DEVICES = ("devices=2", "model=deep_supervision", "cache_frozen=true", "checkpoint_every_s=0.05")
+SETTLE = ("-m", "hydra/sweeper=settle", "experiment=original,control_unfrozen", "seed=0",
+          "hydra.sweeper.first=2", "hydra.sweeper.step=2", "hydra.sweeper.most=4",
+          "checkpoint_every_s=0.05")  # fmt: skip
+SEARCH = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "lr.base=interval(0.001,0.1)",
+          "checkpoint_every_s=0.05")  # fmt: skip
+# What each is, and how many runs it has.
+KINDS = {"single": (SINGLE, 1), "devices": (DEVICES, 1), "sweep": (SWEEP, 4)}
+if KILLS > 3:
+    KINDS |= {"settle": (SETTLE, 8), "search": (SEARCH, 4)}
 LONGER = ("phase.max_epochs=6", "phase.patience=6")
 
 
@@ -60,11 +70,12 @@ def outcomes(folder: Path) -> dict[str, dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200 + 60 * KILLS)
-@pytest.mark.parametrize("kind", ["sweep", "devices"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_command_that_was_killed_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    sweeps = kind == "sweep"
-    place = "hydra.sweep.dir=out" if sweeps else "hydra.run.dir=out"
-    arguments = (*(SWEEP if sweeps else DEVICES), *TINY, *LONGER, place)
+    given, runs = KINDS[kind]
+    place = "hydra.sweep.dir=out" if "-m" in given else "hydra.run.dir=out"
+    taken = [each for each in TINY if not (kind == "settle" and each.startswith("seed="))]
+    arguments = (*taken, *LONGER, *given, place)
     whole = tmp_path / "whole"
     whole.mkdir()
     started = time.monotonic()
@@ -73,7 +84,7 @@ def test_a_command_that_was_killed_goes_on_to_the_same_bits(kind: str, tmp_path:
     assert process.returncode == 0, said
     took = time.monotonic() - started
     expected = outcomes(whole / "out")
-    assert len(expected) == (4 if sweeps else 1)
+    assert len(expected) == runs
 
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -81,13 +92,13 @@ def test_a_command_that_was_killed_goes_on_to_the_same_bits(kind: str, tmp_path:
     for number in range(KILLS):
         process = start(killed, *arguments)
         time.sleep(took * draw.uniform(0.1, 0.9))
-        if not sweeps:
+        if kind == "devices":
             ours = [process.pid, *members(process.pid)]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(ours[number % len(ours)], signal.SIGKILL)
             process.communicate()
             until(lambda ours=ours: not any(map(is_running, ours)))
-        elif number % 2:
+        elif kind == "sweep" and number % 2:
             group = [pid for pid in workers(process.pid) if pid != process.pid]
             for pid in group[-1:]:
                 os.kill(pid, signal.SIGKILL)

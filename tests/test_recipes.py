@@ -203,7 +203,8 @@ carry none""",
 @pytest.mark.parametrize("command", PLANS)
 def test_a_plan_says_what_is_to_be_checked_against_the_paper(command: str) -> None:
     phases = plan(config(*f"experiment=recipe/{command}".split()), 8192)
-    assert "\n".join(plan_lines(phases)) == PLANS[command]
+    lines = [line.rpartition("; ")[0] for line in plan_lines(phases, 32, 1)]
+    assert "\n".join(lines) == PLANS[command]
 
 
 def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:

@@ -227,7 +227,9 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
         reason = lines[-1] if lines else first_line(error)
-        raise ConfigError(f"hydra/launcher=slurm: no Slurm answers here ({reason})") from error
+        raise ConfigError(
+            f"hydra/launcher=slurm: no Slurm answers here ({command[0]}: {reason})"
+        ) from error
     return done.stdout
 
 

@@ -25,7 +25,7 @@ def snapshot_code(sweep: Path, package: Path = PACKAGE) -> Path:
     Raises ConfigError where that cannot be written.
     """
     mend = ": make room, or set hydra.sweep.dir"
-    with raised_as(ConfigError, "cannot keep the code beside the sweep", OSError, then=mend):
+    with raised_as(ConfigError, f"cannot keep the code in {sweep}", OSError, then=mend):
         there = sweep / f".code-{digest(package)[:12]}"
         if not there.is_dir():
             with files.new_folder(sweep, f".tmp-{there.name}") as temporary:

@@ -334,6 +334,6 @@ def test_a_run_leaves_its_report_unless_told_not_to_and_never_fails_for_it(
     def broken(*_: object, **__: object) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(reporting, "write_report", broken)
+    monkeypatch.setattr(reporting, "report_of", broken)
     done = train(*SHORT, "report=true", "hydra.run.dir=c")
     assert (done.status, "report:" in done.out) == (0, False)

@@ -209,10 +209,10 @@ def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path) -> No
 
     draw = random.Random(0)
     kills = 0
-    for _ in range(int(os.environ.get("PROGLAYER_TEST_KILLS", "10"))):
+    for number in range(int(os.environ.get("PROGLAYER_TEST_KILLS", "10"))):
         before = finished_files(store)
         process = start(killed, store)
-        process.join(draw.uniform(0, length))
+        process.join(draw.uniform(0, 0.7 * length))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
@@ -222,7 +222,7 @@ def test_killed_at_random_moments_is_the_uninterrupted_run(tmp_path: Path) -> No
         if (killed / "run.json").exists() and read_record(killed).state is RunState.completed:
             assert read_record(killed).phases == expected
             (killed / "run.json").unlink()
-            store = tmp_path / f"b{kills}"
+            store = tmp_path / f"b{number}"
     process = start(killed, store)
     process.join()
     assert process.exitcode == 0

@@ -282,7 +282,7 @@ def test_the_key_covers_all_that_training_depends_on() -> None:
     phase = planned()
     key = describe(None, phase.train, CORPUS.fingerprint, HERE)
     # Settings that came later are left out where they are as before, so that keys stay.
-    left_out = {"epoch_steps", "begun"}
+    left_out = {"epoch_steps", "begun", "frozen_kinds", "layer_drop"}
     assert key["phase"].keys() | left_out == {field.name for field in fields(phase.train)}
     longer = planned("phase.epoch_steps=2")
     assert "epoch_steps" in describe(None, longer.train, CORPUS.fingerprint, HERE)["phase"]
