@@ -472,7 +472,8 @@ def problem_lines(error: ValidationError, prefix: str = "") -> list[str]:
         if each["type"] == "missing":
             lines.append(f"{name} has no value: give it one")
         elif each["type"] == "extra_forbidden":
-            lines.append(unknown_setting(name))
+            inner = flat_settings({name: each["input"]})
+            lines.append(unknown_setting(next(inner, (name, None))[0]))
         elif each["type"] == "model_type":
             lines.append(f"{name}={shortened(each['input'])} should be settings: {name}.(name)=...")
         else:
@@ -523,27 +524,44 @@ SYNONYMS = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr"), "lr.base"),
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "lr.schedule"),
     **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "lr.warmup_steps"),
+    **dict.fromkeys(("max_steps", "logging_steps", "log_every_n_steps"), "phase.epoch_steps"),
+    **dict.fromkeys(("eval_steps", "eval_strategy", "val_check_interval"), "phase.epoch_steps"),
+    **dict.fromkeys(("save_steps", "save_strategy", "every_n_train_steps"), "checkpoint_every_s"),
     **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "phase.max_epochs"),
     **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "phase.batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "accumulate_grad_batches"), "phase.accumulate"),
     **dict.fromkeys(("early_stopping_patience", "early_stopping"), "phase.patience"),
     **dict.fromkeys(("max_grad_norm", "gradient_clip_val", "grad_clip"), "optimizer.clip_norm"),
-    **dict.fromkeys(("fp16", "bf16", "dtype", "mixed_precision"), "precision"),
-    **dict.fromkeys(("gpu", "gpus", "cuda", "accelerator"), "device"),
+    **dict.fromkeys(("fp16", "bf16", "torch_dtype", "mixed_precision"), "precision"),
+    **dict.fromkeys(("gpu", "cuda", "accelerator"), "device"),
+    **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node", "strategy"), "devices"),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "width"), "model.dim"),
     **dict.fromkeys(("heads", "n_head", "n_heads", "num_attention_heads"), "model.num_heads"),
     **dict.fromkeys(("n_layer", "num_layers", "num_hidden_layers", "depth"), "initial_layers"),
     **dict.fromkeys(("block_size", "context_length", "max_seq_length"), "data.seq_len"),
-    **dict.fromkeys(("dataset", "dataset_name"), "data"),
+    **dict.fromkeys(("dataset", "dataset_name", "datamodule"), "data"),
+    **dict.fromkeys(("train_file", "data_files"), "data.files"),
+    "dataset_config_name": "data.configuration",
+    **dict.fromkeys(("limit_train_batches", "max_train_samples"), "data.samples"),
+    **dict.fromkeys(("limit_val_batches", "max_eval_samples"), "data.validation_samples"),
+    **dict.fromkeys(("model_name", "model_name_or_path"), "model.path"),
+    **dict.fromkeys(get_args(Family), "causal_lm"),
     **dict.fromkeys(("report_to", "wandb"), "logger"),
     **dict.fromkeys(("trainer", "training", "training_args"), "phase"),
-    **dict.fromkeys(("output_dir", "out_dir", "resume_from_checkpoint"), "hydra.run.dir"),
+    **dict.fromkeys(("output_dir", "default_root_dir", "task_name"), "hydra.run.dir"),
+    **dict.fromkeys(("resume_from_checkpoint", "ckpt_path"), "hydra.run.dir"),
+    **dict.fromkeys(("fast_dev_run", "dry_run", "debug", "train"), "plan"),
+    "seed_everything": "seed",
+    "gradient_checkpointing": "model.checkpoint_activations",
+    "adam_beta1": "optimizer.beta1",
     "submitit_slurm": "slurm",
 }
 
 
 def nearest_setting(name: str) -> str | None:
-    """Return the setting that an unknown `name` most likely meant."""
+    """Return the setting that an unknown `name` most likely meant; none for one of Hydra's."""
+    if name.startswith("hydra"):
+        return None
     plain = name.lower().replace("-", "_")
     leaf = plain.rpartition(".")[2]
     groups = sorted({each.rpartition(".")[0] for each in setting_names()} - {""})
@@ -561,7 +579,7 @@ def unknown_setting(name: str) -> str:
         return f"{said}: such a file begins with the line '# @package _global_'"
     if name in setting_names():
         return f"{said} with this choice of {name.split('.')[0]}: another one has it"
-    near = None if name.startswith("hydra.") else nearest_setting(name)
+    near = nearest_setting(name)
     return f"{said}; did you mean {near}?" if near else said
 
 

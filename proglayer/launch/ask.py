@@ -25,11 +25,15 @@ from yaml import MarkedYAMLError
 from proglayer.errors import ConfigError, UserError, first_line
 
 # What Hydra would take and nothing here reads, by how an override begins.
-NO_EFFECT = ("hydra.sweep.subdir", "hydra.job.env_set", "hydra.job.chdir", "hydra.output_subdir")
+NO_EFFECT = (
+    *("hydra.sweep.subdir", "hydra.job.env_set", "hydra.job.chdir", "hydra.output_subdir"),
+    *("hydra.job_logging", "hydra/job_logging"),
+)
 OF_SWEEPS = (
     *("study=", "hydra.sweep.", "hydra.sweeper", "hydra/sweeper"),
     *("hydra.launcher", "hydra/launcher"),
 )
+NO_KEY = ConfigKeyError, ConfigAttributeError
 # The groups of `conf/` whose choices are files.
 GROUPS = ("model", "data", "phase", "growth", "freeze", "lr", "logger", "experiment")
 
@@ -62,8 +66,12 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
         name, equals, value = argument.partition("=")
         # Hydra would take -plan=true for -p lan=true, and train.
         if argument.startswith("-") and name not in flags:
-            setting = f"{name.lstrip('-')}={value if equals else '...'}"
-            raise ConfigError(f"there is no option {argument}: a setting has no dashes: {setting}")
+            from proglayer.config import nearest_setting
+
+            name = name.lstrip("-")
+            near = nearest_setting(name) or name
+            said = f"{near}={value if equals and near == name else '...'}"
+            raise ConfigError(f"there is no option {argument}: a setting has no dashes: {said}")
     options = parser.parse_intermixed_args(list(arguments))
     if options.experimental_rerun:
         # Hydra would unpickle the file, which may run any code.
@@ -132,7 +140,11 @@ def in_one_line(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
+        missing, said = cause.__cause__, str(cause)
+        if isinstance(missing, NO_KEY) and said.startswith("Could not override '"):
+            # Where a group is unknown, the key of the error is the group alone.
+            return unknown_setting(max(said.split("'")[1], missing.full_key or "", key=len))
+        if isinstance(cause, NO_KEY) and cause.full_key:
             return unknown_setting(cause.full_key)
         if isinstance(cause, OverrideParseException):
             return _unreadable(cause.override)
@@ -151,4 +163,7 @@ def in_one_line(error: BaseException) -> str:
             hint = f"; did you mean {group}={near[0]}?" if near else ""
             return f"{group} has no choice {choice}{hint} (choices: {', '.join(cause.options)})"
         cause = cause.__cause__ or cause.__context__
-    return f"the settings cannot be composed: {first_line(error)}"
+    said = first_line(error)
+    if isinstance(error, MissingConfigException):  # the folder is in a line of its own
+        said = " ".join(str(error).partition("\n\n")[0].split())
+    return f"the settings cannot be composed: {said}"

@@ -31,6 +31,9 @@ def refusal(*overrides: str) -> str:
         ("-phase.max_epochs=1", "a setting has no dashes: phase.max_epochs=1"),
         ("--seed", "there is no option --seed: a setting has no dashes: seed=..."),
         ("--verbose", "there is no option --verbose"),
+        ("--learning_rate", "a setting has no dashes: lr.base=..."),
+        ("--trainer.accelerator=gpu", "a setting has no dashes: device=..."),
+        ("--hydra.run.dir=x", "a setting has no dashes: hydra.run.dir=x"),
         ("--experimental-rerun=words.pickle", "--experimental-rerun is not taken"),
         ("hydra.launcher=joblib", "it is chosen with a slash: hydra/launcher=joblib"),
         ("lr=1e-3", "it takes one of conf/lr; did you mean lr.base=1e-3?"),
@@ -38,6 +41,7 @@ def refusal(*overrides: str) -> str:
         ("model=null", "model=null: it takes one of conf/model"),
         ("data.path=~/x", "Hydra cannot read this: a setting is name=value"),
         ("seed", "Hydra cannot read this"),
+        ("hydra/job_logging=disabled", "has no effect here: leave it out"),
     ],
 )
 def test_an_argument_that_is_no_setting_is_refused_in_a_line(argument: str, said: str) -> None:
@@ -66,8 +70,8 @@ def test_an_option_that_means_nothing_is_refused_without_a_traceback(train: Comm
     ("override", "said"),
     [
         ("sed=1", "there is no setting sed; did you mean seed?"),
-        ("+trainer.max_epochs=3", "there is no setting trainer; did you mean phase?"),
-        ("modl.dim=3", "there is no setting modl; did you mean model?"),
+        ("+trainer.max_epochs=3", "no setting trainer.max_epochs; did you mean phase.max_epochs?"),
+        ("modl.dim=3", "there is no setting modl.dim; did you mean model.dim?"),
         ("lr={bas: 1}", "there is no setting lr.bas; did you mean lr.base?"),
         ("lr.factor.new.x=1", "did you mean lr.factor.new?"),
         ("hydra.launcher.jobs=2", "there is no setting hydra.launcher.jobs"),
@@ -85,6 +89,14 @@ def test_an_option_that_means_nothing_is_refused_without_a_traceback(train: Comm
         ("bf16=true", "did you mean precision?"),
         ("per_device_train_batch_size=8", "did you mean phase.batch_size?"),
         ("gradient_accumulation_steps=2", "did you mean phase.accumulate?"),
+        ("trainer.accelerator=gpu", "did you mean device?"),
+        ("fast_dev_run=true", "did you mean plan?"),
+        ("ckpt_path=a/last.ckpt", "did you mean hydra.run.dir?"),
+        ("max_steps=9", "did you mean phase.epoch_steps?"),
+        ("gradient_checkpointing=true", "did you mean model.checkpoint_activations?"),
+        ("model=gpt2", "did you mean model=causal_lm?"),
+        ("save_steps=500", "did you mean checkpoint_every_s?"),
+        ("train_file=a.txt", "did you mean data.files?"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_nearest_name(override: str, said: str) -> None:
@@ -99,7 +111,7 @@ BROKEN = {
     "bracket": (HEADER + b"model: {dim: 8\n", "bracket.yaml, line 3: expected ',' or '}'"),
     "type": (HEADER + b"model:\n  dim: abc\n", "model.dim=abc should be a valid integer"),
     "bare": (b"seed: 3\n", "such a file begins with the line '# @package _global_'"),
-    "key": (HEADER + b"modle:\n  dim: 8\n", "no setting modle; did you mean model?"),
+    "key": (HEADER + b"modle:\n  dim: 8\n", "no setting modle.dim; did you mean model.dim?"),
     "number": (HEADER + b"lr: 0.1\n", "lr=0.1 should be settings"),
     "slash": (HEADER + b"defaults:\n  - override freeze: none\n", "freeze"),
     "itself": (HEADER + b"defaults:\n  - itself\n", "the settings cannot be composed: "),
