@@ -143,7 +143,7 @@ def load(*folders: str | Path | Iterable[str | Path]) -> Results:
             reason = _text(one_line(str(error))[:120])
             rows["left_out"].append({"folder": _text(name), "kind": "damaged", "reason": reason})
     frames = {name: columns.to_frame(name, each) for name, each in rows.items()}
-    runs = with_changes(_with_variants(_with_duplicates(frames["runs"])))
+    runs = _with_changes(_with_variants(_with_duplicates(frames["runs"])))
     return Results(**_with_sums(frames | {"runs": columns.arranged(runs, _varied(runs))}))
 
 
@@ -322,7 +322,7 @@ def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**named)
 
 
-def with_changes(runs: pd.DataFrame) -> pd.DataFrame:
+def _with_changes(runs: pd.DataFrame) -> pd.DataFrame:
     """Return runs with the change of each figure from their first phase to their last."""
     several = (runs["phases"] > 1).fillna(False).astype(bool)
     for change, metric in (

@@ -109,6 +109,7 @@ def test_another_study_in_the_same_folder_is_refused_and_named(train: Command, t
     before = contents(tmp_path / "s")
     for given, differs in (
         ("hydra.sweeper.first=3", "first=2, not 3"),
+        ("hydra.sweeper.first_seed=2", "first_seed=0, not 2"),
         ("hydra.sweeper.most=5", "most=3, not 5"),
         ("hydra.sweeper.margin=0.2", "margin=0.1, not 0.2"),
         ("lr.base=0.01", "arms."),

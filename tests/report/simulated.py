@@ -2,31 +2,28 @@
 
 `python -m tests.report.simulated` prints a row per cell, of these and of `settling`: every figure
 of docs/report.md that was simulated. Studies are judged as arrays. The first CHECKED of a cell also
-go the way of a report, and must be judged alike: the runs of a cell are records that `synthetic`
-writes, read as for a report; a study puts accuracies and losses of its own into the frames that
-were read, and goes from there into arms, courses, comparisons and verdicts, many at once, each
-under a text of its own. No picture is drawn and no page written.
+go the way of a report, and must be judged alike: `synthetic` writes their records, which are read
+and go from there into arms, courses, comparisons and verdicts. No picture is drawn and no page
+written.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from proglayer.report import comparisons, measures
 from proglayer.report.arms import DEEP, MARGIN, STANDARD
 from proglayer.report.arms import arms as arms_of
 from proglayer.report.comparisons import Comparison
 from proglayer.report.sequential import Design
-from proglayer.results import Results, load
-from proglayer.results.read import with_changes
+from proglayer.results import load
 
 from .. import synthetic
 from . import settling
@@ -39,8 +36,8 @@ SEED_SD, RUN_SD, EPOCH_SD = 0.3, 0.2, 0.08
 COLLAPSE_SHARE, COLLAPSE_POINTS = 0.1, -4.0
 # The accuracy that the initial phase ends with; where growth opens a gate, more than what follows.
 INITIAL, BEFORE_GATE = 15.0, 18.0
-# How many studies of a cell are in the frames.
-CHECKED = 20
+# How many studies of a cell are written and read.
+CHECKED = 3
 
 
 class Numbers(NamedTuple):
@@ -53,14 +50,8 @@ class Numbers(NamedTuple):
     choices: list[np.ndarray]
     test: np.ndarray | None
 
-    def of(self, studies: slice) -> Numbers:
-        """Those of some of the studies."""
-        test = None if self.test is None else self.test[studies]
-        return Numbers([own[studies] for own in self.choices], test)
-
 
 def drawn(
-    template: Results,
     seeds: int,
     distribution: str = "normal",
     *,
@@ -72,16 +63,14 @@ def drawn(
     """Draw studies in which `original` is better than both controls by `true` points.
 
     Args:
-        template: of `template`, for as many seeds.
         epochs: how many epochs, all equally good, the controls have for each of the original's to
             choose from. Each is evaluated with an error of EPOCH_SD, which the choice falls for.
         tested: all is judged on a test text, where the chosen epoch has an error of its own.
     """
     draw = np.random.default_rng([seeds, DISTRIBUTIONS.index(distribution), epochs, tested])
-    runs = template.runs
-    original = (runs["experiment"] == "original").to_numpy()
-    of_seed = SEED_SD * draw.normal(size=(studies, seeds))[:, runs["seed"]]
-    apart = settling.noise(draw, distribution, (studies, len(runs)), RUN_SD)
+    original = np.arange(settling.ARMS * seeds) < settling.FIRST_CONTROL * seeds
+    of_seed = np.tile(SEED_SD * draw.normal(size=(studies, seeds)), settling.ARMS)
+    apart = settling.noise(draw, distribution, (studies, len(original)), RUN_SD)
     truth = 16 + of_seed + apart + true * original
     if "collaps" in distribution:
         collapsed = draw.random(truth.shape) < COLLAPSE_SHARE
@@ -115,100 +104,26 @@ def losses(experiment: str, choices: Sequence[float], before: float) -> list[lis
     return [[loss_of(before), bad], last]
 
 
-def write(
-    folder: Path,
-    seeds: int,
-    choices: Sequence[Sequence[float]],
-    test: Sequence[float] | None,
-    gated: bool = False,
-) -> Results:
-    """Write the records of one study, and read them.
+def judged(numbers: Numbers, study: int, seeds: int, gated: bool = False) -> list[Comparison]:
+    """Write the records of one of the studies, read them, and judge their claims.
 
     Args:
-        choices, test: as of `Numbers`, of one study.
         gated: a growth leaves the model as it was, and what is trained then never gets back there.
     """
     before = BEFORE_GATE if gated else INITIAL
-    names = [
-        (experiment, model, seed)
-        for experiment in EXPERIMENTS
-        for model in (STANDARD, DEEP)
-        for seed in range(seeds)
-    ]
-    for number, (experiment, model, seed) in enumerate(names):
-        own = losses(experiment, choices[number], before)
-        how: dict[str, Any] = {"losses": own, "shock": 0.0 if gated else None}
-        if test is not None:
-            how["test_losses"] = [loss_of(before), loss_of(test[number])][-len(own) :]
-        synthetic.run(folder / f"{number:03d}", experiment, model, seed, **how)
-    return load(folder)
-
-
-def template(seeds: int, epochs: int, tested: bool, gated: bool = False) -> Results:
-    """The frames of a study of these seeds, whose figures `studies_of` replaces."""
-    runs = len(EXPERIMENTS) * 2 * seeds
-    choices = [[16.0] * (1 if run < 2 * seeds else epochs) for run in range(runs)]
+    names = itertools.product(EXPERIMENTS, (STANDARD, DEEP), range(seeds))
     with tempfile.TemporaryDirectory() as folder:
-        return write(Path(folder), seeds, choices, [16.0] * runs if tested else None, gated)
-
-
-def studies_of(template: Results, numbers: Numbers) -> Results:
-    """The frames of as many studies as there are numbers, each under a text of its own."""
-    studies = len(numbers.choices[0])
-    runs, phases, epochs = (
-        pd.concat([frame] * studies, ignore_index=True)
-        for frame in (template.runs, template.phases, template.epochs)
-    )
-    for one, frame in ((template.runs, runs), (template.phases, phases), (template.epochs, epochs)):
-        of = np.repeat(np.arange(studies), len(one)).astype(str)
-        frame["run"] = np.char.add(np.char.add(of, "/"), frame["run"].to_numpy(str))
-    runs["corpus_fingerprint"] = np.repeat(np.arange(studies), len(template.runs)).astype(str)
-
-    names = template.runs["run"].tolist()
-    last = template.phases.drop_duplicates("run", keep="last").set_index("run")["phase"]
-    own = template.epochs["phase"].eq(template.epochs["run"].map(last))
-    own &= template.epochs["epoch"] > 0
-    chosen = np.zeros((studies, len(template.epochs)), bool)
-    accuracy = np.tile(template.epochs["validation_accuracy_percent"].to_numpy(float), (studies, 1))
-    chosen[:] = template.epochs["best"].to_numpy(bool)
-    places = [np.flatnonzero(own & template.epochs["run"].eq(name)) for name in names]
-    best = [values.argmax(axis=1) for values in numbers.choices]
-    for rows, values, at in zip(places, numbers.choices, best, strict=True):
-        rows = rows[: values.shape[1]]
-        accuracy[:, rows] = values
-        chosen[:, rows] = np.arange(len(rows)) == at[:, None]
-    epochs["best"] = chosen.ravel()
-    _set(epochs, "validation_", accuracy.ravel())
-
-    ends = np.stack([values.max(axis=1) for values in numbers.choices], axis=1).ravel()
-    _set(runs, "last_validation_", ends)
-    at_end = phases["phase"].eq(np.tile(template.phases["run"].map(last).to_numpy(), studies))
-    phases.loc[at_end, "best_epoch"] = np.stack(best, axis=1).ravel() + 1
-    _set(phases, "validation_", ends, at_end)
-    if numbers.test is not None:
-        _set(runs, "last_test_", numbers.test.ravel())
-    runs = with_changes(runs)
-    return Results(runs, phases, epochs, template.exits.head(0), template.left_out)
-
-
-def _set(frame: Any, prefix: str, accuracy: np.ndarray, rows: Any = slice(None)) -> None:
-    """Put accuracies, and the losses that go with them, into a frame."""
-    frame.loc[rows, f"{prefix}accuracy_percent"] = accuracy
-    frame.loc[rows, f"{prefix}loss"] = loss_of(accuracy)
-
-
-def judged(results: Results) -> Iterator[list[Comparison]]:
-    """The claims of the studies in these frames, each judged as by a report of its own."""
-    arms = arms_of(results)
-    # Of two hundred settings one is read; plain strings are faster to read.
-    aside = [c for c in arms.runs if c.startswith("config.") and c != "config.model.dim"]
-    runs = arms.runs.drop(columns=aside)
-    arms = replace(arms, runs=runs.astype(dict.fromkeys(runs.select_dtypes("string"), object)))
-    curves = measures.curves(results, arms.runs)
-    texts = arms.runs.set_index("run")["condition"]
-    runs_of = arms.runs.groupby("condition")
-    for (_, runs), (_, own) in zip(runs_of, curves.groupby(curves["run"].map(texts)), strict=True):
-        yield comparisons.judge(comparisons.claimed(runs, own, MARGIN))
+        for number, (experiment, model, seed) in enumerate(names):
+            own = losses(experiment, numbers.choices[number][study], before)
+            how: dict[str, Any] = {"losses": own, "shock": 0.0 if gated else None}
+            if numbers.test is not None:
+                on_test = [loss_of(before), loss_of(numbers.test[study, number])]
+                how["test_losses"] = on_test[-len(own) :]
+            synthetic.run(Path(folder, f"{number:03d}"), experiment, model, seed, **how)
+        results = load(folder)
+    runs = arms_of(results).runs
+    claims = comparisons.claimed(runs, measures.curves(results, runs), MARGIN)
+    return comparisons.judge(claims)
 
 
 def differences(numbers: Numbers, seeds: int) -> np.ndarray:
@@ -234,12 +149,8 @@ def simulate(
     epochs: int = 1,
     tested: bool = False,
     gated: bool = False,
-    checked: int = CHECKED,
 ) -> dict[str, float]:
-    """Judge simulated studies; the arguments are those of `drawn` and `write`.
-
-    Args:
-        checked: so many of the studies go the way of a report, too.
+    """Judge simulated studies; the arguments are those of `drawn` and `judged`.
 
     Returns:
         the share of plain 95 % intervals that hold the true difference; and the shares of studies
@@ -247,13 +158,11 @@ def simulate(
         differ, or of the wrong sign), and with a false "same" in what differs by the margin or
         more; and the mean error of a difference between experiments.
     """
-    one = template(seeds, epochs, tested, gated)
-    numbers = drawn(
-        one, seeds, distribution, studies=studies, true=true, epochs=epochs, tested=tested
-    )
+    numbers = drawn(seeds, distribution, studies=studies, true=true, epochs=epochs, tested=tested)
     design = Design(first=seeds, step=1, most=seeds)
     found = settling.settled("fixed", design, differences(numbers, seeds))
-    for study, family in enumerate(judged(studies_of(one, numbers.of(slice(checked))))):
+    for study in range(CHECKED):
+        family = judged(numbers, study, seeds, gated)
         assert [own.verdict for own in family] == found["verdict"][study].tolist()
         ends = np.array([own.judged.interval[:2] for own in family]).T
         np.testing.assert_allclose(ends, [found["low"][study], found["high"][study]], atol=1e-9)

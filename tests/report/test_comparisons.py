@@ -280,39 +280,6 @@ def test_a_control_is_known_by_its_phases_and_its_schedule_ends_at_the_budget(
     assert own.tested
 
 
-def test_one_that_stopped_by_itself_had_all_it_wanted(tmp_path: Path) -> None:
-    """And tokens and operations that give the same numbers are one comparison of the family."""
-    study = study_of(
-        known(
-            tmp_path,
-            {
-                "original": [[6.0, 5.9, 6.0], [5.7, 5.5, 5.6]],
-                FROM_SCRATCH: lambda seed: [[6.0, 5.6 + wobble(seed), 5.9]],
-            },
-        )
-    )
-    [own] = [own for own in study.claims if own.tested]
-    assert (own.budgets, own.judged.levels.family) == (BOTH, 1)
-    assert own.verdict is Verdict.better
-
-
-def test_the_frozen_run_sets_the_budget_of_the_unfrozen_one(tmp_path: Path) -> None:
-    """An unfrozen model that got better only after more operations is no better at equal ones."""
-    study = study_of(
-        known(
-            tmp_path,
-            {
-                "original": lambda seed: [[6.0, 5.9, 6.0], [5.6, 5.5 + wobble(seed), 5.6]],
-                "control_unfrozen": [[6.0, 5.9, 6.0], [5.6, 5.55, *[5.54] * 8, 5.0, 5.1]],
-            },
-        )
-    )
-    [own] = [own for own in study.claims if own.tested]
-    assert (own.budgets, own.verdict) == ((Budget.compute,), Verdict.better)
-    [end] = [own for own in study.others if own.kind is Kind.ends]
-    assert end.verdict is Verdict.worse
-
-
 def test_the_model_right_after_a_growth_is_no_epoch_of_training(tmp_path: Path) -> None:
     """Growth leaves the unfrozen model as good as it was; training then makes it worse."""
     for seed in range(6):
