@@ -428,7 +428,7 @@ def as_frames(comparisons: Iterable[Comparison]) -> tuple[Frame, Frame]:
 
     `low` and `high` hold with `confidence`, for all that `pays_for` names; `low_alone` and
     `high_alone` with `confidence_alone`, for one comparison (at all looks); those of the loss, in
-    nats, with 95 %, for that alone. `mean_corrected` is `sequential.median_unbiased`.
+    nats, with 95 %, for that alone. `mean_corrected` is `sequential.corrected_for_stopping`.
     """
     rows, by_seed = [], []
     for own in comparisons:

@@ -372,7 +372,7 @@ class Judgement:
     equivalence_p_adjusted: float
     interval: Interval
     alone: Interval
-    corrected: float = math.nan  # see `sequential.median_unbiased`; of *better* and *worse*
+    corrected: float = math.nan  # see `sequential.corrected_for_stopping`; of *better* and *worse*
 
 
 # Of a comparison that is not made.

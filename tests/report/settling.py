@@ -17,7 +17,7 @@ from scipy import stats as sps
 from proglayer.report import stats
 from proglayer.report.arms import MARGIN
 from proglayer.report.comparisons import MOST_LOST
-from proglayer.report.sequential import Design, median_unbiased
+from proglayer.report.sequential import Design, corrected_for_stopping
 
 DISTRIBUTIONS = ("normal", "heavy tails", "collapsing", "controls collapse")
 ARMS, FIRST_CONTROL = 6, 2
@@ -170,8 +170,9 @@ def simulate(
     Returns:
         the shares of studies with a false difference and with a false "same"; the share of
         intervals of a comparison alone that hold, and of studies in which all intervals of the
-        verdicts do; the shares of claims rightly settled, and settled as "same"; the mean seeds of
-        a comparison, and runs of a study as a share of those of `most` seeds in all arms.
+        verdicts do; the shares of claims rightly settled, and settled as "same", and of studies
+        with one of these with a control; the mean seeds of a comparison, and runs of a study as a
+        share of those of `most` seeds in all arms.
     """
     draw = np.random.default_rng([DISTRIBUTIONS.index(distribution), int(1000 * sd)])
     truths = np.array(true)
@@ -196,6 +197,7 @@ def simulate(
         "all together": holds("low", "high").all(axis=1).mean(),
         "right": right.mean(),
         "same": (verdict == SAME).mean(),
+        "same as a control": (verdict == SAME)[:, 1:].any(axis=1).mean(),
         "seeds": seeds.mean(),
         "runs": runs / (ARMS * design.most),
     }
@@ -211,10 +213,10 @@ def estimates(
         family: how many comparisons share the level.
 
     Returns:
-        the share of studies that show it, and what those show on average, plain and corrected for
-        stopping there (`sequential.median_unbiased`, between values of t at each look); the same
-        of those that stop at the first look; and the share of all studies, stopped or not, that
-        come out too large.
+        the share of studies that show it, and what those show on average, plain and corrected
+        (`sequential.corrected_for_stopping`, between values of t at each look); the same of those
+        that stop at the first look; and the share of all studies, stopped or not, that come out
+        too large.
     """
     draw = np.random.default_rng(int(1000 * true))
     values = true + sd * draw.normal(size=(studies, 1, design.most))
@@ -229,7 +231,7 @@ def estimates(
         spread /= spread.std(ddof=1)
         pairs = [pd.Series(spread + one / np.sqrt(seeds)) for one in t]
         zero = pd.Series(np.zeros(seeds))
-        known = [median_unbiased(stats.paired(d, zero), design, look, family) for d in pairs]
+        known = [corrected_for_stopping(stats.paired(d, zero), design, look, family) for d in pairs]
         here = found["seeds"] == seeds
         error = found["error"][here]
         size = np.interp(np.abs(found["mean"][here]) / error, [0, *t], [0, *known])
@@ -268,7 +270,7 @@ COLLAPSES: Cells = [
     for sd in (0.2, 0.05)
     for points in (0.5, 4.0)
     for share in (0.01, 0.05, 0.2)
-    for method in ("looks that pay", "trimmed looks")
+    for method in ("looks that pay", "trimmed looks", "plain looks")
 ]
 FAILURES: Cells = [
     {"method": method, "design": DESIGN, "true": true, "failing": share, "most_lost": most_lost}

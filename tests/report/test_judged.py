@@ -12,7 +12,7 @@ import pytest
 
 from proglayer.report import measures, sequential, stats, words
 from proglayer.report.arms import FROM_SCRATCH, STANDARD
-from proglayer.report.comparisons import Claim, Kind, Reason, as_frames
+from proglayer.report.comparisons import Budget, Claim, Kind, Reason, as_frames
 from proglayer.report.sequential import Looks
 from proglayer.report.stats import LeftOut, Verdict
 from proglayer.report.study import verdicts
@@ -50,8 +50,12 @@ def test_an_epoch_that_a_budget_ends_on_is_judged_on_the_test_text(tmp_path: Pat
             folder = tmp_path / f"{experiment}{seed}"
             how: Any = {"losses": losses, "test_losses": test}
             synthetic.run(folder, experiment, STANDARD, seed, **how)
-    [own] = made(study_of(tmp_path), Claim.stable)
+    study = study_of(tmp_path)
+    [own] = made(study, Claim.stable)
     assert (own.text, own.verdict, own.accuracy.n) == ("test", Verdict.better, 6)
+    assert own.budgets == (Budget.compute,)
+    [end] = [other for other in study.others if other.kind is Kind.ends]
+    assert end.verdict is Verdict.worse
     assert own.accuracy.mean == pytest.approx(0.5, abs=0.02)
     assert "points of test accuracy" in words.clause(own)
     found = verdicts(load(tmp_path)).set_index("claim").loc[Claim.stable]
@@ -114,7 +118,8 @@ def test_more_than_one_failed_run_in_ten_makes_a_verdict_not_tested(tmp_path: Pa
 
 def test_a_claim_is_not_judged_again_among_the_others(tmp_path: Path) -> None:
     study = study_of(known(tmp_path, {"original": GROWN, FROM_SCRATCH: scratch}))
-    assert len(made(study, Claim.stepwise)) == 1
+    [own] = made(study, Claim.stepwise)
+    assert (own.budgets, own.judged.levels.family) == ((Budget.tokens, Budget.compute), 1)
     assert study.others == []
 
 
@@ -184,7 +189,7 @@ def test_the_estimate_of_a_study_that_stopped_is_nearer_to_the_truth(
             [own] = stats.judge([pairs], LOOKS.levels(look, 3))
             if own.verdict in (Verdict.better, Verdict.worse):
                 plain.append(pairs.mean)
-                better.append(sequential.median_unbiased(pairs, LOOKS, look, 3))
+                better.append(sequential.corrected_for_stopping(pairs, LOOKS, look, 3))
                 if not look:
                     assert better[-1] == pytest.approx(plain[-1], rel=0.02)
                 break
