@@ -550,7 +550,7 @@ SYNONYMS = {
     **dict.fromkeys(("trainer", "training", "training_args"), "phase"),
     **dict.fromkeys(("output_dir", "default_root_dir", "task_name"), "hydra.run.dir"),
     **dict.fromkeys(("resume_from_checkpoint", "ckpt_path"), "hydra.run.dir"),
-    **dict.fromkeys(("fast_dev_run", "dry_run", "debug", "train"), "plan"),
+    **dict.fromkeys(("fast_dev_run", "dry_run", "debug"), "plan"),
     "seed_everything": "seed",
     "gradient_checkpointing": "model.checkpoint_activations",
     "adam_beta1": "optimizer.beta1",
