@@ -411,6 +411,11 @@ class Config(Settings):
     cache_frozen: bool
     growths: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def least_devices(self) -> int:
+        """How many devices the settings alone ask for: with `auto` it may be more."""
+        return 1 if self.devices == "auto" else self.devices
+
 
 def to_config(settings: DictConfig) -> Config:
     """Turn what Hydra composed into a checked `Config`.

@@ -81,8 +81,8 @@ class Command:
         except Exception as error:
             raise ConfigError(in_one_line(error)) from error
         if config.threads is None and threads is not None:
-            processes = 1 if config.devices == "auto" else config.devices
-            config = config.model_copy(update={"threads": max(1, threads // processes)})
+            share = max(1, threads // config.least_devices)
+            config = config.model_copy(update={"threads": share})
         choices = composed.hydra.runtime.choices.items()
         return Job(
             config=config,

@@ -93,8 +93,8 @@ def print_plan(each: Planned, title: str = "plan", elsewhere: bool = False) -> N
 
     config, corpus, phases = each.job.config, each.setup.corpus, each.setup.phases
     stored: list[str] = []
-    processes = 1 if config.devices == "auto" else config.devices
-    lines = [*plan_lines(phases, config.data.seq_len, processes), unused_settings(config, phases)]
+    held = plan_lines(phases, config.data.seq_len, config.least_devices)
+    lines = [*held, unused_settings(config, phases)]
     with contextlib.suppress(ConfigError):  # the device is another machine's
         if not elsewhere:
             lines.append(machine.with_precision(config)[1])

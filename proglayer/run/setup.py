@@ -38,7 +38,7 @@ def set_up(config: Config, opened: Opened) -> Setup:
     phases = plan(config, corpus.vocab_size, checkpoint)
     for phase in phases:
         _check_windows(config, phase, len(corpus.train))
-        if config.devices != "auto" and (batch := phase.train.batch_size) < config.devices:
+        if (batch := phase.train.batch_size) < config.least_devices:
             raise ConfigError(f"batch_size={batch} is smaller than devices={config.devices}")
     check_objective(config.objective, corpus_record(corpus))
     return Setup(corpus, checkpoint, phases)
