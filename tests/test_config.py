@@ -171,7 +171,7 @@ def test_a_value_at_the_edge_is_used_or_refused_in_a_line(edge: str) -> None:
         try:
             settings = config(f"{name}={edge}")
         except Exception as error:
-            line = in_one_line(error)
+            line = in_one_line(error, [f"{name}={edge}"])
             assert name.split(".")[0] in line
             assert len(line) < 300
             continue

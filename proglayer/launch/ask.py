@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import secrets
-import traceback
 from collections.abc import Iterable, Sequence
 
 from hydra._internal.utils import get_args_parser
@@ -132,30 +130,29 @@ def _unreadable(override: str) -> str:
     )
 
 
-def in_one_line(error: BaseException) -> str:
-    """Say what went wrong while Hydra composed settings: its first line, and the nearest name."""
+def in_one_line(error: BaseException, overrides: Iterable[str] = ()) -> str:
+    """Say what went wrong while Hydra composed settings: its first line, and the nearest name.
+
+    overrides: those that it composed.
+    """
     from proglayer.config import SYNONYMS, unknown_setting
 
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
-        missing, said = cause.__cause__, str(cause)
-        if isinstance(missing, NO_KEY) and said.startswith("Could not override '"):
-            # Where a group is unknown, the key of the error is the group alone.
-            return unknown_setting(max(said.split("'")[1], missing.full_key or "", key=len))
         if isinstance(cause, NO_KEY) and cause.full_key:
-            return unknown_setting(cause.full_key)
+            # Where a group is unknown, the key of the error is the group alone.
+            asked = [text.partition("=")[0].lstrip("+~") for text in overrides]
+            within = (name for name in asked if name.startswith(f"{cause.full_key}."))
+            return unknown_setting(next(within, cause.full_key))
         if isinstance(cause, OverrideParseException):
             return _unreadable(cause.override)
         if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
             return f"{cause.problem_mark.name}, line {cause.problem_mark.line + 1}: {cause.problem}"
         if isinstance(cause, UnicodeDecodeError):
-            frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-            known = [own for frame in frames for own in frame.f_locals.values()]
-            names = [own.name for own in known if isinstance(own, io.TextIOWrapper)]
-            if names:
-                return f"{names[-1]} is not in UTF-8 ({first_line(cause)})"
+            line = cause.object[: cause.end].splitlines()[-1].decode("latin-1")
+            return f"a file of settings is not in UTF-8, in the line that begins with {line!r}"
         if isinstance(cause, MissingConfigException) and cause.options:
             group, _, choice = str(cause.missing_cfg_file).rpartition("/")
             close = difflib.get_close_matches(SYNONYMS.get(choice, choice), cause.options, 1)

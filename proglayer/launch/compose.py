@@ -79,7 +79,7 @@ class Command:
                 composed.hydra.runtime.output_dir = str(folder)
             config = to_config(composed)
         except Exception as error:
-            raise ConfigError(in_one_line(error)) from error
+            raise ConfigError(in_one_line(error, overrides or ())) from error
         if config.threads is None and threads is not None:
             share = max(1, threads // config.least_devices)
             config = config.model_copy(update={"threads": share})

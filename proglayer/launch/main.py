@@ -44,7 +44,7 @@ def composed(main: Callable[[], object]) -> tuple[DictConfig, ConfigLoader, Sequ
     except UserError:
         raise
     except Exception as error:
-        raise ConfigError(in_one_line(error)) from error
+        raise ConfigError(in_one_line(error, sys.argv[1:])) from error
     sys.exit()  # something was shown
 
 

@@ -20,7 +20,7 @@ def refusal(*overrides: str) -> str:
     try:
         to_config(composed(*overrides))
     except Exception as error:
-        return in_one_line(error)
+        return in_one_line(error, overrides)
     return ""
 
 
@@ -117,7 +117,7 @@ BROKEN = {
     "itself": (HEADER + b"defaults:\n  - itself\n", "the settings cannot be composed: "),
     "latin": (
         HEADER + b"seed: 3 # \xe9\n",
-        "latin.yaml is not in UTF-8 ('utf-8' codec can't decode",
+        "a file of settings is not in UTF-8, in the line that begins with 'seed: 3 # é'",
     ),
 }
 
