@@ -13,6 +13,7 @@ it is an expression over the data.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import zipfile
@@ -122,6 +123,9 @@ AGAIN = {
 USING = ("`stack`", "`random`")
 USES = ("left out", "swapped with the next")
 USED = "changed_layers.csv"
+# Whose loss on the way is drawn.
+CURVES = ("two layers, more epochs", "`random`", "`stack`", "frozen, more epochs", CONTROL)
+SETTLED = (stats.Verdict.better, stats.Verdict.worse, stats.Verdict.same)
 # The parts with its data, and how many arms a seed has there.
 DEPTH_PARTS = {"depth": len(DEPTH_ARMS), "depth-again": 10}
 SEEDS = 8
@@ -599,13 +603,14 @@ class Depth:
     """
 
     def __init__(self, part: str, asked: Mapping[str, Collection[str]], family: int) -> None:
-        results = read(part)
+        self.part, self.family, results = part, family, read(part)
         runs = results.runs.assign(arm=results.runs["overrides"].map(arm_of))
         self.seeds = sorted(runs["seed"].unique())
         self.whole = len(self.seeds) == SEEDS
         last = results.phases.sort_values("phase").drop_duplicates("run", keep="last")
         names = ["run", "test_loss", "test_bits_per_byte", "test_accuracy_percent"]
         self.runs = runs.merge(last[names], on="run")
+        self.epochs = results.epochs
         self.loss = self.runs.pivot_table(index="seed", columns="arm", values="test_loss")
         phases = results.phases.drop_duplicates("stage")
         seconds = phases["train_seconds"] + phases["evaluation_seconds"]
@@ -642,6 +647,47 @@ class Depth:
                 more = rises[change, name] - rises[change, CONTROL]
                 question = "Do grown models use their depth differently? The loss rises more by"
                 yield question, f"{name}: layers {change}", more
+
+    def short(self, question: str) -> str:
+        """Return the answer to a question: its comparisons by what was found."""
+        by_verdict: dict[str, list[str]] = {}
+        for label, pairs, judged in self.questions[question]:
+            verdict = judged.verdict if judged else "not judged"
+            by_verdict.setdefault(verdict, []).append(f"{label} {pairs.mean:+.3f}")
+        return "; ".join(f"**{name}**: {', '.join(own)}" for name, own in by_verdict.items())
+
+    def surviving(self, families: int) -> list[str]:
+        """Name what is settled at a level that pays for all families of the page."""
+        return [
+            f"{question} {own.label}: {own.judged.verdict}"
+            for question, comparisons in self.questions.items()
+            for own in comparisons
+            if own.judged and own.judged.verdict in SETTLED
+            for level in [stats.ALPHA / self.family / families]
+            for again in stats.judge([own.pairs], stats.Levels(self.family, level))
+            if again.verdict is own.judged.verdict
+        ]
+
+    def pictures(self) -> list[Picture]:
+        """Draw the comparisons, and the loss on the way of some arms."""
+        rows = []
+        for own in itertools.chain.from_iterable(self.questions.values()):
+            row = {"label": own.label, "model": "", "seeds": own.pairs.differences}
+            if own.judged:
+                row |= dict(zip(("low", "high"), own.judged.interval, strict=False))
+            rows.append(row)
+        title = "What each comparison comes to"
+        unit = "better by, nats a byte (of layers left out and swapped: loses more by)"
+        found = forest(f"{self.part}-comparisons", title, rows, NATS, unit)
+        curves = self.epochs.merge(self.runs[["run", "arm"]], on="run")
+        curves = curves[curves["arm"].isin(CURVES)]
+        curves = curves.assign(
+            arm=pd.Categorical(curves["arm"].str.replace("`", ""), [a.strip("`") for a in CURVES]),
+            at=curves["cumulative_epochs"], x=curves["flops"] / 1e12, y=curves["validation_loss"],
+        )  # fmt: skip
+        axes = "operations, T (10¹²)", "validation loss, nats a byte"
+        way = "The loss on the way"
+        return [found, lines(f"{self.part}-curves", way, curves.sort_values("arm"), *axes)]
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each arm, the lowest loss first."""
@@ -742,8 +788,10 @@ def render(pictures: Path = FINDINGS) -> str:
     for part, asked in families.items():
         known = (FINDINGS / part / ZIP).exists()
         parts[part.replace("-", "_")] = Depth(part, asked, sizes[part]) if known else None
-    for part in ("claims", "operators", "timing", "exits"):
-        for picture in parts[part].pictures():
+    studies = [own for own in (parts["depth"], parts["depth_again"]) if own]
+    drawn = [parts[part] for part in ("claims", "operators", "timing", "exits")]
+    for part in (*drawn, *studies):
+        for picture in part.pictures():
             (pictures / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
     families: list[list[Comparison]] = [
         parts["claims"].study.claims,
@@ -753,6 +801,10 @@ def render(pictures: Path = FINDINGS) -> str:
         *([own] for own in parts["rotating"].found.values()),
         *(parts[part].rows for part in ("asked", "settled")),
     ]
+    judged = [own for own in studies if own.whole]
+    number = len(families) + len(judged)
+    named = [own for family in families for own in surviving(family, number)]
+    named += [own for study in judged for own in study.surviving(number)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FINDINGS),
         trim_blocks=True,
@@ -771,9 +823,10 @@ def render(pictures: Path = FINDINGS) -> str:
         cells=CELLS,
         clause=words.clause,
         margin=MARGIN,
+        nats=NATS,
         planned=PLANNED,
-        families=len(families),
-        surviving=[own for family in families for own in surviving(family, len(families))],
+        families=number,
+        surviving=named,
     )
 
 

@@ -66,7 +66,12 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     figures = {f"test_{name}": runs["loss"] for name in ("loss", "bits_per_byte")}
     phases = runs[["run"]].assign(phase=1, stage=runs["run"], **figures, test_accuracy_percent=50.0)
     phases = phases.assign(train_seconds=3600.0, evaluation_seconds=0.0)
-    results = SimpleNamespace(runs=runs.assign(epochs=15, flops=1e12), phases=phases)
+    epochs = pd.concat(
+        runs.assign(cumulative_epochs=n, flops=n * 1e12, validation_loss=runs["loss"] + 1 / n)
+        for n in (1, 2)
+    )
+    runs = runs.assign(epochs=15, flops=1e12)
+    results = SimpleNamespace(runs=runs, phases=phases, epochs=epochs)
     monkeypatch.setattr(findings, "read", lambda part: results)
     study = findings.Depth("nowhere", findings.DEPTH_QUESTIONS, findings.PLANNED)
     found = list(itertools.chain.from_iterable(study.questions.values()))
@@ -77,3 +82,10 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     assert depth.pairs.mean == pytest.approx(gain, abs=0.01)
     assert depth.text.startswith("**better**") == (judged == 22)
     assert {own.judged.levels for own in found if own.judged} <= {(26, 0.05 / 26, 0.05)}
+    name, question = "at equal tokens", next(iter(findings.DEPTH_QUESTIONS))
+    assert ("better**: at equal tokens" in study.short(question)) == (judged == 22)
+    assert (f"{question} {name}: better" in study.surviving(9)) == (judged == 22)
+    assert [picture.name for picture in study.pictures()] == [
+        "nowhere-comparisons",
+        "nowhere-curves",
+    ]
