@@ -19,12 +19,18 @@ import yaml
 from proglayer import load_run
 from proglayer.config import Config, flat_settings
 from proglayer.launch.product import ProductSettings, expand
+from proglayer.report.arms import MARGIN
+from proglayer.report.comparisons import Kind
+from proglayer.report.measures import timings
+from proglayer.report.study import judge_study
+from proglayer.results import load
 from proglayer.run.progress import plan_lines
 from proglayer.run.run import run
 from proglayer.store.trajectory import Trajectory
 from proglayer.training.cost import training_flops
 from proglayer.training.plan import plan
 
+from . import synthetic
 from .helpers import ROOT, config
 
 RECIPES = ROOT / "conf" / "experiment" / "recipe"
@@ -60,8 +66,8 @@ DIFFERS = {
 }
 
 
-def arms(name: str) -> list[Config]:
-    """The jobs of a recipe's command that differ in more than the seed."""
+def jobs(name: str) -> list[tuple[str, ...]]:
+    """The overrides of those jobs of a recipe's command that differ in more than the seed."""
     text = (RECIPES / f"{name}.yaml").read_text()
     found = re.search(r"^#   python train\.py -m (.*(?:\n#     .*)*)", text, re.MULTILINE)
     assert found is not None
@@ -69,21 +75,65 @@ def arms(name: str) -> list[Config]:
     design = [each for each in given if each.startswith("hydra.sweeper.pairs=")]
     pairs = yaml.safe_load(design[0].split("=", 1)[1]) if design else []
     given = [each for each in given if each not in design and not each.startswith("seed=")]
-    return [config(*job) for job in expand(ProductSettings(pairs=pairs), given, None)]
+    return [tuple(job) for job in expand(ProductSettings(pairs=pairs), given, None)]
+
+
+def arms(name: str) -> list[Config]:
+    """The settings of those jobs."""
+    return [config(*job) for job in jobs(name)]
 
 
 @pytest.mark.parametrize("name", DIFFERS)
 def test_the_arms_of_a_command_differ_in_what_the_recipe_is_about_alone(name: str) -> None:
-    jobs = [dict(flat_settings(job.model_dump(mode="json"))) for job in arms(name)]
-    assert len(jobs) > 1
-    different = {each for each in jobs[0] if any(job[each] != jobs[0][each] for job in jobs)}
+    first, *others = [dict(flat_settings(job.model_dump(mode="json"))) for job in arms(name)]
+    assert others
+    different = {each for each in first if any(job[each] != first[each] for job in others)}
     assert different == DIFFERS[name]
     depths = {plan(job, 8192)[-1].train.layers for job in arms(name)}
     assert len(depths) == (2 if name == "control_bigram" else 1)
 
 
-@pytest.mark.parametrize(("name", "within"), [("g_stack", 0.03), ("curse_of_depth", 0.003)])
-def test_a_control_ends_its_schedule_at_the_same_operations(name: str, within: float) -> None:
+# Commands that are judged in other ways than each variant against the first.
+COMPARED = ("g_stack", "wsd_growth", "curse_of_depth", "growth_timing", "exits_only",
+                  "loss_by_phase")  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_report_of_a_command_compares_its_arms(name: str, tmp_path: Path) -> None:
+    """Each of them with another; what grows with the control of its own other settings, and at
+    equal compute; moments of growth with each other.
+    """
+    for (number, (_, *own)), seed in itertools.product(enumerate(jobs(name)), (0, 1)):
+        lengths = [min(phase.stop.max_epochs, 25) for phase in plan(arms(name)[number], 8192)]
+        end = 7 - 0.002 * seed * number
+        losses = [[end - 0.01 * epoch for epoch in range(length)] for length in lengths]
+        at = tmp_path / f"{number}_{seed}"
+        synthetic.run(at, f"recipe/{name}", "standard", seed, *own, losses=losses)
+    study = judge_study(load(tmp_path), MARGIN, None)
+    (condition,) = study.conditions
+    assert bool(timings(condition.runs, condition.curves)) is (name == "growth_timing")
+    made, variants = [own for own in study.others if own.tested], {*condition.runs["variant"]}
+    assert {variant for own in made for variant in (own.a, own.b)} == variants
+    assert len(variants) == len(jobs(name))
+    scratch = {variant for variant in variants if "from_scratch" in variant}
+    at_equal = {own.a: own.b for own in made if own.kind is Kind.budget}
+    if name == "wsd_growth":  # growing ends amid the schedule of the longer one: no equal compute
+        assert not at_equal
+    elif scratch:
+        assert ({*at_equal}, {*at_equal.values()}) == (variants - scratch, scratch)
+    for own in made if scratch else ():
+        apart = {each.split("=")[0] for each in {*own.a.split()} ^ {*own.b.split()}}
+        assert len(apart - {"phase.initial.max_epochs"}) == 1
+    if len(scratch) > 1:
+        assert any({own.a, own.b} <= scratch for own in made)
+
+
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [("g_stack", 0.03), ("curse_of_depth", 0.003), ("growth_timing", 0.065)],
+)
+def test_arms_of_equal_cost_end_their_schedules_at_it(name: str, within: float) -> None:
     spent = []
     for job in arms(name):
         phases = plan(job, 8192)
@@ -95,6 +145,16 @@ def test_a_control_ends_its_schedule_at_the_same_operations(name: str, within: f
         ]
         spent.append(sum(number * sum(flops) for number, flops in epochs))
     assert min(spent) / max(spent) == pytest.approx(1, abs=within)
+
+
+def test_moments_of_growth_cost_the_same_under_deep_supervision() -> None:
+    text = (RECIPES / "growth_timing.yaml").read_text()
+    (own,) = re.findall(r"#     phase\.initial\S+=([\d,]+) phase\.grown\S+=([\d,]+)\n", text)
+    initial, grown = (map(int, lengths.split(",")) for lengths in own)
+    phases = plan(config("experiment=recipe/growth_timing", "model=deep_supervision"), 8192)
+    first, second = (sum(training_flops(phase.train, 32, 3000)) for phase in phases)
+    spent = [a * first + b * second for a, b in zip(initial, grown, strict=True)]
+    assert spent == pytest.approx([spent[0]] * 6)
 
 
 def test_a_gradual_curriculum_reads_every_exit_within_its_run() -> None:
@@ -111,20 +171,15 @@ def test_every_recipe_is_here_and_opens_with_command_cost_and_expectation() -> N
     for name in DIFFERS:
         text = (RECIPES / f"{name}.yaml").read_text()
         assert text.startswith("# @package _global_\n# ")
-        assert "#   python train.py -m experiment=recipe/" in text
-        assert "Cost:" in text
-        assert "Expect:" in text
-
-
-def settings(name: str, store: Path) -> Config:
-    """A recipe at a size that trains in a moment: 2 epochs of 3 steps a phase."""
-    own = ["phase.epoch_steps=3"] if name == "wsd_growth" else []
-    return config(f"experiment=recipe/{name}", *SMALL, *own, f"store.dir={store}")
+        for part in "#   python train.py -m experiment=recipe/", "Cost:", "Expect:":
+            assert part in text
 
 
 @pytest.mark.parametrize("name", DIFFERS)
 def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
-    own = settings(name, tmp_path / "stages")
+    """At a size that trains in a moment: 2 epochs of 3 steps a phase."""
+    steps = ["phase.epoch_steps=3"] if name == "wsd_growth" else []
+    own = config(f"experiment=recipe/{name}", *SMALL, *steps, f"store.dir={tmp_path / 'stages'}")
     record = run(own, tmp_path / "run")
     assert record.state == "completed", record.reason
     planned = [phase.train.layers for phase in plan(own, record.corpus.vocab_size)]
@@ -213,22 +268,3 @@ def lasting(folder: Path) -> tuple[list[dict[str, Any]], list[list[str]]]:
     head, *rows = csv.reader((folder / "metrics.csv").read_text().splitlines())
     kept = [n for n, name in enumerate(head) if name != "reused" and not name.endswith("seconds")]
     return phases, [[row[n] for n in kept] for row in rows]
-
-
-# -- growth_timing ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("model", "within"), [("standard", 0.032), ("deep_supervision", 1e-9)])
-def test_moments_of_growth_spend_the_same_operations(model: str, within: float) -> None:
-    text = (RECIPES / "growth_timing.yaml").read_text()
-    lengths = [
-        [int(number) for number in given.split(",")]
-        for given in re.findall(r"phase\.(?:initial|grown)\.max_epochs=([\d,]+)", text)
-    ]
-    initial, grown = lengths[:2] if model == "standard" else lengths[2:]
-    phases = plan(config("experiment=recipe/growth_timing", f"model={model}"), 8192)
-    flops = [sum(training_flops(phase.train, 32, 3000)) for phase in phases]
-    spent = [a * flops[0] + b * flops[1] for a, b in zip(initial, grown, strict=True)]
-    mean = sum(spent) / len(spent)
-    assert len(spent) == 6
-    assert max(abs(each / mean - 1) for each in spent) < within

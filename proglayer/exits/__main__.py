@@ -57,7 +57,7 @@ def _measure_all(folders: Sequence[str], out: Path) -> None:
     drawn = pictures.exits(worth)
     for picture in drawn:
         files.write_atomically(out / f"{picture.name}.svg", picture.svg.encode())
-    print("\n".join(words.needed_texts(worth)))
+    print("\n".join([*words.needed_texts(worth), *words.left_out_texts(worth)]))
     print(f"{out}: {len(tables)} tables and {len(drawn)} pictures")
 
 

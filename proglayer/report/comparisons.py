@@ -388,7 +388,8 @@ def others(
     control, the original with it; and each growing variant with the controls of its own size, at
     equal compute too where the control from scratch goes by its setting and not by its name.
     Where the original was not run, the first variant that is its experiment as it is, else the
-    first of all, stands for it. Arms that trained the same models as an earlier one, and what gives
+    first of all, stands for it; a control of a variant with other settings is compared with its
+    own control there. Arms that trained the same models as an earlier one, and what gives
     the differences of a claim again, are left out: no error is paid for them.
     """
     runs = runs[runs["same_as"].isna()]
@@ -398,8 +399,10 @@ def others(
     plain = runs["variant"][runs["base"].astype(bool)].tolist()
     reference = arm.plain_variant(runs, arm.ORIGINAL) or (plain or variants)[0]
     made = _models(by_arm, [v for v in variants if v not in claimed], margin)
+    by_phases: dict[str, str] = {}
     if not (runs["experiment"] == arm.FROM_SCRATCH).any():
-        for a, b in arm.controls(runs, arm.FROM_SCRATCH).items():
+        by_phases = arm.controls(runs, arm.FROM_SCRATCH)
+        for a, b in by_phases.items():
             made += _within(runs, by_arm, curves, a, b, (Budget.compute,), margin)
     pairs: dict[tuple[str, str], None] = {}
     controls = set(runs.loc[runs["experiment"].str.startswith("control_"), "variant"])
@@ -407,8 +410,11 @@ def others(
         found = arm.controls(runs, experiment)
         pairs |= dict.fromkeys(found.items())
         controls |= set(found.values())
+    plain_control = by_phases.get(reference)
     for variant in variants:
-        if variant != reference:
+        if plain_control and variant in {*by_phases.values()} - {plain_control}:
+            pairs[variant, plain_control] = None
+        elif variant != reference:
             pairs[(reference, variant) if variant in controls else (variant, reference)] = None
     for a, b in pairs:
         for model in dict.fromkeys(runs["model"]):

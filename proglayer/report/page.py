@@ -214,7 +214,12 @@ def _render(study: Study, shown: dict[str, Table], drawn: dict[str, list[Picture
         groups=_groups(study),
         seeds=ranges(study.arms.runs["seed"]),
         joined=study.looks is None and sequential.has_looks(study.results),
-        exits=[text for own in study.conditions for text in words.needed_texts(own.worth)],
+        exits=[
+            text
+            for own in study.conditions
+            for texts in (words.needed_texts, words.left_out_texts)
+            for text in texts(own.worth)[:MOST_JUDGED]
+        ],
         commands=commands[:MOST_COMMANDS],
         more_commands=len(commands) - MOST_COMMANDS,
         style=Markup(style),

@@ -268,3 +268,21 @@ def needed_texts(found: Worth) -> list[str]:
         f"{one.accepted_percent:.0f} % of the first one's guesses."
         for one in needed(found).itertuples()
     ]
+
+
+def left_out_texts(found: Worth) -> list[str]:
+    """Return of each arm what the loss is without one of the upper half of its layers."""
+    changed, texts = found.changed_layers, list[str]()
+    if changed.empty:
+        return texts
+    middle = changed.groupby("run")["layer"].transform("max") / 2
+    upper = changed[(changed["change"] == "left out") & (changed["layer"] > middle)]
+    for (variant, model), arm in upper.groupby(["variant", "model"], sort=False):
+        over = stats.summary(arm.groupby("seed")["loss_rise"].mean())
+        change = with_interval(over.mean, over.low, over.high, "+.4f")
+        texts.append(
+            f"{variant_name(variant)}, {model_name(model)}: to leave out one of the upper half of "
+            f"its layers changes the validation loss by {change} nats (mean over these layers and "
+            f"{counted(over.n, 'seed')}, 95 % interval)."
+        )
+    return texts

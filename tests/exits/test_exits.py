@@ -201,7 +201,11 @@ def test_what_was_measured_is_not_measured_again_and_a_report_shows_it(
     assert main([str(runs), "-o", str(done)]) == 0
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before
     page = write_report([runs], tmp_path / "report")
-    assert "that lose at most 0.1 points against all 4 are" in page.read_text()
+    first, _, _ = page.read_text().partition("The comparisons, in numbers")
+    assert "that lose at most 0.1 points against all 4 are" in first
+    rise = pd.read_csv(done / "changed_layers.csv").query("layer > 2 and change == 'left out'")
+    mean = rise.groupby("model")["loss_rise"].mean()["standard"]
+    assert f"upper half of its layers changes the validation loss by {mean:+.4f}" in first
     assert (page.parent / "figures" / "early-exit.svg").is_file()
     # Of other weights nothing was measured.
     assert early_exit.kept(runs / "standard1", None) is None

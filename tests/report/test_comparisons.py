@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -112,20 +111,6 @@ def test_a_variant_is_set_against_a_control_of_its_own_size(tmp_path: Path) -> N
         synthetic.run(tmp_path / f"six{seed}", FROM_SCRATCH, STANDARD, seed, "added_layers=3")
     six = controls(arms(load(tmp_path)).runs, FROM_SCRATCH)["more_layers"]
     assert six == f"{FROM_SCRATCH} added_layers=3"
-
-
-def test_a_control_that_goes_by_its_phases_shares_the_other_settings(tmp_path: Path) -> None:
-    for phases, scale in itertools.product(("grow_once", "from_scratch"), ("none", "layernorm")):
-        given = f"phase={phases}", f"model.residual_scale={scale}"
-        choices = {"experiment": "recipe/x", "model": STANDARD, "phase": phases}
-        for seed in (1, 2):
-            at = tmp_path / f"{phases}{scale}{seed}"
-            synthetic.run(at, "original", STANDARD, seed, "model.norm=pre", *given, choices=choices)
-    found = controls(arms(load(tmp_path)).runs, FROM_SCRATCH)
-    assert {a.split("=")[-1]: b.split("=")[-1] for a, b in found.items()} == {
-        "none": "none",
-        "layernorm": "layernorm",
-    }
 
 
 # --- seeds that did not complete ------------------------------------------------------------------

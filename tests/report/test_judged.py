@@ -13,6 +13,7 @@ import pytest
 from proglayer.report import measures, sequential, stats, words
 from proglayer.report.arms import FROM_SCRATCH, STANDARD
 from proglayer.report.comparisons import Budget, Claim, Kind, Reason, as_frames
+from proglayer.report.page import write_report
 from proglayer.report.sequential import Looks
 from proglayer.report.stats import LeftOut, Verdict
 from proglayer.report.study import verdicts
@@ -152,6 +153,7 @@ def test_moments_that_gave_the_same_models_are_one(tmp_path: Path) -> None:
     assert (4 in found.worse) == (half.low > 0)
     said = words.timing_text(found)
     assert "grown after 4 epochs and after 6, 8, 10 epochs are the same" in said
+    assert said in write_report([tmp_path], tmp_path / "r").read_text().partition("in numbers")[0]
 
 
 # --- intervals and estimates ----------------------------------------------------------------------
