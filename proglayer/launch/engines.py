@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from proglayer.config import Settings
+from proglayer.config import Config, Settings
 from proglayer.console import say
 from proglayer.errors import ConfigError, check_installed, first_line
 from proglayer.launch.job import GOING, Job, log_to_console, run_job
@@ -81,6 +81,9 @@ class Engine(Settings):
         """Raise ConfigError where no job could be started. Comes before anything is written."""
         if self.needs is not None:
             check_installed(f"hydra/launcher={self.engine}", self.needs)
+
+    def check_job(self, config: Config) -> None:
+        """Raise ConfigError for a job that would not run as the engine is set."""
 
     def held(self, sweep: Path) -> dict[str, str]:
         """Return the jobs of a sweep that a scheduler holds: folder's name -> its number there."""
@@ -220,6 +223,13 @@ class Ray(Engine):
     def threads(self) -> int | None:
         return max(1, int(self.ray.remote["num_cpus"]))
 
+    def asked(self, job: Job) -> dict[str, Any]:
+        """Return what Ray is asked for a job: room on one node for all devices that it takes."""
+        room, devices = self.ray.remote, job.config.least_devices
+        on_gpu = job.config.device == "cuda" and (devices > 1 or not room["num_gpus"])
+        more = ["num_cpus"] * (devices > 1) + ["num_gpus"] * on_gpu
+        return {"name": job.name} | {each: max(room[each], devices) for each in more}
+
     def run(self, jobs: Sequence[Job], sweep: Path) -> Generator[Job, None, None]:
         if not self.elsewhere:
             # Ray's default here; given, it is not warned of. Ray reads it when it is imported.
@@ -244,7 +254,7 @@ class Ray(Engine):
         try:
             for job in jobs:
                 pickled = pickle.dumps((job, run_elsewhere))
-                running[task.options(name=job.name).remote(pickled)] = job
+                running[task.options(**self.asked(job)).remote(pickled)] = job
             while running:
                 (ended, *_), _ = ray.wait([*running])
                 job = running.pop(ended)

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from proglayer import files
+from proglayer.config import Config
 from proglayer.console import counted, say
 from proglayer.errors import ConfigError, first_line
 from proglayer.launch.engines import Engine, lost, run_elsewhere
@@ -40,8 +41,8 @@ FOLDER = ".slurm"
 IDS = "jobs.json"
 # Each job in the queue of this user: its number and its script.
 QUEUE = ("squeue", "--noheader", "--array", "--me", "--format=%i %o")
-# What each of several tasks of a job has to know of the others.
-GROUP = ("master_addr", "master_port", "rank", "world_size", "local_rank", "local_world_size")
+# The tasks of a job meet at one of these ports, each job at the next: no system hands them out.
+PORTS = range(20_000, 32_000)
 # Slurm's MaxArraySize, unless it is set, is one more.
 LONGEST_ARRAY = 1000
 # A shared file system may show a job's last files a little after Slurm tells that it ended.
@@ -73,6 +74,13 @@ class Slurm(Engine):
         super().check()
         _ask(*QUEUE)
 
+    def check_job(self, config: Config) -> None:
+        tasks = self.nodes * self.tasks_per_node
+        if tasks > 1 and config.devices not in ("auto", tasks):
+            start = f"nodes={self.nodes} with tasks_per_node={self.tasks_per_node} start {tasks}"
+            said = f"hydra.launcher.{start} processes: give devices={tasks}, or auto"
+            raise ConfigError(f"devices={config.devices}: {said}")
+
     def held(self, sweep: Path) -> dict[str, str]:
         ids = _read_ids(sweep)
         queue = _queue(sweep) if ids else set()
@@ -98,12 +106,20 @@ class Slurm(Engine):
             say("jobs go on in Slurm; the same command waits for them again")
             raise
 
+    def asked(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Return what submitit is told of each job: GPUs, too, where only `device` says so."""
+        asked = self.model_dump(exclude={"engine", "max_num_timeout"})
+        gpus = [job.config.least_devices for job in jobs if job.config.device == "cuda"]
+        if gpus and not any(map(asked.get, ("gpus_per_node", "gpus_per_task", "gres"))):
+            asked["gpus_per_node"] = max(self.tasks_per_node, max(gpus) // self.nodes)
+        return asked
+
     def _submit(self, jobs: Sequence[Job], sweep: Path) -> dict[str, str]:
         """Submit jobs, as arrays. Returns each one's number in Slurm. Raises ConfigError."""
         import submitit
         from submitit.core.utils import FailedJobError
 
-        asked = self.model_dump(exclude={"engine", "max_num_timeout"})
+        asked = self.asked(jobs)
         # They import from a copy of the code, and nothing that lies where a job starts.
         path = shlex.quote(str(snapshot_code(sweep)))
         paths = f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
@@ -137,12 +153,7 @@ class Task:
 
     def __call__(self, job: Job) -> None:
         """Run the job. Ends the process with a status that is not 0 unless the run completed."""
-        if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
-            from submitit.helpers import TorchDistributedEnvironment
-
-            given = TorchDistributedEnvironment()
-            for name in GROUP:
-                os.environ.setdefault(name.upper(), str(getattr(given, name)))
+        _join_tasks()
         run_elsewhere(job)
         if place().rank:
             return
@@ -156,6 +167,18 @@ class Task:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, job)
+
+
+def _join_tasks() -> None:
+    """Say which of several tasks of this job this one is, as `torchrun` would."""
+    given = os.environ
+    tasks, nodes = (int(given.get(f"SLURM_{name}") or 1) for name in ("NTASKS", "NNODES"))
+    if tasks > 1:
+        port = PORTS[int(given["SLURM_JOB_ID"]) % len(PORTS)]
+        # The job's script, and with it `srun`, is on the node of the first task.
+        given |= {"MASTER_ADDR": given["SLURM_LAUNCH_NODE_IPADDR"], "MASTER_PORT": str(port)}
+        given |= {"RANK": given["SLURM_PROCID"], "LOCAL_RANK": given["SLURM_LOCALID"]}
+        given |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks // nodes)}
 
 
 def _ask_why_stopped(job: Job) -> None:

@@ -67,6 +67,7 @@ class Sweep:
         """Compose and plan a job. Raises ConfigError."""
         folder = self.folder_of(number, overrides)
         job = self.command.job(folder, overrides, number, self.engine.threads)
+        self.engine.check_job(job.config)
         return planned(job, self.opened)
 
     def jobs(self, numbered: Iterable[tuple[int, tuple[str, ...]]]) -> list[Planned]:

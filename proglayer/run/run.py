@@ -345,7 +345,8 @@ def session(
         record.state, record.reason = RunState.pruned, str(error)
         tell(record.reason)
     except UserError as error:
-        record.state, record.reason = RunState.failed, str(error)
+        record.state = RunState.lost if isinstance(error, Broken) else RunState.failed
+        record.reason = str(error)
         log.error("%s", error)
     except Exception as error:
         record.state, record.reason = RunState.failed, with_type(error)

@@ -190,6 +190,20 @@ def test_a_job_whose_process_dies_for_good_fails_alone(tmp_path: Path) -> None:
     assert "Traceback" not in out
 
 
+def test_a_job_on_two_devices_takes_two_cores_and_has_the_bits_of_one_without_ray(
+    tmp_path: Path,
+) -> None:
+    jobs = ("seed=1,2", "devices=2", "threads=1", "hydra.sweep.dir=s")
+    (tmp_path / "here").mkdir()
+    ended(start(tmp_path / "here", "-m", *SHORT, *jobs))
+    ended(sweep(tmp_path, *jobs, "hydra.launcher.ray.init.num_cpus=2"))
+    here, there = results(tmp_path / "here"), results(tmp_path / "s")
+    assert_same_bits(there, here)
+    assert [r["weights_sha256"] for r in there] == [r["weights_sha256"] for r in here]
+    first, second = sorted(there, key=lambda record: record["started"])
+    assert first["ended"] < second["started"]  # there is room for one at a time
+
+
 def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
     jobs = ("seed=1,2,3", "hydra.sweep.dir=s", "phase.max_epochs=60", "phase.patience=60",
             "hydra.launcher.ray.init.num_cpus=2")  # fmt: skip

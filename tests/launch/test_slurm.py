@@ -387,12 +387,50 @@ def test_a_job_whose_node_died_is_lost_and_the_same_command_resumes_it(
     assert epochs(sweep.record(0), reused=True)[0] >= 5
 
 
-def kill_all_of(number: str) -> None:
-    """End everything that belongs to a job of Slurm, and what watches over it, without a word."""
+def test_a_run_over_both_nodes_goes_on_when_either_dies_with_the_bits_of_two_processes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    two = (*LONG, "devices=2")
+    (tmp_path / "here").mkdir()
+    here = start(tmp_path / "here", *two, "hydra.run.dir=run")
+    said, _ = here.communicate(timeout=200)
+    assert here.returncode == 0, said
+
+    over = ("hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1")
+    sweep = Sweep(cluster, tmp_path / "s", (*two, *over)).start()
+    for restarts, node in enumerate(reversed(NODES)):  # the job's script is on the first
+        cluster.until(lambda: sweep.state(0) == "running" and sweep.epochs(0) > 2, 90)
+        (number,) = sweep.numbers
+        cluster.daemons[node].kill()
+        cluster.daemons.pop(node).wait()
+        kill_all_of(number, node)
+        cluster.until(
+            lambda job=number, before=restarts: int(cluster.state(job)["Restarts"]) > before, 90
+        )
+        assert sweep.state(0) != "completed"
+        cluster.start_node(node)
+
+    status, out = sweep.finish()
+    assert status == 0, out
+    assert_same_bits([sweep.record(0)], results(tmp_path / "here"))
+    assert weights(sweep.folder) == [(tmp_path / "here/run/weights.safetensors").read_bytes()]
+    assert epochs(sweep.record(0), reused=True)[0] > 2
+
+
+def kill_all_of(number: str, node: str | None = None) -> None:
+    """End everything that belongs to a job of Slurm, and what watches over it, without a word.
+
+    node: there alone.
+    """
+    wanted = [f"SLURM_JOB_ID={number}\0"] + [f"SLURMD_NODENAME={node}\0"] * (node is not None)
+    found: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            title = (process / "cmdline").read_bytes()
-            environment = (process / "environ").read_bytes()
-            mine = f"SLURM_JOB_ID={number}\0".encode() in environment
-            if mine or title.startswith(f"slurmstepd: [{number}.".encode()):
-                os.kill(int(process.name), signal.SIGKILL)
+            environment = (process / "environ").read_text(errors="replace")
+            if all(each in environment for each in wanted):
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                watches = Path(f"/proc/{parent}/cmdline").read_text().startswith("slurmstepd: [")
+                found |= {int(process.name), *([int(parent)] if watches else [])}
+    for pid in sorted(found):  # who watches first
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
