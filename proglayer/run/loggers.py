@@ -23,7 +23,6 @@ from filelock import FileLock
 
 from proglayer.config import LoggerConfig, flat_settings
 from proglayer.errors import with_type
-from proglayer.files import SWEEP_FILE
 from proglayer.run.record import RunRecord, RunState
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class MLflow:
     """A run of MLflow, in the store that MLFLOW_TRACKING_URI names, else a folder of files.
 
     Its parameters are the settings, its tags the choices of the groups and the run's folder. Of the
-    same folder and settings it is the same one, and of a sweep's job it is below the sweep's.
+    same folder and settings it is the same one.
     """
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
@@ -78,38 +77,25 @@ class MLflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "proglayer"
         MLFLOW_STORE.parent.mkdir(parents=True, exist_ok=True)
         params = {name: str(value) for name, value in flat_settings(record.config or {})}
-        tags = dict(record.choices)
-        # Two jobs at once would make two experiments of this name, and two runs of a sweep.
-        with FileLock(f"{MLFLOW_STORE}.lock"):
-            with contextlib.suppress(MlflowException):
-                self._client.create_experiment(name)
-            experiment = self._client.get_experiment_by_name(name)
-            assert experiment is not None, f"no experiment {name} could be made"
-            if (folder.parent / SWEEP_FILE).exists():
-                sweep, _ = self._run_of(experiment.experiment_id, folder.parent, {}, {})
-                tags["mlflow.parentRunId"] = sweep
-                self._client.set_terminated(sweep)  # its jobs say how they stand
-        self._run, known = self._run_of(experiment.experiment_id, folder, params, tags)
+        # Two jobs at once would make two experiments of this name.
+        with FileLock(f"{MLFLOW_STORE}.lock"), contextlib.suppress(MlflowException):
+            self._client.create_experiment(name)
+        experiment = self._client.get_experiment_by_name(name)
+        assert experiment is not None, f"no experiment {name} could be made"
+        place = folder.resolve().as_uri()  # it has no quotes, which end a filter's text
+        asked = [experiment.experiment_id], f'tags.`proglayer.folder` = "{place}"'
+        known = [run for run in self._client.search_runs(*asked) if run.data.params == params]
+        tags = {"proglayer.folder": place, **record.choices}
+        run, *_ = known or [
+            self._client.create_run(experiment.experiment_id, run_name=folder.name, tags=tags)
+        ]
+        self._run = run.info.run_id
         self._client.update_run(self._run, "RUNNING")
         entries = [Param(name, value) for name, value in params.items() if not known]
         for start in range(0, len(entries), 100):  # as many as MLflow takes at once
             self._client.log_batch(self._run, params=entries[start : start + 100])
         history = self._client.get_metric_history(self._run, "epoch")
         self._logged = max((entry.step for entry in history), default=0)
-
-    def _run_of(
-        self, experiment: str, folder: Path, params: dict[str, str], tags: dict[str, str]
-    ) -> tuple[str, bool]:
-        """Return the run of this folder with these parameters, and whether it was there."""
-        place = folder.resolve().as_uri()  # it has no quotes, which end a filter's text
-        asked = f'tags.`proglayer.folder` = "{place}"'
-        for run in self._client.search_runs([experiment], asked):
-            if run.data.params == params:
-                return run.info.run_id, True
-        tags = {"proglayer.folder": place, **tags}
-        return self._client.create_run(
-            experiment, run_name=folder.name, tags=tags
-        ).info.run_id, False
 
     def log(self, figures: dict[str, float], step: int) -> None:
         from mlflow.entities import Metric
