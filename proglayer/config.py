@@ -256,7 +256,7 @@ class GrowthConfig(Settings):
     """How layers are added: `noise` is the share of a copied tensor that is drawn afresh, `block`
     the layers that `last`, `middle` and `lidas` repeat, `gate_steps` the optimizer steps over which
     `gate` opens. `layers` gives the old layer of each layer of the grown model, null for a fresh
-    one.
+    one. With `share` a copy is its source once more, with the same tensors.
     """
 
     init: GrowthInit
@@ -265,6 +265,7 @@ class GrowthConfig(Settings):
     block: Annotated[int, Field(ge=1, le=4_096)]
     gate_steps: Count
     layers: tuple[Layers | None, ...] | None = None
+    share: bool = False
 
 
 class SomeLayers(Settings):
@@ -689,6 +690,14 @@ def _growth_problems(config: Config, layers: float, grows: bool) -> Iterator[str
         yield f"growth.position={growth.position} does not go with {init}: leave it top"
     if growth.noise and not copies:
         yield f"growth.noise={growth.noise} changes nothing with {init}"
+    wrong = {
+        init: init.endswith("=zero") or (not copies and growth.layers is None),
+        f"growth.noise={growth.noise}": growth.noise > 0,
+        "model.residual_scale=layernorm": config.model.residual_scale == "layernorm",
+        f"model={config.model.kind}": config.model.kind != "transformer",
+    }
+    for name in (name for name, no in wrong.items() if no and growth.share):
+        yield f"growth.share=true does not go with {name}"
 
 
 def _freeze_problems(steps: Sequence[FreezeStep], layers: float) -> Iterator[str]:

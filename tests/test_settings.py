@@ -49,6 +49,7 @@ IN_THE_PHASES = (
     "growth.block=2 growth.init=last added_layers=2", "growth.layers=[0,1,0,2]",
     "growths=[{growth:{init:copy}}]", "phase.epoch_steps=3", "lr.span=run lr.schedule=linear",
     "model.residual_scale=depth model.norm=pre", "growth.gate_steps=5 growth.init=gate",
+    "growth.share=true growth.init=stack freeze=none",
     "model.norm=pre", "model.checkpoint_activations=true", f"model.family=qwen2 {LLAMA}",
     f"model.num_kv_heads=2 {LLAMA}", f"model.max_positions=64 {LLAMA}",
     f"model.untie=true {LLAMA} model.family=gpt2", f"model.weights=bfloat16 {LLAMA}",

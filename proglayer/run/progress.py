@@ -109,7 +109,7 @@ def plan_table(
 def plan_lines(phases: Sequence[Phase], seq_len: int, processes: int) -> Iterator[str]:
     """Yield a line for each phase: where its layers come from, its schedule, when it stops, its
     loss, what its optimizer takes over, and what each of so many devices holds. Layers count from
-    1; a star marks a new one.
+    1; a star marks a new one, an equals sign one that has the tensors of another.
     """
     before = 0
     for phase in phases:
@@ -118,7 +118,9 @@ def plan_lines(phases: Sequence[Phase], seq_len: int, processes: int) -> Iterato
         if train.growth is not None:
             sources = layer_sources(before, train.growth)
             names = ["fresh" if old.layer is None else str(old.layer + 1) for old in sources]
-            stars = ["*" if source.new else "" for source in sources]
+            ties = train.architecture.ties or range(train.layers)
+            new = ["*" if source.new else "" for source in sources]
+            stars = ["=" if tie != i else new[i] for i, tie in enumerate(ties)]
             said = ["layers from " + " ".join(map("".join, zip(names, stars, strict=True)))]
         before = train.layers
         over = f" over {schedule.total_epochs} epochs" if schedule.total_epochs else ""

@@ -50,7 +50,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The project's own model, a `transformer.Transformer`."""
+    """The project's own model, a `transformer.Transformer`.
+
+    ties: for each layer the one whose tensors it has, where some have those of others.
+    """
 
     vocab_size: int
     dim: int
@@ -60,13 +63,14 @@ class Architecture:
     norm_eps: float
     norm: str = "post"
     residual_scale: str = later("none")
+    ties: tuple[int, ...] = later(())
 
     # Its head is a matrix of its own.
     tied = False
 
-    def grown(self, sources: Sequence[int | None]) -> Architecture:
+    def grown(self, sources: Sequence[int | None], ties: Sequence[int] = ()) -> Architecture:
         """The same with layers from these old ones."""
-        return self
+        return replace(self, ties=() if [*ties] == [*range(len(ties))] else tuple(ties))
 
     @property
     def final_norm(self) -> bool:
@@ -113,8 +117,9 @@ class CausalLM:
 
     # What the families have in common.
     final_norm = True
+    ties = ()
 
-    def grown(self, sources: Sequence[int | None]) -> CausalLM:
+    def grown(self, sources: Sequence[int | None], ties: Sequence[int] = ()) -> CausalLM:
         """The same with layers from these old ones: each of the kind of its source, one that is
         drawn of that of the layer below.
         """

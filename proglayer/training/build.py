@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from proglayer.training.architecture import Architecture, CausalLM
 from proglayer.training.growth import OPERATORS, layer_sources
-from proglayer.training.model import Model
+from proglayer.training.model import Model, Tied
 from proglayer.training.plan import TrainSpec
 from proglayer.training.transformer import Transformer
 
@@ -73,7 +73,8 @@ def grow(model: Model, spec: TrainSpec) -> Model:
     copy with normal noise of the same root mean square: (1 - noise) w + noise n. At 0 nothing is
     drawn (Du et al. 2024, section 5.2).
 
-    No tensor of the grown model shares storage with another or with `model`.
+    No tensor of the grown model shares storage with another or with `model`; a layer that has the
+    tensors of another (`growth.share`) has none itself.
     """
     growth = spec.growth
     if growth is None:
@@ -86,8 +87,11 @@ def grow(model: Model, spec: TrainSpec) -> Model:
     sources = layer_sources(len(model.layers), growth)
     added = 0
     for layer, source in zip(grown.layers, sources, strict=True):
+        if isinstance(layer, Tied):
+            continue
         if source.layer is not None:
-            layer.load_state_dict(model.layers[source.layer].state_dict())
+            old = model.layers[source.layer]
+            layer.load_state_dict((old.of[0] if isinstance(old, Tied) else old).state_dict())
         else:
             grown.initialize(layer.cpu(), stream(spec.seed, "layer", spec.index, added))
             layer.to(device)

@@ -26,10 +26,11 @@ def parameter_counts(spec: TrainSpec) -> Counts:
     """Parameters of the model in the phase, in all and those that train."""
     sizes = spec.architecture.sizes
     head = sizes.norm + sizes.head
-    trainable = (sizes.layer - _held(spec)[0]) * len(spec.trained_layers)
+    own = spec.own_layers
+    trainable = (sizes.layer - _held(spec)[0]) * len(own.intersection(spec.trained_layers))
     trainable += sizes.embedding * (spec.rates.embedding is not None)
     trainable += head * (spec.rates.head is not None)
-    return Counts(sizes.embedding + head + sizes.layer * spec.layers, trainable)
+    return Counts(sizes.embedding + head + sizes.layer * len(own), trainable)
 
 
 def memory(spec: TrainSpec, seq_len: int, processes: int = 1) -> dict[str, int]:

@@ -15,6 +15,7 @@ the old layers their order; every exit below the lowest new layer computes what 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -262,6 +263,19 @@ def layer_sources(layers: int, growth: Growth | None) -> tuple[Source, ...]:
         Source(old, old is None or old in (sources[i + 1 :] if at_bottom else sources[:i]))
         for i, old in enumerate(sources)
     )
+
+
+def ties_of(sources: Sequence[Source], old: Sequence[int], share: bool) -> list[int]:
+    """The layer whose tensors each layer of a grown model has, where layers had those of `old`.
+
+    An old layer has those of the one that it had them of, or its own where the growth left that
+    one out; with `share` a copy has those of its source.
+    """
+    place = {source.layer: i for i, source in enumerate(sources) if not source.new}
+    return [
+        i if layer is None or (new and not share) else place.get(old[layer], i)
+        for i, (layer, new) in enumerate(sources)
+    ]
 
 
 def _check(holds: bool, wrong: str) -> None:

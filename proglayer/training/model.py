@@ -17,6 +17,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+class Tied(nn.Module):
+    """A layer once more at another place: it has no tensors of its own there."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.of = (layer,)  # in a tuple it is no part of this module
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        return self.of[0](*given, **named)
+
+
 class Model(nn.Module):
     """A decoder-only language model: embedding, layers, and one head that every exit shares.
 

@@ -30,7 +30,7 @@ from proglayer.config import (
     growths_of,
 )
 from proglayer.training.architecture import Architecture, CausalLM, later
-from proglayer.training.growth import Growth, growth_of, layer_sources
+from proglayer.training.growth import Growth, growth_of, layer_sources, ties_of
 from proglayer.training.stopping import StoppingRule
 
 if TYPE_CHECKING:
@@ -181,6 +181,11 @@ class TrainSpec:
     def exits(self) -> int:
         """How many exits there are: one for each layer, and with no layer the embedding's."""
         return max(1, self.layers)
+
+    @property
+    def own_layers(self) -> set[int]:
+        """The layers that have tensors of their own."""
+        return {*self.architecture.ties} or {*range(self.layers)}
 
     @property
     def last_read(self) -> int:
@@ -360,9 +365,11 @@ def _phases(
         factor, base = part.lr.factor, part.lr.base
         growth = growth_of(part, layers, initial_layers) if grows else None
         sources = layer_sources(layers, growth)
+        ties = where["architecture"].ties or range(layers)
+        ties = ties_of(sources, ties, part.growth.share)
         layers = len(sources)
         every = tuple(range(layers))
-        where["architecture"] = where["architecture"].grown([source.layer for source in sources])
+        where["architecture"] = where["architecture"].grown([old.layer for old in sources], ties)
         new_layers = tuple(i for i, source in enumerate(sources) if source.new)
         existing = [layer for layer in range(layers) if layer not in new_layers]
         where |= {"layers": layers, "new_layers": new_layers, "checkpoint_sha256": None}
@@ -373,12 +380,17 @@ def _phases(
             thawed = {*existing[len(existing) - count :]}.difference(held)
             fresh = {*new_layers}.difference(held)
             where["trained_layers"] = tuple(sorted(fresh | thawed))
+            if any((ties[i] in fresh | thawed) != (i in fresh | thawed) for i in every):
+                raise ConfigError(
+                    f"{setting} freezes a layer and trains one that has its tensors, as "
+                    "growth.share=true makes some: take freeze=none"
+                )
             where["frozen_kinds"] = tuple(sorted(kinds)) if fresh | thawed else ()
             where["growth"] = None if number else growth
             if not thawed and not fresh and not step.embedding and not step.head:
                 raise ConfigError(f"{setting} freezes everything: nothing would train")
             rates = Rates(
-                new=base * factor.new if fresh else None,
+                new=base * factor.new if fresh & {*ties} else None,
                 existing=base * factor.existing if thawed else None,
                 embedding=base * factor.embedding if step.embedding else None,
                 head=base * factor.head if step.head else None,

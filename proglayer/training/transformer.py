@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proglayer.training.architecture import Architecture
-from proglayer.training.model import Model
+from proglayer.training.model import Model, Tied
 
 
 class Attention(nn.Module):
@@ -104,6 +104,9 @@ class Transformer(Model):
         self.head_dim = shape.dim // shape.num_heads
         self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
         self.layers = nn.ModuleList(Layer(shape, number, layers) for number in range(layers))
+        for number, own in enumerate(shape.ties):
+            if own != number:
+                self.layers[number] = Tied(self.layers[own])
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps) if shape.final_norm else nn.Identity()
         self.head = nn.Linear(shape.dim, shape.vocab_size, bias=False)
 

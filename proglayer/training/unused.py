@@ -42,7 +42,7 @@ def _readers(config: Config, phases: Sequence[Phase]) -> Iterator[tuple[bool, di
     growths = [phase.train.growth for phase in phases if phase.train.growth is not None]
     grows, reads = bool(growths), {name for each in growths for name in OPERATORS[each.init].reads}
     later = len(phases) > 1
-    yield grows, {"growth.init": "random"}
+    yield grows, {"growth.init": "random", "growth.share": False}
     unasked = {"position": "top", "noise": 0.0, "block": 1, "gate_steps": 40}
     for name, value in unasked.items():
         yield name in reads, {f"growth.{name}": value}

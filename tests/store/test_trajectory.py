@@ -118,6 +118,7 @@ def grown_phase(*overrides: str) -> tuple[Phase, Phase, Callable[[], Model]]:
         (1, 3, ("model=deep_supervision", "loss.curriculum=rotate")),
         (1, 3, ("model=deep_supervision", "loss.curriculum=gradual", "loss.gradual_steps=5")),
         (1, 3, ("model=deep_supervision", "cache_frozen=true")),
+        (1, 3, ("growth=stack", "growth.share=true", "freeze=none")),
     ],
 )
 def test_stopped_anywhere_and_resumed_is_the_uninterrupted_phase(

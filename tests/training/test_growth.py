@@ -12,7 +12,7 @@ import torch
 
 from proglayer.config import ConfigError
 from proglayer.training.build import build, grow, restored
-from proglayer.training.cost import parameter_counts
+from proglayer.training.cost import parameter_counts, training_flops
 from proglayer.training.growth import OPERATORS, gate_value, layer_sources
 from proglayer.training.model import Model
 from proglayer.training.plan import TrainSpec
@@ -119,6 +119,16 @@ def test_lists_are_those_of_the_papers(layers: int) -> None:
         ("growth.layers=[0,0]", "phase=one_at_a_time"),
         ("growth.layers=[0,1]", "freeze=new_layers"),
         ("growth.layers=[0,1,2]",),
+        ("growth=stack", "growth.share=true"),
+        *(
+            (*each, "growth.share=true", "freeze=none")
+            for each in (
+                ("growth=random",),
+                ("growth=zero",),
+                ("growth=stack", "growth.noise=0.1"),
+                ("growth=copy", "model.norm=pre", "model.residual_scale=layernorm"),
+            )
+        ),
     ],
 )
 def test_a_list_that_cannot_be_is_refused(overrides: tuple[str, ...]) -> None:
@@ -379,3 +389,36 @@ def test_the_final_norm_trains_and_is_frozen_with_the_head() -> None:
     training.train_epoch()
     assert torch.equal(new.norm.weight, model.norm.weight)
     assert torch.equal(new.head.weight, model.head.weight)
+
+
+@BOTH_NORMS
+def test_layers_that_share_train_as_one_whose_gradient_is_the_sum(norm: str) -> None:
+    overrides = ("growth=stack", "added_layers=3", "freeze=none", "optimizer.carry=existing")
+    _, apart, _ = grown(norm, *overrides)
+    _, model, spec = grown(norm, *overrides, "growth.share=true")
+    assert spec.architecture.ties == (0, 1, 2, 0, 1, 2)
+    for ours, plain in zip(logits(model), logits(apart), strict=True):
+        assert torch.equal(ours, plain)
+    counts = parameter_counts(spec)
+    assert counts == (sum(p.numel() for p in model.parameters()),) * 2
+    assert training_flops(spec, 8, 40) == training_flops(planned(*overrides)[1], 8, 40)
+    training, other = begun(spec, model), begun(spec, apart)
+    for each in (training, other):
+        each.backward(torch.arange(8), spec.exit_weights)
+    for name, p in model.named_parameters():
+        expected = apart.get_parameter(name).grad
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            expected = expected + apart.get_parameter(f"layers.{int(number) + 3}.{rest}").grad
+        torch.testing.assert_close(p.grad, expected, msg=name)
+    # One that shares stays so in a later growth; a copy of it has tensors of its own.
+    growths = "growths=[{growth: {share: true}}, {added_layers: 1, growth: {init: copy}}]"
+    deeper = planned(*overrides[:1], "freeze=none", growths)[-1]
+    assert deeper.architecture.ties == (0, 1, 2, 0, 4)
+    grown_again = grow(
+        grow(build(planned()[0]), planned("growth=stack", "freeze=none", "growth.share=true")[1]),
+        deeper,
+    )
+    assert pattern(grown_again, grown_again)[-1] == "0"
+    freed = restored(5, asdict(deeper.architecture), grown_again.state_dict())
+    assert torch.equal(freed.logits(tokens()), grown_again.logits(tokens()))
