@@ -381,10 +381,8 @@ def _phases(
             fresh = {*new_layers}.difference(held)
             where["trained_layers"] = tuple(sorted(fresh | thawed))
             if any((ties[i] in fresh | thawed) != (i in fresh | thawed) for i in every):
-                raise ConfigError(
-                    f"{setting} freezes a layer and trains one that has its tensors, as "
-                    "growth.share=true makes some: take freeze=none"
-                )
+                wrong = "freezes a layer and trains one that has its tensors (growth.share=true)"
+                raise ConfigError(f"{setting} {wrong}: take freeze=none")
             where["frozen_kinds"] = tuple(sorted(kinds)) if fresh | thawed else ()
             where["growth"] = None if number else growth
             if not thawed and not fresh and not step.embedding and not step.head:
