@@ -13,7 +13,6 @@ it is an expression over the data.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 import zipfile
@@ -123,7 +122,12 @@ AGAIN = {
 USING = ("`stack`", "`random`")
 USES = ("left out", "swapped with the next")
 USED = "changed_layers.csv"
-# Whose loss on the way is drawn.
+USING_DEPTH = "Do grown models use their depth differently? The loss rises more by"
+# What the comparisons of a question are called in a picture, before what sets them apart.
+WORDS = ("six layers − two, ", "", "", "a loss at every layer ", "stack, grown ")
+PICTURED = dict(zip(DEPTH_QUESTIONS, WORDS, strict=True))
+# Whose loss on the way is drawn, and where it is below what.
+HIGHEST = 2.0
 CURVES = ("two layers, more epochs", "`random`", "`stack`", "frozen, more epochs", CONTROL)
 SETTLED = (stats.Verdict.better, stats.Verdict.worse, stats.Verdict.same)
 # The parts with its data, and how many arms a seed has there.
@@ -629,6 +633,7 @@ class Depth:
             if judged[0] is None or judged[0].verdict is not stats.Verdict.better:
                 judged[1:] = [None] * (len(pairs) - 1)  # there is nothing to reach
         self.questions: dict[str, list[Found]] = {}
+        self.uses = any(question == USING_DEPTH for question, *_ in made)
         for (question, label, _), pair, own in zip(made, pairs, judged, strict=True):
             self.questions.setdefault(question, []).append(Found(label, pair, own))
 
@@ -645,16 +650,15 @@ class Depth:
         for change in USES:
             for name in USING:
                 more = rises[change, name] - rises[change, CONTROL]
-                question = "Do grown models use their depth differently? The loss rises more by"
-                yield question, f"{name}: layers {change}", more
+                yield USING_DEPTH, f"{name}: layers {change}", more
 
     def short(self, question: str) -> str:
         """Return the answer to a question: its comparisons by what was found."""
         by_verdict: dict[str, list[str]] = {}
         for label, pairs, judged in self.questions[question]:
-            verdict = judged.verdict if judged else "not judged"
+            verdict = f"**{judged.verdict}**: " if judged else ""
             by_verdict.setdefault(verdict, []).append(f"{label} {pairs.mean:+.3f}")
-        return "; ".join(f"**{name}**: {', '.join(own)}" for name, own in by_verdict.items())
+        return "; ".join(name + ", ".join(own) for name, own in by_verdict.items())
 
     def surviving(self, families: int) -> list[str]:
         """Name what is settled at a level that pays for all families of the page."""
@@ -669,25 +673,34 @@ class Depth:
         ]
 
     def pictures(self) -> list[Picture]:
-        """Draw the comparisons, and the loss on the way of some arms."""
-        rows = []
-        for own in itertools.chain.from_iterable(self.questions.values()):
-            row = {"label": own.label, "model": "", "seeds": own.pairs.differences}
-            if own.judged:
-                row |= dict(zip(("low", "high"), own.judged.interval, strict=False))
-            rows.append(row)
-        title = "What each comparison comes to"
-        unit = "better by, nats a byte (of layers left out and swapped: loses more by)"
-        found = forest(f"{self.part}-comparisons", title, rows, NATS, unit)
+        """Draw the comparisons, those of layers apart, and the loss on the way of some arms."""
+        rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for question, comparisons in self.questions.items():
+            for label, pairs, judged in comparisons:
+                said = f"{PICTURED.get(question, '')}{label}".replace("`", "")
+                of_layers = question == USING_DEPTH
+                sign = -1 if of_layers else 1  # what rises less is drawn on the right
+                row = {"label": said, "model": "", "seeds": sign * pairs.differences}
+                if judged:
+                    low, high = sorted(sign * edge for edge in judged.interval[:2])
+                    row |= {"low": low, "high": high}
+                rows[of_layers].append(row)
+        title, unit = "What each comparison comes to", "better by, nats a byte"
+        found = [forest(f"{self.part}-comparisons", title, rows[False], NATS, unit)]
+        if self.uses:
+            title, unit = "Layers left out and swapped", "the loss rises less by, nats a byte"
+            found.append(forest(f"{self.part}-layers", title, rows[True], NATS, unit))
         curves = self.epochs.merge(self.runs[["run", "arm"]], on="run")
-        curves = curves[curves["arm"].isin(CURVES)]
+        # Not what is evaluated before the first step, nor the first epochs, far above the others.
+        late = (curves["epoch"] > 0) & (curves["validation_loss"] < HIGHEST)
+        curves = curves[curves["arm"].isin(CURVES) & late]
         curves = curves.assign(
             arm=pd.Categorical(curves["arm"].str.replace("`", ""), [a.strip("`") for a in CURVES]),
             at=curves["cumulative_epochs"], x=curves["flops"] / 1e12, y=curves["validation_loss"],
         )  # fmt: skip
         axes = "operations, T (10¹²)", "validation loss, nats a byte"
         way = "The loss on the way"
-        return [found, lines(f"{self.part}-curves", way, curves.sort_values("arm"), *axes)]
+        return [*found, lines(f"{self.part}-curves", way, curves.sort_values("arm"), *axes)]
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each arm, the lowest loss first."""
