@@ -5,10 +5,11 @@
         operators=DIR timing=DIR rotating=DIR wikitext=DIR recipes=DIR exits=DIR
 
 The second form first replaces the data of the parts that it names by what runs in those folders
-came to: the data frames of `proglayer.results`, without what says where they ran; for `exits`, the
-tables that `proglayer.exits` wrote; for `recipes`, what each experiment file came to, which the
-site shows beside it. The text is `docs/findings/findings.md.jinja`; every number in
-it is an expression over the data.
+came to (of `depth` and `depth-again` only the data of their seeds): the data frames of
+`proglayer.results`, without what says where they ran; for `exits`, the tables that
+`proglayer.exits` wrote; for `recipes`, what each experiment file came to, which the site shows
+beside it. The text is `docs/findings/findings.md.jinja`; every number in it is an expression over
+the data.
 """
 
 from __future__ import annotations
@@ -161,7 +162,17 @@ def take(part: str, folders: list[str]) -> None:
     for path in runs["config.data.path"].dropna().unique():
         for name in ("config.data.path", "overrides"):
             runs[name] = runs[name].str.replace(path, "FOLDER", regex=False)
-    write(part, replace(results, runs=runs))
+    results = replace(results, runs=runs)
+    if part in DEPTH_PARTS and (FINDINGS / part / ZIP).exists():
+        known = read(part)
+        others = known.runs[~known.runs["seed"].isin(runs["seed"])]["run"]
+        frames = {
+            name: pd.concat([own[own["run"].isin(others)], getattr(results, name)])
+            for name, own in known.frames().items()
+            if name != "left_out"
+        }
+        results = replace(results, **frames)
+    write(part, results)
 
 
 def whole_seeds(results: Results, part: str) -> Results:
@@ -182,6 +193,9 @@ def whole_seeds(results: Results, part: str) -> Results:
         (FINDINGS / part).mkdir(parents=True, exist_ok=True)
         columns = ["arm", "seed", "change", "layer", "loss_rise"]
         table = pd.DataFrame(rows, columns=columns)
+        if (path := FINDINGS / part / USED).exists():
+            known = pd.read_csv(path)
+            table = pd.concat([known[~known["seed"].isin(table["seed"])], table])
         table.to_csv(FINDINGS / part / USED, index=False, float_format="%.6f")
     frames = {name: own for name, own in results.frames().items() if name != "left_out"}
     frames = {name: own[own["run"].isin(runs["run"])] for name, own in frames.items()}
