@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from proglayer.errors import ConfigError
 from proglayer.launch.engines import Ray
 from proglayer.launch.job import Job
 from proglayer.launch.slurm import Slurm
@@ -40,18 +39,24 @@ def test_slurm_that_does_not_answer_is_told_before_anything_is_left(
         assert not (tmp_path / "s").exists()
 
 
-SLURM = Slurm(timeout_min=1, max_num_timeout=0, cpus_per_task=1, nodes=2, tasks_per_node=2)
-
-
 @pytest.mark.parametrize(("devices", "nodes", "tasks"), [(1, 1, 2), (4, 2, 1), (2, 1, 4)])
 def test_tasks_of_slurm_that_are_not_the_devices_of_a_run_are_refused(
-    devices: int, nodes: int, tasks: int
-) -> None:
-    slurm = SLURM.model_copy(update={"nodes": nodes, "tasks_per_node": tasks})
-    said = f"devices={devices}: hydra.launcher.nodes={nodes} .*give devices={nodes * tasks}, or"
-    with pytest.raises(ConfigError, match=said):
-        slurm.check_job(config(f"devices={devices}"))
-    slurm.check_job(config(f"devices={nodes * tasks}"))
+    devices: int, nodes: int, tasks: int,
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("submitit")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    launcher = f"hydra.launcher.nodes={nodes}", f"hydra.launcher.tasks_per_node={tasks}"
+    sweep = ("seed=1,2", f"devices={devices}", "hydra/launcher=slurm", "hydra.sweep.dir=s")
+    done = train("-m", *SHORT, *sweep, *launcher)
+    assert done.status == 1
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"error: devices={devices}: hydra.launcher.nodes={nodes} with tasks_per")
+    assert f"give devices={nodes * tasks}, or auto" in line
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +71,7 @@ def test_a_job_gets_room_for_its_devices(
     given: str, of_slurm: int | None, of_ray: dict[str, int], tmp_path: Path
 ) -> None:
     job = Job(config(*given.split()), tmp_path, (), {}, tmp_path)
-    assert SLURM.asked([job]).get("gpus_per_node") == of_slurm
+    slurm = Slurm(timeout_min=1, max_num_timeout=0, cpus_per_task=1, nodes=2, tasks_per_node=2)
+    assert slurm.asked([job]).get("gpus_per_node") == of_slurm
     ray = Ray.model_validate({"ray": {"init": {}, "remote": {"num_cpus": 1, "num_gpus": 0}}})
     assert ray.asked(job) == {"name": tmp_path.name, **of_ray}

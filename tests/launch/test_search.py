@@ -20,7 +20,7 @@ from proglayer.launch.study import open_study, report_epoch
 from proglayer.results import load
 from proglayer.run.record import EpochRow, RunRecord, RunState, Score
 
-from ..helpers import SHORT, Command, epochs, results
+from ..helpers import SHORT, Command, epochs, epochs_trained, results
 
 optuna = pytest.importorskip("optuna")
 
@@ -104,6 +104,23 @@ def own_workers() -> Iterator[None]:
     loky.get_reusable_executor().shutdown()
 
 
+@pytest.mark.usefixtures("own_workers")
+def test_trials_at_once_share_phases_and_are_all_told(train: Command, tmp_path: Path) -> None:
+    search = (
+        *GRID, "freeze=choice(existing,none,gradual)", "seed=choice(1,2)", "hydra.sweep.dir=a",
+        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2",
+    )  # fmt: skip
+    done = train(*search)
+    assert done.status == 0, done.err
+    assert [t.state.name for t in _trials(tmp_path / "a")] == ["COMPLETE"] * 6
+    records = results(tmp_path / "a")
+    # For each seed the initial phase, the grown one of two ways of freezing, which gradual
+    # unfreezing begins like one of, and two more of its own.
+    trained = [count for record in records for count in epochs(record, reused=False) if count]
+    assert len(trained) == len([count for count in epochs_trained(records).values() if count]) == 10
+    assert shlex.split(done.out.splitlines()[-1])[-1].startswith("threads=")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -131,6 +148,14 @@ def test_a_search_that_cannot_work_says_why_and_leaves_nothing(
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "a").exists()
+
+
+def test_a_grid_whose_trials_all_fail_says_so(train: Command, tmp_path: Path) -> None:
+    done = train(*GRID, "report=true", "lr.base=choice(1e12)", "hydra.sweep.dir=a")
+    assert done.status == 1
+    assert done.err.endswith("error: every trial failed, for the reasons above\n")
+    assert [r["state"] for r in results(tmp_path / "a")] == ["failed"]
+    assert (tmp_path / "a/report/index.html").exists()
 
 
 @pytest.mark.usefixtures("own_workers")
