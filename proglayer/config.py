@@ -691,7 +691,7 @@ def _growth_problems(config: Config, layers: float, grows: bool) -> Iterator[str
     if growth.noise and not copies:
         yield f"growth.noise={growth.noise} changes nothing with {init}"
     wrong = {
-        init: init.endswith("=zero") or (not copies and growth.layers is None),
+        init: growth.init == "zero" or (not copies and growth.layers is None),
         f"growth.noise={growth.noise}": growth.noise > 0,
         "model.residual_scale=layernorm": config.model.residual_scale == "layernorm",
         f"model={config.model.kind}": config.model.kind != "transformer",

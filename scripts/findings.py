@@ -676,15 +676,13 @@ class Depth:
 
     def surviving(self, families: int) -> list[str]:
         """Name what is settled at a level that pays for all families of the page."""
-        return [
-            f"{question} {own.label}: {own.judged.verdict}"
-            for question, comparisons in self.questions.items()
-            for own in comparisons
-            if own.judged and own.judged.verdict in SETTLED
-            for level in [stats.ALPHA / self.family / families]
-            for again in stats.judge([own.pairs], stats.Levels(self.family, level))
-            if again.verdict is own.judged.verdict
-        ]
+        levels, named = stats.Levels(self.family, stats.ALPHA / self.family / families), []
+        for question, comparisons in self.questions.items():
+            for label, pairs, judged in comparisons:
+                (again,) = stats.judge([pairs], levels)
+                if judged and judged.verdict in SETTLED and again.verdict is judged.verdict:
+                    named.append(f"{question} {label}: {judged.verdict}")
+        return named
 
     def pictures(self) -> list[Picture]:
         """Draw the comparisons, those of layers apart, and the loss on the way of some arms."""

@@ -118,9 +118,8 @@ def plan_lines(phases: Sequence[Phase], seq_len: int, processes: int) -> Iterato
         if train.growth is not None:
             sources = layer_sources(before, train.growth)
             names = ["fresh" if old.layer is None else str(old.layer + 1) for old in sources]
-            ties = train.architecture.ties or range(train.layers)
             new = ["*" if source.new else "" for source in sources]
-            stars = ["=" if tie != i else new[i] for i, tie in enumerate(ties)]
+            stars = ["=" if tie != i else new[i] for i, tie in enumerate(train.ties)]
             said = ["layers from " + " ".join(map("".join, zip(names, stars, strict=True)))]
         before = train.layers
         over = f" over {schedule.total_epochs} epochs" if schedule.total_epochs else ""

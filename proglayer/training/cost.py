@@ -26,7 +26,7 @@ def parameter_counts(spec: TrainSpec) -> Counts:
     """Parameters of the model in the phase, in all and those that train."""
     sizes = spec.architecture.sizes
     head = sizes.norm + sizes.head
-    own = spec.own_layers
+    own = {*spec.ties}
     trainable = (sizes.layer - _held(spec)[0]) * len(own.intersection(spec.trained_layers))
     trainable += sizes.embedding * (spec.rates.embedding is not None)
     trainable += head * (spec.rates.head is not None)

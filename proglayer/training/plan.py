@@ -183,9 +183,9 @@ class TrainSpec:
         return max(1, self.layers)
 
     @property
-    def own_layers(self) -> set[int]:
-        """The layers that have tensors of their own."""
-        return {*self.architecture.ties} or {*range(self.layers)}
+    def ties(self) -> Sequence[int]:
+        """For each layer the one whose tensors it has: itself, unless some share theirs."""
+        return self.architecture.ties or range(self.layers)
 
     @property
     def last_read(self) -> int:
@@ -365,8 +365,7 @@ def _phases(
         factor, base = part.lr.factor, part.lr.base
         growth = growth_of(part, layers, initial_layers) if grows else None
         sources = layer_sources(layers, growth)
-        ties = where["architecture"].ties or range(layers)
-        ties = ties_of(sources, ties, part.growth.share)
+        ties = ties_of(sources, phases[-1].train.ties, part.growth.share)
         layers = len(sources)
         every = tuple(range(layers))
         where["architecture"] = where["architecture"].grown([old.layer for old in sources], ties)
