@@ -399,20 +399,19 @@ def others(
     plain = runs["variant"][runs["base"].astype(bool)].tolist()
     reference = arm.plain_variant(runs, arm.ORIGINAL) or (plain or variants)[0]
     made = _models(by_arm, [v for v in variants if v not in claimed], margin)
-    by_phases: dict[str, str] = {}
-    if not (runs["experiment"] == arm.FROM_SCRATCH).any():
-        by_phases = arm.controls(runs, arm.FROM_SCRATCH)
-        for a, b in by_phases.items():
-            made += _within(runs, by_arm, curves, a, b, (Budget.compute,), margin)
+    from_scratch = arm.controls(runs, arm.FROM_SCRATCH)
+    by_phases = {} if (runs["experiment"] == arm.FROM_SCRATCH).any() else from_scratch
+    for a, b in by_phases.items():
+        made += _within(runs, by_arm, curves, a, b, (Budget.compute,), margin)
     pairs: dict[tuple[str, str], None] = {}
     controls = set(runs.loc[runs["experiment"].str.startswith("control_"), "variant"])
-    for experiment in (arm.FROM_SCRATCH, arm.KEEP_TRAINING):
-        found = arm.controls(runs, experiment)
+    for found in (from_scratch, arm.controls(runs, arm.KEEP_TRAINING)):
         pairs |= dict.fromkeys(found.items())
         controls |= set(found.values())
     plain_control = by_phases.get(reference)
+    other_controls = {*by_phases.values()} - {plain_control}
     for variant in variants:
-        if plain_control and variant in {*by_phases.values()} - {plain_control}:
+        if plain_control and variant in other_controls:
             pairs[variant, plain_control] = None
         elif variant != reference:
             pairs[(reference, variant) if variant in controls else (variant, reference)] = None
