@@ -130,7 +130,8 @@ PICTURED = dict(zip(DEPTH_QUESTIONS, WORDS, strict=True))
 # Whose loss on the way is drawn, and where it is below what.
 HIGHEST = 2.0
 CURVES = ("two layers, more epochs", "`random`", "`stack`", "frozen, more epochs", CONTROL)
-SETTLED = (stats.Verdict.better, stats.Verdict.worse, stats.Verdict.same)
+OPPOSITE = {stats.Verdict.better, stats.Verdict.worse}
+SETTLED = OPPOSITE | {stats.Verdict.same}
 # The parts with its data, and how many arms a seed has there.
 DEPTH_PARTS = {"depth": len(DEPTH_ARMS), "depth-again": 10}
 SEEDS = 8
@@ -673,6 +674,29 @@ class Depth:
             verdict = f"**{judged.verdict}**: " if judged else ""
             by_verdict.setdefault(verdict, []).append(f"{label} {pairs.mean:+.3f}")
         return "; ".join(name + ", ".join(own) for name, own in by_verdict.items())
+
+    def replication(self, first: Depth) -> str:
+        """Return which verdicts of the first text hold here, as the plan has it."""
+        there = {
+            (question, found.label): found.judged
+            for question, comparisons in first.questions.items()
+            for found in comparisons
+        }
+        by_word: dict[str, list[str]] = {}
+        for question, comparisons in self.questions.items():
+            for found in comparisons:
+                judged = there[question, found.label]
+                if judged is None or judged.verdict not in SETTLED:
+                    word = "nothing to replicate"
+                elif found.judged and found.judged.verdict is judged.verdict:
+                    word = "replicated"
+                elif found.judged and {found.judged.verdict, judged.verdict} == OPPOSITE:
+                    word = "contradicted"
+                else:
+                    word = "open here"
+                name = f"{PICTURED.get(question, '')}{found.label}"
+                by_word.setdefault(word, []).append(name)
+        return "; ".join(f"**{word}**: {', '.join(own)}" for word, own in by_word.items())
 
     def surviving(self, families: int) -> list[str]:
         """Name what is settled at a level that pays for all families of the page."""

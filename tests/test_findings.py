@@ -7,6 +7,7 @@ import itertools
 import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,10 +53,8 @@ def test_the_data_do_not_say_where_they_come_from(findings: ModuleType) -> None:
         assert "hydra.sweep.dir" not in text
 
 
-@pytest.mark.parametrize(("seeds", "gain", "judged"), [(7, 0.2, 0), (8, 0.2, 22), (8, 0.0, 1)])
-def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_reach(
-    findings: ModuleType, monkeypatch: pytest.MonkeyPatch, seeds: int, gain: float, judged: int
-) -> None:
+def study_of(findings: ModuleType, seeds: int, gain: float, asked: Any, family: int) -> Any:
+    """Return the study where depth pays of made-up losses: two layers are worse by `gain`."""
     rows = []
     for seed, arm in itertools.product(range(1000, 1000 + seeds), findings.DEPTH_ARMS):
         noise = 0.005 * np.sin(seed**2 * len(arm))
@@ -72,8 +71,16 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     )
     runs = runs.assign(epochs=15, flops=1e12)
     results = SimpleNamespace(runs=runs, phases=phases, epochs=epochs)
-    monkeypatch.setattr(findings, "read", lambda part: results)
-    study = findings.Depth("nowhere", findings.DEPTH_QUESTIONS, findings.PLANNED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "read", lambda part: results)
+        return findings.Depth("nowhere", asked, family)
+
+
+@pytest.mark.parametrize(("seeds", "gain", "judged"), [(7, 0.2, 0), (8, 0.2, 22), (8, 0.0, 1)])
+def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_reach(
+    findings: ModuleType, seeds: int, gain: float, judged: int
+) -> None:
+    study = study_of(findings, seeds, gain, findings.DEPTH_QUESTIONS, findings.PLANNED)
     found = list(itertools.chain.from_iterable(study.questions.values()))
     assert sum(own.judged is not None for own in found) == judged
     assert all(own.judged is not None or own.text.endswith("not judged") for own in found)
@@ -89,3 +96,17 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
         "nowhere-comparisons",
         "nowhere-curves",
     ]
+
+
+def test_a_second_text_replicates_a_verdict_contradicts_it_or_leaves_it_open(
+    findings: ModuleType,
+) -> None:
+    first = study_of(findings, 8, 0.2, findings.DEPTH_QUESTIONS, findings.PLANNED)
+    same, opposite, none = (
+        study_of(findings, 8, gain, findings.AGAIN, 8) for gain in (0.2, -0.2, 0.0)
+    )
+    depth = "six layers − two, at equal tokens"
+    assert f"**replicated**: {depth}, `random`, at equal operations" in same.replication(first)
+    assert f"**contradicted**: {depth}; **open here**: `random`" in opposite.replication(first)
+    assert f"**open here**: {depth}, `random`" in none.replication(first)
+    assert none.replication(none).startswith(f"**replicated**: {depth}; **nothing to replicate**")
