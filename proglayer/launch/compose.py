@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pydantic import ValidationError
 
-from proglayer.config import Settings, problem_lines, to_config
+from proglayer.config import Config, Settings, problem_lines, to_config
 from proglayer.errors import ConfigError
 from proglayer.launch.ask import in_one_line
 from proglayer.launch.job import Job
@@ -62,11 +62,11 @@ class Command:
         folder: Path,
         overrides: tuple[str, ...] | None = None,
         number: int | None = None,
-        threads: int | None = None,
+        threads_of: Callable[[Config], int | None] | None = None,
     ) -> Job:
         """Compose the job of these overrides; without them, that of the command itself.
 
-        threads: of a job that does not say; its processes share them out.
+        threads_of: gives those of each process of a job that does not say.
 
         Raises ConfigError.
         """
@@ -80,9 +80,8 @@ class Command:
             config = to_config(composed)
         except Exception as error:
             raise ConfigError(in_one_line(error, overrides or ())) from error
-        if config.threads is None and threads is not None:
-            share = max(1, threads // config.least_devices)
-            config = config.model_copy(update={"threads": share})
+        if config.threads is None and threads_of is not None:
+            config = config.model_copy(update={"threads": threads_of(config)})
         choices = composed.hydra.runtime.choices.items()
         return Job(
             config=config,

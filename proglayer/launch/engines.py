@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -76,6 +77,10 @@ class Engine(Settings):
     def threads(self) -> int | None:
         """How many threads a job has that does not say; None for all cores."""
         return None
+
+    def threads_of(self, config: Config) -> int | None:
+        """How many of them each process of a job has."""
+        return self.threads and max(1, self.threads // config.least_devices)
 
     def check(self) -> None:
         """Raise ConfigError where no job could be started. Comes before anything is written."""
@@ -185,6 +190,9 @@ def _in_worker(job: Job, parent: int) -> None:
     """Run one job, unless this worker was told to stop."""
     signals.follow_parent(parent)
     log_to_console()
+    # Processes of a run on several devices would be told to start others in joblib's way, which
+    # they do not know.
+    multiprocessing.set_start_method("spawn", force=True)
     # In a run the first signal is the run's own. This is for another, and for one between jobs.
     for number in signals.stop_signals():
         signal.signal(number, lambda number, _: signals.stopped.append(number))

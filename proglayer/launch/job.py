@@ -139,12 +139,11 @@ def _run_apart(job: Job, processes: int) -> RunState:
     stop = signals.Stop()
 
     def pass_on(number: int, frame: object, before: Any) -> None:
-        second = stop.signal is not None
         stop.note(number, frame, before)
         # Python prints a traceback where SIGINT meets a process that is still at its imports.
-        signals.signal_children(signal.SIGKILL if second else signal.SIGTERM)
+        signals.signal_children(signal.SIGTERM)
 
-    with signals.on_signals(pass_on, once=False):
+    with signals.on_signals(pass_on):
         started = spawn(_run_member, (job, processes, port, os.getpid()), processes, join=False)
         assert started is not None, "it is not waited for"
         try:
@@ -154,9 +153,14 @@ def _run_apart(job: Job, processes: int) -> RunState:
             how = str(error).strip().splitlines()[-1]
             reason = f"a process of {processes} ended, and the others with it: {how}"
             ended = RunState.interrupted if stop.signal else RunState.lost
-            records.change_state(job.folder, ended, reason, GOING)
+            # The first may have taken its end for the user's wish.
+            stopped = () if stop.signal else (RunState.interrupted,)
+            records.change_state(job.folder, ended, reason, (*GOING, *stopped))
             if stop.signal is None and getattr(error, "exit_code", None) != FAILED:
                 log.error("%s; the same command goes on", reason)
+        except KeyboardInterrupt:  # a second one
+            signals.signal_children(signal.SIGKILL)
+            raise
     state = recorded_state(job) or RunState.lost
     if stop.requeue is not None and state is RunState.interrupted:
         records.change_state(job.folder, RunState.preempted, None)
@@ -173,6 +177,7 @@ def _run_member(rank: int, job: Job, processes: int, port: int, parent: int) -> 
     where = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     where |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a `torchrun` that started the command
     log_to_console()
 
     def work() -> None:

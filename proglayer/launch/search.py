@@ -78,8 +78,9 @@ def run(command: Command) -> int:
         raise ConfigError("every trial failed, for the reasons above") from None
     overrides = [*space.drawn(best.params)]
     # Those that its engine gave each trial, as other ones give other bits.
-    if sweep.engine.threads is not None and "threads" not in space.overrides:
-        overrides.append(f"threads={sweep.engine.threads}")
+    threads = sweep.job(best.number, tuple(overrides)).job.config.threads
+    if threads is not None and "threads" not in space.overrides:
+        overrides.append(f"threads={threads}")
     command_line = shlex.join(["python", "train.py", *overrides])
     say(f"best of the study, {best.value:.6g} in trial {best.number}:\n{command_line}")
     return 0

@@ -67,7 +67,15 @@ class Slurm(Engine):
 
     @property
     def threads(self) -> int | None:
-        return self.cpus_per_task * self.nodes * self.tasks_per_node
+        return self.cpus_per_task
+
+    def threads_of(self, config: Config) -> int | None:
+        return self.threads if self.tasks > 1 else super().threads_of(config)
+
+    @property
+    def tasks(self) -> int:
+        """How many processes Slurm starts for a job."""
+        return self.nodes * self.tasks_per_node
 
     def check(self) -> None:
         """Raise ConfigError also where no Slurm answers."""
@@ -75,10 +83,10 @@ class Slurm(Engine):
         _ask(*QUEUE)
 
     def check_job(self, config: Config) -> None:
-        tasks = self.nodes * self.tasks_per_node
+        tasks = self.tasks
         if tasks > 1 and config.devices not in ("auto", tasks):
-            start = f"nodes={self.nodes} with tasks_per_node={self.tasks_per_node} start {tasks}"
-            said = f"hydra.launcher.{start} processes: give devices={tasks}, or auto"
+            start = f"nodes={self.nodes} with tasks_per_node={self.tasks_per_node} start"
+            said = f"hydra.launcher.{start} {tasks} processes: give devices={tasks}, or auto"
             raise ConfigError(f"devices={config.devices}: {said}")
 
     def held(self, sweep: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from proglayer.launch.job import differing, leave_report, recorded_state, submit
 from proglayer.launch.planned import Planned, describe_work, in_launch_order, planned, print_plan
 from proglayer.launch.slurm import Slurm
 from proglayer.run import record as records
-from proglayer.run.environment import git_state
+from proglayer.run.environment import git_state, place
 from proglayer.run.record import RunState
 from proglayer.run.setup import Opened
 from proglayer.run.signals import interrupt, on_signals
@@ -52,6 +52,12 @@ class Sweep:
     """
 
     def __init__(self, command: Command, name: str | None = None) -> None:
+        if (where := place()).size > 1:
+            raise ConfigError(
+                f"-m: this process was started as one of {where.size} of a run "
+                f"(WORLD_SIZE={where.size}): a sweep starts the processes of its jobs itself, so "
+                "give the command without torchrun"
+            )
         self.command = command
         self.engine = engine_of(command)
         self.folder = command.folder("sweep", name)
@@ -66,7 +72,7 @@ class Sweep:
     def job(self, number: int, overrides: tuple[str, ...]) -> Planned:
         """Compose and plan a job. Raises ConfigError."""
         folder = self.folder_of(number, overrides)
-        job = self.command.job(folder, overrides, number, self.engine.threads)
+        job = self.command.job(folder, overrides, number, self.engine.threads_of)
         self.engine.check_job(job.config)
         return planned(job, self.opened)
 

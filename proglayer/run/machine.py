@@ -91,8 +91,11 @@ def describe_machine(device: torch.device, processes: int = 1) -> Machine:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    # Between GPUs the order of a sum follows from which of them are on one machine.
+    apart = device.type == "cuda" and place().size > 1
+    nodes = processes // place().local_size if apart else 1
     threads, torch_version = torch.get_num_threads(), str(torch.__version__)
-    return Machine(device.type, name, threads, torch_version, processes)
+    return Machine(device.type, name, threads, torch_version, processes, nodes)
 
 
 def places(config: Config) -> int | None:
@@ -136,7 +139,6 @@ def switches(threads: int | None, precision: Precision, processes: int = 1) -> I
     filling: Any = torch.utils.deterministic
     strict = torch.are_deterministic_algorithms_enabled()
     lenient = torch.is_deterministic_algorithms_warn_only_enabled()
-    available = min(torch.get_num_threads(), available_cores())
     with contextlib.ExitStack() as back:
         back.callback(torch.set_num_threads, torch.get_num_threads())
         # It was left unset, perhaps, and would not go with a later change of the older switch.
@@ -146,7 +148,8 @@ def switches(threads: int | None, precision: Precision, processes: int = 1) -> I
         was_filled = filling.fill_uninitialized_memory
         back.callback(setattr, filling, "fill_uninitialized_memory", was_filled)
         local = place().local_size if place().size > 1 else processes
-        torch.set_num_threads(threads or max(1, available // local))
+        share = max(1, available_cores() // local)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), share))
         if torch.cuda.is_available():
             # Attention's backward pass and the compiler would add up in any order there. cuBLAS
             # reads its variable when it starts, and without it may choose another way each time.

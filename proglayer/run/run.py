@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +31,9 @@ from proglayer.run.setup import Setup, set_up
 from proglayer.run.signals import Stop
 from proglayer.run.waiting import CoreWatch
 from proglayer.store.checkpoint import Tensors, load_model
-from proglayer.store.entries import open_store
+from proglayer.store.entries import key_of, open_store
 from proglayer.store.trajectory import Hooks, Interrupted, Trajectory
+from proglayer.training.architecture import keyed
 from proglayer.training.build import build, grow, restored
 from proglayer.training.group import Broken, Group, joined
 from proglayer.training.model import Model
@@ -87,6 +89,8 @@ def run(
         )
         with session(config, folder, record, prune, group) as current:
             setup = prepare(config, record)
+            if group is not None:
+                group.agree(trained_by(setup, device))
             last = None
             with current.at_work():
                 for phase in setup.phases:
@@ -103,10 +107,10 @@ def follow_run(config: Config, worker: int) -> None:
     Raises ConfigError where it cannot take part.
     """
     stop, config = Stop(), machine.with_precision(config)[0]
-    with on_devices(config, worker) as (device, _, group), stop.listening():
+    setup = set_up(config, {})
+    with on_devices(config, worker, setup) as (device, _, group), stop.listening():
         assert group is not None, "there is a first"
         group.stop = stop
-        setup = set_up(config, {})
         # A signal, a loss that is not finite: the first tells of it.
         with contextlib.suppress(Broken):
             follow_orders(group, [phase.train for phase in setup.phases], setup.corpus, device)
@@ -114,17 +118,37 @@ def follow_run(config: Config, worker: int) -> None:
 
 @contextlib.contextmanager
 def on_devices(
-    config: Config, worker: int
+    config: Config, worker: int, setup: Setup | None = None
 ) -> Iterator[tuple[torch.device, str | None, Group | None]]:
-    """Give the device of this process, the name of its GPU, and the group that it joins, if any."""
+    """Give the device of this process, the name of its GPU, and the group that it joins, if any.
+
+    setup: what one that is not the first is set up to train.
+    """
     device, where = machine.pick_device(config.device, config.precision), place()
     processes = machine.processes_of(config)
+    about = trained_by(setup, device) if setup else {}
     with (
         machine.switches(config.threads, config.precision, processes),
         machine.gpu_of(worker * where.local_size + where.local_rank, device) as gpu,
-        joined(device, config.join_timeout_s) if processes > 1 else contextlib.nullcontext() as of,
+        contextlib.nullcontext()
+        if processes == 1
+        else joined(
+            device, config.join_timeout_s, {"host": socket.gethostname(), "gpu": gpu, **about}
+        ) as group,
     ):
-        yield device, gpu, of
+        yield device, gpu, group
+
+
+def trained_by(setup: Setup, device: torch.device) -> dict[str, str | None]:
+    """Return what all processes of a run have to have in common, by what a user calls it."""
+    phases = {"phases": [keyed(phase.train) for phase in setup.phases]}
+    texts = setup.corpus.fingerprint, setup.corpus.test_fingerprint
+    return {
+        "settings": key_of(phases),
+        "text": " ".join(filter(None, texts)),
+        "device": device.type,
+        "version of torch": str(torch.__version__),
+    }
 
 
 def prepare(config: Config, record: RunRecord) -> Setup:

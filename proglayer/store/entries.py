@@ -55,6 +55,7 @@ class Machine:
     """What the bits of a result depend on besides the phase and the corpus.
 
     processes: those that share each batch out, on a device each.
+    nodes: of GPUs, the machines that these are on.
     """
 
     device: str | None
@@ -62,6 +63,7 @@ class Machine:
     threads: int | None
     torch: str | None
     processes: int = later(1)
+    nodes: int = later(1)
 
 
 def open_store(store: Path) -> None:

@@ -112,8 +112,10 @@ class Trajectory:
     def __enter__(self) -> Trajectory:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self.entry.unlock()
+        if self._training is not None and self.group is not None and error is None:
+            self.group.order("drop")
         self._training = None
 
     # -- what a reader asks for -------------------------------------------------------------------

@@ -16,13 +16,19 @@ import itertools
 import json
 import os
 import signal
+import time
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before a group is there: its functions would keep that group, and its threads, to the end of the
+# process, where they abort it now and then.
+import torch.distributed.nn
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -39,45 +45,88 @@ class Broken(UserError):
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, timeout_s: float) -> Iterator[Group]:
+def joined(
+    device: torch.device, timeout_s: float, about: Mapping[str, str | None] | None = None
+) -> Iterator[Group]:
     """Join the group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), as
     `torchrun` sets it. When the block of the first ends, the others get no more orders.
 
-    Raises ConfigError where the processes do not find each other within `timeout_s` seconds.
+    about: what a process tells of itself: its `host`, its `gpu`, and what `Group.agree` compares.
+
+    Raises ConfigError where the processes do not find each other within `timeout_s` seconds, or
+    two of them have one GPU.
     """
     address = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
     try:
+        until = time.monotonic() + timeout_s
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store.set(f"joined/{rank}", json.dumps(about or {}))
+        names = [f"joined/{each}" for each in range(size)]
+        while not store.check(names):  # to wait in the library would keep signals out
+            if time.monotonic() > until:
+                raise RuntimeError("not all came")
+            time.sleep(0.05)
+        members = [json.loads(store.get(name)) for name in names]
+        for gpu, count in Counter(member.get("gpu") for member in members).items():
+            if gpu and count > 1:
+                raise ConfigError(
+                    f"devices={size}: {count} processes have one GPU ({gpu}): start as many on "
+                    "each machine as it has GPUs"
+                )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"MASTER_ADDR:MASTER_PORT={address}: the processes of this run do not meet there "
             f"within join_timeout_s={timeout_s:g} ({first_line(error)})"
         ) from error
-    group = Group(store, rank, size, device)
+    group = Group(store, rank, size, device, members)
     try:
         yield group
     finally:
         with contextlib.suppress(Broken):
             group.end()
-        dist.destroy_process_group()
+        if group.ended or device.type != "cuda":
+            dist.destroy_process_group()
+        else:  # to destroy it would wait for sums between GPUs that nobody joins any more
+            dist.distributed_c10d._abort_process_group()
 
 
 class Group:
     """The processes of a run, as each of them sees them: it is number `rank` of `size`.
 
     store: the `torch.distributed.Store` that the processes met at.
+    members: what each told of itself when it joined.
     stop: its `signal` is the name of one that this process got, or, once they met, any of them.
+    ended: whether all parted at the end of their work.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        device: torch.device,
+        members: Sequence[Mapping[str, str | None]] = (),
+    ) -> None:
+        self.rank, self.size, self.device, self.members = rank, size, device, members
         self.stop: Any = types.SimpleNamespace(signal=None)
+        self.ended = False
         self._store, self._numbers = store, itertools.count()
         # Where the others wait, for the first: for an order, at the next step's meeting, or, while
         # both work on something, at one of its collectives.
         self._at_step = self._within = False
+
+    def agree(self, about: Mapping[str, str | None]) -> None:
+        """See that the others joined with the same. Of the first alone. Raises ConfigError."""
+        for rank, member in enumerate(self.members[1:], start=1):
+            if others := [name for name in about if member.get(name) != about[name]]:
+                raise ConfigError(
+                    f"process {rank} of this run, on {member['host']}, differs from the first in "
+                    f"{', '.join(others)}: give all the same command, code and data"
+                )
 
     # -- orders -----------------------------------------------------------------------------------
 
@@ -85,7 +134,7 @@ class Group:
         """Have the others do something; an epoch under way they leave. Of the first alone."""
         if self._at_step:
             self._meet(LEFT)
-        self._at_step = False
+        self._at_step, self._within = False, what == "evaluate"
         tensors = tensors or {}
         listed = [(n, str(t.dtype).split(".")[1], [*t.shape]) for n, t in tensors.items()]
         with _together():
@@ -107,6 +156,7 @@ class Group:
                 self._broadcast(tensors[name])
             if what == "end":
                 self.meet()
+                self.ended = True
                 return
             yield what, about, tensors
 
@@ -117,6 +167,7 @@ class Group:
         if self.rank == 0 and not self._within:
             self.order("end")
             self.meet()
+            self.ended = True
 
     # -- collectives ------------------------------------------------------------------------------
 
@@ -181,6 +232,8 @@ def _together() -> Iterator[None]:
     """Say it plainly where a collective fails."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise Broken(
             f"another process of this run is gone ({first_line(error)}); the same command goes on "

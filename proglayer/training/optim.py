@@ -139,11 +139,11 @@ def carried_tensors(tensors: dict[str, Tensor], spec: TrainSpec, layers: int) ->
 def start_from(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give a fresh optimizer the state that `optimizer_tensors` or `carried_tensors` gave, by name.
 
-    What is not in it starts afresh.
+    What is not in it starts afresh; what is used is taken out of it.
     """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            entries = {e: tensors[f"{name}/{e}"] for e in MOMENTS if f"{name}/{e}" in tensors}
-            if entries:
-                copies = {e: value.clone().to(parameter.device) for e, value in entries.items()}
-                optimizer.state[parameter] = copies
+            there = [entry for entry in MOMENTS if f"{name}/{entry}" in tensors]
+            for entry in there:
+                value = tensors.pop(f"{name}/{entry}")
+                optimizer.state[parameter][entry] = value.to(parameter.device, copy=True)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,7 @@ class Training:
         spec, model, group = self.spec, self.model, self.group
         if group is not None and group.rank == 0:
             group.order("epoch", self.epoch)
+            group.stepped(more=self.step < self.steps_per_epoch)
         model.train()
         order = self.order()
         looked = time.perf_counter()
@@ -336,27 +338,50 @@ def follow_orders(
     """Do what the first process of the group orders: train and evaluate phases of these `specs`."""
     training: Training | None = None
     for what, about, tensors in group.orders():
-        if what == "epoch":
-            assert training is not None, "it was started"
-            while training.epoch < about[0]:
-                training.finish_epoch()
-            training.train_epoch()
-            continue
-        spec, model, frozen = specs[about[0]], None, None
-        if weights := {name: tensor for name, tensor in tensors.items() if "/" not in name}:
-            model = restored(spec.layers, asdict(spec.architecture), weights).to(device)
-        elif training is not None:
-            model, frozen = training.model, training.frozen_validation
-        assert model is not None, "it was sent, or is in training"
-        if what == "start":
-            training = Training(model, spec, corpus, device, tensors, group)
-            _, training.epoch, training.step = about
-            training.loss_sum = tensors["loss_sum/"]
+        if what == "drop":
+            training = None
         else:
-            _, exits, on_test, gated = about
-            if gated:
-                set_gate(model, spec, step=0, steps_per_epoch=1)
-            evaluate(model, spec, corpus, device, exits, None, frozen, on_test, group)
+            training = _follow(what, about, tensors, training, specs, corpus, device, group)
+        tensors.clear()
+
+
+def _follow(
+    what: str,
+    about: Sequence[Any],
+    tensors: dict[str, Tensor],
+    training: Training | None,
+    specs: Sequence[TrainSpec],
+    corpus: Corpus,
+    device: torch.device,
+    group: Group,
+) -> Training | None:
+    """Do one order, and return what is in training then. What came with it is taken from `tensors`,
+    so that nothing is held twice.
+    """
+    if what == "epoch":
+        assert training is not None, "it was started"
+        while training.epoch < about[0]:
+            training.finish_epoch()
+        training.train_epoch()
+        return training
+    spec, model, frozen = specs[about[0]], None, None
+    if weights := {name: tensors.pop(name) for name in [*tensors] if "/" not in name}:
+        model = restored(spec.layers, asdict(spec.architecture), weights)
+        weights.clear()
+        model = model.to(device)
+    elif training is not None:
+        model, frozen = training.model, training.frozen_validation
+    assert model is not None, "it was sent, or is in training"
+    if what == "start":
+        training = Training(model, spec, corpus, device, tensors, group)
+        _, training.epoch, training.step = about
+        training.loss_sum = tensors["loss_sum/"]
+        return training
+    _, exits, on_test, gated = about
+    if gated:
+        set_gate(model, spec, step=0, steps_per_epoch=1)
+    evaluate(model, spec, corpus, device, exits, None, frozen, on_test, group)
+    return training
 
 
 def gradient_share(optimizer: torch.optim.Optimizer) -> Tensor:

@@ -75,3 +75,20 @@ def test_a_job_gets_room_for_its_devices(
     assert slurm.asked([job]).get("gpus_per_node") == of_slurm
     ray = Ray.model_validate({"ray": {"init": {}, "remote": {"num_cpus": 1, "num_gpus": 0}}})
     assert ray.asked(job) == {"name": tmp_path.name, **of_ray}
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "tasks", "threads"),
+    [
+        ("devices=1", 1, 1, 8),
+        ("devices=4", 1, 1, 2),
+        ("devices=4", 2, 2, 8),
+        ("devices=auto", 2, 2, 8),
+    ],
+)
+def test_cpus_per_task_are_the_threads_of_each_task_and_shared_out_within_one(
+    given: str, nodes: int, tasks: int, threads: int
+) -> None:
+    settings = {"timeout_min": 1, "max_num_timeout": 0, "cpus_per_task": 8}
+    slurm = Slurm(**settings, nodes=nodes, tasks_per_node=tasks)
+    assert slurm.threads_of(config(given)) == threads

@@ -68,6 +68,61 @@ def test_a_signal_to_any_process_ends_all_once_their_state_is_stored(
     assert len([*(tmp_path / "stages").glob("*/state-*")]) == 1
 
 
+JOBLIB = (
+    "-m",
+    *TWO[:-1],
+    "hydra/launcher=joblib",
+    "hydra.launcher.n_jobs=1",
+    "hydra.sweep.dir=out",
+)
+
+
+def test_a_worker_of_joblib_starts_the_processes_of_its_job(tmp_path: Path) -> None:
+    runs = {"sweep": JOBLIB, "run": TWO}
+    for name, arguments in runs.items():
+        (tmp_path / name).mkdir()
+        process = start(tmp_path / name, *arguments)
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+    (job,) = (tmp_path / "sweep" / "out").glob("0_*")
+    assert outcome(job) == outcome(tmp_path / "run" / "out")
+
+
+def test_ctrl_c_at_a_terminal_lets_processes_below_a_worker_store_their_state(
+    tmp_path: Path,
+) -> None:
+    """A terminal signals all of them, and the command passes it on to its worker once more."""
+    process = start(tmp_path, *JOBLIB, *LONG, "model.dim=192")
+
+    def at_work() -> bool:
+        paths = [*tmp_path.glob("out/0_*/run.json")]
+        return bool(paths) and len(json.loads(paths[0].read_text())["epochs"]) > 1
+
+    until(at_work, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert results(tmp_path)[0]["state"] == "interrupted"
+    assert len([*(tmp_path / "stages").glob("*/state-*")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"), [("lr.base=0.5", "settings"), ("data.validation_samples=19", "text")]
+)
+def test_a_process_that_would_train_something_else_is_named(
+    setting: str, named: str, tmp_path: Path
+) -> None:
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [
+        start(tmp_path, *TWO, *others, **where, RANK=str(rank))
+        for rank, others in enumerate([(), (setting,)])
+    ]
+    (said, _), _ = (process.communicate(timeout=100) for process in both)
+    assert [process.returncode for process in both] == [1, 0], said
+    assert re.search(f"process 1 of this run, on .*, differs from the first in .*{named}", said)
+    assert results(tmp_path)[0]["state"] == "failed"
+
+
 def test_a_loss_that_is_not_finite_ends_all(tmp_path: Path) -> None:
     process = start(tmp_path, *TWO, "lr.base=1e15", "optimizer.clip_norm=null")
     said, _ = process.communicate(timeout=60)
@@ -123,3 +178,13 @@ def test_what_cannot_work_is_one_line(
     assert words in done.err
     assert done.err.count("error: ") == 1
     assert "Traceback" not in done.err
+
+
+def test_a_sweep_is_not_started_by_torchrun(
+    train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_group(monkeypatch)
+    done = train("-m", *TINY, "devices=2", "seed=1,2", "hydra.sweep.dir=out")
+    assert done.status == 1
+    assert done.err.startswith("error: -m: this process was started as one of 2 of a run")
+    assert "give the command without torchrun" in done.err
