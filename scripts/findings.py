@@ -668,12 +668,17 @@ class Depth:
                 yield USING_DEPTH, f"{name}: layers {change}", more
 
     def short(self, question: str) -> str:
-        """Return the answer to a question: its comparisons by what was found."""
-        by_verdict: dict[str, list[str]] = {}
+        """Return the answer to a question: its comparisons by what was found, and by budget."""
+        found: dict[str, dict[str, list[str]]] = {}
         for label, pairs, judged in self.questions[question]:
-            verdict = f"**{judged.verdict}**: " if judged else ""
-            by_verdict.setdefault(verdict, []).append(f"{label} {pairs.mean:+.3f}")
-        return "; ".join(name + ", ".join(own) for name, own in by_verdict.items())
+            what, budget, which = label.rpartition(", at equal ")
+            own = found.setdefault(f"**{judged.verdict}**: " if judged else "", {})
+            own = own.setdefault(f"at equal {which} " if budget else "", [])
+            own.append(f"{what if budget else label} {round(pairs.mean, 3) + 0:+.3f}")
+        return "; ".join(
+            verdict + ", ".join(budget + ", ".join(named) for budget, named in own.items())
+            for verdict, own in found.items()
+        )
 
     def replication(self, first: Depth) -> str:
         """Return which verdicts of the first text hold here, as the plan has it."""
