@@ -17,7 +17,7 @@ from __future__ import annotations
 import shutil
 import sys
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -123,7 +123,9 @@ AGAIN = {
 USING = ("`stack`", "`random`")
 USES = ("left out", "swapped with the next")
 USED = "changed_layers.csv"
-USING_DEPTH = "Do grown models use their depth differently? The loss rises more by"
+USING_DEPTH = "Do grown models use their depth differently? The rise of the loss − from scratch"
+# What is better or worse of a rise.
+RISES = {stats.Verdict.better: "larger", stats.Verdict.worse: "smaller"}
 # What the comparisons of a question are called in a picture, before what sets them apart.
 WORDS = ("six layers − two, ", "", "", "a loss at every layer ", "stack, grown ")
 PICTURED = dict(zip(DEPTH_QUESTIONS, WORDS, strict=True))
@@ -132,6 +134,8 @@ HIGHEST = 2.0
 CURVES = ("two layers, more epochs", "`random`", "`stack`", "frozen, more epochs", CONTROL)
 OPPOSITE = {stats.Verdict.better, stats.Verdict.worse}
 SETTLED = OPPOSITE | {stats.Verdict.same}
+# What is said of its texts.
+TEXTS = {"depth": "Where depth pays", "depth-again": "Again on WikiText-2"}
 # The parts with its data, and how many arms a seed has there.
 DEPTH_PARTS = {"depth": len(DEPTH_ARMS), "depth-again": 10}
 SEEDS = 8
@@ -599,19 +603,30 @@ class Found(NamedTuple):
     label: str
     pairs: stats.Pairs
     judged: stats.Judgement | None
+    of_rises: bool = False
+
+    @property
+    def word(self) -> str:
+        """What was found, of a rise of the loss that it is larger or smaller; empty without
+        judgement.
+        """
+        if self.judged is None:
+            return ""
+        verdict = self.judged.verdict
+        return RISES.get(verdict, str(verdict)) if self.of_rises else str(verdict)
 
     @property
     def text(self) -> str:
         """What is said of it."""
         if self.judged is None:
             return f"{interval(stats.summary(self.pairs.differences), 3, True)}, not judged"
-        verdict, low, high = self.judged.verdict, *self.judged.interval[:2]
+        low, high = self.judged.interval[:2]
         size = f"{self.pairs.mean:+.3f} nats"
-        if verdict is stats.Verdict.same:
+        if self.judged.verdict is stats.Verdict.same:
             size = f"within ±{self.pairs.margin:g} nats"
         confidence = words.percent(self.judged.interval.confidence)
         known = f"{confidence} interval {low:+.3f} to {high:+.3f}, {words.seeds_text(self.pairs)}"
-        return f"**{verdict}**, {size} ({known})"
+        return f"**{self.word}**, {size} ({known})"
 
 
 class Depth:
@@ -650,7 +665,8 @@ class Depth:
         self.questions: dict[str, list[Found]] = {}
         self.uses = any(question == USING_DEPTH for question, *_ in made)
         for (question, label, _), pair, own in zip(made, pairs, judged, strict=True):
-            self.questions.setdefault(question, []).append(Found(label, pair, own))
+            found = Found(label, pair, own, question == USING_DEPTH)
+            self.questions.setdefault(question, []).append(found)
 
     def _uses(self, part: str) -> Iterator[tuple[str, str, pd.Series]]:
         """Yield what the loss rises by without new layers, and with two swapped, more than in the
@@ -669,55 +685,46 @@ class Depth:
 
     def short(self, question: str) -> str:
         """Return the answer to a question: its comparisons by what was found, and by budget."""
-        found: dict[str, dict[str, list[str]]] = {}
-        for label, pairs, judged in self.questions[question]:
-            what, budget, which = label.rpartition(", at equal ")
-            own = found.setdefault(f"**{judged.verdict}**: " if judged else "", {})
-            own = own.setdefault(f"at equal {which} " if budget else "", [])
-            own.append(f"{what if budget else label} {round(pairs.mean, 3) + 0:+.3f}")
-        return "; ".join(
-            verdict + ", ".join(budget + ", ".join(named) for budget, named in own.items())
-            for verdict, own in found.items()
+        return by_word(
+            (found.word, f"{found.label} {round(found.pairs.mean, 3) + 0:+.3f}")
+            for found in self.questions[question]
         )
+
+    def named(self) -> Iterator[tuple[str, Found]]:
+        """Yield all comparisons with a name that tells them apart without their question."""
+        for question, comparisons in self.questions.items():
+            for found in comparisons:
+                yield f"{PICTURED.get(question, '')}{found.label}", found
 
     def replication(self, first: Depth) -> str:
         """Return which verdicts of the first text hold here, as the plan has it."""
-        there = {
-            (question, found.label): found.judged
-            for question, comparisons in first.questions.items()
-            for found in comparisons
-        }
-        by_word: dict[str, list[str]] = {}
-        for question, comparisons in self.questions.items():
-            for found in comparisons:
-                judged = there[question, found.label]
-                if judged is None or judged.verdict not in SETTLED:
-                    word = "nothing to replicate"
-                elif found.judged and found.judged.verdict is judged.verdict:
-                    word = "replicated"
-                elif found.judged and {found.judged.verdict, judged.verdict} == OPPOSITE:
-                    word = "contradicted"
-                else:
-                    word = "open here"
-                name = f"{PICTURED.get(question, '')}{found.label}"
-                by_word.setdefault(word, []).append(name)
-        return "; ".join(f"**{word}**: {', '.join(own)}" for word, own in by_word.items())
+        there = {name: found.judged for name, found in first.named()}
+        said = []
+        for name, found in self.named():
+            judged, word = there[name], "open here"
+            if judged is None or judged.verdict not in SETTLED:
+                word = "nothing to replicate"
+            elif found.judged and found.judged.verdict is judged.verdict:
+                word = "replicated"
+            elif found.judged and {found.judged.verdict, judged.verdict} == OPPOSITE:
+                word = "contradicted"
+            said.append((word, name))
+        return by_word(said)
 
-    def surviving(self, families: int) -> list[str]:
+    def surviving(self, families: int) -> str:
         """Name what is settled at a level that pays for all families of the page."""
-        levels, named = stats.Levels(self.family, stats.ALPHA / self.family / families), []
-        for question, comparisons in self.questions.items():
-            for label, pairs, judged in comparisons:
-                (again,) = stats.judge([pairs], levels)
-                if judged and judged.verdict in SETTLED and again.verdict is judged.verdict:
-                    named.append(f"{question} {label}: {judged.verdict}")
-        return named
+        levels, said = stats.Levels(self.family, stats.ALPHA / self.family / families), []
+        for name, found in self.named():
+            (again,) = stats.judge([found.pairs], levels)
+            if found.judged and found.judged.verdict in SETTLED:
+                said += [(found.word, name)] * (again.verdict is found.judged.verdict)
+        return by_word(said) or "nothing"
 
     def pictures(self) -> list[Picture]:
         """Draw the comparisons, those of layers apart, and the loss on the way of some arms."""
         rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
         for question, comparisons in self.questions.items():
-            for label, pairs, judged in comparisons:
+            for label, pairs, judged, _ in comparisons:
                 said = f"{PICTURED.get(question, '')}{label}".replace("`", "")
                 of_layers = question == USING_DEPTH
                 sign = -1 if of_layers else 1  # what rises less is drawn on the right
@@ -752,6 +759,23 @@ class Depth:
                 row[name] = stats.summary(own[f"test_{name}"])
             rows.append(row)
         return sorted(rows, key=lambda row: row["loss"].mean)
+
+
+def by_word(said: Iterable[tuple[str, str]]) -> str:
+    """Join comparisons: what was found stands once before those of which it was, and so does the
+    budget that they are at.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for word, label in said:
+        what, budget, rest = label.partition(", at equal ")
+        which, _, figure = rest.partition(" ")
+        own = found.setdefault(f"**{word}**: " if word else "", {})
+        own = own.setdefault(f"at equal {which} " if budget else "", [])
+        own.append(f"{what} {figure}".strip())
+    return "; ".join(
+        word + ", ".join(budget + ", ".join(named) for budget, named in own.items())
+        for word, own in found.items()
+    )
 
 
 def arm_of(overrides: str) -> str:
@@ -858,7 +882,8 @@ def render(pictures: Path = FINDINGS) -> str:
     judged = [own for own in studies if own.whole]
     number = len(families) + len(judged)
     named = [own for family in families for own in surviving(family, number)]
-    named += [own for study in judged for own in study.surviving(number)]
+    standing = {"At the founding size": "; ".join(named)}
+    standing |= {TEXTS[study.part]: study.surviving(number) for study in judged}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FINDINGS),
         trim_blocks=True,
@@ -880,7 +905,7 @@ def render(pictures: Path = FINDINGS) -> str:
         nats=NATS,
         planned=PLANNED,
         families=number,
-        surviving=named,
+        surviving=standing,
     )
 
 

@@ -89,9 +89,9 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     assert depth.pairs.mean == pytest.approx(gain, abs=0.01)
     assert depth.text.startswith("**better**") == (judged == 22)
     assert {own.judged.levels for own in found if own.judged} <= {(26, 0.05 / 26, 0.05)}
-    name, question = "at equal tokens", next(iter(findings.DEPTH_QUESTIONS))
+    question = next(iter(findings.DEPTH_QUESTIONS))
     assert ("better**: at equal tokens" in study.short(question)) == (judged == 22)
-    assert (f"{question} {name}: better" in study.surviving(9)) == (judged == 22)
+    assert ("**better**: at equal tokens six layers − two" in study.surviving(9)) == (judged == 22)
     assert [picture.name for picture in study.pictures()] == [
         "nowhere-comparisons",
         "nowhere-curves",
@@ -105,8 +105,8 @@ def test_a_second_text_replicates_a_verdict_contradicts_it_or_leaves_it_open(
     same, opposite, none = (
         study_of(findings, 8, gain, findings.AGAIN, 8) for gain in (0.2, -0.2, 0.0)
     )
-    depth = "six layers − two, at equal tokens"
-    assert f"**replicated**: {depth}, `random`, at equal operations" in same.replication(first)
-    assert f"**contradicted**: {depth}; **open here**: `random`" in opposite.replication(first)
-    assert f"**open here**: {depth}, `random`" in none.replication(first)
+    depth, others = "at equal tokens six layers − two", "at equal operations `random`"
+    assert f"**replicated**: {depth}, frozen − nothing frozen, {others}" in same.replication(first)
+    assert f"**contradicted**: {depth}; **open here**: {others}" in opposite.replication(first)
+    assert f"**open here**: {depth}, frozen − nothing frozen, {others}" in none.replication(first)
     assert none.replication(none).startswith(f"**replicated**: {depth}; **nothing to replicate**")
