@@ -763,7 +763,7 @@ class Depth:
 
 def by_word(said: Iterable[tuple[str, str]]) -> str:
     """Join comparisons: what was found stands once before those of which it was, and so does the
-    budget that they are at.
+    budget that they are at, after those that have none.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for word, label in said:
@@ -773,7 +773,7 @@ def by_word(said: Iterable[tuple[str, str]]) -> str:
         own = own.setdefault(f"at equal {which} " if budget else "", [])
         own.append(f"{what} {figure}".strip())
     return "; ".join(
-        word + ", ".join(budget + ", ".join(named) for budget, named in own.items())
+        word + ", ".join(budget + ", ".join(own[budget]) for budget in sorted(own))
         for word, own in found.items()
     )
 

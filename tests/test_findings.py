@@ -91,7 +91,8 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     assert {own.judged.levels for own in found if own.judged} <= {(26, 0.05 / 26, 0.05)}
     question = next(iter(findings.DEPTH_QUESTIONS))
     assert ("better**: at equal tokens" in study.short(question)) == (judged == 22)
-    assert ("**better**: at equal tokens six layers − two" in study.surviving(9)) == (judged == 22)
+    better = re.search(r"\*\*better\*\*: .*at equal tokens six layers − two", study.surviving(9))
+    assert (better is not None) == (judged == 22)
     assert [picture.name for picture in study.pictures()] == [
         "nowhere-comparisons",
         "nowhere-curves",
@@ -106,7 +107,9 @@ def test_a_second_text_replicates_a_verdict_contradicts_it_or_leaves_it_open(
         study_of(findings, 8, gain, findings.AGAIN, 8) for gain in (0.2, -0.2, 0.0)
     )
     depth, others = "at equal tokens six layers − two", "at equal operations `random`"
-    assert f"**replicated**: {depth}, frozen − nothing frozen, {others}" in same.replication(first)
-    assert f"**contradicted**: {depth}; **open here**: {others}" in opposite.replication(first)
-    assert f"**open here**: {depth}, frozen − nothing frozen, {others}" in none.replication(first)
+    gradual, frozen = "gradually unfrozen − frozen", "frozen − nothing frozen"
+    assert f"**replicated**: {gradual}, {others}" in same.replication(first)
+    assert opposite.replication(first).startswith(f"**contradicted**: {depth}; **open here**: ")
+    assert none.replication(first).startswith(f"**open here**: {gradual}, {others}")
+    assert none.replication(first).endswith(f"{depth}, {frozen}")
     assert none.replication(none).startswith(f"**replicated**: {depth}; **nothing to replicate**")
