@@ -723,21 +723,19 @@ class Depth:
     def pictures(self) -> list[Picture]:
         """Draw the comparisons, those of layers apart, and the loss on the way of some arms."""
         rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        for question, comparisons in self.questions.items():
-            for label, pairs, judged, _ in comparisons:
-                said = f"{PICTURED.get(question, '')}{label}".replace("`", "")
-                of_layers = question == USING_DEPTH
-                sign = -1 if of_layers else 1  # what rises less is drawn on the right
-                row = {"label": said, "model": "", "seeds": sign * pairs.differences}
-                if judged:
-                    low, high = sorted(sign * edge for edge in judged.interval[:2])
-                    row |= {"low": low, "high": high}
-                rows[of_layers].append(row)
+        for name, found in self.named():
+            sign = -1 if found.of_rises else 1  # what rises less is drawn on the right
+            seeds = sign * found.pairs.differences
+            row = {"label": name.replace("`", ""), "model": "", "seeds": seeds}
+            if found.judged:
+                low, high = sorted(sign * edge for edge in found.judged.interval[:2])
+                row |= {"low": low, "high": high}
+            rows[found.of_rises].append(row)
         title, unit = "What each comparison comes to", "better by, nats a byte"
-        found = [forest(f"{self.part}-comparisons", title, rows[False], NATS, unit)]
+        drawn = [forest(f"{self.part}-comparisons", title, rows[False], NATS, unit)]
         if self.uses:
             title, unit = "Layers left out and swapped", "the loss rises less by, nats a byte"
-            found.append(forest(f"{self.part}-layers", title, rows[True], NATS, unit))
+            drawn.append(forest(f"{self.part}-layers", title, rows[True], NATS, unit))
         curves = self.epochs.merge(self.runs[["run", "arm"]], on="run")
         # Not what is evaluated before the first step, nor the first epochs, far above the others.
         late = (curves["epoch"] > 0) & (curves["validation_loss"] < HIGHEST)
@@ -748,7 +746,7 @@ class Depth:
         )  # fmt: skip
         axes = "operations, T (10¹²)", "validation loss, nats a byte"
         way = "The loss on the way"
-        return [*found, lines(f"{self.part}-curves", way, curves.sort_values("arm"), *axes)]
+        return [*drawn, lines(f"{self.part}-curves", way, curves.sort_values("arm"), *axes)]
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each arm, the lowest loss first."""

@@ -53,8 +53,7 @@ def joined(
 
     about: what a process tells of itself: its `host`, its `gpu`, and what `Group.agree` compares.
 
-    Raises ConfigError where the processes do not find each other within `timeout_s` seconds, or
-    two of them have one GPU.
+    Raises ConfigError where the processes do not find each other within `timeout_s` seconds.
     """
     address = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
     try:
@@ -67,16 +66,8 @@ def joined(
                 raise RuntimeError("not all came")
             time.sleep(0.05)
         members = [json.loads(store.get(name)) for name in names]
-        for gpu, count in Counter(member.get("gpu") for member in members).items():
-            if gpu and count > 1:
-                raise ConfigError(
-                    f"devices={size}: {count} processes have one GPU ({gpu}): start as many on "
-                    "each machine as it has GPUs"
-                )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    except ConfigError:
-        raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"MASTER_ADDR:MASTER_PORT={address}: the processes of this run do not meet there "
@@ -120,7 +111,15 @@ class Group:
         self._at_step = self._within = False
 
     def agree(self, about: Mapping[str, str | None]) -> None:
-        """See that the others joined with the same. Of the first alone. Raises ConfigError."""
+        """See that the others joined with the same, and each with a GPU of its own. Of the first
+        alone, before anything is sent. Raises ConfigError.
+        """
+        for gpu, count in Counter(member.get("gpu") for member in self.members).items():
+            if gpu and count > 1:
+                raise ConfigError(
+                    f"devices={self.size}: {count} processes have one GPU ({gpu}): start as many "
+                    "on each machine as it has GPUs"
+                )
         for rank, member in enumerate(self.members[1:], start=1):
             if others := [name for name in about if member.get(name) != about[name]]:
                 raise ConfigError(

@@ -143,7 +143,6 @@ def start_from(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
     """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            there = [entry for entry in MOMENTS if f"{name}/{entry}" in tensors]
-            for entry in there:
-                value = tensors.pop(f"{name}/{entry}")
-                optimizer.state[parameter][entry] = value.to(parameter.device, copy=True)
+            for entry in MOMENTS:
+                if (value := tensors.pop(f"{name}/{entry}", None)) is not None:
+                    optimizer.state[parameter][entry] = value.to(parameter.device, copy=True)
