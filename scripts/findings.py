@@ -134,6 +134,8 @@ HIGHEST = 2.0
 CURVES = ("two layers, more epochs", "`random`", "`stack`", "frozen, more epochs", CONTROL)
 OPPOSITE = {stats.Verdict.better, stats.Verdict.worse}
 SETTLED = OPPOSITE | {stats.Verdict.same}
+# What a run ended with on the test text.
+ENDED = ("loss", "bits_per_byte", "accuracy_percent")
 # What is said of its texts.
 TEXTS = {"depth": "Where depth pays", "depth-again": "Again on WikiText-2"}
 # The parts with its data, and how many arms a seed has there.
@@ -642,9 +644,11 @@ class Depth:
         self.seeds = sorted(runs["seed"].unique())
         self.whole = len(self.seeds) == SEEDS
         last = results.phases.sort_values("phase").drop_duplicates("run", keep="last")
-        names = ["run", "test_loss", "test_bits_per_byte", "test_accuracy_percent"]
+        last["selected"] = last["best_epoch"] - last["epochs"]  # from the end
+        names = ["run", "selected", *(f"test_{name}" for name in ENDED)]
         self.runs = runs.merge(last[names], on="run")
         self.epochs = results.epochs
+        self.flops = self.runs.groupby("arm")["flops"].mean()
         self.loss = self.runs.pivot_table(index="seed", columns="arm", values="test_loss")
         phases = results.phases.drop_duplicates("stage")
         seconds = phases["train_seconds"] + phases["evaluation_seconds"]
@@ -682,6 +686,16 @@ class Depth:
             for name in USING:
                 more = rises[change, name] - rises[change, CONTROL]
                 yield USING_DEPTH, f"{name}: layers {change}", more
+
+    def selected(self, arm: str) -> str:
+        """Return the first and the last of the epochs that seeds selected in an arm."""
+        own = self.runs[self.runs["arm"] == arm]
+        first, last = (own["epochs"] + own["selected"]).agg(["min", "max"])
+        return f"{first:.0f} to {last:.0f}" if first < last else f"{first:.0f}"
+
+    def alike(self, arm: str, other: str) -> int:
+        """Count the seeds in which two arms come to the same model."""
+        return int((self.loss[arm] == self.loss[other]).sum())
 
     def short(self, question: str) -> str:
         """Return the answer to a question: its comparisons by what was found, and by budget."""
@@ -752,8 +766,9 @@ class Depth:
         """One for each arm, the lowest loss first."""
         rows = []
         for arm, own in self.runs.groupby("arm"):
-            row = {"arm": arm, "epochs": own["epochs"].iloc[0], "flops": own["flops"].mean()}
-            for name in ("loss", "bits_per_byte", "accuracy_percent"):
+            row = {"arm": arm, "epochs": own["epochs"].iloc[0], "flops": self.flops[arm]}
+            row["selected"] = self.selected(arm)
+            for name in ENDED:
                 row[name] = stats.summary(own[f"test_{name}"])
             rows.append(row)
         return sorted(rows, key=lambda row: row["loss"].mean)
