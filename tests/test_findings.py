@@ -64,7 +64,8 @@ def study_of(findings: ModuleType, seeds: int, gain: float, asked: Any, family: 
     runs = pd.DataFrame(rows)
     figures = {f"test_{name}": runs["loss"] for name in ("loss", "bits_per_byte")}
     phases = runs[["run"]].assign(phase=1, stage=runs["run"], **figures, test_accuracy_percent=50.0)
-    phases = phases.assign(train_seconds=3600.0, evaluation_seconds=0.0)
+    phases = phases.assign(train_seconds=3600.0, evaluation_seconds=0.0, epochs=9)
+    phases["best_epoch"] = 7 + runs["seed"] % 2
     epochs = pd.concat(
         runs.assign(epoch=n, cumulative_epochs=n, flops=n * 1e12, validation_loss=runs["loss"])
         for n in (1, 2)
@@ -85,6 +86,9 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     assert sum(own.judged is not None for own in found) == judged
     assert all(own.judged is not None or own.text.endswith("not judged") for own in found)
     assert study.hours == seeds * len(findings.DEPTH_ARMS)
+    assert {row["selected"] for row in study.rows()} == {"13 to 14"}
+    assert study.alike("frozen", "frozen") == seeds
+    assert study.alike("frozen", "two layers") == 0
     depth = found[0]
     assert depth.pairs.mean == pytest.approx(gain, abs=0.01)
     assert depth.text.startswith("**better**") == (judged == 22)
