@@ -697,12 +697,11 @@ class Depth:
         """Count the seeds in which two arms come to the same model."""
         return int((self.loss[arm] == self.loss[other]).sum())
 
-    def short(self, question: str) -> str:
-        """Return the answer to a question: its comparisons by what was found, and by budget."""
-        return by_word(
-            (found.word, f"{found.label} {round(found.pairs.mean, 3) + 0:+.3f}")
-            for found in self.questions[question]
-        )
+    def size(self, name: str, word: str) -> str:
+        """Return the size of a comparison, once it is seen that `word` is what was found."""
+        found = dict(self.named())[name]
+        assert found.word == word, f"{name} is {found.word}"
+        return f"{abs(found.pairs.mean):.3f}"
 
     def named(self) -> Iterator[tuple[str, Found]]:
         """Yield all comparisons with a name that tells them apart without their question."""
@@ -726,13 +725,19 @@ class Depth:
         return by_word(said)
 
     def surviving(self, families: int) -> str:
-        """Name what is settled at a level that pays for all families of the page."""
-        levels, said = stats.Levels(self.family, stats.ALPHA / self.family / families), []
-        for name, found in self.named():
-            (again,) = stats.judge([found.pairs], levels)
-            if found.judged and found.judged.verdict in SETTLED:
-                said += [(found.word, name)] * (again.verdict is found.judged.verdict)
-        return by_word(said) or "nothing"
+        """Say how many verdicts stand at a level that pays for all families of the page, and name
+        the others.
+        """
+        levels = stats.Levels(self.family, stats.ALPHA / self.family / families)
+        settled = [(n, f) for n, f in self.named() if f.judged and f.judged.verdict in SETTLED]
+        again = stats.judge([found.pairs for _, found in settled], levels)
+        fallen = [
+            (found.word, name)
+            for (name, found), own in zip(settled, again, strict=True)
+            if found.judged and own.verdict is not found.judged.verdict
+        ]
+        stand = f"{len(settled) - len(fallen)} of {len(settled)} verdicts"
+        return f"{stand}; these fall: {by_word(fallen)}" if fallen else stand
 
     def pictures(self) -> list[Picture]:
         """Draw the comparisons, those of layers apart, and the loss on the way of some arms."""

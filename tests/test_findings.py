@@ -93,10 +93,13 @@ def test_the_study_where_depth_pays_is_judged_once_and_if_there_is_something_to_
     assert depth.pairs.mean == pytest.approx(gain, abs=0.01)
     assert depth.text.startswith("**better**") == (judged == 22)
     assert {own.judged.levels for own in found if own.judged} <= {(26, 0.05 / 26, 0.05)}
-    question = next(iter(findings.DEPTH_QUESTIONS))
-    assert ("better**: at equal tokens" in study.short(question)) == (judged == 22)
-    better = re.search(r"\*\*better\*\*: .*at equal tokens six layers − two", study.surviving(9))
-    assert (better is not None) == (judged == 22)
+    name, _ = next(study.named())
+    assert study.size(name, depth.word) == f"{abs(depth.pairs.mean):.3f}"
+    with pytest.raises(AssertionError, match=name):
+        study.size(name, "worse")
+    settled = sum(own.judged.verdict in findings.SETTLED for own in found if own.judged)
+    assert study.surviving(1) == f"{settled} of {settled} verdicts"
+    assert ("; these fall: **equivalent**: " in study.surviving(50)) == (judged > 1)
     assert [picture.name for picture in study.pictures()] == [
         "nowhere-comparisons",
         "nowhere-curves",
