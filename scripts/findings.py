@@ -345,7 +345,7 @@ class Claims:
         curves = curves.rename(columns={"name": "phase_name"}).astype({"phase_name": object})
         losses = curves["validation_loss"]
         limits = float(losses.min()), float(losses.max())
-        unit, margin = "points of accuracy", MARGIN
+        unit, margin = "points of accuracy (right: better)", MARGIN
         return [
             forest("change-by-arm", "Change by arm", changes, margin, unit),
             forest("claims", "Differences in accuracy", differences, margin, unit),
@@ -567,7 +567,7 @@ class Operators:
             for row in self.rows()
         ]
         title = "The change of the loss at the growth"
-        return [forest("growth-shock", title, rows, 0.0, "fall of the loss, nats")]
+        return [forest("growth-shock", title, rows, 0.0, "fall of the loss, nats (right: better)")]
 
 
 class Depths:

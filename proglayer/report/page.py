@@ -164,7 +164,7 @@ def _verdicts(study: Study, name: str, made: Sequence[Comparison]) -> list[Pictu
         for one in made
     ]
     texts = " or ".join(dict.fromkeys(one.text for one in made))
-    title, unit = "Differences in accuracy", f"points of {texts} accuracy"
+    title, unit = "Differences in accuracy", f"points of {texts} accuracy (right: better)"
     return [pictures.forest(name, title, rows, study.margin, unit)] if rows else []
 
 

@@ -140,6 +140,7 @@ def forest(
             95 % interval that is drawn, `mean`, `low` and `high`. Those without a value are left
             out.
         margin: differences within it are shaded, for they count as none.
+        unit: what a value is, with what it means to be on the right.
     """
     rows = [vars(stats.summary(row["seeds"])) | row for row in rows]
     rows = [row for row in rows if row["n"]]
@@ -173,7 +174,7 @@ def forest(
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
-        _axis(axes.xaxis, f"{unit} (right: better)", 5)
+        _axis(axes.xaxis, unit, 5)
         if models:
             _legend(axes, len(models))
 
