@@ -785,13 +785,11 @@ def by_word(said: Iterable[tuple[str, str]]) -> str:
     """
     found: dict[str, dict[str, list[str]]] = {}
     for word, label in said:
-        what, budget, rest = label.partition(", at equal ")
-        which, _, figure = rest.partition(" ")
-        own = found.setdefault(f"**{word}**: " if word else "", {})
-        own = own.setdefault(f"at equal {which} " if budget else "", [])
-        own.append(f"{what} {figure}".strip())
+        what, budget, which = label.partition(", at equal ")
+        own = found.setdefault(word, {})
+        own.setdefault(f"at equal {which} " if budget else "", []).append(what)
     return "; ".join(
-        word + ", ".join(budget + ", ".join(own[budget]) for budget in sorted(own))
+        f"**{word}**: " + ", ".join(budget + ", ".join(own[budget]) for budget in sorted(own))
         for word, own in found.items()
     )
 
