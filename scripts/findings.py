@@ -758,9 +758,12 @@ class Depth:
         curves = self.epochs.merge(self.runs[["run", "arm"]], on="run")
         # Not what is evaluated before the first step, nor the first epochs, far above the others.
         late = (curves["epoch"] > 0) & (curves["validation_loss"] < HIGHEST)
-        curves = curves[curves["arm"].isin(CURVES) & late]
+        # Without more epochs in a study that has no such arm.
+        arms = [arm if arm in self.loss else arm.removesuffix(", more epochs") for arm in CURVES]
+        curves = curves[curves["arm"].isin(arms) & late]
+        names = [arm.strip("`") for arm in arms]
         curves = curves.assign(
-            arm=pd.Categorical(curves["arm"].str.replace("`", ""), [a.strip("`") for a in CURVES]),
+            arm=pd.Categorical(curves["arm"].str.strip("`"), names),
             at=curves["cumulative_epochs"], x=curves["flops"] / 1e12, y=curves["validation_loss"],
         )  # fmt: skip
         axes = "operations, T (10¹²)", "validation loss, nats a byte"
@@ -880,9 +883,8 @@ def render(pictures: Path = FINDINGS) -> str:
     families = {"depth": DEPTH_QUESTIONS, "depth-again": AGAIN}
     sizes = {"depth": PLANNED, "depth-again": sum(map(len, AGAIN.values()))}
     for part, asked in families.items():
-        known = (FINDINGS / part / ZIP).exists()
-        parts[part.replace("-", "_")] = Depth(part, asked, sizes[part]) if known else None
-    studies = [own for own in (parts["depth"], parts["depth_again"]) if own]
+        parts[part.replace("-", "_")] = Depth(part, asked, sizes[part])
+    studies = parts["depth"], parts["depth_again"]
     drawn = [parts[part] for part in ("claims", "operators", "timing", "exits")]
     for part in (*drawn, *studies):
         for picture in part.pictures():
@@ -895,11 +897,10 @@ def render(pictures: Path = FINDINGS) -> str:
         *([own] for own in parts["rotating"].found.values()),
         *(parts[part].rows for part in ("asked", "settled")),
     ]
-    judged = [own for own in studies if own.whole]
-    number = len(families) + len(judged)
+    number = len(families) + len(studies)
     named = [own for family in families for own in surviving(family, number)]
     standing = {"At the founding size": "; ".join(named)}
-    standing |= {TEXTS[study.part]: study.surviving(number) for study in judged}
+    standing |= {TEXTS[study.part]: study.surviving(number) for study in studies}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FINDINGS),
         trim_blocks=True,
