@@ -34,7 +34,7 @@ from proglayer.report.comparisons import Comparison, Kind, judge
 from proglayer.report.pictures import Picture, forest, learning_curve, lines
 from proglayer.report.study import judge_study
 from proglayer.results import Results, load
-from proglayer.run.record import RunState, read_record
+from proglayer.run.record import RunState
 
 FINDINGS = Path(__file__).resolve().parents[1] / "docs" / "findings"
 ZIP = "frames.zip"
@@ -122,7 +122,6 @@ AGAIN = {
 # Grown models and their control, whose layers are left out and swapped.
 USING = ("`stack`", "`random`")
 USES = ("left out", "swapped with the next")
-USED = "changed_layers.csv"
 USING_DEPTH = "Do grown models use their depth differently? The rise of the loss − from scratch"
 # What is better or worse of a rise.
 RISES = {stats.Verdict.better: "larger", stats.Verdict.worse: "smaller"}
@@ -184,29 +183,31 @@ def take(part: str, folders: list[str]) -> None:
 
 def whole_seeds(results: Results, part: str) -> Results:
     """Return what completed of the seeds of which all arms have ended, and keep what their layers
-    do.
+    and exits are worth.
     """
     runs = results.runs[results.runs["status"].isin([RunState.completed, RunState.failed])]
     runs = runs.assign(arm=runs["overrides"].map(arm_of))
     ended = runs.groupby("seed")["arm"].nunique() == DEPTH_PARTS[part]
     runs = runs[runs["seed"].isin(ended[ended].index) & (runs["status"] == RunState.completed)]
-    rows = []
-    for run in runs[runs["arm"].isin([*USING, CONTROL])].itertuples():
-        measured = early_exit.kept(Path(run.folder), read_record(Path(run.folder)).weights_sha256)
-        for own in measured.changed_layers if measured else ():
-            rise = own.loss - measured.exits[-1].loss
-            rows.append([run.arm, run.seed, own.change, own.layer, rise])
-    if rows:
-        (FINDINGS / part).mkdir(parents=True, exist_ok=True)
-        columns = ["arm", "seed", "change", "layer", "loss_rise"]
-        table = pd.DataFrame(rows, columns=columns)
-        if (path := FINDINGS / part / USED).exists():
-            known = pd.read_csv(path)
-            table = pd.concat([known[~known["seed"].isin(table["seed"])], table])
-        table.to_csv(FINDINGS / part / USED, index=False, float_format="%.6f")
+    keep_exits(part, runs)
     frames = {name: own for name, own in results.frames().items() if name != "left_out"}
     frames = {name: own[own["run"].isin(runs["run"])] for name, own in frames.items()}
     return replace(results, **frames)
+
+
+def keep_exits(part: str, runs: pd.DataFrame) -> None:
+    """Add what layers and exits are worth, in the arms that are asked, to the tables of a part."""
+    runs = runs[runs["arm"].isin([*USING, CONTROL])]
+    found = early_exit.worth(runs.assign(variant=runs["arm"], model=STANDARD))
+    if found.exits.empty:
+        return
+    (FINDINGS / part).mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        table, path = getattr(found, name), FINDINGS / part / f"{name}.csv"
+        if path.exists():
+            known = pd.read_csv(path)
+            table = pd.concat([known[~known["seed"].isin(table["seed"])], table])
+        table.to_csv(path, index=False, float_format="%.6f")
 
 
 def write(part: str, results: Results) -> None:
@@ -659,7 +660,8 @@ class Depth:
                 weights = DEPTH_QUESTIONS[question][label]
                 better = sum(-weight * self.loss[arm] for arm, weight in weights.items())
                 made.append((question, label, better))
-        made += self._uses(part)
+        self.exits = Exits(part, "variant") if (FINDINGS / part / "exits.csv").exists() else None
+        made += self._uses()
         pairs = [stats.paired(own, 0 * own, margin=NATS) for *_, own in made]
         judged: list[stats.Judgement | None] = [None] * len(pairs)
         if self.whole:
@@ -667,21 +669,19 @@ class Depth:
             if judged[0] is None or judged[0].verdict is not stats.Verdict.better:
                 judged[1:] = [None] * (len(pairs) - 1)  # there is nothing to reach
         self.questions: dict[str, list[Found]] = {}
-        self.uses = any(question == USING_DEPTH for question, *_ in made)
         for (question, label, _), pair, own in zip(made, pairs, judged, strict=True):
             found = Found(label, pair, own, question == USING_DEPTH)
             self.questions.setdefault(question, []).append(found)
 
-    def _uses(self, part: str) -> Iterator[tuple[str, str, pd.Series]]:
+    def _uses(self) -> Iterator[tuple[str, str, pd.Series]]:
         """Yield what the loss rises by without new layers, and with two swapped, more than in the
         model from scratch.
         """
-        path = FINDINGS / part / USED
-        if not path.exists():
+        if not self.exits:
             return
-        changed = pd.read_csv(path)
+        changed = self.exits.found.changed_layers
         changed = changed[(changed["change"] != "left out") | (changed["layer"] > 2)]
-        rises = changed.pivot_table("loss_rise", "seed", ["change", "arm"])
+        rises = changed.pivot_table("loss_rise", "seed", ["change", "variant"])
         for change in USES:
             for name in USING:
                 more = rises[change, name] - rises[change, CONTROL]
@@ -752,9 +752,10 @@ class Depth:
             rows[found.of_rises].append(row)
         title, unit = "What each comparison comes to", "better by, nats a byte"
         drawn = [forest(f"{self.part}-comparisons", title, rows[False], NATS, unit)]
-        if self.uses:
+        if self.exits:
             title, unit = "Layers left out and swapped", "the loss rises less by, nats a byte"
             drawn.append(forest(f"{self.part}-layers", title, rows[True], NATS, unit))
+            drawn += self.exits.pictures(f"{self.part}-early-exit")
         curves = self.epochs.merge(self.runs[["run", "arm"]], on="run")
         # Not what is evaluated before the first step, nor the first epochs, far above the others.
         late = (curves["epoch"] > 0) & (curves["validation_loss"] < HIGHEST)
@@ -805,26 +806,29 @@ def arm_of(overrides: str) -> str:
 
 
 class Exits:
-    """What the exits of the original's grown models are worth, as `proglayer.exits` measured it."""
+    """What exits and layers are worth, as `proglayer.exits` measured it.
 
-    def __init__(self) -> None:
-        tables = {name: pd.read_csv(FINDINGS / "exits" / f"{name}.csv") for name in TABLES}
-        self.found = early_exit.Worth(**tables)
+    by: the column that tells the arms apart.
+    """
 
-    def of(self, model: str, column: str) -> list[stats.Summary]:
+    def __init__(self, part: str, by: str) -> None:
+        tables = {name: pd.read_csv(FINDINGS / part / f"{name}.csv") for name in TABLES}
+        self.found, self.by = early_exit.Worth(**tables), by
+
+    def of(self, arm: str, column: str) -> list[stats.Summary]:
         """A column of the table by exit, bottom first, over seeds."""
-        own = self.found.exits[self.found.exits["model"] == model]
+        own = self.found.exits[self.found.exits[self.by] == arm]
         return [stats.summary(layer[column]) for _, layer in own.groupby("layer")]
 
-    def without(self, model: str) -> list[stats.Summary]:
+    def without(self, arm: str) -> list[stats.Summary]:
         """What the loss rises by without each layer, bottom first."""
         changed = self.found.changed_layers
-        own = changed[(changed["model"] == model) & (changed["change"] == "left out")]
+        own = changed[(changed[self.by] == arm) & (changed["change"] == "left out")]
         return [stats.summary(layer["loss_rise"]) for _, layer in own.groupby("layer")]
 
-    def difference(self, model: str, exit: int, other: int) -> stats.Summary:
+    def difference(self, arm: str, exit: int, other: int) -> stats.Summary:
         """The difference in validation accuracy of two exits of the grown model, in points."""
-        own = self.found.exits[self.found.exits["model"] == model]
+        own = self.found.exits[self.found.exits[self.by] == arm]
         by = own.pivot_table("accuracy_percent", "seed", "layer")
         return stats.summary(by[exit] - by[other])
 
@@ -832,13 +836,13 @@ class Exits:
         """How many layers each model needs."""
         return words.needed_texts(self.found)
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self, name: str = "early-exit") -> list[Picture]:
         """Accuracy against layers used."""
         early = self.found.early_exit
         early = early.assign(at=early["threshold"], x=early["layers"], y=early["accuracy_percent"])
-        early["arm"] = early["model"].map(words.model_name)
+        early["arm"] = early[self.by].map(words.model_name).str.strip("`")
         axes = "layers used, mean over tokens", "validation accuracy (%)"
-        return [lines("early-exit", "Early exit", early, *axes)]
+        return [lines(name, "Early exit", early, *axes)]
 
 
 PARTS = {
@@ -879,7 +883,7 @@ def render(pictures: Path = FINDINGS) -> str:
     """Draw the pictures into a folder. Returns the text."""
     parts: dict[str, Any] = {part: made(read(part)) for part, made in PARTS.items()}
     parts |= {part: Settled(read(part), part) for part in ("asked", "settled")}
-    parts["exits"] = Exits()
+    parts["exits"] = Exits("exits", "model")
     families = {"depth": DEPTH_QUESTIONS, "depth-again": AGAIN}
     sizes = {"depth": PLANNED, "depth-again": sum(map(len, AGAIN.values()))}
     for part, asked in families.items():
@@ -921,6 +925,7 @@ def render(pictures: Path = FINDINGS) -> str:
         margin=MARGIN,
         nats=NATS,
         planned=PLANNED,
+        using=(*USING, CONTROL),
         families=number,
         surviving=standing,
     )

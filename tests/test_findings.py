@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from proglayer.report import early_exit
+
 from .helpers import ROOT
 
 
@@ -120,3 +122,42 @@ def test_a_second_text_replicates_a_verdict_contradicts_it_or_leaves_it_open(
     assert none.replication(first).startswith(f"**open here**: {gradual}, {others}")
     assert none.replication(first).endswith(f"{depth}, {frozen}")
     assert none.replication(none).startswith(f"**replicated**: {depth}; **nothing to replicate**")
+
+
+def test_what_exits_are_worth_is_kept_of_the_arms_that_are_asked_and_replaced_by_seed(
+    findings: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "FINDINGS", tmp_path)
+
+    def keep(seed: int, loss: float, weights: str = "w") -> None:
+        arms = [*findings.USING, findings.CONTROL, "two layers"]
+        runs = pd.DataFrame({"arm": arms, "seed": seed, "weights_sha256": "w"})
+        runs["run"] = runs["arm"] + str(seed)
+        runs["folder"] = [str(tmp_path / run) for run in runs["run"]]
+        figures = {"loss": loss, "accuracy_percent": 40.0}
+        own = early_exit.Measured(
+            exits=[
+                early_exit.ExitWorth(layer=n, trained=n == 2, accepted_percent=50.0 * n, **figures)
+                for n in (1, 2)
+            ],
+            early_exit=[early_exit.EarlyExit(threshold=1.0, layers=2.0, **figures)],
+            changed_layers=[
+                early_exit.ChangedLayers(
+                    change="left out", layer=2, loss=loss + 0.5, accuracy_percent=9.0
+                )
+            ],
+        )
+        for folder in runs["folder"]:
+            Path(folder).mkdir(exist_ok=True)
+            early_exit.keep(Path(folder), weights, own)
+        findings.keep_exits("depth", runs)
+
+    keep(1, 2.0, weights="others")
+    assert not (tmp_path / "depth").exists()
+    for seed, loss in ((1, 2.0), (2, 2.0), (1, 1.0)):
+        keep(seed, loss)
+    exits = findings.Exits("depth", "variant")
+    for arm in (*findings.USING, findings.CONTROL):
+        assert [(own.n, own.mean) for own in exits.of(arm, "loss")] == [(2, 1.5), (2, 1.5)]
+        assert [(own.n, own.mean) for own in exits.without(arm)] == [(2, 0.5)]
+    assert set(exits.found.early_exit["variant"]) == {*findings.USING, findings.CONTROL}
