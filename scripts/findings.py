@@ -762,9 +762,8 @@ class Depth:
         # Without more epochs in a study that has no such arm.
         arms = [arm if arm in self.loss else arm.removesuffix(", more epochs") for arm in CURVES]
         curves = curves[curves["arm"].isin(arms) & late]
-        names = [arm.strip("`") for arm in arms]
         curves = curves.assign(
-            arm=pd.Categorical(curves["arm"].str.strip("`"), names),
+            arm=pd.Categorical(curves["arm"].str.strip("`"), [arm.strip("`") for arm in arms]),
             at=curves["cumulative_epochs"], x=curves["flops"] / 1e12, y=curves["validation_loss"],
         )  # fmt: skip
         axes = "operations, T (10¹²)", "validation loss, nats a byte"
@@ -834,7 +833,7 @@ class Exits:
 
     def sentences(self) -> list[str]:
         """How many layers each model needs."""
-        return words.needed_texts(self.found)
+        return [words.sentence(text) for text in words.needed_texts(self.found)]
 
     def pictures(self, name: str = "early-exit") -> list[Picture]:
         """Accuracy against layers used."""
@@ -884,10 +883,8 @@ def render(pictures: Path = FINDINGS) -> str:
     parts: dict[str, Any] = {part: made(read(part)) for part, made in PARTS.items()}
     parts |= {part: Settled(read(part), part) for part in ("asked", "settled")}
     parts["exits"] = Exits("exits", "model")
-    families = {"depth": DEPTH_QUESTIONS, "depth-again": AGAIN}
-    sizes = {"depth": PLANNED, "depth-again": sum(map(len, AGAIN.values()))}
-    for part, asked in families.items():
-        parts[part.replace("-", "_")] = Depth(part, asked, sizes[part])
+    parts["depth"] = Depth("depth", DEPTH_QUESTIONS, PLANNED)
+    parts["depth_again"] = Depth("depth-again", AGAIN, sum(map(len, AGAIN.values())))
     studies = parts["depth"], parts["depth_again"]
     drawn = [parts[part] for part in ("claims", "operators", "timing", "exits")]
     for part in (*drawn, *studies):
